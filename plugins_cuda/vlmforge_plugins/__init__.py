@@ -1,0 +1,1 @@
+"""CUDA kernels and the TensorRT plugins that launch them. They arrive with the TensorRT targets."""

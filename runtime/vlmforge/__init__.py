@@ -1,0 +1,1 @@
+"""Deploy vision-language models from prebuilt engine directories."""

@@ -1,0 +1,173 @@
+"""Every error that vlmforge raises on purpose.
+
+    VlmforgeError
+    |-- ConfigError              (ValueError)   a config field or an argument is out of range
+    |-- PromptError              (ValueError)   a prompt of a form that we do not know, a wrong image count
+    |-- ContextLengthError       (ValueError)   the prompt does not fit the context window
+    |-- ImageError               (ValueError)   bytes that are not a whole, sane image
+    |   `-- ImageFetchError                     an address that could not, or must not, be fetched
+    |-- CheckpointError                         the checkpoint is incomplete or damaged
+    |   |-- TensorError                         ... at one named tensor
+    |   |-- TokenizerError                      ... in its tokenizer
+    |   `-- UnsupportedModelError               ... or of a family that no recipe knows
+    |-- EngineError                             the engine directory cannot be used
+    |   |-- EngineFormatError                   ... its manifest is not of our schema
+    |   |-- EngineIntegrityError                ... a file is missing, short or altered
+    |   `-- BackendUnavailableError             ... or this machine lacks its backend
+    |-- BuildError                              a build failed; nothing was published
+    `-- CancelledError                          the request was cancelled, or the pipeline closed
+
+Each says what was found, what was expected and what to do next, in words a user can act on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class VlmforgeError(Exception):
+    """Base of all our errors.
+
+    Args:
+        summary: One sentence: what went wrong, naming the file, key or tensor.
+        found: What was there.
+        expected: What should have been there.
+        fix: What to do next; a command where there is one.
+    """
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, summary: str, *, found: str = "", expected: str = "", fix: str = "") -> None:
+        self.summary = summary
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+        super().__init__(summary)
+
+    def __str__(self) -> str:
+        rows = (("found", self.found), ("expected", self.expected), ("fix", self.fix))
+        return "\n".join(
+            [self.summary, *(f"  {name + ':':<10}{text}" for name, text in rows if text)]
+        )
+
+
+class ConfigError(VlmforgeError, ValueError):
+    """A configuration field or an argument is of a wrong type or out of range."""
+
+    code = "invalid_config"
+
+
+class PromptError(VlmforgeError, ValueError):
+    """A prompt of an unknown form, or whose images do not match its image tokens."""
+
+    code = "invalid_request"
+
+
+class ImageError(VlmforgeError, ValueError):
+    """Bytes that do not decode to a whole image within the limits."""
+
+    code = "invalid_image"
+
+
+class ImageFetchError(ImageError):
+    """An image address that could not be fetched, or that must not be."""
+
+    code = "image_fetch_failed"
+
+
+class CheckpointError(VlmforgeError):
+    """A checkpoint that is incomplete or damaged."""
+
+    code = "invalid_checkpoint"
+
+
+class TensorError(CheckpointError):
+    """A tensor that is missing, truncated, or of an unexpected shape or dtype."""
+
+    code = "invalid_tensor"
+
+
+class TokenizerError(CheckpointError):
+    """A tokenizer that cannot be converted to an equal `tokenizer.json`."""
+
+    code = "invalid_tokenizer"
+
+
+class UnsupportedModelError(CheckpointError):
+    """A model family that no recipe knows."""
+
+    code = "unsupported_model"
+
+
+class EngineError(VlmforgeError):
+    """An engine directory that cannot be used."""
+
+    code = "invalid_engine"
+
+
+class EngineFormatError(EngineError):
+    """A manifest that is not JSON, not of our schema, or of another schema version."""
+
+    code = "engine_format"
+
+
+class EngineIntegrityError(EngineError):
+    """A file of the engine that is missing, short or altered."""
+
+    code = "engine_integrity"
+
+
+class BackendUnavailableError(EngineError):
+    """This machine lacks what the engine's backend needs."""
+
+    code = "backend_unavailable"
+
+
+class BuildError(VlmforgeError):
+    """A build failed. Nothing was published."""
+
+    code = "build_failed"
+
+
+class CancelledError(VlmforgeError):
+    """The request was cancelled, or its pipeline closed, before it finished."""
+
+    code = "request_cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLedger:
+    """Where the tokens of a request go. All counts are in tokens."""
+
+    text: int
+    image: int
+    requested: int
+    window: int
+
+    @property
+    def prompt(self) -> int:
+        """Length of the prompt, image tokens included."""
+        return self.text + self.image
+
+    def __str__(self) -> str:
+        return (
+            f"{self.prompt} prompt tokens ({self.text} text + {self.image} image), "
+            f"{self.requested} requested, window {self.window}"
+        )
+
+
+class ContextLengthError(VlmforgeError, ValueError):
+    """The prompt alone fills the context window, so not one token could be generated."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, ledger: TokenLedger) -> None:
+        self.ledger = ledger
+        super().__init__(
+            "The prompt does not fit the context window.",
+            found=str(ledger),
+            expected=f"a prompt of at most {ledger.window - 1} tokens",
+            fix="send fewer or shorter turns or fewer images, or use an engine built with a larger "
+            "--session-len",
+        )
