@@ -1,0 +1,116 @@
+"""Backends: what runs an engine's parts. One module per backend, one line in the table each.
+
+A backend shares its stem with the target of the builder that compiles for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmforge.errors import BackendUnavailableError
+from vlmforge.manifest import Manifest
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load an engine.
+
+    Attributes:
+        slots: Sequences that the key/value cache holds.
+        capacity: Tokens that each of them may hold.
+        threads: Threads of arithmetic; None: one for each physical core.
+    """
+
+    slots: int
+    capacity: int
+    threads: int | None = None
+
+
+class VisionSession(Protocol):
+    """Runs the vision part."""
+
+    def encode(self, pixel_values: FloatArray) -> FloatArray:
+        """`[n, 3, H, W]` to features `[n, tokens, hidden]`."""
+
+
+class DecoderSession(Protocol):
+    """Runs the decoder part over key/value slots that it owns."""
+
+    def step(
+        self,
+        first_slot: int,
+        input_ids: IntArray,
+        past_lengths: IntArray,
+        image_features: FloatArray | None,
+        logits_indices: IntArray,
+    ) -> FloatArray:
+        """Run `input_ids` `[B, S]` on the slots `first_slot..first_slot + B`.
+
+        B > 1 is for decoding (S = 1); a prompt is prefilled with B = 1, in chunks if it is long.
+
+        Args:
+            first_slot: Slot of row 0.
+            input_ids: Ids; an id >= vocab_size is row `id - vocab_size` of `image_features`.
+            past_lengths: int64 `[B]`, tokens already in each slot.
+            image_features: `[R, hidden]`, or None when no id refers to one.
+            logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of; K may be 0.
+
+        Returns:
+            Logits `[B, K, vocab_size]`.
+        """
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` tokens of a slot over those of another."""
+
+
+class Backend(Protocol):
+    """Loads the parts of an engine."""
+
+    def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
+        """Load the part "vision" (EngineError otherwise)."""
+
+    def load_decoder(
+        self, folder: Path, manifest: Manifest, options: LoadOptions
+    ) -> DecoderSession:
+        """Load the part "decoder" and make its key/value slots (EngineError otherwise)."""
+
+    def versions(self) -> Sequence[tuple[str, str]]:
+        """Names and versions of the libraries in use, for `vlmforge doctor`."""
+
+
+_MODULES = {"onnxruntime": "vlmforge.backends.onnxruntime"}
+BACKENDS = tuple(_MODULES)
+
+
+def load_backend(name: str) -> Backend:
+    """The backend called `name`.
+
+    Raises:
+        BackendUnavailableError: unknown to this version, or its library is not installed.
+    """
+    if name not in _MODULES:
+        raise BackendUnavailableError(
+            "The engine was built for a backend that this version does not have.",
+            found=repr(name),
+            expected="one of: " + ", ".join(BACKENDS),
+            fix="install a newer vlmforge, or rebuild with --target onnxruntime",
+        )
+    try:
+        return cast("Backend", importlib.import_module(_MODULES[name]).BACKEND)
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"The backend {name} is not installed here.",
+            found=str(error),
+            expected=f"the library of the backend {name}",
+            fix=f"pip install {name}",
+        ) from error

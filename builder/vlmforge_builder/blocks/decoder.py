@@ -1,0 +1,154 @@
+"""A pre-norm transformer decoder with rotary positions, grouped-query attention and gated MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vlmforge_builder.blocks.layers import Linear, RMSNorm, activation
+from vlmforge_builder.ops import cached_attention
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Geometry of a decoder. `max_positions` is how many tokens one sequence may hold."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    activation: str
+    max_positions: int
+
+
+def rotary_tables(config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[max_positions, head_dim / 2]`, fp32 (https://arxiv.org/abs/2104.09864).
+
+    The inverse frequencies are computed in fp32, as the original implementations do.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponent)
+    angles = torch.outer(torch.arange(config.max_positions).float(), frequencies)
+    return angles.cos(), angles.sin()
+
+
+class Attention(nn.Module):
+    """Causal self-attention over the key/value cache. `qkv` holds the three projections."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        width = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.qkv = Linear(config.hidden_size, width, bias=False)
+        self.out = Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor], lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`x [B, S, hidden]` to the same shape, and the two caches."""
+        kv_width = self.kv_heads * self.head_dim
+        q, k, v = self.qkv(x).split((self.heads * self.head_dim, kv_width, kv_width), dim=-1)
+        mixed, key, value = cached_attention(
+            q,
+            k,
+            v,
+            *past,
+            *rotary,
+            lengths,
+            num_heads=self.heads,
+            kv_num_heads=self.kv_heads,
+            scale=self.head_dim**-0.5,
+        )
+        return self.out(mixed), key, value
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))` (https://arxiv.org/abs/2002.05202); `gate_up` holds both."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.act = config.activation
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [B, S, hidden]` to the same shape."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(activation(self.act, gate) * up)  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor], lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`x [B, S, hidden]` to the same shape, and the two caches."""
+        mixed, key, value = self.attn(self.attn_norm(x), past, rotary, lengths)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), key, value
+
+
+class Decoder(nn.Module):
+    """Token ids and image features to logits, with the key/value cache as inputs and outputs."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.cos = nn.Parameter(torch.empty(config.max_positions, config.head_dim // 2))
+        self.sin = nn.Parameter(torch.empty(config.max_positions, config.head_dim // 2))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        image_features: Tensor,
+        past_lengths: Tensor,
+        logits_indices: Tensor,
+        past_keys: list[Tensor],
+        past_values: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Run S tokens of B sequences.
+
+        Args:
+            input_ids: int64 `[B, S]`. An id >= vocab_size is row `id - vocab_size` of the features.
+            image_features: `[R, hidden]`, R >= 1 (its content is arbitrary when no id refers to it).
+            past_lengths: int64 `[B]`, tokens already in the cache.
+            logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of.
+            past_keys, past_values: Per layer `[B, kv_heads, C, head_dim]`.
+
+        Returns:
+            Logits `[B, K, vocab_size]` and the caches after the step.
+        """
+        x = self._embed(input_ids, image_features)
+        keys, values = [], []
+        for layer, key, value in zip(self.layers, past_keys, past_values, strict=True):
+            x, key, value = layer(x, (key, value), (self.cos, self.sin), past_lengths)  # noqa: PLW2901
+            keys.append(key)
+            values.append(value)
+        index = logits_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        return self.lm_head(self.norm(x.gather(1, index))), keys, values
+
+    def _embed(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
+        is_image = input_ids >= self.vocab_size
+        zero = torch.zeros_like(input_ids)
+        text = self.embed[torch.where(is_image, zero, input_ids)]
+        image = image_features[torch.where(is_image, input_ids - self.vocab_size, zero)]
+        return torch.where(is_image.unsqueeze(-1), image, text)

@@ -1,0 +1,84 @@
+"""Lower `vlmforge::CachedAttention` to ONNX Runtime's `com.microsoft::GroupQueryAttention`."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from vlmforge_builder.ops import DOMAIN
+
+TARGET_DOMAIN = "com.microsoft"
+
+
+def lower_cached_attention(model: ir.Model) -> bool:
+    """Replace every `CachedAttention`; returns whether there was one.
+
+    GroupQueryAttention wants `seqlens_k = total length - 1` per sequence and the largest total
+    length; both follow from `past_lengths` and are computed once for all layers. Projections that
+    come from one `Split` are passed packed, which saves the copies.
+    """
+    nodes = [n for n in model.graph if (n.domain, n.op_type) == (DOMAIN, "CachedAttention")]
+    if not nodes:
+        return False
+    lengths = _lengths(nodes[0])
+    for node in nodes:
+        _lower(node, *lengths)
+    model.opset_imports.pop(DOMAIN, None)
+    model.opset_imports[TARGET_DOMAIN] = 1
+    return True
+
+
+def _lengths(first: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """`seqlens_k` int32 `[B]` and `total_sequence_length` int32 scalar."""
+    query, past_lengths = first.inputs[0], first.inputs[7]
+    assert query is not None and past_lengths is not None  # noqa: S101, PT018 - the op's contract
+    tokens = ir.node("Shape", [query], attributes={"start": 1, "end": 2})
+    one = _constant("one", np.array([1], np.int64))
+    totals = ir.node("Add", [past_lengths, tokens.outputs[0]])
+    last = ir.node("Sub", [totals.outputs[0], one.outputs[0]])
+    last32 = ir.node("Cast", [last.outputs[0]], attributes={"to": ir.DataType.INT32})
+    largest = ir.node("ReduceMax", [totals.outputs[0]], attributes={"keepdims": 0})
+    largest32 = ir.node("Cast", [largest.outputs[0]], attributes={"to": ir.DataType.INT32})
+    created = [tokens, one, totals, last, last32, largest, largest32]
+    for index, node in enumerate(created):
+        node.name = f"lengths_{index}"
+        node.outputs[0].name = f"lengths_{index}"
+    graph = first.graph
+    assert graph is not None  # noqa: S101 - it was found in a graph
+    graph.insert_before(first, created)
+    return last32.outputs[0], largest32.outputs[0]
+
+
+def _constant(name: str, value: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> ir.Node:
+    return ir.node("Constant", [], attributes={"value": ir.tensor(value, name=name)})
+
+
+def _lower(node: ir.Node, last: ir.Value, largest: ir.Value) -> None:
+    query, key, value, past_key, past_value, cos, sin, _ = node.inputs
+    packed = _packed(node)
+    projections = [packed, None, None] if packed is not None else [query, key, value]
+    attention = ir.node(
+        "GroupQueryAttention",
+        [*projections, past_key, past_value, last, largest, cos, sin],
+        domain=TARGET_DOMAIN,
+        attributes={
+            "num_heads": node.attributes["num_heads"].as_int(),
+            "kv_num_heads": node.attributes["kv_num_heads"].as_int(),
+            "scale": node.attributes["scale"].as_float(),
+            "do_rotary": 1,
+        },
+        num_outputs=3,
+        name=node.name,
+    )
+    ir.convenience.replace_nodes_and_values(
+        node.graph, node, [node], [attention], node.outputs, attention.outputs
+    )
+
+
+def _packed(node: ir.Node) -> ir.Value | None:
+    """The value whose three-way `Split` gives query, key and value, if there is one."""
+    projections = node.inputs[:3]
+    split = projections[0].producer() if projections[0] is not None else None
+    if split is None or split.op_type != "Split" or list(split.outputs) != list(projections):
+        return None
+    return split.inputs[0]

@@ -1,0 +1,142 @@
+"""What a model family tells the builder, and how the builder finds families."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol, cast
+
+from torch import Tensor, nn
+
+from vlmforge.errors import UnsupportedModelError
+from vlmforge.manifest import KVLayout, PromptPolicy
+from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_builder.checkpoint.store import TensorStore
+from vlmforge_builder.weights import Weight
+
+ENTRY_POINT_GROUP = "vlmforge.recipes"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorArg:
+    """An argument of a part's forward: shape with symbolic dimensions, and dtype.
+
+    A whole number in `shape` is fixed; a string is a dimension that varies at run time.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class PartSpec:
+    """One graph to export.
+
+    Attributes:
+        name: "vision" or "decoder".
+        module: Builds the torch module; called where every tensor is fake.
+        inputs: Arguments of forward in order; a tuple of arguments is passed as a list.
+        outputs: Names of the results, flattened.
+        weights: Where the values of each parameter are, by the module's parameter names.
+    """
+
+    name: str
+    module: Callable[[], nn.Module]
+    inputs: tuple[TensorArg | tuple[TensorArg, ...], ...]
+    outputs: tuple[str, ...]
+    weights: Mapping[str, Weight]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A chat template as jinja text. It gets OpenAI-like messages whose content is a list."""
+
+    name: str
+    jinja: str
+    stop_words: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeOptions:
+    """The options of `build-engine` that a recipe needs."""
+
+    session_len: int | None
+    vision_tower: str | None
+    chat_template: str | None
+    fetch: Callable[[str], Path]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A checkpoint, understood: parts to export and policies to store."""
+
+    architecture: str
+    parts: tuple[PartSpec, ...]
+    store: TensorStore
+    image: ImagePolicy
+    template: ChatTemplate
+    prompt: PromptPolicy
+    tokenizer_json: bytes
+    tokenizer_proof: str
+    kv: KVLayout
+    vocab_size: int
+    hidden_size: int
+    eos_ids: tuple[int, ...]
+    tokens_per_image: int
+    session_len: int
+    source_files: tuple[Path, ...]
+
+
+class Recipe(Protocol):
+    """All that is known of a model family. A package of recipes exposes one as `RECIPE`."""
+
+    @property
+    def name(self) -> str:
+        """Name of the family, for messages and provenance."""
+
+    def matches(self, config: ConfigReader) -> bool:
+        """Whether `config.json` is of this family; never looks at names of folders."""
+
+    def load(self, checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
+        """Understand a checkpoint; no tensor's values are read (CheckpointError otherwise)."""
+
+
+def installed_recipes() -> tuple[Recipe, ...]:
+    """Every `RECIPE` of the sub-packages of the packages that are registered as entry points."""
+    found = []
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+        package = entry.load()
+        for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+            family = importlib.import_module(f"{package.__name__}.{module.name}")
+            found.append(cast("Recipe", family.RECIPE))
+    return tuple(found)
+
+
+def find_recipe(config: ConfigReader) -> Recipe:
+    """The recipe whose family `config.json` is of.
+
+    Raises:
+        UnsupportedModelError: no recipe matches; lists the families that are known.
+    """
+    recipes = installed_recipes()
+    for recipe in recipes:
+        if recipe.matches(config):
+            return recipe
+    raise UnsupportedModelError(
+        f"No recipe knows the model of {config.file}.",
+        found=f"architectures {config.get('architectures')!r}, "
+        f"model_type {config.get('model_type')!r}",
+        expected="one of: " + ", ".join(recipe.name for recipe in recipes),
+        fix="choose a supported checkpoint, or add a recipe (CONTRIBUTING.md, 'Add a model')",
+    )
+
+
+def parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters of a module by name, in the order of definition."""
+    return dict(module.named_parameters())

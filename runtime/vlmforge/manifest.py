@@ -1,0 +1,221 @@
+"""The manifest (`engine.json`): the one typed thing that flows from the builder to the runtime.
+
+The runtime branches on the policies named here and never on a model's name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmforge.errors import EngineFormatError
+from vlmforge.schema import from_json, to_json
+from vlmforge.vl.preprocess import ImagePolicy
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "engine.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output of a part. A string in `shape` is a symbolic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file of the engine: path relative to `engine.json`, size in bytes, sha256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One compiled graph: its file, the data files beside it, its interface, its weights' bytes."""
+
+    name: str
+    file: str
+    data: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateParts:
+    """A chat template by its parts, in the layout of `ChatTemplateConfig`.
+
+    `{system}{meta_instruction}{eosys}{user}{q}{eoh}{assistant}{a}{eoa}{separator}{user}...`
+    `meta_instruction=None` leaves the whole system block out. `strip_end` removes trailing white
+    space from the end of the prompt.
+    """
+
+    system: str
+    meta_instruction: str | None
+    eosys: str
+    user: str
+    eoh: str
+    assistant: str
+    eoa: str
+    separator: str
+    stop_words: tuple[str, ...]
+    strip_end: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPolicy:
+    """How messages become token ids and image spans.
+
+    Attributes:
+        template_name: Name of the template frozen into `chat_template.jinja`.
+        template_file: Path of that file.
+        stop_words: Stop words of the frozen template; they stop generation beside the eos ids.
+        templates: Named alternatives that `ChatTemplateConfig(model_name=...)` selects.
+        image_placeholder: What the template writes where an image goes.
+        image_splice: "inline_token": the placeholder is a token of the tokenizer, the text is
+            encoded as a whole. "split_text": the text is split at the placeholder and each chunk
+            is encoded alone.
+        image_token_id: Id of the placeholder's token (inline_token only).
+        bos_id: Token put before the prompt, or None.
+        bos_token, eos_token: Their texts, for templates that use them.
+    """
+
+    template_name: str
+    template_file: str
+    stop_words: tuple[str, ...]
+    templates: Mapping[str, TemplateParts]
+    image_placeholder: str
+    image_splice: str
+    image_token_id: int | None
+    bos_id: int | None
+    bos_token: str
+    eos_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePolicy:
+    """Facts of the decoder that generation needs. Ids >= `vocab_size` index image features."""
+
+    vocab_size: int
+    hidden_size: int
+    eos_ids: tuple[int, ...]
+    tokens_per_image: int
+    session_len: int
+    max_batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Key/value cache: per layer two tensors `[sequences, kv_heads, tokens, head_dim]`."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one sequence takes, all layers, keys and values."""
+        itemsize = {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
+        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLayout:
+    """Tensor parallelism that the parts were sharded for."""
+
+    tp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where the engine comes from. `built_at` is the only field that differs between two builds."""
+
+    built_at: str
+    source: str
+    source_fingerprint: str
+    recipe: str
+    architecture: str
+    options: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All that the runtime knows of an engine.
+
+    `dtype` is how weights are stored; `compute_dtype` is what the backend calculates in.
+    """
+
+    schema_version: int
+    backend: str
+    dtype: str
+    compute_dtype: str
+    parts: tuple[Part, ...]
+    image: ImagePolicy
+    prompt: PromptPolicy
+    decode: DecodePolicy
+    kv: KVLayout
+    parallel: ParallelLayout
+    tokenizer_file: str
+    files: tuple[FileEntry, ...]
+    provenance: Provenance
+
+    def part(self, name: str) -> Part:
+        """The part called `name` (EngineFormatError when there is none)."""
+        for part in self.parts:
+            if part.name == name:
+                return part
+        raise EngineFormatError(
+            f"The engine has no part {name!r}.",
+            found=", ".join(part.name for part in self.parts),
+            expected=name,
+            fix="rebuild the engine with build-engine",
+        )
+
+
+def dump_manifest(manifest: Manifest) -> str:
+    """The text of `engine.json`."""
+    return to_json(manifest)
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check `engine.json` of an engine directory; its files are not looked at.
+
+    Raises:
+        EngineFormatError: no manifest, not JSON, another schema version, or a key that is unknown,
+            missing or of a wrong type.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise EngineFormatError(
+            f"{folder} is not an engine directory.",
+            found=f"{path}: {error.strerror}",
+            expected=f"a folder that build-engine wrote, with {MANIFEST_FILE}",
+            fix=f"build-engine CHECKPOINT -o {folder}",
+        ) from None
+    except ValueError as error:
+        raise EngineFormatError(
+            f"{path} is not JSON.",
+            found=str(error),
+            expected="the manifest that build-engine wrote",
+            fix="copy the engine again, or rebuild it with build-engine",
+        ) from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION or type(version) is not int:
+        raise EngineFormatError(
+            f"{path} is of another schema version.",
+            found=f"schema_version {version!r}",
+            expected=f"schema_version {SCHEMA_VERSION}",
+            fix="rebuild the engine with the build-engine of this version",
+        )
+    return from_json(Manifest, data, MANIFEST_FILE)

@@ -1,0 +1,105 @@
+"""Frozen dataclasses to JSON and back, strictly: an unknown, missing or mistyped key is an error.
+
+A dataclass is its own schema. Supported field types: `str`, `int`, `float`, `bool`, `X | None`,
+`tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, X]` and other dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from vlmforge.errors import EngineFormatError
+
+T = TypeVar("T")
+
+
+def to_json(value: object) -> str:
+    """Deterministic, readable JSON text of a dataclass (keys in field order)."""
+    return json.dumps(_encode(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(cls: type[T], data: object, where: str) -> T:
+    """Build `cls` from parsed JSON.
+
+    Raises:
+        EngineFormatError: names the dotted key below `where`, what was found and what is expected.
+    """
+    return typing.cast("T", _decode(cls, data, where))
+
+
+def _encode(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(kind: Any, data: object, where: str) -> object:
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(typing.cast("type", kind), data, where)
+    if origin in (types.UnionType, typing.Union):
+        return _decode_union(kind, data, where)
+    if origin is tuple:
+        return _decode_tuple(typing.get_args(kind), data, where)
+    if origin is Mapping:
+        table = _expect(dict, data, where)
+        value_kind = typing.get_args(kind)[1]
+        return {key: _decode(value_kind, item, f"{where}.{key}") for key, item in table.items()}
+    if kind is float and type(data) is int:
+        return float(data)
+    return _expect(kind, data, where)
+
+
+def _decode_dataclass(cls: type, data: object, where: str) -> object:
+    table = _expect(dict, data, where)
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    if unknown := sorted(set(table) - set(names)):
+        raise _mismatch(where, f"unknown key {unknown[0]!r}", f"only the keys {', '.join(names)}")
+    if missing := [name for name in names if name not in table]:
+        raise _mismatch(where, f"no key {missing[0]!r}", f"the keys {', '.join(names)}")
+    return cls(**{name: _decode(hints[name], table[name], f"{where}.{name}") for name in names})
+
+
+def _decode_union(kind: Any, data: object, where: str) -> object:
+    options = [option for option in typing.get_args(kind) if option is not type(None)]
+    if data is None and len(options) < len(typing.get_args(kind)):
+        return None
+    matches = [option for option in options if type(data) is option]
+    return _decode((matches or options)[0], data, where)
+
+
+def _decode_tuple(kinds: tuple[Any, ...], data: object, where: str) -> object:
+    items = _expect(list, data, where)
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(items)
+    if len(kinds) != len(items):
+        raise _mismatch(where, f"{len(items)} items", f"{len(kinds)} items")
+    pairs = zip(kinds, items, strict=True)
+    return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(pairs))
+
+
+def _expect(kind: type[T], data: object, where: str) -> T:
+    # `type() is`, not isinstance: JSON's true must not pass as the integer 1.
+    if type(data) is not kind:
+        found = f"{type(data).__name__} {json.dumps(data, default=str)[:60]}"
+        raise _mismatch(where, found, kind.__name__)
+    return data
+
+
+def _mismatch(where: str, found: str, expected: str) -> EngineFormatError:
+    return EngineFormatError(
+        f"{where} is not what this version of vlmforge reads.",
+        found=found,
+        expected=expected,
+        fix="rebuild the engine with the build-engine of this version",
+    )
