@@ -68,7 +68,6 @@ class RecipeOptions:
 
     session_len: int | None
     vision_tower: str | None
-    chat_template: str | None
     fetch: Callable[[str], Path]
 
 
@@ -108,11 +107,15 @@ class Recipe(Protocol):
 
 
 def installed_recipes() -> tuple[Recipe, ...]:
-    """Every `RECIPE` of the sub-packages of the packages that are registered as entry points."""
+    """Every `RECIPE` of the sub-packages of the packages that are registered as entry points.
+
+    Plain modules of such a package are what its families share.
+    """
     found = []
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
         package = entry.load()
-        for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+        modules = pkgutil.iter_modules(package.__path__)
+        for module in sorted((m for m in modules if m.ispkg), key=lambda m: m.name):
             family = importlib.import_module(f"{package.__name__}.{module.name}")
             found.append(cast("Recipe", family.RECIPE))
     return tuple(found)

@@ -46,19 +46,6 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """The first rows of a tensor of the checkpoint; `height` is how many it has there."""
-
-    key: str
-    height: int
-
-    def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
-        """See `Weight.read`."""
-        expect(store, self.key, (self.height, *shape[1:]))
-        return store.read(self.key)[: shape[0]]
-
-
-@dataclass(frozen=True, slots=True)
 class Transposed:
     """Matrices `[out_i, in]` of the checkpoint, stacked and transposed to `[in, sum of out_i]`.
 

@@ -82,7 +82,8 @@ class PromptPolicy:
         image_splice: "inline_token": the placeholder is a token of the tokenizer, the text is
             encoded as a whole. "split_text": the text is split at the placeholder and each chunk
             is encoded alone.
-        image_token_id: Id of the placeholder's token (inline_token only).
+        image_token_id: Id of the placeholder's token; where the tokenizer has none, the id that
+            the original implementation writes at an image.
         bos_id: Token put before the prompt, or None.
         bos_token, eos_token: Their texts, for templates that use them.
     """
@@ -93,7 +94,7 @@ class PromptPolicy:
     templates: Mapping[str, TemplateParts]
     image_placeholder: str
     image_splice: str
-    image_token_id: int | None
+    image_token_id: int
     bos_id: int | None
     bos_token: str
     eos_token: str

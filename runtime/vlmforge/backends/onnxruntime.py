@@ -1,12 +1,14 @@
 """ONNX Runtime on CPU.
 
-Weights are mapped from the data file, not copied (pre-packing is off), so the memory of an engine
-is its weights once. The key/value cache is one buffer per layer that the graph reads and writes in
-place; its pages are touched only as sequences grow.
+The memory of an engine is its weights once: either packed for the matrix kernels, or mapped from
+the data file as they are. The key/value cache is one buffer per layer that the graph reads and
+writes in place; its pages are touched only as sequences grow.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,12 +45,16 @@ def _session(path: Path, part: Part, options: LoadOptions) -> ort.InferenceSessi
     settings.intra_op_num_threads = options.threads or physical_cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
-    # A packed copy of each weight would double the memory.
-    settings.add_session_config_entry("session.disable_prepacking", "1")
+    if not options.pack:
+        settings.add_session_config_entry("session.disable_prepacking", "1")
     settings.enable_cpu_mem_arena = False
     settings.enable_mem_pattern = False
+    # Folding would widen 16-bit weights into a second, twice as big copy in memory.
+    disabled = [] if options.pack else ["ConstantFolding"]
     try:
-        return ort.InferenceSession(path, settings, providers=[PROVIDER])
+        return ort.InferenceSession(
+            path, settings, providers=[PROVIDER], disabled_optimizers=disabled
+        )
     except Exception as error:  # noqa: BLE001 - the library raises many types of its own
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot load {path}.",
@@ -68,13 +74,23 @@ class _Vision:
         return np.asarray(features, np.float32)
 
 
+def _lazy_zeros(shape: tuple[int, ...]) -> FloatArray:
+    """Zeros whose pages cost memory only once they are written to.
+
+    Huge pages are declined: one token of each head would make two megabytes resident.
+    """
+    memory = mmap.mmap(-1, math.prod(shape) * 4)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(shape)
+
+
 class _Decoder:
     def __init__(self, session: ort.InferenceSession, kv: KVLayout, options: LoadOptions) -> None:
         self._session = session
         shape = (options.slots, kv.kv_heads, options.capacity, kv.head_dim)
         names = [f"{kind}.{i}" for kind in ("key", "value") for i in range(kv.layers)]
-        # zeros() is lazy: a page costs memory once a token is written to it.
-        self._caches = {name: np.zeros(shape, np.float32) for name in names}
+        self._caches = {name: _lazy_zeros(shape) for name in names}
         self._hidden = self._feature_width()
         self._bound: dict[tuple[int, int], dict[str, ort.OrtValue]] = {}
 
@@ -120,6 +136,12 @@ class _Decoder:
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         for cache in self._caches.values():
             cache[target, :, :tokens] = cache[source, :, :tokens]
+
+    def swap_slots(self, first: int, second: int, tokens: int) -> None:
+        for cache in self._caches.values():
+            kept = cache[first, :, :tokens].copy()
+            cache[first, :, :tokens] = cache[second, :, :tokens]
+            cache[second, :, :tokens] = kept
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,46 @@
+# The commands of this repository. A bare `make` lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+OUT    := out
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fmt bench bench-large clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "making $(VENV) and installing (about 2 GB of wheels the first time) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## build an engine from a tiny checkpoint and ask it about a photograph
+	@$(BIN)/python scripts/demo.py $(OUT)/demo
+
+test: $(STAMP) ## run the tests (all cores)
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+check: $(STAMP) ## ruff, ruff format, mypy --strict and the import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+fmt: $(STAMP) ## format and mend what ruff can
+	@$(BIN)/ruff check --fix -q .
+	@$(BIN)/ruff format -q .
+
+bench: $(STAMP) ## speed and memory against transformers, on checkpoints of 60 M and 1 B parameters
+	@$(BIN)/python bench/compare.py --sizes 60m 1b --work $(OUT)/bench
+
+bench-large: $(STAMP) ## build a 7 B checkpoint (random, 14 GB) and print seconds and peak memory
+	@$(BIN)/python bench/build_memory.py --size 7b --work $(OUT)/bench
+
+clean: ## remove what the commands above made
+	rm -rf $(OUT) $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

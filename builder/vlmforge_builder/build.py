@@ -1,0 +1,241 @@
+"""The build: checkpoint in, engine directory out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vlmforge.bundle import open_bundle
+from vlmforge.errors import BuildError, ConfigError, EngineError, VlmforgeError
+from vlmforge.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    DecodePolicy,
+    FileEntry,
+    Manifest,
+    ParallelLayout,
+    Part,
+    Provenance,
+    dump_manifest,
+    load_manifest,
+)
+from vlmforge_builder.checkpoint.config import ConfigReader, read_config
+from vlmforge_builder.checkpoint.fingerprint import fingerprint
+from vlmforge_builder.checkpoint.source import resolve_checkpoint
+from vlmforge_builder.export import trace
+from vlmforge_builder.goldens import record_goldens
+from vlmforge_builder.progress import Progress
+from vlmforge_builder.publish import list_files, staging
+from vlmforge_builder.recipe import ModelSpec, RecipeOptions, find_recipe
+from vlmforge_builder.targets import CompileJob, load_target
+from vlmforge_builder.templates import choose_template
+from vlmforge_builder.weights import DTYPES
+
+_BUILD_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tokenizers")
+_BUILD_LOG = "build.log.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """What `build-engine` was asked for. `session_len=None`: what the model was trained for."""
+
+    checkpoint: str
+    output: Path
+    target: str = "onnxruntime"
+    dtype: str = "float32"
+    session_len: int | None = None
+    max_batch_size: int = 8
+    vision_tower: str | None = None
+    chat_template: str | None = None
+    force: bool = False
+
+    def recorded(self) -> dict[str, str]:
+        """The options that shape the engine, as text."""
+        names = ("target", "dtype", "session_len", "max_batch_size", "vision_tower")
+        return {name: str(getattr(self, name)) for name in (*names, "chat_template")}
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    folder: Path
+    config: ConfigReader
+    recipe: str
+    spec: ModelSpec
+    fingerprint: str
+
+
+def build_engine(options: BuildOptions, progress: Progress) -> Path:
+    """Build the engine of `options.checkpoint` at `options.output` and return its path.
+
+    An engine that was built from the same inputs with the same options is left as it is, unless
+    `force`. Nothing is published before everything is written and the goldens ran.
+
+    Raises:
+        VlmforgeError: CheckpointError, ConfigError or BuildError, by what is wrong.
+    """
+    _check(options)
+    with progress.stage("read the checkpoint"):
+        source = _read(options, progress)
+    if _is_current(options, source):
+        progress.note(f"{options.output} is up to date; --force builds it again")
+        return options.output
+    with staging(options.output) as folder:
+        parts = _compile(source.spec, options, folder, progress)
+        manifest = _describe(source, options, parts)
+        _write_texts(folder, source, options)
+        with progress.stage("run the goldens"):
+            record_goldens(folder, manifest, progress)
+        with progress.stage("checksums"):
+            files = list_files(folder)
+        manifest = _with_files(manifest, files)
+        (folder / MANIFEST_FILE).write_text(dump_manifest(manifest), "utf-8")
+    size = sum(entry.size for entry in files)
+    progress.note(f"built {options.output}: {len(files) + 1} files, {size / 1e9:.2f} GB")
+    return options.output
+
+
+def _check(options: BuildOptions) -> None:
+    load_target(options.target)
+    limits = {"session_len": options.session_len or 1, "max_batch_size": options.max_batch_size}
+    for name, value in limits.items():
+        if value < 1:
+            raise ConfigError(
+                f"{name} is out of range.",
+                found=str(value),
+                expected="a positive integer",
+                fix=f"--{name.replace('_', '-')} 8",
+            )
+    if options.dtype not in DTYPES:
+        raise ConfigError(
+            "dtype is not known.",
+            found=repr(options.dtype),
+            expected="one of: " + ", ".join(DTYPES),
+            fix="--dtype float32",
+        )
+
+
+def _read(options: BuildOptions, progress: Progress) -> _Source:
+    folder = resolve_checkpoint(options.checkpoint, progress=progress.note)
+    config = read_config(folder / "config.json")
+    recipe = find_recipe(config)
+    spec = recipe.load(
+        folder,
+        config,
+        RecipeOptions(
+            options.session_len,
+            options.vision_tower,
+            lambda name: resolve_checkpoint(name, progress=progress.note),
+        ),
+    )
+    spec = choose_template(spec, options.chat_template)
+    progress.note(f"{recipe.name} ({spec.architecture}); tokenizer {spec.tokenizer_proof}")
+    files = [path for base in (folder, *spec.source_files) for path in sorted(base.iterdir())]
+    identity = fingerprint(path for path in files if path.is_file())
+    return _Source(folder, config, recipe.name, spec, identity)
+
+
+def _is_current(options: BuildOptions, source: _Source) -> bool:
+    """Whether the output is the engine of these inputs already (BuildError: of others)."""
+    if not (options.output / MANIFEST_FILE).exists() or options.force:
+        return False
+    try:
+        found = load_manifest(options.output).provenance
+    except VlmforgeError:
+        found = None
+    same = found is not None and (
+        found.source_fingerprint == source.fingerprint
+        and dict(found.options) == options.recorded()
+        and dict(found.versions) == _versions()
+    )
+    if same:
+        return _is_whole(options.output)
+    raise BuildError(
+        f"{options.output} is an engine of other inputs, options or versions.",
+        found="an engine of " + (found.source if found else "another schema version"),
+        expected="no engine, or the one of the same inputs and options",
+        fix="add --force to replace it, or choose another -o",
+    )
+
+
+def _is_whole(engine: Path) -> bool:
+    try:
+        open_bundle(engine)
+    except EngineError:
+        return False  # damaged since: build it again
+    return True
+
+
+def _compile(
+    spec: ModelSpec, options: BuildOptions, folder: Path, progress: Progress
+) -> tuple[Part, ...]:
+    target, parts = load_target(options.target), []
+    for part in spec.parts:
+        with progress.stage(f"trace {part.name}"):
+            traced = trace(part)
+        with progress.stage(f"write {part.name}"):
+            job = CompileJob(part, spec.store, options.dtype, folder, progress.report)
+            parts.append(target.compile(traced, job))
+    return tuple(parts)
+
+
+def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -> Manifest:
+    spec, target = source.spec, load_target(options.target)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        backend=target.name,
+        dtype=options.dtype,
+        compute_dtype=target.compute_dtype,
+        parts=parts,
+        image=spec.image,
+        prompt=spec.prompt,
+        decode=DecodePolicy(
+            vocab_size=spec.vocab_size,
+            hidden_size=spec.hidden_size,
+            eos_ids=spec.eos_ids,
+            tokens_per_image=spec.tokens_per_image,
+            session_len=spec.session_len,
+            max_batch_size=options.max_batch_size,
+        ),
+        kv=spec.kv,
+        parallel=ParallelLayout(tp=1),
+        tokenizer_file="tokenizer.json",
+        files=(),
+        provenance=Provenance(
+            built_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            source=options.checkpoint,
+            source_fingerprint=source.fingerprint,
+            recipe=source.recipe,
+            architecture=spec.architecture,
+            options=options.recorded(),
+            versions=_versions(),
+        ),
+    )
+
+
+def _with_files(manifest: Manifest, files: tuple[FileEntry, ...]) -> Manifest:
+    return dataclasses.replace(manifest, files=files)
+
+
+def _versions() -> Mapping[str, str]:
+    names = ("vlmforge", *_BUILD_LIBRARIES)
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _write_texts(folder: Path, source: _Source, options: BuildOptions) -> None:
+    spec = source.spec
+    (folder / "tokenizer.json").write_bytes(spec.tokenizer_json)
+    (folder / spec.prompt.template_file).write_text(spec.template.jinja, "utf-8")
+    # Decisions only: times and memory differ between two builds and go to --json-events.
+    rows = [
+        {"event": "source", "fingerprint": source.fingerprint, "recipe": source.recipe},
+        {"event": "options", **options.recorded()},
+        {"event": "tokenizer", "proof": spec.tokenizer_proof},
+        {"event": "template", "name": spec.template.name},
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / _BUILD_LOG).write_text(text, "utf-8")

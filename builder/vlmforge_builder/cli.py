@@ -1,0 +1,89 @@
+"""`build-engine`: the command line of the builder."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from vlmforge.errors import ConfigError, VlmforgeError
+from vlmforge_builder.build import BuildOptions, build_engine
+from vlmforge_builder.progress import Progress
+from vlmforge_builder.targets import TARGETS
+from vlmforge_builder.weights import DTYPES
+
+_DTYPE_HELP = (
+    "how weights are stored. ONNX Runtime's CPU provider has no 16-bit matrix kernels: with "
+    "float16 or bfloat16 the files are half as big, and each weight is widened to float32 once "
+    "at load; arithmetic is float32 in any case (default: float32)"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `build-engine`."""
+    arguments = argparse.ArgumentParser(
+        prog="build-engine",
+        description="Compile a vision-language checkpoint into a self-contained engine directory.",
+    )
+    add = arguments.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a folder, or a hub id such as org/name")
+    add("-o", "--output", required=True, type=Path, metavar="ENGINE", help="where to write it")
+    add("--target", default="onnxruntime", choices=TARGETS, help="what runs it")
+    add("--dtype", default="float32", choices=tuple(DTYPES), help=_DTYPE_HELP)
+    add("--session-len", type=int, metavar="N", help="tokens that one conversation may hold")
+    add("--max-batch-size", type=int, default=8, metavar="N", help="sequences at once (default 8)")
+    add("--vision-tower", metavar="PATH_OR_ID", help="where the vision tower is, if not inside")
+    add("--chat-template", metavar="NAME_OR_JSON", help="a name, JSON text or a .json file")
+    add("--force", action="store_true", help="replace an engine that is there")
+    add("--json-events", metavar="FILE", help="write progress as JSON lines; - is stdout")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `build-engine`; returns the exit status (0, 1 on an error, 130 when interrupted)."""
+    values = vars(parser().parse_args(argv))
+    events = values.pop("json_events")
+    # A polite kill takes the way of Ctrl-C, so that the half-built engine is cleared away.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with ExitStack() as stack:
+            progress = stack.enter_context(Progress(events=_open(events, stack)))
+            build_engine(BuildOptions(**values), progress)
+            peak = progress.peak
+            progress.note(
+                f"done in {progress.elapsed:.1f} s; peak memory {peak.anonymous / 2**20:.0f} MiB "
+                f"anonymous, {peak.resident / 2**20:.0f} MiB resident with mapped files"
+            )
+    except VlmforgeError as error:
+        print(f"build-engine: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("build-engine: interrupted; nothing was published", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+def _open(events: str | None, stack: ExitStack) -> TextIO | None:
+    if events is None:
+        return None
+    if events == "-":
+        return sys.stdout
+    try:
+        return stack.enter_context(Path(events).open("w", encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"The file for the JSON events cannot be written: {events}",
+            found=str(error.strerror),
+            expected="a path in a folder that can be written to",
+            fix="--json-events events.jsonl",
+        ) from error

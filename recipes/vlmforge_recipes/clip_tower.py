@@ -1,0 +1,96 @@
+"""The CLIP vision tower: configuration and weights' names (https://arxiv.org/abs/2103.00020)."""
+
+from __future__ import annotations
+
+from vlmforge.errors import UnsupportedModelError
+from vlmforge_builder.blocks.layers import ACTIVATIONS
+from vlmforge_builder.blocks.vision import VisionConfig
+from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_builder.weights import Stacked, Stored, Transposed, Weight
+
+
+def read_tower_config(
+    vision: ConfigReader, *, feature_layer: int, keep_class_token: bool
+) -> VisionConfig:
+    """Geometry from a CLIP vision configuration; absent keys have `CLIPVisionConfig`'s defaults.
+
+    Args:
+        vision: The section of the tower.
+        feature_layer: Index into the hidden states; 0 is the input of the first layer, -1 the
+            output of the last one. Layers behind it are left out.
+        keep_class_token: Whether the class token's feature is used too.
+
+    Raises:
+        UnsupportedModelError: another activation, or a feature layer that does not exist.
+    """
+    total = vision.int("num_hidden_layers", 12)
+    layers = feature_layer if feature_layer >= 0 else total + 1 + feature_layer
+    act = vision.str("hidden_act", "quick_gelu")
+    if act not in ACTIVATIONS:
+        raise _unsupported(vision, f"hidden_act {act!r}", ", ".join(sorted(ACTIVATIONS)))
+    if not 0 <= layers <= total:
+        expected = f"an index into {total + 1} hidden states"
+        raise _unsupported(vision, f"feature layer {feature_layer}", expected)
+    return VisionConfig(
+        image_size=vision.int("image_size", 224),
+        patch_size=vision.int("patch_size", 32),
+        hidden_size=vision.int("hidden_size", 768),
+        intermediate_size=vision.int("intermediate_size", 3072),
+        layers=layers,
+        heads=vision.int("num_attention_heads", 12),
+        norm_eps=vision.float("layer_norm_eps", 1e-5),
+        activation=act,
+        keep_class_token=keep_class_token,
+    )
+
+
+def _unsupported(vision: ConfigReader, found: str, expected: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The vision tower of {vision.file} is a variant that is not supported.",
+        found=found,
+        expected=expected,
+        fix="check config.json against the published one",
+    )
+
+
+def tower_weights(config: VisionConfig, *, ours: str, prefix: str) -> dict[str, Weight]:
+    """Weights of the tower; `ours` and `prefix` begin our names and the checkpoint's."""
+    embeddings = f"{prefix}embeddings."
+    weights: dict[str, Weight] = {
+        f"{ours}patch": Stored(f"{embeddings}patch_embedding.weight"),
+        f"{ours}class_token": Stored(f"{embeddings}class_embedding"),
+        f"{ours}positions": Stored(f"{embeddings}position_embedding.weight"),
+        # The published name has this spelling.
+        **_norm(f"{ours}pre_norm", f"{prefix}pre_layrnorm"),
+    }
+    for i in range(config.layers):
+        weights |= _layer_weights(
+            config, f"{ours}layers.{i}.", f"{prefix}encoder.layers.{i}."
+        )
+    return weights
+
+
+def _norm(ours: str, theirs: str) -> dict[str, Weight]:
+    return {f"{ours}.{kind}": Stored(f"{theirs}.{kind}") for kind in ("weight", "bias")}
+
+
+def linear(ours: str, keys: tuple[str, ...], widths: tuple[int, ...]) -> dict[str, Weight]:
+    """Weights of a linear layer with bias made of the named ones, side by side."""
+    return {
+        f"{ours}.weight": Transposed(tuple(f"{key}.weight" for key in keys), widths),
+        f"{ours}.bias": Stacked(tuple(f"{key}.bias" for key in keys), widths),
+    }
+
+
+def _layer_weights(config: VisionConfig, ours: str, theirs: str) -> dict[str, Weight]:
+    width = config.hidden_size
+    attn = f"{theirs}self_attn."
+    qkv = tuple(f"{attn}{name}_proj" for name in "qkv")
+    return {
+        **_norm(f"{ours}attn_norm", f"{theirs}layer_norm1"),
+        **linear(f"{ours}attn.qkv", qkv, (width, width, width)),
+        **linear(f"{ours}attn.out", (f"{attn}out_proj",), (width,)),
+        **_norm(f"{ours}mlp_norm", f"{theirs}layer_norm2"),
+        **linear(f"{ours}fc1", (f"{theirs}mlp.fc1",), (config.intermediate_size,)),
+        **linear(f"{ours}fc2", (f"{theirs}mlp.fc2",), (width,)),
+    }

@@ -1,0 +1,129 @@
+"""The Llama decoder: its configuration and its weights' names (https://arxiv.org/abs/2302.13971)."""
+
+from __future__ import annotations
+
+from vlmforge.errors import UnsupportedModelError
+from vlmforge_builder.blocks.decoder import Decoder, DecoderConfig, rotary_tables
+from vlmforge_builder.blocks.layers import ACTIVATIONS
+from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_builder.recipe import PartSpec, TensorArg
+from vlmforge_builder.weights import Computed, Stored, Transposed, Weight
+
+
+def read_decoder_config(text: ConfigReader, *, session_len: int | None) -> DecoderConfig:
+    """Geometry from a Llama configuration; absent keys have the defaults of `LlamaConfig`.
+
+    Raises:
+        UnsupportedModelError: scaled rotary positions, biases or another activation.
+    """
+    heads = text.int("num_attention_heads", 32)
+    hidden = text.int("hidden_size", 4096)
+    _refuse_variants(text)
+    return DecoderConfig(
+        vocab_size=text.int("vocab_size", 32000),
+        hidden_size=hidden,
+        intermediate_size=text.int("intermediate_size", 11008),
+        layers=text.int("num_hidden_layers", 32),
+        heads=heads,
+        kv_heads=text.opt_int("num_key_value_heads") or heads,
+        head_dim=text.opt_int("head_dim") or hidden // heads,
+        norm_eps=text.float("rms_norm_eps", 1e-6),
+        rope_theta=_rope_theta(text),
+        activation=text.str("hidden_act", "silu"),
+        max_positions=session_len or text.int("max_position_embeddings", 2048),
+    )
+
+
+def _rope_theta(text: ConfigReader) -> float:
+    # transformers 5 writes {"rope_theta": ..., "rope_type": ...}; before it was a plain key.
+    if text.has("rope_parameters") and text.get("rope_parameters") is not None:
+        return text.section("rope_parameters").float("rope_theta", 10000.0)
+    return text.float("rope_theta", 10000.0)
+
+
+def _refuse_variants(text: ConfigReader) -> None:
+    for key in ("rope_scaling", "rope_parameters"):
+        if text.get(key) is None:
+            continue
+        scaling = text.section(key)
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        if kind != "default":
+            raise _unsupported(text, f"{key} of type {kind!r}", "plain rotary positions")
+    for key in ("attention_bias", "mlp_bias"):
+        if text.bool(key, default=False):
+            raise _unsupported(text, f"{key} true", "projections without bias")
+    act = text.str("hidden_act", "silu")
+    if act not in ACTIVATIONS:
+        raise _unsupported(text, f"hidden_act {act!r}", "one of: " + ", ".join(sorted(ACTIVATIONS)))
+
+
+def _unsupported(text: ConfigReader, found: str, expected: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The decoder of {text.file} is a variant that is not supported.",
+        found=found,
+        expected=expected,
+        fix="choose a checkpoint without it, or add it to the decoder block and this recipe",
+    )
+
+
+def decoder_part(config: DecoderConfig, *, prefix: str, head: str) -> PartSpec:
+    """The decoder as a part.
+
+    Args:
+        config: Geometry.
+        prefix: What the names of the decoder's tensors begin with, such as "model.".
+        head: Name of the output projection's tensor; for tied weights, that of the embedding.
+    """
+    caches = [
+        tuple(
+            TensorArg(
+                f"past_{kind}.{i}", ("batch", config.kv_heads, "capacity", config.head_dim)
+            )
+            for i in range(config.layers)
+        )
+        for kind in ("key", "value")
+    ]
+    presents = [f"present_{kind}.{i}" for kind in ("key", "value") for i in range(config.layers)]
+    return PartSpec(
+        name="decoder",
+        module=lambda: Decoder(config),
+        inputs=(
+            TensorArg("input_ids", ("batch", "tokens"), "int64"),
+            TensorArg("image_features", ("rows", config.hidden_size)),
+            TensorArg("past_lengths", ("batch",), "int64"),
+            TensorArg("logits_indices", ("batch", "outputs"), "int64"),
+            *caches,
+        ),
+        outputs=("logits", *presents),
+        weights=_weights(config, prefix, head),
+    )
+
+
+def _weights(config: DecoderConfig, prefix: str, head: str) -> dict[str, Weight]:
+    weights: dict[str, Weight] = {
+        "embed": Stored(f"{prefix}embed_tokens.weight"),
+        "cos": Computed(lambda: rotary_tables(config)[0]),
+        "sin": Computed(lambda: rotary_tables(config)[1]),
+        "norm.weight": Stored(f"{prefix}norm.weight"),
+        "lm_head.weight": Transposed((head,), (config.vocab_size,)),
+    }
+    for i in range(config.layers):
+        weights |= _layer_weights(config, f"layers.{i}.", f"{prefix}layers.{i}.")
+    return weights
+
+
+def _layer_weights(config: DecoderConfig, ours: str, theirs: str) -> dict[str, Weight]:
+    width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    attn, mlp = f"{theirs}self_attn.", f"{theirs}mlp."
+    qkv = tuple(f"{attn}{name}_proj.weight" for name in "qkv")
+    inner = config.intermediate_size
+    return {
+        f"{ours}attn_norm.weight": Stored(f"{theirs}input_layernorm.weight"),
+        f"{ours}attn.qkv.weight": Transposed(qkv, (width, kv_width, kv_width)),
+        f"{ours}attn.out.weight": Transposed((f"{attn}o_proj.weight",), (config.hidden_size,)),
+        f"{ours}mlp_norm.weight": Stored(f"{theirs}post_attention_layernorm.weight"),
+        f"{ours}mlp.gate_up.weight": Transposed(
+            (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"), (inner, inner)
+        ),
+        f"{ours}mlp.down.weight": Transposed((f"{mlp}down_proj.weight",), (config.hidden_size,)),
+    }

@@ -1,0 +1,123 @@
+"""What the layouts of the family share: the assembly of parts and policies."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmforge.errors import CheckpointError
+from vlmforge.manifest import KVLayout, PromptPolicy
+from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge_builder.blocks.decoder import DecoderConfig
+from vlmforge_builder.blocks.vision import VisionConfig, VisionEncoder
+from vlmforge_builder.checkpoint.store import TensorStore
+from vlmforge_builder.recipe import ChatTemplate, ModelSpec, PartSpec, RecipeOptions, TensorArg
+from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
+from vlmforge_recipes.clip_tower import linear, tower_weights
+from vlmforge_recipes.llama_decoder import decoder_part
+from vlmforge_recipes.llava.templates import TEMPLATES
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes of the model."""
+
+    decoder: DecoderConfig
+    tower: VisionConfig
+    projector_act: str
+    architecture: str
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What the checkpoint's tensors are called: prefixes, and the whole names of the head."""
+
+    text: str
+    head: str
+    vision: str
+    projector: tuple[str, str]
+
+    def tied(self) -> Names:
+        """The output projection is the embedding."""
+        return dataclasses.replace(self, head=f"{self.text}embed_tokens.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompting:
+    """How the layout writes prompts."""
+
+    template: ChatTemplate
+    placeholder: str
+    splice: str
+    image_token_id: int
+
+
+def assemble(
+    geometry: Geometry,
+    names: Names,
+    store: TensorStore,
+    image: ImagePolicy,
+    tokenizer: ConvertedTokenizer,
+    prompting: Prompting,
+    options: RecipeOptions,
+    *,
+    extra_files: tuple[Path, ...],
+) -> ModelSpec:
+    """Put parts and policies together; `extra_files` are inputs outside the checkpoint's folder."""
+    decoder, tower = geometry.decoder, geometry.tower
+    if tokenizer.vocab_size > decoder.vocab_size:
+        raise CheckpointError(
+            "The tokenizer has more tokens than the decoder.",
+            found=f"{tokenizer.vocab_size} tokens, vocab_size {decoder.vocab_size}",
+            expected="at most vocab_size tokens",
+            fix="check that the tokenizer files belong to this checkpoint",
+        )
+    return ModelSpec(
+        architecture=geometry.architecture,
+        parts=(
+            _vision_part(geometry, names),
+            decoder_part(decoder, prefix=names.text, head=names.head),
+        ),
+        store=store,
+        image=image,
+        template=prompting.template,
+        prompt=PromptPolicy(
+            template_name=prompting.template.name,
+            template_file="chat_template.jinja",
+            stop_words=prompting.template.stop_words,
+            templates=TEMPLATES,
+            image_placeholder=prompting.placeholder,
+            image_splice=prompting.splice,
+            image_token_id=prompting.image_token_id,
+            bos_id=tokenizer.bos_id if tokenizer.add_bos else None,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+        ),
+        tokenizer_json=tokenizer.json,
+        tokenizer_proof=str(tokenizer.proof),
+        kv=KVLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, "float32"),
+        vocab_size=decoder.vocab_size,
+        hidden_size=decoder.hidden_size,
+        eos_ids=tokenizer.eos_ids,
+        tokens_per_image=tower.tokens,
+        session_len=decoder.max_positions,
+        source_files=extra_files,
+    )
+
+
+def _vision_part(geometry: Geometry, names: Names) -> PartSpec:
+    tower, width = geometry.tower, geometry.decoder.hidden_size
+    return PartSpec(
+        name="vision",
+        module=lambda: VisionEncoder(
+            tower, outputs=width, projector_act=geometry.projector_act
+        ),
+        inputs=(TensorArg("pixel_values", ("images", 3, tower.image_size, tower.image_size)),),
+        outputs=("image_features",),
+        weights={
+            **tower_weights(tower, ours="tower.", prefix=names.vision),
+            **linear("projector.fc1", (names.projector[0],), (width,)),
+            **linear("projector.fc2", (names.projector[1],), (width,)),
+        },
+    )

@@ -1,0 +1,115 @@
+"""An engine directory, opened: its manifest and the assurance that its files are the ones built."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmforge import env
+from vlmforge.errors import EngineFormatError, EngineIntegrityError
+from vlmforge.manifest import FileEntry, Manifest, load_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An engine directory and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    def text(self, name: str) -> str:
+        """The text of a file of the engine."""
+        return (self.folder / name).read_text("utf-8")
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Open an engine directory, checking that every file has its size and its sha256.
+
+    Hashing gigabytes takes seconds, so a success is remembered for as long as sizes, times of
+    change and inodes stay what they are.
+
+    Raises:
+        EngineFormatError: not an engine, or of another schema version.
+        EngineIntegrityError: a file is missing, short or altered; names it.
+    """
+    bundle = Bundle(folder, load_manifest(folder))
+    for entry in bundle.manifest.files:
+        _check_size(folder, entry)
+    stamp = _stamp_path(bundle)
+    if stamp is not None and stamp.exists():
+        return bundle
+    check_hashes(bundle)
+    if stamp is not None:
+        _remember(stamp)
+    return bundle
+
+
+def check_hashes(bundle: Bundle) -> None:
+    """Compare the sha256 of every file with the manifest (EngineIntegrityError otherwise)."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for entry, found in zip(
+            bundle.manifest.files,
+            pool.map(lambda e: _sha256(bundle.folder / e.path), bundle.manifest.files),
+            strict=True,
+        ):
+            if found != entry.sha256:
+                raise _altered(bundle.folder / entry.path, f"sha256 {found}", entry)
+
+
+def _check_size(folder: Path, entry: FileEntry) -> None:
+    path = _inside(folder, entry.path)
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise _altered(path, str(error.strerror), entry) from None
+    if size != entry.size:
+        raise _altered(path, f"{size} bytes", entry)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file of the manifest, which may not lead out of the engine."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise EngineFormatError(
+            "The manifest names a file outside the engine.",
+            found=repr(name),
+            expected="paths relative to the engine directory",
+            fix="do not use this engine; rebuild it with build-engine",
+        )
+    return folder / path
+
+
+def _altered(path: Path, found: str, entry: FileEntry) -> EngineIntegrityError:
+    return EngineIntegrityError(
+        f"{path} is not the file that was built.",
+        found=found,
+        expected=f"{entry.size} bytes, sha256 {entry.sha256}",
+        fix="copy the engine again, or rebuild it: build-engine CHECKPOINT -o ENGINE --force",
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stamp_path(bundle: Bundle) -> Path | None:
+    """Where the success of a check is remembered; None without a usable cache directory."""
+    digest = hashlib.sha256(str(bundle.folder.resolve()).encode())
+    for entry in bundle.manifest.files:
+        stat = (bundle.folder / entry.path).stat()
+        digest.update(f"{entry}{stat.st_ino}{stat.st_mtime_ns}{stat.st_ctime_ns}".encode())
+    try:
+        return env.cache_dir() / "verified" / digest.hexdigest()
+    except RuntimeError:  # no home directory
+        return None
+
+
+def _remember(stamp: Path) -> None:
+    try:
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+    except OSError:
+        return  # a read-only home only costs the hashing next time

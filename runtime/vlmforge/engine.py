@@ -1,0 +1,127 @@
+"""A loaded engine: its stages, each as a function. Pipeline and verification both run on these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+
+from vlmforge.backends import (
+    DecoderSession,
+    FloatArray,
+    IntArray,
+    LoadOptions,
+    VisionSession,
+    load_backend,
+)
+from vlmforge.bundle import Bundle
+from vlmforge.features import PreparedImage, prepare, row_keys
+from vlmforge.manifest import Manifest
+from vlmforge.prompt.choice import ActiveTemplate
+from vlmforge.prompt.messages import Conversation
+from vlmforge.prompt.render import RenderedPrompt, marked_tokenizer_json, render_prompt
+from vlmforge.slots import Keys
+from vlmforge.text import TextTokenizer
+from vlmforge.vl.preprocess import preprocess
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderInput:
+    """A prompt as the decoder takes it.
+
+    Attributes:
+        ids: int64 `[tokens]`; an id >= vocab_size is row `id - vocab_size` of `features`.
+        keys: int64 `[tokens]`, what identifies each token's content (see `SlotTable`).
+        features: `[rows, hidden]` of all images, or None without images.
+    """
+
+    ids: IntArray
+    keys: Keys
+    features: FloatArray | None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The parts of an engine, loaded, and the functions of its stages."""
+
+    manifest: Manifest
+    tokenizer: TextTokenizer
+    template: ActiveTemplate
+    vision: VisionSession
+    decoder: DecoderSession
+    options: LoadOptions
+
+    def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:
+        """Preprocess by the engine's image policy (ImageError otherwise)."""
+        return prepare(preprocess(image, self.manifest.image))
+
+    def render(self, conversation: Conversation, *, do_preprocess: bool = True) -> RenderedPrompt:
+        """The prompt's text, ids and image spans (PromptError otherwise)."""
+        length = self.manifest.decode.tokens_per_image
+        return render_prompt(
+            conversation,
+            policy=self.manifest.prompt,
+            template=self.template,
+            encoder=self.tokenizer,
+            image_lengths=[length] * len(conversation.images),
+            preprocess=do_preprocess,
+        )
+
+    def decoder_input(
+        self,
+        rendered: RenderedPrompt,
+        images: Sequence[PreparedImage],
+        features: Sequence[FloatArray],
+    ) -> DecoderInput:
+        """Point the image positions of a prompt at the rows of its images' features."""
+        ids = np.array(rendered.token_ids, np.int64)
+        keys = ids.copy()
+        row = 0
+        for span in rendered.image_spans:
+            place = slice(span.start, span.start + span.length)
+            rows = np.arange(row, row + span.length, dtype=np.int64)
+            ids[place] = self.manifest.decode.vocab_size + rows
+            keys[place] = row_keys(images[span.image], span.length)
+            row += span.length
+        return DecoderInput(ids, keys, np.concatenate(features) if features else None)
+
+    def prefill(self, slot: int, prompt: DecoderInput, start: int, stop: int) -> FloatArray | None:
+        """Run the tokens `start .. stop` of a prompt that has its first `start` in the cache.
+
+        Returns the logits `[vocab_size]` after the prompt's last token, None before that.
+        """
+        vocab = self.manifest.decode.vocab_size
+        ids, features = prompt.ids[start:stop], None
+        rows = ids[ids >= vocab]
+        if len(rows) and prompt.features is not None:
+            # Only the rows of this chunk are handed over.
+            first = int(rows[0]) - vocab
+            features = prompt.features[first : int(rows[-1]) - vocab + 1]
+            ids = np.where(ids >= vocab, ids - first, ids)
+        wanted = [[stop - start - 1]] if stop == len(prompt.ids) else [[]]
+        logits = self.decoder.step(
+            slot, ids[None], np.array([start], np.int64), features, np.array(wanted, np.int64)
+        )
+        return logits[0, 0] if logits.size else None
+
+    def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
+        """One step of the sequences in slots 0..B-1: `tokens` `[B]` to logits `[B, vocab_size]`."""
+        zeros = np.zeros((len(tokens), 1), np.int64)
+        return self.decoder.step(0, tokens[:, None], lengths, None, zeros)[:, 0]
+
+
+def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) -> Engine:
+    """Load the parts of an engine directory (EngineError otherwise)."""
+    manifest = bundle.manifest
+    backend = load_backend(manifest.backend)
+    text = marked_tokenizer_json(bundle.text(manifest.tokenizer_file), manifest.prompt)
+    return Engine(
+        manifest=manifest,
+        tokenizer=TextTokenizer(text),
+        template=template,
+        vision=backend.load_vision(bundle.folder, manifest, options),
+        decoder=backend.load_decoder(bundle.folder, manifest, options),
+        options=options,
+    )

@@ -1,0 +1,228 @@
+"""Every form that a prompt may take, brought to one: a conversation of messages of blocks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from vlmforge.errors import PromptError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+
+ImageSource: TypeAlias = "PIL.Image.Image | np.ndarray | os.PathLike[str] | bytes | str"
+ROLES = ("system", "user", "assistant")
+_FORMS = (
+    "'text', ('text', image), ('text', [image, ...]), a list of these, OpenAI messages "
+    "[{'role': ..., 'content': ...}, ...], or a list of such conversations"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A block of text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A block that is an image: anything that `load_image` takes."""
+
+    source: ImageSource
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation."""
+
+    role: str
+    blocks: tuple[Text | Image, ...]
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """Its images in order."""
+        return tuple(block for block in self.blocks if isinstance(block, Image))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Its texts in order."""
+        return tuple(block.text for block in self.blocks if isinstance(block, Text))
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order. The images of all messages, in order, are its images."""
+
+    messages: tuple[Message, ...]
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """All images in order."""
+        return tuple(image for message in self.messages for image in message.images)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """A call's prompts; `single` when the caller wants one response and not a list.
+
+    An item that is of no known form is kept as its error, so that its siblings go on.
+    """
+
+    items: tuple[Conversation | PromptError, ...]
+    single: bool
+
+
+def parse_prompts(prompts: object) -> Prompts:
+    """Bring the argument of `pipe(...)` to conversations.
+
+    Raises:
+        PromptError: a single prompt of an unknown form.
+    """
+    if isinstance(prompts, list) and not _is_messages(prompts):
+        return Prompts(tuple(_item(prompt) for prompt in prompts), single=False)
+    return Prompts((parse_prompt(prompts),), single=True)
+
+
+def _item(prompt: object) -> Conversation | PromptError:
+    try:
+        return parse_prompt(prompt)
+    except PromptError as error:
+        return error
+
+
+def parse_prompt(prompt: object) -> Conversation:
+    """Bring one prompt to a conversation (PromptError otherwise)."""
+    if isinstance(prompt, Conversation):
+        return prompt
+    if isinstance(prompt, str):
+        return Conversation((Message("user", (Text(prompt),)),))
+    if isinstance(prompt, tuple):
+        return Conversation((Message("user", _tuple_blocks(prompt)),))
+    if isinstance(prompt, list) and _is_messages(prompt):
+        return Conversation(tuple(_message(message, i) for i, message in enumerate(prompt)))
+    raise PromptError(
+        "A prompt is of a form that is not known.",
+        found=_describe(prompt),
+        expected=_FORMS,
+        fix="put text first and images second: pipe(('describe this image', image))",
+    )
+
+
+def _is_messages(prompt: Sequence[object]) -> bool:
+    return bool(prompt) and all(isinstance(item, Mapping) for item in prompt)
+
+
+def is_image_address(value: object) -> bool:
+    """Whether a string can only mean an image: a URL or a data URI."""
+    return isinstance(value, str) and value.startswith(
+        ("http://", "https://", "data:image", "file://")
+    )
+
+
+def _tuple_blocks(prompt: tuple[object, ...]) -> tuple[Text | Image, ...]:
+    if len(prompt) == 2:
+        first, second = prompt
+        if isinstance(first, str) and not (is_image_address(first) and _is_text(second)):
+            return (Text(first), *_images(second))
+        if isinstance(second, str):
+            return (*_images(first), Text(second))
+    raise PromptError(
+        "A tuple prompt must be (text, image) or (text, [image, ...]).",
+        found=_describe(prompt),
+        expected="two elements, one of them a string of text",
+        fix="pipe(('describe these images', [image1, image2]))",
+    )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not is_image_address(value)
+
+
+def _images(value: object) -> tuple[Image, ...]:
+    sources = value if isinstance(value, list | tuple) else [value]
+    return tuple(Image(_source(source)) for source in sources)
+
+
+def _source(value: object) -> ImageSource:
+    kind = f"{type(value).__module__}.{type(value).__name__}"
+    is_pixels = kind.startswith("PIL.") or kind == "numpy.ndarray"
+    if is_pixels or isinstance(value, str | bytes | os.PathLike):
+        return value  # type: ignore[return-value]
+    raise PromptError(
+        "An image is of a type that is not known.",
+        found=_describe(value),
+        expected="a PIL image, a path, a URL, a data URI, bytes or a uint8 array",
+        fix="from vlmforge.vl import load_image; image = load_image(path_or_url)",
+    )
+
+
+def _message(message: Mapping[str, object], index: int) -> Message:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise PromptError(
+            f"Message {index} has a role that is not known.",
+            found=repr(role),
+            expected=" or ".join(repr(name) for name in ROLES),
+            fix="{'role': 'user', 'content': 'describe this image'}",
+        )
+    if isinstance(content, str):
+        blocks: tuple[Text | Image, ...] = (Text(content),)
+    elif isinstance(content, list | tuple):
+        blocks = tuple(_block(item, f"message {index}, part {i}") for i, item in enumerate(content))
+    else:
+        raise PromptError(
+            f"Message {index} has no usable content.",
+            found=_describe(content),
+            expected="a string, or a list of {'type': 'text' | 'image_url' | 'image_data', ...}",
+            fix="{'role': 'user', 'content': [{'type': 'text', 'text': 'hello'}]}",
+        )
+    if role != "user" and any(isinstance(block, Image) for block in blocks):
+        raise PromptError(
+            f"Message {index} has an image.",
+            found=f"an image in a message of role {role!r}",
+            expected="images in messages of role 'user' only",
+            fix="move the image to a user message",
+        )
+    return Message(str(role), blocks)
+
+
+def _block(item: object, where: str) -> Text | Image:
+    if isinstance(item, str):
+        return Text(item)
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    if isinstance(item, Mapping) and isinstance(kind, str) and kind in item:
+        payload = item[kind]
+        match kind:
+            case "text" if isinstance(payload, str):
+                return Text(payload)
+            case "image_url":
+                return Image(_source(_unwrap(payload, "url")))
+            case "image_data":
+                return Image(_source(_unwrap(payload, "data")))
+            case "image":
+                return Image(_source(payload))
+    raise PromptError(
+        f"The content of {where} is not known.",
+        found=_describe(item),
+        expected="{'type': 'text', 'text': str}, {'type': 'image_url', 'image_url': {'url': str}} "
+        "or {'type': 'image_data', 'image_data': {'data': image}}",
+        fix="correct the type, or give the key that has the type's name",
+    )
+
+
+def _unwrap(payload: object, key: str) -> object:
+    return payload.get(key) if isinstance(payload, Mapping) else payload
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, tuple | list):
+        inside = ", ".join(type(item).__name__ for item in value[:4])
+        more = ", ..." if len(value) > 4 else ""
+        brackets = "()" if isinstance(value, tuple) else "[]"
+        return f"{brackets[0]}{inside}{more}{brackets[1]} of length {len(value)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text[:80]}{'...' if len(text) > 80 else ''}"

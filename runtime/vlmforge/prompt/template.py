@@ -1,0 +1,129 @@
+"""Chat templates: from their parts to jinja, and from jinja and messages to text.
+
+A template is untrusted data that came with a checkpoint: it runs in jinja2's sandbox, with the
+names that published templates use and no others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from vlmforge.errors import PromptError
+from vlmforge.manifest import TemplateParts
+
+_BODY = """\
+{%- macro body(message) -%}
+{%- if message.content is string -%}{{ message.content }}{%- else -%}
+{%- for block in message.content if block.type == 'image' -%}
+{{ IMAGE + '\\n' }}{%- endfor -%}
+{%- for block in message.content if block.type == 'text' -%}{{ block.text }}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- if SYSTEM is not none and (not messages or messages[0].role != 'system') -%}
+{{ SYS + SYSTEM + EOSYS }}{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}{{ SYS + body(message) + EOSYS }}
+{%- elif message.role == 'user' -%}{{ USER + body(message) + EOH }}
+{%- else -%}{{ ASSISTANT + body(message) }}
+{%- if not loop.last or add_generation_prompt -%}{{ EOA + SEPARATOR }}{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ GENERATION }}{%- endif -%}
+"""
+
+
+def jinja_from_parts(parts: TemplateParts, image_placeholder: str) -> str:
+    """The jinja text of a template given by its parts; each image goes on a line before the text.
+
+    The layout is that of LMDeploy's `BaseChatTemplate`. A conversation whose last message is the
+    assistant's (rendered without `add_generation_prompt`) is left open for completion.
+    """
+    generation = parts.assistant.rstrip() if parts.strip_end else parts.assistant
+    values = {
+        "IMAGE": image_placeholder,
+        "SYSTEM": parts.meta_instruction,
+        "SYS": parts.system,
+        "EOSYS": parts.eosys,
+        "USER": parts.user,
+        "EOH": parts.eoh,
+        "ASSISTANT": parts.assistant,
+        "EOA": parts.eoa,
+        "SEPARATOR": parts.separator,
+        "GENERATION": generation,
+    }
+    # Globals, not `set`: a macro does not see its module's assignments under other names.
+    lines = [f"{{%- set {name} = {_literal(value)} -%}}" for name, value in values.items()]
+    return "\n".join(lines) + "\n" + _BODY
+
+
+def _literal(value: str | None) -> str:
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}` marks the assistant's words; here it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+@lru_cache(maxsize=64)
+def _compile(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)  # noqa: DTZ005
+    return environment.from_string(source)
+
+
+def render_template(
+    source: str,
+    messages: Sequence[dict[str, object]],
+    *,
+    bos_token: str,
+    eos_token: str,
+    add_generation_prompt: bool,
+) -> str:
+    """Render messages (`role`, `content`: list of `{'type': ...}`) to the prompt's text.
+
+    Raises:
+        PromptError: the template does not compile, refuses the messages, or breaks the sandbox.
+    """
+    try:
+        render: Callable[..., str] = _compile(source).render
+        return render(
+            messages=messages,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        raise PromptError(
+            "The chat template cannot render these messages.",
+            found=f"{type(error).__name__}: {error}",
+            expected="roles in an order that the template allows (usually user, assistant, ...)",
+            fix="reorder the messages, or choose a template: ChatTemplateConfig(model_name=...)",
+        ) from error

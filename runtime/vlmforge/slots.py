@@ -1,0 +1,122 @@
+"""Which sequence is in which key/value slot, and what a slot still remembers.
+
+Active sequences occupy the slots `0 .. active`, so that one decoding step runs over one contiguous
+block. A slot that is given up keeps its tokens: a later prompt with the same beginning goes on from
+there. Tokens are compared by keys: a text token's key is its id, an image row's key is derived from
+the image's content, so equal placeholders of different images never match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Keys = NDArray[np.int64]
+_NO_KEYS: Keys = np.empty(0, np.int64)
+
+
+@dataclass(slots=True)
+class _Slot:
+    keys: Keys = field(default_factory=lambda: _NO_KEYS)
+    last_used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a new sequence goes, and how many tokens of its prompt are in the cache already."""
+
+    slot: int
+    cached: int
+
+
+class SlotTable:
+    """Bookkeeping of the slots; `copy` and `swap` move the data (see `DecoderSession`)."""
+
+    def __init__(
+        self,
+        slots: int,
+        copy: Callable[[int, int, int], None],
+        swap: Callable[[int, int, int], None],
+        *,
+        reuse: bool = True,
+    ) -> None:
+        self._slots = [_Slot() for _ in range(slots)]
+        self._copy, self._swap, self._reuse = copy, swap, reuse
+        self._clock = 0
+        self.active = 0
+
+    @property
+    def free(self) -> int:
+        """Number of slots without an active sequence."""
+        return len(self._slots) - self.active
+
+    def admit(self, keys: Keys) -> Placement:
+        """Place a new sequence with the prompt `keys` in slot `active`; there must be a free one.
+
+        At least the prompt's last token is left to run, because its logits are needed.
+        """
+        target = self.active
+        source, cached = self._longest_prefix(keys[:-1])
+        if source >= target:
+            self._exchange(source, target)
+        else:
+            self._exchange(self._least_recently_used(), target)
+            self._copy(source, target, cached)
+        slot = self._slots[target]
+        slot.keys = keys[:cached]
+        self._touch(slot)
+        self.active += 1
+        return Placement(target, cached)
+
+    def extend(self, index: int, keys: Keys) -> None:
+        """Note that the tokens `keys` were written to the slot."""
+        slot = self._slots[index]
+        slot.keys = np.concatenate((slot.keys, keys))
+
+    def release(self, index: int) -> int | None:
+        """Give up a slot. The last active sequence moves into it; returns that one's old slot."""
+        self._touch(self._slots[index])
+        last = self.active - 1
+        self.active = last
+        if index == last:
+            return None
+        self._exchange(index, last)
+        return last
+
+    def _longest_prefix(self, keys: Keys) -> tuple[int, int]:
+        """The slot that shares the most first tokens with `keys`; a free one where there is none."""
+        best, best_length = self._least_recently_used(), 0
+        if not self._reuse:
+            return best, 0
+        for index, slot in enumerate(self._slots):
+            length = common_prefix(slot.keys, keys)
+            # Between equals, one that is free: reuse in place costs no copy.
+            if length > best_length or (length == best_length > 0 and index >= self.active > best):
+                best, best_length = index, length
+        return best, best_length
+
+    def _least_recently_used(self) -> int:
+        return min(range(self.active, len(self._slots)), key=lambda i: self._slots[i].last_used)
+
+    def _exchange(self, first: int, second: int) -> None:
+        if first == second:
+            return
+        slots = self._slots
+        tokens = max(len(slots[first].keys), len(slots[second].keys))
+        if tokens:
+            self._swap(first, second, tokens)
+        slots[first], slots[second] = slots[second], slots[first]
+
+    def _touch(self, slot: _Slot) -> None:
+        self._clock += 1
+        slot.last_used = self._clock
+
+
+def common_prefix(first: Keys, second: Keys) -> int:
+    """Number of equal elements at the beginning."""
+    length = min(len(first), len(second))
+    differs = np.flatnonzero(first[:length] != second[:length])
+    return int(differs[0]) if len(differs) else length

@@ -1,0 +1,197 @@
+"""Pixel values: bit for bit those of the original processors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from vlmforge.errors import EngineFormatError, ImageError
+from vlmforge.vl import load_image
+from vlmforge.vl.preprocess import POLICIES, ImagePolicy, preprocess
+
+DATA = Path(__file__).parents[1] / "data"
+MEAN_COLOUR = (122, 116, 104)
+CENTER_CROP = ImagePolicy(
+    name="center_crop",
+    shortest_edge=168,
+    crop=(168, 168),
+    resample="bicubic",
+    rescale_factor=1 / 255,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    background=(255, 255, 255),
+    pad_fill=MEAN_COLOUR,
+)
+PAD_SQUARE = dataclasses.replace(CENTER_CROP, name="pad_square", shortest_edge=336, crop=(336, 336))
+GOLDENS = sorted(
+    (folder, path.stem.removeprefix("image_"))
+    for folder in ("llava_1_5_hf", "llava_v1_5_liuhaotian")
+    for path in (DATA / folder).glob("image_*.npz")
+)
+
+
+def original(image: Image.Image, policy: ImagePolicy) -> np.ndarray:
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": policy.shortest_edge},
+        crop_size={"height": policy.crop[0], "width": policy.crop[1]},
+        resample=Image.Resampling[policy.resample.upper()],
+        image_mean=policy.mean,
+        image_std=policy.std,
+        rescale_factor=policy.rescale_factor,
+    )
+    return np.asarray(processor(image, return_tensors="np")["pixel_values"])
+
+
+def padded(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
+    rgb = image.convert("RGB")
+    side = max(rgb.size)
+    square = Image.new("RGB", (side, side), fill)
+    square.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
+    return square
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def assert_same_bits(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.dtype == theirs.dtype == np.float32
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_goldens_are_there() -> None:
+    assert len(GOLDENS) == 5
+
+
+@pytest.mark.parametrize(("folder", "name"), GOLDENS)
+def test_goldens(folder: str, name: str) -> None:
+    policy = CENTER_CROP if folder == "llava_1_5_hf" else PAD_SQUARE
+    golden = np.load(DATA / folder / f"image_{name}.npz")["pixel_values"]
+    ours = preprocess(load_image(DATA / "images" / f"{name}.png"), policy)
+    assert ours.shape == (1, *golden.shape)
+    assert_same_bits(ours[0], golden)
+
+
+def test_the_policy_is_that_of_the_golden_checkpoint() -> None:
+    path = DATA / "llava_1_5_hf" / "checkpoint" / "preprocessor_config.json"
+    config = json.loads(path.read_text())
+    assert config["size"]["shortest_edge"] == CENTER_CROP.shortest_edge
+    assert config["rescale_factor"] == CENTER_CROP.rescale_factor
+    assert tuple(config["image_mean"]) == CENTER_CROP.mean
+
+
+@given(
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    mode=st.sampled_from(["RGB", "L", "P", "1", "CMYK", "YCbCr"]),
+    edge=st.integers(1, 60),
+    crop=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    resample=st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(size=(1, 1), mode="RGB", edge=24, crop=(24, 24), resample="bicubic", seed=0)
+@example(size=(90, 31), mode="RGB", edge=24, crop=(33, 20), resample="bicubic", seed=0)
+@settings(max_examples=120, deadline=None)
+def test_center_crop_is_the_original(
+    size: tuple[int, int],
+    mode: str,
+    edge: int,
+    crop: tuple[int, int],
+    resample: str,
+    seed: int,
+) -> None:
+    policy = dataclasses.replace(CENTER_CROP, shortest_edge=edge, crop=crop, resample=resample)
+    image = noise(*size, seed).convert(mode)
+    assert_same_bits(preprocess(image, policy), original(image, policy))
+
+
+@given(
+    size=st.tuples(st.integers(1, 120), st.integers(1, 120)),
+    mode=st.sampled_from(["RGB", "L", "P", "1", "CMYK"]),
+    edge=st.integers(1, 60),
+    crop=st.integers(1, 70),
+    resample=st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(size=(1, 1), mode="RGB", edge=24, crop=24, resample="bicubic", seed=0)
+@settings(max_examples=120, deadline=None)
+def test_pad_square_is_the_original(
+    size: tuple[int, int], mode: str, edge: int, crop: int, resample: str, seed: int
+) -> None:
+    policy = dataclasses.replace(
+        PAD_SQUARE, shortest_edge=edge, crop=(crop, crop), resample=resample
+    )
+    image = noise(*size, seed).convert(mode)
+    expected = original(padded(image, MEAN_COLOUR), policy)
+    assert_same_bits(preprocess(image, policy), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (3000, 1999), (1999, 3000)])
+def test_pad_square_in_bands_is_the_original(size: tuple[int, int]) -> None:
+    image = noise(*size)
+    expected = original(padded(image, MEAN_COLOUR), PAD_SQUARE)
+    assert_same_bits(preprocess(image, PAD_SQUARE), expected)
+
+
+@pytest.mark.parametrize("portrait", [True, False])
+def test_center_crop_of_an_extreme_shape(portrait: bool) -> None:
+    """Across, a 1-pixel-wide image is constant, so the long side alone gives the reference."""
+    line = noise(1, 5000)
+    edge = CENTER_CROP.shortest_edge
+    long = line.resize((1, edge * 5000), Image.Resampling.BICUBIC)
+    top = (edge * 5000 - edge) // 2
+    image = long.crop((0, top, 1, top + edge)).resize((edge, edge))
+    expected = preprocess(image, CENTER_CROP)
+    if not portrait:
+        line = line.transpose(Image.Transpose.TRANSPOSE)
+        expected = expected.swapaxes(2, 3)
+    ours = preprocess(line, CENTER_CROP)
+    assert ours.shape == (1, 3, edge, edge)
+    one_level = 1 / 255 / min(CENTER_CROP.std)
+    assert np.abs(ours - expected).max() <= 1.01 * one_level
+    assert np.mean(ours != expected) < 0.01
+
+
+@pytest.mark.parametrize("resample", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(40, 900), (900, 40), (333, 211), (7, 400)])
+def test_the_window_of_a_large_resize_is_that_of_the_whole(
+    resample: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smooth = noise(9, 9).resize(size, Image.Resampling.BICUBIC)
+    policy = dataclasses.replace(CENTER_CROP, resample=resample, crop=(200, 150))
+    whole = preprocess(smooth, policy)
+    monkeypatch.setattr("vlmforge.vl.preprocess.MAX_RESIZED_PIXELS", 0)
+    window = preprocess(smooth, policy)
+    assert np.abs(window - whole).max() <= 1.01 / 255 / min(policy.std)
+    assert np.mean(window != whole) < 0.01
+
+
+def test_an_image_too_long_for_a_square_names_its_aspect_ratio() -> None:
+    with pytest.raises(ImageError, match="aspect ratio 40000:1"):
+        preprocess(Image.new("RGB", (1, 40_000)), PAD_SQUARE)
+
+
+def test_alpha_shows_the_policys_background() -> None:
+    clear = Image.new("RGBA", (20, 20), (9, 9, 9, 0))
+    for name in POLICIES:
+        policy = dataclasses.replace(CENTER_CROP, name=name, background=(10, 200, 30))
+        plain = Image.new("RGB", (20, 20), (10, 200, 30))
+        np.testing.assert_array_equal(preprocess(clear, policy), preprocess(plain, policy))
+
+
+def test_unknown_names_are_typed_errors() -> None:
+    with pytest.raises(EngineFormatError, match="center_crop, pad_square") as caught:
+        preprocess(noise(4, 4), dataclasses.replace(CENTER_CROP, name="stretch"))
+    assert caught.value.found == "'stretch'"
+    for name in POLICIES:
+        with pytest.raises(EngineFormatError, match="resampling filter"):
+            policy = dataclasses.replace(CENTER_CROP, name=name, resample="cubic")
+            preprocess(noise(4, 4), policy)
