@@ -87,10 +87,13 @@ class Engine:
             row += span.length
         return DecoderInput(ids, keys, np.concatenate(features) if features else None)
 
-    def prefill(self, slot: int, prompt: DecoderInput, start: int, stop: int) -> FloatArray | None:
+    def prefill(
+        self, slot: int, prompt: DecoderInput, start: int, stop: int, *, every: bool = False
+    ) -> FloatArray:
         """Run the tokens `start .. stop` of a prompt that has its first `start` in the cache.
 
-        Returns the logits `[vocab_size]` after the prompt's last token, None before that.
+        Returns logits `[n, vocab_size]`: those after the prompt's last token (n = 1 if it is among
+        the tokens, else 0), or with `every` those after each token.
         """
         vocab = self.manifest.decode.vocab_size
         ids, features = prompt.ids[start:stop], None
@@ -100,11 +103,10 @@ class Engine:
             first = int(rows[0]) - vocab
             features = prompt.features[first : int(rows[-1]) - vocab + 1]
             ids = np.where(ids >= vocab, ids - first, ids)
-        wanted = [[stop - start - 1]] if stop == len(prompt.ids) else [[]]
-        logits = self.decoder.step(
-            slot, ids[None], np.array([start], np.int64), features, np.array(wanted, np.int64)
-        )
-        return logits[0, 0] if logits.size else None
+        wanted = np.arange(stop - start, dtype=np.int64)
+        if not every:
+            wanted = wanted[-1:] if stop == len(prompt.ids) else wanted[:0]
+        return self.decoder.step(slot, ids[None], np.array([start]), features, wanted[None])[0]
 
     def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
         """One step of the sequences in slots 0..B-1: `tokens` `[B]` to logits `[B, vocab_size]`."""

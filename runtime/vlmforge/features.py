@@ -42,14 +42,20 @@ class FeatureCache:
         self._encode, self._batch, self._capacity = encode, batch, capacity
         self._features: OrderedDict[bytes, FloatArray] = OrderedDict()
 
-    def get(self, images: Sequence[PreparedImage]) -> tuple[list[FloatArray], int]:
+    def get(
+        self, images: Sequence[PreparedImage], ahead: Sequence[PreparedImage] = ()
+    ) -> tuple[list[FloatArray], int]:
         """Features `[tokens, hidden]` of each image, and how many were known already.
 
-        Unknown images are encoded together, at most `batch` views in one run.
+        Unknown images are encoded at most `batch` in one run; images that will be asked for next
+        (`ahead`) fill up the last run.
         """
-        unknown = {image.digest: image for image in images if image.digest not in self._features}
         known = sum(image.digest in self._features for image in images)
-        self._run(list(unknown.values()))
+        unknown = self._unknown(images)
+        if spare := -len(unknown) % self._batch:
+            extra = [i for i in self._unknown(ahead) if i.digest not in {u.digest for u in unknown}]
+            unknown += extra[:spare]
+        self._run(unknown)
         found = []
         for image in images:
             self._features.move_to_end(image.digest)
@@ -57,6 +63,10 @@ class FeatureCache:
         while len(self._features) > self._capacity:
             self._features.popitem(last=False)
         return found, known
+
+    def _unknown(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:
+        found = {image.digest: image for image in images if image.digest not in self._features}
+        return list(found.values())
 
     def _run(self, images: list[PreparedImage]) -> None:
         for start in range(0, len(images), self._batch):

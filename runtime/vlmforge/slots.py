@@ -53,13 +53,14 @@ class SlotTable:
         """Number of slots without an active sequence."""
         return len(self._slots) - self.active
 
-    def admit(self, keys: Keys) -> Placement:
+    def admit(self, keys: Keys, *, fresh: bool = False) -> Placement:
         """Place a new sequence with the prompt `keys` in slot `active`; there must be a free one.
 
-        At least the prompt's last token is left to run, because its logits are needed.
+        At least the prompt's last token is left to run, because its logits are needed. `fresh`
+        reuses nothing, so that the whole prompt is run.
         """
         target = self.active
-        source, cached = self._longest_prefix(keys[:-1])
+        source, cached = self._longest_prefix(keys[:0] if fresh else keys[:-1])
         if source >= target:
             self._exchange(source, target)
         else:
@@ -85,6 +86,12 @@ class SlotTable:
             return None
         self._exchange(index, last)
         return last
+
+    def reset(self) -> None:
+        """Forget everything: after an error the content of the slots is unknown."""
+        for slot in self._slots:
+            slot.keys = _NO_KEYS
+        self.active = 0
 
     def _longest_prefix(self, keys: Keys) -> tuple[int, int]:
         """The slot that shares the most first tokens with `keys`; a free one where there is none."""

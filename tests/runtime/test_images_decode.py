@@ -204,6 +204,13 @@ def test_opaque_alpha_is_the_identity(mode: str) -> None:
     np.testing.assert_array_equal(np.asarray(to_rgb(image, (1, 2, 3))), expected)
 
 
+def test_premultiplied_alpha() -> None:
+    for mode, straight in (("La", "LA"), ("RGBa", "RGBA")):
+        image = Image.new(straight, (2, 2), (100,) * (len(straight) - 1) + (128,)).convert(mode)
+        ours = np.asarray(to_rgb(image, (200, 0, 50))).astype(int)
+        assert np.abs(ours[0, 0] - [150, 50, 75]).max() <= 1
+
+
 def test_a_transparent_colour_or_palette_entry_shows_the_background() -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 200, 100, 50])

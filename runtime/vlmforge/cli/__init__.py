@@ -1,0 +1,69 @@
+"""`vlmforge`: look at an engine, verify it, talk to it, and see what this machine has."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlmforge.errors import VlmforgeError
+from vlmforge.version import __version__
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `vlmforge`."""
+    root = argparse.ArgumentParser(prog="vlmforge", description=__doc__)
+    root.add_argument("--version", action="version", version=__version__)
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="print what an engine is")
+    inspect.add_argument("engine", type=Path, metavar="ENGINE")
+    inspect.add_argument("--batch", type=int, default=1, help="sequences for the memory estimate")
+    inspect.add_argument("--context", type=int, help="tokens of each (default: the window)")
+
+    verify = commands.add_parser("verify", help="check files and rerun the goldens of the build")
+    verify.add_argument("engine", type=Path, metavar="ENGINE")
+
+    commands.add_parser("doctor", help="versions, backends, and what is missing")
+
+    chat = commands.add_parser("chat", help="talk to an engine; images by path or URL")
+    chat.add_argument("engine", metavar="ENGINE")
+    chat.add_argument("--session-len", type=int, help="tokens of the conversation")
+    chat.add_argument("--max-new-tokens", type=int, default=512)
+    chat.add_argument("--temperature", type=float, help="sample with it (default: greedy)")
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `vlmforge`; returns the exit status."""
+    values = parser().parse_args(argv)
+    try:
+        return _run(values)
+    except VlmforgeError as error:
+        print(f"vlmforge: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(values: argparse.Namespace) -> int:
+    # Imported when needed: `vlmforge doctor` must work where another command's library is missing.
+    match values.command:
+        case "inspect":
+            from vlmforge.cli.inspect import describe
+
+            print(describe(values.engine, batch=values.batch, context=values.context))
+            return 0
+        case "verify":
+            from vlmforge.cli.verify import run_verify
+
+            return run_verify(values.engine)
+        case "doctor":
+            from vlmforge.cli.doctor import run_doctor
+
+            return run_doctor()
+        case _:
+            from vlmforge.cli.chat import run_chat
+
+            return run_chat(values)

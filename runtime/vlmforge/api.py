@@ -1,0 +1,183 @@
+"""`pipeline(...)`: from a path to something that answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from vlmforge.backends import LoadOptions
+from vlmforge.build_cache import engine_for
+from vlmforge.bundle import Bundle, open_bundle
+from vlmforge.config import ChatTemplateConfig, EngineConfig, VisionConfig
+from vlmforge.engine import load_engine
+from vlmforge.errors import BackendUnavailableError, ConfigError
+from vlmforge.features import FeatureCache
+from vlmforge.manifest import Manifest
+from vlmforge.pipeline import Pipeline
+from vlmforge.prompt.choice import choose_template
+from vlmforge.scheduler import Scheduler
+
+logger = logging.getLogger("vlmforge")
+
+_FEATURE_CACHE_BYTES = 128 << 20
+# Weights are packed (copied) only when they leave this share of the free memory to the cache.
+_PACK_SHARE = 0.7
+
+
+def pipeline(
+    model_path: str | Path,
+    backend_config: EngineConfig | None = None,
+    chat_template_config: ChatTemplateConfig | None = None,
+    vision_config: VisionConfig | None = None,
+    log_level: str = "WARNING",
+    **kwargs: object,
+) -> Pipeline:
+    """Load an engine, ready to answer.
+
+    Args:
+        model_path: An engine directory. A checkpoint folder or hub id works too: an engine is
+            built from it once, by a child process, and kept in the cache directory.
+        backend_config: Window, batch size, threads and more.
+        chat_template_config: Replaces the engine's chat template, or parts of it.
+        vision_config: Images in one run of the vision part.
+        log_level: Level of the logger "vlmforge".
+        **kwargs: Fields of `EngineConfig` or `ChatTemplateConfig`, as older programs pass them.
+
+    Raises:
+        EngineError: the engine cannot be used here.
+        BuildError: a checkpoint could not be built.
+        ConfigError: a configuration is out of range or asks for what the engine does not have.
+    """
+    _set_level(log_level)
+    config, template_config = _apply(kwargs, backend_config or EngineConfig(), chat_template_config)
+    config.validate()
+    vision = vision_config or VisionConfig()
+    bundle = open_bundle(engine_for(str(model_path), _build_options(config)))
+    manifest = bundle.manifest
+    _check_parallel(config, manifest)
+    options = _load_options(bundle, config)
+    frozen = bundle.text(manifest.prompt.template_file)
+    template = choose_template(manifest.prompt, frozen, template_config)
+    engine = load_engine(bundle, template, options)
+    image_bytes = manifest.decode.tokens_per_image * manifest.decode.hidden_size * 4
+    features = FeatureCache(
+        engine.vision.encode,
+        batch=vision.max_batch_size,
+        capacity=max(1, _FEATURE_CACHE_BYTES // image_bytes),
+    )
+    scheduler = Scheduler(
+        engine,
+        features,
+        chunk=min(config.max_prefill_token_num, 512),
+        reuse_prefixes=config.enable_prefix_caching,
+    )
+    return Pipeline(engine, scheduler)
+
+
+def _set_level(level: str) -> None:
+    if level not in logging.getLevelNamesMapping():
+        raise ConfigError(
+            "log_level is not known.",
+            found=repr(level),
+            expected=", ".join(logging.getLevelNamesMapping()),
+            fix="log_level='WARNING'",
+        )
+    logger.setLevel(level)
+
+
+def _apply(
+    kwargs: Mapping[str, object], config: EngineConfig, template: ChatTemplateConfig | None
+) -> tuple[EngineConfig, ChatTemplateConfig | None]:
+    """Move keyword arguments to the configuration that has a field of that name."""
+    engine_fields = {f.name for f in dataclasses.fields(EngineConfig)}
+    template_fields = {f.name for f in dataclasses.fields(ChatTemplateConfig)}
+    for name, value in kwargs.items():
+        if name == "model_name":
+            template = ChatTemplateConfig(str(value)) if template is None else template
+        elif name in engine_fields:
+            config = dataclasses.replace(config, **{name: value})
+        elif name in template_fields and template is not None:
+            template = dataclasses.replace(template, **{name: value})
+        elif not (name == "trust_remote_code" or value is None):
+            # Nothing is ever executed from a checkpoint, so that one may say what it likes.
+            raise ConfigError(
+                f"pipeline() has no argument {name!r}.",
+                found=f"{name}={value!r}",
+                expected="backend_config, chat_template_config, vision_config, log_level, or a "
+                "field of EngineConfig",
+                fix="remove it",
+            )
+    return config, template
+
+
+def _build_options(config: EngineConfig) -> dict[str, str]:
+    """What a checkpoint is built with: only what was asked for."""
+    options = {
+        "session-len": config.session_len,
+        "max-batch-size": config.max_batch_size,
+        "dtype": None if config.dtype == "auto" else config.dtype,
+        "revision": config.revision,
+    }
+    return {name: str(value) for name, value in options.items() if value is not None}
+
+
+def _check_parallel(config: EngineConfig, manifest: Manifest) -> None:
+    if config.tp != manifest.parallel.tp:
+        raise ConfigError(
+            "The engine was not built for this many ranks.",
+            found=f"tp={config.tp}",
+            expected=f"tp={manifest.parallel.tp}, what the engine was sharded for",
+            fix=f"backend_config=EngineConfig(tp={manifest.parallel.tp})",
+        )
+
+
+def _load_options(bundle: Bundle, config: EngineConfig) -> LoadOptions:
+    """Slots and window that fit the memory; exact arithmetic, so that nothing dies of it later."""
+    manifest = bundle.manifest
+    capacity = config.session_len or manifest.decode.session_len
+    if capacity > manifest.decode.session_len:
+        raise ConfigError(
+            "session_len is larger than the engine's window.",
+            found=f"session_len={capacity}",
+            expected=f"at most {manifest.decode.session_len}",
+            fix=f"build-engine {manifest.provenance.source} -o {bundle.folder} "
+            f"--session-len {capacity} --force",
+        )
+    weights = 4 * sum(p.weight_bytes // _itemsize(manifest.dtype) for p in manifest.parts)
+    free = _available_memory()
+    pack = weights <= _PACK_SHARE * free
+    if not pack:
+        logger.warning(
+            "the weights take %.1f GB of %.1f GB of free memory: they are mapped from the file "
+            "instead of packed, which is slower for batches", weights / 1e9, free / 1e9,
+        )
+    wanted = config.max_batch_size or manifest.decode.max_batch_size
+    budget = config.cache_max_entry_count * max(free - weights, 0.1 * free)
+    fitting = int(budget // (capacity * manifest.kv.bytes_per_token))
+    if fitting < 1:
+        raise BackendUnavailableError(
+            "The key/value cache of one sequence does not fit the memory.",
+            found=f"{budget / 1e9:.2f} GB for the cache",
+            expected=f"{capacity * manifest.kv.bytes_per_token / 1e9:.2f} GB for {capacity} tokens",
+            fix="EngineConfig(session_len=...) with a smaller window, or free memory",
+        )
+    if fitting < wanted:
+        logger.warning("memory for %d of %d sequences at once; others wait", fitting, wanted)
+    return LoadOptions(min(wanted, fitting), capacity, config.threads, pack)
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def _available_memory() -> float:
+    """Bytes that can be used without swapping; the disk's size stands in where nobody says."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return float(shutil.disk_usage("/").total)
+    rows = dict(line.split(":", 1) for line in lines)
+    return float(rows["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,53 @@
+"""`vlmforge doctor`: what this machine has, what is missing, and the command to get it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+
+from vlmforge.backends import BACKENDS, load_backend
+from vlmforge.errors import BackendUnavailableError
+from vlmforge.version import __version__
+
+_RUNTIME = ("numpy", "pillow", "tokenizers", "jinja2", "onnxruntime")
+_BUILD = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "sentencepiece", "huggingface_hub")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    name: str
+    state: str
+    fix: str = ""
+
+
+def run_doctor() -> int:
+    """Print the report; 1 when something that serving needs is missing."""
+    print(f"vlmforge {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"{os.cpu_count()} logical processors")
+    rows = {
+        "runtime": [_library(name, "pip install vlmforge") for name in _RUNTIME],
+        "backends": [_backend(name) for name in BACKENDS],
+        "build-engine": [_library(name, "pip install 'vlmforge[build]'") for name in _BUILD],
+    }
+    for title, group in rows.items():
+        print(f"\n{title}")
+        for row in group:
+            print(f"  {row.name:18}{row.state}" + (f"  ->  {row.fix}" if row.fix else ""))
+    return int(any(row.fix for row in (*rows["runtime"], *rows["backends"])))
+
+
+def _library(name: str, fix: str) -> _Row:
+    try:
+        return _Row(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return _Row(name, "missing", fix)
+
+
+def _backend(name: str) -> _Row:
+    try:
+        versions = load_backend(name).versions()
+    except BackendUnavailableError as error:
+        return _Row(name, error.found, error.fix)
+    return _Row(name, "ready: " + ", ".join(f"{lib} {version}" for lib, version in versions))

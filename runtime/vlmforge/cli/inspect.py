@@ -1,0 +1,145 @@
+"""`vlmforge inspect`: what an engine is, from its manifest and texts; nothing is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmforge.bundle import Bundle
+from vlmforge.errors import ConfigError
+from vlmforge.manifest import Manifest, Part, load_manifest
+from vlmforge.prompt.choice import choose_template
+from vlmforge.prompt.messages import parse_prompt
+from vlmforge.prompt.render import marked_tokenizer_json, render_prompt
+from vlmforge.text import TextTokenizer
+
+_QUESTION = "What is shown in this picture?"
+
+
+def describe(folder: Path, *, batch: int = 1, context: int | None = None) -> str:
+    """The description of an engine directory as text.
+
+    Args:
+        folder: The engine.
+        batch: Sequences at once, for the estimate of memory.
+        context: Tokens of each sequence; None: the engine's window.
+
+    Raises:
+        EngineError: not an engine directory of this version.
+        ConfigError: `batch` or `context` is not positive.
+    """
+    bundle = Bundle(folder, load_manifest(folder))
+    manifest = bundle.manifest
+    context = manifest.decode.session_len if context is None else context
+    if batch < 1 or context < 1:
+        raise ConfigError(
+            "The batch and the context must be positive.",
+            found=f"--batch {batch} --context {context}",
+            expected="positive integers",
+            fix="vlmforge inspect ENGINE --batch 1 --context 2048",
+        )
+    sections = (
+        _head(bundle),
+        _parts(manifest),
+        _policies(manifest),
+        _example(bundle),
+        _memory(manifest, batch, context),
+        _files(manifest),
+    )
+    return "\n\n".join(sections)
+
+
+def _head(bundle: Bundle) -> str:
+    manifest, provenance = bundle.manifest, bundle.manifest.provenance
+    rows = {
+        "engine": str(bundle.folder),
+        "model": f"{provenance.architecture} (recipe {provenance.recipe})",
+        "source": provenance.source,
+        "built": provenance.built_at + ", " + ", ".join(
+            f"{name} {version}" for name, version in provenance.versions.items()
+        ),
+        "backend": f"{manifest.backend}, weights stored as {manifest.dtype}, arithmetic in "
+        f"{manifest.compute_dtype}, tp {manifest.parallel.tp}",
+        "window": f"{manifest.decode.session_len} tokens a sequence, at most "
+        f"{manifest.decode.max_batch_size} sequences at once",
+    }
+    return _table(rows)
+
+
+def _table(rows: dict[str, str]) -> str:
+    width = max(map(len, rows)) + 2
+    return "\n".join(f"{name:<{width}}{text}" for name, text in rows.items())
+
+
+def _parts(manifest: Manifest) -> str:
+    return "\n".join(_part(part) for part in manifest.parts)
+
+
+def _part(part: Part) -> str:
+    lines = [f"part {part.name}: {part.file}, {_size(part.weight_bytes)} of weights"]
+    for arrow, specs in (("in ", part.inputs), ("out", part.outputs)):
+        shown = [s for s in specs if not s.name.startswith(("past_", "present_"))]
+        caches = len(specs) - len(shown)
+        if caches - (not any(s.name == "past_lengths" for s in shown)) > 0:
+            lines.append(f"  {arrow} {caches} key/value caches")
+        for spec in shown:
+            dims = ", ".join(map(str, spec.shape))
+            lines.append(f"  {arrow} {spec.name}: {spec.dtype} [{dims}]")
+    return "\n".join(lines)
+
+
+def _policies(manifest: Manifest) -> str:
+    image, prompt, decode = manifest.image, manifest.prompt, manifest.decode
+    height, width = image.crop
+    rows = {
+        "image": f"{image.name} to {width}x{height}, {image.resample}; "
+        f"{decode.tokens_per_image} tokens an image",
+        "prompt": f"template {prompt.template_name!r}, images at {prompt.image_placeholder!r} "
+        f"({prompt.image_splice}); also: {', '.join(prompt.templates) or 'none'}",
+        "stops": f"ids {', '.join(map(str, decode.eos_ids))}"
+        + (f", words {', '.join(map(repr, prompt.stop_words))}" if prompt.stop_words else ""),
+    }
+    return _table(rows)
+
+
+def _example(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    policy = manifest.prompt
+    template = choose_template(policy, bundle.text(policy.template_file), None)
+    text = marked_tokenizer_json(bundle.text(manifest.tokenizer_file), policy)
+    conversation = parse_prompt((_QUESTION, "photo.jpg"))
+    rendered = render_prompt(
+        conversation,
+        policy=policy,
+        template=template,
+        encoder=TextTokenizer(text),
+        image_lengths=[manifest.decode.tokens_per_image],
+    )
+    return (
+        f"({_QUESTION!r}, photo) becomes {len(rendered.token_ids)} tokens "
+        f"({rendered.text_tokens} text + {rendered.image_tokens} image):\n  {rendered.text!r}"
+    )
+
+
+def _memory(manifest: Manifest, batch: int, context: int) -> str:
+    widen = {"float32": 1, "float16": 2, "bfloat16": 2}[manifest.dtype]
+    weights = sum(part.weight_bytes for part in manifest.parts) * widen
+    cache = batch * context * manifest.kv.bytes_per_token
+    return (
+        f"memory at batch {batch} and context {context}: about {_size(weights + cache)} "
+        f"({_size(weights)} weights in float32 + {_size(cache)} key/value cache, "
+        f"{_size(manifest.kv.bytes_per_token)} a token), and activations"
+    )
+
+
+def _files(manifest: Manifest) -> str:
+    rows = [f"  {_size(entry.size):>10}  {entry.path}" for entry in manifest.files]
+    total = sum(entry.size for entry in manifest.files)
+    return "\n".join([f"{len(rows)} files beside engine.json, {_size(total)}:", *rows])
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

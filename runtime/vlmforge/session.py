@@ -1,0 +1,65 @@
+"""A multi-turn conversation. Turns are sent whole; the key/value cache makes the old ones free."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from vlmforge.generation import GenerationConfig
+from vlmforge.prompt.messages import Conversation, Message, Text
+from vlmforge.response import Response
+
+_ids = itertools.count()
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """What `pipe.chat` takes and returns.
+
+    Attributes:
+        session_id: Unique in this process.
+        prompt: The last prompt, as it was given.
+        response: The answer to it.
+        history: Pairs of prompt as given and text of the answer, one for each finished turn.
+        gen_config: The generation config of the last turn.
+        turns: The conversation so far, with its images loaded.
+    """
+
+    session_id: int = field(default_factory=lambda: next(_ids))
+    prompt: object = None
+    response: Response | None = None
+    history: list[tuple[object, str]] = field(default_factory=list)
+    gen_config: GenerationConfig | None = None
+    turns: Conversation = field(default_factory=lambda: Conversation(()))
+
+    def with_prompt(self, prompt: Conversation) -> Conversation:
+        """The conversation so far, followed by a new prompt."""
+        return Conversation((*self.turns.messages, *prompt.messages))
+
+    def finish_turn(
+        self, prompt: object, asked: Conversation, response: Response
+    ) -> None:
+        """Note a turn that went well; `asked` is the whole conversation that was sent."""
+        answer = Message("assistant", (Text(response.text),))
+        self.prompt, self.response = prompt, response
+        self.history.append((prompt, response.text))
+        self.turns = Conversation((*asked.messages, answer))
+
+    def reset(self) -> None:
+        """Forget all turns."""
+        self.prompt, self.response, self.turns = None, None, Conversation(())
+        self.history.clear()
+
+    def close(self) -> None:
+        """Forget all turns; the memory of their tokens is given to others as it is needed."""
+        self.reset()
+
+    def __repr__(self) -> str:
+        turns = [f"USER:\n{_text(prompt)}\nASSISTANT:\n{text}\n" for prompt, text in self.history]
+        return "\n".join([f"Session(id={self.session_id})", *turns])
+
+
+def _text(prompt: object) -> str:
+    if isinstance(prompt, tuple):
+        return " ".join(part if isinstance(part, str) else "[image]" for part in prompt)
+    return str(prompt)
