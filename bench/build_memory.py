@@ -1,6 +1,6 @@
 """Build a big random checkpoint and print the seconds and the peak memory of the build.
 
-    python bench/build_memory.py --size 7b --work out/bench
+python bench/build_memory.py --size 7b --work out/bench
 """
 
 from __future__ import annotations

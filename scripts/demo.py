@@ -27,7 +27,7 @@ def main(work: Path) -> None:
 
     builder = Path(sys.executable).with_name("build-engine")
     print(f"$ build-engine {checkpoint} -o {engine}", flush=True)
-    subprocess.run([builder, checkpoint, "-o", engine, "--force"], check=True)  # noqa: S603
+    subprocess.run([builder, checkpoint, "-o", engine, "--force"], check=True)
 
     print(f"\n>>> pipe = pipeline({str(engine)!r})")
     with pipeline(str(engine)) as pipe:

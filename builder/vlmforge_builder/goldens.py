@@ -67,7 +67,7 @@ def record_goldens(folder: Path, manifest: Manifest, progress: Progress) -> None
                     f"The engine gives {stage} that are not finite.",
                     found=f"NaN or infinity in the golden {case.name!r}",
                     expected="finite numbers",
-                    fix="check the checkpoint with its own code; with --dtype float16, try bfloat16",
+                    fix="check the checkpoint; after --dtype float16, try bfloat16",
                 )
         np.savez_compressed(target / f"{case.name}.npz", **values)  # type: ignore[arg-type]
         progress.report(index + 1, len(cases))

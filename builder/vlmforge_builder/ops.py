@@ -60,21 +60,21 @@ def cached_attention(
 
 @script(_domain, default_opset=op)
 def CachedAttention(  # noqa: N802 - an ONNX function carries its op's name
-    query: FLOAT["B", "S", "E"],  # noqa: F821
-    key: FLOAT["B", "S", "F"],  # noqa: F821
-    value: FLOAT["B", "S", "F"],  # noqa: F821
-    past_key: FLOAT["B", "H", "C", "D"],  # noqa: F821
-    past_value: FLOAT["B", "H", "C", "D"],  # noqa: F821
-    cos: FLOAT["P", "R"],  # noqa: F821
-    sin: FLOAT["P", "R"],  # noqa: F821
-    past_lengths: INT64["B"],  # noqa: F821
+    query: FLOAT[...],
+    key: FLOAT[...],
+    value: FLOAT[...],
+    past_key: FLOAT[...],
+    past_value: FLOAT[...],
+    cos: FLOAT[...],
+    sin: FLOAT[...],
+    past_lengths: INT64[...],
     num_heads: int,
     kv_num_heads: int,
     scale: float,
 ) -> tuple[
-    FLOAT["B", "S", "E"],  # noqa: F821
-    FLOAT["B", "H", "C", "D"],  # noqa: F821
-    FLOAT["B", "H", "C", "D"],  # noqa: F821
+    FLOAT[...],
+    FLOAT[...],
+    FLOAT[...],
 ]:
     """Body of `cached_attention` in standard ops (opset 23)."""
     heads = op.Constant(value_ints=[0, 0])

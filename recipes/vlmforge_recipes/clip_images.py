@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlmforge_builder.checkpoint.config import ConfigReader, read_config
+
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge.vl.preprocess import ImagePolicy
-from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -72,9 +73,7 @@ def _find(folder: Path) -> ConfigReader:
     )
 
 
-def _size(
-    config: ConfigReader, key: str, names: tuple[str, ...], default: int
-) -> tuple[int, ...]:
+def _size(config: ConfigReader, key: str, names: tuple[str, ...], default: int) -> tuple[int, ...]:
     """A size given as a number (all `names` alike) or as an object with `names`."""
     value = config.get(key)
     if isinstance(value, dict):

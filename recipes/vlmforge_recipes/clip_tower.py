@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from vlmforge_builder.checkpoint.config import ConfigReader
+
 from vlmforge.errors import UnsupportedModelError
 from vlmforge_builder.blocks.layers import ACTIVATIONS
 from vlmforge_builder.blocks.vision import VisionConfig
-from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.weights import Stacked, Stored, Transposed, Weight
 
 
@@ -64,9 +65,7 @@ def tower_weights(config: VisionConfig, *, ours: str, prefix: str) -> dict[str, 
         **_norm(f"{ours}pre_norm", f"{prefix}pre_layrnorm"),
     }
     for i in range(config.layers):
-        weights |= _layer_weights(
-            config, f"{ours}layers.{i}.", f"{prefix}encoder.layers.{i}."
-        )
+        weights |= _layer_weights(config, f"{ours}layers.{i}.", f"{prefix}encoder.layers.{i}.")
     return weights
 
 

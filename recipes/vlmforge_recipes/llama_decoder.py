@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from vlmforge_builder.checkpoint.config import ConfigReader
+
 from vlmforge.errors import UnsupportedModelError
 from vlmforge_builder.blocks.decoder import Decoder, DecoderConfig, rotary_tables
 from vlmforge_builder.blocks.layers import ACTIVATIONS
-from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.recipe import PartSpec, TensorArg
 from vlmforge_builder.weights import Computed, Stored, Transposed, Weight
 
@@ -76,9 +77,7 @@ def decoder_part(config: DecoderConfig, *, prefix: str, head: str) -> PartSpec:
     """
     caches = [
         tuple(
-            TensorArg(
-                f"past_{kind}.{i}", ("batch", config.kv_heads, "capacity", config.head_dim)
-            )
+            TensorArg(f"past_{kind}.{i}", ("batch", config.kv_heads, "capacity", config.head_dim))
             for i in range(config.layers)
         )
         for kind in ("key", "value")

@@ -152,7 +152,9 @@ def _load_options(bundle: Bundle, config: EngineConfig) -> LoadOptions:
     if not pack:
         logger.warning(
             "the weights take %.1f GB of %.1f GB of free memory: they are mapped from the file "
-            "instead of packed, which is slower for batches", weights / 1e9, free / 1e9,
+            "instead of packed, which is slower for batches",
+            weights / 1e9,
+            free / 1e9,
         )
     wanted = config.max_batch_size or manifest.decode.max_batch_size
     budget = config.cache_max_entry_count * max(free - weights, 0.1 * free)

@@ -74,7 +74,7 @@ def _build(path: str, engine: Path, options: Mapping[str, str]) -> None:
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     command = [sys.executable, "-m", "vlmforge_builder", path, "-o", str(engine), *arguments]
     print(f"vlmforge: building an engine of {path} once, into {engine}", file=sys.stderr)
-    status = subprocess.run(command, check=False).returncode  # noqa: S603 - our own module
+    status = subprocess.run(command, check=False).returncode
     if status != 0:
         raise _failed(path, status)
 

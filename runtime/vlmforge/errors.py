@@ -2,7 +2,7 @@
 
     VlmforgeError
     |-- ConfigError              (ValueError)   a config field or an argument is out of range
-    |-- PromptError              (ValueError)   a prompt of a form that we do not know, a wrong image count
+    |-- PromptError              (ValueError)   an unknown form, or a wrong number of images
     |-- ContextLengthError       (ValueError)   the prompt does not fit the context window
     |-- ImageError               (ValueError)   bytes that are not a whole, sane image
     |   `-- ImageFetchError                     an address that could not, or must not, be fetched

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -13,8 +13,15 @@ from vlmforge.engine import Engine
 from vlmforge.errors import ConfigError, ContextLengthError, TokenLedger, VlmforgeError
 from vlmforge.features import PreparedImage
 from vlmforge.generate import TokenGenerator
-from vlmforge.generation import GenerationConfig
-from vlmforge.prompt.messages import Conversation, Image, Message, Prompts, parse_prompt, parse_prompts
+from vlmforge.generation import GenerationConfig, TokenFacts
+from vlmforge.prompt.messages import (
+    Conversation,
+    Image,
+    Message,
+    Prompts,
+    parse_prompt,
+    parse_prompts,
+)
 from vlmforge.prompt.render import RenderedPrompt
 from vlmforge.response import Response, Stopwatch
 from vlmforge.scheduler import Job, Scheduler
@@ -58,6 +65,13 @@ class Pipeline:
     def __init__(self, engine: Engine, scheduler: Scheduler) -> None:
         self._engine = engine
         self._scheduler = scheduler
+        self._facts = TokenFacts(
+            vocab_size=engine.manifest.decode.vocab_size,
+            eos_ids=engine.manifest.decode.eos_ids,
+            template_stop_words=engine.template.stop_words,
+            special_tokens=engine.tokenizer.special_tokens,
+            encode=engine.tokenizer.encode,
+        )
         self._jobs: dict[int, Job] = {}  # by session id, for stop_session
 
     # --- calls -------------------------------------------------------------------------------
@@ -307,7 +321,7 @@ class Pipeline:
         config: GenerationConfig,
         index: int,
         do_preprocess: bool,
-        sink: object,
+        sink: Callable[[_Event], None],
     ) -> Job:
         watch = Stopwatch()
         with watch.stage("load"):
@@ -315,9 +329,14 @@ class Pipeline:
         with watch.stage("preprocess"):
             images = [self._prepare(image) for image in conversation.images]
             rendered = self._engine.render(conversation, do_preprocess=do_preprocess)
-        budget = self._budget(rendered, config)
+        plan = config.resolved(self._facts)
         generator = TokenGenerator(
-            self._engine, config, rendered, budget, watch, lambda r, e: sink(_Event(index, r, e)),
+            self._engine,
+            plan,
+            rendered,
+            self._budget(rendered, plan.max_new_tokens),
+            watch,
+            lambda delta, error: sink(_Event(index, delta, error)),
             index,
         )
         job = Job(rendered, images, generator)
@@ -327,10 +346,10 @@ class Pipeline:
     def _prepare(self, image: Image) -> PreparedImage:
         return self._engine.prepare_image(load_image(image.source))
 
-    def _budget(self, rendered: RenderedPrompt, config: GenerationConfig) -> int:
-        """Tokens that may be generated: what was asked for, cut to what fits."""
+    def _budget(self, rendered: RenderedPrompt, asked: int | None) -> int:
+        """Tokens that may be generated: what was asked for (None: all), cut to what fits."""
         window, prompt = self._engine.options.capacity, len(rendered.token_ids)
-        requested = window - prompt if config.max_new_tokens is None else config.max_new_tokens
+        requested = max(1, window - prompt) if asked is None else asked
         if prompt >= window:
             raise ContextLengthError(
                 TokenLedger(rendered.text_tokens, rendered.image_tokens, requested, window)

@@ -258,5 +258,3 @@ def _closed() -> CancelledError:
         expected="requests before close(), inside the with block",
         fix="make a new one: pipeline(ENGINE)",
     )
-
-

@@ -36,9 +36,7 @@ class Session:
         """The conversation so far, followed by a new prompt."""
         return Conversation((*self.turns.messages, *prompt.messages))
 
-    def finish_turn(
-        self, prompt: object, asked: Conversation, response: Response
-    ) -> None:
+    def finish_turn(self, prompt: object, asked: Conversation, response: Response) -> None:
         """Note a turn that went well; `asked` is the whole conversation that was sent."""
         answer = Message("assistant", (Text(response.text),))
         self.prompt, self.response = prompt, response

@@ -94,7 +94,7 @@ class SlotTable:
         self.active = 0
 
     def _longest_prefix(self, keys: Keys) -> tuple[int, int]:
-        """The slot that shares the most first tokens with `keys`; a free one where there is none."""
+        """The slot that shares the most first tokens with `keys`; a free one if none does."""
         best, best_length = self._least_recently_used(), 0
         if not self._reuse:
             return best, 0

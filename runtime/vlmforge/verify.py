@@ -16,7 +16,6 @@ from vlmforge.engine import Engine, load_engine
 from vlmforge.errors import EngineFormatError
 from vlmforge.prompt.choice import choose_template
 from vlmforge.prompt.messages import Conversation, parse_prompt
-from vlmforge.slots import SlotTable
 from vlmforge.vl import load_image
 
 FOLDER = "goldens"
@@ -53,9 +52,7 @@ def read_cases(folder: Path) -> tuple[GoldenCase, ...]:
     """The cases of a goldens' folder (EngineFormatError when they cannot be read)."""
     try:
         rows = json.loads((folder / CASES_FILE).read_text("utf-8"))
-        return tuple(
-            GoldenCase(row["name"], row["messages"], tuple(row["images"])) for row in rows
-        )
+        return tuple(GoldenCase(row["name"], row["messages"], tuple(row["images"])) for row in rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineFormatError(
             f"{folder / CASES_FILE} cannot be read.",
@@ -86,8 +83,10 @@ def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
     """The values of every stage; pixels and features are sampled evenly, to keep goldens small."""
     prompt = conversation(case, folder)
     images = [engine.prepare_image(load_image(image.source)) for image in prompt.images]
-    features = [engine.vision.encode(image.pixel_values).reshape(
-        -1, engine.manifest.decode.hidden_size) for image in images]
+    features = [
+        engine.vision.encode(image.pixel_values).reshape(-1, engine.manifest.decode.hidden_size)
+        for image in images
+    ]
     rendered = engine.render(prompt)
     given = engine.decoder_input(rendered, images, features)
     logits = engine.prefill(0, given, 0, len(given.ids))[0]
@@ -127,8 +126,10 @@ def compare(case: str, stage: str, found: NDArray[np.generic], golden: Values) -
         # Written so that a NaN fails.
         return StageResult(case, stage, difference <= limit, detail)
     differs = np.flatnonzero(found != expected)
-    detail = f"{len(expected)} ids equal" if not len(differs) else (
-        f"first differs at {differs[0]}: {found[differs[0]]}, golden {expected[differs[0]]}"
+    detail = (
+        f"{len(expected)} ids equal"
+        if not len(differs)
+        else (f"first differs at {differs[0]}: {found[differs[0]]}, golden {expected[differs[0]]}")
     )
     return StageResult(case, stage, not len(differs), detail)
 
@@ -148,9 +149,7 @@ def load_for_goldens(folder: Path, *, checked: bool = True) -> Engine:
     return load_engine(bundle, choose_template(manifest.prompt, frozen, None), options)
 
 
-def verify(
-    folder: Path, announce: Callable[[str], None] | None = None
-) -> Iterator[StageResult]:
+def verify(folder: Path, announce: Callable[[str], None] | None = None) -> Iterator[StageResult]:
     """Rerun the goldens of an engine, yielding each stage's result as it comes.
 
     Raises:

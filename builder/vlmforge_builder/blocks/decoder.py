@@ -129,7 +129,7 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: int64 `[B, S]`. An id >= vocab_size is row `id - vocab_size` of the features.
-            image_features: `[R, hidden]`, R >= 1 (its content is arbitrary when no id refers to it).
+            image_features: `[R, hidden]`, R >= 1 (arbitrary when no id refers to a row).
             past_lengths: int64 `[B]`, tokens already in the cache.
             logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of.
             past_keys, past_values: Per layer `[B, kv_heads, C, head_dim]`.
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         x = self._embed(input_ids, image_features)
         keys, values = [], []
         for layer, key, value in zip(self.layers, past_keys, past_values, strict=True):
-            x, key, value = layer(x, (key, value), (self.cos, self.sin), past_lengths)  # noqa: PLW2901
+            x, key, value = layer(x, (key, value), (self.cos, self.sin), past_lengths)
             keys.append(key)
             values.append(value)
         index = logits_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1])

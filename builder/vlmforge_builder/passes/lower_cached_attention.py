@@ -31,7 +31,7 @@ def lower_cached_attention(model: ir.Model) -> bool:
 def _lengths(first: ir.Node) -> tuple[ir.Value, ir.Value]:
     """`seqlens_k` int32 `[B]` and `total_sequence_length` int32 scalar."""
     query, past_lengths = first.inputs[0], first.inputs[7]
-    assert query is not None and past_lengths is not None  # noqa: S101, PT018 - the op's contract
+    assert query is not None and past_lengths is not None
     tokens = ir.node("Shape", [query], attributes={"start": 1, "end": 2})
     one = _constant("one", np.array([1], np.int64))
     totals = ir.node("Add", [past_lengths, tokens.outputs[0]])
@@ -44,7 +44,7 @@ def _lengths(first: ir.Node) -> tuple[ir.Value, ir.Value]:
         node.name = f"lengths_{index}"
         node.outputs[0].name = f"lengths_{index}"
     graph = first.graph
-    assert graph is not None  # noqa: S101 - it was found in a graph
+    assert graph is not None
     graph.insert_before(first, created)
     return last32.outputs[0], largest32.outputs[0]
 

@@ -55,7 +55,7 @@ def _refer(model: ir.Model, layout: tuple[Placed, ...], data: Path) -> None:
     for item in layout:
         value = model.graph.initializers[item.name]
         dtype = value.dtype
-        assert dtype is not None  # noqa: S101 - tracing typed every parameter
+        assert dtype is not None
         value.const_value = ir.ExternalTensor(
             data.name,
             item.offset,

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.checkpoint.store import TensorStore, open_store
-from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
+
+from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
+from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
 from vlmforge_recipes.llama_decoder import read_decoder_config
@@ -59,13 +60,17 @@ class _Features:
 
 def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
     """Understand a checkpoint of this layout (CheckpointError otherwise)."""
-    text = config.section("text_config") if config.has("text_config") else ConfigReader(
-        {}, config.file
+    text = (
+        config.section("text_config")
+        if config.has("text_config")
+        else ConfigReader({}, config.file)
     )
     _check(config, text)
     features = _features(config)
-    vision = config.section("vision_config") if config.has("vision_config") else ConfigReader(
-        _DEFAULT_TOWER, config.file
+    vision = (
+        config.section("vision_config")
+        if config.has("vision_config")
+        else ConfigReader(_DEFAULT_TOWER, config.file)
     )
     decoder = read_decoder_config(text, session_len=options.session_len)
     tower = read_tower_config(
@@ -99,9 +104,11 @@ def _check(config: ConfigReader, text: ConfigReader) -> None:
         raise _unsupported(config, f"text_config.model_type {kind!r}", "'llama'")
     if not config.bool("multimodal_projector_bias", default=True):
         raise _unsupported(config, "multimodal_projector_bias false", "true")
-    tower = config.section("vision_config").str("model_type", "clip_vision_model") if (
-        config.has("vision_config")
-    ) else "clip_vision_model"
+    tower = (
+        config.section("vision_config").str("model_type", "clip_vision_model")
+        if (config.has("vision_config"))
+        else "clip_vision_model"
+    )
     if tower != "clip_vision_model":
         raise _unsupported(config, f"vision_config.model_type {tower!r}", "'clip_vision_model'")
 

@@ -6,14 +6,15 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmforge_builder.checkpoint.store import TensorStore
+from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
+
 from vlmforge.errors import CheckpointError
 from vlmforge.manifest import KVLayout, PromptPolicy
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.decoder import DecoderConfig
 from vlmforge_builder.blocks.vision import VisionConfig, VisionEncoder
-from vlmforge_builder.checkpoint.store import TensorStore
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, PartSpec, RecipeOptions, TensorArg
-from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
 from vlmforge_recipes.clip_tower import linear, tower_weights
 from vlmforge_recipes.llama_decoder import decoder_part
 from vlmforge_recipes.llava.templates import TEMPLATES
@@ -110,9 +111,7 @@ def _vision_part(geometry: Geometry, names: Names) -> PartSpec:
     tower, width = geometry.tower, geometry.decoder.hidden_size
     return PartSpec(
         name="vision",
-        module=lambda: VisionEncoder(
-            tower, outputs=width, projector_act=geometry.projector_act
-        ),
+        module=lambda: VisionEncoder(tower, outputs=width, projector_act=geometry.projector_act),
         inputs=(TensorArg("pixel_values", ("images", 3, tower.image_size, tower.image_size)),),
         outputs=("image_features",),
         weights={

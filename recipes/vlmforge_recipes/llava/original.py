@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.checkpoint.store import JoinedStore, open_store
-from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import convert_tokenizer
+
+from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge.prompt.template import jinja_from_parts
+from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
 from vlmforge_recipes.llama_decoder import read_decoder_config
@@ -115,7 +116,8 @@ def find_tower(checkpoint: Path, named: str, options: RecipeOptions) -> Path:
     except CheckpointError as error:
         raise CheckpointError(
             f"The vision tower {named!r} of {checkpoint} was not found.",
-            found="nothing at " + ", ".join(str(place) for place in places)
+            found="nothing at "
+            + ", ".join(str(place) for place in places)
             + f"; nor on the hub ({error.summary})",
             expected=f"the folder of {named}, with its config.json and weights",
             fix=f"build-engine {checkpoint} --vision-tower FOLDER_OR_HUB_ID ...",

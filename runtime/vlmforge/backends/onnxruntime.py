@@ -55,13 +55,12 @@ def _session(path: Path, part: Part, options: LoadOptions) -> ort.InferenceSessi
         return ort.InferenceSession(
             path, settings, providers=[PROVIDER], disabled_optimizers=disabled
         )
-    except Exception as error:  # noqa: BLE001 - the library raises many types of its own
+    except Exception as error:
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot load {path}.",
             found=str(error).strip().splitlines()[0],
             expected=f"the part {part.name!r} as build-engine wrote it",
-            fix=f"vlmforge doctor, then rebuild the engine: build-engine CHECKPOINT -o {path.parent} "
-            "--force",
+            fix="vlmforge doctor, then rebuild: build-engine CHECKPOINT -o ENGINE --force",
         ) from error
 
 

@@ -89,7 +89,7 @@ class _Chat:
 
     def _send(self, text: str) -> None:
         pieces = self.pipe.chat(self._prompt(text), self.session, self.config, stream_response=True)
-        assert not isinstance(pieces, Session)  # noqa: S101 - it was asked to stream
+        assert not isinstance(pieces, Session)
         try:
             self._print(pieces)
         except KeyboardInterrupt:

@@ -12,7 +12,15 @@ from vlmforge.errors import BackendUnavailableError
 from vlmforge.version import __version__
 
 _RUNTIME = ("numpy", "pillow", "tokenizers", "jinja2", "onnxruntime")
-_BUILD = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "sentencepiece", "huggingface_hub")
+_BUILD = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "safetensors",
+    "sentencepiece",
+    "huggingface_hub",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,9 +54,9 @@ def _head(bundle: Bundle) -> str:
         "engine": str(bundle.folder),
         "model": f"{provenance.architecture} (recipe {provenance.recipe})",
         "source": provenance.source,
-        "built": provenance.built_at + ", " + ", ".join(
-            f"{name} {version}" for name, version in provenance.versions.items()
-        ),
+        "built": provenance.built_at
+        + ", "
+        + ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
         "backend": f"{manifest.backend}, weights stored as {manifest.dtype}, arithmetic in "
         f"{manifest.compute_dtype}, tp {manifest.parallel.tp}",
         "window": f"{manifest.decode.session_len} tokens a sequence, at most "
@@ -77,9 +77,8 @@ def _parts(manifest: Manifest) -> str:
 def _part(part: Part) -> str:
     lines = [f"part {part.name}: {part.file}, {_size(part.weight_bytes)} of weights"]
     for arrow, specs in (("in ", part.inputs), ("out", part.outputs)):
-        shown = [s for s in specs if not s.name.startswith(("past_", "present_"))]
-        caches = len(specs) - len(shown)
-        if caches - (not any(s.name == "past_lengths" for s in shown)) > 0:
+        shown = [spec for spec in specs if "." not in spec.name]
+        if caches := len(specs) - len(shown):
             lines.append(f"  {arrow} {caches} key/value caches")
         for spec in shown:
             dims = ", ".join(map(str, spec.shape))

@@ -187,9 +187,7 @@ def _refuse_marks(text: str) -> None:
         )
 
 
-def _encode(
-    chunks: Sequence[str], policy: PromptPolicy, encoder: TextEncoder
-) -> list[list[int]]:
+def _encode(chunks: Sequence[str], policy: PromptPolicy, encoder: TextEncoder) -> list[list[int]]:
     """Ids of the text between the images."""
     if policy.image_splice == "split_text":
         pieces = [encoder.encode(chunk) for chunk in chunks]

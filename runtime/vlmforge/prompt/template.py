@@ -71,7 +71,7 @@ def _literal(value: str | None) -> str:
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's words; here it is transparent."""
+    """`{% generation %}` blocks mark the assistant's words; here they are transparent."""
 
     tags = {"generation"}  # noqa: RUF012 - the base class declares it so
 
@@ -95,7 +95,7 @@ def _compile(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)  # noqa: DTZ005
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     return environment.from_string(source)
 
 

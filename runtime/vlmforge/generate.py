@@ -1,0 +1,164 @@
+"""The tokens of one sequence: chosen from logits, turned to text, stopped, handed to the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from vlmforge.backends import FloatArray
+from vlmforge.engine import Engine
+from vlmforge.errors import CancelledError
+from vlmforge.generation import GenerationPlan
+from vlmforge.prompt.render import RenderedPrompt
+from vlmforge.response import FinishReason, Response, Stopwatch
+from vlmforge.sampling import Sampler, mean_cross_entropy
+from vlmforge.scheduler import PrefillFacts
+from vlmforge.stopping import NgramCounter, StopScanner
+from vlmforge.text import IncrementalDetokenizer
+
+Sink = Callable[[Response | None, Exception | None], None]
+
+
+class TokenGenerator:
+    """Follows one request from its first logits to its end (see `scheduler.Generation`).
+
+    Args:
+        engine: For its tokenizer and vocabulary.
+        plan: How to generate.
+        prompt: What was sent.
+        budget: Tokens that may be generated, > 0.
+        watch: Has been running since the request began.
+        sink: Gets each new piece as a `Response`, or the error that ends the request.
+        index: Place of the prompt in its call.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        plan: GenerationPlan,
+        prompt: RenderedPrompt,
+        budget: int,
+        watch: Stopwatch,
+        sink: Sink,
+        index: int,
+    ) -> None:
+        vocab = engine.manifest.decode.vocab_size
+        self._plan, self._prompt, self._budget = plan, prompt, budget
+        self._watch, self._sink, self._index = watch, sink, index
+        self._text_ids = _text_ids(prompt)
+        self._sampler = Sampler(plan.sampling, vocab, [i for i in self._text_ids if i is not None])
+        self._detokenizer = IncrementalDetokenizer(
+            engine.tokenizer,
+            skip_special_tokens=plan.skip_special_tokens,
+            spaces_between_special_tokens=plan.spaces_between_special_tokens,
+        )
+        self._scanner, self._ngrams = StopScanner(plan.stop), NgramCounter(plan.stop)
+        self._ids: list[int] = []
+        self._sent = 0
+        self._logprobs: list[dict[int, float]] = []
+        self._logits: list[FloatArray] = []
+        self._facts: PrefillFacts | None = None
+        watch.switch("queue")
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """See `Generation`."""
+        return self._plan.return_ppl or self._plan.output_logits == "all"
+
+    def begin(self, facts: PrefillFacts) -> None:
+        """See `Generation`."""
+        self._facts = facts
+        self._watch.split({"encode": facts.encode, "prefill": facts.prefill})
+        self._watch.switch("decode")
+        if self._plan.output_logits == "all" and facts.prompt_logits is not None:
+            # The last row comes with the first token.
+            self._logits.append(facts.prompt_logits[:-1])
+
+    def accept(self, logits: FloatArray) -> int | None:
+        """See `Generation`."""
+        token = self._sampler.step(logits)
+        if self._plan.output_logits is not None:
+            self._logits.append(logits[None].copy())
+        stop = self._plan.stop
+        ends = token.id in stop.ids and len(self._ids) >= stop.min_new_tokens
+        if ends and not stop.include_stop_str_in_output:
+            return self._end("stop", self._flush())
+        self._ids.append(token.id)
+        if token.top_logprobs is not None:
+            self._logprobs.append(token.top_logprobs)
+        text = self._scanner.push(self._detokenizer.push([token.id]))
+        if self._scanner.matched is not None:
+            return self._end("stop", text)
+        if ends or self._ngrams.push(token.id):
+            return self._end("stop", text + self._flush())
+        if len(self._ids) >= self._budget:
+            return self._end("length", text + self._flush())
+        if text:
+            self._send(text, len(self._ids), None)
+        return token.id
+
+    def fail(self, error: Exception) -> None:
+        """See `Generation`. A cancelled request ends with what it has, as "abort"."""
+        if isinstance(error, CancelledError) and self._facts is not None:
+            self._end("abort", self._flush())
+        else:
+            self._sink(None, error)
+
+    def _flush(self) -> str:
+        """The text that was held back; it may complete a stop word."""
+        return self._scanner.push(self._detokenizer.finish()) + self._scanner.finish()
+
+    def _end(self, reason: FinishReason, text: str) -> None:
+        kept = len(self._ids)
+        if self._scanner.matched is not None:
+            reason, kept = "stop", min(kept, self._scanner.kept)
+        self._send(text, kept, reason)
+
+    def _send(self, text: str, kept: int, reason: FinishReason | None) -> None:
+        # Ids are held back while a stop word may still take them away again.
+        first = self._sent
+        certain = kept if reason is not None or not self._plan.stop.words else self._scanner.settled
+        self._sent = max(first, min(kept, certain))
+        piece = Response(
+            text=text,
+            generate_token_len=kept,
+            input_token_len=len(self._prompt.token_ids),
+            session_id=self._index,
+            finish_reason=reason,
+            token_ids=self._ids[first : self._sent],
+            logprobs=self._logprobs[first : self._sent] or None,
+            index=self._index,
+        )
+        if reason is not None:
+            self._complete(piece)
+        self._sink(piece, None)
+
+    def _complete(self, piece: Response) -> None:
+        facts = self._facts
+        assert facts is not None
+        piece.cached_tokens = facts.cached_tokens
+        piece.timings = self._watch.timings(
+            cached_prefix_tokens=facts.cached_tokens, cached_images=facts.cached_images
+        )
+        if self._logits:
+            piece.logits = np.concatenate(self._logits)
+        if self._plan.return_ppl and facts.prompt_logits is not None:
+            piece.ppl = _prompt_loss(self._text_ids, facts.prompt_logits)
+
+
+def _text_ids(prompt: RenderedPrompt) -> list[int | None]:
+    """The prompt's ids, None at the positions of images."""
+    ids: list[int | None] = list(prompt.token_ids)
+    for span in prompt.image_spans:
+        ids[span.start : span.start + span.length] = [None] * span.length
+    return ids
+
+
+def _prompt_loss(ids: list[int | None], logits: FloatArray) -> float | None:
+    """Mean cross-entropy of the text tokens that something precedes; None if there are none."""
+    targets = [(i - 1, token) for i, token in enumerate(ids) if i > 0 and token is not None]
+    if not targets:
+        return None
+    rows = [row for row, _ in targets]
+    return mean_cross_entropy(logits[rows], [token for _, token in targets])
