@@ -31,14 +31,16 @@ def open_bundle(folder: Path) -> Bundle:
     change and inodes stay what they are.
 
     Raises:
-        EngineFormatError: not an engine, or of another schema version.
+        EngineFormatError: not an engine, of another schema version, or using files outside itself
+            or that it does not list.
         EngineIntegrityError: a file is missing, short or altered; names it.
     """
     bundle = Bundle(folder, load_manifest(folder))
+    _check_listed(bundle.manifest)
     for entry in bundle.manifest.files:
         _check_size(folder, entry)
     stamp = _stamp_path(bundle)
-    if stamp is not None and stamp.exists():
+    if stamp is not None and _is_remembered(stamp):
         return bundle
     check_hashes(bundle)
     if stamp is not None:
@@ -56,6 +58,20 @@ def check_hashes(bundle: Bundle) -> None:
         ):
             if found != entry.sha256:
                 raise _altered(bundle.folder / entry.path, f"sha256 {found}", entry)
+
+
+def _check_listed(manifest: Manifest) -> None:
+    """Only a listed file is checked, so no other may be used."""
+    listed = {entry.path for entry in manifest.files}
+    used = [manifest.tokenizer_file, manifest.prompt.template_file]
+    used += [name for part in manifest.parts for name in (part.file, *part.data)]
+    if unlisted := [name for name in used if name not in listed]:
+        raise EngineFormatError(
+            "The manifest uses a file that it does not list.",
+            found=repr(unlisted[0]),
+            expected="an entry in `files` with its size and sha256",
+            fix="do not use this engine; rebuild it with build-engine",
+        )
 
 
 def _check_size(folder: Path, entry: FileEntry) -> None:
@@ -105,6 +121,13 @@ def _stamp_path(bundle: Bundle) -> Path | None:
         return env.cache_dir() / "verified" / digest.hexdigest()
     except RuntimeError:  # no home directory
         return None
+
+
+def _is_remembered(stamp: Path) -> bool:
+    try:
+        return stamp.exists()
+    except OSError:  # a home that is not ours to look into
+        return False
 
 
 def _remember(stamp: Path) -> None:

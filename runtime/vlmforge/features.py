@@ -25,14 +25,15 @@ class PreparedImage:
 
 def prepare(pixel_values: FloatArray) -> PreparedImage:
     """Attach the digest that identifies an image by its content."""
-    digest = hashlib.blake2b(pixel_values.tobytes(), digest_size=16).digest()
-    return PreparedImage(pixel_values, digest)
+    content = hashlib.blake2b(repr(pixel_values.shape).encode(), digest_size=16)
+    content.update(pixel_values.tobytes())
+    return PreparedImage(pixel_values, content.digest())
 
 
 def row_keys(image: PreparedImage, length: int) -> Keys:
     """Keys of the `length` rows of an image: negative, so that no text token has the same."""
-    base = int.from_bytes(image.digest[:7], "little") << 6
-    return -1 - (np.arange(length, dtype=np.int64) + np.int64(base & ((1 << 62) - 1)))
+    stream = hashlib.shake_128(image.digest).digest(8 * length)
+    return np.frombuffer(stream, np.int64) | np.iinfo(np.int64).min
 
 
 class FeatureCache:

@@ -104,13 +104,13 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of a few values of the same type."""
+    """One of a few strings."""
 
-    values: tuple[object, ...]
+    values: tuple[str, ...]
 
     def admits(self, value: object) -> bool:
         """See `Rule`."""
-        return any(type(value) is type(choice) and value == choice for choice in self.values)
+        return isinstance(value, str) and value in self.values
 
     def __str__(self) -> str:
         return "one of " + ", ".join(repr(value) for value in self.values)

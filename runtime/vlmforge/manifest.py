@@ -204,7 +204,7 @@ def load_manifest(folder: Path) -> Manifest:
             expected=f"a folder that build-engine wrote, with {MANIFEST_FILE}",
             fix=f"build-engine CHECKPOINT -o {folder}",
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EngineFormatError(
             f"{path} is not JSON.",
             found=str(error),

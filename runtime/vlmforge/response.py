@@ -173,9 +173,9 @@ class Response:
 
     def __repr__(self) -> str:
         shown = [(name, getattr(self, name)) for name in _ALWAYS_SHOWN]
-        for given in dataclasses.fields(self):
+        for given in dataclasses.fields(self)[len(_ALWAYS_SHOWN) :]:
             value = getattr(self, given.name)
-            if given.name not in _ALWAYS_SHOWN and value is not None and value != given.default:
+            if isinstance(value, np.ndarray) or value != given.default:
                 shown.append((given.name, value))
         return f"Response({', '.join(f'{name}={_shown(value)}' for name, value in shown)})"
 

@@ -239,8 +239,7 @@ def _nucleus(probs: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
 
 def _draw(ids: NDArray[np.int64], probs: NDArray[np.float64], rng: np.random.Generator) -> int:
     total = np.cumsum(probs)
-    place = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
-    return int(ids[min(place, len(ids) - 1)])
+    return int(ids[np.searchsorted(total, rng.random() * total[-1], side="right")])
 
 
 def _penalise(logits: Logits, seen: NDArray[np.bool_], penalty: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -19,8 +20,11 @@ T = TypeVar("T")
 
 
 def to_json(value: object) -> str:
-    """Deterministic, readable JSON text of a dataclass (keys in field order)."""
-    return json.dumps(_encode(value), indent=2, ensure_ascii=False) + "\n"
+    """Readable JSON text of a dataclass; equal values have equal text.
+
+    Fields keep their order, keys of mappings are sorted. ValueError on a float that is not finite.
+    """
+    return json.dumps(_encode(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def from_json(cls: type[T], data: object, where: str) -> T:
@@ -36,7 +40,7 @@ def _encode(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
+        return {key: _encode(value[key]) for key in sorted(value)}
     if isinstance(value, tuple | list):
         return [_encode(item) for item in value]
     return value
@@ -54,8 +58,8 @@ def _decode(kind: Any, data: object, where: str) -> object:
         table = _expect(dict, data, where)
         value_kind = typing.get_args(kind)[1]
         return {key: _decode(value_kind, item, f"{where}.{key}") for key, item in table.items()}
-    if kind is float and type(data) is int:
-        return float(data)
+    if kind is float:
+        return _decode_float(data, where)
     return _expect(kind, data, where)
 
 
@@ -71,11 +75,28 @@ def _decode_dataclass(cls: type, data: object, where: str) -> object:
 
 
 def _decode_union(kind: Any, data: object, where: str) -> object:
-    options = [option for option in typing.get_args(kind) if option is not type(None)]
-    if data is None and len(options) < len(typing.get_args(kind)):
-        return None
-    matches = [option for option in options if type(data) is option]
-    return _decode((matches or options)[0], data, where)
+    options = typing.get_args(kind)
+    plain = (str, int, bool, types.NoneType)
+    if type(data) in options and type(data) in plain:
+        return data
+    # At most one option needs decoding: `X | None` with a dataclass, a tuple, a float ...
+    for option in options:
+        if option not in plain:
+            return _decode(option, data, where)
+    names = ("null" if option is types.NoneType else option.__name__ for option in options)
+    raise _mistyped(data, " or ".join(names), where)
+
+
+def _decode_float(data: object, where: str) -> float:
+    if type(data) not in (int, float):
+        raise _mistyped(data, "float", where)
+    try:
+        value = float(typing.cast("float", data))
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise _mistyped(data, "a finite float", where)
+    return value
 
 
 def _decode_tuple(kinds: tuple[Any, ...], data: object, where: str) -> object:
@@ -91,9 +112,13 @@ def _decode_tuple(kinds: tuple[Any, ...], data: object, where: str) -> object:
 def _expect(kind: type[T], data: object, where: str) -> T:
     # `type() is`, not isinstance: JSON's true must not pass as the integer 1.
     if type(data) is not kind:
-        found = f"{type(data).__name__} {json.dumps(data, default=str)[:60]}"
-        raise _mismatch(where, found, kind.__name__)
+        raise _mistyped(data, kind.__name__, where)
     return data
+
+
+def _mistyped(data: object, expected: str, where: str) -> EngineFormatError:
+    shown = json.dumps(data, ensure_ascii=False, default=str)[:60]
+    return _mismatch(where, f"{type(data).__name__} {shown}", expected)
 
 
 def _mismatch(where: str, found: str, expected: str) -> EngineFormatError:

@@ -61,11 +61,10 @@ class SlotTable:
         """
         target = self.active
         source, cached = self._longest_prefix(keys[:0] if fresh else keys[:-1])
-        if source >= target:
-            self._exchange(source, target)
-        else:
-            self._exchange(self._least_recently_used(), target)
-            self._copy(source, target, cached)
+        place = source if self._goes_on(source, cached) else self._least_recently_used()
+        self._exchange(place, target)
+        if place != source:
+            self._copy(place if source == target else source, target, cached)
         slot = self._slots[target]
         slot.keys = keys[:cached]
         self._touch(slot)
@@ -104,6 +103,13 @@ class SlotTable:
             if length > best_length or (length == best_length > 0 and index >= self.active > best):
                 best, best_length = index, length
         return best, best_length
+
+    def _goes_on(self, source: int, cached: int) -> bool:
+        """Whether a prompt continues what a free slot remembers, and may thus take it over.
+
+        One that shares only the beginning, such as a system prompt, must not wipe out the rest.
+        """
+        return source >= self.active and 2 * cached >= len(self._slots[source].keys)
 
     def _least_recently_used(self) -> int:
         return min(range(self.active, len(self._slots)), key=lambda i: self._slots[i].last_used)

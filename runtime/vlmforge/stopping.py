@@ -33,9 +33,9 @@ class StopRules:
 class StopScanner:
     """Finds stop words in a text that comes in pieces, one piece for each generated token.
 
-    The word that begins first wins, of those that begin together the longest. The text is cut
-    right before it (right after it with `include_stop_str_in_output`). However the text is cut
-    into pieces, what is let through is the same.
+    The text is cut right before the word that begins first, or with `include_stop_str_in_output`
+    right after it, after the longest if several begin there. What is let through in all does not
+    depend on how the text comes in pieces.
     """
 
     def __init__(self, rules: StopRules) -> None:
@@ -77,14 +77,15 @@ class StopScanner:
             return len(self._ends)
         if self._rules.include_stop_str_in_output:
             return bisect_left(self._ends, self._passed) + 1
-        whole = bisect_right(self._ends, self._passed)
-        last = self._ends[whole - 1] if whole else 0
-        return bisect_left(self._ends, last) + 1 if last else 0
+        return self.settled
 
     @property
     def settled(self) -> int:
         """How many of the pieces, from the first, no later match can take away any more."""
-        return bisect_right(self._ends, self._passed)
+        whole = bisect_right(self._ends, self._passed)
+        last = self._ends[whole - 1] if whole else 0
+        # Empty pieces at the end wait for the text that they are a part of.
+        return bisect_left(self._ends, last) + 1 if last else 0
 
     def _advance(self, unfinished: int) -> str:
         """Let through all before place `unfinished`, unless a stop word is certain."""

@@ -166,4 +166,4 @@ def test_the_real_clock_only_goes_forward() -> None:
 
 
 def test_every_stage_counts_in_the_total() -> None:
-    assert [Timings(**{stage: 2.0}).total for stage in STAGES] == [2.0] * len(STAGES)
+    assert Timings(1, 2, 4, 8, 16, 32, 64, cached_prefix_tokens=128, cached_images=256).total == 127

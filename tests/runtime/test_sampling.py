@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -58,6 +58,7 @@ def of_probs(values: Sequence[float]) -> np.ndarray:
 def dense(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     ids, probs = distribution(logits, params)
     assert len(set(ids.tolist())) == len(ids)
+    assert (probs > 0).all()
     whole = np.zeros(len(logits))
     whole[ids] = probs
     return whole
@@ -71,7 +72,8 @@ def by_definition(logits: Sequence[float], params: SamplingParams) -> list[float
     weights = {i: math.exp((logits[i] - peak) / params.temperature) for i in order}
     total = math.fsum(weights.values())
     probs = {i: weights[i] / total for i in order}
-    kept, mass = [], 0.0
+    kept: list[int] = []
+    mass = 0.0
     for i in order:
         assume(abs(mass - params.top_p) > 1e-9)
         if kept and mass >= params.top_p and params.top_p < 1:
@@ -127,9 +129,10 @@ def test_the_distribution_is_that_of_the_definition(
         ({"temperature": 0.5, "top_p": 0.7}, [1, 0, 0, 0, 0]),
     ],
 )
-def test_examples_by_hand(changes: dict[str, float], expected: list[float]) -> None:
+def test_examples_by_hand(changes: dict[str, Any], expected: list[float]) -> None:
     logits = of_probs([0.5, 0.2, 0.15, 0.1, 0.05])
-    np.testing.assert_allclose(dense(logits, replace(SAMPLED, **changes)), expected, atol=1e-6)
+    probs = dense(logits, replace(SAMPLED, **changes))
+    np.testing.assert_allclose(probs, np.array(expected), atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -176,6 +179,11 @@ def test_a_draw_hits_each_token_as_often_as_its_probability_says() -> None:
     sampler = Sampler(SAMPLED, 5, rng=fixed(draws))
     counts = Counter(sampler.step(of_probs(probs)).id for _ in draws)
     assert counts == {0: 16, 2: 32, 3: 8, 4: 8}
+
+
+def test_a_draw_on_a_boundary_belongs_to_the_token_after_it() -> None:
+    sampler = Sampler(SAMPLED, 4, rng=fixed([0.0, 0.25, 0.5, 0.75]))
+    assert [sampler.step(row([0.0] * 4)).id for _ in range(4)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("probs", [[0.0, 0.3, 0.3, 0.4, 0.0], [0.0, 0.1, 0.1, 0.1, 0.0]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -16,7 +17,7 @@ TEXT = st.text("abc", max_size=24)
 
 def chunked(text: str, cuts: Sequence[int]) -> list[str]:
     places = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(places)]
 
 
 def first_word(text: str, words: Sequence[str], after: int = 0) -> tuple[int, int] | None:
@@ -50,7 +51,10 @@ def test_however_the_text_is_cut_up_it_ends_at_the_first_stop_word(
         assert (emitted, scanner.matched) == (text, None)
     else:
         assert emitted == text[: span[1] if include else span[0]]
-        assert scanner.matched == text[span[0] : span[1]]
+        # A longer word that begins at the same place is waited for only if it is to be included.
+        assert scanner.matched in words
+        assert text[span[0] : span[1]].startswith(scanner.matched)
+        assert not include or scanner.matched == text[span[0] : span[1]]
 
 
 @given(TEXT, WORDS, st.lists(st.integers(0, 99), max_size=12))
@@ -83,6 +87,7 @@ def test_with_the_word_included_the_kept_pieces_reach_its_end(
 
 
 @given(TEXT, WORDS, st.lists(st.integers(0, 99), max_size=12), st.integers(0, 14))
+@example("abc", ["ab", "abx", "bc"], [2], 2)
 def test_a_word_that_is_complete_before_the_minimum_is_ordinary_text(
     text: str, words: list[str], cuts: list[int], minimum: int
 ) -> None:
@@ -105,8 +110,7 @@ def test_text_is_held_back_only_while_it_may_become_a_stop_word(
         if scanner.matched is None:
             held = pushed[len(emitted) :]
             assert held == "" or any(
-                word.startswith(held[: len(word)]) and len(word) > len(held) or word in held
-                for word in words
+                (word.startswith(held) and word != held) or word in held for word in words
             )
 
 
@@ -118,6 +122,31 @@ def test_an_empty_piece_goes_with_the_text_after_it() -> None:
     assert scanner.kept == 0
     _, scanner = run(StopRules(words=("!",)), ["", "é", "!"])
     assert scanner.kept == 2
+
+
+@given(TEXT, WORDS, st.lists(st.integers(0, 99), max_size=12), st.booleans())
+@example("xab", ["ab"], [1, 1], False)
+def test_settled_pieces_are_never_taken_away(
+    text: str, words: list[str], cuts: list[int], include: bool
+) -> None:
+    scanner = StopScanner(StopRules(words=tuple(words), include_stop_str_in_output=include))
+    settled = [0]
+    for piece in chunked(text, cuts):
+        let_through = scanner.push(piece)
+        settled.append(scanner.settled)
+        assert not (let_through and piece == let_through) or scanner.settled
+    scanner.finish()
+    assert settled == sorted(settled)
+    assert settled[-1] <= scanner.kept
+
+
+def test_pieces_settle_as_their_text_is_let_through() -> None:
+    scanner = StopScanner(StopRules(words=("é!",)))
+    counts = []
+    for piece in ["x", "", "", "é", "a"]:
+        scanner.push(piece)
+        counts.append(scanner.settled)
+    assert counts == [1, 1, 1, 1, 5]
 
 
 def test_nothing_is_let_through_after_a_match() -> None:
@@ -152,4 +181,4 @@ def test_ngrams_are_counted_by_definition(
 @pytest.mark.parametrize("ids", [[1] * 50, [1, 2] * 25])
 def test_no_ngram_rule_never_ends_anything(ids: list[int]) -> None:
     counter = NgramCounter(StopRules())
-    assert not any([counter.push(token) for token in ids])
+    assert not any(counter.push(token) for token in ids)

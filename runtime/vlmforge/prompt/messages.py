@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, TypeAlias
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
 
 from vlmforge.errors import PromptError
 
-if TYPE_CHECKING:
-    import numpy as np
-    import PIL.Image
-
-ImageSource: TypeAlias = "PIL.Image.Image | np.ndarray | os.PathLike[str] | bytes | str"
+ImageSource: TypeAlias = PIL.Image.Image | NDArray[Any] | os.PathLike[str] | bytes | str
 ROLES = ("system", "user", "assistant")
 _FORMS = (
     "'text', ('text', image), ('text', [image, ...]), a list of these, OpenAI messages "
@@ -148,10 +148,10 @@ def _images(value: object) -> tuple[Image, ...]:
 
 
 def _source(value: object) -> ImageSource:
-    kind = f"{type(value).__module__}.{type(value).__name__}"
-    is_pixels = kind.startswith("PIL.") or kind == "numpy.ndarray"
-    if is_pixels or isinstance(value, str | bytes | os.PathLike):
-        return value  # type: ignore[return-value]
+    if isinstance(value, PIL.Image.Image | np.ndarray | os.PathLike | bytes | str):
+        return value
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
     raise PromptError(
         "An image is of a type that is not known.",
         found=_describe(value),
@@ -224,5 +224,5 @@ def _describe(value: object) -> str:
         more = ", ..." if len(value) > 4 else ""
         brackets = "()" if isinstance(value, tuple) else "[]"
         return f"{brackets[0]}{inside}{more}{brackets[1]} of length {len(value)}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text[:80]}{'...' if len(text) > 80 else ''}"

@@ -14,9 +14,10 @@ from vlmforge.prompt.messages import Conversation, Image, Message
 from vlmforge.prompt.template import render_template
 from vlmforge.vl.constants import IMAGE_TOKEN
 
-# Private-use characters: stand for an image, and for the placeholder typed as ordinary text.
-_MARK = "\ue0f1\ue0f2\ue0f1"
-_TYPED = "\ue0f3\ue0f4\ue0f3"
+# Private-use characters: stand for an image, and for the placeholder typed as ordinary text. All
+# six differ, so that a part of a mark beside a mark cannot be mistaken for one.
+_MARK = "\ue0f1\ue0f2\ue0f3"
+_TYPED = "\ue0f4\ue0f5\ue0f6"
 
 
 class TextEncoder(Protocol):
@@ -104,19 +105,22 @@ def render_prompt(
     chunks = marked.split(_MARK)
     images = len(conversation.images)
     if len(chunks) - 1 != images:
-        raise _mismatch("The prompt", len(chunks) - 1, images)
+        raise _mismatch("The prompt", len(chunks) - 1, images, optional=False)
     text = policy.image_placeholder.join(chunks).replace(_TYPED, policy.image_placeholder)
     chunks = [chunk.replace(_TYPED, policy.image_placeholder) for chunk in chunks]
     pieces = _encode(chunks, policy, encoder)
     return _expand(text, pieces, policy, image_lengths)
 
 
-def _mismatch(what: str, tokens: int, images: int) -> PromptError:
+def _mismatch(what: str, tokens: int, images: int, *, optional: bool) -> PromptError:
+    """`optional`: without any image token, the images have a place too."""
+    or_none = ", or none (then the images go before the text)" if optional else ""
+    or_leave_out = ", or leave it out" if optional else ""
     return PromptError(
         f"{what} does not have one image token for each image.",
         found=f"{tokens} x {IMAGE_TOKEN} and {images} image{'' if images == 1 else 's'}",
-        expected=f"{images} x {IMAGE_TOKEN}, or none (then the images go before the text)",
-        fix=f"put {IMAGE_TOKEN} into the text once for each image, or leave it out",
+        expected=f"{images} x {IMAGE_TOKEN}{or_none}",
+        fix=f"put {IMAGE_TOKEN} into the text once for each image{or_leave_out}",
     )
 
 
@@ -139,7 +143,8 @@ def _template_message(message: Message, policy: PromptPolicy) -> dict[str, objec
     if placed is not None:
         return {"role": message.role, "content": [{"type": "text", "text": placed}]}
     content: list[dict[str, str]] = [{"type": "image"} for _ in images]
-    content.append({"type": "text", "text": _escape("\n".join(texts), policy)})
+    if texts:
+        content.append({"type": "text", "text": _escape("\n".join(texts), policy)})
     return {"role": message.role, "content": content}
 
 
@@ -149,7 +154,7 @@ def _placed_text(message: Message, policy: PromptPolicy) -> str | None:
     tokens = sum(text.count(IMAGE_TOKEN) for text in texts)
     if tokens:
         if tokens != len(images):
-            raise _mismatch("A message", tokens, len(images))
+            raise _mismatch("A message", tokens, len(images), optional=True)
         return _escape("\n".join(texts), policy).replace(IMAGE_TOKEN, _MARK)
     if not images:
         return None

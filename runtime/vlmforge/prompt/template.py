@@ -61,7 +61,6 @@ def jinja_from_parts(parts: TemplateParts, image_placeholder: str) -> str:
         "SEPARATOR": parts.separator,
         "GENERATION": generation,
     }
-    # Globals, not `set`: a macro does not see its module's assignments under other names.
     lines = [f"{{%- set {name} = {_literal(value)} -%}}" for name, value in values.items()]
     return "\n".join(lines) + "\n" + _BODY
 
@@ -80,12 +79,32 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+# What the code of a template can raise: jinja evaluates Python's operators and methods.
+_TEMPLATE_FAULTS = (
+    *(jinja2.TemplateError, TypeError, ValueError, AttributeError),
+    *(ArithmeticError, LookupError, RecursionError, MemoryError),
+)
+
+
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter that published templates expect: jinja's own would escape HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 @lru_cache(maxsize=64)
@@ -119,8 +138,10 @@ def render_template(
             bos_token=bos_token,
             eos_token=eos_token,
             add_generation_prompt=add_generation_prompt,
+            tools=None,  # templates ask `is not none`, which an undefined name is not
+            documents=None,
         )
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+    except _TEMPLATE_FAULTS as error:
         raise PromptError(
             "The chat template cannot render these messages.",
             found=f"{type(error).__name__}: {error}",

@@ -1,0 +1,138 @@
+"""Where a checkpoint is: a folder, or a model on a hub that speaks Hugging Face's protocol."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from vlmforge.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_TEXTS = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+
+
+def resolve_checkpoint(
+    spec: str | Path,
+    *,
+    revision: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """The folder of a checkpoint: `spec` itself if it is one, otherwise downloaded by hub id.
+
+    The hub's client reads its own settings from the environment when it is imported: `HF_ENDPOINT`,
+    `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`. Only configuration, tokenizer and weight files are
+    fetched, never code; `.bin` weights only in folders that have no `.safetensors`.
+
+    Args:
+        spec: A folder, or a hub id such as "org/name".
+        revision: Branch, tag or commit on the hub ("main" by default).
+        progress: Gets a line when a download begins.
+
+    Raises:
+        CheckpointError: neither, or the hub refused, is out of reach, or the disk is full.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"The revision {revision!r} was asked of the folder {path}.",
+                found="a folder, which has one state",
+                expected="a hub id such as org/name",
+                fix="leave the revision out, or give the hub id",
+            )
+        return path
+    if path.exists() or not _HUB_ID.fullmatch(str(spec)):
+        raise _no_such(path)
+    if progress is not None:
+        progress(f"fetching {spec} ({revision or 'main'}) from {constants.ENDPOINT}")
+    try:
+        return _download(str(spec), revision)
+    except Exception as error:
+        # The client lets the exceptions of its HTTP library through; which one differs by version.
+        raise _explain(str(spec), revision, error) from error
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    patterns = [*_TEXTS, "*.safetensors"]
+    folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    # The snapshot's folder is named by its commit, so this call fetches from the same one.
+    snapshot_download(
+        hub_id,
+        revision=folder.name,
+        allow_patterns=[*patterns, "*.bin"],
+        ignore_patterns=_superseded(folder),
+    )
+    return folder
+
+
+def _superseded(folder: Path) -> list[str]:
+    """Patterns of the `.bin` weights in folders that have safetensors."""
+    with_safetensors = {path.parent.relative_to(folder) for path in folder.rglob("*.safetensors")}
+    return [str(place / "pytorch_model*.bin") for place in sorted(with_safetensors)]
+
+
+def _no_such(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"There is no checkpoint at {path}.",
+        found=f"a file at {path.absolute()}" if path.exists() else f"no folder {path.absolute()}",
+        expected="a folder with config.json and weights, or a hub id that looks like org/name",
+        fix="check the spelling and the working directory",
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _explain(hub_id: str, revision: str | None, error: Exception) -> CheckpointError:
+    """Tell what went wrong from the first link of the chain of causes that says it."""
+    summary = f"{hub_id} is neither a folder nor could it be fetched from {constants.ENDPOINT}."
+    found, fix = _reason(hub_id, revision, error)
+    return CheckpointError(
+        summary,
+        found=f"no folder {Path(hub_id).absolute()}; {found}",
+        expected="a folder, or the id of a model on the hub that you may read",
+        fix=fix,
+    )
+
+
+def _reason(hub_id: str, revision: str | None, error: Exception) -> tuple[str, str]:
+    """What was found, and the fix."""
+    again = f"check the connection and HF_ENDPOINT ({constants.ENDPOINT}), then run it again"
+    for link in _chain(error):
+        match link:
+            case GatedRepoError():
+                page = f"{constants.ENDPOINT}/{hub_id}"
+                return "the model is gated", f"accept its terms at {page}, then set HF_TOKEN"
+            case RevisionNotFoundError():
+                return f"no revision {revision or 'main'!r}", "check the revision on the hub"
+            case RepositoryNotFoundError():
+                fix = "check the spelling (org/name); if it is private, set HF_TOKEN"
+                return "no such model, or a private one", fix
+            case HfHubHTTPError():
+                status = link.response.status_code
+                if status in (401, 403):
+                    return f"access refused (HTTP {status})", "set HF_TOKEN to a token that may"
+                return f"HTTP {status} from the hub", again
+            case OfflineModeIsEnabled():
+                fix = "unset HF_HUB_OFFLINE, or give a folder"
+                return "offline mode is on, and the model is not in the cache", fix
+            case OSError(errno=errno.ENOSPC):
+                fix = "free space, or set HF_HOME to a larger disk; what was fetched is kept"
+                return f"no space left on the disk of {constants.HF_HUB_CACHE}", fix
+    last = list(_chain(error))[-1]
+    text = (str(last).splitlines() or [""])[0]
+    return f"{type(last).__name__}: {text}", again

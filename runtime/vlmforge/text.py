@@ -1,0 +1,331 @@
+"""Text to token ids, and ids back to text: all at once, or as they are generated."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from vlmforge.errors import EngineFormatError, PromptError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+KEEP_VALID_BYTES = "keep_valid"
+"""Value of `invalid_run` in a ByteFallback decoder: see `TextTokenizer.join`."""
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_UNREADABLE = "\ufffd"
+# A character has at most 4 bytes, so at most 3 of them, each shown as U+FFFD, may be incomplete.
+_MAX_PENDING = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    text: str
+    special: bool
+
+
+class TextTokenizer:
+    """A tokenizer in the format of the `tokenizers` library.
+
+    Args:
+        tokenizer_json: Text of a `tokenizer.json`.
+
+    Raises:
+        EngineFormatError: it is not one.
+    """
+
+    def __init__(self, tokenizer_json: str) -> None:
+        data = _parse(tokenizer_json)
+        self._json = tokenizer_json
+        self._tokenizer = _load(tokenizer_json)
+        self.special_tokens: Mapping[str, int] = MappingProxyType(
+            {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
+        )
+        """Ids of the special tokens by their texts."""
+        self._special_ids = frozenset(self.special_tokens.values())
+        fallback = _byte_fallback(data.get("decoder"))
+        self._keep_valid = fallback is not None and fallback.get("invalid_run") == KEEP_VALID_BYTES
+        self.joins_byte_runs = fallback is not None and not self._keep_valid
+        """Whether a byte token may still change the text of the byte tokens right before it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens; a model's own vocabulary may be padded to more."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`: special tokens in it are recognised, none is added.
+
+        Raises:
+            PromptError: the text has a lone surrogate.
+        """
+        return _encode(self._tokenizer, text)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of `text`, whatever looks like a special token in it taken as ordinary text.
+
+        Raises:
+            PromptError: the text has a lone surrogate.
+        """
+        return _encode(self._plain, text)
+
+    def decode(
+        self,
+        ids: Iterable[int],
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> str:
+        """Text of `ids`. Ids beyond the vocabulary have none.
+
+        Args:
+            ids: Token ids.
+            skip_special_tokens: Leave special tokens out.
+            spaces_between_special_tokens: Put a space between a special token that is not left
+                out and its neighbours, where there is none.
+        """
+        tokens = self.tokens(ids, skip_special_tokens=skip_special_tokens)
+        if skip_special_tokens or not spaces_between_special_tokens:
+            return self.join([token.text for token in tokens])
+        spacing = _Spacing()
+        return "".join(spacing.place(*segment) for segment in self._segments(tokens))
+
+    def token_id(self, token: str) -> int | None:
+        """Id of the token that is spelled `token`."""
+        return self._tokenizer.token_to_id(token)
+
+    def id_token(self, token_id: int) -> str | None:
+        """Spelling of a token (not its text), None beyond the vocabulary."""
+        return self._tokenizer.id_to_token(token_id)
+
+    def tokens(self, ids: Iterable[int], *, skip_special_tokens: bool) -> list[_Token]:
+        """The tokens of `ids` that may have text."""
+        found = []
+        for token_id in map(int, ids):
+            special = token_id in self._special_ids
+            spelling = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
+            if spelling is not None and not (special and skip_special_tokens):
+                found.append(_Token(spelling, special))
+        return found
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """Text of tokens, given by their spellings.
+
+        What a run of byte tokens that is not valid UTF-8 becomes depends on the original that the
+        tokenizer was made from. The `tokenizers` library shows U+FFFD for each byte of the run;
+        SentencePiece, marked by `"invalid_run": "keep_valid"`, for each invalid byte.
+        """
+        if self._keep_valid:
+            tokens = _mend_bytes(tokens)
+        decoder = self._tokenizer.decoder
+        return decoder.decode(list(tokens)) if decoder is not None else " ".join(tokens)
+
+    def _segments(self, tokens: Sequence[_Token]) -> Iterable[tuple[str, bool]]:
+        """Special tokens, and the runs of text between them: (text, is special)."""
+        before: list[str] = []  # the special token that a run follows is part of its context
+        run: list[str] = []
+        for token in tokens:
+            if not token.special:
+                run.append(token.text)
+                continue
+            yield self._after(before, run), False
+            before, run = [token.text], []
+            yield self.join(before), True
+        yield self._after(before, run), False
+
+    def _after(self, before: Sequence[str], run: Sequence[str]) -> str:
+        return self.join([*before, *run])[len(self.join(before)) :] if run else ""
+
+    @functools.cached_property
+    def _plain(self) -> Tokenizer:
+        data = _parse(self._json)
+        for token in data["added_tokens"]:
+            token["special"] = True
+        tokenizer = _load(json.dumps(data, ensure_ascii=False))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+
+class IncrementalDetokenizer:
+    """The text of tokens that come one after the other.
+
+    No character is given out before all its bytes are there, and what is given out is never taken
+    back: all pieces together are what `TextTokenizer.decode` makes of all ids. The work for a
+    token does not grow with the number of tokens before it.
+
+    Args:
+        tokenizer: Of the tokens.
+        skip_special_tokens, spaces_between_special_tokens: See `TextTokenizer.decode`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special_tokens
+        self._spacing = _Spacing() if spaces_between_special_tokens else None
+        self._window: list[str] = []  # the last tokens, the first of them only for context
+        self._shown = 0  # characters of the window's text that were given out
+        self._run: list[str] = []  # byte tokens whose text is still open
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Add tokens; the text that has become final."""
+        tokens = self._tokenizer.tokens(ids, skip_special_tokens=self._skip_special)
+        return "".join([self._take(token) for token in tokens])
+
+    def finish(self) -> str:
+        """No more tokens will come: the rest of the text."""
+        self._window += self._run
+        self._run = []
+        rest = self._tokenizer.join(self._window)[self._shown :] if self._window else ""
+        self._shown += len(rest)
+        return self._place(rest, special=False)
+
+    def _take(self, token: _Token) -> str:
+        if token.special:
+            rest = self.finish()
+            self._window, self._shown = [token.text], 0
+            text = self._tokenizer.join(self._window)
+            self._shown = len(text)
+            return rest + self._place(text, special=True)
+        if self._tokenizer.joins_byte_runs and _BYTE.fullmatch(token.text):
+            self._run.append(token.text)
+            return ""
+        self._window += [*self._run, token.text]
+        self._run = []
+        return self._place(self._advance(), special=False)
+
+    def _advance(self) -> str:
+        """Text of the window that is new and final."""
+        text = self._tokenizer.join(self._window)
+        unreadable = len(text) - len(text.rstrip(_UNREADABLE))
+        end = max(self._shown, len(text) - min(unreadable, _MAX_PENDING))
+        new, self._shown = text[self._shown : end], end
+        if len(self._window) > 2 * (_MAX_PENDING + 1):
+            self._shorten(pending=len(text) - end)
+        return new
+
+    def _shorten(self, *, pending: int) -> None:
+        """Drop old tokens. Some text before the pending one must stay: a decoder may strip the
+        first space of all, so the first token of a window must not be one that is still to come.
+        """
+        window = self._window[-(_MAX_PENDING + 1) :]
+        length = len(self._tokenizer.join(window))
+        if length > pending:
+            self._window, self._shown = window, length - pending
+
+    def _place(self, text: str, *, special: bool) -> str:
+        return text if self._spacing is None else self._spacing.place(text, special)
+
+
+class _Spacing:
+    """Puts a space between special tokens and their neighbours, where there is none."""
+
+    def __init__(self) -> None:
+        self._last = ""
+        self._special = False
+
+    def place(self, text: str, special: bool) -> str:
+        """`text`, which follows all text placed before, with a space before it if it needs one."""
+        if not text:
+            return ""
+        touching = self._last not in ("", " ") and text[0] != " "
+        gap = " " if touching and (special or self._special) else ""
+        self._last, self._special = text[-1], special
+        return gap + text
+
+
+def _mend_bytes(tokens: Sequence[str]) -> list[str]:
+    """`tokens`, those of bytes that are no part of a UTF-8 character replaced by U+FFFD."""
+    mended: list[str] = []
+    run: list[str] = []
+    for token in tokens:
+        if _BYTE.fullmatch(token):
+            run.append(token)
+            continue
+        mended += [*_mend_run(run), token]
+        run = []
+    return mended + _mend_run(run)
+
+
+def _mend_run(run: Sequence[str]) -> list[str]:
+    data = bytes(int(token[3:5], 16) for token in run)
+    mended: list[str] = []
+    while len(mended) < len(run):
+        start = len(mended)
+        length = next((n for n in range(1, 5) if _is_character(data[start : start + n])), 0)
+        mended += run[start : start + length] if length else [_UNREADABLE]
+    return mended
+
+
+def _is_character(data: bytes) -> bool:
+    try:
+        return len(data.decode("utf-8")) == 1
+    except UnicodeDecodeError:
+        return False
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            "The text has a lone surrogate, which is not a character.",
+            found=ascii(text[error.start : error.end]) + f" at position {error.start}",
+            expected="text that can be written as UTF-8",
+            fix="decode the text with errors='replace' where it is read",
+        ) from None
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _parse(tokenizer_json: str) -> dict[str, Any]:
+    try:
+        data = json.loads(tokenizer_json)
+    except ValueError as error:
+        raise _unusable(str(error)) from error
+    if not isinstance(data, dict) or not isinstance(data.setdefault("added_tokens", []), list):
+        raise _unusable(f"a {type(data).__name__} without a list of added_tokens")
+    return data
+
+
+def _load(tokenizer_json: str) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the library raises bare Exception
+        raise _unusable(str(error)) from error
+    # A tokenizer saved while these were on would cut and pad every prompt.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _unusable(found: str) -> EngineFormatError:
+    return EngineFormatError(
+        "tokenizer.json cannot be read.",
+        found=found,
+        expected="a tokenizer in the format of the tokenizers library",
+        fix="build the engine again, and check that the tokenizers package is of a recent version",
+    )
+
+
+def _byte_fallback(decoder: object) -> Mapping[str, object] | None:
+    """The ByteFallback in a decoder's description."""
+    if not isinstance(decoder, dict):
+        return None
+    if decoder.get("type") == "ByteFallback":
+        return decoder
+    steps = decoder.get("decoders") or ()
+    return next((found for step in steps if (found := _byte_fallback(step)) is not None), None)

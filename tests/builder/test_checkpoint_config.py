@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmforge.errors import CheckpointError
+from vlmforge_builder.checkpoint.config import ConfigReader, read_config, read_json
+
+_FILE = Path("model") / "config.json"
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+def _reader(**values: object) -> ConfigReader:
+    return ConfigReader(values, _FILE)
+
+
+def _write(tmp_path: Path, data: bytes) -> Path:
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "found", "expected"),
+    [
+        (b'{\n  "a": 1,\n  b\n}', "line 3 column 3", "JSON"),
+        (b"", "line 1 column 1", "JSON"),
+        (b'{"a": 1} x', "Extra data at line 1 column 10", "JSON"),
+        (b'{"a": "\xff"}', "a byte at offset 7 that is not UTF-8", "JSON"),
+        (b"[" * 100_000, "values nested too deeply", "JSON"),
+        (b"[1, 2]", "a list of 2 at the top", "a JSON object at the top"),
+        (b"null", "nothing at the top", "a JSON object at the top"),
+    ],
+)
+def test_files_that_are_not_json_objects(
+    tmp_path: Path, data: bytes, found: str, expected: str
+) -> None:
+    path = _write(tmp_path, data)
+    with pytest.raises(CheckpointError) as caught:
+        read_json(path)
+    assert caught.value.summary == f"{path} is not a valid configuration file."
+    assert found in caught.value.found
+    assert caught.value.expected == expected
+    assert caught.value.fix == "download config.json again"
+
+
+def test_missing_file_and_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config.json does not exist\.") as caught:
+        read_json(tmp_path / "config.json")
+    assert caught.value.found == f"a folder without it: {tmp_path}"
+    assert caught.value.expected == "a file named config.json"
+    with pytest.raises(CheckpointError) as caught:
+        read_json(tmp_path / "no" / "config.json")
+    assert caught.value.found == f"no folder {tmp_path / 'no'}"
+
+
+def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be read\.") as caught:
+        read_json(tmp_path)
+    assert caught.value.found == "Is a directory"
+
+
+def test_git_lfs_pointer(tmp_path: Path) -> None:
+    path = _write(tmp_path, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError) as caught:
+        read_json(path)
+    assert caught.value.summary == f"{path} is a Git LFS pointer, not the file itself."
+    assert caught.value.fix == f"run 'git lfs pull' in {tmp_path}"
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text(), _JSON))
+def test_objects_are_read_whole(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
+    path = _write(tmp_path_factory.mktemp("json"), json.dumps(value).encode())
+    assert read_json(path) == value
+    assert read_config(path) == ConfigReader(value, path)
+
+
+def test_values_of_the_right_type() -> None:
+    reader = _reader(i=3, f=0.5, s="x", b=False, o={"inner": {"depth": 7}})
+    assert (reader.int("i"), reader.float("f"), reader.str("s"), reader.bool("b")) == (
+        *(3, 0.5, "x", False),
+    )
+    assert reader.float("i") == 3.0
+    assert isinstance(reader.float("i"), float)
+    assert reader.section("o").section("inner").int("depth") == 7
+    assert reader.get("o") == {"inner": {"depth": 7}}
+
+
+@pytest.mark.parametrize("values", [{}, {"k": None}])
+def test_absent_and_null_are_alike(values: dict[str, object]) -> None:
+    reader = _reader(**values)
+    assert not reader.has("k")
+    assert (reader.int("k", 0), reader.float("k", 0.0), reader.str("k", "")) == (0, 0.0, "")
+    assert reader.bool("k", default=False) is False
+    assert reader.opt_int("k") is reader.opt_float("k") is reader.opt_str("k") is None
+    assert reader.opt_bool("k") is reader.get("k") is None
+
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "section": "an object",
+}
+
+
+@pytest.mark.parametrize(("getter", "expected"), _EXPECTED.items())
+def test_missing_key(getter: str, expected: str) -> None:
+    reader = _reader(text={"rope": {}}).section("text").section("rope")
+    with pytest.raises(CheckpointError) as caught:
+        getattr(reader, getter)("theta")
+    assert str(caught.value).splitlines() == [
+        "model/config.json lacks text.rope.theta.",
+        "  found:    nothing",
+        f"  expected: {expected}",
+        "  fix:      check config.json against the published one",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("getter", "value", "found"),
+    [
+        ("int", True, "true"),
+        ("int", 1.0, "1.0"),
+        ("int", "12", '"12"'),
+        ("float", False, "false"),
+        ("float", float("inf"), "Infinity"),
+        ("float", float("nan"), "NaN"),
+        ("float", 10**400, "1000"),
+        ("float", [0.5], "a list of 1"),
+        ("str", 3, "3"),
+        ("bool", 0, "0"),
+        ("bool", "true", '"true"'),
+        ("section", [1, 2], "a list of 2"),
+        ("str", {"a": 1}, "an object of 1 keys"),
+    ],
+)
+def test_wrong_type(getter: str, value: object, found: str) -> None:
+    for name in (getter, f"opt_{getter}") if getter != "section" else (getter,):
+        with pytest.raises(CheckpointError) as caught:
+            getattr(_reader(a=value), name)("a")
+        assert caught.value.summary == "model/config.json has a wrong a."
+        assert caught.value.found.startswith(found)
+        assert caught.value.expected in (*_EXPECTED.values(), "a finite number")
+        assert len(caught.value.found) <= 80
+
+
+@settings(deadline=None)
+@given(_JSON, st.sampled_from(["int", "float", "str", "bool"]))
+def test_getters_return_their_type_or_refuse(value: object, getter: str) -> None:
+    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}[getter]
+    fits = isinstance(value, kinds) and (getter == "bool") == isinstance(value, bool)
+    fits = fits and value not in (float("inf"), float("-inf"))
+    reader = _reader(k=value)
+    if fits:
+        assert getattr(reader, getter)("k") == value
+    else:
+        with pytest.raises(CheckpointError, match=r"model/config\.json (lacks|has a wrong) k\."):
+            getattr(reader, getter)("k")

@@ -1,0 +1,171 @@
+"""Opening an engine directory: every file that it uses is the file that was built."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sample_manifest import MANIFEST, PARTS, with_files
+from vlmforge.bundle import check_hashes, open_bundle
+from vlmforge.errors import EngineFormatError, EngineIntegrityError
+from vlmforge.manifest import MANIFEST_FILE, FileEntry, Manifest, dump_manifest
+
+NAMES = (
+    *("vision.onnx", "vision.data", "decoder.rank0.onnx", "decoder.rank0.data"),
+    *("tokenizer.json", "chat_template.jinja", "goldens/case.npz"),
+)
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLMFORGE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "engine"
+    (folder / "goldens").mkdir(parents=True)
+    for name in NAMES:
+        (folder / name).write_text(f"content of {name} {{{{ ü }}}}\n", "utf-8")
+    return describe(folder, with_files(tuple(entry(folder, name) for name in NAMES)))
+
+
+def entry(folder: Path, name: str) -> FileEntry:
+    data = (folder / name).read_bytes()
+    return FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def describe(folder: Path, manifest: Manifest) -> Path:
+    (folder / MANIFEST_FILE).write_text(dump_manifest(manifest), "utf-8")
+    return folder
+
+
+def stamps(engine: Path) -> list[Path]:
+    return sorted((engine.parent / "cache" / "verified").glob("*"))
+
+
+def flip(path: Path) -> None:
+    """Change one byte, and nothing else that a look at the folder could tell."""
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_whole_engine_opens(engine: Path) -> None:
+    bundle = open_bundle(engine)
+    assert bundle.folder == engine
+    assert bundle.manifest.files == tuple(entry(engine, name) for name in NAMES)
+    assert bundle.text("chat_template.jinja") == "content of chat_template.jinja {{ ü }}\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_short_or_altered_file_is_named(engine: Path, name: str) -> None:
+    path = engine / name
+    built, expected = path.read_bytes(), entry(engine, name)
+
+    def refused(change: Callable[[], object]) -> EngineIntegrityError:
+        path.write_bytes(built)
+        change()
+        with pytest.raises(EngineIntegrityError) as caught:
+            open_bundle(engine)
+        assert caught.value.summary == f"{path} is not the file that was built."
+        assert caught.value.expected == f"{expected.size} bytes, sha256 {expected.sha256}"
+        assert "build-engine CHECKPOINT -o ENGINE --force" in caught.value.fix
+        return caught.value
+
+    assert refused(path.unlink).found == "No such file or directory"
+    assert refused(lambda: path.write_bytes(built[:-1])).found == f"{len(built) - 1} bytes"
+    found = refused(lambda: flip(path)).found
+    assert found == f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def test_a_success_is_remembered_and_a_change_forgets_it(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_bundle(engine)
+    assert len(stamps(engine)) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("vlmforge.bundle.check_hashes", None)  # would raise when called
+        open_bundle(engine)
+    flip(engine / "vision.data")
+    with pytest.raises(EngineIntegrityError):
+        open_bundle(engine)
+    assert len(stamps(engine)) == 1  # a failure is not remembered
+
+
+def test_an_altered_file_is_seen_though_its_time_of_change_was_set_back(engine: Path) -> None:
+    open_bundle(engine)
+    path = engine / "decoder.rank0.data"
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(EngineIntegrityError):
+        open_bundle(engine)
+
+
+def test_another_manifest_is_not_taken_on_the_word_of_the_first(engine: Path) -> None:
+    bundle = open_bundle(engine)
+    lie = dataclasses.replace(bundle.manifest.files[0], sha256="0" * 64)
+    describe(engine, with_files((lie, *bundle.manifest.files[1:])))
+    with pytest.raises(EngineIntegrityError, match=r"vision\.onnx"):
+        open_bundle(engine)
+
+
+def test_check_hashes_trusts_no_memory(engine: Path) -> None:
+    bundle = open_bundle(engine)
+    flip(engine / "goldens/case.npz")
+    with pytest.raises(EngineIntegrityError, match=r"case\.npz"):
+        check_hashes(bundle)
+
+
+@pytest.mark.parametrize("cache", ["/dev/null/cache", "x" * 300, "a-file"])
+def test_an_unusable_cache_costs_time_and_nothing_else(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    monkeypatch.chdir(engine.parent)
+    Path("a-file").touch()
+    monkeypatch.setenv("VLMFORGE_CACHE", cache)
+    assert open_bundle(engine).folder == engine
+    flip(engine / "vision.onnx")
+    with pytest.raises(EngineIntegrityError):
+        open_bundle(engine)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "goldens/../../outside"])
+def test_no_file_may_lie_outside(engine: Path, name: str) -> None:
+    (engine.parent / "outside").write_bytes(b"x")
+    files = (*(entry(engine, listed) for listed in NAMES), FileEntry(name, 1, "0" * 64))
+    describe(engine, with_files(files))
+    with pytest.raises(EngineFormatError) as caught:
+        open_bundle(engine)
+    assert caught.value.summary == "The manifest names a file outside the engine."
+    assert caught.value.found == repr(name)
+
+
+PROMPT = MANIFEST.prompt
+UNLISTED: dict[str, Callable[[str], Manifest]] = {
+    "tokenizer": lambda name: dataclasses.replace(MANIFEST, tokenizer_file=name),
+    "template": lambda name: dataclasses.replace(
+        MANIFEST, prompt=dataclasses.replace(PROMPT, template_file=name)
+    ),
+    "part": lambda name: dataclasses.replace(
+        MANIFEST, parts=(dataclasses.replace(PARTS[0], file=name), PARTS[1])
+    ),
+    "data": lambda name: dataclasses.replace(
+        MANIFEST, parts=(dataclasses.replace(PARTS[0], data=("vision.data", name)), PARTS[1])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["unlisted", "../outside", "/etc/hostname"])
+@pytest.mark.parametrize("use", UNLISTED)
+def test_no_file_is_used_that_was_not_checked(engine: Path, use: str, name: str) -> None:
+    for path in (engine / "unlisted", engine.parent / "outside"):
+        path.write_bytes(b"planted")
+    files = tuple(entry(engine, name) for name in NAMES)
+    describe(engine, dataclasses.replace(UNLISTED[use](name), files=files))
+    with pytest.raises(EngineFormatError) as caught:
+        open_bundle(engine)
+    assert caught.value.summary == "The manifest uses a file that it does not list."
+    assert caught.value.found == repr(name)

@@ -1,0 +1,176 @@
+"""Image features: computed once, in full batches, and never taken for another image's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmforge.backends import FloatArray
+from vlmforge.features import FeatureCache, PreparedImage, prepare, row_keys
+
+TOKENS, HIDDEN = 3, 2
+
+
+def image(value: float, views: int = 1) -> PreparedImage:
+    """An image whose every view has pixels of its own."""
+    levels = (np.arange(views) / 16 + value).astype(np.float32)
+    return prepare(np.broadcast_to(levels[:, None, None, None], (views, 3, 2, 2)).copy())
+
+
+class Encoder:
+    """Row t of a view's features is its mean + t; notes the sizes of its batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def __call__(self, pixel_values: FloatArray) -> FloatArray:
+        self.batches.append(len(pixel_values))
+        means = pixel_values.mean(axis=(1, 2, 3))
+        rows = means[:, None] + np.arange(TOKENS, dtype=np.float32)
+        return np.repeat(rows[..., None], HIDDEN, axis=2)
+
+
+def expected(prepared: PreparedImage) -> FloatArray:
+    return Encoder()(prepared.pixel_values).reshape(-1, HIDDEN)
+
+
+def images(*values: float) -> list[PreparedImage]:
+    return [image(value) for value in values]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=6),
+    st.lists(st.integers(0, 9), max_size=4),
+    st.integers(1, 4),
+    st.integers(1, 5),
+)
+def test_whatever_is_asked_for_comes_in_order_and_is_its_own(
+    requests: list[list[int]], ahead: list[int], batch: int, capacity: int
+) -> None:
+    encoder = Encoder()
+    cache = FeatureCache(encoder, batch=batch, capacity=capacity)
+    for request in requests:
+        asked = [image(value, views=1 + value % 3) for value in request]
+        found, known = cache.get(asked, [image(value, 1 + value % 3) for value in ahead])
+        assert 0 <= known <= len(asked)
+        for features, prepared in zip(found, asked, strict=True):
+            np.testing.assert_array_equal(features, expected(prepared))
+
+
+def test_unknown_images_go_in_full_batches() -> None:
+    encoder = Encoder()
+    _, known = FeatureCache(encoder, batch=4).get(images(*range(10)))
+    assert encoder.batches == [4, 4, 2]
+    assert known == 0
+
+
+def test_an_image_repeated_in_a_request_is_encoded_once() -> None:
+    encoder = Encoder()
+    found, known = FeatureCache(encoder, batch=4).get(images(1, 2, 1, 1))
+    assert (encoder.batches, known, len(found)) == ([2], 0, 4)
+    np.testing.assert_array_equal(found[0], found[3])
+
+
+def test_known_images_are_counted_and_not_encoded() -> None:
+    encoder = Encoder()
+    cache = FeatureCache(encoder, batch=4)
+    cache.get(images(1, 2))
+    assert cache.get(images(2, 3, 2))[1] == 2
+    assert encoder.batches == [2, 1]
+
+
+def test_images_ahead_fill_up_the_last_batch_and_no_more() -> None:
+    encoder = Encoder()
+    cache = FeatureCache(encoder, batch=4)
+    # 1 is asked for already, 7 comes twice: neither takes a place.
+    cache.get(images(1, 2), images(1, 7, 7, 8, 9))
+    assert encoder.batches == [4]
+    assert cache.get(images(7, 8))[1] == 2
+    assert cache.get(images(9))[1] == 0
+
+
+def test_images_ahead_cause_no_run_of_their_own() -> None:
+    encoder = Encoder()
+    cache = FeatureCache(encoder, batch=2)
+    cache.get(images(1, 2), images(3))
+    cache.get(images(1), images(3))
+    cache.get([], images(3))
+    assert encoder.batches == [2]
+
+
+def test_the_least_recently_used_image_goes() -> None:
+    cache = FeatureCache(Encoder(), batch=1, capacity=2)
+    cache.get(images(1))
+    cache.get(images(2))
+    cache.get(images(1))
+    cache.get(images(3))
+    assert cache.get(images(1))[1] == 1
+    assert cache.get(images(2))[1] == 0
+
+
+def test_a_request_may_have_more_images_than_are_kept() -> None:
+    encoder = Encoder()
+    cache = FeatureCache(encoder, batch=2, capacity=2)
+    found, _ = cache.get(images(1, 2, 3, 4, 5))
+    assert [float(rows[0, 0]) for rows in found] == [1, 2, 3, 4, 5]
+    assert cache.get(images(5, 4))[1] == 2
+    assert cache.get(images(3))[1] == 0
+
+
+def test_after_a_failure_nothing_wrong_is_kept() -> None:
+    encoder = Encoder()
+    failing = iter([None, RuntimeError("out of memory")])
+
+    def encode(pixel_values: FloatArray) -> FloatArray:
+        if error := next(failing, None):
+            raise error
+        return encoder(pixel_values)
+
+    cache = FeatureCache(encode, batch=1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache.get(images(1, 2))
+    found, known = cache.get(images(1, 2))
+    assert known == 1
+    np.testing.assert_array_equal(found[1], expected(image(2)))
+
+
+def test_the_digest_tells_images_apart_and_equal_ones_not() -> None:
+    one, other = np.zeros((1, 3, 2, 4), np.float32), np.zeros((1, 3, 4, 2), np.float32)
+    assert prepare(one).digest != prepare(other).digest
+    assert prepare(one).digest == prepare(one.copy()).digest
+    changed = one.copy()
+    changed[0, 2, 1, 3] = np.nextafter(np.float32(0), np.float32(1))
+    assert prepare(one).digest != prepare(changed).digest
+
+
+def keys_of(digests: Sequence[bytes], length: int) -> list[list[int]]:
+    pixels = np.zeros((1, 3, 1, 1), np.float32)
+    return [row_keys(PreparedImage(pixels, digest), length).tolist() for digest in digests]
+
+
+DIGESTS = st.binary(min_size=16, max_size=16)
+
+
+@given(DIGESTS, st.integers(0, 127), st.integers(1, 3000))
+def test_images_whose_digests_differ_in_one_bit_share_no_key(
+    digest: bytes, bit: int, length: int
+) -> None:
+    neighbour = (int.from_bytes(digest, "little") ^ 1 << bit).to_bytes(16, "little")
+    first, second = keys_of([digest, neighbour], length)
+    assert len({*first, *second}) == 2 * length
+
+
+@given(DIGESTS, st.integers(1, 600), st.integers(1, 600))
+def test_keys_are_below_every_text_id_and_do_not_depend_on_the_length(
+    digest: bytes, length: int, other: int
+) -> None:
+    keys = row_keys(PreparedImage(np.zeros((1, 3, 1, 1), np.float32), digest), length)
+    assert keys.dtype == np.int64
+    assert keys.shape == (length,)
+    assert keys.max() < -(2**16)  # ids are >= 0; some originals write small negative ones
+    shorter = min(length, other)
+    assert keys_of([digest], other)[0][:shorter] == keys[:shorter].tolist()

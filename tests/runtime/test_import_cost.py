@@ -1,0 +1,89 @@
+"""`import vlmforge` stays light: nothing of a build, nothing heavy, nothing loaded twice over."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import vlmforge
+
+OURS = "vlmforge, vlmforge.vl, vlmforge.compat"
+# What a deployment has loaded anyway as soon as it answers.
+LIBRARIES = "numpy, PIL.Image, tokenizers, onnxruntime, jinja2.sandbox"
+OF_A_BUILD = (
+    *("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece"),
+    *("huggingface_hub", "vlmforge_builder", "vlmforge_recipes", "vlmforge_plugins"),
+)
+LATER = ("onnxruntime", "tokenizers")
+HEAVY = (
+    *("multiprocessing", "http", "urllib.request", "email", "xml", "html", "unittest", "pydoc"),
+    *("doctest", "pdb", "sqlite3", "ctypes", "tkinter", "curses", "distutils", "setuptools"),
+    *("pkg_resources", "importlib.metadata", "cProfile", "ftplib", "lib2to3", "argparse"),
+    *("requests", "urllib3", "httpx", "aiohttp", "fastapi", "uvicorn", "pydantic", "yaml", "tqdm"),
+    *("rich", "psutil", "scipy", "sklearn", "pandas", "matplotlib", "cv2", "sympy", "numba"),
+    *("mpi4py", "tensorrt", "tensorrt_rtx", "cuda", "nccl", "polygraphy", "numpy.testing"),
+)
+
+
+@cache
+def loaded(modules: str) -> frozenset[str]:
+    """Names of the modules in a fresh interpreter after importing `modules`."""
+    program = (
+        f"import {modules}\nimport sys\nprint(*sys.modules)"
+        if modules
+        else ("import sys\nprint(*sys.modules)")
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return frozenset(done.stdout.split())
+
+
+def below(names: frozenset[str], packages: tuple[str, ...]) -> list[str]:
+    """The names that are one of `packages` or inside one."""
+    return sorted(n for n in names if any(f"{n}.".startswith(f"{p}.") for p in packages))
+
+
+def test_the_probe_sees_what_is_loaded() -> None:
+    names = loaded(LIBRARIES)
+    assert below(names, (*LATER, "numpy.linalg"))
+    assert "vlmforge" not in names
+    assert {"vlmforge.vl", "vlmforge.compat"} <= loaded(OURS)
+
+
+@pytest.mark.parametrize("modules", ["vlmforge", "vlmforge.vl", "vlmforge.compat", OURS])
+def test_nothing_of_a_build_is_loaded(modules: str) -> None:
+    assert below(loaded(modules), OF_A_BUILD) == []
+
+
+def test_the_libraries_that_answer_are_loaded_when_an_engine_is() -> None:
+    assert below(loaded(OURS), LATER) == []
+
+
+def test_nothing_heavy_is_added() -> None:
+    assert below(loaded(OURS) - loaded(LIBRARIES), HEAVY) == []
+
+
+def test_the_command_line_costs_as_little() -> None:
+    names = loaded("vlmforge.cli")
+    assert below(names, (*OF_A_BUILD, *LATER)) == []
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(hasattr(vlmforge, name) for name in vlmforge.__all__)
+    assert len(set(vlmforge.__all__)) == len(vlmforge.__all__)
+
+
+def test_the_cost_can_be_measured() -> None:
+    script = Path(__file__).parents[2] / "bench/import_cost.py"
+    done = subprocess.run(
+        [sys.executable, script, "--runs", "1"], capture_output=True, text=True, check=True
+    )
+    rows = done.stdout.splitlines()
+    assert [row.rsplit("import ", 1)[1].split(",")[0] for row in rows] == [
+        *("onnxruntime", "vlmforge", "vlmforge"),
+    ]
+    assert all(" s " in row and " x " in row for row in rows)

@@ -1,0 +1,182 @@
+"""`engine.json`: what is written is what is read, and anything else is refused in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sample_manifest import MANIFEST
+from vlmforge.errors import EngineFormatError
+from vlmforge.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    KVLayout,
+    Manifest,
+    PromptPolicy,
+    TemplateParts,
+    dump_manifest,
+    load_manifest,
+)
+from vlmforge.vl.preprocess import ImagePolicy
+
+TEXT = st.text(max_size=6)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+TRIPLE = st.tuples(FLOATS, FLOATS, FLOATS)
+IMAGES = st.builds(ImagePolicy, rescale_factor=FLOATS, mean=TRIPLE, std=TRIPLE)
+PROMPTS = st.builds(
+    PromptPolicy,
+    templates=st.dictionaries(TEXT, st.builds(TemplateParts), max_size=2),
+    bos_id=st.none() | st.integers(0, 9),
+)
+MANIFESTS = st.builds(
+    Manifest, schema_version=st.just(SCHEMA_VERSION), image=IMAGES, prompt=PROMPTS
+)
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / MANIFEST_FILE).write_text(text, "utf-8")
+    return folder
+
+
+def refusal(folder: Path) -> EngineFormatError:
+    with pytest.raises(EngineFormatError) as caught:
+        load_manifest(folder)
+    return caught.value
+
+
+def sample() -> dict[str, Any]:
+    """The sample manifest as parsed JSON."""
+    data: dict[str, Any] = json.loads(dump_manifest(MANIFEST))
+    return data
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(MANIFESTS)
+def test_what_is_dumped_is_what_is_loaded(tmp_path: Path, manifest: Manifest) -> None:
+    text = dump_manifest(manifest)
+    loaded = load_manifest(write(tmp_path, text))
+    assert loaded == manifest
+    assert dump_manifest(loaded) == text
+
+
+def test_the_order_in_which_mappings_were_filled_does_not_show() -> None:
+    words = {"b": "1", "a": "2", "c": "3"}
+    one, other = (
+        dataclasses.replace(MANIFEST.provenance, versions=versions, options=versions)
+        for versions in (words, dict(reversed(words.items())))
+    )
+    texts = {dump_manifest(dataclasses.replace(MANIFEST, provenance=p)) for p in (one, other)}
+    assert len(texts) == 1
+
+
+def paths_of(kind: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Key paths of all fields of nested dataclasses."""
+    found = []
+    for name, hint in typing.get_type_hints(kind).items():
+        found.append((*prefix, name))
+        if dataclasses.is_dataclass(hint):
+            found += paths_of(hint, (*prefix, name))
+    return found
+
+
+PATHS = paths_of(Manifest)
+
+
+def test_there_are_paths_to_test() -> None:
+    assert len(PATHS) > 45
+    assert ("prompt", "image_splice") in PATHS
+
+
+@pytest.mark.parametrize("path", [p for p in PATHS if p != ("schema_version",)], ids=".".join)
+def test_every_key_is_needed_and_none_may_be_of_another_type(
+    tmp_path: Path, path: tuple[str, ...]
+) -> None:
+    *above, name = path
+    data = sample()
+    table = data
+    for key in above:
+        table = table[key]
+    value = table.pop(name)
+    where = ".".join((MANIFEST_FILE, *above))
+    error = refusal(write(tmp_path, json.dumps(data)))
+    assert error.summary == f"{where} is not what this version of vlmforge reads."
+    assert error.found == f"no key {name!r}"
+
+    table[name] = value
+    assert load_manifest(write(tmp_path, json.dumps(data))) == MANIFEST
+    table[name] = True if type(value) is not bool else 1  # JSON's true is no integer
+    error = refusal(write(tmp_path, json.dumps(data)))
+    assert error.summary == f"{where}.{name} is not what this version of vlmforge reads."
+    assert error.found == ("int 1" if type(value) is bool else "bool true")
+
+    table[name] = value
+    table["surplus"] = 1
+    error = refusal(write(tmp_path, json.dumps(data)))
+    assert error.found == "unknown key 'surplus'"
+    assert f"{where} is not" in error.summary
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None, [1]])
+def test_another_schema_version_is_refused_before_anything_else(
+    tmp_path: Path, version: object
+) -> None:
+    error = refusal(write(tmp_path, json.dumps({"schema_version": version, "unheard": "of"})))
+    assert error.summary == f"{tmp_path / MANIFEST_FILE} is of another schema version."
+    assert error.found == f"schema_version {version!r}"
+    assert error.expected == "schema_version 1"
+    assert error.fix == "rebuild the engine with the build-engine of this version"
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "null", '"schema_version"'])
+def test_a_document_without_a_schema_version_is_refused(tmp_path: Path, text: str) -> None:
+    assert refusal(write(tmp_path, text)).found == "schema_version None"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"{'a': 1}", b"\xff\xfe\x00", dump_manifest(MANIFEST).encode()[:-3], b"[" * 200000],
+    ids=["empty", "open", "quotes", "bytes", "cut", "deep"],
+)
+def test_what_is_not_json_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / MANIFEST_FILE).write_bytes(content)
+    error = refusal(tmp_path)
+    assert error.summary == f"{tmp_path / MANIFEST_FILE} is not JSON."
+    assert error.expected == "the manifest that build-engine wrote"
+    assert error.fix == "copy the engine again, or rebuild it with build-engine"
+
+
+def test_a_folder_without_a_manifest_is_no_engine(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        error = refusal(folder)
+        assert error.summary == f"{folder} is not an engine directory."
+        assert error.found == f"{folder / MANIFEST_FILE}: No such file or directory"
+        assert error.fix == f"build-engine CHECKPOINT -o {folder}"
+
+
+def test_a_file_or_a_nested_folder_is_no_engine(tmp_path: Path) -> None:
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"")
+    assert refusal(file).summary == f"{file} is not an engine directory."
+    (tmp_path / MANIFEST_FILE).mkdir()
+    assert refusal(tmp_path).summary == f"{tmp_path} is not an engine directory."
+
+
+def test_parts_are_found_by_name() -> None:
+    assert MANIFEST.part("decoder") is MANIFEST.parts[1]
+    with pytest.raises(EngineFormatError) as caught:
+        MANIFEST.part("audio")
+    assert caught.value.summary == "The engine has no part 'audio'."
+    assert caught.value.found == "vision, decoder"
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
+def test_bytes_of_a_token_in_the_cache(dtype: str, size: int) -> None:
+    # The 7 B model's cache: 32 layers, 32 heads, 128 wide: half a megabyte a token in 16 bits.
+    assert KVLayout(32, 32, 128, dtype).bytes_per_token == 32 * 32 * 128 * 2 * size

@@ -1,0 +1,91 @@
+"""A small, valid manifest for tests that need one without building an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vlmforge.manifest import (
+    SCHEMA_VERSION,
+    DecodePolicy,
+    FileEntry,
+    KVLayout,
+    Manifest,
+    ParallelLayout,
+    Part,
+    PromptPolicy,
+    Provenance,
+    TemplateParts,
+    TensorSpec,
+)
+from vlmforge.vl.preprocess import ImagePolicy
+
+TEMPLATE = TemplateParts(
+    system="",
+    meta_instruction="Be helpful.",
+    eosys=" ",
+    user="USER: ",
+    eoh=" ",
+    assistant="ASSISTANT: ",
+    eoa="</s>",
+    separator="",
+    stop_words=("</s>",),
+    strip_end=True,
+)
+
+PROMPT = PromptPolicy(
+    template_name="plain",
+    template_file="chat_template.jinja",
+    stop_words=("</s>",),
+    templates={"plain": TEMPLATE},
+    image_placeholder="<image>",
+    image_splice="inline_token",
+    image_token_id=640,
+    bos_id=1,
+    bos_token="<s>",
+    eos_token="</s>",
+)
+
+IMAGE = ImagePolicy(
+    name="center_crop",
+    shortest_edge=8,
+    crop=(8, 8),
+    resample="bicubic",
+    rescale_factor=1 / 255,
+    mean=(0.5, 0.25, 0.125),
+    std=(0.1, 1e-3, 3.0000000000000004),
+    background=(255, 255, 255),
+    pad_fill=(0, 0, 0),
+)
+
+PARTS = (
+    Part(
+        name="vision",
+        file="vision.onnx",
+        data=("vision.data",),
+        inputs=(TensorSpec("pixel_values", "float32", ("images", 3, 8, 8)),),
+        outputs=(TensorSpec("features", "float32", ("images", 4, 16)),),
+        weight_bytes=100,
+    ),
+    Part("decoder", "decoder.rank0.onnx", ("decoder.rank0.data",), (), (), 200),
+)
+
+MANIFEST = Manifest(
+    schema_version=SCHEMA_VERSION,
+    backend="onnxruntime",
+    dtype="float32",
+    compute_dtype="float32",
+    parts=PARTS,
+    image=IMAGE,
+    prompt=PROMPT,
+    decode=DecodePolicy(704, 16, (2,), 4, 64, 2),
+    kv=KVLayout(2, 2, 8, "float32"),
+    parallel=ParallelLayout(1),
+    tokenizer_file="tokenizer.json",
+    files=(),
+    provenance=Provenance("2024-01-01", "checkpoint", "0" * 64, "sample", "Sample", {}, {}),
+)
+
+
+def with_files(entries: tuple[FileEntry, ...]) -> Manifest:
+    """The sample with these files."""
+    return dataclasses.replace(MANIFEST, files=entries)
