@@ -185,6 +185,8 @@ def test_decoding_is_that_of_the_original(dummy_prefix: bool, ids: list[int]) ->
     if pieces:
         # As transformers 4.37.2 does, before SentencePiece takes its dummy prefix off.
         pieces[0] = pieces[0].removeprefix("▁")
+        # A run of spaces that is no piece any more would be shown as U+2581.
+        assume("▁" not in pieces[0] or model.piece_to_id(pieces[0]) != model.unk_id())
     assert tokenizer.decode(ids) == (model.decode(pieces) if pieces else "")
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from sentencepiece_models import edited, given_folder, given_json, trained, write_checkpoint
 
+from sentencepiece_models import edited, given_folder, given_json, trained, write_checkpoint
 from vlmforge.errors import TokenizerError
 from vlmforge_builder.tokenizer.convert import convert_tokenizer
 from vlmforge_builder.tokenizer.corpus import overlapping_texts
