@@ -1,6 +1,6 @@
 """Neutral ops of the domain `vlmforge`: what a block emits and a target lowers.
 
-Each op has a meaning in standard ONNX ops (`FUNCTIONS`), which is its documentation and the oracle
+Each op has a meaning in standard ONNX ops (`op_bodies`), which is its documentation and the oracle
 that tests compare a lowering with.
 """
 
@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import torch
-from onnxscript import FLOAT, INT64, script
-from onnxscript import opset23 as op
-from onnxscript.values import Opset
 from torch import Tensor
 
 DOMAIN = "vlmforge"
 VERSION = 1
-_domain = Opset(DOMAIN, VERSION)
 
 
 def cached_attention(
@@ -58,64 +54,8 @@ def cached_attention(
     )
 
 
-@script(_domain, default_opset=op)
-def CachedAttention(  # noqa: N802 - an ONNX function carries its op's name
-    query: FLOAT[...],
-    key: FLOAT[...],
-    value: FLOAT[...],
-    past_key: FLOAT[...],
-    past_value: FLOAT[...],
-    cos: FLOAT[...],
-    sin: FLOAT[...],
-    past_lengths: INT64[...],
-    num_heads: int,
-    kv_num_heads: int,
-    scale: float,
-) -> tuple[
-    FLOAT[...],
-    FLOAT[...],
-    FLOAT[...],
-]:
-    """Body of `cached_attention` in standard ops (opset 23)."""
-    heads = op.Constant(value_ints=[0, 0])
-    q_shape = op.Concat(heads, op.Constant(value_ints=[-1]), op.Shape(past_key, start=3), axis=0)
-    length = op.Squeeze(op.Shape(query, start=1, end=2))
-    capacity = op.Squeeze(op.Shape(past_key, start=2, end=3))
-    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-    steps = op.Range(zero, length, one)
-    positions = op.Add(op.Unsqueeze(past_lengths, [1]), op.Unsqueeze(steps, [0]))  # [B, S]
-    c = op.Unsqueeze(op.Gather(cos, positions), [1])
-    s = op.Unsqueeze(op.Gather(sin, positions), [1])
-    q = op.Transpose(op.Reshape(query, q_shape), perm=[0, 2, 1, 3])
-    k = op.Transpose(op.Reshape(key, q_shape), perm=[0, 2, 1, 3])
-    v = op.Transpose(op.Reshape(value, q_shape), perm=[0, 2, 1, 3])
-    q1, q2 = op.Split(q, num_outputs=2, axis=-1)
-    k1, k2 = op.Split(k, num_outputs=2, axis=-1)
-    q = op.Concat(q1 * c - q2 * s, q2 * c + q1 * s, axis=-1)
-    k = op.Concat(k1 * c - k2 * s, k2 * c + k1 * s, axis=-1)
-    # Write row s of the new tokens to row positions[b, s] of the cache.
-    index = op.Expand(op.Unsqueeze(positions, [1, 3]), op.Shape(k))
-    present_key = op.ScatterElements(past_key, index, k, axis=2)
-    present_value = op.ScatterElements(past_value, index, v, axis=2)
-    # Group the query heads by the key/value head they share.
-    d = op.Shape(past_key, start=3)
-    kv = op.Shape(past_key, start=1, end=2)
-    n_s = op.Shape(query, start=1, end=2)
-    batch = op.Shape(query, start=0, end=1)
-    grouped = op.Concat(batch, kv, op.Constant(value_ints=[-1]), n_s, d, axis=0)
-    q5 = op.Reshape(q, grouped)
-    scores = op.MatMul(q5, op.Transpose(op.Unsqueeze(present_key, [2]), perm=[0, 1, 2, 4, 3]))
-    scores = scores * scale
-    columns = op.Range(zero, capacity, one)
-    visible = op.LessOrEqual(op.Unsqueeze(columns, [0, 1]), op.Unsqueeze(positions, [2]))
-    minus_infinity = op.CastLike(op.Constant(value_float=float("-inf")), scores)
-    scores = op.Where(op.Unsqueeze(visible, [1, 2]), scores, minus_infinity)
-    out = op.MatMul(op.Softmax(scores, axis=-1), op.Unsqueeze(present_value, [2]))
-    flat = op.Concat(batch, op.Constant(value_ints=[-1]), n_s, d, axis=0)
-    merged = op.Transpose(op.Reshape(out, flat), perm=[0, 2, 1, 3])
-    return op.Reshape(merged, op.Shape(query)), present_key, present_value
-
-
 def functions() -> tuple[ir.Function, ...]:
     """The bodies of all neutral ops, to be added to a model that still contains them."""
-    return (ir.from_proto(CachedAttention.to_function_proto()),)
+    from vlmforge_builder.op_bodies import CachedAttention
+
+    return (ir.serde.deserialize_function(CachedAttention.to_function_proto()),)

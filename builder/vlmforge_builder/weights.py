@@ -143,7 +143,7 @@ def _write_tensor(file: BinaryIO, item: Placed, weight: Weight, store: TensorSto
         )
     values = values.to(DTYPES[item.dtype]).contiguous()
     _check_finite(item, weight, values)
-    file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
+    file.write(values.view(-1).view(torch.uint8).numpy().data)
 
 
 def _check_finite(item: Placed, weight: Weight, values: Tensor) -> None:

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vlmforge.backends import LoadOptions
 from vlmforge.build_cache import engine_for
@@ -94,6 +95,7 @@ def _apply(
     """Move keyword arguments to the configuration that has a field of that name."""
     engine_fields = {f.name for f in dataclasses.fields(EngineConfig)}
     template_fields = {f.name for f in dataclasses.fields(ChatTemplateConfig)}
+    value: Any
     for name, value in kwargs.items():
         if name == "model_name":
             template = ChatTemplateConfig(str(value)) if template is None else template

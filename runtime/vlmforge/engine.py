@@ -106,7 +106,9 @@ class Engine:
         wanted = np.arange(stop - start, dtype=np.int64)
         if not every:
             wanted = wanted[-1:] if stop == len(prompt.ids) else wanted[:0]
-        return self.decoder.step(slot, ids[None], np.array([start]), features, wanted[None])[0]
+        past = np.array([start], np.int64)
+        logits: FloatArray = self.decoder.step(slot, ids[None], past, features, wanted[None])[0]
+        return logits
 
     def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
         """One step of the sequences in slots 0..B-1: `tokens` `[B]` to logits `[B, vocab_size]`."""

@@ -83,20 +83,23 @@ class TokenGenerator:
         stop = self._plan.stop
         ends = token.id in stop.ids and len(self._ids) >= stop.min_new_tokens
         if ends and not stop.include_stop_str_in_output:
-            return self._end("stop", self._flush())
+            self._end("stop", self._flush())
+            return None
         self._ids.append(token.id)
         if token.top_logprobs is not None:
             self._logprobs.append(token.top_logprobs)
         text = self._scanner.push(self._detokenizer.push([token.id]))
         if self._scanner.matched is not None:
-            return self._end("stop", text)
-        if ends or self._ngrams.push(token.id):
-            return self._end("stop", text + self._flush())
-        if len(self._ids) >= self._budget:
-            return self._end("length", text + self._flush())
-        if text:
-            self._send(text, len(self._ids), None)
-        return token.id
+            self._end("stop", text)
+        elif ends or self._ngrams.push(token.id):
+            self._end("stop", text + self._flush())
+        elif len(self._ids) >= self._budget:
+            self._end("length", text + self._flush())
+        else:
+            if text:
+                self._send(text, len(self._ids), None)
+            return token.id
+        return None
 
     def fail(self, error: Exception) -> None:
         """See `Generation`. A cancelled request ends with what it has, as "abort"."""

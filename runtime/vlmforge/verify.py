@@ -120,7 +120,8 @@ def compare(case: str, stage: str, found: NDArray[np.generic], golden: Values) -
     if found.shape != expected.shape:
         return StageResult(case, stage, False, f"shape {found.shape}, golden {expected.shape}")
     if stage in TOLERANCES:
-        difference = float(np.abs(found.astype(np.float64) - expected).max(initial=0.0))
+        gap = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+        difference = float(gap.max(initial=0.0))
         limit = TOLERANCES[stage]
         detail = f"largest difference {difference:.2e}, tolerance {limit:.0e}"
         # Written so that a NaN fails.

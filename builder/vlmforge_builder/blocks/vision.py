@@ -90,7 +90,7 @@ class VisionTower(nn.Module):
         patches = F.conv2d(pixel_values, self.patch, stride=self.patch.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)
         first = self.class_token.expand(patches.shape[0], 1, -1)
-        x = self.pre_norm(torch.cat((first, patches), dim=1) + self.positions)
+        x: Tensor = self.pre_norm(torch.cat((first, patches), dim=1) + self.positions)
         for layer in self.layers:
             x = layer(x)
         return x if self.keep_class_token else x[:, 1:]

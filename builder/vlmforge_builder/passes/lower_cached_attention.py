@@ -22,7 +22,7 @@ def lower_cached_attention(model: ir.Model) -> bool:
         return False
     lengths = _lengths(nodes[0])
     for node in nodes:
-        _lower(node, *lengths)
+        _lower(model.graph, node, *lengths)
     model.opset_imports.pop(DOMAIN, None)
     model.opset_imports[TARGET_DOMAIN] = 1
     return True
@@ -53,7 +53,7 @@ def _constant(name: str, value: np.ndarray[tuple[int, ...], np.dtype[np.int64]])
     return ir.node("Constant", [], attributes={"value": ir.tensor(value, name=name)})
 
 
-def _lower(node: ir.Node, last: ir.Value, largest: ir.Value) -> None:
+def _lower(graph: ir.Graph, node: ir.Node, last: ir.Value, largest: ir.Value) -> None:
     query, key, value, past_key, past_value, cos, sin, _ = node.inputs
     packed = _packed(node)
     projections = [packed, None, None] if packed is not None else [query, key, value]
@@ -71,7 +71,7 @@ def _lower(node: ir.Node, last: ir.Value, largest: ir.Value) -> None:
         name=node.name,
     )
     ir.convenience.replace_nodes_and_values(
-        node.graph, node, [node], [attention], node.outputs, attention.outputs
+        graph, node, [node], [attention], node.outputs, attention.outputs
     )
 
 

@@ -8,15 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from functools import lru_cache
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vlmforge.errors import PromptError
 from vlmforge.manifest import TemplateParts
@@ -69,55 +60,6 @@ def _literal(value: str | None) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-class _Generation(Extension):
-    """`{% generation %}` blocks mark the assistant's words; here they are transparent."""
-
-    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-# What the code of a template can raise: jinja evaluates Python's operators and methods.
-_TEMPLATE_FAULTS = (
-    *(jinja2.TemplateError, TypeError, ValueError, AttributeError),
-    *(ArithmeticError, LookupError, RecursionError, MemoryError),
-)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """The filter that published templates expect: jinja's own would escape HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-@lru_cache(maxsize=64)
-def _compile(source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    return environment.from_string(source)
-
-
 def render_template(
     source: str,
     messages: Sequence[dict[str, object]],
@@ -131,8 +73,11 @@ def render_template(
     Raises:
         PromptError: the template does not compile, refuses the messages, or breaks the sandbox.
     """
+    # Imported here: jinja2 is a good part of the time that `import vlmforge` would take.
+    from vlmforge.prompt.sandbox import TEMPLATE_FAULTS, compile_template
+
     try:
-        render: Callable[..., str] = _compile(source).render
+        render: Callable[..., str] = compile_template(source).render
         return render(
             messages=messages,
             bos_token=bos_token,
@@ -141,7 +86,7 @@ def render_template(
             tools=None,  # templates ask `is not none`, which an undefined name is not
             documents=None,
         )
-    except _TEMPLATE_FAULTS as error:
+    except TEMPLATE_FAULTS as error:
         raise PromptError(
             "The chat template cannot render these messages.",
             found=f"{type(error).__name__}: {error}",
