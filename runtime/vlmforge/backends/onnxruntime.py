@@ -40,21 +40,22 @@ def physical_cores() -> int:
     return len(cores) or os.cpu_count() or 1
 
 
-def _session(path: Path, part: Part, options: LoadOptions) -> ort.InferenceSession:
+def _session(path: Path, part: Part, options: LoadOptions, dtype: str) -> ort.InferenceSession:
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads or physical_cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
     if not options.pack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
+    if not options.pack and dtype != "float32":
+        # Widen each weight just before its use: optimisations would widen all of them at load, and
+        # the default order runs what depends on no input first, which is the same.
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     settings.enable_cpu_mem_arena = False
     settings.enable_mem_pattern = False
-    # Folding would widen 16-bit weights into a second, twice as big copy in memory.
-    disabled = [] if options.pack else ["ConstantFolding"]
     try:
-        return ort.InferenceSession(
-            path, settings, providers=[PROVIDER], disabled_optimizers=disabled
-        )
+        return ort.InferenceSession(path, settings, providers=[PROVIDER])
     except Exception as error:
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot load {path}.",
@@ -150,14 +151,16 @@ class OnnxRuntimeBackend:
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
         """See `Backend.load_vision`."""
         part = manifest.part("vision")
-        return _Vision(_session(folder / part.file, part, options))
+        return _Vision(_session(folder / part.file, part, options, manifest.dtype))
 
     def load_decoder(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
         """See `Backend.load_decoder`."""
         part = manifest.part("decoder")
-        return _Decoder(_session(folder / part.file, part, options), manifest.kv, options)
+        return _Decoder(
+            _session(folder / part.file, part, options, manifest.dtype), manifest.kv, options
+        )
 
     def versions(self) -> Sequence[tuple[str, str]]:
         """See `Backend.versions`."""
