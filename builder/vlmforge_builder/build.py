@@ -42,10 +42,14 @@ _BUILD_LOG = "build.log.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What `build-engine` was asked for. `session_len=None`: what the model was trained for."""
+    """What `build-engine` was asked for.
+
+    `session_len=None` is what the model was trained for; `revision` is of a hub id.
+    """
 
     checkpoint: str
     output: Path
+    revision: str | None = None
     target: str = "onnxruntime"
     dtype: str = "float32"
     session_len: int | None = None
@@ -120,7 +124,9 @@ def _check(options: BuildOptions) -> None:
 
 
 def _read(options: BuildOptions, progress: Progress) -> _Source:
-    folder = resolve_checkpoint(options.checkpoint, progress=progress.note)
+    folder = resolve_checkpoint(
+        options.checkpoint, revision=options.revision, progress=progress.note
+    )
     config = read_config(folder / "config.json")
     recipe = find_recipe(config)
     spec = recipe.load(

@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add = arguments.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a folder, or a hub id such as org/name")
     add("-o", "--output", required=True, type=Path, metavar="ENGINE", help="where to write it")
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--target", default="onnxruntime", choices=TARGETS, help="what runs it")
     add("--dtype", default="float32", choices=tuple(DTYPES), help=_DTYPE_HELP)
     add("--session-len", type=int, metavar="N", help="tokens that one conversation may hold")

@@ -88,7 +88,8 @@ def _triple(
     value = config.get(key)
     if value is None:
         return default
-    if not isinstance(value, list) or len(value) != 3:
+    numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+    if not isinstance(value, list) or not numbers or len(value) != 3:
         raise CheckpointError(
             f"{config.file} has a wrong {key}.",
             found=repr(value)[:80],
