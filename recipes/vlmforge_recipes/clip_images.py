@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmforge_builder.checkpoint.config import ConfigReader, read_config
-
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from vlmforge.backends import LoadOptions
 from vlmforge.build_cache import engine_for
 from vlmforge.bundle import Bundle, open_bundle
 from vlmforge.config import ChatTemplateConfig, EngineConfig, VisionConfig
-from vlmforge.engine import load_engine
+from vlmforge.engine import Engine, load_engine
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.features import FeatureCache
 from vlmforge.manifest import Manifest
@@ -56,13 +59,10 @@ def pipeline(
     config, template_config = _apply(kwargs, backend_config or EngineConfig(), chat_template_config)
     config.validate()
     vision = vision_config or VisionConfig()
-    bundle = open_bundle(engine_for(str(model_path), _build_options(config)))
-    manifest = bundle.manifest
-    _check_parallel(config, manifest)
-    options = _load_options(bundle, config)
-    frozen = bundle.text(manifest.prompt.template_file)
-    template = choose_template(manifest.prompt, frozen, template_config)
-    engine = load_engine(bundle, template, options)
+    folder = engine_for(str(model_path), _build_options(config))
+    with _patience(f"vlmforge: checking and loading {folder} ..."):
+        engine = _load(folder, config, template_config)
+    manifest = engine.manifest
     image_bytes = manifest.decode.tokens_per_image * manifest.decode.hidden_size * 4
     features = FeatureCache(
         engine.vision.encode,
@@ -76,6 +76,27 @@ def pipeline(
         reuse_prefixes=config.enable_prefix_caching,
     )
     return Pipeline(engine, scheduler)
+
+
+def _load(folder: Path, config: EngineConfig, template: ChatTemplateConfig | None) -> Engine:
+    bundle = open_bundle(folder)
+    manifest = bundle.manifest
+    _check_parallel(config, manifest)
+    options = _load_options(bundle, config)
+    frozen = bundle.text(manifest.prompt.template_file)
+    return load_engine(bundle, choose_template(manifest.prompt, frozen, template), options)
+
+
+@contextmanager
+def _patience(text: str) -> Iterator[None]:
+    """Say `text` on standard error if the block takes longer than two seconds."""
+    timer = threading.Timer(2.0, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _set_level(level: str) -> None:
