@@ -1,18 +1,28 @@
-"""Serve vision-language engines: `pipeline(ENGINE)(('describe this image', image))`."""
+"""Serve vision-language engines: `pipeline(ENGINE)(('describe this image', image))`.
 
-from vlmforge.api import pipeline
-from vlmforge.config import (
-    ChatTemplateConfig,
-    EngineConfig,
-    TurbomindEngineConfig,
-    VisionConfig,
-    VisonConfig,
-)
-from vlmforge.generation import GenerationConfig
-from vlmforge.pipeline import Pipeline
-from vlmforge.response import Response
-from vlmforge.session import Session
+Names are imported when they are first used, so that `import vlmforge` alone costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from vlmforge.version import __version__
+
+if TYPE_CHECKING:
+    from vlmforge.api import pipeline
+    from vlmforge.config import (
+        ChatTemplateConfig,
+        EngineConfig,
+        TurbomindEngineConfig,
+        VisionConfig,
+        VisonConfig,
+    )
+    from vlmforge.generation import GenerationConfig
+    from vlmforge.pipe import Pipeline
+    from vlmforge.response import Response
+    from vlmforge.session import Session
 
 __all__ = [
     "pipeline",
@@ -27,3 +37,26 @@ __all__ = [
     "Session",
     "__version__",
 ]
+
+_MODULES = {
+    "pipeline": "api",
+    "Pipeline": "pipe",
+    "GenerationConfig": "generation",
+    "EngineConfig": "config",
+    "TurbomindEngineConfig": "config",
+    "VisionConfig": "config",
+    "VisonConfig": "config",
+    "ChatTemplateConfig": "config",
+    "Response": "response",
+    "Session": "session",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

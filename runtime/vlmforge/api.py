@@ -20,7 +20,7 @@ from vlmforge.engine import Engine, load_engine
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.features import FeatureCache
 from vlmforge.manifest import Manifest
-from vlmforge.pipeline import Pipeline
+from vlmforge.pipe import Pipeline
 from vlmforge.prompt.choice import choose_template
 from vlmforge.scheduler import Scheduler
 

@@ -41,7 +41,10 @@ SPECS = {
 }
 STEPS = 12
 SESSION = 1024
-WORDS = ["red", "cat", "street", "3", "café", "画像", "the", "house", "under,", "blue?", "Tell", "me", "what", "is", "🐈", "not\nhere", "", "twice", "x1"]
+WORDS = (
+    *("red", "cat", "street", "3", "café", "画像", "the", "house", "under,", "blue?", "Tell"),
+    *("me", "what", "is", "🐈", "not\nhere", "", "twice", "x1", "don't", "</s", "#!/bin"),
+)
 # Turns of a conversation by the images of each; every second turn is the assistant's.
 SHAPES = ((1,), (0,), (1, 0, 0), (2, 0, 1))
 
@@ -232,12 +235,8 @@ def test_loss_of_the_prompt(pair: Pair) -> None:
         assert pair.answer(case, config).ppl == pytest.approx(expected.item(), abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [replace(TINY, seed=21), replace(TINY, seed=22, text=text(kv_heads=2, tied=True))],
-    ids=["plain", "grouped_tied"],
-)
-def test_both_layouts_of_the_same_weights_agree(tmp_path: Path, spec: SyntheticSpec) -> None:
+def test_both_layouts_of_the_same_weights_agree(tmp_path: Path) -> None:
+    spec = replace(TINY, seed=22, text=text(kv_heads=2, tied=True))
     case = draw_cases(spec.seed)[-1]
     with pipeline(
         build(write_checkpoint(tmp_path / "hf", spec), tmp_path / "hf.engine"),

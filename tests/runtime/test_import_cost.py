@@ -11,7 +11,7 @@ import pytest
 
 import vlmforge
 
-OURS = "vlmforge, vlmforge.vl, vlmforge.compat"
+OURS = "vlmforge.api, vlmforge.vl, vlmforge.compat"
 # What a deployment has loaded anyway as soon as it answers.
 LIBRARIES = "numpy, PIL.Image, tokenizers, onnxruntime, jinja2.sandbox"
 OF_A_BUILD = (

@@ -13,7 +13,7 @@ from vlmforge.api import pipeline
 from vlmforge.config import EngineConfig
 from vlmforge.errors import VlmforgeError
 from vlmforge.generation import GenerationConfig
-from vlmforge.pipeline import Pipeline
+from vlmforge.pipe import Pipeline
 from vlmforge.response import Response
 from vlmforge.session import Session
 from vlmforge.vl import load_image

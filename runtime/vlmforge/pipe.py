@@ -6,8 +6,16 @@ import queue
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
+from vlmforge.calls import (
+    Event,
+    GenConfigs,
+    GenOut,
+    error_response,
+    gen_out,
+    one_for_each,
+    refuse_adapter,
+)
 from vlmforge.engine import Engine
 from vlmforge.errors import ConfigError, ContextLengthError, TokenLedger, VlmforgeError
 from vlmforge.features import PreparedImage
@@ -26,36 +34,6 @@ from vlmforge.response import Response, Stopwatch
 from vlmforge.scheduler import Job, Scheduler
 from vlmforge.session import Session
 from vlmforge.vl import load_image
-
-GenConfigs = GenerationConfig | Sequence[GenerationConfig | None] | None
-
-
-@dataclass(frozen=True, slots=True)
-class GenOut:
-    """What `Pipeline.generate` yields; see `Response` for the fields."""
-
-    response: str
-    history_token_len: int
-    input_token_len: int
-    generate_token_len: int
-    finish_reason: str | None = None
-    token_ids: list[int] | None = None
-    logprobs: list[dict[int, float]] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Event:
-    """A delta, or an error, of the item `index` of a call."""
-
-    index: int
-    delta: Response | None = None
-    error: Exception | None = None
-
-    @property
-    def last(self) -> bool:
-        return self.error is not None or (
-            self.delta is not None and self.delta.finish_reason is not None
-        )
 
 
 class Pipeline:
@@ -100,15 +78,15 @@ class Pipeline:
             VlmforgeError: a single prompt fails, or a configuration is out of range.
         """
         parsed = parse_prompts(prompts)
-        configs = _configs(gen_config, len(parsed.items))
-        _refuse_adapter(adapter_name)
+        configs = one_for_each(gen_config, len(parsed.items))
+        refuse_adapter(adapter_name)
         responses = [Response(index=i, session_id=i) for i in range(len(parsed.items))]
         done = 0
         for event in self._events(parsed, configs, do_preprocess):
             if event.error is not None:
                 if parsed.single or not isinstance(event.error, VlmforgeError):
                     raise event.error
-                responses[event.index] = _error_response(event.index, event.error)
+                responses[event.index] = error_response(event.index, event.error)
             elif event.delta is not None:
                 responses[event.index].extend(event.delta)
             if event.last:
@@ -134,15 +112,15 @@ class Pipeline:
         The last piece of a prompt has a `finish_reason` and the timings.
         """
         parsed = parse_prompts(prompts)
-        configs = _configs(gen_config, len(parsed.items))
-        _refuse_adapter(adapter_name)
+        configs = one_for_each(gen_config, len(parsed.items))
+        refuse_adapter(adapter_name)
         for event in self._events(parsed, configs, do_preprocess):
             if event.delta is not None:
                 yield event.delta
             elif event.error is not None:
                 if parsed.single or not isinstance(event.error, VlmforgeError):
                     raise event.error
-                yield _error_response(event.index, event.error)
+                yield error_response(event.index, event.error)
 
     def chat(
         self,
@@ -162,7 +140,7 @@ class Pipeline:
         Raises:
             VlmforgeError: the turn fails; the session is as before.
         """
-        _refuse_adapter(adapter_name)
+        refuse_adapter(adapter_name)
         session = Session() if session is None else session
         pieces = self._turn(prompt, session, gen_config, do_preprocess)
         if stream_response:
@@ -181,7 +159,7 @@ class Pipeline:
         # Loaded once, so that later turns neither fetch nor decode the images again.
         asked = session.with_prompt(_load(parse_prompt(prompt)))
         whole = Response(session_id=session.session_id)
-        configs = _configs(gen_config, 1)
+        configs = one_for_each(gen_config, 1)
         for event in self._events(Prompts((asked,), single=True), configs, do_preprocess):
             if event.error is not None:
                 raise event.error
@@ -214,7 +192,7 @@ class Pipeline:
         """
         import asyncio  # not at the top: it would be a sixth of the time of `import vlmforge`
 
-        _refuse_adapter(adapter_name)
+        refuse_adapter(adapter_name)
         if not (sequence_start and sequence_end and step == 0):
             raise ConfigError(
                 "generate() keeps no state between calls.",
@@ -222,13 +200,13 @@ class Pipeline:
                 expected="sequence_start=True, sequence_end=True, step=0",
                 fix="send the whole conversation as OpenAI messages, or use chat()",
             )
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[_Event]()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
-        def sink(event: _Event) -> None:
+        def sink(event: Event) -> None:
             with suppress(RuntimeError):  # the loop is gone, and with it who would read this
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        conversation, config = parse_prompt(messages), _configs(gen_config, 1)[0]
+        conversation, config = parse_prompt(messages), one_for_each(gen_config, 1)[0]
         job = await asyncio.to_thread(self._submit, conversation, config, 0, do_preprocess, sink)
         self._jobs[session_id] = job
         whole = Response()
@@ -240,7 +218,7 @@ class Pipeline:
                 if event.delta is not None:
                     whole.extend(event.delta)
                     if stream_response or event.last:
-                        yield _gen_out(event.delta if stream_response else whole, whole)
+                        yield gen_out(event.delta if stream_response else whole, whole)
                 if event.last:
                     return
         finally:
@@ -287,13 +265,13 @@ class Pipeline:
 
     def _events(
         self, prompts: Prompts, configs: Sequence[GenerationConfig], do_preprocess: bool
-    ) -> Iterator[_Event]:
+    ) -> Iterator[Event]:
         """Events of all items as they come.
 
         No more items are prepared ahead than the engine can take soon, so a long list of images
         needs no more memory than a short one. An abandoned iterator cancels its jobs.
         """
-        events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         window = 2 * self._engine.options.slots
         waiting = list(enumerate(zip(prompts.items, configs, strict=True)))[::-1]
         jobs: dict[int, Job] = {}
@@ -306,7 +284,7 @@ class Pipeline:
                             raise item
                         jobs[index] = self._submit(item, config, index, do_preprocess, events.put)
                     except VlmforgeError as error:
-                        yield _Event(index, error=error)
+                        yield Event(index, error=error)
                 if jobs:
                     event = events.get()
                     if event.last:
@@ -322,7 +300,7 @@ class Pipeline:
         config: GenerationConfig,
         index: int,
         do_preprocess: bool,
-        sink: Callable[[_Event], None],
+        sink: Callable[[Event], None],
     ) -> Job:
         watch = Stopwatch()
         with watch.stage("load"):
@@ -337,7 +315,7 @@ class Pipeline:
             rendered,
             self._budget(rendered, plan.max_new_tokens),
             watch,
-            lambda delta, error: sink(_Event(index, delta, error)),
+            lambda delta, error: sink(Event(index, delta, error)),
             index,
         )
         job = Job(rendered, images, generator)
@@ -369,50 +347,3 @@ def _load(conversation: Conversation) -> Conversation:
         return Message(message.role, blocks)
 
     return Conversation(tuple(loaded(message) for message in conversation.messages))
-
-
-def _configs(given: GenConfigs, count: int) -> list[GenerationConfig]:
-    if given is None or isinstance(given, GenerationConfig):
-        given = [given] * count
-    if not isinstance(given, Sequence) or len(given) != count:
-        raise ConfigError(
-            "gen_config does not fit the prompts.",
-            found=f"{type(given).__name__} of {len(given)}"
-            if isinstance(given, Sequence)
-            else type(given).__name__,
-            expected=f"a GenerationConfig, or a list of {count} of them",
-            fix="give one for all, or one for each prompt",
-        )
-    return [config if config is not None else GenerationConfig() for config in given]
-
-
-def _refuse_adapter(name: str | None) -> None:
-    if name is not None:
-        raise ConfigError(
-            "Adapters are not supported.",
-            found=f"adapter_name={name!r}",
-            expected="None",
-            fix="merge the adapter into the checkpoint and build an engine of that",
-        )
-
-
-def _error_response(index: int, error: VlmforgeError) -> Response:
-    return Response(
-        index=index,
-        session_id=index,
-        finish_reason="error",
-        error_code=error.code,
-        error_message=str(error),
-    )
-
-
-def _gen_out(piece: Response, whole: Response) -> GenOut:
-    return GenOut(
-        piece.text,
-        0,
-        whole.input_token_len,
-        whole.generate_token_len,
-        piece.finish_reason,
-        piece.token_ids,
-        piece.logprobs,
-    )

@@ -1,0 +1,92 @@
+"""The small things of a call: its events, its generation configs, its errors as responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlmforge.errors import ConfigError, VlmforgeError
+from vlmforge.generation import GenerationConfig
+from vlmforge.response import Response
+
+GenConfigs = GenerationConfig | Sequence[GenerationConfig | None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class GenOut:
+    """What `Pipeline.generate` yields; see `Response` for the fields."""
+
+    response: str
+    history_token_len: int
+    input_token_len: int
+    generate_token_len: int
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    logprobs: list[dict[int, float]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A delta, or an error, of the item `index` of a call."""
+
+    index: int
+    delta: Response | None = None
+    error: Exception | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether the item ends with it."""
+        return self.error is not None or (
+            self.delta is not None and self.delta.finish_reason is not None
+        )
+
+
+def one_for_each(given: GenConfigs, count: int) -> list[GenerationConfig]:
+    """A config for each of `count` prompts (ConfigError when that many were not given)."""
+    if given is None or isinstance(given, GenerationConfig):
+        given = [given] * count
+    if not isinstance(given, Sequence) or len(given) != count:
+        raise ConfigError(
+            "gen_config does not fit the prompts.",
+            found=f"{type(given).__name__} of {len(given)}"
+            if isinstance(given, Sequence)
+            else type(given).__name__,
+            expected=f"a GenerationConfig, or a list of {count} of them",
+            fix="give one for all, or one for each prompt",
+        )
+    return [config if config is not None else GenerationConfig() for config in given]
+
+
+def refuse_adapter(name: str | None) -> None:
+    """ConfigError for an adapter's name; None passes."""
+    if name is not None:
+        raise ConfigError(
+            "Adapters are not supported.",
+            found=f"adapter_name={name!r}",
+            expected="None",
+            fix="merge the adapter into the checkpoint and build an engine of that",
+        )
+
+
+def error_response(index: int, error: VlmforgeError) -> Response:
+    """What stands in a list for an item that failed."""
+    return Response(
+        index=index,
+        session_id=index,
+        finish_reason="error",
+        error_code=error.code,
+        error_message=str(error),
+    )
+
+
+def gen_out(piece: Response, whole: Response) -> GenOut:
+    """A piece, with the lengths of what came so far."""
+    return GenOut(
+        piece.text,
+        0,
+        whole.input_token_len,
+        whole.generate_token_len,
+        piece.finish_reason,
+        piece.token_ids,
+        piece.logprobs,
+    )
