@@ -32,7 +32,9 @@ def _lengths(first: ir.Node) -> tuple[ir.Value, ir.Value]:
     """`seqlens_k` int32 `[B]` and `total_sequence_length` int32 scalar."""
     query, past_lengths = first.inputs[0], first.inputs[7]
     assert query is not None and past_lengths is not None
-    tokens = ir.node("Shape", [query], attributes={"start": 1, "end": 2})
+    packed = _packed(first)
+    projected = query if packed is None else packed  # or the Split would stay, for its shape only
+    tokens = ir.node("Shape", [projected], attributes={"start": 1, "end": 2})
     one = _constant("one", np.array([1], np.int64))
     totals = ir.node("Add", [past_lengths, tokens.outputs[0]])
     last = ir.node("Sub", [totals.outputs[0], one.outputs[0]])

@@ -1,0 +1,309 @@
+"""`build-engine` from the outside: what it publishes, refuses, keeps, and says while it works."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import HF
+from vlmforge.bundle import open_bundle
+from vlmforge.errors import BuildError, EngineError
+from vlmforge.manifest import MANIFEST_FILE, load_manifest
+from vlmforge_builder import build as build_module
+from vlmforge_builder import cli, progress
+from vlmforge_builder.build import BuildOptions, build_engine
+from vlmforge_builder.progress import Progress
+from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
+
+CHECKPOINT = HF / "checkpoint"
+TOWER = "openai/clip-vit-large-patch14-336"
+TEMPLATE = {
+    "model_name": "mine",
+    "user": "Q: ",
+    "eoh": " ",
+    "assistant": "A:",
+    "stop_words": ["##"],
+}
+
+
+def build(checkpoint: Path, engine: Path, **options: Any) -> str:
+    """Build in this process; returns what was said."""
+    said = io.StringIO()
+    with Progress(text=said) as spoken:
+        build_engine(BuildOptions(str(checkpoint), engine, **options), spoken)
+    return said.getvalue()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def times(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of change of every file."""
+    stats = {str(path): path.stat() for path in (folder, *folder.rglob("*"))}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if ".building-" in path.name]
+
+
+@dataclass(frozen=True)
+class Built:
+    engine: Path
+    checkpoint: Path
+    events: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """One build by the command itself, with its events. Tests must leave the engine as it is."""
+    folder = tmp_path_factory.mktemp("built")
+    checkpoint = write_checkpoint(folder / "checkpoint", PRESETS["tiny"])
+    engine, events = folder / "it.engine", folder / "events.jsonl"
+    command = [sys.executable, "-m", "vlmforge_builder", checkpoint, "-o", engine]
+    done = subprocess.run(
+        [*command, "--json-events", events], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in events.read_text("utf-8").splitlines()]
+    return Built(engine, checkpoint, rows)
+
+
+@pytest.fixture
+def copy(built: Built, tmp_path: Path) -> Built:
+    """The engine again, to be changed."""
+    engine = tmp_path / "copy.engine"
+    shutil.copytree(built.engine, engine)
+    return replace(built, engine=engine)
+
+
+# --- the same again ---------------------------------------------------------------------------
+
+
+def test_the_same_again_is_a_no_op(built: Built) -> None:
+    before = times(built.engine)
+    said = build(built.checkpoint, built.engine)
+    assert f"{built.engine} is up to date; --force builds it again" in said
+    assert "trace" not in said
+    assert times(built.engine) == before
+
+
+def test_forced_it_is_identical_but_for_its_time(
+    copy: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(copy.engine)
+    inode = copy.engine.stat().st_ino
+    built_at = load_manifest(copy.engine).provenance.built_at
+    while time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()) == built_at:
+        time.sleep(0.1)
+    build(copy.checkpoint, copy.engine, force=True)
+    after = contents(copy.engine)
+    assert copy.engine.stat().st_ino != inode
+    first, second = (json.loads(files.pop(MANIFEST_FILE)) for files in (before, after))
+    assert after == before
+    assert first["provenance"].pop("built_at") != second["provenance"].pop("built_at")
+    assert first == second
+    assert not leftovers(copy.engine.parent)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float16"},
+        {"session_len": 512},
+        {"max_batch_size": 2},
+        {"chat_template": "vicuna"},
+    ],
+    ids=str,
+)
+def test_other_options_are_not_taken_for_the_same(built: Built, options: dict[str, Any]) -> None:
+    before = times(built.engine)
+    with pytest.raises(BuildError) as caught:
+        build(built.checkpoint, built.engine, **options)
+    words = str(caught.value)
+    assert f"{built.engine} is an engine of other inputs, options or versions." in words
+    assert f"an engine of {built.checkpoint}" in words
+    assert "add --force to replace it, or choose another -o" in words
+    assert times(built.engine) == before
+
+
+def test_other_weights_are_not_taken_for_the_same(built: Built, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "checkpoint", replace(PRESETS["tiny"], seed=1))
+    with pytest.raises(BuildError, match="of other inputs, options or versions"):
+        build(other, built.engine)
+
+
+def test_other_versions_are_not_taken_for_the_same(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = dict(load_manifest(built.engine).provenance.versions)
+    monkeypatch.setattr(build_module, "_versions", lambda: {**now, "torch": "0.1"})
+    with pytest.raises(BuildError, match="of other inputs, options or versions"):
+        build(built.checkpoint, built.engine)
+
+
+def test_an_engine_of_another_schema_needs_force(copy: Built) -> None:
+    path = copy.engine / MANIFEST_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "schema_version": 0}))
+    with pytest.raises(BuildError, match="an engine of another schema version"):
+        build(copy.checkpoint, copy.engine)
+
+
+def test_a_damaged_engine_is_built_again(copy: Built) -> None:
+    expected = contents(copy.engine)
+    (copy.engine / "tokenizer.json").write_bytes(b"{}")
+    (copy.engine / "decoder.rank0.data").unlink()
+    with pytest.raises(EngineError):
+        open_bundle(copy.engine)
+    assert "up to date" not in build(copy.checkpoint, copy.engine)
+    found = contents(copy.engine)
+    for files in (expected, found):
+        files.pop(MANIFEST_FILE)
+    assert found == expected
+
+
+# --- events -----------------------------------------------------------------------------------
+
+
+def test_events_tell_stages_time_and_memory(built: Built) -> None:
+    rows = built.events
+    begun = [row["stage"] for row in rows if row["event"] == "begin"]
+    ended = [row["stage"] for row in rows if row["event"] == "end"]
+    assert begun == ended
+    assert begun == [
+        "read the checkpoint",
+        *("trace vision", "write vision", "trace decoder", "write decoder"),
+        *("run the goldens", "checksums"),
+    ]
+    elapsed = [row["elapsed_s"] for row in rows]
+    assert elapsed == sorted(elapsed)
+    seconds = [row["seconds"] for row in rows if row["event"] == "end"]
+    assert all(value >= 0 for value in seconds)
+    assert sum(seconds) <= elapsed[-1] + 0.01 * len(seconds)
+    for key in ("peak_rss_bytes", "peak_anonymous_bytes"):
+        peaks = [row[key] for row in rows]
+        assert peaks == sorted(peaks)
+    assert rows[-1]["peak_rss_bytes"] >= rows[-1]["peak_anonymous_bytes"] > 50 << 20
+    assert f"built {built.engine}" in rows[-2]["text"]
+
+
+def test_events_on_stdout(
+    built: Built, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert cli.main([str(built.checkpoint), "-o", str(built.engine), "--json-events", "-"]) == 0
+    out, err = capsys.readouterr()
+    texts = [json.loads(line)["text"] for line in out.splitlines()]
+    assert all(text in err for text in texts)
+    assert any("up to date" in text for text in texts)
+
+
+def test_a_stage_speaks_at_least_every_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert progress.HEARTBEAT_S == 5.0
+    monkeypatch.setattr(progress, "HEARTBEAT_S", 0.4)
+    said, events = io.StringIO(), io.StringIO()
+    with Progress(text=said, events=events) as spoken:
+        with spoken.stage("write"):
+            spoken.report(3, 4)
+            time.sleep(1.5)
+        time.sleep(0.6)  # between stages there is nothing to tell
+    rows = [json.loads(line) for line in events.getvalue().splitlines()]
+    kinds = [row["event"] for row in rows]
+    assert kinds[0] == "begin"
+    assert kinds[-1] == "end"
+    beats = rows[1:-1]
+    assert {row["event"] for row in beats} == {"heartbeat"}
+    assert len(beats) >= 2
+    assert {row["text"] for row in beats} == {"write 75% ..."}
+    assert {(row["done_bytes"], row["total_bytes"]) for row in beats} == {(3, 4)}
+    assert len(said.getvalue().splitlines()) == len(rows)
+
+
+def test_events_that_cannot_be_written(
+    built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    events = tmp_path / "nowhere" / "events.jsonl"
+    arguments = [str(built.checkpoint), "-o", str(tmp_path / "e"), "--json-events", str(events)]
+    assert cli.main(arguments) == 1
+    assert f"The file for the JSON events cannot be written: {events}" in capsys.readouterr().err
+
+
+# --- ends before the end ----------------------------------------------------------------------
+
+
+def start(checkpoint: Path, engine: Path, stage: str) -> subprocess.Popen[str]:
+    """A build in a process of its own that has begun `stage`."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "vlmforge_builder", checkpoint, "-o", engine],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr is not None
+    lines = []
+    for line in child.stderr:
+        lines.append(line)
+        if line.rstrip().endswith(f"] {stage}"):
+            return child
+    raise AssertionError("".join(lines))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_build_leaves_nothing(
+    built: Built, tmp_path: Path, sent: signal.Signals
+) -> None:
+    child = start(built.checkpoint, tmp_path / "it.engine", "trace vision")
+    assert leftovers(tmp_path) == [f".it.engine.building-{child.pid}"]
+    child.send_signal(sent)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert said.rstrip().endswith("build-engine: interrupted; nothing was published")
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_build_leaves_no_engine_and_the_next_sweeps(built: Built, tmp_path: Path) -> None:
+    engine = tmp_path / "it.engine"
+    child = start(built.checkpoint, engine, "trace decoder")
+    child.kill()
+    child.communicate(timeout=60)
+    assert leftovers(tmp_path) == [f".it.engine.building-{child.pid}"]
+    assert not engine.exists()
+    other = tmp_path / f".other.engine.building-{child.pid}"
+    running = tmp_path / f".it.engine.building-{os.getppid()}"
+    other.mkdir()
+    running.mkdir()
+    build(built.checkpoint, engine)
+    open_bundle(engine)
+    # Swept: its own dead one; not that of another engine, nor of a build that goes on.
+    assert sorted(leftovers(tmp_path)) == sorted([other.name, running.name])
+
+
+def test_a_failed_build_keeps_the_engine_that_was_there(
+    copy: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = times(copy.engine)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build_module, "record_goldens", fail)
+    with pytest.raises(BuildError) as caught:
+        build(copy.checkpoint, copy.engine, force=True)
+    assert "nothing was published" in str(caught.value)
+    assert "No space left on device" in str(caught.value)
+    assert times(copy.engine) == before
+    assert not leftovers(copy.engine.parent)
