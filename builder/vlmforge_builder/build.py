@@ -105,9 +105,9 @@ def build_engine(options: BuildOptions, progress: Progress) -> Path:
 
 def _check(options: BuildOptions) -> None:
     load_target(options.target)
-    limits = {"session_len": options.session_len or 1, "max_batch_size": options.max_batch_size}
+    limits = {"session_len": options.session_len, "max_batch_size": options.max_batch_size}
     for name, value in limits.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(
                 f"{name} is out of range.",
                 found=str(value),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from vlmforge_builder.checkpoint.config import ConfigReader
-
 from vlmforge.errors import UnsupportedModelError
 from vlmforge_builder.blocks.layers import ACTIVATIONS
 from vlmforge_builder.blocks.vision import VisionConfig
+from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.weights import Stacked, Stored, Transposed, Weight
 
 

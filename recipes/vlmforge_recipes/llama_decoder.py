@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from vlmforge_builder.checkpoint.config import ConfigReader
-
 from vlmforge.errors import UnsupportedModelError
 from vlmforge_builder.blocks.decoder import Decoder, DecoderConfig, rotary_tables
 from vlmforge_builder.blocks.layers import ACTIVATIONS
+from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.recipe import PartSpec, TensorArg
 from vlmforge_builder.weights import Computed, Stored, Transposed, Weight
 

@@ -73,9 +73,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("built")
     checkpoint = write_checkpoint(folder / "checkpoint", PRESETS["tiny"])
     engine, events = folder / "it.engine", folder / "events.jsonl"
-    command = [sys.executable, "-m", "vlmforge_builder", checkpoint, "-o", engine]
+    command = [sys.executable, "-m", "vlmforge_builder", str(checkpoint), "-o", str(engine)]
     done = subprocess.run(
-        [*command, "--json-events", events], capture_output=True, text=True, check=False
+        [*command, "--json-events", str(events)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in events.read_text("utf-8").splitlines()]

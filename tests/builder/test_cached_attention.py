@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,7 +72,7 @@ class Shape:
 
     @property
     def scale(self) -> float:
-        return 0.7 * self.head_dim**-0.5
+        return 0.7 / math.sqrt(self.head_dim)
 
 
 def rotated(x: Array, cos: Array, sin: Array) -> Array:

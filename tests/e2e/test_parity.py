@@ -116,7 +116,9 @@ class Reference:
 
     def logits(self, case: Case) -> np.ndarray[Any, np.dtype[np.float32]]:
         with torch.no_grad():
-            return cast(Any, self.model(**self.inputs(case)).logits[0].numpy())
+            found: np.ndarray[Any, np.dtype[np.float32]]
+            found = self.model(**self.inputs(case)).logits[0].numpy()
+        return found
 
     def greedy(self, case: Case) -> tuple[list[int], np.ndarray[Any, np.dtype[np.float32]]]:
         """The tokens, and the logits that chose each."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmforge_builder.checkpoint.config import ConfigReader
-
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_recipes.llava import hf, original
 

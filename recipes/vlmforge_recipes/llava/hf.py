@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.checkpoint.store import TensorStore, open_store
-from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
-
-from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
+from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
 from vlmforge_recipes.llama_decoder import read_decoder_config

@@ -6,15 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmforge_builder.checkpoint.store import TensorStore
-from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
-
 from vlmforge.errors import CheckpointError
 from vlmforge.manifest import KVLayout, PromptPolicy
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.decoder import DecoderConfig
 from vlmforge_builder.blocks.vision import VisionConfig, VisionEncoder
+from vlmforge_builder.checkpoint.store import TensorStore
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, PartSpec, RecipeOptions, TensorArg
+from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
 from vlmforge_recipes.clip_tower import linear, tower_weights
 from vlmforge_recipes.llama_decoder import decoder_part
 from vlmforge_recipes.llava.templates import TEMPLATES

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmforge_builder.checkpoint.config import ConfigReader, read_config
-from vlmforge_builder.checkpoint.store import JoinedStore, open_store
-from vlmforge_builder.tokenizer.convert import convert_tokenizer
-
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge.prompt.template import jinja_from_parts
+from vlmforge_builder.checkpoint.config import ConfigReader, read_config
+from vlmforge_builder.checkpoint.store import JoinedStore, open_store
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
+from vlmforge_builder.tokenizer.convert import convert_tokenizer
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
 from vlmforge_recipes.llama_decoder import read_decoder_config
