@@ -140,6 +140,11 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
     )
     spec = choose_template(spec, options.chat_template)
     progress.note(f"{recipe.name} ({spec.architecture}); tokenizer {spec.tokenizer_proof}")
+    if spec.session_len > spec.trained_len:
+        progress.note(
+            f"warning: session_len {spec.session_len} is beyond the {spec.trained_len} tokens that "
+            "the model was trained for; answers to longer conversations may degrade"
+        )
     files = [path for base in (folder, *spec.source_files) for path in sorted(base.iterdir())]
     identity = fingerprint(path for path in files if path.is_file())
     return _Source(folder, config, recipe.name, spec, identity)

@@ -12,9 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlmforge.errors import BuildError
+from vlmforge.engine import Engine
+from vlmforge.errors import BuildError, ConfigError
 from vlmforge.manifest import MANIFEST_FILE, Manifest, dump_manifest
-from vlmforge.verify import CASES_FILE, FOLDER, GoldenCase, load_for_goldens, run_case
+from vlmforge.verify import (
+    CASES_FILE,
+    FOLDER,
+    GREEDY_TOKENS,
+    GoldenCase,
+    conversation,
+    load_for_goldens,
+    run_case,
+)
 from vlmforge_builder.progress import Progress
 
 _ASK = "What is shown in this picture? 画像には何が写っていますか？"
@@ -48,17 +57,18 @@ def record_goldens(folder: Path, manifest: Manifest, progress: Progress) -> None
 
     Raises:
         BuildError: the engine gives values that are not finite.
+        ConfigError: not even the shortest case fits the window.
     """
     target = folder / FOLDER
     target.mkdir()
-    cases = golden_cases()
-    rows = [{"name": c.name, "messages": c.messages, "images": list(c.images)} for c in cases]
-    text = json.dumps(rows, ensure_ascii=False, indent=1)
-    (target / CASES_FILE).write_text(text, "utf-8")
     for name, pixels in _drawings().items():
         Image.fromarray(pixels).save(target / name)
     (folder / MANIFEST_FILE).write_text(dump_manifest(manifest), "utf-8")
     engine = load_for_goldens(folder, checked=False)
+    cases = _fitting(engine, target)
+    rows = [{"name": c.name, "messages": c.messages, "images": list(c.images)} for c in cases]
+    text = json.dumps(rows, ensure_ascii=False, indent=1)
+    (target / CASES_FILE).write_text(text, "utf-8")
     for index, case in enumerate(cases):
         values = run_case(engine, case, target)
         for stage in ("features", "logits"):
@@ -72,6 +82,23 @@ def record_goldens(folder: Path, manifest: Manifest, progress: Progress) -> None
         np.savez_compressed(target / f"{case.name}.npz", **values)  # type: ignore[arg-type]
         progress.report(index + 1, len(cases))
     (folder / MANIFEST_FILE).unlink()
+
+
+def _fitting(engine: Engine, folder: Path) -> list[GoldenCase]:
+    """The cases that the window holds, with the tokens that they generate."""
+    window = engine.options.capacity
+    lengths = {
+        case.name: len(engine.render(conversation(case, folder)).token_ids) + GREEDY_TOKENS
+        for case in golden_cases()
+    }
+    if min(lengths.values()) > window:
+        raise ConfigError(
+            "The window is too small for a prompt.",
+            found=f"session_len {window}",
+            expected=f"at least {min(lengths.values())} tokens, for the shortest golden",
+            fix="--session-len 2048",
+        )
+    return [case for case in golden_cases() if lengths[case.name] <= window]
 
 
 def _drawings() -> dict[str, NDArray[np.uint8]]:

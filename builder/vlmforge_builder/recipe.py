@@ -89,6 +89,7 @@ class ModelSpec:
     eos_ids: tuple[int, ...]
     tokens_per_image: int
     session_len: int
+    trained_len: int
     source_files: tuple[Path, ...]
 
 

@@ -30,8 +30,13 @@ def read_decoder_config(text: ConfigReader, *, session_len: int | None) -> Decod
         norm_eps=text.float("rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(text),
         activation=text.str("hidden_act", "silu"),
-        max_positions=session_len or text.int("max_position_embeddings", 2048),
+        max_positions=session_len or trained_length(text),
     )
+
+
+def trained_length(text: ConfigReader) -> int:
+    """Tokens of the longest sequence that the model was trained for."""
+    return text.int("max_position_embeddings", 2048)
 
 
 def _rope_theta(text: ConfigReader) -> float:

@@ -160,6 +160,7 @@ def check_fields(config: object, rules: Mapping[str, Rule]) -> None:
                 f"{type(config).__name__}: {name} must be {rule}.",
                 found=f"{name}={value!r}",
                 expected=str(rule),
+                fix=f"set {name} to such a value, or leave it out for its default",
             )
 
 

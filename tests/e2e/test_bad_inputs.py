@@ -7,11 +7,8 @@ prompts. Each row names the error's type and words that its text must have.
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import shutil
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +16,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.numpy import load_file, save_file
 
 from conftest import HF, IMAGES, ORIGINAL
+from damage import (
+    BINS,
+    NORM,
+    POINTER,
+    SHARDS,
+    Damage,
+    edit_json,
+    edit_tensor,
+    evil_pickle,
+    flip,
+    huge_png,
+    remove,
+    shorten,
+    write,
+)
 from vlmforge import ChatTemplateConfig, EngineConfig, GenerationConfig, Pipeline, pipeline
 from vlmforge import errors as e
 from vlmforge.vl.constants import IMAGE_TOKEN
@@ -57,75 +67,6 @@ class Place:
 
 
 Action = Callable[[Place], object]
-Damage = Callable[[Path], object]
-
-
-def edit_json(name: str, **values: Any) -> Damage:
-    """Set keys of a JSON file ("a.b" is nested); the value `...` removes the key."""
-
-    def damage(folder: Path) -> None:
-        path = folder / name
-        data = json.loads(path.read_text("utf-8"))
-        for dotted, value in values.items():
-            *outer, key = dotted.split(".")
-            table = data
-            for part in outer:
-                table = table[part]
-            if value is ...:
-                del table[key]
-            else:
-                table[key] = value
-        path.write_text(json.dumps(data), "utf-8")
-
-    return damage
-
-
-def write(name: str, data: bytes) -> Damage:
-    return lambda folder: (folder / name).write_bytes(data)
-
-
-def remove(*names: str) -> Damage:
-    return lambda folder: [(folder / name).unlink() for name in names]
-
-
-def shorten(name: str, count: int = 100) -> Damage:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-count])
-
-
-def flip(name: str) -> Damage:
-    def damage(folder: Path) -> None:
-        data = bytearray((folder / name).read_bytes())
-        data[len(data) // 2] ^= 1
-        (folder / name).write_bytes(data)
-
-    return damage
-
-
-def edit_tensor(shard: str, name: str, change: Callable[[Any], Any]) -> Damage:
-    """Change a tensor of a safetensors file; None removes it."""
-
-    def damage(folder: Path) -> None:
-        tensors = load_file(folder / shard)
-        value = change(tensors.pop(name))
-        if value is not None:
-            tensors[name] = value
-        save_file(tensors, folder / shard)
-
-    return damage
-
-
-class Evil:
-    """Would leave a file behind if a loader ran the pickle's code."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (open, (str(self.path), "w"))
-
-
-def evil_pickle(folder: Path) -> None:
-    torch.save({"model.norm.weight": Evil(folder.parent / "ran")}, folder / BINS[0])
 
 
 def hf(damage: Damage, **options: Any) -> Action:
@@ -178,23 +119,9 @@ def image(data: bytes) -> Action:
     return act
 
 
-def huge_png() -> bytes:
-    """The header of a picture of 50000 x 50000 pixels."""
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    return (
-        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    )
-
-
 def nothing(_: Path) -> None:
     return None
 
-
-SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-BINS = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
-NORM = "language_model.model.norm.weight"
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 
 TABLE: list[tuple[str, Action, type[e.VlmforgeError], str]] = [
     # Checkpoints.
@@ -324,7 +251,7 @@ TABLE: list[tuple[str, Action, type[e.VlmforgeError], str]] = [
     ),
     (
         "output is a folder of others",
-        lambda p: p.build(p.checkpoint(), output=p.checkpoint().parent),
+        lambda p: p.build(p.checkpoint(), output=IMAGES),
         e.BuildError,
         "left alone",
     ),

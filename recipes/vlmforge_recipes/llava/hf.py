@@ -13,7 +13,7 @@ from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
-from vlmforge_recipes.llama_decoder import read_decoder_config
+from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
 from vlmforge_recipes.llava.model import Geometry, Names, Prompting, assemble
 from vlmforge_recipes.llava.templates import PLACEHOLDER, PUBLISHED_HF_TEMPLATE
 
@@ -84,7 +84,13 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
         names = names.tied()
     tokenizer = convert_tokenizer(checkpoint)
     return assemble(
-        Geometry(decoder, tower, config.str("projector_hidden_act", "gelu"), ARCHITECTURE),
+        Geometry(
+            decoder,
+            tower,
+            trained_length(text),
+            config.str("projector_hidden_act", "gelu"),
+            ARCHITECTURE,
+        ),
         names,
         store,
         read_image_policy(checkpoint, image_size=tower.image_size, pad_to_square=False),

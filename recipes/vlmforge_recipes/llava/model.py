@@ -25,6 +25,7 @@ class Geometry:
 
     decoder: DecoderConfig
     tower: VisionConfig
+    trained_len: int
     projector_act: str
     architecture: str
 
@@ -102,6 +103,7 @@ def assemble(
         eos_ids=tokenizer.eos_ids,
         tokens_per_image=tower.tokens,
         session_len=decoder.max_positions,
+        trained_len=geometry.trained_len,
         source_files=extra_files,
     )
 

@@ -12,7 +12,7 @@ from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import convert_tokenizer
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
-from vlmforge_recipes.llama_decoder import read_decoder_config
+from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
 from vlmforge_recipes.llava.model import Geometry, Names, Prompting, assemble
 from vlmforge_recipes.llava.templates import PLACEHOLDER, TEMPLATES
 
@@ -52,7 +52,7 @@ def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions
     pad = config.str("image_aspect_ratio", "square") == "pad"
     template = jinja_from_parts(TEMPLATES[_DEFAULT_TEMPLATE], PLACEHOLDER)
     return assemble(
-        Geometry(decoder, tower, "gelu", ARCHITECTURE),
+        Geometry(decoder, tower, trained_length(config), "gelu", ARCHITECTURE),
         names,
         store,
         read_image_policy(folder, image_size=tower.image_size, pad_to_square=pad),

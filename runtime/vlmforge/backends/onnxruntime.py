@@ -130,8 +130,17 @@ class _Decoder:
             binding.bind_ortvalue_input(f"past_{name}", cache)
             binding.bind_ortvalue_output(f"present_{name}", cache)
         binding.bind_output("logits", "cpu")
-        self._session.run_with_iobinding(binding)
-        return np.asarray(binding.get_outputs()[-1].numpy(), np.float32)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise EngineError(
+                "ONNX Runtime failed to run the decoder.",
+                found=str(error).strip().splitlines()[0],
+                expected=f"a step of {input_ids.shape} tokens",
+                fix="vlmforge verify ENGINE; if it fails too, rebuild the engine",
+            ) from error
+        # A copy: the array may be a view of memory that goes with the binding.
+        return np.array(binding.get_outputs()[-1].numpy(), np.float32)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         for cache in self._caches.values():
