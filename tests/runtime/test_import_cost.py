@@ -84,6 +84,6 @@ def test_the_cost_can_be_measured() -> None:
     )
     rows = done.stdout.splitlines()
     assert [row.rsplit("import ", 1)[1].split(",")[0] for row in rows] == [
-        *("onnxruntime", "vlmforge", "vlmforge"),
+        *("onnxruntime", "vlmforge", "vlmforge.api"),
     ]
     assert all(" s " in row and " x " in row for row in rows)
