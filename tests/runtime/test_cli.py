@@ -1,0 +1,187 @@
+"""The commands `vlmforge inspect | verify | doctor | chat`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import IMAGES
+from vlmforge.bundle import open_bundle
+from vlmforge.cli import main
+from vlmforge.manifest import load_manifest
+from vlmforge.verify import STAGES
+
+PHOTO = IMAGES / "photo_640x480.png"
+# A machine without what a build needs: importing any of it raises.
+_BARE = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "onnx", "transformers", "safetensors", "sentencepiece"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+from vlmforge.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def copied(hf_engine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(hf_engine, tmp_path / "engine"))
+
+
+def test_inspect(hf_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(hf_engine), "--batch", "2", "--context", "500"]) == 0
+    out = capsys.readouterr().out
+    manifest = load_manifest(hf_engine)
+    for words in (
+        "LlavaForConditionalGeneration",
+        "pixel_values: float32 [images, 3, 168, 168]",
+        "input_ids: int64 [batch, tokens]",
+        "logits: float32 [batch, outputs, 704]",
+        "4 key/value caches",
+        "center_crop to 168x168",
+        "144 tokens an image",
+        "'USER: <image>\\nWhat is shown in this picture? ASSISTANT:'",
+        "1024 tokens a sequence",
+    ):
+        assert words in out, words
+    # Two layers, keys and values, four heads of 32 floats.
+    assert manifest.kv.bytes_per_token == 2 * 2 * 4 * 32 * 4
+    assert f"{2 * 500 * manifest.kv.bytes_per_token / 1e6:.1f} MB key/value cache" in out
+    for entry in manifest.files:
+        assert entry.path in out
+
+
+@pytest.mark.parametrize("engine", ["hf_engine", "original_engine"])
+def test_verify_without_what_a_build_needs(engine: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(engine)
+    command = [sys.executable, "-c", _BARE, "verify", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ok  ") == 3 * len(STAGES)
+    assert "gives here what it gave when it was built" in done.stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_verify_names_the_first_stage_that_diverges(
+    stage: str, copied: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copied / "goldens/image.npz"
+    values = dict(np.load(path))
+    for later in STAGES[STAGES.index(stage) :]:
+        values[later] = values[later] + values[later].dtype.type(1)
+    np.savez_compressed(path, **values)
+    # As if the engine had been built so: its hashes are not what is tested here.
+    monkeypatch.setattr("vlmforge.cli.verify.check_hashes", lambda bundle: None)
+    monkeypatch.setattr("vlmforge.verify.open_bundle", lambda folder: _unchecked(folder))
+    assert main(["verify", str(copied)]) == 1
+    out = capsys.readouterr().out
+    assert f"first stage that diverges is {stage!r}, in the golden 'image'" in out
+
+
+def _unchecked(folder: Path) -> object:
+    from vlmforge.bundle import Bundle
+
+    return Bundle(folder, load_manifest(folder))
+
+
+def test_verify_refuses_an_altered_file(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_bundle(copied)
+    path = copied / "decoder.rank0.data"
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    assert main(["verify", str(copied)]) == 1
+    error = capsys.readouterr().err
+    assert "EngineIntegrityError" in error
+    assert "decoder.rank0.data" in error
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "ready: onnxruntime" in out
+    assert "missing" not in out
+    real = importlib.metadata.version
+
+    def without(name: str) -> str:
+        if name in ("pillow", "torch"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "missing  ->  pip install vlmforge\n" in out
+    assert "missing  ->  pip install 'vlmforge[build]'" in out
+
+
+@pytest.fixture
+def talk(
+    hf_engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[object]:
+    def run(*lines: str) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        assert main(["chat", str(hf_engine), "--max-new-tokens", "6"]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_chat(talk) -> None:
+    out = talk(
+        "/help",
+        f"/image {PHOTO}",
+        "/images",
+        "/render hello",
+        "what is this?",
+        "/stats",
+        "/images",
+        "and now?",
+        "/reset",
+        "/stats",
+        "/exit",
+        "never sent",
+    )
+    assert "/image PATH_OR_URL" in out
+    assert f"attached {PHOTO} (640x480)" in out
+    assert "'USER: <image>\\nhello ASSISTANT:'" in out
+    assert "tokens in, " in out
+    assert "prefill " in out
+    assert out.count("no images attached") == 1
+    assert "forgotten" in out
+    assert "no answer yet" in out
+    assert "(stopped at the length limit)" in out
+
+
+def test_chat_survives_mistakes_and_ends_with_the_input(talk) -> None:
+    out = talk("/image no/such.png", "/dance", "/image", "", "hi")
+    assert "ImageError" in out
+    assert "no/such.png" in out
+    assert "unknown command /dance" in out
+    assert "which?" in out
+    assert out.rstrip().endswith("(stopped at the length limit)")
+
+
+def test_errors_are_words_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("inspect", "verify", "chat"):
+        assert main([command, str(tmp_path)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("vlmforge: ")
+        assert "found:" in error
+        assert "build-engine CHECKPOINT" in error
+
+
+def test_help_says_what_16_bits_mean() -> None:
+    command = [sys.executable, "-m", "vlmforge_builder", "--help"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "arithmetic is float32 in any case" in " ".join(out.split())
