@@ -14,8 +14,8 @@ from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_token
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
-from vlmforge_recipes.llava.model import Geometry, Names, Prompting, assemble
-from vlmforge_recipes.llava.templates import PLACEHOLDER, PUBLISHED_HF_TEMPLATE
+from vlmforge_recipes.llava.templates import PLACEHOLDER, PUBLISHED_HF_TEMPLATE, TEMPLATES
+from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
 
@@ -96,7 +96,11 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
         read_image_policy(checkpoint, image_size=tower.image_size, pad_to_square=False),
         tokenizer,
         Prompting(
-            _template(checkpoint), PLACEHOLDER, "inline_token", _image_token(config, tokenizer)
+            _template(checkpoint),
+            PLACEHOLDER,
+            "inline_token",
+            _image_token(config, tokenizer),
+            TEMPLATES,
         ),
         options,
         extra_files=(),

@@ -13,8 +13,8 @@ from vlmforge_builder.tokenizer.convert import convert_tokenizer
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
-from vlmforge_recipes.llava.model import Geometry, Names, Prompting, assemble
 from vlmforge_recipes.llava.templates import PLACEHOLDER, TEMPLATES
+from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 
 ARCHITECTURE = "LlavaLlamaForCausalLM"
 # The id that the original code puts where an image goes (`IMAGE_TOKEN_INDEX`).
@@ -62,6 +62,7 @@ def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions
             PLACEHOLDER,
             "split_text",
             _IMAGE_TOKEN_INDEX,
+            TEMPLATES,
         ),
         options,
         extra_files=(folder,),

@@ -1,13 +1,17 @@
-"""What the layouts of the family share: the assembly of parts and policies."""
+"""What families share whose image features take the place of token embeddings: the assembly.
+
+A vision tower, a projector and a decoder become parts and policies.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError
-from vlmforge.manifest import KVLayout, PromptPolicy
+from vlmforge.manifest import KVLayout, PromptPolicy, TemplateParts
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.decoder import DecoderConfig
 from vlmforge_builder.blocks.vision import VisionConfig, VisionEncoder
@@ -16,7 +20,6 @@ from vlmforge_builder.recipe import ChatTemplate, ModelSpec, PartSpec, RecipeOpt
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
 from vlmforge_recipes.clip_tower import linear, tower_weights
 from vlmforge_recipes.llama_decoder import decoder_part
-from vlmforge_recipes.llava.templates import TEMPLATES
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,13 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Prompting:
-    """How the layout writes prompts."""
+    """How the layout writes prompts; `templates` are what users choose by name."""
 
     template: ChatTemplate
     placeholder: str
     splice: str
     image_token_id: int
+    templates: Mapping[str, TemplateParts]
 
 
 def assemble(
@@ -87,7 +91,7 @@ def assemble(
             template_name=prompting.template.name,
             template_file="chat_template.jinja",
             stop_words=prompting.template.stop_words,
-            templates=TEMPLATES,
+            templates=prompting.templates,
             image_placeholder=prompting.placeholder,
             image_splice=prompting.splice,
             image_token_id=prompting.image_token_id,
