@@ -29,6 +29,7 @@ from vlmforge_builder.checkpoint.fingerprint import fingerprint
 from vlmforge_builder.checkpoint.source import resolve_checkpoint
 from vlmforge_builder.export import trace
 from vlmforge_builder.goldens import record_goldens
+from vlmforge_builder.image_policy import choose_image_policy
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.publish import list_files, staging
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions, find_recipe
@@ -56,12 +57,14 @@ class BuildOptions:
     max_batch_size: int = 8
     vision_tower: str | None = None
     chat_template: str | None = None
+    image_policy: str | None = None
     force: bool = False
 
     def recorded(self) -> dict[str, str]:
         """The options that shape the engine, as text."""
         names = ("target", "dtype", "session_len", "max_batch_size", "vision_tower")
-        return {name: str(getattr(self, name)) for name in (*names, "chat_template")}
+        policies = ("chat_template", "image_policy")
+        return {name: str(getattr(self, name)) for name in (*names, *policies)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,7 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
         ),
     )
     spec = choose_template(spec, options.chat_template)
+    spec = choose_image_policy(spec, options.image_policy)
     progress.note(f"{recipe.name} ({spec.architecture}); tokenizer {spec.tokenizer_proof}")
     if spec.session_len > spec.trained_len:
         progress.note(

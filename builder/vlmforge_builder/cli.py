@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-batch-size", type=int, default=8, metavar="N", help="sequences at once (default 8)")
     add("--vision-tower", metavar="PATH_OR_ID", help="where the vision tower is, if not inside")
     add("--chat-template", metavar="NAME_OR_JSON", help="a name, JSON text or a .json file")
+    add("--image-policy", metavar="NAME", help="another official preprocessing of the model")
     add("--force", action="store_true", help="replace an engine that is there")
     add("--json-events", metavar="FILE", help="write progress as JSON lines; - is stdout")
     return arguments

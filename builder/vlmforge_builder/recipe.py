@@ -73,7 +73,10 @@ class RecipeOptions:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A checkpoint, understood: parts to export and policies to store."""
+    """A checkpoint, understood: parts to export and policies to store.
+
+    `other_images` are what else users of the original may preprocess images by, beside `image`.
+    """
 
     architecture: str
     parts: tuple[PartSpec, ...]
@@ -91,6 +94,7 @@ class ModelSpec:
     session_len: int
     trained_len: int
     source_files: tuple[Path, ...]
+    other_images: tuple[ImagePolicy, ...] = ()
 
 
 class Recipe(Protocol):
@@ -129,9 +133,9 @@ def find_recipe(config: ConfigReader) -> Recipe:
         UnsupportedModelError: no recipe matches; lists the families that are known.
     """
     recipes = installed_recipes()
-    for recipe in recipes:
-        if recipe.matches(config):
-            return recipe
+    matching = [recipe for recipe in recipes if recipe.matches(config)]
+    if len(matching) == 1:
+        return matching[0]
     raise UnsupportedModelError(
         f"No recipe knows the model of {config.file}.",
         found=f"architectures {config.get('architectures')!r}, "

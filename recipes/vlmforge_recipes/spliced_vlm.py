@@ -18,29 +18,35 @@ from vlmforge_builder.blocks.vision import VisionConfig, VisionEncoder
 from vlmforge_builder.checkpoint.store import TensorStore
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, PartSpec, RecipeOptions, TensorArg
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
-from vlmforge_recipes.clip_tower import linear, tower_weights
+from vlmforge_builder.weights import Weight
+from vlmforge_recipes.clip_tower import linear, norm, tower_weights
 from vlmforge_recipes.llama_decoder import decoder_part
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes of the model."""
+    """Sizes of the model. `projector_norm_eps` is None where the projector has no norms."""
 
     decoder: DecoderConfig
     tower: VisionConfig
     trained_len: int
     projector_act: str
     architecture: str
+    projector_norm_eps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What the checkpoint's tensors are called: prefixes, and the whole names of the head."""
+    """What the checkpoint's tensors are called: prefixes, and the whole names of the head.
+
+    `projector` are its linear layers, `projector_norms` its layer normalisations, if it has any.
+    """
 
     text: str
     head: str
     vision: str
     projector: tuple[str, str]
+    projector_norms: tuple[str, ...] = ()
 
     def tied(self) -> Names:
         """The output projection is the embedding."""
@@ -116,12 +122,25 @@ def _vision_part(geometry: Geometry, names: Names) -> PartSpec:
     tower, width = geometry.tower, geometry.decoder.hidden_size
     return PartSpec(
         name="vision",
-        module=lambda: VisionEncoder(tower, outputs=width, projector_act=geometry.projector_act),
+        module=lambda: VisionEncoder(
+            tower,
+            outputs=width,
+            projector_act=geometry.projector_act,
+            projector_norm_eps=geometry.projector_norm_eps,
+        ),
         inputs=(TensorArg("pixel_values", ("images", 3, tower.image_size, tower.image_size)),),
         outputs=("image_features",),
         weights={
             **tower_weights(tower, ours="tower.", prefix=names.vision),
             **linear("projector.fc1", (names.projector[0],), (width,)),
             **linear("projector.fc2", (names.projector[1],), (width,)),
+            **_projector_norms(names),
         },
     )
+
+
+def _projector_norms(names: Names) -> dict[str, Weight]:
+    weights: dict[str, Weight] = {}
+    for i, theirs in enumerate(names.projector_norms):
+        weights |= norm(f"projector.norm{i + 1}", theirs)
+    return weights

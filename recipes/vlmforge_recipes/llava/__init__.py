@@ -32,7 +32,9 @@ def _layout(config: ConfigReader) -> str | None:
     names = architectures if isinstance(architectures, list) else []
     if hf.ARCHITECTURE in names:
         return hf.ARCHITECTURE
-    if original.ARCHITECTURE in names and config.has("mm_vision_tower"):
+    # The same architecture with a normalising projector is another family.
+    normed = config.str("mm_projector_type", "linear").endswith("_Norm")
+    if original.ARCHITECTURE in names and config.has("mm_vision_tower") and not normed:
         return original.ARCHITECTURE
     return None
 
