@@ -32,7 +32,7 @@ from vlmforge_builder.goldens import record_goldens
 from vlmforge_builder.image_policy import choose_image_policy
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.publish import list_files, staging
-from vlmforge_builder.recipe import ModelSpec, RecipeOptions, find_recipe
+from vlmforge_builder.recipe import ModelSpec, Recipe, RecipeOptions, find_recipe
 from vlmforge_builder.targets import CompileJob, load_target
 from vlmforge_builder.templates import choose_template
 from vlmforge_builder.weights import DTYPES
@@ -128,10 +128,12 @@ def _check(options: BuildOptions) -> None:
 
 def _read(options: BuildOptions, progress: Progress) -> _Source:
     folder = resolve_checkpoint(
-        options.checkpoint, revision=options.revision, progress=progress.note
+        options.checkpoint,
+        revision=options.revision,
+        progress=progress.note,
+        check=_recognise,
     )
-    config = read_config(folder / "config.json")
-    recipe = find_recipe(config)
+    config, recipe = _recognise(folder)
     spec = recipe.load(
         folder,
         config,
@@ -152,6 +154,11 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
     files = [path for base in (folder, *spec.source_files) for path in sorted(base.iterdir())]
     identity = fingerprint(path for path in files if path.is_file())
     return _Source(folder, config, recipe.name, spec, identity)
+
+
+def _recognise(folder: Path) -> tuple[ConfigReader, Recipe]:
+    config = read_config(folder / "config.json")
+    return config, find_recipe(config)
 
 
 def _is_current(options: BuildOptions, source: _Source) -> bool:

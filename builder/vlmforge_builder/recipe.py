@@ -13,13 +13,12 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 
 from vlmforge.errors import UnsupportedModelError
+from vlmforge.families import ENTRY_POINT_GROUP, supported
 from vlmforge.manifest import KVLayout, PromptPolicy
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.store import TensorStore
 from vlmforge_builder.weights import Weight
-
-ENTRY_POINT_GROUP = "vlmforge.recipes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,11 @@ class Recipe(Protocol):
         """Name of the family, for messages and provenance."""
 
     def matches(self, config: ConfigReader) -> bool:
-        """Whether `config.json` is of this family; never looks at names of folders."""
+        """Whether `config.json` is of this family; never looks at names of folders.
+
+        Asked before weights are downloaded: UnsupportedModelError for a variant of the family that
+        `load` would refuse.
+        """
 
     def load(self, checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
         """Understand a checkpoint; no tensor's values are read (CheckpointError otherwise)."""
@@ -127,20 +130,21 @@ def installed_recipes() -> tuple[Recipe, ...]:
 
 
 def find_recipe(config: ConfigReader) -> Recipe:
-    """The recipe whose family `config.json` is of.
+    """The one recipe whose family `config.json` is of.
 
     Raises:
-        UnsupportedModelError: no recipe matches; lists the families that are known.
+        UnsupportedModelError: no recipe matches, or several do; or one does, but does not know this
+            variant. Tells what was found and what is supported.
     """
-    recipes = installed_recipes()
-    matching = [recipe for recipe in recipes if recipe.matches(config)]
+    matching = [recipe for recipe in installed_recipes() if recipe.matches(config)]
     if len(matching) == 1:
         return matching[0]
+    claims = f", claimed by {', '.join(recipe.name for recipe in matching)}" if matching else ""
     raise UnsupportedModelError(
-        f"No recipe knows the model of {config.file}.",
+        f"{'More than one' if matching else 'No'} recipe knows the model of {config.file}.",
         found=f"architectures {config.get('architectures')!r}, "
-        f"model_type {config.get('model_type')!r}",
-        expected="one of: " + ", ".join(recipe.name for recipe in recipes),
+        f"model_type {config.get('model_type')!r}{claims}",
+        expected=f"one of: {supported()}",
         fix="choose a supported checkpoint, or add a recipe (CONTRIBUTING.md, 'Add a model')",
     )
 

@@ -119,7 +119,7 @@ class Projector(nn.Module):
         if self.norm1 is not None:
             x = self.norm1(x)
         x = self.fc2(activation(self.act, x))
-        return x if self.norm2 is None else self.norm2(x)  # type: ignore[no-any-return]
+        return x if self.norm2 is None else self.norm2(x)
 
 
 class VisionEncoder(nn.Module):

@@ -16,9 +16,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from vlmforge.errors import CheckpointError
+from vlmforge.errors import CheckpointError, VlmforgeError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+# Not `*.bin`: repositories hold other copies of the weights under other names.
+_PICKLES = ("pytorch_model*.bin", "*/pytorch_model*.bin")
 _TEXTS = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
 
 
@@ -27,6 +29,7 @@ def resolve_checkpoint(
     *,
     revision: str | None = None,
     progress: Callable[[str], None] | None = None,
+    check: Callable[[Path], object] | None = None,
 ) -> Path:
     """The folder of a checkpoint: `spec` itself if it is one, otherwise downloaded by hub id.
 
@@ -38,6 +41,8 @@ def resolve_checkpoint(
         spec: A folder, or a hub id such as "org/name".
         revision: Branch, tag or commit on the hub ("main" by default).
         progress: Gets a line when a download begins.
+        check: Gets the folder when nothing but config.json has been downloaded. What it raises ends
+            the download.
 
     Raises:
         CheckpointError: neither, or the hub refused, is out of reach, or the disk is full.
@@ -57,20 +62,25 @@ def resolve_checkpoint(
     if progress is not None:
         progress(f"fetching {spec} ({revision or 'main'}) from {constants.ENDPOINT}")
     try:
-        return _download(str(spec), revision)
+        return _download(str(spec), revision, check)
+    except VlmforgeError:
+        raise
     except Exception as error:
         # The client lets the exceptions of its HTTP library through; which one differs by version.
         raise _explain(str(spec), revision, error) from error
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, check: Callable[[Path], object] | None) -> Path:
+    folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=["config.json"]))
+    if check is not None:
+        check(folder)
     patterns = [*_TEXTS, "*.safetensors"]
-    folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    # The snapshot's folder is named by its commit, so this call fetches from the same one.
+    # The snapshot's folder is named by its commit, so these calls fetch from the same one.
+    snapshot_download(hub_id, revision=folder.name, allow_patterns=patterns)
     snapshot_download(
         hub_id,
         revision=folder.name,
-        allow_patterns=[*patterns, "*.bin"],
+        allow_patterns=[*patterns, *_PICKLES],
         ignore_patterns=_superseded(folder),
     )
     return folder

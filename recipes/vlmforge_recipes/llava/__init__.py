@@ -18,7 +18,12 @@ class LlavaRecipe:
 
     def matches(self, config: ConfigReader) -> bool:
         """See `Recipe.matches`."""
-        return _layout(config) is not None
+        layout = _layout(config)
+        if layout == hf.ARCHITECTURE:
+            hf.check_variant(config)
+        elif layout == original.ARCHITECTURE:
+            original.check_variant(config)
+        return layout is not None
 
     def load(self, checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
         """See `Recipe.load`."""

@@ -59,11 +59,7 @@ class _Features:
 
 def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
     """Understand a checkpoint of this layout (CheckpointError otherwise)."""
-    text = (
-        config.section("text_config")
-        if config.has("text_config")
-        else ConfigReader({}, config.file)
-    )
+    text = _text(config)
     _check(config, text)
     features = _features(config)
     vision = (
@@ -180,3 +176,14 @@ def _image_token(config: ConfigReader, tokenizer: ConvertedTokenizer) -> int:
             fix="check that the tokenizer files belong to this checkpoint",
         )
     return token
+
+
+def check_variant(config: ConfigReader) -> None:
+    """Refuse variants of this layout that `config.json` tells of (UnsupportedModelError)."""
+    _check(config, _text(config))
+
+
+def _text(config: ConfigReader) -> ConfigReader:
+    if config.has("text_config"):
+        return config.section("text_config")
+    return ConfigReader({}, config.file)

@@ -94,3 +94,8 @@ def _unsupported(config: ConfigReader, found: str, expected: str) -> Unsupported
         expected=expected,
         fix="choose a LLaVA 1.5 checkpoint, or extend the recipe",
     )
+
+
+def check_variant(config: ConfigReader) -> None:
+    """Refuse variants of this layout that `config.json` tells of (UnsupportedModelError)."""
+    _check(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
-from vlmforge_recipes.yi_vl.model import ARCHITECTURE, load
+from vlmforge_recipes.yi_vl.model import ARCHITECTURE, check, load
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +19,15 @@ class YiVLRecipe:
     def matches(self, config: ConfigReader) -> bool:
         """See `Recipe.matches`."""
         architectures = config.get("architectures")
-        return (
+        matches = (
             isinstance(architectures, list)
             and ARCHITECTURE in architectures
             and config.has("mm_vision_tower")
             and config.str("mm_projector_type", "linear").endswith("_Norm")
         )
+        if matches:
+            check(config)
+        return matches
 
     def load(self, checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
         """See `Recipe.load`."""

@@ -44,7 +44,7 @@ _KNOWN = {
 
 def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
     """Understand a checkpoint (CheckpointError otherwise)."""
-    _check(config)
+    check(config)
     folder = find_tower(checkpoint, config.str("mm_vision_tower"), options)
     tower_config = read_config(folder / "config.json")
     vision = (
@@ -94,7 +94,8 @@ def _images(
     return crops, (pads,)
 
 
-def _check(config: ConfigReader) -> None:
+def check(config: ConfigReader) -> None:
+    """Refuse variants that the original code does not publish (UnsupportedModelError)."""
     for key, values in _KNOWN.items():
         value = config.str(key, values[0])
         if value not in values:

@@ -19,11 +19,11 @@ _SYSTEM = (
 
 TEMPLATES: Mapping[str, TemplateParts] = {
     # What the model was trained with: `conv_templates["mm_default"]` of `llava/conversation.py`,
-    # which joins system and "Role: text" by "\n### ".
+    # which writes "system\n\n### Role: text\n### Role: text\n### ".
     DEFAULT: TemplateParts(
         system="",
-        meta_instruction=f"{_SYSTEM}\n",
-        eosys="\n### ",
+        meta_instruction=_SYSTEM,
+        eosys="\n\n### ",
         user="Human: ",
         eoh="\n### ",
         assistant="Assistant: ",

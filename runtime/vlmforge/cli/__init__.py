@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check files and rerun the goldens of the build")
     verify.add_argument("engine", type=Path, metavar="ENGINE")
 
+    commands.add_parser("models", help="the models that can be built, as a table")
     commands.add_parser("doctor", help="versions, backends, and what is missing")
 
     chat = commands.add_parser("chat", help="talk to an engine; images by path or URL")
@@ -59,6 +60,11 @@ def _run(values: argparse.Namespace) -> int:
             from vlmforge.cli.verify import run_verify
 
             return run_verify(values.engine)
+        case "models":
+            from vlmforge.families import models_table
+
+            print(models_table())
+            return 0
         case "doctor":
             from vlmforge.cli.doctor import run_doctor
 
