@@ -24,18 +24,19 @@ from vlmforge.manifest import (
     dump_manifest,
     load_manifest,
 )
-from vlmforge_builder.checkpoint.config import ConfigReader, read_config
+from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.fingerprint import fingerprint
 from vlmforge_builder.checkpoint.source import resolve_checkpoint
+from vlmforge_builder.dtypes import DTYPE_NAMES
 from vlmforge_builder.export import trace
 from vlmforge_builder.goldens import record_goldens
 from vlmforge_builder.image_policy import choose_image_policy
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.publish import list_files, staging
-from vlmforge_builder.recipe import ModelSpec, Recipe, RecipeOptions, find_recipe
+from vlmforge_builder.recipe import ModelSpec, RecipeOptions
+from vlmforge_builder.recognise import recognise
 from vlmforge_builder.targets import CompileJob, load_target
 from vlmforge_builder.templates import choose_template
-from vlmforge_builder.weights import DTYPES
 
 _BUILD_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tokenizers")
 _BUILD_LOG = "build.log.jsonl"
@@ -117,11 +118,11 @@ def _check(options: BuildOptions) -> None:
                 expected="a positive integer",
                 fix=f"--{name.replace('_', '-')} 8",
             )
-    if options.dtype not in DTYPES:
+    if options.dtype not in DTYPE_NAMES:
         raise ConfigError(
             "dtype is not known.",
             found=repr(options.dtype),
-            expected="one of: " + ", ".join(DTYPES),
+            expected="one of: " + ", ".join(DTYPE_NAMES),
             fix="--dtype float32",
         )
 
@@ -131,9 +132,9 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
         options.checkpoint,
         revision=options.revision,
         progress=progress.note,
-        check=_recognise,
+        check=recognise,
     )
-    config, recipe = _recognise(folder)
+    config, recipe = recognise(folder)
     spec = recipe.load(
         folder,
         config,
@@ -154,11 +155,6 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
     files = [path for base in (folder, *spec.source_files) for path in sorted(base.iterdir())]
     identity = fingerprint(path for path in files if path.is_file())
     return _Source(folder, config, recipe.name, spec, identity)
-
-
-def _recognise(folder: Path) -> tuple[ConfigReader, Recipe]:
-    config = read_config(folder / "config.json")
-    return config, find_recipe(config)
 
 
 def _is_current(options: BuildOptions, source: _Source) -> bool:

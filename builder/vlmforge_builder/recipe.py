@@ -1,4 +1,8 @@
-"""What a model family tells the builder, and how the builder finds families."""
+"""What a model family tells the builder, and how the builder finds families.
+
+Importing this module loads none of a build's libraries: a checkpoint of an unknown family is to be
+refused in a second, and they take longer.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol, cast
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Protocol, cast
 
 from vlmforge.errors import UnsupportedModelError
 from vlmforge.families import ENTRY_POINT_GROUP, supported
 from vlmforge.manifest import KVLayout, PromptPolicy
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.checkpoint.config import ConfigReader
-from vlmforge_builder.checkpoint.store import TensorStore
-from vlmforge_builder.weights import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vlmforge_builder.checkpoint.store import TensorStore
+    from vlmforge_builder.weights import Weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ def test_the_poison_works(checkpoint: Path, marker: Path) -> None:
 
 
 def test_a_build_executes_nothing(checkpoint: Path, marker: Path, tmp_path: Path) -> None:
-    """In the checkpoint, as the installed `build-engine` runs: it does not look there for modules."""
+    """In the checkpoint, where the installed `build-engine` does not look for modules."""
     engine = tmp_path / "it.engine"
     done = run(["-P", "-m", "vlmforge_builder", ".", "-o", engine], checkpoint)
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -47,6 +48,31 @@ def resolve_checkpoint(
     Raises:
         CheckpointError: neither, or the hub refused, is out of reach, or the disk is full.
     """
+    folder = _local(spec, revision)
+    if folder is not None:
+        return folder
+    hub_id = str(spec)
+    if progress is not None:
+        progress(f"fetching {hub_id} ({revision or 'main'}) from {constants.ENDPOINT}")
+    with _explained(hub_id, revision):
+        return _download(hub_id, revision, check)
+
+
+def fetch_config(spec: str | Path, *, revision: str | None = None) -> Path:
+    """A folder with the checkpoint's config.json; of a hub id nothing else is downloaded.
+
+    Raises:
+        CheckpointError: as `resolve_checkpoint`.
+    """
+    folder = _local(spec, revision)
+    if folder is not None:
+        return folder
+    with _explained(str(spec), revision):
+        return _download_config(str(spec), revision)
+
+
+def _local(spec: str | Path, revision: str | None) -> Path | None:
+    """`spec` as a folder; None if it is a hub id."""
     path = Path(spec)
     if path.is_dir():
         if revision is not None:
@@ -59,19 +85,26 @@ def resolve_checkpoint(
         return path
     if path.exists() or not _HUB_ID.fullmatch(str(spec)):
         raise _no_such(path)
-    if progress is not None:
-        progress(f"fetching {spec} ({revision or 'main'}) from {constants.ENDPOINT}")
+    return None
+
+
+@contextmanager
+def _explained(hub_id: str, revision: str | None) -> Iterator[None]:
     try:
-        return _download(str(spec), revision, check)
+        yield
     except VlmforgeError:
         raise
     except Exception as error:
         # The client lets the exceptions of its HTTP library through; which one differs by version.
-        raise _explain(str(spec), revision, error) from error
+        raise _explain(hub_id, revision, error) from error
+
+
+def _download_config(hub_id: str, revision: str | None) -> Path:
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["config.json"]))
 
 
 def _download(hub_id: str, revision: str | None, check: Callable[[Path], object] | None) -> Path:
-    folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=["config.json"]))
+    folder = _download_config(hub_id, revision)
     if check is not None:
         check(folder)
     patterns = [*_TEXTS, "*.safetensors"]

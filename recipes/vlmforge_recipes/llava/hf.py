@@ -14,10 +14,11 @@ from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_token
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
+from vlmforge_recipes.llava.layout import HF
 from vlmforge_recipes.llava.templates import PLACEHOLDER, PUBLISHED_HF_TEMPLATE, TEMPLATES
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 
-ARCHITECTURE = "LlavaForConditionalGeneration"
+ARCHITECTURE = HF
 
 # What the tensors of the four parts are called: as published, by transformers 4.5x, and by 5.x.
 _LAYOUTS = (

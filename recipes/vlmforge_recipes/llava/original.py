@@ -13,11 +13,12 @@ from vlmforge_builder.tokenizer.convert import convert_tokenizer
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
+from vlmforge_recipes.llava.layout import ORIGINAL
 from vlmforge_recipes.llava.templates import PLACEHOLDER, TEMPLATES
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 from vlmforge_recipes.tower_folder import find_tower
 
-ARCHITECTURE = "LlavaLlamaForCausalLM"
+ARCHITECTURE = ORIGINAL
 # The id that the original code puts where an image goes (`IMAGE_TOKEN_INDEX`).
 _IMAGE_TOKEN_INDEX = -200
 _DEFAULT_TEMPLATE = "llava-v1"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
-from vlmforge_recipes.yi_vl.model import ARCHITECTURE, check, load
+from vlmforge_recipes.yi_vl.layout import check, is_family
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,19 +18,16 @@ class YiVLRecipe:
 
     def matches(self, config: ConfigReader) -> bool:
         """See `Recipe.matches`."""
-        architectures = config.get("architectures")
-        matches = (
-            isinstance(architectures, list)
-            and ARCHITECTURE in architectures
-            and config.has("mm_vision_tower")
-            and config.str("mm_projector_type", "linear").endswith("_Norm")
-        )
-        if matches:
-            check(config)
-        return matches
+        if not is_family(config):
+            return False
+        check(config)
+        return True
 
     def load(self, checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
         """See `Recipe.load`."""
+        # Imported here: recognising a checkpoint needs none of a build's libraries.
+        from vlmforge_recipes.yi_vl.model import load
+
         return load(checkpoint, config, options)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from vlmforge.errors import UnsupportedModelError
 from vlmforge.prompt.template import jinja_from_parts
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
@@ -20,9 +19,9 @@ from vlmforge_recipes.clip_tower import read_tower_config
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 from vlmforge_recipes.tower_folder import find_tower
+from vlmforge_recipes.yi_vl.layout import ARCHITECTURE, check
 from vlmforge_recipes.yi_vl.templates import DEFAULT, PLACEHOLDER, TEMPLATES
 
-ARCHITECTURE = "LlavaLlamaForCausalLM"
 # The id that the original code puts where an image goes (`IMAGE_TOKEN_INDEX`).
 _IMAGE_TOKEN_INDEX = -200
 # `nn.LayerNorm`'s default, which the original projector keeps.
@@ -35,11 +34,6 @@ _NAMES = Names(
     ("model.mm_projector.0", "model.mm_projector.3"),
     ("model.mm_projector.1", "model.mm_projector.4"),
 )
-_KNOWN = {
-    "mm_projector_type": ("mlp2x_gelu_Norm",),
-    "mm_vision_select_feature": ("patch", "cls_patch"),
-    "image_aspect_ratio": ("square", "pad"),
-}
 
 
 def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
@@ -92,23 +86,3 @@ def _images(
     if config.str("image_aspect_ratio", "square") == "pad":
         return pads, (crops,)
     return crops, (pads,)
-
-
-def check(config: ConfigReader) -> None:
-    """Refuse variants that the original code does not publish (UnsupportedModelError)."""
-    for key, values in _KNOWN.items():
-        value = config.str(key, values[0])
-        if value not in values:
-            raise _unsupported(config, f"{key} {value!r}", " or ".join(map(repr, values)))
-    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
-        if config.bool(key, default=False):
-            raise _unsupported(config, f"{key} true", "false")
-
-
-def _unsupported(config: ConfigReader, found: str, expected: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{config.file} describes a variant that this recipe does not know.",
-        found=found,
-        expected=expected,
-        fix="choose a Yi-VL checkpoint, or extend the recipe",
-    )
