@@ -12,7 +12,8 @@ def find_tower(checkpoint: Path, named: str, options: RecipeOptions) -> Path:
     """The folder of the vision tower.
 
     `--vision-tower` wins. Otherwise `mm_vision_tower` is looked for inside and beside the
-    checkpoint, under the working directory, and at last on the hub.
+    checkpoint, under the working directory, and at last on the hub. A path of the machine where a
+    checkpoint was trained is looked for inside by its last two folders.
 
     Raises:
         CheckpointError: it is nowhere; lists the places.
@@ -20,7 +21,8 @@ def find_tower(checkpoint: Path, named: str, options: RecipeOptions) -> Path:
     if options.vision_tower is not None:
         return options.fetch(options.vision_tower)
     bases = (checkpoint, checkpoint.parent, checkpoint.parent.parent, Path.cwd())
-    places = [base / named for base in bases] + [checkpoint.parent / Path(named).name]
+    places = [base / named for base in bases]
+    places += [checkpoint.parent / Path(named).name, checkpoint / Path(*Path(named).parts[-2:])]
     for place in places:
         if (place / "config.json").exists():
             return place

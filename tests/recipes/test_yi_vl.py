@@ -134,6 +134,9 @@ def test_where_the_tower_is(copy: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)  # the name in the config is relative to the checkpoint
     spec = load(copy)
     assert [path.resolve() for path in spec.source_files] == [copy / TOWER]
+    change(copy, mm_vision_tower=f"/where/it/was/trained/{TOWER}")
+    assert load(copy).source_files == (copy / TOWER,)
+    change(copy, mm_vision_tower=f"./{TOWER}")
     elsewhere = tmp_path / "tower"
     (copy / TOWER).rename(elsewhere)
     with pytest.raises(CheckpointError, match=r"The vision tower '\./vit/"):
