@@ -26,7 +26,7 @@ def read_image_policy(folder: Path, *, image_size: int, pad_to_square: bool) -> 
         CheckpointError: no such file, or a crop that is not the tower's image size.
         UnsupportedModelError: one of the steps is switched off.
     """
-    config = _find(folder)
+    config = find_processor(folder)
     for step in _STEPS:
         if not config.bool(step, default=True):
             raise UnsupportedModelError(
@@ -55,10 +55,12 @@ def read_image_policy(folder: Path, *, image_size: int, pad_to_square: bool) -> 
         std=_triple(config, "image_std", _STD),
         background=_BACKGROUND,
         pad_fill=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
+        tiling=None,
     )
 
 
-def _find(folder: Path) -> ConfigReader:
+def find_processor(folder: Path) -> ConfigReader:
+    """The image processor's configuration (CheckpointError when there is none)."""
     plain, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
     if plain.exists():
         return read_config(plain)

@@ -205,7 +205,8 @@ class VisionConfig:
     """How images are encoded.
 
     Attributes:
-        max_batch_size: Images in one run of the vision part.
+        max_batch_size: Views in one run of the vision part, whichever images they are of. An image
+            is one view, or several where its policy cuts it into tiles.
         thread_safe: Accepted: the pipeline always is.
 
     Raises:

@@ -33,6 +33,8 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_SIDEWAYS = (5, 6, 7, 8)
+
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
@@ -120,6 +122,12 @@ def upright(image: Image.Image) -> Image.Image:
     for key in _ORIENTATION_KEYS:
         turned.info.pop(key, None)
     return turned
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height that `to_rgb` gives an image, without touching its pixels."""
+    sideways = _orientation(image) in _SIDEWAYS
+    return (image.height, image.width) if sideways else image.size
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
