@@ -209,10 +209,12 @@ class Scheduler:
         tokens = np.array([s.next_token for s in sequences], np.int64)
         lengths = np.array([s.done for s in sequences], np.int64)
         logits = self._engine.decode(tokens, lengths)
-        for sequence, token, row in zip(sequences, tokens, logits, strict=True):
+        # All tokens are noted before the first sequence ends: the last one then moves into its slot,
+        # and what the table does not know of would stay behind.
+        for sequence, token in zip(sequences, tokens, strict=True):
             self._table.extend(sequence.slot, token[None])
             sequence.done += 1
-            # A row's slot may change when an earlier one ends; its logits are its own already.
+        for sequence, row in zip(sequences, logits, strict=True):
             self._accept(sequence, row)
 
     def _accept(self, sequence: _Sequence, logits: FloatArray) -> None:
