@@ -209,8 +209,8 @@ class Scheduler:
         tokens = np.array([s.next_token for s in sequences], np.int64)
         lengths = np.array([s.done for s in sequences], np.int64)
         logits = self._engine.decode(tokens, lengths)
-        # All tokens are noted before the first sequence ends: the last one then moves into its slot,
-        # and what the table does not know of would stay behind.
+        # All tokens are noted before the first sequence ends: the last one then moves into its
+        # slot, and what the table does not know of would stay behind.
         for sequence, token in zip(sequences, tokens, strict=True):
             self._table.extend(sequence.slot, token[None])
             sequence.done += 1
