@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -49,13 +49,23 @@ def build_once(engine: Path, *arguments: object) -> Path:
     return engine
 
 
+# Engines of golden checkpoints whose window is not what the model was trained for.
+_GOLDEN_OPTIONS: Mapping[str, tuple[object, ...]] = {HF.name: ("--session-len", 1024)}
+
+
+def golden_engine(shared: Path, name: str) -> Path:
+    """The float32 engine of the golden checkpoint `name` of `tests/data`, built once for a run."""
+    options = _GOLDEN_OPTIONS.get(name, ())
+    return build_once(shared / f"{name}.engine", DATA / name / "checkpoint", *options)
+
+
 @pytest.fixture(scope="session")
 def hf_engine(shared: Path) -> Path:
     """The engine of the golden checkpoint in the layout of transformers."""
-    return build_once(shared / "hf.engine", HF / "checkpoint", "--session-len", 1024)
+    return golden_engine(shared, HF.name)
 
 
 @pytest.fixture(scope="session")
 def original_engine(shared: Path) -> Path:
     """The engine of the golden checkpoint in the original layout."""
-    return build_once(shared / "original.engine", ORIGINAL / "checkpoint")
+    return golden_engine(shared, ORIGINAL.name)

@@ -24,17 +24,19 @@ from vlmforge.manifest import (
     dump_manifest,
     load_manifest,
 )
-from vlmforge_builder.checkpoint.config import ConfigReader, read_config
+from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.fingerprint import fingerprint
 from vlmforge_builder.checkpoint.source import resolve_checkpoint
+from vlmforge_builder.dtypes import DTYPE_NAMES
 from vlmforge_builder.export import trace
 from vlmforge_builder.goldens import record_goldens
+from vlmforge_builder.image_policy import choose_image_policy
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.publish import list_files, staging
-from vlmforge_builder.recipe import ModelSpec, RecipeOptions, find_recipe
+from vlmforge_builder.recipe import ModelSpec, RecipeOptions
+from vlmforge_builder.recognise import recognise
 from vlmforge_builder.targets import CompileJob, load_target
 from vlmforge_builder.templates import choose_template
-from vlmforge_builder.weights import DTYPES
 
 _BUILD_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tokenizers")
 _BUILD_LOG = "build.log.jsonl"
@@ -56,12 +58,14 @@ class BuildOptions:
     max_batch_size: int = 8
     vision_tower: str | None = None
     chat_template: str | None = None
+    image_policy: str | None = None
     force: bool = False
 
     def recorded(self) -> dict[str, str]:
         """The options that shape the engine, as text."""
         names = ("target", "dtype", "session_len", "max_batch_size", "vision_tower")
-        return {name: str(getattr(self, name)) for name in (*names, "chat_template")}
+        policies = ("chat_template", "image_policy")
+        return {name: str(getattr(self, name)) for name in (*names, *policies)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,21 +118,23 @@ def _check(options: BuildOptions) -> None:
                 expected="a positive integer",
                 fix=f"--{name.replace('_', '-')} 8",
             )
-    if options.dtype not in DTYPES:
+    if options.dtype not in DTYPE_NAMES:
         raise ConfigError(
             "dtype is not known.",
             found=repr(options.dtype),
-            expected="one of: " + ", ".join(DTYPES),
+            expected="one of: " + ", ".join(DTYPE_NAMES),
             fix="--dtype float32",
         )
 
 
 def _read(options: BuildOptions, progress: Progress) -> _Source:
     folder = resolve_checkpoint(
-        options.checkpoint, revision=options.revision, progress=progress.note
+        options.checkpoint,
+        revision=options.revision,
+        progress=progress.note,
+        check=recognise,
     )
-    config = read_config(folder / "config.json")
-    recipe = find_recipe(config)
+    config, recipe = recognise(folder)
     spec = recipe.load(
         folder,
         config,
@@ -139,6 +145,7 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
         ),
     )
     spec = choose_template(spec, options.chat_template)
+    spec = choose_image_policy(spec, options.image_policy)
     progress.note(f"{recipe.name} ({spec.architecture}); tokenizer {spec.tokenizer_proof}")
     if spec.session_len > spec.trained_len:
         progress.note(

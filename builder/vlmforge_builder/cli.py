@@ -12,10 +12,10 @@ from types import FrameType
 from typing import TextIO
 
 from vlmforge.errors import ConfigError, VlmforgeError
-from vlmforge_builder.build import BuildOptions, build_engine
+from vlmforge_builder.dtypes import DTYPE_NAMES
 from vlmforge_builder.progress import Progress
+from vlmforge_builder.recognise import refuse_unknown
 from vlmforge_builder.targets import TARGETS
-from vlmforge_builder.weights import DTYPES
 
 _DTYPE_HELP = (
     "how weights are stored. ONNX Runtime's CPU provider has no 16-bit matrix kernels: with "
@@ -35,11 +35,12 @@ def parser() -> argparse.ArgumentParser:
     add("-o", "--output", required=True, type=Path, metavar="ENGINE", help="where to write it")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--target", default="onnxruntime", choices=TARGETS, help="what runs it")
-    add("--dtype", default="float32", choices=tuple(DTYPES), help=_DTYPE_HELP)
+    add("--dtype", default="float32", choices=DTYPE_NAMES, help=_DTYPE_HELP)
     add("--session-len", type=int, metavar="N", help="tokens that one conversation may hold")
     add("--max-batch-size", type=int, default=8, metavar="N", help="sequences at once (default 8)")
     add("--vision-tower", metavar="PATH_OR_ID", help="where the vision tower is, if not inside")
     add("--chat-template", metavar="NAME_OR_JSON", help="a name, JSON text or a .json file")
+    add("--image-policy", metavar="NAME", help="another official preprocessing of the model")
     add("--force", action="store_true", help="replace an engine that is there")
     add("--json-events", metavar="FILE", help="write progress as JSON lines; - is stdout")
     return arguments
@@ -54,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ExitStack() as stack:
             progress = stack.enter_context(Progress(events=_open(events, stack)))
+            refuse_unknown(values["checkpoint"], values["revision"])
+            # Imported here: what cannot be built is refused before torch has been loaded.
+            from vlmforge_builder.build import BuildOptions, build_engine
+
             build_engine(BuildOptions(**values), progress)
             peak = progress.peak
             progress.note(

@@ -1,4 +1,8 @@
-"""What a model family tells the builder, and how the builder finds families."""
+"""What a model family tells the builder, and how the builder finds families.
+
+Importing this module loads none of a build's libraries: a checkpoint of an unknown family is to be
+refused in a second, and they take longer.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol, cast
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Protocol, cast
 
 from vlmforge.errors import UnsupportedModelError
+from vlmforge.families import ENTRY_POINT_GROUP, supported
 from vlmforge.manifest import KVLayout, PromptPolicy
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.checkpoint.config import ConfigReader
-from vlmforge_builder.checkpoint.store import TensorStore
-from vlmforge_builder.weights import Weight
 
-ENTRY_POINT_GROUP = "vlmforge.recipes"
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vlmforge_builder.checkpoint.store import TensorStore
+    from vlmforge_builder.weights import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,10 @@ class RecipeOptions:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A checkpoint, understood: parts to export and policies to store."""
+    """A checkpoint, understood: parts to export and policies to store.
+
+    `other_images` are what else users of the original may preprocess images by, beside `image`.
+    """
 
     architecture: str
     parts: tuple[PartSpec, ...]
@@ -91,6 +99,7 @@ class ModelSpec:
     session_len: int
     trained_len: int
     source_files: tuple[Path, ...]
+    other_images: tuple[ImagePolicy, ...] = ()
 
 
 class Recipe(Protocol):
@@ -101,7 +110,11 @@ class Recipe(Protocol):
         """Name of the family, for messages and provenance."""
 
     def matches(self, config: ConfigReader) -> bool:
-        """Whether `config.json` is of this family; never looks at names of folders."""
+        """Whether `config.json` is of this family; never looks at names of folders.
+
+        Asked before weights are downloaded: UnsupportedModelError for a variant of the family that
+        `load` would refuse.
+        """
 
     def load(self, checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
         """Understand a checkpoint; no tensor's values are read (CheckpointError otherwise)."""
@@ -123,20 +136,21 @@ def installed_recipes() -> tuple[Recipe, ...]:
 
 
 def find_recipe(config: ConfigReader) -> Recipe:
-    """The recipe whose family `config.json` is of.
+    """The one recipe whose family `config.json` is of.
 
     Raises:
-        UnsupportedModelError: no recipe matches; lists the families that are known.
+        UnsupportedModelError: no recipe matches, or several do; or one does, but does not know this
+            variant. Tells what was found and what is supported.
     """
-    recipes = installed_recipes()
-    for recipe in recipes:
-        if recipe.matches(config):
-            return recipe
+    matching = [recipe for recipe in installed_recipes() if recipe.matches(config)]
+    if len(matching) == 1:
+        return matching[0]
+    claims = f", claimed by {', '.join(recipe.name for recipe in matching)}" if matching else ""
     raise UnsupportedModelError(
-        f"No recipe knows the model of {config.file}.",
+        f"{'More than one' if matching else 'No'} recipe knows the model of {config.file}.",
         found=f"architectures {config.get('architectures')!r}, "
-        f"model_type {config.get('model_type')!r}",
-        expected="one of: " + ", ".join(recipe.name for recipe in recipes),
+        f"model_type {config.get('model_type')!r}{claims}",
+        expected=f"one of: {supported()}",
         fix="choose a supported checkpoint, or add a recipe (CONTRIBUTING.md, 'Add a model')",
     )
 

@@ -16,14 +16,11 @@ from torch import Tensor
 
 from vlmforge.errors import TensorError
 from vlmforge_builder.checkpoint.store import TensorStore, expect
+from vlmforge_builder.dtypes import DTYPE_NAMES
 
 # Page-aligned tensors can be mapped straight from the file.
 ALIGNMENT = 4096
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 class Weight(Protocol):

@@ -61,14 +61,15 @@ def tower_weights(config: VisionConfig, *, ours: str, prefix: str) -> dict[str, 
         f"{ours}class_token": Stored(f"{embeddings}class_embedding"),
         f"{ours}positions": Stored(f"{embeddings}position_embedding.weight"),
         # The published name has this spelling.
-        **_norm(f"{ours}pre_norm", f"{prefix}pre_layrnorm"),
+        **norm(f"{ours}pre_norm", f"{prefix}pre_layrnorm"),
     }
     for i in range(config.layers):
         weights |= _layer_weights(config, f"{ours}layers.{i}.", f"{prefix}encoder.layers.{i}.")
     return weights
 
 
-def _norm(ours: str, theirs: str) -> dict[str, Weight]:
+def norm(ours: str, theirs: str) -> dict[str, Weight]:
+    """Weights of a layer normalisation."""
     return {f"{ours}.{kind}": Stored(f"{theirs}.{kind}") for kind in ("weight", "bias")}
 
 
@@ -85,10 +86,10 @@ def _layer_weights(config: VisionConfig, ours: str, theirs: str) -> dict[str, We
     attn = f"{theirs}self_attn."
     qkv = tuple(f"{attn}{name}_proj" for name in "qkv")
     return {
-        **_norm(f"{ours}attn_norm", f"{theirs}layer_norm1"),
+        **norm(f"{ours}attn_norm", f"{theirs}layer_norm1"),
         **linear(f"{ours}attn.qkv", qkv, (width, width, width)),
         **linear(f"{ours}attn.out", (f"{attn}out_proj",), (width,)),
-        **_norm(f"{ours}mlp_norm", f"{theirs}layer_norm2"),
+        **norm(f"{ours}mlp_norm", f"{theirs}layer_norm2"),
         **linear(f"{ours}fc1", (f"{theirs}mlp.fc1",), (config.intermediate_size,)),
         **linear(f"{ours}fc2", (f"{theirs}mlp.fc2",), (width,)),
     }

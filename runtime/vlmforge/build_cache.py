@@ -54,9 +54,11 @@ def _key(path: str, options: Mapping[str, str]) -> str:
     folder = Path(path)
     if folder.is_dir():
         digest.update(str(folder.resolve()).encode())
-        for file in sorted(folder.iterdir()):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             stat = file.stat()
-            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            digest.update(
+                f"{file.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode()
+            )
     else:
         digest.update(path.encode())
     return digest.hexdigest()[:16]
@@ -72,7 +74,8 @@ def _build(path: str, engine: Path, options: Mapping[str, str]) -> None:
             fix="pip install 'vlmforge[build]'",
         )
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    command = [sys.executable, "-m", "vlmforge_builder", path, "-o", str(engine), *arguments]
+    # -P: a module in the working directory, which may be the checkpoint's, is never imported.
+    command = [sys.executable, "-P", "-m", "vlmforge_builder", path, "-o", str(engine), *arguments]
     print(f"vlmforge: building an engine of {path} once, into {engine}", file=sys.stderr)
     status = subprocess.run(command, check=False).returncode
     if status != 0:

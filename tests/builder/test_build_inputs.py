@@ -26,8 +26,8 @@ from vlmforge.manifest import Manifest, load_manifest
 from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.recipe import RecipeOptions
-from vlmforge_recipes.llava.original import find_tower
 from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
+from vlmforge_recipes.tower_folder import find_tower
 
 TOWER = "openai/clip-vit-large-patch14-336"
 TEMPLATE = {

@@ -21,7 +21,9 @@ from vlmforge_builder.tokenizer.files import read_tokenizer_files
 from vlmforge_builder.tokenizer.reference import ReferenceTokenizer
 
 DATA = Path(__file__).parents[1] / "data"
-LAYOUTS = ["llava_1_5_hf", "llava_v1_5_liuhaotian"]
+LAYOUTS = ["llava_1_5_hf", "llava_v1_5_liuhaotian", "yi_vl"]
+# Originals that split the text at images, and what stands for one in it.
+SPLIT_AT = {"llava_v1_5_liuhaotian": "<image>", "yi_vl": "<image_placeholder>"}
 
 
 def text_tokenizer(converted: ConvertedTokenizer) -> TextTokenizer:
@@ -46,19 +48,21 @@ def converted_golden(layout: str) -> ConvertedTokenizer:
 def test_goldens_encode_exactly(layout: str) -> None:
     converted = converted_golden(layout)
     tokenizer = text_tokenizer(converted)
-    assert converted.add_bos
+    assert converted.add_bos is (layout != "yi_vl")
+    begin = [converted.bos_id] if converted.add_bos else []
     cases = golden(layout, "tokenizer_cases.json")
     assert len(cases) >= 10
     for case in cases:
-        assert [converted.bos_id, *tokenizer.encode(case["text"])] == case["ids"], case["text"]
+        assert [*begin, *tokenizer.encode(case["text"])] == case["ids"], case["text"]
 
 
-def test_goldens_encode_exactly_when_split_at_images() -> None:
-    converted = converted_golden("llava_v1_5_liuhaotian")
+@pytest.mark.parametrize("layout", SPLIT_AT)
+def test_goldens_encode_exactly_when_split_at_images(layout: str) -> None:
+    converted = converted_golden(layout)
     tokenizer = text_tokenizer(converted)
-    for case in golden("llava_v1_5_liuhaotian", "tokenizer_cases.json"):
-        ids = [converted.bos_id]
-        for place, chunk in enumerate(case["text"].split("<image>")):
+    for case in golden(layout, "tokenizer_cases.json"):
+        ids = [converted.bos_id] if converted.add_bos else []
+        for place, chunk in enumerate(case["text"].split(SPLIT_AT[layout])):
             ids += [-200] * (place > 0) + tokenizer.encode(chunk)
         assert ids == case["image_split_ids"], case["text"]
 

@@ -1,115 +1,67 @@
-"""Parity with the original implementations, stage by stage, at the goldens' fp32 tolerances.
-
-`tests/data/*/cases.json` and the `.npz` files hold what the original code gave: token ids, pixel
-values, features after the projector, logits after the prompt, greedy tokens.
-"""
+"""Parity with the original implementations, stage by stage, at the goldens' fp32 tolerances."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from conftest import DATA, HF, ORIGINAL
-from vlmforge import GenerationConfig, Pipeline, pipeline
-from vlmforge.vl import load_image
+from conftest import DATA, golden_engine
+from golden_models import (
+    CASES,
+    FOLDERS,
+    TOLERANCES,
+    Golden,
+    check_answer,
+    check_images,
+    check_prompt,
+)
+from vlmforge import GenerationConfig, pipeline
 
-CASES = ("single_photo", "single_tall", "text_only", "multi_turn")
-
-
-@dataclass(frozen=True)
-class Model:
-    folder: Path
-    pipe: Pipeline
-
-    def case(self, name: str) -> dict[str, Any]:
-        cases = json.loads((self.folder / "cases.json").read_text("utf-8"))["cases"]
-        return next(case for case in cases if case["id"] == name)
-
-    def messages(self, case: dict[str, Any]) -> list[dict[str, Any]]:
-        """The case as OpenAI messages with its images."""
-        images = iter([str(DATA / image) for image in case["images"]])
-        if isinstance(case["messages"][0], str):  # turns of user and assistant, image tag in text
-            return [_original_turn(text, i, images) for i, text in enumerate(case["messages"])]
-        return [
-            {"role": m["role"], "content": [_block(block, images) for block in m["content"]]}
-            for m in case["messages"]
-        ]
+LIMITS = TOLERANCES["float32"]
+Open = Callable[[str], Golden]
 
 
-def _original_turn(text: str, index: int, images: Iterator[str]) -> dict[str, Any]:
-    content: list[dict[str, Any]] = [{"type": "text", "text": text.replace("<image>\n", "")}]
-    if "<image>" in text:
-        content.append({"type": "image_url", "image_url": {"url": next(images)}})
-    return {"role": "assistant" if index % 2 else "user", "content": content}
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> Iterator[Open]:
+    """Golden checkpoints by name, each with a pipeline that is opened once."""
+    opened: dict[str, Golden] = {}
+    with ExitStack() as stack:
+
+        def open_one(name: str) -> Golden:
+            if name not in opened:
+                pipe = stack.enter_context(pipeline(golden_engine(shared, name)))
+                opened[name] = Golden(name, pipe)
+            return opened[name]
+
+        yield open_one
 
 
-def _block(block: dict[str, Any], images: Iterator[str]) -> dict[str, Any]:
-    if block["type"] == "image":
-        return {"type": "image_url", "image_url": {"url": next(images)}}
-    return block
+def test_the_goldens_are_found() -> None:
+    assert {"llava_1_5_hf", "llava_v1_5_liuhaotian", "yi_vl"} <= set(FOLDERS)
+    assert len(CASES) >= 4 * len(FOLDERS)
 
 
-@pytest.fixture(scope="module", params=["hf", "original"])
-def model(request: pytest.FixtureRequest) -> Iterator[Model]:
-    engine = request.getfixturevalue(f"{request.param}_engine")
-    with pipeline(engine) as pipe:
-        yield Model({"hf": HF, "original": ORIGINAL}[request.param], pipe)
+@pytest.mark.parametrize(("folder", "name"), CASES)
+def test_prompt_text_and_token_ids_are_exact(golden: Open, folder: str, name: str) -> None:
+    check_prompt(golden(folder), name)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_prompt_text_and_token_ids_are_exact(model: Model, name: str) -> None:
-    case = model.case(name)
-    rendered = model.pipe.render(model.messages(case))
-    assert rendered.text == case["prompt"]
-    ids = list(rendered.token_ids)
-    if -200 in case["input_ids"]:  # the original writes one id for each image
-        for span in reversed(rendered.image_spans):
-            ids[span.start : span.start + span.length] = [-200]
-        assert len(rendered.token_ids) == case["expanded_len"]
-    assert ids == case["input_ids"]
+@pytest.mark.parametrize(("folder", "name"), CASES)
+def test_greedy_tokens_and_last_logits(golden: Open, folder: str, name: str) -> None:
+    check_answer(golden(folder), name, LIMITS)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_greedy_tokens_and_last_logits(model: Model, name: str) -> None:
-    case = model.case(name)
-    golden = np.load(model.folder / case["npz"])
-    expected = case["greedy_tokens"]
-    config = GenerationConfig(max_new_tokens=len(expected), output_logits="generation")
-    response = model.pipe(model.messages(case), gen_config=config)
-    ends = expected[-1] == 2
-    assert response.token_ids == (expected[:-1] if ends else expected)
-    assert response.finish_reason == ("stop" if ends else "length")
-    np.testing.assert_allclose(response.logits[0], golden["last_logits"], atol=5e-3, rtol=0)
-    # Every step's best eight, not only its winner.
-    for step, ids in enumerate(golden["step_top8_ids"][: len(response.logits)]):
-        found = response.logits[step][ids]
-        np.testing.assert_allclose(found, golden["step_top8_logits"][step], atol=5e-3, rtol=0)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_pixels_and_features_of_every_golden_image(golden: Open, folder: str) -> None:
+    check_images(golden(folder), LIMITS)
 
 
-def test_pixels_and_features_of_every_golden_image(model: Model) -> None:
-    engine = model.pipe._engine
-    seen = 0
-    for path in sorted(model.folder.glob("image_*.npz")):
-        golden = np.load(path)
-        name = path.stem.removeprefix("image_")
-        image = engine.prepare_image(load_image(DATA / "images" / f"{name}.png"))
-        pixels = golden["pixel_values"].reshape(image.pixel_values.shape)
-        np.testing.assert_allclose(image.pixel_values, pixels, atol=1e-5, rtol=0)
-        features = engine.vision.encode(image.pixel_values)
-        key = "image_features" if "image_features" in golden else "image_features_merged"
-        expected = golden[key].reshape(features.shape)
-        np.testing.assert_allclose(features, expected, atol=2e-3, rtol=0)
-        seen += 1
-    assert seen >= 2
-
-
-def test_prompt_given_verbatim(model: Model) -> None:
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_prompt_given_verbatim(golden: Open, folder: str) -> None:
+    model = golden(folder)
     case = model.case("single_photo")
     image = str(DATA / case["images"][0])
     config = GenerationConfig(max_new_tokens=len(case["greedy_tokens"]))

@@ -97,26 +97,47 @@ class VisionTower(nn.Module):
 
 
 class Projector(nn.Module):
-    """Two linear layers with an activation between: tower width to decoder width."""
+    """Two linear layers with an activation between: tower width to decoder width.
 
-    def __init__(self, inputs: int, outputs: int, *, act: str) -> None:
+    With `norm_eps` a layer normalisation follows each linear layer, the first before the
+    activation.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, act: str, norm_eps: float | None) -> None:
         super().__init__()
         self.act = act
         self.fc1 = Linear(inputs, outputs, bias=True)
         self.fc2 = Linear(outputs, outputs, bias=True)
+        self.norm1 = self.norm2 = None
+        if norm_eps is not None:
+            self.norm1 = LayerNorm(outputs, eps=norm_eps)
+            self.norm2 = LayerNorm(outputs, eps=norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., inputs]` to `[..., outputs]`."""
-        return self.fc2(activation(self.act, self.fc1(x)))  # type: ignore[no-any-return]
+        x = self.fc1(x)
+        if self.norm1 is not None:
+            x = self.norm1(x)
+        x = self.fc2(activation(self.act, x))
+        return x if self.norm2 is None else self.norm2(x)
 
 
 class VisionEncoder(nn.Module):
     """Tower and projector: pixels to rows that take the place of token embeddings."""
 
-    def __init__(self, config: VisionConfig, *, outputs: int, projector_act: str) -> None:
+    def __init__(
+        self,
+        config: VisionConfig,
+        *,
+        outputs: int,
+        projector_act: str,
+        projector_norm_eps: float | None = None,
+    ) -> None:
         super().__init__()
         self.tower = VisionTower(config)
-        self.projector = Projector(config.hidden_size, outputs, act=projector_act)
+        self.projector = Projector(
+            config.hidden_size, outputs, act=projector_act, norm_eps=projector_norm_eps
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """`pixel_values` float32 `[n, 3, H, W]` to features `[n, tokens, outputs]`."""

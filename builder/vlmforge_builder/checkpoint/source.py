@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -16,9 +17,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from vlmforge.errors import CheckpointError
+from vlmforge.errors import CheckpointError, VlmforgeError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+# Not `*.bin`: repositories hold other copies of the weights under other names.
+_PICKLES = ("pytorch_model*.bin", "*/pytorch_model*.bin")
 _TEXTS = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
 
 
@@ -27,6 +30,7 @@ def resolve_checkpoint(
     *,
     revision: str | None = None,
     progress: Callable[[str], None] | None = None,
+    check: Callable[[Path], object] | None = None,
 ) -> Path:
     """The folder of a checkpoint: `spec` itself if it is one, otherwise downloaded by hub id.
 
@@ -38,10 +42,37 @@ def resolve_checkpoint(
         spec: A folder, or a hub id such as "org/name".
         revision: Branch, tag or commit on the hub ("main" by default).
         progress: Gets a line when a download begins.
+        check: Gets the folder when nothing but config.json has been downloaded. What it raises ends
+            the download.
 
     Raises:
         CheckpointError: neither, or the hub refused, is out of reach, or the disk is full.
     """
+    folder = _local(spec, revision)
+    if folder is not None:
+        return folder
+    hub_id = str(spec)
+    if progress is not None:
+        progress(f"fetching {hub_id} ({revision or 'main'}) from {constants.ENDPOINT}")
+    with _explained(hub_id, revision):
+        return _download(hub_id, revision, check)
+
+
+def fetch_config(spec: str | Path, *, revision: str | None = None) -> Path:
+    """A folder with the checkpoint's config.json; of a hub id nothing else is downloaded.
+
+    Raises:
+        CheckpointError: as `resolve_checkpoint`.
+    """
+    folder = _local(spec, revision)
+    if folder is not None:
+        return folder
+    with _explained(str(spec), revision):
+        return _download_config(str(spec), revision)
+
+
+def _local(spec: str | Path, revision: str | None) -> Path | None:
+    """`spec` as a folder; None if it is a hub id."""
     path = Path(spec)
     if path.is_dir():
         if revision is not None:
@@ -54,23 +85,35 @@ def resolve_checkpoint(
         return path
     if path.exists() or not _HUB_ID.fullmatch(str(spec)):
         raise _no_such(path)
-    if progress is not None:
-        progress(f"fetching {spec} ({revision or 'main'}) from {constants.ENDPOINT}")
+    return None
+
+
+@contextmanager
+def _explained(hub_id: str, revision: str | None) -> Iterator[None]:
     try:
-        return _download(str(spec), revision)
+        yield
+    except VlmforgeError:
+        raise
     except Exception as error:
         # The client lets the exceptions of its HTTP library through; which one differs by version.
-        raise _explain(str(spec), revision, error) from error
+        raise _explain(hub_id, revision, error) from error
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download_config(hub_id: str, revision: str | None) -> Path:
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["config.json"]))
+
+
+def _download(hub_id: str, revision: str | None, check: Callable[[Path], object] | None) -> Path:
+    folder = _download_config(hub_id, revision)
+    if check is not None:
+        check(folder)
     patterns = [*_TEXTS, "*.safetensors"]
-    folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    # The snapshot's folder is named by its commit, so this call fetches from the same one.
+    # The snapshot's folder is named by its commit, so these calls fetch from the same one.
+    snapshot_download(hub_id, revision=folder.name, allow_patterns=patterns)
     snapshot_download(
         hub_id,
         revision=folder.name,
-        allow_patterns=[*patterns, "*.bin"],
+        allow_patterns=[*patterns, *_PICKLES],
         ignore_patterns=_superseded(folder),
     )
     return folder

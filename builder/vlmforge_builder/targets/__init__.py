@@ -9,13 +9,15 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from vlmforge.errors import ConfigError
 from vlmforge.manifest import Part
-from vlmforge_builder.checkpoint.store import TensorStore
-from vlmforge_builder.export import Traced
-from vlmforge_builder.recipe import PartSpec
+
+if TYPE_CHECKING:
+    from vlmforge_builder.checkpoint.store import TensorStore
+    from vlmforge_builder.export import Traced
+    from vlmforge_builder.recipe import PartSpec
 
 
 @dataclass(frozen=True, slots=True)

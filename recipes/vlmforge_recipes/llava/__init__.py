@@ -1,4 +1,8 @@
-"""LLaVA v1.5 (https://arxiv.org/abs/2310.03744), in both layouts in which it is published."""
+"""LLaVA v1.5 (https://arxiv.org/abs/2310.03744), in both layouts in which it is published.
+
+The layouts' modules are imported when needed: recognising a checkpoint of another family needs none
+of a build's libraries.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +11,32 @@ from pathlib import Path
 
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
-from vlmforge_recipes.llava import hf, original
+from vlmforge_recipes.llava.layout import HF, layout_of
 
 
 @dataclass(frozen=True, slots=True)
 class LlavaRecipe:
-    """See `Recipe`. `model_type` is "llava" in both layouts, so `architectures` decides."""
+    """See `Recipe`."""
 
     name: str = "llava"
 
     def matches(self, config: ConfigReader) -> bool:
         """See `Recipe.matches`."""
-        return _layout(config) is not None
+        layout = layout_of(config)
+        if layout is None:
+            return False
+        from vlmforge_recipes.llava import hf, original
+
+        (hf if layout == HF else original).check_variant(config)
+        return True
 
     def load(self, checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
         """See `Recipe.load`."""
-        if _layout(config) == hf.ARCHITECTURE:
+        from vlmforge_recipes.llava import hf, original
+
+        if layout_of(config) == HF:
             return hf.load_hf(checkpoint, config, options)
         return original.load_original(checkpoint, config, options)
-
-
-def _layout(config: ConfigReader) -> str | None:
-    architectures = config.get("architectures")
-    names = architectures if isinstance(architectures, list) else []
-    if hf.ARCHITECTURE in names:
-        return hf.ARCHITECTURE
-    if original.ARCHITECTURE in names and config.has("mm_vision_tower"):
-        return original.ARCHITECTURE
-    return None
 
 
 RECIPE = LlavaRecipe()

@@ -14,10 +14,11 @@ from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_token
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
-from vlmforge_recipes.llava.model import Geometry, Names, Prompting, assemble
-from vlmforge_recipes.llava.templates import PLACEHOLDER, PUBLISHED_HF_TEMPLATE
+from vlmforge_recipes.llava.layout import HF
+from vlmforge_recipes.llava.templates import PLACEHOLDER, PUBLISHED_HF_TEMPLATE, TEMPLATES
+from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 
-ARCHITECTURE = "LlavaForConditionalGeneration"
+ARCHITECTURE = HF
 
 # What the tensors of the four parts are called: as published, by transformers 4.5x, and by 5.x.
 _LAYOUTS = (
@@ -59,11 +60,7 @@ class _Features:
 
 def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
     """Understand a checkpoint of this layout (CheckpointError otherwise)."""
-    text = (
-        config.section("text_config")
-        if config.has("text_config")
-        else ConfigReader({}, config.file)
-    )
+    text = _text(config)
     _check(config, text)
     features = _features(config)
     vision = (
@@ -96,7 +93,11 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
         read_image_policy(checkpoint, image_size=tower.image_size, pad_to_square=False),
         tokenizer,
         Prompting(
-            _template(checkpoint), PLACEHOLDER, "inline_token", _image_token(config, tokenizer)
+            _template(checkpoint),
+            PLACEHOLDER,
+            "inline_token",
+            _image_token(config, tokenizer),
+            TEMPLATES,
         ),
         options,
         extra_files=(),
@@ -176,3 +177,14 @@ def _image_token(config: ConfigReader, tokenizer: ConvertedTokenizer) -> int:
             fix="check that the tokenizer files belong to this checkpoint",
         )
     return token
+
+
+def check_variant(config: ConfigReader) -> None:
+    """Refuse variants of this layout that `config.json` tells of (UnsupportedModelError)."""
+    _check(config, _text(config))
+
+
+def _text(config: ConfigReader) -> ConfigReader:
+    if config.has("text_config"):
+        return config.section("text_config")
+    return ConfigReader({}, config.file)

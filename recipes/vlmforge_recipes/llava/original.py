@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmforge.errors import CheckpointError, UnsupportedModelError
+from vlmforge.errors import UnsupportedModelError
 from vlmforge.prompt.template import jinja_from_parts
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.checkpoint.store import JoinedStore, open_store
@@ -13,10 +13,12 @@ from vlmforge_builder.tokenizer.convert import convert_tokenizer
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
-from vlmforge_recipes.llava.model import Geometry, Names, Prompting, assemble
+from vlmforge_recipes.llava.layout import ORIGINAL
 from vlmforge_recipes.llava.templates import PLACEHOLDER, TEMPLATES
+from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
+from vlmforge_recipes.tower_folder import find_tower
 
-ARCHITECTURE = "LlavaLlamaForCausalLM"
+ARCHITECTURE = ORIGINAL
 # The id that the original code puts where an image goes (`IMAGE_TOKEN_INDEX`).
 _IMAGE_TOKEN_INDEX = -200
 _DEFAULT_TEMPLATE = "llava-v1"
@@ -62,6 +64,7 @@ def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions
             PLACEHOLDER,
             "split_text",
             _IMAGE_TOKEN_INDEX,
+            TEMPLATES,
         ),
         options,
         extra_files=(folder,),
@@ -94,30 +97,6 @@ def _unsupported(config: ConfigReader, found: str, expected: str) -> Unsupported
     )
 
 
-def find_tower(checkpoint: Path, named: str, options: RecipeOptions) -> Path:
-    """The folder of the vision tower.
-
-    `--vision-tower` wins. Otherwise `mm_vision_tower` is looked for inside and beside the
-    checkpoint, under the working directory, and at last on the hub.
-
-    Raises:
-        CheckpointError: it is nowhere; lists the places.
-    """
-    if options.vision_tower is not None:
-        return options.fetch(options.vision_tower)
-    bases = (checkpoint, checkpoint.parent, checkpoint.parent.parent, Path.cwd())
-    places = [base / named for base in bases] + [checkpoint.parent / Path(named).name]
-    for place in places:
-        if (place / "config.json").exists():
-            return place
-    try:
-        return options.fetch(named)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"The vision tower {named!r} of {checkpoint} was not found.",
-            found="nothing at "
-            + ", ".join(str(place) for place in places)
-            + f"; nor on the hub ({error.summary})",
-            expected=f"the folder of {named}, with its config.json and weights",
-            fix=f"build-engine {checkpoint} --vision-tower FOLDER_OR_HUB_ID ...",
-        ) from error
+def check_variant(config: ConfigReader) -> None:
+    """Refuse variants of this layout that `config.json` tells of (UnsupportedModelError)."""
+    _check(config)

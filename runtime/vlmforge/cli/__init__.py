@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         help="fail below it, such as color=95 or all=90; may be repeated",
     )
 
+    commands.add_parser("models", help="the models that can be built, as a table")
     commands.add_parser("doctor", help="versions, backends, and what is missing")
 
     chat = commands.add_parser("chat", help="talk to an engine; images by path or URL")
@@ -78,6 +79,11 @@ def _run(values: argparse.Namespace) -> int:
             from vlmforge.cli.eval import run_eval
 
             return run_eval(values)
+        case "models":
+            from vlmforge.families import models_table
+
+            print(models_table())
+            return 0
         case "doctor":
             from vlmforge.cli.doctor import run_doctor
 

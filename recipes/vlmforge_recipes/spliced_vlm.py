@@ -1,43 +1,52 @@
-"""What the layouts of the family share: the assembly of parts and policies."""
+"""What families share whose image features take the place of token embeddings: the assembly.
+
+A vision tower, a projector and a decoder become parts and policies.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError
-from vlmforge.manifest import KVLayout, PromptPolicy
+from vlmforge.manifest import KVLayout, PromptPolicy, TemplateParts
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.decoder import DecoderConfig
 from vlmforge_builder.blocks.vision import VisionConfig, VisionEncoder
 from vlmforge_builder.checkpoint.store import TensorStore
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, PartSpec, RecipeOptions, TensorArg
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
-from vlmforge_recipes.clip_tower import linear, tower_weights
+from vlmforge_builder.weights import Weight
+from vlmforge_recipes.clip_tower import linear, norm, tower_weights
 from vlmforge_recipes.llama_decoder import decoder_part
-from vlmforge_recipes.llava.templates import TEMPLATES
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes of the model."""
+    """Sizes of the model. `projector_norm_eps` is None where the projector has no norms."""
 
     decoder: DecoderConfig
     tower: VisionConfig
     trained_len: int
     projector_act: str
     architecture: str
+    projector_norm_eps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What the checkpoint's tensors are called: prefixes, and the whole names of the head."""
+    """What the checkpoint's tensors are called: prefixes, and the whole names of the head.
+
+    `projector` are its linear layers, `projector_norms` its layer normalisations, if it has any.
+    """
 
     text: str
     head: str
     vision: str
     projector: tuple[str, str]
+    projector_norms: tuple[str, ...] = ()
 
     def tied(self) -> Names:
         """The output projection is the embedding."""
@@ -46,12 +55,13 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Prompting:
-    """How the layout writes prompts."""
+    """How the layout writes prompts; `templates` are what users choose by name."""
 
     template: ChatTemplate
     placeholder: str
     splice: str
     image_token_id: int
+    templates: Mapping[str, TemplateParts]
 
 
 def assemble(
@@ -87,7 +97,7 @@ def assemble(
             template_name=prompting.template.name,
             template_file="chat_template.jinja",
             stop_words=prompting.template.stop_words,
-            templates=TEMPLATES,
+            templates=prompting.templates,
             image_placeholder=prompting.placeholder,
             image_splice=prompting.splice,
             image_token_id=prompting.image_token_id,
@@ -112,12 +122,25 @@ def _vision_part(geometry: Geometry, names: Names) -> PartSpec:
     tower, width = geometry.tower, geometry.decoder.hidden_size
     return PartSpec(
         name="vision",
-        module=lambda: VisionEncoder(tower, outputs=width, projector_act=geometry.projector_act),
+        module=lambda: VisionEncoder(
+            tower,
+            outputs=width,
+            projector_act=geometry.projector_act,
+            projector_norm_eps=geometry.projector_norm_eps,
+        ),
         inputs=(TensorArg("pixel_values", ("images", 3, tower.image_size, tower.image_size)),),
         outputs=("image_features",),
         weights={
             **tower_weights(tower, ours="tower.", prefix=names.vision),
             **linear("projector.fc1", (names.projector[0],), (width,)),
             **linear("projector.fc2", (names.projector[1],), (width,)),
+            **_projector_norms(names),
         },
     )
+
+
+def _projector_norms(names: Names) -> dict[str, Weight]:
+    weights: dict[str, Weight] = {}
+    for i, theirs in enumerate(names.projector_norms):
+        weights |= norm(f"projector.norm{i + 1}", theirs)
+    return weights

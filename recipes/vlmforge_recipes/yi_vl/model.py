@@ -1,0 +1,88 @@
+"""A checkpoint of the family: its decoder in shards, its vision tower in a folder inside.
+
+The shards repeat the tower; the original code loads that of the folder, and so do we.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from vlmforge.prompt.template import jinja_from_parts
+from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge_builder.checkpoint.config import ConfigReader, read_config
+from vlmforge_builder.checkpoint.store import JoinedStore, open_store
+from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
+from vlmforge_builder.tokenizer.convert import convert_tokenizer
+from vlmforge_recipes.clip_images import read_image_policy
+from vlmforge_recipes.clip_tower import read_tower_config
+from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
+from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
+from vlmforge_recipes.tower_folder import find_tower
+from vlmforge_recipes.yi_vl.layout import ARCHITECTURE, check
+from vlmforge_recipes.yi_vl.templates import DEFAULT, PLACEHOLDER, TEMPLATES
+
+# The id that the original code puts where an image goes (`IMAGE_TOKEN_INDEX`).
+_IMAGE_TOKEN_INDEX = -200
+# `nn.LayerNorm`'s default, which the original projector keeps.
+_PROJECTOR_NORM_EPS = 1e-5
+# `mm_projector` is [Linear, LayerNorm, GELU, Linear, LayerNorm].
+_NAMES = Names(
+    "model.",
+    "lm_head.weight",
+    "vision_model.",
+    ("model.mm_projector.0", "model.mm_projector.3"),
+    ("model.mm_projector.1", "model.mm_projector.4"),
+)
+
+
+def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
+    """Understand a checkpoint (CheckpointError otherwise)."""
+    check(config)
+    folder = find_tower(checkpoint, config.str("mm_vision_tower"), options)
+    tower_config = read_config(folder / "config.json")
+    vision = (
+        tower_config.section("vision_config") if tower_config.has("vision_config") else tower_config
+    )
+    decoder = read_decoder_config(config, session_len=options.session_len)
+    tower = read_tower_config(
+        vision,
+        feature_layer=config.int("mm_vision_select_layer", -2),
+        keep_class_token=config.str("mm_vision_select_feature", "patch") == "cls_patch",
+    )
+    tied = config.bool("tie_word_embeddings", default=False)
+    template = jinja_from_parts(TEMPLATES[DEFAULT], PLACEHOLDER)
+    image, others = _images(config, folder, tower.image_size)
+    spec = assemble(
+        Geometry(decoder, tower, trained_length(config), "gelu", ARCHITECTURE, _PROJECTOR_NORM_EPS),
+        _NAMES.tied() if tied else _NAMES,
+        JoinedStore((open_store(checkpoint), open_store(folder))),
+        image,
+        convert_tokenizer(checkpoint),
+        Prompting(
+            ChatTemplate(DEFAULT, template, TEMPLATES[DEFAULT].stop_words),
+            PLACEHOLDER,
+            "split_text",
+            _IMAGE_TOKEN_INDEX,
+            TEMPLATES,
+        ),
+        options,
+        extra_files=(folder,),
+    )
+    return dataclasses.replace(spec, other_images=others)
+
+
+def _images(
+    config: ConfigReader, folder: Path, size: int
+) -> tuple[ImagePolicy, tuple[ImagePolicy, ...]]:
+    """The default preprocessing, and the other official one.
+
+    `single_inference.py` and `openai_api.py` pad to a square if the config says so; `cli.py` never
+    does.
+    """
+    pads, crops = (
+        read_image_policy(folder, image_size=size, pad_to_square=pad) for pad in (True, False)
+    )
+    if config.str("image_aspect_ratio", "square") == "pad":
+        return pads, (crops,)
+    return crops, (pads,)

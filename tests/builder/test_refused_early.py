@@ -1,0 +1,133 @@
+"""A family that no recipe knows is refused at once, before any weights are downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from hub_server import HubServer
+from vlmforge.errors import UnsupportedModelError
+from vlmforge.families import installed_families
+from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_builder.recipe import find_recipe
+
+OTHER = {"architectures": ["Qwen9VLForConditionalGeneration"], "model_type": "qwen9_vl"}
+# Of a family that we know; its text model is one that the recipe does not.
+VARIANT = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "text_config": {"model_type": "gemma9"},
+}
+FILES = {
+    "tokenizer.json": b"{}",
+    "tokenizer.model": b"t" * 4000,
+    "model.safetensors": b"w" * 5000,
+    "pytorch_model.bin": b"w" * 5000,
+    "modeling_other.py": b"raise SystemExit",
+    "vit/config.json": b"{}",
+    "vit/model.safetensors": b"w" * 5000,
+}
+REPOS = {"org/other": OTHER, "org/variant": VARIANT, "org/nothing": None}
+
+Build = Callable[[str], subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    for repo, config in REPOS.items():
+        files = FILES if config is None else {**FILES, "config.json": json.dumps(config).encode()}
+        for name, content in files.items():
+            path = tmp_path / "repos" / repo / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    with HubServer({repo: tmp_path / "repos" / repo for repo in REPOS}) as server:
+        yield server
+
+
+@pytest.fixture
+def build(hub: HubServer, tmp_path: Path) -> Build:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    env = {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+
+    def run(checkpoint: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "vlmforge_builder", checkpoint, "-o", "it.engine"]
+        return subprocess.run(
+            command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+def contents_asked_for(hub: HubServer) -> list[str]:
+    """Names of the files that were asked for, HEAD requests too, in order."""
+    paths = [urlsplit(path).path for _, path in hub.requests]
+    return [path.split("/", 5)[5] for path in paths if "/resolve/" in path or "/lfs/" in path]
+
+
+@pytest.mark.parametrize(
+    ("repo", "found"),
+    [
+        ("org/other", "architectures ['Qwen9VLForConditionalGeneration'], model_type 'qwen9_vl'"),
+        ("org/variant", "text_config.model_type 'gemma9'"),
+    ],
+)
+def test_only_the_config_is_asked_for(
+    build: Build, hub: HubServer, tmp_path: Path, repo: str, found: str
+) -> None:
+    done = build(repo)
+    assert done.returncode == 1
+    assert "UnsupportedModelError" in done.stderr
+    assert f"found:    {found}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert set(contents_asked_for(hub)) == {"config.json"}
+    assert hub.downloaded() == {"config.json"}
+    assert not (tmp_path / "it.engine").exists()
+
+
+def test_it_is_refused_before_the_libraries_of_a_build_are_loaded(tmp_path: Path) -> None:
+    """They take longer to import than all the rest takes."""
+    (tmp_path / "config.json").write_text(json.dumps(OTHER), "utf-8")
+    program = (
+        "import sys\nfrom vlmforge_builder.cli import main\n"
+        "status = main(['.', '-o', 'it.engine'])\n"
+        "heavy = ('torch', 'onnx', 'onnxscript', 'onnxruntime', 'transformers', 'safetensors')\n"
+        "print(status, *[name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "1\n", done.stderr
+    assert "UnsupportedModelError" in done.stderr
+
+
+def test_a_repository_without_config_is_refused_too(build: Build, hub: HubServer) -> None:
+    done = build("org/nothing")
+    assert done.returncode == 1
+    assert "config.json does not exist" in done.stderr
+    assert hub.downloaded() == set()
+
+
+def test_what_is_supported_is_named_and_soon() -> None:
+    config = ConfigReader(OTHER, Path("config.json"))
+    find_recipe_once(config)
+    start = time.perf_counter()
+    error = find_recipe_once(config)
+    assert time.perf_counter() - start < 1
+    assert error.summary == "No recipe knows the model of config.json."
+    for card in installed_families():
+        for row in card.rows:
+            assert f"{row.model} ({row.recognised_by})" in error.expected
+
+
+def find_recipe_once(config: ConfigReader) -> UnsupportedModelError:
+    with pytest.raises(UnsupportedModelError) as caught:
+        find_recipe(config)
+    return caught.value
