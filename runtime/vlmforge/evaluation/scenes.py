@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import zlib
 from dataclasses import dataclass
 
@@ -88,9 +87,3 @@ def _any_scene(rng: np.random.Generator) -> Scene:
         for cell in cells
     ]
     return Scene(tuple(sorted(things)))
-
-
-def description_words() -> frozenset[str]:
-    """Every word that describes a thing."""
-    places = itertools.chain.from_iterable(place.split() for place in PLACES)
-    return frozenset((*COLORS, *SHAPES, *SIZES, *places))
