@@ -41,6 +41,7 @@ IMAGE_POLICY = ImagePolicy(
     std=(0.26862954, 0.26130258, 0.27577711),
     background=(255, 255, 255),
     pad_fill=(int(_MEAN[0] * 255), int(_MEAN[1] * 255), int(_MEAN[2] * 255)),
+    tiling=None,
 )
 """What the engine makes of the checkpoint's image processor."""
 
