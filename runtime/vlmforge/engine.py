@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from vlmforge.prompt.render import RenderedPrompt, marked_tokenizer_json, render
 from vlmforge.slots import Keys
 from vlmforge.text import TextTokenizer
 from vlmforge.vl import load_image
-from vlmforge.vl.decode import upright_size
+from vlmforge.vl.decode import Colour, upright_size
 from vlmforge.vl.preprocess import preprocess
 from vlmforge.vl.tiling import token_rows
 
@@ -55,6 +56,12 @@ class Engine:
     vision: VisionSession
     decoder: DecoderSession
     options: LoadOptions
+
+    def on_background(self, colour: Colour) -> Engine:
+        """This engine with transparent images composited on `colour`."""
+        image = dataclasses.replace(self.manifest.image, background=colour)
+        manifest = dataclasses.replace(self.manifest, image=image)
+        return dataclasses.replace(self, manifest=manifest)
 
     def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:
         """Preprocess by the engine's image policy (ImageError otherwise)."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlmforge.errors import EngineFormatError, ImageError
-from vlmforge.vl.decode import to_rgb
+from vlmforge.vl.decode import Colour, to_rgb
 from vlmforge.vl.tiling import Tiling, best_canvas, fitted_size, tile_boxes
 
 MAX_RESIZED_PIXELS = 1 << 25
@@ -43,7 +43,8 @@ class ImagePolicy:
         rescale_factor: Multiplies the 8-bit levels.
         mean: Subtracted after rescaling, per channel.
         std: Divides after that, per channel.
-        background: RGB under transparent pixels.
+        background: RGB under transparent pixels. None: transparency is left out of account, as it
+            was when most models were trained.
         pad_fill: RGB of the padding of "pad_square".
         tiling: Views of "anyres", and their rows that become tokens; None for the others, whose one
             view gives all its rows.
@@ -56,8 +57,8 @@ class ImagePolicy:
     rescale_factor: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    background: tuple[int, int, int]
-    pad_fill: tuple[int, int, int]
+    background: Colour | None
+    pad_fill: Colour
     tiling: Tiling | None
 
 
