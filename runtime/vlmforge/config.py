@@ -226,7 +226,11 @@ class VisionConfig:
     def validate(self) -> None:
         """Check all fields (ConfigError: field, value found, values expected)."""
         colour = OrNone(ListOf(Int(0, 255), 3))
-        rules = {"max_batch_size": Int(1), "thread_safe": Flag(), "background": colour}
+        rules: dict[str, Rule] = {
+            "max_batch_size": Int(1),
+            "thread_safe": Flag(),
+            "background": colour,
+        }
         check_fields(self, rules)
 
 

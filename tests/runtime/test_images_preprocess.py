@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,11 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
+import anyres_original
 from vlmforge.errors import EngineFormatError, ImageError
 from vlmforge.vl import load_image
 from vlmforge.vl.preprocess import POLICIES, ImagePolicy, preprocess
-from vlmforge.vl.tiling import Tiling, best_canvas, view_count
+from vlmforge.vl.tiling import Tiling, view_count
 
 DATA = Path(__file__).parents[1] / "data"
 MEAN_COLOUR = (122, 116, 104)
@@ -224,23 +224,8 @@ def anyres_of_transformers(image: Image.Image, policy: ImagePolicy) -> np.ndarra
 
 
 def anyres_of_the_original(image: Image.Image, policy: ImagePolicy) -> np.ndarray:
-    """`process_anyres_image` and `resize_and_pad_image` of `llava/mm_utils.py`, step by step."""
     assert policy.tiling is not None
-    side = policy.tiling.tile
-    image = image.convert("RGB")
-    canvas = best_canvas(image.size, policy.tiling.canvases)
-    across, down = canvas[0] / image.width, canvas[1] / image.height
-    if across < down:
-        fitted = (canvas[0], min(math.ceil(image.height * across), canvas[1]))
-    else:
-        fitted = (min(math.ceil(image.width * down), canvas[0]), canvas[1])
-    padded_image = Image.new("RGB", canvas, (0, 0, 0))
-    offset = ((canvas[0] - fitted[0]) // 2, (canvas[1] - fitted[1]) // 2)
-    padded_image.paste(image.resize(fitted), offset)
-    views = [image.resize((side, side))]
-    for top in range(0, canvas[1], side):
-        for left in range(0, canvas[0], side):
-            views.append(padded_image.crop((left, top, left + side, top + side)))
+    views = anyres_original.views(image, policy.tiling.canvases, policy.tiling.tile)
     return np.concatenate([original(view, policy) for view in views])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,9 +24,11 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
+import anyres_original
 from vlmforge.errors import EngineFormatError
 from vlmforge.vl.tiling import (
     MERGES,
+    Rows,
     Size,
     Tiling,
     best_canvas,
@@ -35,6 +38,8 @@ from vlmforge.vl.tiling import (
     token_rows,
     view_count,
 )
+
+Unpad = Callable[[torch.Tensor, Size], torch.Tensor]
 
 PUBLISHED = Tiling(
     tile=336,
@@ -73,39 +78,16 @@ def many_sizes() -> list[Size]:
 SIZES = many_sizes()
 
 
-def original_best_resolution(size: Size, canvases: tuple[Size, ...]) -> Size | None:
-    """`select_best_resolution` of `llava/mm_utils.py`, step by step."""
-    best, most, least = None, 0, math.inf
-    for canvas in canvases:
-        scale = min(canvas[0] / size[0], canvas[1] / size[1])
-        scaled = int(size[0] * scale) * int(size[1] * scale)
-        effective = min(scaled, size[0] * size[1])
-        wasted = canvas[0] * canvas[1] - effective
-        if effective > most or (effective == most and wasted < least):
-            best, most, least = canvas, effective, wasted
-    return best
-
-
-def original_rows(size: Size, tiling: Tiling, unpad: Callable[[torch.Tensor, Size], torch.Tensor]):
-    """`prepare_inputs_labels_for_multimodal` on row numbers: spatial_unpad with a newline."""
-    width, height = original_best_resolution(size, tiling.canvases)
-    across, down, side = width // tiling.tile, height // tiling.tile, tiling.side
-    views = torch.arange(1 + across * down)[:, None] * tiling.view_rows + torch.arange(side**2)
-    base, tiles = views[0], views[1:]
-    grid = tiles.view(down, across, side, side, 1).permute(4, 0, 2, 1, 3).contiguous()
-    shown = unpad(grid.flatten(1, 2).flatten(2, 3), size)
-    newline = torch.full((1, shown.shape[1], 1), side**2)  # the extra row of view 0
-    return torch.cat((base, torch.cat((shown, newline), dim=-1).flatten())).numpy()
-
-
-def original_unpad(canvas: torch.Tensor, size: Size) -> torch.Tensor:
-    """`unpad_image` of `llava/model/llava_arch.py`."""
-    high, wide = canvas.shape[1:]
-    if size[0] / size[1] > wide / high:
-        padding = (high - int(size[1] * (wide / size[0]))) // 2
-        return canvas[:, padding : high - padding, :]
-    padding = (wide - int(size[0] * (high / size[1]))) // 2
-    return canvas[:, :, padding : wide - padding]
+def original_rows(size: Size, tiling: Tiling, *, unpad: Unpad = anyres_original.unpad) -> Rows:
+    """The original merge of row numbers instead of features; the newline is view 0's extra row."""
+    count = 1 + math.prod(side // tiling.tile for side in best_canvas(size, tiling.canvases))
+    rows = torch.arange(count)[:, None] * tiling.view_rows + torch.arange(tiling.side**2)
+    newline = torch.tensor([tiling.side**2])
+    canvas = anyres_original.best_resolution(size, tiling.canvases)
+    with mock.patch.object(anyres_original, "unpad", unpad):
+        made = anyres_original.merge(rows[..., None], size, canvas, tiling.tile, newline)
+    numbers: Rows = made.flatten().numpy()
+    return numbers
 
 
 def hf_unpad(canvas: torch.Tensor, size: Size) -> torch.Tensor:
@@ -118,7 +100,7 @@ def test_canvases_are_the_originals() -> None:
     for size in SIZES:
         for tiling in (PUBLISHED, TINY):
             found = best_canvas(size, tiling.canvases)
-            assert found == original_best_resolution(size, tiling.canvases), size
+            assert found == anyres_original.best_resolution(size, tiling.canvases), size
             flipped = [(height, width) for width, height in tiling.canvases]
             assert found[::-1] == select_best_resolution((size[1], size[0]), flipped), size
 
@@ -127,12 +109,7 @@ def test_resized_images_fit_and_touch_their_canvas() -> None:
     for size in SIZES:
         canvas = best_canvas(size, PUBLISHED.canvases)
         width, height = fitted_size(size, canvas)
-        across, down = canvas[0] / size[0], canvas[1] / size[1]
-        if across < down:
-            expected = (canvas[0], min(math.ceil(size[1] * across), canvas[1]))
-        else:
-            expected = (min(math.ceil(size[0] * down), canvas[0]), canvas[1])
-        assert (width, height) == expected, size
+        assert (width, height) == anyres_original.fitted_size(size, canvas), size
         assert 1 <= width <= canvas[0]
         assert 1 <= height <= canvas[1]
         assert width == canvas[0] or height == canvas[1]
@@ -143,7 +120,7 @@ def test_rows_are_the_originals(tiling: Tiling) -> None:
     sizes = SIZES if tiling is TINY else SIZES[::7]
     for size in sizes:
         found = token_rows(size, tiling)
-        np.testing.assert_array_equal(found, original_rows(size, tiling, original_unpad), str(size))
+        np.testing.assert_array_equal(found, original_rows(size, tiling), str(size))
         assert found.dtype == np.int64
         assert found.max() < view_count(size, tiling) * tiling.view_rows
 
@@ -151,7 +128,7 @@ def test_rows_are_the_originals(tiling: Tiling) -> None:
 def test_rows_are_those_of_transformers() -> None:
     tiling = dataclasses.replace(TINY, rounding="down_after_7_digits")
     for size in SIZES:
-        expected = original_rows(size, tiling, hf_unpad)
+        expected = original_rows(size, tiling, unpad=hf_unpad)
         np.testing.assert_array_equal(token_rows(size, tiling), expected, str(size))
 
 
