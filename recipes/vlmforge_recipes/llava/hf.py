@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,30 +30,14 @@ from vlmforge_recipes.llava.templates import (
 )
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 
-# What the tensors of the four parts are called: as published, by transformers 4.5x, and by 5.x.
-_LAYOUTS = (
-    Names(
-        "language_model.model.",
-        "language_model.lm_head.weight",
-        "vision_tower.vision_model.",
-        ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
-        newline="image_newline",
-    ),
-    Names(
-        "model.language_model.",
-        "lm_head.weight",
-        "model.vision_tower.vision_model.",
-        ("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"),
-        newline="model.image_newline",
-    ),
-    Names(
-        "model.language_model.",
-        "lm_head.weight",
-        "model.vision_tower.",
-        ("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"),
-        newline="model.image_newline",
-    ),
-)
+# What the names of each part begin with: as published, and as transformers 4.5x and 5.x save them.
+# They do not change together, so each is looked for by itself.
+_TEXT = ("language_model.model.", "model.language_model.")
+_HEAD = ("language_model.lm_head.", "lm_head.")
+_VISION = tuple(f"{a}vision_tower.{b}" for a in ("", "model.") for b in ("vision_model.", ""))
+_PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
+_NEWLINE = ("", "model.")
+
 # What both configuration classes mean by no vision_config.
 _DEFAULT_TOWER: Mapping[str, object] = {
     "hidden_size": 1024,
@@ -163,17 +146,28 @@ def _features(config: ConfigReader) -> _Features:
 def _names(store: TensorStore, checkpoint: Path, config: ConfigReader, *, newline: bool) -> Names:
     places = (config, _text(config))
     tied = any(place.bool("tie_word_embeddings", default=False) for place in places)
-    for names in _LAYOUTS:
-        wanted = f"{names.vision}embeddings.class_embedding"
-        if f"{names.text}embed_tokens.weight" in store and wanted in store:
-            found = names.tied() if tied else names
-            return found if newline else dataclasses.replace(found, newline=None)
-    raise TensorError(
-        f"The tensors of {checkpoint} have names of no known layout.",
-        found=", ".join(sorted(store.names())[:3]) + ", ...",
-        expected="names that begin with " + " or ".join(n.text for n in _LAYOUTS[:2]),
-        fix="check that config.json belongs to these weight files",
+
+    def named(prefixes: tuple[str, ...], name: str) -> str:
+        for prefix in prefixes:
+            if prefix + name in store:
+                return prefix
+        raise TensorError(
+            f"A tensor is not found under any of its names in {checkpoint}.",
+            found=", ".join(sorted(store.names())[:3]) + ", ...",
+            expected=" or ".join(prefix + name for prefix in prefixes),
+            fix="check that config.json belongs to these weight files",
+        )
+
+    projector = named(_PROJECTOR, "linear_1.weight")
+    text = named(_TEXT, "embed_tokens.weight")
+    names = Names(
+        text,
+        "" if tied else named(_HEAD, "weight") + "weight",
+        named(_VISION, "embeddings.class_embedding"),
+        (f"{projector}linear_1", f"{projector}linear_2"),
+        newline=named(_NEWLINE, "image_newline") + "image_newline" if newline else None,
     )
+    return names.tied() if tied else names
 
 
 def _template(
