@@ -1,0 +1,43 @@
+// One translation unit per configuration; compile.py passes it as macros.
+//
+//   VF_BF16                activations are bf16 (1) or f16 (0)
+//   VF_FP8_KV              pools hold e4m3 (1) or the activations' type (0)
+//   VF_HEAD_SIZE           D, a multiple of 8
+//   VF_DECODE_STAGES       depth of decode's ring of copies
+//   VF_PREFILL_TILES       16-row query tiles of a prefill warp
+#include "combine.cuh"
+#include "decode.cuh"
+#include "prefill.cuh"
+#include "write.cuh"
+
+namespace vf {
+#if VF_BF16
+using Activation = bf16;
+#else
+using Activation = f16;
+#endif
+#if VF_FP8_KV
+using Stored = e4m3;
+#else
+using Stored = Activation;
+#endif
+using ConfiguredStrip = Strip<Activation, Stored, VF_HEAD_SIZE>;
+using ConfiguredDecode = Decode<ConfiguredStrip, 4, VF_DECODE_STAGES>;
+using ConfiguredPrefill = Prefill<ConfiguredStrip, 4, VF_PREFILL_TILES, 4>;
+}  // namespace vf
+
+VF_KERNEL(vf::kWriteThreads, 1) vf_write(VF_PARAMS p) {
+  vf::write_token<vf::Activation, vf::Stored, VF_HEAD_SIZE>(p);
+}
+
+VF_KERNEL(vf::ConfiguredDecode::kThreads, 1) vf_decode(VF_PARAMS p) {
+  vf::ConfiguredDecode::run(p);
+}
+
+VF_KERNEL(vf::kCombineThreads, 1) vf_combine(VF_PARAMS p) {
+  vf::combine_splits<vf::Activation, VF_HEAD_SIZE>(p);
+}
+
+VF_KERNEL(vf::ConfiguredPrefill::kThreads, 1) vf_prefill(VF_PARAMS p) {
+  vf::ConfiguredPrefill::run(p);
+}
