@@ -7,7 +7,7 @@ from typing import Literal
 
 from vlmforge_plugins.errors import UnsupportedError
 
-HEAD_SIZES = (64, 80, 96, 104, 128)
+HEAD_SIZES = (32, 64, 80, 96, 104, 128)
 PAGE_SIZES = (16, 32, 64, 128)
 STRIP_KEYS = 16
 DECODE_WARPS = 4
@@ -45,8 +45,10 @@ TARGETS = (
     Target("sm_120", "sm_120", 120, 99 << 10),
 )
 # For machines that are none of these: compiled by their driver when the engine is loaded.
-PTX_TARGETS = {False: Target("ptx", "compute_80", 80, 163 << 10),
-               True: Target("ptx", "compute_89", 89, 99 << 10)}
+PTX_TARGETS = {
+    False: Target("ptx", "compute_80", 80, 163 << 10),
+    True: Target("ptx", "compute_89", 89, 99 << 10),
+}
 
 
 @dataclass(frozen=True)
