@@ -62,8 +62,19 @@ def addresses(batch: Batch, at: Callable[[str], int], scratch: int) -> Tensors:
 @cache
 def host_library(config: Config) -> ctypes.CDLL:
     """The kernels' sources compiled by g++; kept by the content of all that goes in."""
-    files = [p for folder in (SOURCES, HOST_SOURCES) for p in sorted(folder.iterdir()) if p.is_file()]
-    flags = ["-std=c++20", "-O2", "-march=native", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    files = [
+        p for folder in (SOURCES, HOST_SOURCES) for p in sorted(folder.iterdir()) if p.is_file()
+    ]
+    flags = [
+        "-std=c++20",
+        "-O2",
+        "-march=native",
+        "-shared",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
     flags += ["-Wno-unknown-pragmas", *(f"-D{d}" for d in sizes(config).defines)]
     state = hashlib.sha256(" ".join(flags).encode() + Path("/proc/cpuinfo").read_bytes()[:400])
     for path in files:
@@ -156,7 +167,9 @@ class CudaBackend:
         poison = np.full(chosen.workspace.size + 256, POISON, np.uint8)
         for name, array in {**batch.arrays, "workspace": poison}.items():
             at[name] = int(call(driver.cuMemAlloc, array.nbytes))
-            call(driver.cuMemcpyHtoD, at[name], np.ascontiguousarray(array).ctypes.data, array.nbytes)
+            call(
+                driver.cuMemcpyHtoD, at[name], np.ascontiguousarray(array).ctypes.data, array.nbytes
+            )
         try:
             run(chosen, addresses(batch, at.__getitem__, at["workspace"]), batch.scales, kernels, 0)
             call(driver.cuCtxSynchronize)
