@@ -26,10 +26,11 @@ class LayerOutput:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer: its name, the compiler's word for its type, and its outputs."""
+    """A layer: its name, the compiler's word for its type, its inputs' names, and its outputs."""
 
     name: str
     type: str
+    inputs: tuple[str, ...]
     outputs: tuple[LayerOutput, ...]
 
 

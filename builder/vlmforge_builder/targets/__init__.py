@@ -77,19 +77,16 @@ class Target(Protocol):
         """Write the part's files into `job.folder` and describe them."""
 
 
-_MODULES = {
-    name: f"vlmforge_builder.targets.{name}" for name in ("onnxruntime", "tensorrt", "tensorrt_rtx")
-}
-TARGETS = tuple(_MODULES)
+TARGETS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
 def load_target(name: str) -> Target:
     """The target called `name` (ConfigError otherwise)."""
-    if name not in _MODULES:
+    if name not in TARGETS:
         raise ConfigError(
             "Unknown target.",
             found=repr(name),
             expected="one of: " + ", ".join(TARGETS),
             fix="--target onnxruntime",
         )
-    return cast("Target", importlib.import_module(_MODULES[name]).TARGET)
+    return cast("Target", importlib.import_module(f"vlmforge_builder.targets.{name}").TARGET)

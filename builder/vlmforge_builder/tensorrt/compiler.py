@@ -178,7 +178,9 @@ def _layers(network: Any) -> Iterator[Layer]:
         described = (
             LayerOutput(out.name, out.dtype.name, tuple(out.shape)) for out in outputs if out
         )
-        yield Layer(layer.name, layer.type.name, tuple(described))
+        inputs = (layer.get_input(i) for i in range(layer.num_inputs))
+        names = tuple(value.name for value in inputs if value)
+        yield Layer(layer.name, layer.type.name, names, tuple(described))
 
 
 if __name__ == "__main__":
