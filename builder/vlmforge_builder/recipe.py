@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from vlmforge.errors import UnsupportedModelError
 from vlmforge.families import ENTRY_POINT_GROUP, supported
 from vlmforge.manifest import KVLayout, PromptPolicy
+from vlmforge.positions import ABSOLUTE, PositionPolicy
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.checkpoint.config import ConfigReader
 
@@ -100,6 +101,7 @@ class ModelSpec:
     trained_len: int
     source_files: tuple[Path, ...]
     other_images: tuple[ImagePolicy, ...] = ()
+    positions: PositionPolicy = ABSOLUTE
 
 
 class Recipe(Protocol):

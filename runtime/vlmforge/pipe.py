@@ -29,6 +29,7 @@ from vlmforge.prompt.messages import (
     parse_prompt,
     parse_prompts,
 )
+from vlmforge.prompt.names import given_name
 from vlmforge.prompt.render import RenderedPrompt
 from vlmforge.response import Response, Stopwatch
 from vlmforge.scheduler import Job, Scheduler
@@ -304,7 +305,7 @@ class Pipeline:
     ) -> Job:
         watch = Stopwatch()
         with watch.stage("load"):
-            conversation = _load(conversation)
+            conversation = _load(self._engine.kept(conversation, do_preprocess=do_preprocess))
         with watch.stage("preprocess"):
             images = [self._prepare(image) for image in conversation.images]
             rendered = self._engine.render(conversation, do_preprocess=do_preprocess)
@@ -341,7 +342,9 @@ def _load(conversation: Conversation) -> Conversation:
 
     def loaded(message: Message) -> Message:
         blocks = tuple(
-            Image(load_image(block.source)) if isinstance(block, Image) else block
+            Image(load_image(block.source), given_name(block))
+            if isinstance(block, Image)
+            else block
             for block in message.blocks
         )
         return Message(message.role, blocks)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vlmforge.backends import LoadOptions
 from vlmforge.bundle import open_bundle
-from vlmforge.engine import Engine, load_engine
+from vlmforge.engine import DecoderInput, Engine, load_engine
 from vlmforge.errors import EngineFormatError
 from vlmforge.prompt.choice import choose_template
 from vlmforge.prompt.messages import Conversation, parse_prompt
@@ -95,14 +95,16 @@ def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
         "tokens": np.array(rendered.token_ids, np.int64),
         "features": _sample(features),
         "logits": logits,
-        "greedy": _greedy(engine, len(given.ids), logits),
+        "greedy": _greedy(engine, given, logits),
     }
 
 
-def _greedy(engine: Engine, length: int, logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    tokens = [int(logits.argmax())]
+def _greedy(
+    engine: Engine, given: DecoderInput, logits: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    tokens, length, levels = [int(logits.argmax())], len(given.ids), np.array([given.rotary_level])
     while len(tokens) < GREEDY_TOKENS:
-        step = engine.decode(np.array(tokens[-1:]), np.array([length + len(tokens) - 1]))
+        step = engine.decode(np.array(tokens[-1:]), np.array([length + len(tokens) - 1]), levels)
         tokens.append(int(step[0].argmax()))
     return np.array(tokens, np.int64)
 
