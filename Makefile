@@ -7,7 +7,7 @@ OUT    := out
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt bench bench-large clean
+.PHONY: help demo test check fmt bench bench-large precision train clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## build an engine from a tiny checkpoint and ask it about a photograph
+demo: $(STAMP) ## build an engine from the trained demo model and ask it about two pictures
 	@$(BIN)/python scripts/demo.py $(OUT)/demo
 
 test: $(STAMP) ## run the tests (all cores)
@@ -41,6 +41,12 @@ bench: $(STAMP) ## speed and memory against transformers, on checkpoints of 60 M
 
 bench-large: $(STAMP) ## build a 7 B checkpoint (random, 14 GB) and print seconds and peak memory
 	@$(BIN)/python bench/build_memory.py --size 7b --work $(OUT)/bench
+
+precision: $(STAMP) ## accuracy of the demo model in each precision
+	@$(BIN)/python scripts/precision.py $(OUT)/precision
+
+train: $(STAMP) ## train the demo model again, into out/train (40 minutes on 2 cores)
+	@$(BIN)/python -m vlmforge_recipes.llava.demo.train -o $(OUT)/train
 
 clean: ## remove what the commands above made
 	rm -rf $(OUT) $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

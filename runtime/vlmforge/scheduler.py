@@ -212,10 +212,12 @@ class Scheduler:
         lengths = np.array([s.done for s in sequences], np.int64)
         levels = np.array([s.given.rotary_level for s in sequences], np.int64)
         logits = self._engine.decode(tokens, lengths, levels)
-        for sequence, token, row in zip(sequences, tokens, logits, strict=True):
+        # All tokens are noted before the first sequence ends: the last one then moves into its
+        # slot, and what the table does not know of would stay behind.
+        for sequence, token in zip(sequences, tokens, strict=True):
             self._table.extend(sequence.slot, token[None])
             sequence.done += 1
-            # A row's slot may change when an earlier one ends; its logits are its own already.
+        for sequence, row in zip(sequences, logits, strict=True):
             self._accept(sequence, row)
 
     def _accept(self, sequence: _Sequence, logits: FloatArray) -> None:
@@ -231,7 +233,13 @@ class Scheduler:
             sequence.next_token = token
 
     def _finish(self, sequence: _Sequence) -> None:
-        """Give up the slot at once: the last sequence moves into it, nobody waits for anybody."""
+        """Give up the slot at once: the last sequence moves into it, nobody waits for anybody.
+
+        Decoding runs over the first slots, so a sequence in prefill must stay the last one.
+        """
+        last = self._running[-1]
+        if last.prefilling and sequence is not last:
+            self._trade(sequence, self._running[-2])
         index = sequence.slot
         self._running.remove(sequence)
         moved = self._table.release(index)
@@ -239,6 +247,12 @@ class Scheduler:
             last = self._running.pop()
             last.slot = index
             self._running.insert(index, last)
+
+    def _trade(self, first: _Sequence, second: _Sequence) -> None:
+        """Two sequences change places."""
+        self._table.exchange(first.slot, second.slot)
+        first.slot, second.slot = second.slot, first.slot
+        self._running.sort(key=lambda sequence: sequence.slot)
 
     def _abort(self, error: Exception) -> None:
         with self._wake:

@@ -64,7 +64,7 @@ class SlotTable:
         target = self.active
         source, cached = self._longest_prefix(keys[:0] if fresh else keys[:-1], salt)
         place = source if self._goes_on(source, cached) else self._least_recently_used()
-        self._exchange(place, target)
+        self.exchange(place, target)
         if place != source:
             self._copy(place if source == target else source, target, cached)
         slot = self._slots[target]
@@ -85,8 +85,18 @@ class SlotTable:
         self.active = last
         if index == last:
             return None
-        self._exchange(index, last)
+        self.exchange(index, last)
         return last
+
+    def exchange(self, first: int, second: int) -> None:
+        """Two slots change places, with all that was noted for them."""
+        if first == second:
+            return
+        slots = self._slots
+        tokens = max(len(slots[first].keys), len(slots[second].keys))
+        if tokens:
+            self._swap(first, second, tokens)
+        slots[first], slots[second] = slots[second], slots[first]
 
     def reset(self) -> None:
         """Forget everything: after an error the content of the slots is unknown."""
@@ -115,15 +125,6 @@ class SlotTable:
 
     def _least_recently_used(self) -> int:
         return min(range(self.active, len(self._slots)), key=lambda i: self._slots[i].last_used)
-
-    def _exchange(self, first: int, second: int) -> None:
-        if first == second:
-            return
-        slots = self._slots
-        tokens = max(len(slots[first].keys), len(slots[second].keys))
-        if tokens:
-            self._swap(first, second, tokens)
-        slots[first], slots[second] = slots[second], slots[first]
 
     def _touch(self, slot: _Slot) -> None:
         self._clock += 1

@@ -25,6 +25,21 @@ def parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check files and rerun the goldens of the build")
     verify.add_argument("engine", type=Path, metavar="ENGINE")
 
+    evaluation = commands.add_parser(
+        "eval", help="ask about held-out drawn pictures; accuracy by kind of question"
+    )
+    evaluation.add_argument("engine", metavar="ENGINE")
+    evaluation.add_argument("--limit", type=int, default=650, help="questions (default: 650)")
+    evaluation.add_argument("--seed", type=int, default=0, help="which pictures and questions")
+    evaluation.add_argument("--sheet", type=Path, metavar="FILE.html", help="write a picture sheet")
+    evaluation.add_argument(
+        "--minimum",
+        action="append",
+        default=[],
+        metavar="KIND=PERCENT",
+        help="fail below it, such as color=95 or all=90; may be repeated",
+    )
+
     commands.add_parser("models", help="the models that can be built, as a table")
     commands.add_parser("doctor", help="versions, backends, and what is missing")
 
@@ -60,6 +75,10 @@ def _run(values: argparse.Namespace) -> int:
             from vlmforge.cli.verify import run_verify
 
             return run_verify(values.engine)
+        case "eval":
+            from vlmforge.cli.eval import run_eval
+
+            return run_eval(values)
         case "models":
             from vlmforge.families import models_table
 

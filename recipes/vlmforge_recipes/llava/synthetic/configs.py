@@ -67,9 +67,9 @@ def write_hf_configs(folder: Path, spec: SyntheticSpec) -> None:
     write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
 
-def write_original_configs(folder: Path, spec: SyntheticSpec) -> None:
-    """config and generation_config."""
-    write_json(folder / "config.json", _original_config(spec))
+def write_original_configs(folder: Path, spec: SyntheticSpec, *, tower: str = TOWER_NAME) -> None:
+    """config and generation_config; `tower` is where the vision tower is found."""
+    write_json(folder / "config.json", {**_original_config(spec), "mm_vision_tower": tower})
     ids: Json = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     limit = spec.text.max_positions
     write_json(folder / "generation_config.json", {"max_length": limit, **ids})
@@ -79,20 +79,33 @@ def write_tower_configs(folder: Path, spec: SyntheticSpec) -> None:
     """config (vision numbers nested) and preprocessor_config (sizes as plain numbers)."""
     write_json(folder / "config.json", _tower_config(spec.vision))
     size = spec.vision.image_size
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "crop_size": size,
-            "do_center_crop": True,
-            "do_normalize": True,
-            "do_resize": True,
-            "feature_extractor_type": "CLIPFeatureExtractor",
-            "image_mean": MEAN,
-            "image_std": STD,
-            "resample": 3,
-            "size": size,
-        },
-    )
+    write_json(folder / "preprocessor_config.json", clip_preprocessor(size))
+
+
+def clip_preprocessor(size: int) -> Json:
+    """The image processor of a stock tower, with sizes as plain numbers."""
+    return {
+        "crop_size": size,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": MEAN,
+        "image_std": STD,
+        "resample": 3,
+        "size": size,
+    }
+
+
+def clip_tower_config(vision: VisionSpec) -> Json:
+    """A stock tower alone, without the text model that is published beside it."""
+    return {
+        **_vision_config(vision),
+        "architectures": ["CLIPVisionModel"],
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-05,
+        "num_channels": 3,
+    }
 
 
 def _hf_config(spec: SyntheticSpec) -> Json:
@@ -197,7 +210,6 @@ def _original_config(spec: SyntheticSpec) -> Json:
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": -2,
-        "mm_vision_tower": TOWER_NAME,
         "model_type": "llava",
         "pretraining_tp": 1,
         "rope_scaling": None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import sentencepiece
@@ -22,9 +22,9 @@ CONTROL = ("<unk>", "<s>", "</s>")
 ADDED: Mapping[str, int] = {"<image>": IMAGE_ID, "<pad>": PAD_ID}
 
 
-def write_original_tokenizer(folder: Path) -> None:
-    """tokenizer.model, its config, and the map of special tokens."""
-    (folder / "tokenizer.model").write_bytes(trained_model())
+def write_original_tokenizer(folder: Path, model: bytes | None = None) -> None:
+    """tokenizer.model (`trained_model()` unless given), its config, the map of special tokens."""
+    (folder / "tokenizer.model").write_bytes(trained_model() if model is None else model)
     special: Json = {f"{role}_token": text for role, text in _roles("<unk>").items()}
     write_json(folder / "special_tokens_map.json", special)
     limits: Json = {"model_max_length": 2048, "padding_side": "right"}
@@ -58,9 +58,14 @@ def write_hf_tokenizer(folder: Path) -> None:
 @functools.cache
 def trained_model() -> bytes:
     """The serialised SentencePiece model, of `PIECES` pieces."""
+    return train_tokenizer(TRAINING_TEXT.splitlines())
+
+
+def train_tokenizer(lines: Iterable[str]) -> bytes:
+    """A serialised SentencePiece model of `PIECES` pieces, trained on `lines`."""
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TRAINING_TEXT.splitlines()),
+        sentence_iterator=iter(lines),
         model_writer=made,
         model_type="bpe",
         vocab_size=PIECES,

@@ -1,0 +1,170 @@
+"""Continuous batching on a decoder whose next token depends on all that is in the cache."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmforge.backends import FloatArray, IntArray
+from vlmforge.engine import DecoderInput
+from vlmforge.errors import CancelledError
+from vlmforge.prompt.render import RenderedPrompt
+from vlmforge.scheduler import Job, PrefillFacts, Scheduler
+
+VOCAB = 97
+CAPACITY = 80
+
+
+def next_token(content: IntArray) -> int:
+    return zlib.crc32(content.astype(np.int64).tobytes()) % VOCAB
+
+
+def alone(prompt: list[int], count: int) -> list[int]:
+    """What a sequence generates when nothing else runs."""
+    content = list(prompt)
+    for _ in range(count):
+        content.append(next_token(np.array(content)))
+    return content[len(prompt) :]
+
+
+class Cache:
+    """Slots of token ids in the place of keys and values; what is not valid is poison."""
+
+    def __init__(self, slots: int) -> None:
+        self.tokens = np.full((slots, CAPACITY), -7, np.int64)
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        self.tokens[target, :tokens] = self.tokens[source, :tokens]
+
+    def swap_slots(self, first: int, second: int, tokens: int) -> None:
+        both = self.tokens[[first, second], :tokens]
+        self.tokens[[second, first], :tokens] = both
+
+
+class FakeEngine:
+    """The functions of an engine that a scheduler uses."""
+
+    def __init__(self, slots: int) -> None:
+        self.decoder = Cache(slots)
+        self.options = SimpleNamespace(slots=slots)
+
+    def decoder_input(self, prompt: RenderedPrompt, *_: object) -> DecoderInput:
+        ids = np.array(prompt.token_ids, np.int64)
+        return DecoderInput(ids, ids.copy(), None)
+
+    def prefill(
+        self, slot: int, prompt: DecoderInput, start: int, stop: int, *, every: bool
+    ) -> FloatArray:
+        assert not every
+        self.decoder.tokens[slot, start:stop] = prompt.ids[start:stop]
+        done = stop == len(prompt.ids)
+        return self._logits([(slot, stop)] if done else [])
+
+    def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
+        rows = np.arange(len(tokens))
+        self.decoder.tokens[rows, lengths] = tokens
+        return self._logits([(int(row), int(lengths[row]) + 1) for row in rows])
+
+    def _logits(self, places: list[tuple[int, int]]) -> FloatArray:
+        logits = np.zeros((len(places), VOCAB), np.float32)
+        for row, (slot, length) in enumerate(places):
+            logits[row, next_token(self.decoder.tokens[slot, :length])] = 1
+        return logits
+
+
+@dataclass
+class Collect:
+    """Takes `count` tokens and ends."""
+
+    count: int
+    tokens: list[int] = field(default_factory=list)
+    error: Exception | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+    wants_prompt_logits: bool = False
+
+    def begin(self, facts: PrefillFacts) -> None:
+        assert facts.prompt_logits is None
+
+    def accept(self, logits: FloatArray) -> int | None:
+        self.tokens.append(int(logits.argmax()))
+        if len(self.tokens) < self.count:
+            return self.tokens[-1]
+        self.ended.set()
+        return None
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.ended.set()
+
+
+def scheduler(slots: int, chunk: int, *, reuse: bool) -> Scheduler:
+    features = SimpleNamespace(get=lambda images, ahead: ([], 0))
+    engine = FakeEngine(slots)
+    return Scheduler(engine, features, chunk=chunk, reuse_prefixes=reuse)  # type: ignore[arg-type]
+
+
+def job(prompt: list[int], generation: Collect) -> Job:
+    return Job(RenderedPrompt("", tuple(prompt), ()), (), generation)
+
+
+# Few different tokens, so that prompts share beginnings.
+REQUESTS = st.lists(
+    st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(1, 30)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(REQUESTS, st.integers(1, 5), st.integers(1, 50), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_sequences_do_not_disturb_each_other(
+    requests: list[tuple[list[int], int]], slots: int, chunk: int, reuse: bool
+) -> None:
+    running = scheduler(slots, chunk, reuse=reuse)
+    try:
+        collected = [Collect(count) for _, count in requests]
+        for (prompt, _), generation in zip(requests, collected, strict=True):
+            running.submit(job(prompt, generation))
+        for (prompt, count), generation in zip(requests, collected, strict=True):
+            assert generation.ended.wait(20)
+            assert generation.error is None
+            assert generation.tokens == alone(prompt, count)
+    finally:
+        running.close()
+
+
+@given(REQUESTS, st.integers(2, 4), st.integers(1, 9), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_cancelled_sequence_leaves_the_others_alone(
+    requests: list[tuple[list[int], int]], slots: int, chunk: int, data: st.DataObject
+) -> None:
+    running = scheduler(slots, chunk, reuse=True)
+    try:
+        collected = [Collect(count) for _, count in requests]
+        jobs = [job(p, c) for (p, _), c in zip(requests, collected, strict=True)]
+        for submitted in jobs:
+            running.submit(submitted)
+        for cancelled in data.draw(st.sets(st.sampled_from(range(len(jobs))))):
+            running.cancel(jobs[cancelled])
+        for (prompt, count), generation in zip(requests, collected, strict=True):
+            assert generation.ended.wait(20)
+            if generation.error is None:
+                assert generation.tokens == alone(prompt, count)
+            else:
+                assert isinstance(generation.error, CancelledError)
+    finally:
+        running.close()
+
+
+def test_a_closed_scheduler_refuses() -> None:
+    running = scheduler(1, 8, reuse=True)
+    running.close()
+    with pytest.raises(CancelledError, match="closed"):
+        running.submit(job([1], Collect(1)))
