@@ -56,7 +56,8 @@ class PerHead:
         """See `Weight.read`."""
         expect(store, self.key, shape[::-1])
         stored = store.read(self.key)
-        by_part = stored.unflatten(0, (self.heads, self.parts, -1)).transpose(0, 1).flatten(0, 2)
+        apart = stored.reshape(self.heads, self.parts, -1, *stored.shape[1:])
+        by_part = apart.transpose(0, 1).flatten(0, 2)
         return by_part.T if by_part.ndim == 2 else by_part
 
 

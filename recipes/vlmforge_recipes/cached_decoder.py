@@ -19,7 +19,9 @@ def cached_decoder_part(config: DecoderConfig, weights: Mapping[str, Weight]) ->
         for kind in ("key", "value")
     ]
     presents = [f"present_{kind}.{i}" for kind in ("key", "value") for i in range(config.layers)]
-    levels = () if config.long_context is None else (TensorArg("rotary_levels", ("batch",), "int64"),)
+    levels = (
+        () if config.long_context is None else (TensorArg("rotary_levels", ("batch",), "int64"),)
+    )
     return PartSpec(
         name="decoder",
         module=lambda: Decoder(config),

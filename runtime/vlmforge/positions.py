@@ -51,7 +51,7 @@ ABSOLUTE = PositionPolicy("absolute", 0, 1)
 def level_of(tokens: int, trained_length: int) -> int:
     """0 up to `trained_length` tokens, 1 up to twice as many, 2 up to four times ...
 
-    The original computes `alpha = max(2 ** ceil(log2(tokens / trained_length) + 1) - 1, 1)`; this is
-    the exponent, less one, by the same floating-point steps.
+    Dynamic NTK as published computes `alpha = max(2 ** ceil(log2(tokens / trained_length) + 1) - 1,
+    1)`; this is the exponent, less one, by the same floating-point steps.
     """
     return max(math.ceil(math.log(tokens / trained_length, 2) + 1), 1) - 1

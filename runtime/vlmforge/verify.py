@@ -99,9 +99,7 @@ def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
     }
 
 
-def _greedy(
-    engine: Engine, given: DecoderInput, logits: NDArray[np.float32]
-) -> NDArray[np.int64]:
+def _greedy(engine: Engine, given: DecoderInput, logits: NDArray[np.float32]) -> NDArray[np.int64]:
     tokens, length, levels = [int(logits.argmax())], len(given.ids), np.array([given.rotary_level])
     while len(tokens) < GREEDY_TOKENS:
         step = engine.decode(np.array(tokens[-1:]), np.array([length + len(tokens) - 1]), levels)

@@ -75,7 +75,15 @@ class Attention(nn.Module):
             )
         else:
             mixed, key, value = cached_attention(
-                q, k, v, *past, *rotary, lengths, num_heads=heads, kv_num_heads=kv_heads, scale=scale
+                q,
+                k,
+                v,
+                *past,
+                *rotary,
+                lengths,
+                num_heads=heads,
+                kv_num_heads=kv_heads,
+                scale=scale,
             )
         return self.out(mixed), key, value
 

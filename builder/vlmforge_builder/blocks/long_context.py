@@ -1,9 +1,9 @@
 """Rotary positions of a decoder that is used beyond the length it was trained for.
 
-Dynamic NTK: the longer the prompt, the more slowly the angles turn. How slowly is decided once for a
-sequence, when its whole prompt is known, and kept while it grows; so it is a number that comes with
-each sequence, the level, and every level has a table of its own. Queries far from the beginning can
-be scaled by the logarithm of their position besides.
+Dynamic NTK: the longer the prompt, the more slowly the angles turn. How slowly is decided once for
+a sequence, when its whole prompt is known, and kept while it grows; so it is a number that comes
+with each sequence, the level, and every level has a table of its own. Queries far from the start
+can be scaled by the logarithm of their position besides.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def level_tables(theta: float, head_dim: int, positions: int, levels: int) -> tu
 def log_scales(trained_length: int, positions: int) -> Tensor:
     """Factors `[positions]` of queries, fp32: 1 up to `trained_length`."""
     numbers = range(1, positions + 1)
-    return torch.tensor([math.log(i, trained_length) if i > trained_length else 1.0 for i in numbers])
+    return torch.tensor(
+        [math.log(i, trained_length) if i > trained_length else 1.0 for i in numbers]
+    )
 
 
 class LevelPositions(nn.Module):
@@ -96,6 +98,7 @@ class LevelPositions(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn `x [B, S, heads * D]` by `cos`, `sin` `[B, S, 1, D / 2]` (rotate-half convention)."""
-    first, second = x.unflatten(-1, (-1, 2 * cos.shape[-1])).chunk(2, dim=-1)
+    heads = x.reshape(*x.shape[:-1], -1, 2 * cos.shape[-1])
+    first, second = heads.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.flatten(2)

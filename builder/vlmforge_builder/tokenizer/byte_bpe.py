@@ -1,13 +1,15 @@
 """A byte-level BPE vocabulary in tiktoken's format as a `tokenizer.json`.
 
-The file has a line for each token: its bytes in base64 and its rank, which is its id. Merges are not
-written down: any two neighbours whose bytes together are a token may merge, the lowest rank first.
+The file has a line for each token: its bytes in base64 and its rank, which is its id. Merges are
+not written down: any two neighbours whose bytes together are a token may merge, the lowest rank
+first.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -198,7 +200,7 @@ def _vocabulary_texts(ranks: Mapping[bytes, int]) -> list[str]:
             continue
         if all(unicodedata.category(character) != "Cn" for character in text):
             texts.append(text)
-    pairs = [first + second for first, second in zip(texts, texts[1:], strict=False)]
+    pairs = [first + second for first, second in itertools.pairwise(texts)]
     return [*texts, *pairs]
 
 

@@ -6,6 +6,7 @@ that asks Python's own Unicode tables.
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -59,7 +60,7 @@ def merge_pieces(
     parts = [bytes([byte]) for byte in data]
     limit = len(ranks) if below is None else below
     while len(parts) > 1:
-        found = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
+        found = [ranks.get(a + b, limit) for a, b in itertools.pairwise(parts)]
         best = min(found)
         if best >= limit:
             break

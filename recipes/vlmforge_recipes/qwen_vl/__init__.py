@@ -1,4 +1,4 @@
-"""Qwen-VL-Chat (https://arxiv.org/abs/2308.12966), as Qwen published it, without its remote code."""
+"""Qwen-VL-Chat (https://arxiv.org/abs/2308.12966) as Qwen published it; its code is not run."""
 
 from __future__ import annotations
 

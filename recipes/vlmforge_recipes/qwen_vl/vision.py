@@ -9,8 +9,8 @@ from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.resampler import ResampledEncoder, ResamplerConfig
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint.config import ConfigReader
-from vlmforge_builder.recipe import PartSpec, TensorArg
 from vlmforge_builder.rearranged_weights import PerHead, ResizedGrid, Rows
+from vlmforge_builder.recipe import PartSpec, TensorArg
 from vlmforge_builder.weights import Stored, Transposed, Weight
 from vlmforge_recipes.clip_tower import linear, norm
 
