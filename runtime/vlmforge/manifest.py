@@ -80,7 +80,7 @@ class ImageSpelling:
     Attributes:
         begin, end: Texts of the tokens around the name.
         begin_id, end_id: Their ids.
-        max_name_bytes: A longer name is replaced by `stand_in`.
+        max_name_bytes: The longest name; a longer path is refused.
         stand_in: The name of an image that has none, such as one given as bytes.
     """
 

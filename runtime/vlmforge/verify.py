@@ -64,7 +64,8 @@ def read_cases(folder: Path) -> tuple[GoldenCase, ...]:
 
 def conversation(case: GoldenCase, folder: Path) -> Conversation:
     """The case's messages with its images in place of `{'type': 'image', 'image': index}`."""
-    images = [load_image(folder / name) for name in case.images]
+    # By their bytes: where the engine lies must not become part of a prompt that spells paths.
+    images = [load_image((folder / name).read_bytes()) for name in case.images]
 
     def block(item: dict[str, object]) -> dict[str, object]:
         if item["type"] != "image":

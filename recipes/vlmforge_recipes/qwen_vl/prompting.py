@@ -33,9 +33,9 @@ _SPECIALS = SpecialTokens(
     stops=("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
     pad="<|endoftext|>",
 )
-# In the text of a message the original knows the markup and the image's tokens. A typed <img> would
-# make it open what follows; here it is text, unless an image comes with it.
-_CONTENT_TOKENS = (*_MARKUP, "<imgpad>")
+# In the text of a message the original knows the markup and the image's tokens. What is typed
+# between <img> and </img> it opens; here that takes an image that comes with the text.
+_CONTENT_TOKENS = (*_MARKUP, "</img>", "<imgpad>")
 # The model looks for the end of the path in all but one of the 256 places, the tokenizer pads it.
 _MAX_PATH_BYTES = 254
 _STAND_IN = "image"

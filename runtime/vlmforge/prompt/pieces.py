@@ -51,9 +51,10 @@ def encode_chunks(
                 pieces[-1].ids.append(token)
     else:
         pieces = [Encoded(encoder.encode(chunk)) for chunk in chunks]
-    first = pieces[0].ids
-    if policy.bos_id is not None and first[:1] != [policy.bos_id]:
-        first.insert(0, policy.bos_id)
+    first = pieces[0]
+    if policy.bos_id is not None and first.ids[:1] != [policy.bos_id]:
+        first.ids.insert(0, policy.bos_id)
+        first.contents = [start + 1 for start in first.contents]
     return pieces
 
 

@@ -13,7 +13,7 @@ from vlmforge.prompt import marks
 from vlmforge.prompt.choice import ActiveTemplate
 from vlmforge.prompt.marks import refuse_marks
 from vlmforge.prompt.messages import Conversation, Image, Message
-from vlmforge.prompt.names import name_ids, spelled_name
+from vlmforge.prompt.names import name_ids, refuse_spelled, spelled_name
 from vlmforge.prompt.pieces import Encoded, TextEncoder, encode_chunks, without_borders
 from vlmforge.prompt.template import render_template
 from vlmforge.vl.constants import IMAGE_TOKEN
@@ -94,7 +94,8 @@ def render_prompt(
             where IMAGE_TOKEN or the family's placeholder is.
 
     Raises:
-        PromptError: image tokens and images do not match, or the template refuses the messages.
+        PromptError: image tokens and images do not match, an image's name cannot be spelled, or
+            the template refuses the messages.
     """
     if preprocess and not template.verbatim:
         marked = _apply(conversation, policy, template)
@@ -106,6 +107,8 @@ def render_prompt(
         raise _mismatch("The prompt", len(typed), len(images), optional=False)
     names = [spelled_name(policy, *pair) for pair in zip(images, typed, strict=True)]
     chunks = [chunk.replace(marks.TYPED, policy.image_placeholder) for chunk in chunks]
+    for chunk in chunks:
+        refuse_spelled(chunk, policy)
     pieces = encode_chunks(chunks, policy, encoder)
     return _expand(_text(chunks, names, policy), pieces, names, policy, image_lengths)
 

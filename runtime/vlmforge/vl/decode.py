@@ -32,6 +32,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,12 @@ def upright(image: Image.Image) -> Image.Image:
     for key in _ORIENTATION_KEYS:
         turned.info.pop(key, None)
     return turned
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of `upright(image)`."""
+    width, height = image.size
+    return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
