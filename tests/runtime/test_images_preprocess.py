@@ -189,8 +189,8 @@ def test_alpha_shows_the_policys_background() -> None:
 
 def test_unknown_names_are_typed_errors() -> None:
     with pytest.raises(EngineFormatError, match="center_crop, pad_square") as caught:
-        preprocess(noise(4, 4), dataclasses.replace(CENTER_CROP, name="stretch"))
-    assert caught.value.found == "'stretch'"
+        preprocess(noise(4, 4), dataclasses.replace(CENTER_CROP, name="squeeze"))
+    assert caught.value.found == "'squeeze'"
     for name in POLICIES:
         with pytest.raises(EngineFormatError, match="resampling filter"):
             policy = dataclasses.replace(CENTER_CROP, name=name, resample="cubic")
