@@ -21,7 +21,12 @@ from vlmforge.vl.constants import IMAGE_TOKEN
 PHOTO, TALL = str(IMAGES / "photo_640x480.png"), str(IMAGES / "tall_300x900.png")
 SHORT = GenerationConfig(max_new_tokens=7)
 # Golden checkpoint -> a window that holds two images and little else, and tokens of an image.
-WINDOWS = {"llava_1_5_hf": (400, 144), "llava_v1_5_liuhaotian": (1300, 576), "yi_vl": (2400, 1024)}
+WINDOWS = {
+    "llava_1_5_hf": (400, 144),
+    "llava_v1_5_liuhaotian": (1300, 576),
+    "qwen_vl_chat": (700, 256),
+    "yi_vl": (2400, 1024),
+}
 
 Open = Callable[[str], Pipeline]
 

@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "seq_length": 90,
         "use_logn_attn": False,
         "rotary_emb_base": 5000,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 1,
         "visual": {**_SMALL, "output_dim": 256, "patch_size": 7, "image_size": 126},
     },
 }
