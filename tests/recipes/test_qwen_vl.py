@@ -171,7 +171,13 @@ def test_what_ends_an_answer(pipe: Pipeline, stop: str, monkeypatch: pytest.Monk
 
 
 def test_a_stop_that_the_model_chooses(copy: Path, tmp_path: Path) -> None:
-    """The golden's second token changes places with the one that ends a turn."""
+    """The golden's second token changes places with the one that ends a turn.
+
+    The remote code that `auto_map` of the published files names is there, and is not run.
+    """
+    for name in ("configuration_qwen", "modeling_qwen", "tokenization_qwen", "visual"):
+        text = f"open({str(tmp_path / 'marker')!r}, 'a').write({name!r})\n"
+        (copy / f"{name}.py").write_text(text, "utf-8")
     golden = [403, 76, 470]
     path = copy / "pytorch_model-00003-of-00003.bin"
     tensors = torch.load(path, weights_only=True)
@@ -189,6 +195,7 @@ def test_a_stop_that_the_model_chooses(copy: Path, tmp_path: Path) -> None:
     assert isinstance(going_on, Response)
     assert (ended.token_ids, ended.finish_reason) == (golden[:1], "stop")
     assert going_on.token_ids == [403, 514]
+    assert not (tmp_path / "marker").exists()
 
 
 # --- boxes ----------------------------------------------------------------------------------------
