@@ -66,8 +66,9 @@ def image_policy(tower: VisionConfig) -> ImagePolicy:
         rescale_factor=1 / 255,
         mean=_MEAN,
         std=_STD,
-        background=(255, 255, 255),
+        background=None,  # the original's `convert("RGB")`
         pad_fill=(0, 0, 0),
+        tiling=None,
     )
 
 
