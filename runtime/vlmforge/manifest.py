@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmforge.errors import EngineFormatError
-from vlmforge.positions import ABSOLUTE, PositionPolicy
+from vlmforge.positions import PositionPolicy
 from vlmforge.schema import from_json, to_json
 from vlmforge.vl.preprocess import ImagePolicy
 
@@ -132,12 +132,12 @@ class PromptPolicy:
     bos_id: int | None
     bos_token: str
     eos_token: str
-    image_line: str = "{image}"
-    text_separator: str = "\n"
-    content_tokens: tuple[str, ...] | None = None
-    spelling: ImageSpelling | None = None
-    history_window: int | None = None
-    box_format: str | None = None
+    image_line: str
+    text_separator: str
+    content_tokens: tuple[str, ...] | None
+    spelling: ImageSpelling | None
+    history_window: int | None
+    box_format: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class DecodePolicy:
     tokens_per_image: int
     session_len: int
     max_batch_size: int
-    positions: PositionPolicy = ABSOLUTE
+    positions: PositionPolicy
 
 
 @dataclass(frozen=True, slots=True)
