@@ -96,6 +96,8 @@ def drawn(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 WIDE, TALL, TINY, GREY = drawn(301, 37), drawn(13, 190), drawn(1, 1), drawn(97, 61, "L")
+CLEAR = drawn(50, 40)
+CLEAR.putalpha(drawn(50, 40, "L"))  # `convert("RGB")` takes no account of it
 LONG = "A word, 图 and 12 more. " * 24
 
 
@@ -157,7 +159,7 @@ def test_ids_and_logits_of_the_whole_prompt(pair: Pair, case: str) -> None:
 
 def test_features(pair: Pair) -> None:
     engine = pair.pipe._engine
-    for image in (WIDE, TALL, TINY, GREY):
+    for image in (WIDE, TALL, TINY, GREY, CLEAR):
         prepared = engine.prepare_image(image)
         gap = np.abs(prepared.pixel_values - pair.original.pixels(image).numpy())
         assert gap.max() <= 1e-5
