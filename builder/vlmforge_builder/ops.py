@@ -54,8 +54,36 @@ def cached_attention(
     )
 
 
+def plain_cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_lengths: Tensor,
+    *,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `cached_attention`, for query and key that carry their positions already.
+
+    For positions that are no row number of one table: those of a sequence may depend on more than
+    its own length, and queries may be scaled by theirs.
+    """
+    return torch.onnx.ops.symbolic_multi_out(  # type: ignore[return-value]
+        f"{DOMAIN}::PlainCachedAttention",
+        (query, key, value, past_key, past_value, past_lengths),
+        attrs={"num_heads": num_heads, "kv_num_heads": kv_num_heads, "scale": scale},
+        dtypes=(query.dtype, past_key.dtype, past_value.dtype),
+        shapes=(query.shape, past_key.shape, past_value.shape),
+        version=VERSION,
+    )
+
+
 def functions() -> tuple[ir.Function, ...]:
     """The bodies of all neutral ops, to be added to a model that still contains them."""
-    from vlmforge_builder.op_bodies import CachedAttention
+    from vlmforge_builder.op_bodies import CachedAttention, PlainCachedAttention
 
-    return (ir.serde.deserialize_function(CachedAttention.to_function_proto()),)
+    bodies = (PlainCachedAttention, CachedAttention)
+    return tuple(ir.serde.deserialize_function(body.to_function_proto()) for body in bodies)

@@ -1,4 +1,4 @@
-"""Lower `vlmforge::CachedAttention` to ONNX Runtime's `com.microsoft::GroupQueryAttention`."""
+"""Lower the cached attention ops to ONNX Runtime's `com.microsoft::GroupQueryAttention`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import onnx_ir as ir
 from vlmforge_builder.ops import DOMAIN
 
 TARGET_DOMAIN = "com.microsoft"
+_OPS = ("CachedAttention", "PlainCachedAttention")
 
 
 def lower_cached_attention(model: ir.Model) -> bool:
-    """Replace every `CachedAttention`; returns whether there was one.
+    """Replace every `CachedAttention` and `PlainCachedAttention`; returns whether there was one.
 
     GroupQueryAttention wants `seqlens_k = total length - 1` per sequence and the largest total
     length; both follow from `past_lengths` and are computed once for all layers. Projections that
     come from one `Split` are passed packed, which saves the copies.
     """
-    nodes = [n for n in model.graph if (n.domain, n.op_type) == (DOMAIN, "CachedAttention")]
+    nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type in _OPS]
     if not nodes:
         return False
     lengths = _lengths(nodes[0])
@@ -30,7 +31,7 @@ def lower_cached_attention(model: ir.Model) -> bool:
 
 def _lengths(first: ir.Node) -> tuple[ir.Value, ir.Value]:
     """`seqlens_k` int32 `[B]` and `total_sequence_length` int32 scalar."""
-    query, past_lengths = first.inputs[0], first.inputs[7]
+    query, past_lengths = first.inputs[0], first.inputs[-1]
     assert query is not None and past_lengths is not None
     packed = _packed(first)
     projected = query if packed is None else packed  # or the Split would stay, for its shape only
@@ -56,18 +57,18 @@ def _constant(name: str, value: np.ndarray[tuple[int, ...], np.dtype[np.int64]])
 
 
 def _lower(graph: ir.Graph, node: ir.Node, last: ir.Value, largest: ir.Value) -> None:
-    query, key, value, past_key, past_value, cos, sin, _ = node.inputs
+    query, key, value, past_key, past_value, *rotary, _ = node.inputs
     packed = _packed(node)
     projections = [packed, None, None] if packed is not None else [query, key, value]
     attention = ir.node(
         "GroupQueryAttention",
-        [*projections, past_key, past_value, last, largest, cos, sin],
+        [*projections, past_key, past_value, last, largest, *rotary],
         domain=TARGET_DOMAIN,
         attributes={
             "num_heads": node.attributes["num_heads"].as_int(),
             "kv_num_heads": node.attributes["kv_num_heads"].as_int(),
             "scale": node.attributes["scale"].as_float(),
-            "do_rotary": 1,
+            "do_rotary": int(bool(rotary)),
         },
         num_outputs=3,
         name=node.name,
