@@ -128,7 +128,7 @@ def test_decoding_runs_as_one_batch(counted: tuple[Pipeline, Counting]) -> None:
 
 def test_a_finished_sequence_does_not_hold_the_others(hf_engine: Path) -> None:
     with open_pipe(hf_engine, max_batch_size=2) as pipe:
-        lengths = [60, 2, 2, 2, 2]
+        lengths = [300, 2, 2, 2, 2]
         configs = [GenerationConfig(max_new_tokens=n, ignore_eos=True) for n in lengths]
         ends = [
             piece.index
