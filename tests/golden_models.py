@@ -2,7 +2,8 @@
 
 A folder with a `cases.json` is one: `cases.json` and the `.npz` files hold what the original code
 gave: token ids, pixel values, features after the projector, logits after the prompt, greedy tokens.
-A `row_step` in an `image_*.npz` says that only every n-th row of each array was kept.
+A `row_step` in an `image_*.npz` says that only every n-th row of each array was kept. A case is
+given by `messages`, or by a `query` after a `history` whose texts spell the images' paths.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,18 @@ TOLERANCES = {
 def cases_of(folder: str) -> list[dict[str, Any]]:
     """The cases of a golden checkpoint."""
     text = (DATA / folder / "cases.json").read_text("utf-8")
-    cases: list[dict[str, Any]] = json.loads(text)["cases"]
-    return cases
+    whole = json.loads(text)
+    return [_uniform(case, whole.get("stop_ids", ())) for case in whole["cases"]]
+
+
+def _uniform(case: dict[str, Any], stop_ids: Sequence[int]) -> dict[str, Any]:
+    """`greedy_tokens` up to the first that stops; the original's own loop goes on for one more."""
+    if "greedy_tokens" not in case:
+        raw = case["greedy_tokens_raw"]
+        end = next((i for i, token in enumerate(raw) if token in stop_ids), len(raw))
+        case["greedy_tokens"] = raw[: end + 1]
+        assert case["greedy_tokens_generate"][: end + 1] == case["greedy_tokens"]
+    return case
 
 
 CASES = tuple((folder, case["id"]) for folder in FOLDERS for case in cases_of(folder))
@@ -74,6 +85,9 @@ class Golden:
     def messages(self, case: dict[str, Any]) -> list[dict[str, Any]]:
         """The case as OpenAI messages with its images."""
         images = iter([str(DATA / image) for image in case["images"]])
+        if "query" in case:  # turns that spell their images' paths
+            texts = [text for turn in case["history"] for text in turn] + [case["query"]]
+            return [_spelled_turn(text, i, images) for i, text in enumerate(texts)]
         if isinstance(case["messages"][0], str):  # turns of user and assistant, image tag in text
             return [_tagged_turn(text, i, images) for i, text in enumerate(case["messages"])]
         return [
@@ -95,6 +109,13 @@ def _tagged_turn(text: str, index: int, images: Iterator[str]) -> dict[str, Any]
     plain, tags = _TAG.subn("", text)
     content: list[dict[str, Any]] = [{"type": "text", "text": plain}]
     content += [{"type": "image_url", "image_url": {"url": next(images)}} for _ in range(tags)]
+    return {"role": "assistant" if index % 2 else "user", "content": content}
+
+
+def _spelled_turn(text: str, index: int, images: Iterator[str]) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    spelled = range(text.count("<img>"))
+    content += [{"type": "image_url", "image_url": {"url": next(images)}} for _ in spelled]
     return {"role": "assistant" if index % 2 else "user", "content": content}
 
 

@@ -17,6 +17,7 @@ from vlmforge.manifest import (
     TemplateParts,
     TensorSpec,
 )
+from vlmforge.positions import ABSOLUTE
 from vlmforge.vl.preprocess import ImagePolicy
 
 TEMPLATE = TemplateParts(
@@ -43,6 +44,12 @@ PROMPT = PromptPolicy(
     bos_id=1,
     bos_token="<s>",
     eos_token="</s>",
+    image_line="{image}",
+    text_separator="\n",
+    content_tokens=None,
+    spelling=None,
+    history_window=None,
+    box_format=None,
 )
 
 IMAGE = ImagePolicy(
@@ -81,7 +88,7 @@ MANIFEST = Manifest(
     parts=PARTS,
     image=IMAGE,
     prompt=PROMPT,
-    decode=DecodePolicy(704, 16, (2,), 4, 64, 2),
+    decode=DecodePolicy(704, 16, (2,), 4, 64, 2, ABSOLUTE),
     kv=KVLayout(2, 2, 8, "float32", None),
     parallel=ParallelLayout(1),
     tokenizer_file="tokenizer.json",

@@ -236,6 +236,7 @@ def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -
             tokens_per_image=spec.tokens_per_image,
             session_len=spec.session_len,
             max_batch_size=options.max_batch_size,
+            positions=spec.positions,
         ),
         kv=target.kv_layout(spec.kv, settings),
         parallel=ParallelLayout(tp=1),

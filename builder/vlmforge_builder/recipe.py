@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from vlmforge.errors import UnsupportedModelError
 from vlmforge.families import ENTRY_POINT_GROUP, supported
 from vlmforge.manifest import KVLayout, PromptPolicy
+from vlmforge.positions import PositionPolicy
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.checkpoint.config import ConfigReader
 
@@ -80,7 +81,8 @@ class RecipeOptions:
 class ModelSpec:
     """A checkpoint, understood: parts to export and policies to store.
 
-    `other_images` are what else users of the original may preprocess images by, beside `image`.
+    `positions` is what the decoder needs to know of a sequence beside its tokens; `other_images`
+    are what else users of the original may preprocess images by, beside `image`.
     """
 
     architecture: str
@@ -99,6 +101,7 @@ class ModelSpec:
     session_len: int
     trained_len: int
     source_files: tuple[Path, ...]
+    positions: PositionPolicy
     other_images: tuple[ImagePolicy, ...] = ()
 
 

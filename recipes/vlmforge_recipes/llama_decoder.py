@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlmforge.errors import UnsupportedModelError
-from vlmforge_builder.blocks.decoder import Decoder, DecoderConfig, rotary_tables
+from vlmforge_builder.blocks.decoder import DecoderConfig, rotary_tables
 from vlmforge_builder.blocks.layers import ACTIVATIONS
 from vlmforge_builder.checkpoint.config import ConfigReader
-from vlmforge_builder.recipe import PartSpec, TensorArg
+from vlmforge_builder.recipe import PartSpec
 from vlmforge_builder.weights import Computed, Stored, Transposed, Weight
+from vlmforge_recipes.cached_decoder import cached_decoder_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,27 +136,7 @@ def decoder_part(config: DecoderConfig, *, prefix: str, head: str) -> PartSpec:
         prefix: What the names of the decoder's tensors begin with, such as "model.".
         head: Name of the output projection's tensor; for tied weights, that of the embedding.
     """
-    caches = [
-        tuple(
-            TensorArg(f"past_{kind}.{i}", ("batch", config.kv_heads, "capacity", config.head_dim))
-            for i in range(config.layers)
-        )
-        for kind in ("key", "value")
-    ]
-    presents = [f"present_{kind}.{i}" for kind in ("key", "value") for i in range(config.layers)]
-    return PartSpec(
-        name="decoder",
-        module=lambda: Decoder(config),
-        inputs=(
-            TensorArg("input_ids", ("batch", "tokens"), "int64"),
-            TensorArg("image_features", ("rows", config.hidden_size)),
-            TensorArg("past_lengths", ("batch",), "int64"),
-            TensorArg("logits_indices", ("batch", "outputs"), "int64"),
-            *caches,
-        ),
-        outputs=("logits", *presents),
-        weights=_weights(config, prefix, head),
-    )
+    return cached_decoder_part(config, _weights(config, prefix, head))
 
 
 def _weights(config: DecoderConfig, prefix: str, head: str) -> dict[str, Weight]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vlmforge.errors import CheckpointError
 from vlmforge.manifest import KVLayout, PromptPolicy, TemplateParts
+from vlmforge.positions import ABSOLUTE
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge.vl.tiling import most_tokens
 from vlmforge_builder.blocks.decoder import DecoderConfig
@@ -107,6 +108,12 @@ def assemble(
             bos_id=tokenizer.bos_id if tokenizer.add_bos else None,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
+            image_line="{image}",
+            text_separator="\n",
+            content_tokens=None,
+            spelling=None,
+            history_window=None,
+            box_format=None,
         ),
         tokenizer_json=tokenizer.json,
         tokenizer_proof=str(tokenizer.proof),
@@ -118,6 +125,7 @@ def assemble(
         session_len=decoder.max_positions,
         trained_len=geometry.trained_len,
         source_files=extra_files,
+        positions=ABSOLUTE,
     )
 
 

@@ -12,6 +12,7 @@ from vlmforge.version import __version__
 
 if TYPE_CHECKING:
     from vlmforge.api import pipeline
+    from vlmforge.boxes import Box
     from vlmforge.config import (
         ChatTemplateConfig,
         EngineConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "VisonConfig",
     "ChatTemplateConfig",
     "Response",
+    "Box",
     "Session",
     "__version__",
 ]
@@ -48,6 +50,7 @@ _MODULES = {
     "VisonConfig": "config",
     "ChatTemplateConfig": "config",
     "Response": "response",
+    "Box": "boxes",
     "Session": "session",
 }
 

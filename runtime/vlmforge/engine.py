@@ -21,6 +21,7 @@ from vlmforge.bundle import Bundle
 from vlmforge.features import PreparedImage, prepare, row_keys
 from vlmforge.manifest import Manifest
 from vlmforge.prompt.choice import ActiveTemplate
+from vlmforge.prompt.history import newest_turns
 from vlmforge.prompt.messages import Conversation, ImageSource
 from vlmforge.prompt.render import RenderedPrompt, marked_tokenizer_json, render_prompt
 from vlmforge.slots import Keys
@@ -39,11 +40,13 @@ class DecoderInput:
         ids: int64 `[tokens]`; an id >= vocab_size is row `id - vocab_size` of `features`.
         keys: int64 `[tokens]`, what identifies each token's content (see `SlotTable`).
         features: `[rows, hidden]` of all images, or None without images.
+        rotary_level: Of the sequence that the prompt begins (see `PositionPolicy`).
     """
 
     ids: IntArray
     keys: Keys
     features: FloatArray | None
+    rotary_level: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,16 @@ class Engine:
             PromptError: the messages cannot be rendered.
             ImageError: see `image_tokens`.
         """
+        return self._render(self.kept(conversation, do_preprocess=do_preprocess), do_preprocess)
+
+    def kept(self, conversation: Conversation, *, do_preprocess: bool = True) -> Conversation:
+        """The conversation without the turns that the engine's policy leaves out of its prompt."""
+        window = self.manifest.prompt.history_window
+        if window is None or not do_preprocess or len(conversation.messages) < 2:
+            return conversation
+        return newest_turns(conversation, self._render(conversation, do_preprocess), window)
+
+    def _render(self, conversation: Conversation, do_preprocess: bool) -> RenderedPrompt:
         return render_prompt(
             conversation,
             policy=self.manifest.prompt,
@@ -113,7 +126,8 @@ class Engine:
             ids[place] = self.manifest.decode.vocab_size + rows
             keys[place] = row_keys(images[span.image], span.length)
             row += span.length
-        return DecoderInput(ids, keys, np.concatenate(features) if features else None)
+        level = self.manifest.decode.positions.level(len(ids))
+        return DecoderInput(ids, keys, np.concatenate(features) if features else None, level)
 
     def prefill(
         self, slot: int, prompt: DecoderInput, start: int, stop: int, *, every: bool = False
@@ -135,13 +149,24 @@ class Engine:
         if not every:
             wanted = wanted[-1:] if stop == len(prompt.ids) else wanted[:0]
         past = np.array([start], np.int64)
-        logits: FloatArray = self.decoder.step(slot, ids[None], past, features, wanted[None])[0]
+        levels = self._levels(np.array([prompt.rotary_level], np.int64))
+        logits: FloatArray = self.decoder.step(
+            slot, ids[None], past, features, wanted[None], levels
+        )[0]
         return logits
 
-    def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
-        """One step of the sequences in slots 0..B-1: `tokens` `[B]` to logits `[B, vocab_size]`."""
+    def decode(self, tokens: IntArray, lengths: IntArray, levels: IntArray) -> FloatArray:
+        """One step of the sequences in slots 0..B-1: `tokens` `[B]` to logits `[B, vocab_size]`.
+
+        `lengths` and `levels` `[B]` are the tokens before, and each sequence's rotary level.
+        """
         zeros = np.zeros((len(tokens), 1), np.int64)
-        return self.decoder.step(0, tokens[:, None], lengths, None, zeros)[:, 0]
+        return self.decoder.step(0, tokens[:, None], lengths, None, zeros, self._levels(levels))[
+            :, 0
+        ]
+
+    def _levels(self, levels: IntArray) -> IntArray | None:
+        return levels if self.manifest.decode.positions.has_levels else None
 
 
 def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) -> Engine:

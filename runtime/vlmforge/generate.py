@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vlmforge.backends import FloatArray
+from vlmforge.boxes import Grounding, parse_boxes
 from vlmforge.engine import Engine
 from vlmforge.errors import CancelledError
 from vlmforge.generation import GenerationPlan
@@ -31,6 +32,7 @@ class TokenGenerator:
         watch: Has been running since the request began.
         sink: Gets each new piece as a `Response`, or the error that ends the request.
         index: Place of the prompt in its call.
+        grounding: What boxes in the text refer to; None where there are none to be read.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class TokenGenerator:
         watch: Stopwatch,
         sink: Sink,
         index: int,
+        grounding: Grounding | None = None,
     ) -> None:
         vocab = engine.manifest.decode.vocab_size
         self._plan, self._prompt, self._budget = plan, prompt, budget
         self._watch, self._sink, self._index = watch, sink, index
+        self._grounding, self._text = grounding, ""
         self._text_ids = _text_ids(prompt)
         self._sampler = Sampler(plan.sampling, vocab, [i for i in self._text_ids if i is not None])
         self._detokenizer = IncrementalDetokenizer(
@@ -123,6 +127,7 @@ class TokenGenerator:
         first = self._sent
         certain = kept if reason is not None or not self._plan.stop.words else self._scanner.settled
         self._sent = max(first, min(kept, certain))
+        self._text += text
         piece = Response(
             text=text,
             generate_token_len=kept,
@@ -144,6 +149,8 @@ class TokenGenerator:
         piece.timings = self._watch.timings(
             cached_prefix_tokens=facts.cached_tokens, cached_images=facts.cached_images
         )
+        if self._grounding is not None:
+            piece.boxes = parse_boxes(self._text, self._grounding)
         if self._logits:
             piece.logits = np.concatenate(self._logits)
         if self._plan.return_ppl and facts.prompt_logits is not None:

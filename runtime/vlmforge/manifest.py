@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmforge.errors import EngineFormatError
+from vlmforge.positions import PositionPolicy
 from vlmforge.schema import from_json, to_json
 from vlmforge.vl.preprocess import ImagePolicy
 
@@ -101,6 +102,28 @@ class TemplateParts:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageSpelling:
+    """How the image splice "named_span" writes an image.
+
+    `{begin}{name}{end}` in text; in ids the begin token, the bytes of the name as ids, padding with
+    the policy's `image_token_id` up to the image's length, and the end token.
+
+    Attributes:
+        begin, end: Texts of the tokens around the name.
+        begin_id, end_id: Their ids.
+        max_name_bytes: The longest name; a longer path is refused.
+        stand_in: The name of an image that has none, such as one given as bytes.
+    """
+
+    begin: str
+    end: str
+    begin_id: int
+    end_id: int
+    max_name_bytes: int
+    stand_in: str
+
+
+@dataclass(frozen=True, slots=True)
 class PromptPolicy:
     """How messages become token ids and image spans.
 
@@ -112,11 +135,22 @@ class PromptPolicy:
         image_placeholder: What the template writes where an image goes.
         image_splice: "inline_token": the placeholder is a token of the tokenizer, the text is
             encoded as a whole. "split_text": the text is split at the placeholder and each chunk
-            is encoded alone.
+            is encoded alone. "named_span": as "split_text", and an image is written as `spelling`
+            says.
         image_token_id: Id of the placeholder's token; where the tokenizer has none, the id that
             the original implementation writes at an image.
         bos_id: Token put before the prompt, or None.
         bos_token, eos_token: Their texts, for templates that use them.
+        image_line: What is written for an image that the user has not placed, before the text
+            or between texts; `{image}` is the image and `{n}` its number in its message, from 1.
+        text_separator: Put between the texts and image lines of a message.
+        content_tokens: None: the prompt's text is encoded as a whole, special tokens in it
+            recognised. Otherwise what the template writes and each message's content are encoded
+            apart, and in a content only these special tokens are recognised.
+        spelling: How "named_span" writes images; None for the others.
+        history_window: The oldest turns are left out until fewer tokens than this come before
+            the content of the last user message; None leaves nothing out.
+        box_format: How the boxes in an answer are written (`vlmforge.boxes`), or None.
     """
 
     template_name: str
@@ -129,6 +163,12 @@ class PromptPolicy:
     bos_id: int | None
     bos_token: str
     eos_token: str
+    image_line: str
+    text_separator: str
+    content_tokens: tuple[str, ...] | None
+    spelling: ImageSpelling | None
+    history_window: int | None
+    box_format: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +185,7 @@ class DecodePolicy:
     tokens_per_image: int
     session_len: int
     max_batch_size: int
+    positions: PositionPolicy
 
 
 @dataclass(frozen=True, slots=True)

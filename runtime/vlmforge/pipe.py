@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 
+from vlmforge.boxes import Grounding
 from vlmforge.calls import (
     Event,
     GenConfigs,
@@ -29,11 +30,13 @@ from vlmforge.prompt.messages import (
     parse_prompt,
     parse_prompts,
 )
+from vlmforge.prompt.names import given_name
 from vlmforge.prompt.render import RenderedPrompt
 from vlmforge.response import Response, Stopwatch
 from vlmforge.scheduler import Job, Scheduler
 from vlmforge.session import Session
 from vlmforge.vl import load_image
+from vlmforge.vl.decode import upright_size
 
 
 class Pipeline:
@@ -306,8 +309,9 @@ class Pipeline:
         sink: Callable[[Event], None],
     ) -> Job:
         watch = Stopwatch()
+        given = len(conversation.images)
         with watch.stage("load"):
-            conversation = _load(conversation)
+            conversation = _load(self._engine.kept(conversation, do_preprocess=do_preprocess))
         with watch.stage("preprocess"):
             images = [self._prepare(image) for image in conversation.images]
             rendered = self._engine.render(conversation, do_preprocess=do_preprocess)
@@ -320,10 +324,18 @@ class Pipeline:
             watch,
             lambda delta, error: sink(Event(index, delta, error)),
             index,
+            self._grounding(conversation, given),
         )
         job = Job(rendered, images, generator)
         self._scheduler.submit(job)
         return job
+
+    def _grounding(self, loaded: Conversation, given: int) -> Grounding | None:
+        """`loaded` is what is left of a conversation with `given` images: the latest of them."""
+        box_format, images = self._engine.manifest.prompt.box_format, loaded.images
+        if box_format is None or not images:
+            return None
+        return Grounding(box_format, upright_size(load_image(images[-1].source)), given - 1)
 
     def _prepare(self, image: Image) -> PreparedImage:
         return self._engine.prepare_image(load_image(image.source))
@@ -344,7 +356,9 @@ def _load(conversation: Conversation) -> Conversation:
 
     def loaded(message: Message) -> Message:
         blocks = tuple(
-            Image(load_image(block.source)) if isinstance(block, Image) else block
+            Image(load_image(block.source), given_name(block))
+            if isinstance(block, Image)
+            else block
             for block in message.blocks
         )
         return Message(message.role, blocks)

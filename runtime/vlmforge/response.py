@@ -13,6 +13,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmforge.boxes import Box
+
 FinishReason: TypeAlias = Literal["stop", "length", "error", "abort"]
 Stage: TypeAlias = Literal["queue", "load", "preprocess", "encode", "prefill", "decode", "other"]
 _STAGES: tuple[Stage, ...] = (
@@ -135,6 +137,8 @@ class Response:
         timings: Where the time went; in a stream on the last piece.
         cached_tokens: Prompt tokens that did not need prefill.
         ppl: Mean cross-entropy of the prompt's text, if it was asked for.
+        boxes: What the text grounds in the latest image, for models that write boxes; the text
+            keeps them too. In a stream, those of the whole text, on the last piece.
     """
 
     text: str = ""
@@ -151,6 +155,7 @@ class Response:
     timings: Timings | None = field(default=None, compare=False)
     cached_tokens: int = 0
     ppl: float | None = None
+    boxes: tuple[Box, ...] = ()
 
     def extend(self, delta: Response) -> Response:
         """Append a piece of the stream to what came before it; returns `self`.
@@ -169,6 +174,7 @@ class Response:
         for name in ("finish_reason", "error_code", "error_message", "timings", "ppl"):
             if getattr(delta, name) is not None:
                 setattr(self, name, getattr(delta, name))
+        self.boxes = delta.boxes or self.boxes
         return self
 
     def __repr__(self) -> str:

@@ -169,7 +169,9 @@ class Scheduler:
             job.generation.fail(error)
             return None
         encoded = time.perf_counter()
-        place = self._table.admit(given.keys, fresh=job.generation.wants_prompt_logits)
+        place = self._table.admit(
+            given.keys, fresh=job.generation.wants_prompt_logits, salt=given.rotary_level
+        )
         sequence = _Sequence(
             job, given, place.slot, place.cached, place.cached, encoded - admitted, known, admitted
         )
@@ -208,7 +210,8 @@ class Scheduler:
             return
         tokens = np.array([s.next_token for s in sequences], np.int64)
         lengths = np.array([s.done for s in sequences], np.int64)
-        logits = self._engine.decode(tokens, lengths)
+        levels = np.array([s.given.rotary_level for s in sequences], np.int64)
+        logits = self._engine.decode(tokens, lengths, levels)
         # All tokens are noted before the first sequence ends: the last one then moves into its
         # slot, and what the table does not know of would stay behind.
         for sequence, token in zip(sequences, tokens, strict=True):

@@ -21,6 +21,7 @@ _NO_KEYS: Keys = np.empty(0, np.int64)
 @dataclass(slots=True)
 class _Slot:
     keys: Keys = field(default_factory=lambda: _NO_KEYS)
+    salt: int = 0
     last_used: int = 0
 
 
@@ -53,20 +54,21 @@ class SlotTable:
         """Number of slots without an active sequence."""
         return len(self._slots) - self.active
 
-    def admit(self, keys: Keys, *, fresh: bool = False) -> Placement:
+    def admit(self, keys: Keys, *, fresh: bool = False, salt: int = 0) -> Placement:
         """Place a new sequence with the prompt `keys` in slot `active`; there must be a free one.
 
         At least the prompt's last token is left to run, because its logits are needed. `fresh`
         reuses nothing, so that the whole prompt is run.
+        Tokens of a sequence with another `salt` are never reused: their keys and values differ.
         """
         target = self.active
-        source, cached = self._longest_prefix(keys[:0] if fresh else keys[:-1])
+        source, cached = self._longest_prefix(keys[:0] if fresh else keys[:-1], salt)
         place = source if self._goes_on(source, cached) else self._least_recently_used()
         self.exchange(place, target)
         if place != source:
             self._copy(place if source == target else source, target, cached)
         slot = self._slots[target]
-        slot.keys = keys[:cached]
+        slot.keys, slot.salt = keys[:cached], salt
         self._touch(slot)
         self.active += 1
         return Placement(target, cached)
@@ -102,13 +104,13 @@ class SlotTable:
             slot.keys = _NO_KEYS
         self.active = 0
 
-    def _longest_prefix(self, keys: Keys) -> tuple[int, int]:
+    def _longest_prefix(self, keys: Keys, salt: int) -> tuple[int, int]:
         """The slot that shares the most first tokens with `keys`; a free one if none does."""
         best, best_length = self._least_recently_used(), 0
         if not self._reuse:
             return best, 0
         for index, slot in enumerate(self._slots):
-            length = common_prefix(slot.keys, keys)
+            length = common_prefix(slot.keys, keys) if slot.salt == salt else 0
             # Between equals, one that is free: reuse in place costs no copy.
             if length > best_length or (length == best_length > 0 and index >= self.active > best):
                 best, best_length = index, length

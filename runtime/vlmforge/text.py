@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -44,6 +43,7 @@ class TextTokenizer:
         data = _parse(tokenizer_json)
         self._json = tokenizer_json
         self._tokenizer = _load(tokenizer_json)
+        self._limited: dict[frozenset[str], Tokenizer] = {}
         self.special_tokens: Mapping[str, int] = MappingProxyType(
             {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
         )
@@ -73,7 +73,18 @@ class TextTokenizer:
         Raises:
             PromptError: the text has a lone surrogate.
         """
-        return _encode(self._plain, text)
+        return self.encode_only(text, ())
+
+    def encode_only(self, text: str, tokens: Collection[str]) -> list[int]:
+        """Ids of `text` in which no other special or added tokens than `tokens` are recognised.
+
+        Raises:
+            PromptError: the text has a lone surrogate.
+        """
+        known = frozenset(tokens)
+        if known not in self._limited:
+            self._limited[known] = self._limited_to(known)
+        return _encode(self._limited[known], text)
 
     def decode(
         self,
@@ -142,11 +153,10 @@ class TextTokenizer:
     def _after(self, before: Sequence[str], run: Sequence[str]) -> str:
         return self.join([*before, *run])[len(self.join(before)) :] if run else ""
 
-    @functools.cached_property
-    def _plain(self) -> Tokenizer:
+    def _limited_to(self, known: frozenset[str]) -> Tokenizer:
         data = _parse(self._json)
         for token in data["added_tokens"]:
-            token["special"] = True
+            token["special"] = token["content"] not in known
         tokenizer = _load(json.dumps(data, ensure_ascii=False))
         tokenizer.encode_special_tokens = True
         return tokenizer

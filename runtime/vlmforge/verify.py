@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vlmforge.backends import LoadOptions
 from vlmforge.bundle import open_bundle
-from vlmforge.engine import Engine, load_engine
+from vlmforge.engine import DecoderInput, Engine, load_engine
 from vlmforge.errors import EngineFormatError
 from vlmforge.features import FeatureCache
 from vlmforge.prompt.choice import choose_template
@@ -65,7 +65,8 @@ def read_cases(folder: Path) -> tuple[GoldenCase, ...]:
 
 def conversation(case: GoldenCase, folder: Path) -> Conversation:
     """The case's messages with its images in place of `{'type': 'image', 'image': index}`."""
-    images = [load_image(folder / name) for name in case.images]
+    # By their bytes: where the engine lies must not become part of a prompt that spells paths.
+    images = [load_image((folder / name).read_bytes()) for name in case.images]
 
     def block(item: dict[str, object]) -> dict[str, object]:
         if item["type"] != "image":
@@ -93,14 +94,14 @@ def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
         "tokens": np.array(rendered.token_ids, np.int64),
         "features": _sample(features),
         "logits": logits,
-        "greedy": _greedy(engine, len(given.ids), logits),
+        "greedy": _greedy(engine, given, logits),
     }
 
 
-def _greedy(engine: Engine, length: int, logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    tokens = [int(logits.argmax())]
+def _greedy(engine: Engine, given: DecoderInput, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    tokens, length, levels = [int(logits.argmax())], len(given.ids), np.array([given.rotary_level])
     while len(tokens) < GREEDY_TOKENS:
-        step = engine.decode(np.array(tokens[-1:]), np.array([length + len(tokens) - 1]))
+        step = engine.decode(np.array(tokens[-1:]), np.array([length + len(tokens) - 1]), levels)
         tokens.append(int(step[0].argmax()))
     return np.array(tokens, np.int64)
 

@@ -28,6 +28,7 @@ from vlmforge_builder.passes.store_weights import store_weights
 
 Array = NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
+ROTARY = ("cos", "sin")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Shape:
     tokens: int
     slack: int
     seed: int
+    plain: bool = False  # `PlainCachedAttention`: nothing is turned
 
     @property
     def heads(self) -> int:
@@ -59,7 +61,7 @@ class Shape:
         batch, width = len(self.past), self.kv_heads * self.head_dim
         angles = rng.uniform(0, 2 * np.pi, (self.capacity + 3, self.head_dim // 2))
         cache = (batch, self.kv_heads, self.capacity, self.head_dim)
-        return {
+        given = {
             "query": normal(batch, self.tokens, self.heads * self.head_dim),
             "key": normal(batch, self.tokens, width),
             "value": normal(batch, self.tokens, width),
@@ -69,6 +71,13 @@ class Shape:
             "sin": np.sin(angles).astype(np.float32),
             "past_lengths": np.array(self.past, np.int64),
         }
+        return {k: v for k, v in given.items() if not (self.plain and k in ROTARY)}
+
+    def turn(self, given: Arrays, place: int) -> tuple[Array, Array]:
+        """Cosines and sines of a place."""
+        if self.plain:
+            return np.ones(1, np.float32), np.zeros(1, np.float32)
+        return given["cos"][place], given["sin"][place]
 
     @property
     def scale(self) -> float:
@@ -90,7 +99,7 @@ def reference(shape: Shape, given: Arrays) -> tuple[Array, Array, Array]:
     for row, past in enumerate(shape.past):
         for token in range(shape.tokens):
             place = past + token
-            turn = given["cos"][place], given["sin"][place]
+            turn = shape.turn(given, place)
             for head in range(shape.kv_heads):
                 part = slice(head * dim, (head + 1) * dim)
                 keys[row, head, place] = rotated(given["key"][row, token, part], *turn)
@@ -106,9 +115,10 @@ def reference(shape: Shape, given: Arrays) -> tuple[Array, Array, Array]:
 
 
 def attention_node(shape: Shape, inputs: Sequence[str], suffix: str = "") -> onnx.NodeProto:
+    rotary = () if shape.plain else ROTARY
     return make_node(
-        "CachedAttention",
-        [*inputs[:3], f"past_key{suffix}", f"past_value{suffix}", "cos", "sin", "past_lengths"],
+        "PlainCachedAttention" if shape.plain else "CachedAttention",
+        [*inputs[:3], f"past_key{suffix}", f"past_value{suffix}", *rotary, "past_lengths"],
         [f"out{suffix}", f"present_key{suffix}", f"present_value{suffix}"],
         name=f"attention{suffix}",
         domain=DOMAIN,
@@ -179,6 +189,7 @@ heads = {
     "head_dim": st.sampled_from([16, 32, 64]),
     "slack": st.integers(0, 5),
     "seed": st.integers(0, 2**32 - 1),
+    "plain": st.booleans(),
 }
 prefills = st.builds(Shape, past=st.tuples(st.integers(0, 20)), tokens=st.integers(1, 9), **heads)
 first_prefills = st.builds(Shape, past=st.just((0,)), tokens=st.integers(1, 24), **heads)

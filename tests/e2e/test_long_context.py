@@ -26,6 +26,7 @@ WINDOWS = {
     "llava_next_mistral_hf": (1400, (594, 612, 594)),
     "llava_v1_5_liuhaotian": (1300, (576, 576, 576)),
     "llava_v1_6_mistral_liuhaotian": (4096, (2340, 2376, 2340)),
+    "qwen_vl_chat": (700, (256, 256, 256)),
     "yi_vl": (2400, (1024, 1024, 1024)),
 }
 

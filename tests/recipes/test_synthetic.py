@@ -99,7 +99,10 @@ def test_transformers_runs_every_form(tmp_path: Path, spec: SyntheticSpec) -> No
     ("golden", "spec"),
     [
         ("llava_1_5_hf", replace(TINY, dtype="bfloat16")),
-        ("llava_v1_5_liuhaotian", replace(ORIGINAL, text=replace(TINY.text, vocab=640))),
+        (
+            "llava_v1_5_liuhaotian",
+            replace(ORIGINAL, dtype="bfloat16", text=replace(TINY.text, vocab=640)),
+        ),
     ],
 )
 def test_names_shapes_and_dtypes_are_the_published_ones(golden: str, spec: SyntheticSpec) -> None:

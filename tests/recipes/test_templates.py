@@ -26,12 +26,16 @@ from vlmforge.prompt.messages import Image, Text, parse_prompt
 from vlmforge.prompt.render import render_prompt
 from vlmforge.vl.constants import IMAGE_TOKEN
 from vlmforge_recipes.llava import templates as llava
+from vlmforge_recipes.qwen_vl import prompting as qwen_vl
 from vlmforge_recipes.yi_vl import templates as yi_vl
 
 FAMILIES: Mapping[str, tuple[Mapping[str, TemplateParts], str]] = {
     "llava": (llava.TEMPLATES, llava.PLACEHOLDER),
+    "qwen_vl": (qwen_vl.TEMPLATES, qwen_vl.PLACEHOLDER),
     "yi_vl": (yi_vl.TEMPLATES, yi_vl.PLACEHOLDER),
 }
+# A family that writes more than its placeholder for an image: its line before the text.
+LINES: Mapping[str, str] = {"qwen_vl": qwen_vl.IMAGE_LINE}
 PICTURE = PIL.Image.new("RGB", (4, 4))
 T = IMAGE_TOKEN
 
@@ -111,6 +115,32 @@ def _human_and_assistant(answer: str, after_system: str) -> dict[str, str]:
     }
 
 
+def _numbered_chatml() -> dict[str, str]:
+    """Of a family that numbers its images in each message."""
+    ask, end = "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
+    head = f"<|im_start|>system\nYou are a helpful assistant.{end}"
+    one, other = f"Picture 1: {T}\n", f"Picture 2: {T}\n"
+
+    def turns(first: str, second: str) -> str:
+        return f"<|im_start|>user\n{first}{ask}a1{end}<|im_start|>user\n{second}{ask}"
+
+    def given(system: str) -> str:
+        return f"<|im_start|>system\n{system}{end}"
+
+    return {
+        "text": f"{head}<|im_start|>user\nhi{ask}",
+        "one image": f"{head}<|im_start|>user\n{one}q1{ask}",
+        "two images": f"{head}<|im_start|>user\n{one}{other}q1{ask}",
+        "placed": f"{head}<|im_start|>user\nq1{T}{ask}",
+        "placed inside": f"{head}<|im_start|>user\na {T} b {T} c{ask}",
+        "two turns": head + turns(f"{one}q1", "q2"),
+        "images in both turns": head + turns(f"{one}q1", f"{one}q2"),
+        "placed later": head + turns("q1", f"q2 {T}?"),
+        "system": f"{given('SYS')}<|im_start|>user\n{one}q1{ask}",
+        "system, two turns": given("SYS") + turns(f"{one}q1", "q2"),
+    }
+
+
 def _chatml(system: str) -> str:
     return f"<|im_start|>system\n{system}<|im_end|><|im_start|>user\n"
 
@@ -162,6 +192,7 @@ EXAMPLES: Mapping[tuple[str, str], Mapping[str, str]] = {
     ("llava", "vicuna"): _vicuna_like(SYS_U),
     ("llava", "llava-chatml"): _llava_chatml(),
     ("llava", "mistral"): _mistral(),
+    ("qwen_vl", "qwen"): _numbered_chatml(),
     ("yi_vl", "yi-vl"): _human_and_assistant("a1", ""),
     ("yi_vl", "mm_default"): _human_and_assistant(" a1", "\n\n"),
 }
@@ -184,6 +215,8 @@ def policy_of(family: str) -> PromptPolicy:
         image_placeholder=placeholder,
         image_splice="split_text",
         bos_id=None,
+        image_line=LINES.get(family, PROMPT.image_line),
+        text_separator="" if family in LINES else PROMPT.text_separator,
     )
 
 
@@ -247,7 +280,8 @@ def test_custom_parts(family: str, name: str) -> None:
         stop_words=["</a>"],
     )
     found = shown(family, config, CONVERSATIONS["two turns"])
-    assert found == f"<s>Be brief.</s><u>{T}\nq1</u><a>a1</a>|<u>q2</u><a>"
+    line = LINES.get(family, "{image}\n").replace("{n}", "1").replace("{image}", T)
+    assert found == f"<s>Be brief.</s><u>{line}q1</u><a>a1</a>|<u>q2</u><a>"
     # An empty part replaces the template's, None keeps it.
     empty = ChatTemplateConfig(name, system="", meta_instruction="", eosys="")
     assert shown(family, empty, "hi").startswith(FAMILIES[family][0][name].user)

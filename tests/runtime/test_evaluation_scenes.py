@@ -66,24 +66,25 @@ def test_the_same_seed_gives_the_same_cases_and_another_one_others() -> None:
 @given(SEEDS)
 @settings(max_examples=60, deadline=None)
 def test_a_picture_shows_each_thing_in_its_place(seed: int) -> None:
-    """The middle of a place has its thing's colour: checked by hue, not by how it was drawn."""
+    """A part of its place has its colour: checked by hue, not by how it was drawn."""
     generator = rng(seed)
     scene = random_scene(generator, held_out=False)
     pixels = np.asarray(draw(scene, generator)).astype(float)
     height, width = pixels.shape[:2]
     for thing in scene.things:
-        y, x = ((thing.row + 0.5) * height / 3, (thing.column + 0.5) * width / 3)
-        reach = min(height, width) // 24
-        middle = pixels[int(y) - reach : int(y) + reach, int(x) - reach : int(x) + reach]
-        red, green, blue = np.median(middle.reshape(-1, 3), axis=0)
-        assert {
-            "red": red > green + 60 and red > blue + 60,
-            "green": green > red + 40 and green > blue + 30,
-            "blue": blue > red + 60 and blue > green + 40,
-            "yellow": min(red, green) > blue + 70,
-            "purple": min(red, blue) > green + 40,
-            "white": min(red, green, blue) > 190,
-        }[thing.color], (thing, red, green, blue)
+        rows = slice(thing.row * height // 3, (thing.row + 1) * height // 3)
+        columns = slice(thing.column * width // 3, (thing.column + 1) * width // 3)
+        red, green, blue = pixels[rows, columns].reshape(-1, 3).T
+        share = {
+            "red": (red > green + 60) & (red > blue + 60),
+            "green": (green > red + 40) & (green > blue + 30),
+            "blue": (blue > red + 60) & (blue > green + 40),
+            "yellow": np.minimum(red, green) > blue + 70,
+            "purple": np.minimum(red, blue) > green + 40,
+            "white": np.minimum(np.minimum(red, green), blue) > 190,
+        }[thing.color].mean()
+        # A small star covers 5 % of it or more; a photograph behind reaches 4 % at times.
+        assert share > 0.045, (thing, share)
 
 
 @given(SEEDS)

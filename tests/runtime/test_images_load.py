@@ -58,6 +58,17 @@ def test_every_source_gives_the_same_image(png: bytes, tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(image), PIXELS)
 
 
+def test_a_loaded_image_knows_where_it_is_from(png: bytes, tmp_path: Path) -> None:
+    """As one that `PIL.Image.open` opens: prompts may spell it. Its bytes alone have no name."""
+    path = tmp_path / "a b.png"
+    path.write_bytes(png)
+    url = f"file://{quote(str(path))}"
+    for source, name in ((str(path), str(path)), (path, str(path)), (url, url)):
+        assert getattr(load_image(source), "filename", None) == name
+    assert not hasattr(load_image(png), "filename")
+    assert not hasattr(load_image(path).copy(), "filename")
+
+
 def test_a_pillow_image_is_returned_itself(png: bytes) -> None:
     for image in (Image.fromarray(PIXELS), Image.open(io.BytesIO(png)), Image.new("LA", (2, 3))):
         assert load_image(image) is image

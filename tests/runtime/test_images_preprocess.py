@@ -134,6 +134,26 @@ def test_center_crop_is_the_original(
 
 
 @given(
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    mode=st.sampled_from(["RGB", "L", "P", "1", "CMYK"]),
+    crop=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(size=(1, 1), mode="RGB", crop=(24, 24), seed=0)
+@example(size=(90, 1), mode="L", crop=(33, 20), seed=0)
+@settings(max_examples=60, deadline=None)
+def test_stretch_resizes_the_whole_image(
+    size: tuple[int, int], mode: str, crop: tuple[int, int], seed: int
+) -> None:
+    policy = dataclasses.replace(CENTER_CROP, name="stretch", crop=crop)
+    image = noise(*size, seed).convert(mode)
+    resized = image.convert("RGB").resize(crop[::-1], Image.Resampling.BICUBIC)
+    levels = np.asarray(resized).astype(np.float64) / 255
+    expected = ((levels - policy.mean) / policy.std).transpose(2, 0, 1)
+    np.testing.assert_allclose(preprocess(image, policy)[0], expected, atol=1e-6, rtol=1e-6)
+
+
+@given(
     size=st.tuples(st.integers(1, 120), st.integers(1, 120)),
     mode=st.sampled_from(["RGB", "L", "P", "1", "CMYK"]),
     edge=st.integers(1, 60),

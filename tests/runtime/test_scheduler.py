@@ -26,11 +26,21 @@ def next_token(content: IntArray) -> int:
     return zlib.crc32(content.astype(np.int64).tobytes()) % VOCAB
 
 
+def level(prompt: int) -> int:
+    """The rotary level of a sequence with a prompt of that many tokens."""
+    return prompt // 13
+
+
+def stored(ids: IntArray, levels: IntArray | int) -> IntArray:
+    """What is in the cache: another level makes other keys and values of the same tokens."""
+    return ids + 1000 * levels
+
+
 def alone(prompt: list[int], count: int) -> list[int]:
     """What a sequence generates when nothing else runs."""
     content = list(prompt)
     for _ in range(count):
-        content.append(next_token(np.array(content)))
+        content.append(next_token(stored(np.array(content), level(len(prompt)))))
     return content[len(prompt) :]
 
 
@@ -57,19 +67,20 @@ class FakeEngine:
 
     def decoder_input(self, prompt: RenderedPrompt, *_: object) -> DecoderInput:
         ids = np.array(prompt.token_ids, np.int64)
-        return DecoderInput(ids, ids.copy(), None)
+        return DecoderInput(ids, ids.copy(), None, level(len(ids)))
 
     def prefill(
         self, slot: int, prompt: DecoderInput, start: int, stop: int, *, every: bool
     ) -> FloatArray:
         assert not every
-        self.decoder.tokens[slot, start:stop] = prompt.ids[start:stop]
+        ids = stored(prompt.ids[start:stop], prompt.rotary_level)
+        self.decoder.tokens[slot, start:stop] = ids
         done = stop == len(prompt.ids)
         return self._logits([(slot, stop)] if done else [])
 
-    def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
+    def decode(self, tokens: IntArray, lengths: IntArray, levels: IntArray) -> FloatArray:
         rows = np.arange(len(tokens))
-        self.decoder.tokens[rows, lengths] = tokens
+        self.decoder.tokens[rows, lengths] = stored(tokens, levels)
         return self._logits([(int(row), int(lengths[row]) + 1) for row in rows])
 
     def _logits(self, places: list[tuple[int, int]]) -> FloatArray:

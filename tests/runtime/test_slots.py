@@ -126,9 +126,10 @@ class Served:
         self.storage = Storage(slots)
         self.table = SlotTable(slots, self.storage.copy, self.storage.swap)
 
-    def start(self, prompt: Sequence[int]) -> int:
+    def start(self, prompt: Sequence[int], salt: int = 0) -> int:
         """Run a prompt and leave it active; returns how many of its tokens were known."""
-        slot, cached = (placed := self.table.admit(keys(prompt))).slot, placed.cached
+        placed = self.table.admit(keys(prompt), salt=salt)
+        slot, cached = placed.slot, placed.cached
         self.storage.write(slot, cached, prompt[cached:])
         self.table.extend(slot, keys(prompt[cached:]))
         return cached
@@ -144,6 +145,14 @@ def test_the_last_token_is_always_run() -> None:
     assert served.serve([1, 2, 3]) == 0
     assert served.serve([1, 2, 3]) == 2
     assert served.serve([1]) == 0
+
+
+def test_tokens_of_another_salt_are_never_reused() -> None:
+    served = Served(3)
+    assert served.serve([1, 2, 3, 4]) == 0
+    assert served.start([1, 2, 3, 4, 5], salt=1) == 0
+    assert served.start([1, 2, 3, 5]) == 3  # the old one is still there, and of its own salt
+    assert served.start([1, 2, 3, 4, 6], salt=1) == 4
 
 
 def test_the_least_recently_used_slot_is_given_up() -> None:

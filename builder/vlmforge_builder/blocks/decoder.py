@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from vlmforge_builder.blocks.layers import Linear, RMSNorm, activation
-from vlmforge_builder.ops import cached_attention
+from vlmforge_builder.blocks.long_context import LevelPositions, LongContext, Rotation, rotate
+from vlmforge_builder.ops import cached_attention, plain_cached_attention
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Geometry of a decoder. `max_positions` is how many tokens one sequence may hold."""
+    """Geometry of a decoder. `max_positions` is how many tokens one sequence may hold.
+
+    `long_context` is None where positions are plain rotary ones at every length.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -26,6 +31,8 @@ class DecoderConfig:
     rope_theta: float
     activation: str
     max_positions: int
+    qkv_bias: bool = False
+    long_context: LongContext | None = None
 
 
 def rotary_tables(config: DecoderConfig) -> tuple[Tensor, Tensor]:
@@ -39,6 +46,10 @@ def rotary_tables(config: DecoderConfig) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+# The tables of all positions, or the rows of a step's own tokens.
+Rotary: TypeAlias = tuple[Tensor, Tensor] | Rotation
+
+
 class Attention(nn.Module):
     """Causal self-attention over the key/value cache. `qkv` holds the three projections."""
 
@@ -46,26 +57,34 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
-        self.qkv = Linear(config.hidden_size, width, bias=False)
+        self.qkv = Linear(config.hidden_size, width, bias=config.qkv_bias)
         self.out = Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor], lengths: Tensor
+        self, x: Tensor, past: tuple[Tensor, Tensor], rotary: Rotary, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`x [B, S, hidden]` to the same shape, and the two caches."""
         kv_width = self.kv_heads * self.head_dim
         q, k, v = self.qkv(x).split((self.heads * self.head_dim, kv_width, kv_width), dim=-1)
-        mixed, key, value = cached_attention(
-            q,
-            k,
-            v,
-            *past,
-            *rotary,
-            lengths,
-            num_heads=self.heads,
-            kv_num_heads=self.kv_heads,
-            scale=self.head_dim**-0.5,
-        )
+        heads, kv_heads, scale = self.heads, self.kv_heads, self.head_dim**-0.5
+        if isinstance(rotary, Rotation):
+            q = rotate(q, rotary.query_cos, rotary.query_sin)
+            k = rotate(k, rotary.key_cos, rotary.key_sin)
+            mixed, key, value = plain_cached_attention(
+                q, k, v, *past, lengths, num_heads=heads, kv_num_heads=kv_heads, scale=scale
+            )
+        else:
+            mixed, key, value = cached_attention(
+                q,
+                k,
+                v,
+                *past,
+                *rotary,
+                lengths,
+                num_heads=heads,
+                kv_num_heads=kv_heads,
+                scale=scale,
+            )
         return self.out(mixed), key, value
 
 
@@ -95,7 +114,7 @@ class Layer(nn.Module):
         self.mlp = GatedMLP(config)
 
     def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor], lengths: Tensor
+        self, x: Tensor, past: tuple[Tensor, Tensor], rotary: Rotary, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`x [B, S, hidden]` to the same shape, and the two caches."""
         mixed, key, value = self.attn(self.attn_norm(x), past, rotary, lengths)
@@ -110,8 +129,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.vocab_size = config.vocab_size
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.cos = nn.Parameter(torch.empty(config.max_positions, config.head_dim // 2))
-        self.sin = nn.Parameter(torch.empty(config.max_positions, config.head_dim // 2))
+        positions, head_dim, context = config.max_positions, config.head_dim, config.long_context
+        self.positions = None
+        if context is None:
+            self.cos = nn.Parameter(torch.empty(positions, head_dim // 2))
+            self.sin = nn.Parameter(torch.empty(positions, head_dim // 2))
+        else:
+            self.positions = LevelPositions(context, positions, head_dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -124,6 +148,7 @@ class Decoder(nn.Module):
         logits_indices: Tensor,
         past_keys: list[Tensor],
         past_values: list[Tensor],
+        rotary_levels: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run S tokens of B sequences.
 
@@ -133,14 +158,20 @@ class Decoder(nn.Module):
             past_lengths: int64 `[B]`, tokens already in the cache.
             logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of.
             past_keys, past_values: Per layer `[B, kv_heads, C, head_dim]`.
+            rotary_levels: int64 `[B]`, with `long_context` only (see `LevelPositions`).
 
         Returns:
             Logits `[B, K, vocab_size]` and the caches after the step.
         """
         x = self._embed(input_ids, image_features)
+        rotary: Rotary
+        if self.positions is None or rotary_levels is None:
+            rotary = (self.cos, self.sin)
+        else:
+            rotary = self.positions(past_lengths, rotary_levels, input_ids)
         keys, values = [], []
         for layer, key, value in zip(self.layers, past_keys, past_values, strict=True):
-            x, key, value = layer(x, (key, value), (self.cos, self.sin), past_lengths)
+            x, key, value = layer(x, (key, value), rotary, past_lengths)
             keys.append(key)
             values.append(value)
         index = logits_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1])

@@ -60,6 +60,10 @@ class ConvertedTokenizer:
         found: int | None = Tokenizer.from_str(self.json.decode()).token_to_id(token)
         return found
 
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, special tokens in it recognised."""
+        return _encoder(Tokenizer.from_str(self.json.decode()))(text)
+
 
 def convert_tokenizer(
     folder: Path,

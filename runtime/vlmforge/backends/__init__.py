@@ -58,6 +58,7 @@ class DecoderSession(Protocol):
         past_lengths: IntArray,
         image_features: FloatArray | None,
         logits_indices: IntArray,
+        rotary_levels: IntArray | None = None,
     ) -> FloatArray:
         """Run `input_ids` `[B, S]` on the slots `first_slot..first_slot + B`.
 
@@ -69,6 +70,7 @@ class DecoderSession(Protocol):
             past_lengths: int64 `[B]`, tokens already in each slot.
             image_features: `[R, hidden]`, or None when no id refers to one.
             logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of; K may be 0.
+            rotary_levels: int64 `[B]`, for an engine whose position policy has levels.
 
         Returns:
             Logits `[B, K, vocab_size]`.

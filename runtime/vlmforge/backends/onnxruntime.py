@@ -114,6 +114,7 @@ class _Decoder:
         past_lengths: IntArray,
         image_features: FloatArray | None,
         logits_indices: IntArray,
+        rotary_levels: IntArray | None = None,
     ) -> FloatArray:
         binding = self._session.io_binding()
         if image_features is None:
@@ -124,6 +125,8 @@ class _Decoder:
             "past_lengths": past_lengths,
             "logits_indices": logits_indices,
         }
+        if rotary_levels is not None:
+            feeds["rotary_levels"] = rotary_levels
         for name, value in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
         for name, cache in self._slots(first_slot, len(input_ids)).items():

@@ -49,7 +49,9 @@ def choose_template(
     parts = dataclasses.replace(base or _EMPTY, **given)
     return ActiveTemplate(
         config.model_name,
-        jinja_from_parts(parts, policy.image_placeholder),
+        jinja_from_parts(
+            parts, policy.image_placeholder, policy.image_line + policy.text_separator
+        ),
         parts.stop_words if stop_words is None else stop_words,
         verbatim,
     )

@@ -30,9 +30,13 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A block that is an image: anything that `load_image` takes."""
+    """A block that is an image: anything that `load_image` takes.
+
+    `name` is the path or URL that it was loaded from, where `source` is that no more.
+    """
 
     source: ImageSource
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from vlmforge.errors import PromptError
 from vlmforge.manifest import PromptPolicy
+from vlmforge.prompt import marks
 from vlmforge.prompt.choice import ActiveTemplate
+from vlmforge.prompt.marks import refuse_marks
 from vlmforge.prompt.messages import Conversation, Image, Message
+from vlmforge.prompt.names import name_ids, refuse_spelled, spelled_name
+from vlmforge.prompt.pieces import Encoded, TextEncoder, encode_chunks, without_borders
 from vlmforge.prompt.template import render_template
 from vlmforge.vl.constants import IMAGE_TOKEN
 
-# Private-use characters: stand for an image, and for the placeholder typed as ordinary text. All
-# six differ, so that a part of a mark beside a mark cannot be mistaken for one.
-_MARK = "\ue0f1\ue0f2\ue0f3"
-_TYPED = "\ue0f4\ue0f5\ue0f6"
-
-
-class TextEncoder(Protocol):
-    """Text to ids."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, special tokens in it recognised, none added."""
+__all__ = ["ImageSpan", "RenderedPrompt", "TextEncoder", "marked_tokenizer_json", "render_prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +36,17 @@ class RenderedPrompt:
 
     Attributes:
         text: The prompt's text, the family's placeholder where an image goes.
-        token_ids: Ids with images expanded; `image_token_id` of the engine at their positions.
+        token_ids: Ids with images expanded; at their positions the engine's `image_token_id`, or
+            what the original writes there.
         image_spans: One for each image, in order.
+        content_starts: Where in `token_ids` the content of each message begins, a template's own
+            system message included; empty unless contents are encoded apart.
     """
 
     text: str
     token_ids: tuple[int, ...]
     image_spans: tuple[ImageSpan, ...]
+    content_starts: tuple[int, ...] = ()
 
     @property
     def text_tokens(self) -> int:
@@ -68,10 +66,10 @@ def marked_tokenizer_json(tokenizer_json: str, policy: PromptPolicy) -> str:
     data = json.loads(tokenizer_json)
     for token in data["added_tokens"]:
         if token["content"] == policy.image_placeholder:
-            token["content"] = _MARK
+            token["content"] = marks.IMAGE
     vocab = data["model"].get("vocab")
     if isinstance(vocab, dict) and policy.image_placeholder in vocab:
-        vocab[_MARK] = vocab.pop(policy.image_placeholder)
+        vocab[marks.IMAGE] = vocab.pop(policy.image_placeholder)
     return json.dumps(data, ensure_ascii=False)
 
 
@@ -96,20 +94,42 @@ def render_prompt(
             where IMAGE_TOKEN or the family's placeholder is.
 
     Raises:
-        PromptError: image tokens and images do not match, or the template refuses the messages.
+        PromptError: image tokens and images do not match, an image's name cannot be spelled, or
+            the template refuses the messages.
     """
     if preprocess and not template.verbatim:
         marked = _apply(conversation, policy, template)
     else:
         marked = _verbatim(conversation, policy)
-    chunks = marked.split(_MARK)
-    images = len(conversation.images)
-    if len(chunks) - 1 != images:
-        raise _mismatch("The prompt", len(chunks) - 1, images, optional=False)
-    text = policy.image_placeholder.join(chunks).replace(_TYPED, policy.image_placeholder)
-    chunks = [chunk.replace(_TYPED, policy.image_placeholder) for chunk in chunks]
-    pieces = _encode(chunks, policy, encoder)
-    return _expand(text, pieces, policy, image_lengths)
+    chunks, typed = _cut(marked)
+    images = conversation.images
+    if len(typed) != len(images):
+        raise _mismatch("The prompt", len(typed), len(images), optional=False)
+    names = [spelled_name(policy, *pair) for pair in zip(images, typed, strict=True)]
+    chunks = [chunk.replace(marks.TYPED, policy.image_placeholder) for chunk in chunks]
+    for chunk in chunks:
+        refuse_spelled(chunk, policy)
+    pieces = encode_chunks(chunks, policy, encoder)
+    return _expand(_text(chunks, names, policy), pieces, names, policy, image_lengths)
+
+
+def _cut(marked: str) -> tuple[list[str], list[str | None]]:
+    """The text before, between and after the images, and the names that the user spelled."""
+    first, *rest = marked.split(marks.IMAGE)
+    chunks, names = [first], list[str | None]()
+    for chunk in rest:
+        name, named, text = chunk.partition(marks.NAMED)
+        chunks.append(text if named else chunk)
+        names.append(name if named else None)
+    return chunks, names
+
+
+def _text(chunks: Sequence[str], names: Sequence[str], policy: PromptPolicy) -> str:
+    text, spelling = chunks[0], policy.spelling
+    for name, chunk in zip(names, chunks[1:], strict=True):
+        spelled = f"{spelling.begin}{name}{spelling.end}" if spelling else policy.image_placeholder
+        text += spelled + chunk
+    return without_borders(text)
 
 
 def _mismatch(what: str, tokens: int, images: int, *, optional: bool) -> PromptError:
@@ -133,88 +153,105 @@ def _apply(conversation: Conversation, policy: PromptPolicy, template: ActiveTem
         bos_token=policy.bos_token,
         eos_token=policy.eos_token,
         add_generation_prompt=last != "assistant",
+        content_marks=_borders(policy),
     )
-    return text.replace(policy.image_placeholder, _MARK)
+    return text.replace(policy.image_placeholder, marks.IMAGE)
+
+
+def _borders(policy: PromptPolicy) -> tuple[str, str]:
+    """What goes around a content; templates that do not know of it leave out the images' lines."""
+    return ("", "") if policy.content_tokens is None else (marks.OPEN, marks.CLOSE)
 
 
 def _template_message(message: Message, policy: PromptPolicy) -> dict[str, object]:
-    images, texts = message.images, message.texts
+    texts, (begin, end) = message.texts, _borders(policy)
     placed = _placed_text(message, policy)
     if placed is not None:
-        return {"role": message.role, "content": [{"type": "text", "text": placed}]}
-    content: list[dict[str, str]] = [{"type": "image"} for _ in images]
+        return {"role": message.role, "content": [_text_block(f"{begin}{placed}{end}")]}
+    content: list[dict[str, str]] = [{"type": "image"} for _ in message.images]
     if texts:
-        content.append({"type": "text", "text": _escape("\n".join(texts), policy)})
+        text = _escape(policy.text_separator.join(texts), policy)
+        content.append(_text_block(f"{begin}{text}{end}"))
     return {"role": message.role, "content": content}
+
+
+def _text_block(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 def _placed_text(message: Message, policy: PromptPolicy) -> str | None:
     """The message's text with images marked in place; None: the template puts them first."""
     images, texts = message.images, message.texts
+    joined = policy.text_separator.join(texts)
     tokens = sum(text.count(IMAGE_TOKEN) for text in texts)
     if tokens:
         if tokens != len(images):
             raise _mismatch("A message", tokens, len(images), optional=True)
-        return _escape("\n".join(texts), policy).replace(IMAGE_TOKEN, _MARK)
+        return _escape(joined, policy).replace(IMAGE_TOKEN, marks.IMAGE)
     if not images:
         return None
     # The family's own placeholder, once for each image, is how its users place images by hand.
-    if sum(text.count(policy.image_placeholder) for text in texts) == len(images):
-        _refuse_marks("".join(texts))
-        return "\n".join(texts).replace(policy.image_placeholder, _MARK)
-    if len(texts) > 1:
-        blocks = message.blocks
-        return "\n".join(
-            _MARK if isinstance(block, Image) else _escape(block.text, policy) for block in blocks
-        )
-    return None
+    if sum(len(_placeholder(policy).findall(text)) for text in texts) == len(images):
+        refuse_marks(joined)
+        return _mark_placeholders(joined, policy)
+    return _interleaved(message, policy) if len(texts) > 1 else None
+
+
+def _interleaved(message: Message, policy: PromptPolicy) -> str:
+    parts, number = [], 0
+    for block in message.blocks:
+        if isinstance(block, Image):
+            number += 1
+            line = policy.image_line.replace("{n}", str(number))
+            parts.append(line.replace("{image}", marks.IMAGE))
+        else:
+            parts.append(_escape(block.text, policy))
+    return policy.text_separator.join(parts)
+
+
+def _placeholder(policy: PromptPolicy) -> re.Pattern[str]:
+    """What an image looks like in the family's own prompts."""
+    spelling = policy.spelling
+    if spelling is None:
+        return re.compile(re.escape(policy.image_placeholder))
+    return re.compile(f"{re.escape(spelling.begin)}(.*?){re.escape(spelling.end)}", re.DOTALL)
+
+
+def _mark_placeholders(text: str, policy: PromptPolicy) -> str:
+    named = policy.spelling is not None
+    return _placeholder(policy).sub(
+        lambda found: f"{marks.IMAGE}{found[1]}{marks.NAMED}" if named else marks.IMAGE, text
+    )
 
 
 def _verbatim(conversation: Conversation, policy: PromptPolicy) -> str:
     text = "".join(text for message in conversation.messages for text in message.texts)
-    _refuse_marks(text)
-    text = text.replace(IMAGE_TOKEN, _MARK)
-    return text.replace(policy.image_placeholder, _MARK) if conversation.images else text
+    refuse_marks(text)
+    text = text.replace(IMAGE_TOKEN, marks.IMAGE)
+    return _mark_placeholders(text, policy) if conversation.images else text
 
 
 def _escape(text: str, policy: PromptPolicy) -> str:
-    _refuse_marks(text)
-    return text.replace(policy.image_placeholder, _TYPED)
-
-
-def _refuse_marks(text: str) -> None:
-    if _MARK in text or _TYPED in text:
-        raise PromptError(
-            "The prompt contains a private-use sequence that vlmforge uses inside.",
-            found=ascii(_MARK if _MARK in text else _TYPED),
-            expected="text without it",
-            fix="remove these characters",
-        )
-
-
-def _encode(chunks: Sequence[str], policy: PromptPolicy, encoder: TextEncoder) -> list[list[int]]:
-    """Ids of the text between the images."""
-    if policy.image_splice == "split_text":
-        pieces = [encoder.encode(chunk) for chunk in chunks]
-    else:
-        pieces = [[]]
-        for token in encoder.encode(_MARK.join(chunks)):
-            if token == policy.image_token_id:
-                pieces.append([])
-            else:
-                pieces[-1].append(token)
-    if policy.bos_id is not None and pieces[0][:1] != [policy.bos_id]:
-        pieces[0].insert(0, policy.bos_id)
-    return pieces
+    refuse_marks(text)
+    return text.replace(policy.image_placeholder, marks.TYPED)
 
 
 def _expand(
-    text: str, pieces: Sequence[Sequence[int]], policy: PromptPolicy, lengths: Sequence[int]
+    text: str,
+    pieces: Sequence[Encoded],
+    names: Sequence[str],
+    policy: PromptPolicy,
+    lengths: Sequence[int],
 ) -> RenderedPrompt:
-    ids = list(pieces[0])
-    spans = []
-    for image, (piece, length) in enumerate(zip(pieces[1:], lengths, strict=True)):
+    ids, spans, contents = list(pieces[0].ids), list[ImageSpan](), list(pieces[0].contents)
+    spelling = policy.spelling
+    for image, (piece, name, length) in enumerate(zip(pieces[1:], names, lengths, strict=True)):
+        if spelling is not None:
+            ids.append(spelling.begin_id)
         spans.append(ImageSpan(len(ids), length, image))
-        ids += [policy.image_token_id] * length
-        ids += piece
-    return RenderedPrompt(text, tuple(ids), tuple(spans))
+        ids += name_ids(name, length, policy)
+        if spelling is not None:
+            ids.append(spelling.end_id)
+        contents += [len(ids) + start for start in piece.contents]
+        ids += piece.ids
+    return RenderedPrompt(text, tuple(ids), tuple(spans), tuple(contents))

@@ -14,14 +14,16 @@ from vlmforge.manifest import TemplateParts
 
 _BODY = """\
 {%- macro body(message) -%}
+{{ content_begin }}
 {%- if message.content is string -%}{{ message.content }}{%- else -%}
 {%- for block in message.content if block.type == 'image' -%}
-{{ IMAGE + '\\n' }}{%- endfor -%}
+{{ LINE | replace('{n}', loop.index | string) | replace('{image}', IMAGE) }}{%- endfor -%}
 {%- for block in message.content if block.type == 'text' -%}{{ block.text }}{%- endfor -%}
 {%- endif -%}
+{{ content_end }}
 {%- endmacro -%}
 {%- if SYSTEM is not none and (not messages or messages[0].role != 'system') -%}
-{{ SYS + SYSTEM + EOSYS }}{%- endif -%}
+{{ SYS }}{{ content_begin }}{{ SYSTEM }}{{ content_end }}{{ EOSYS }}{%- endif -%}
 {%- for message in messages -%}
 {%- if message.role == 'system' -%}{{ SYS + body(message) + EOSYS }}
 {%- elif message.role == 'user' -%}{{ USER + body(message) + EOH }}
@@ -33,8 +35,12 @@ _BODY = """\
 """
 
 
-def jinja_from_parts(parts: TemplateParts, image_placeholder: str) -> str:
+def jinja_from_parts(
+    parts: TemplateParts, image_placeholder: str, image_line: str = "{image}\n"
+) -> str:
     """The jinja text of a template given by its parts; each image goes on a line before the text.
+
+    In `image_line`, `{image}` is the placeholder and `{n}` the image's number in its message.
 
     The layout is that of LMDeploy's `BaseChatTemplate`. A conversation whose last message is the
     assistant's (rendered without `add_generation_prompt`) is left open for completion.
@@ -42,6 +48,7 @@ def jinja_from_parts(parts: TemplateParts, image_placeholder: str) -> str:
     generation = parts.assistant.rstrip() if parts.strip_end else parts.assistant
     values = {
         "IMAGE": image_placeholder,
+        "LINE": image_line,
         "SYSTEM": parts.meta_instruction,
         "SYS": parts.system,
         "EOSYS": parts.eosys,
@@ -67,8 +74,11 @@ def render_template(
     bos_token: str,
     eos_token: str,
     add_generation_prompt: bool,
+    content_marks: tuple[str, str] = ("", ""),
 ) -> str:
     """Render messages (`role`, `content`: list of `{'type': ...}`) to the prompt's text.
+
+    Templates made by `jinja_from_parts` write `content_marks` around every content.
 
     Raises:
         PromptError: the template does not compile, refuses the messages, or breaks the sandbox.
@@ -85,6 +95,8 @@ def render_template(
             add_generation_prompt=add_generation_prompt,
             tools=None,  # templates ask `is not none`, which an undefined name is not
             documents=None,
+            content_begin=content_marks[0],
+            content_end=content_marks[1],
         )
     except TEMPLATE_FAULTS as error:
         raise PromptError(

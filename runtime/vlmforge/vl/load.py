@@ -77,7 +77,7 @@ def _from_text(text: str, limits: ImageLimits) -> Image.Image:
     if scheme in ("http", "https"):
         return _from_web(text, limits)
     if scheme == "file":
-        return _from_file(_file_url_path(text), limits)
+        return _named(_from_file(_file_url_path(text), limits), text)
     raise ImageError(
         f"Images are not read from {scheme}:// addresses.",
         found=_shown(text),
@@ -90,7 +90,7 @@ def _from_web(url: str, limits: ImageLimits) -> Image.Image:
     from vlmforge.vl.fetch import fetch_bytes, shown_url  # http and ssl only where needed
 
     data = fetch_bytes(url, limits=limits, allow_private=env.private_urls_allowed())
-    return decode_image(data, name=f"The image at {shown_url(url)}", limits=limits)
+    return _named(decode_image(data, name=f"The image at {shown_url(url)}", limits=limits), url)
 
 
 def _from_file(path: str, limits: ImageLimits) -> Image.Image:
@@ -103,7 +103,13 @@ def _from_file(path: str, limits: ImageLimits) -> Image.Image:
         reason = getattr(error, "strerror", None) or str(error)
         raise _unreadable(path, f"{name} cannot be read.", reason) from error
     check_byte_count(size, name=name, limits=limits)
-    return decode_image(data, name=name, limits=limits)
+    return _named(decode_image(data, name=name, limits=limits), path)
+
+
+def _named(image: Image.Image, name: str) -> Image.Image:
+    """The image with the `filename` that `PIL.Image.open` gives: some prompts spell it."""
+    image.filename = name  # type: ignore[attr-defined]
+    return image
 
 
 def _read_file(path: Path, max_bytes: int) -> tuple[bytes, int]:

@@ -37,8 +37,9 @@ class ImagePolicy:
 
     Attributes:
         name: A key of `POLICIES`.
-        shortest_edge: Pixels of the shorter side after resizing.
-        crop: Height and width of the centre crop; zeros fill what the image does not cover.
+        shortest_edge: Pixels of the shorter side after resizing; not used by "stretch".
+        crop: Height and width of the centre crop; zeros fill what the image does not cover. Of
+            "stretch", those that the whole image is resized to.
         resample: A filter of Pillow, in lower case ("bicubic", ...).
         rescale_factor: Multiplies the 8-bit levels.
         mean: Subtracted after rescaling, per channel.
@@ -87,6 +88,13 @@ def pad_square(image: Image.Image, policy: ImagePolicy) -> NDArray[np.float32]:
     return _normalize(square.crop(_centre_box(square.size, policy.crop)), policy)
 
 
+def stretch(image: Image.Image, policy: ImagePolicy) -> NDArray[np.float32]:
+    """Resize to `crop`, whatever the aspect ratio. One view."""
+    rgb = to_rgb(image, policy.background)
+    height, width = policy.crop
+    return _normalize(rgb.resize((width, height), _filter(policy)), policy)
+
+
 def anyres(image: Image.Image, policy: ImagePolicy) -> NDArray[np.float32]:
     """The whole image squeezed to a tile, then the tiles of its canvas (see `Tiling`)."""
     tiling = policy.tiling
@@ -103,7 +111,9 @@ def anyres(image: Image.Image, policy: ImagePolicy) -> NDArray[np.float32]:
 
 
 POLICIES: Mapping[str, Callable[[Image.Image, ImagePolicy], NDArray[np.float32]]] = (
-    MappingProxyType({"center_crop": center_crop, "pad_square": pad_square, "anyres": anyres})
+    MappingProxyType(
+        {"center_crop": center_crop, "pad_square": pad_square, "anyres": anyres, "stretch": stretch}
+    )
 )
 
 

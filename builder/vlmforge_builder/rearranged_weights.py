@@ -1,0 +1,79 @@
+"""Weights that a checkpoint holds in another arrangement or size than our layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmforge.errors import TensorError
+from vlmforge_builder.checkpoint.store import TensorStore, expect
+
+
+@dataclass(frozen=True, slots=True)
+class ResizedGrid:
+    """A table `[rows * rows, width]` of a square grid, resized to the parameter's grid.
+
+    Bicubic in fp32 without aligned corners, as originals do at run time for a fixed image size.
+    """
+
+    key: str
+    rows: int
+
+    def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
+        """See `Weight.read`."""
+        expect(store, self.key, (self.rows**2, shape[1]))
+        table, target = store.read(self.key), math.isqrt(shape[0])
+        if target**2 != shape[0]:
+            raise TensorError(
+                f"{self.key} cannot be resized.",
+                found=f"{shape[0]} places",
+                expected="places of a square grid",
+                fix="check that config.json belongs to these weight files",
+            )
+        if target == self.rows:
+            return table
+        grid = table.float().reshape(1, self.rows, self.rows, -1).permute(0, 3, 1, 2)
+        resized = F.interpolate(grid, size=(target, target), mode="bicubic", align_corners=False)
+        return resized.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class PerHead:
+    """Projections that are stored head by head, each head's parts together, as ours: part by part.
+
+    A matrix `[heads * parts * head_dim, in]` becomes `[in, parts * heads * head_dim]`, a bias keeps
+    its one dimension.
+    """
+
+    key: str
+    heads: int
+    parts: int = 3
+
+    def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
+        """See `Weight.read`."""
+        expect(store, self.key, shape[::-1])
+        stored = store.read(self.key)
+        apart = stored.reshape(self.heads, self.parts, -1, *stored.shape[1:])
+        by_part = apart.transpose(0, 1).flatten(0, 2)
+        return by_part.T if by_part.ndim == 2 else by_part
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of a tensor that has `total`, from row `start` on.
+
+    A matrix `[total, in]` becomes `[in, n]`, a bias `[total]` becomes `[n]`.
+    """
+
+    key: str
+    start: int
+    total: int
+
+    def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
+        """See `Weight.read`."""
+        expect(store, self.key, (self.total, *shape[:-1]))
+        rows = store.read(self.key)[self.start : self.start + shape[-1]]
+        return rows.T if rows.ndim == 2 else rows

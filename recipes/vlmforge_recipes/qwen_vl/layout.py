@@ -1,0 +1,42 @@
+"""What config.json tells of the family, and which variants of it were published."""
+
+from __future__ import annotations
+
+from vlmforge.errors import UnsupportedModelError
+from vlmforge_builder.checkpoint.config import ConfigReader
+
+ARCHITECTURE = "QWenLMHeadModel"
+
+
+def is_family(config: ConfigReader) -> bool:
+    """Whether it is of this family."""
+    architectures = config.get("architectures")
+    return (
+        isinstance(architectures, list) and ARCHITECTURE in architectures and config.has("visual")
+    )
+
+
+def check(config: ConfigReader) -> None:
+    """Refuse what the original code can be configured to but was never published as.
+
+    Raises:
+        UnsupportedModelError: such a variant, or quantised weights.
+    """
+    if config.has("quantization_config"):
+        raise _unsupported(config, "a quantization_config", "weights that are not quantised")
+    for key in ("no_bias", "scale_attn_weights"):
+        if not config.bool(key, default=True):
+            raise _unsupported(config, f"{key} false", "true")
+    if (share := config.float("rotary_pct", 1.0)) != 1.0:
+        raise _unsupported(config, f"rotary_pct {share}", "1.0")
+    if (length := config.int("seq_length", 2048)) < 2:
+        raise _unsupported(config, f"seq_length {length}", "at least 2")
+
+
+def _unsupported(config: ConfigReader, found: str, expected: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{config.file} describes a variant that this recipe does not know.",
+        found=found,
+        expected=expected,
+        fix="choose a Qwen-VL-Chat checkpoint, or extend the recipe",
+    )

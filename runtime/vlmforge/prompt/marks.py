@@ -1,0 +1,28 @@
+"""Private-use characters that mark places in a prompt's text until it is tokenised.
+
+All characters differ, so that a part of a mark beside a mark cannot be mistaken for one.
+"""
+
+from __future__ import annotations
+
+from vlmforge.errors import PromptError
+
+IMAGE = "\ue0f1\ue0f2\ue0f3"
+"""Where an image goes; if the user spelled its name, followed by that and `NAMED`."""
+TYPED = "\ue0f4\ue0f5\ue0f6"
+"""The image placeholder, typed as ordinary text."""
+OPEN, CLOSE = "\ue0f7\ue0f8\ue0f9", "\ue0fa\ue0fb\ue0fc"
+"""Begin and end of the content of a message."""
+NAMED = "\ue0fd\ue0fe\ue0ff"
+
+
+def refuse_marks(text: str) -> None:
+    """PromptError for a text that has a mark."""
+    for mark in (IMAGE, TYPED, OPEN, CLOSE, NAMED):
+        if mark in text:
+            raise PromptError(
+                "The prompt contains a private-use sequence that vlmforge uses inside.",
+                found=ascii(mark),
+                expected="text without it",
+                fix="remove these characters",
+            )
