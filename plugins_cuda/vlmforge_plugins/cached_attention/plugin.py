@@ -71,12 +71,13 @@ def _creator(trt: Any, op: str, kernels: Kernels) -> object:
             super().__init__()
             self.name, self.plugin_namespace, self.plugin_version = op, NAMESPACE, VERSION
             kinds = {"num_heads": "INT32", "kv_num_heads": "INT32", "scale": "FLOAT32"}
-            self.field_names = trt.PluginFieldCollection(
-                [
-                    trt.PluginField(name, np.array([]), getattr(trt.PluginFieldType, kind))
-                    for name, kind in kinds.items()
-                ]
-            )
+            # The library keeps their addresses.
+            self._empty = np.array([], np.int32)
+            self._fields = [
+                trt.PluginField(name, self._empty, getattr(trt.PluginFieldType, kind))
+                for name, kind in kinds.items()
+            ]
+            self.field_names = trt.PluginFieldCollection(self._fields)
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> object:
             del name, phase
@@ -118,6 +119,7 @@ def _plugin_class(trt: Any) -> Any:
             self._loaded: Any = None
             self._machine = _LARGEST_MACHINE
             self._planned: Plan | None = None
+            self._serialized: tuple[Any, ...] = ()
 
         def get_capability_interface(self, kind: object) -> object:
             del kind
@@ -184,17 +186,19 @@ def _plugin_class(trt: Any) -> Any:
 
         def get_fields_to_serialize(self) -> object:
             attributes, kind = self._attributes, trt.PluginFieldType
-            fields = [
-                trt.PluginField("num_heads", np.array([attributes.heads], np.int32), kind.INT32),
-                trt.PluginField(
-                    "kv_num_heads", np.array([attributes.kv_heads], np.int32), kind.INT32
+            values = [
+                ("num_heads", np.array([attributes.heads], np.int32), kind.INT32),
+                ("kv_num_heads", np.array([attributes.kv_heads], np.int32), kind.INT32),
+                ("scale", np.array([attributes.scale], np.float32), kind.FLOAT32),
+                *(
+                    (_BINARY_FIELD + target, np.frombuffer(code, np.int8), kind.INT8)
+                    for target, code in self._binaries.items()
                 ),
-                trt.PluginField("scale", np.array([attributes.scale], np.float32), kind.FLOAT32),
             ]
-            for target, code in self._binaries.items():
-                data = np.frombuffer(code, np.int8)
-                fields.append(trt.PluginField(_BINARY_FIELD + target, data, kind.INT8))
-            return trt.PluginFieldCollection(fields)
+            # The library keeps addresses: of arrays, names and fields.
+            fields = [trt.PluginField(*value) for value in values]
+            self._serialized = values, fields, trt.PluginFieldCollection(fields)
+            return self._serialized[-1]
 
         # --- running ---
 
