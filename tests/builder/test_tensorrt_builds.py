@@ -19,8 +19,8 @@ from vlmforge_builder.progress import Progress
 from vlmforge_plugins.cached_attention.compile import Nvrtc, compile_set
 from vlmforge_plugins.cached_attention.config import Config
 
-# One checkpoint of each recipe; head sizes of their decoders, and layers of their towers that run.
-CHECKPOINTS = {"llava_1_5_hf": 32, "yi_vl": 32}
+# One checkpoint of each recipe, and the head sizes of their decoders.
+CHECKPOINTS = {"llava_1_5_hf": 32, "qwen_vl_chat": 64, "yi_vl": 32}
 SESSION = 640
 Build = Callable[[str, str, str], Path]
 
