@@ -13,10 +13,10 @@ from itertools import combinations, product
 from typing import Any
 
 import numpy as np
-from number_formats import DTYPES, decode, encode, rounded
 from numpy.typing import NDArray
 
-from vlmforge_plugins.cached_attention.config import HEAD_SIZES, PAGE_SIZES, Config
+from number_formats import DTYPES, decode, encode, rounded
+from vlmforge_plugins.cached_attention.config import HEAD_SIZES, PAGE_SIZES, TARGETS, Config, Target
 from vlmforge_plugins.cached_attention.launcher import Scales
 from vlmforge_plugins.cached_attention.plan import Shape
 
@@ -67,6 +67,11 @@ class Case:
     def packed(self) -> bool:
         """Whether query, key and value are slices of one tensor."""
         return self.seed % 8 < 4
+
+    @property
+    def target(self) -> Target:
+        """Whose kernels the host build runs: Hopper's own, or those of all others."""
+        return next(t for t in TARGETS if t.name == ("sm_90" if self.seed % 3 else "sm_89"))
 
     @property
     def kv_heads(self) -> int:
@@ -154,8 +159,17 @@ def make(case: Case) -> Batch:
     max_query = max(new) + (3 if case.kind != "decode" else 0)  # padding columns of a bucket
     max_total = max(p + max_query for p in past)
     pages = -(-max_total // case.page_size) + 1
-    shape = Shape(len(past), max_query, max_total, case.heads, case.kv_heads, case.page_size, pages,
-                  case.rotary, max_total + 5)
+    shape = Shape(
+        len(past),
+        max_query,
+        max_total,
+        case.heads,
+        case.kv_heads,
+        case.page_size,
+        pages,
+        case.rotary,
+        max_total + 5,
+    )
     fp8 = case.stored == "float8_e4m3fn"
     scales = Scales(case.head_size**-0.5, 0.037 if fp8 else 1.0, 0.021 if fp8 else 1.0)
     batch = Batch(case, shape, scales, {}, {})
@@ -163,7 +177,9 @@ def make(case: Case) -> Batch:
     batch.arrays["query_lengths"] = np.array(new, np.int32)
     _tokens(batch, random)
     _pools(batch, random)
-    angles = np.outer(np.arange(shape.positions), 10000.0 ** -np.linspace(0, 1, case.head_size // 2))
+    angles = np.outer(
+        np.arange(shape.positions), 10000.0 ** -np.linspace(0, 1, case.head_size // 2)
+    )
     batch.arrays["cos"] = np.cos(angles).astype(np.float32)
     batch.arrays["sin"] = np.sin(angles).astype(np.float32)
     return batch
@@ -189,7 +205,9 @@ def _tokens(batch: Batch, random: np.random.Generator) -> None:
             batch.strides[name] = (shape.max_query * width, width)
         start += width
     batch.strides["out"] = (shape.max_query * widths["query"], widths["query"])
-    batch.arrays["out"] = np.full((shape.batch, shape.max_query, widths["query"]), 0xFFFF, np.uint16)
+    batch.arrays["out"] = np.full(
+        (shape.batch, shape.max_query, widths["query"]), 0xFFFF, np.uint16
+    )
 
 
 def tokens(batch: Batch, name: str) -> NDArray[np.float64]:
@@ -297,12 +315,15 @@ def _verify_row(batch: Batch, after: dict[str, Any], b: int, out: NDArray[np.flo
     for h in range(case.heads):
         k, v = keys[:, h // case.group], values[:, h // case.group]
         exact = attend(query[rows, h], k, v, batch.past[b] + rows, batch.scales.score, None)
-        rough = attend(query[rows, h], k, v, batch.past[b] + rows, batch.scales.score,
-                       case.activation)
+        rough = attend(
+            query[rows, h], k, v, batch.past[b] + rows, batch.scales.score, case.activation
+        )
         error = max(error, np.abs(out[rows, h] - exact).max())
         naive = max(naive, np.abs(rough - exact).max())
     # A lone key makes the naive error zero; leave the rounding of one output.
-    allowed = max(2 * naive, 2.0**-10 * np.abs(out).max() * (8 if "b" in case.activation[:1] else 1))
+    allowed = max(
+        2 * naive, 2.0**-10 * np.abs(out).max() * (8 if "b" in case.activation[:1] else 1)
+    )
     assert error <= allowed, f"row {b}: error {error:.3g}, naively {naive:.3g}"
     return float(error / max(naive, allowed / 2))
 

@@ -193,7 +193,7 @@ def compile_one(config: Config, target: Target, by: Compiler, cache: Path | None
     """
     config.check()
     config.check_target(target)
-    chosen = sizes(config)
+    chosen = sizes(config, target)
     if cache is None:
         return by.compile(chosen, target)
     kept = cache / f"{config.name}.{target.name}.{digest(chosen, target, by.version)[:32]}"
@@ -262,7 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="compile the attention kernels")
     parser.add_argument("--out", type=Path, required=True, help="folder for the cubins and PTX")
     parser.add_argument("--compiler", choices=("nvrtc", "nvcc"), default="nvrtc")
-    parser.add_argument("--config", action="append", help="only this one, e.g. d128_float16_float16")
+    parser.add_argument(
+        "--config", action="append", help="only this one, e.g. d128_float16_float16"
+    )
     parser.add_argument("--cache", type=Path, help="folder of earlier results")
     options = parser.parse_args(arguments)
     by = compiler(options.compiler)

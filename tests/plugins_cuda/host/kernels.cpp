@@ -32,6 +32,7 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
   block.threads = threads;
   block.grid_x = grid_x;
   block.shared = reinterpret_cast<char*>(start);
+  block.shared_bytes = shared_bytes;
   for (block.z = 0; block.z < grid_z; ++block.z) {
     for (block.y = 0; block.y < grid_y; ++block.y) {
       for (block.x = 0; block.x < grid_x; ++block.x) {
