@@ -7,7 +7,7 @@ OUT    := out
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt bench bench-large precision train clean
+.PHONY: help demo test check fmt bench bench-large bench-tiny precision train clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ bench: $(STAMP) ## speed and memory against transformers, on checkpoints of 60 M
 
 bench-large: $(STAMP) ## build a 7 B checkpoint (random, 14 GB) and print seconds and peak memory
 	@$(BIN)/python bench/build_memory.py --size 7b --work $(OUT)/bench
+
+bench-tiny: $(STAMP) ## build every golden checkpoint and print seconds and peak memory
+	@$(BIN)/python bench/build_memory.py --checkpoint tests/data/*/checkpoint --dtype float32 --work $(OUT)/bench
 
 precision: $(STAMP) ## accuracy of the demo model in each precision
 	@$(BIN)/python scripts/precision.py $(OUT)/precision

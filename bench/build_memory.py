@@ -1,6 +1,7 @@
-"""Build a big random checkpoint and print the seconds and the peak memory of the build.
+"""Build checkpoints and print the seconds and the peak memory of each build.
 
 python bench/build_memory.py --size 7b --work out/bench
+python bench/build_memory.py --checkpoint tests/data/*/checkpoint --dtype float32 --work out/bench
 """
 
 from __future__ import annotations
@@ -19,29 +20,45 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--size", default="7b", choices=tuple(PRESETS))
     arguments.add_argument("--work", type=Path, required=True)
-    arguments.add_argument("--checkpoint", type=Path, help="one that is there already")
+    arguments.add_argument(
+        "--checkpoint", type=Path, nargs="+", help="those that are there already"
+    )
     arguments.add_argument("--dtype", default="float16")
     values = arguments.parse_args()
     values.work.mkdir(parents=True, exist_ok=True)
-    checkpoint = values.checkpoint or values.work / f"{values.size}.checkpoint"
-    if not checkpoint.exists():
-        write_checkpoint(checkpoint, PRESETS[values.size])
-    engine = values.work / f"{values.size}.{values.dtype}.engine"
-    events = values.work / "events.jsonl"
-    build = Path(sys.executable).with_name("build-engine")
-    command = [build, checkpoint, "-o", engine, "--dtype", values.dtype, "--force"]
+    for checkpoint in values.checkpoint or [random_checkpoint(values.work, values.size)]:
+        build(checkpoint, values.work, values.dtype)
+
+
+def random_checkpoint(work: Path, size: str) -> Path:
+    """The checkpoint of a preset, written unless it is there."""
+    folder = work / f"{size}.checkpoint"
+    if not folder.exists():
+        write_checkpoint(folder, PRESETS[size])
+    return folder
+
+
+def build(checkpoint: Path, work: Path, dtype: str) -> None:
+    """Build one engine in a process of its own and print what it took."""
+    name = checkpoint.parent.name if checkpoint.name == "checkpoint" else checkpoint.stem
+    engine, events = work / f"{name}.{dtype}.engine", work / "events.jsonl"
+    events.unlink(missing_ok=True)
+    program = Path(sys.executable).with_name("build-engine")
+    command = [program, checkpoint, "-o", engine, "--dtype", dtype, "--force"]
     subprocess.run([*command, "--json-events", events], check=True)
     rows = [json.loads(line) for line in events.read_text("utf-8").splitlines()]
-    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    files = [*checkpoint.rglob("*.safetensors"), *checkpoint.rglob("*.bin")]
+    size = sum(path.stat().st_size for path in files)
     last = rows[-1]
     for row in rows:
         if row["event"] == "end":
             print(f"{row['stage']:24} {row['seconds']:8.1f} s")
     print(
-        f"{values.size} checkpoint of {size / 1e9:.2f} GB built in {last['elapsed_s']:.1f} s; "
+        f"{name}: built in {last['elapsed_s']:.1f} s; "
         f"peak anonymous memory {last['peak_anonymous_bytes'] / 2**30:.2f} GiB "
-        f"({last['peak_anonymous_bytes'] / size:.2f}x the checkpoint), "
-        f"peak RSS with mapped files {last['peak_rss_bytes'] / 2**30:.2f} GiB"
+        f"for a checkpoint of {size / 1e9:.3f} GB, "
+        f"peak RSS with mapped files {last['peak_rss_bytes'] / 2**30:.2f} GiB",
+        flush=True,
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from conftest import DATA
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, Response, pipeline
+from vlmforge.features import FeatureCache
 from vlmforge.manifest import load_manifest
 from vlmforge.vl import load_image
 from vlmforge_builder.build import BuildOptions, build_engine
@@ -129,9 +130,10 @@ def check_images(golden: Golden, limits: Tolerances) -> None:
         pixels = image.pixel_values[..., ::step, :]
         expected = arrays["pixel_values"].reshape(pixels.shape)
         np.testing.assert_allclose(pixels, expected, atol=limits.pixels, rtol=0)
-        features = engine.vision.encode(image.pixel_values)[..., ::step, :]
+        features = FeatureCache(engine.vision.encode, batch=2).get([image])[0][0]
         key = "image_features" if "image_features" in arrays else "image_features_merged"
-        gap = np.abs(features - arrays[key].reshape(features.shape))
+        assert engine.image_tokens(DATA / "images" / f"{name}.png") == len(features)
+        gap = np.abs(features[::step] - arrays[key])
         assert gap.max() <= limits.features
         assert gap.mean() <= limits.features_mean
 

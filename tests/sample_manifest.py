@@ -55,6 +55,7 @@ IMAGE = ImagePolicy(
     std=(0.1, 1e-3, 3.0000000000000004),
     background=(255, 255, 255),
     pad_fill=(0, 0, 0),
+    tiling=None,
 )
 
 PARTS = (

@@ -11,8 +11,6 @@ from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-# What a page behind a transparent picture usually looks like.
-_BACKGROUND = (255, 255, 255)
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
@@ -26,7 +24,7 @@ def read_image_policy(folder: Path, *, image_size: int, pad_to_square: bool) -> 
         CheckpointError: no such file, or a crop that is not the tower's image size.
         UnsupportedModelError: one of the steps is switched off.
     """
-    config = _find(folder)
+    config = find_processor(folder)
     for step in _STEPS:
         if not config.bool(step, default=True):
             raise UnsupportedModelError(
@@ -53,12 +51,14 @@ def read_image_policy(folder: Path, *, image_size: int, pad_to_square: bool) -> 
         rescale_factor=config.float("rescale_factor", 1 / 255),
         mean=mean,
         std=_triple(config, "image_std", _STD),
-        background=_BACKGROUND,
+        background=None,  # the originals' `convert("RGB")`
         pad_fill=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
+        tiling=None,
     )
 
 
-def _find(folder: Path) -> ConfigReader:
+def find_processor(folder: Path) -> ConfigReader:
+    """The image processor's configuration (CheckpointError when there is none)."""
     plain, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
     if plain.exists():
         return read_config(plain)

@@ -1,6 +1,13 @@
-"""The Llama decoder: its configuration and its weights' names (https://arxiv.org/abs/2302.13971)."""
+"""Decoders of Llama's form: their configuration and their weights' names.
+
+Llama (https://arxiv.org/abs/2302.13971), and Mistral (https://arxiv.org/abs/2310.06825) as far as a
+sequence fits its sliding window.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from vlmforge.errors import UnsupportedModelError
 from vlmforge_builder.blocks.decoder import Decoder, DecoderConfig, rotary_tables
@@ -10,33 +17,82 @@ from vlmforge_builder.recipe import PartSpec, TensorArg
 from vlmforge_builder.weights import Computed, Stored, Transposed, Weight
 
 
-def read_decoder_config(text: ConfigReader, *, session_len: int | None) -> DecoderConfig:
-    """Geometry from a Llama configuration; absent keys have the defaults of `LlamaConfig`.
+@dataclass(frozen=True, slots=True)
+class TextDefaults:
+    """What a text configuration means by the keys that it leaves out.
+
+    `sliding_window` is None where the architecture has none, whatever the configuration says.
+    """
+
+    intermediate_size: int
+    kv_heads: int | None
+    max_positions: int
+    sliding_window: int | None
+
+
+# By `model_type`: those of `LlamaConfig` and of `MistralConfig`.
+TEXT_DEFAULTS: Mapping[str, TextDefaults] = {
+    "llama": TextDefaults(11008, None, 2048, None),
+    "mistral": TextDefaults(14336, 8, 131072, 4096),
+}
+
+
+def read_decoder_config(
+    text: ConfigReader, *, session_len: int | None, kind: str = "llama"
+) -> DecoderConfig:
+    """Geometry from the configuration of a decoder of Llama's form.
+
+    Args:
+        text: The configuration.
+        session_len: Tokens that one sequence may hold; None: see `trained_length`.
+        kind: A key of `TEXT_DEFAULTS`.
 
     Raises:
-        UnsupportedModelError: scaled rotary positions, biases or another activation.
+        UnsupportedModelError: scaled rotary positions, biases, another activation, or a sequence
+            that is longer than the attention's sliding window.
     """
+    defaults = TEXT_DEFAULTS[kind]
     heads = text.int("num_attention_heads", 32)
     hidden = text.int("hidden_size", 4096)
     _refuse_variants(text)
+    max_positions = session_len or trained_length(text, kind=kind)
+    window = _sliding_window(text, defaults)
+    if window is not None and max_positions > window:
+        found = f"sliding_window {window} and a session_len of {max_positions}"
+        raise _unsupported(text, found, f"a session_len of at most {window}")
     return DecoderConfig(
         vocab_size=text.int("vocab_size", 32000),
         hidden_size=hidden,
-        intermediate_size=text.int("intermediate_size", 11008),
+        intermediate_size=text.int("intermediate_size", defaults.intermediate_size),
         layers=text.int("num_hidden_layers", 32),
         heads=heads,
-        kv_heads=text.opt_int("num_key_value_heads") or heads,
+        kv_heads=_kv_heads(text, defaults) or heads,
         head_dim=text.opt_int("head_dim") or hidden // heads,
         norm_eps=text.float("rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(text),
         activation=text.str("hidden_act", "silu"),
-        max_positions=session_len or trained_length(text),
+        max_positions=max_positions,
     )
 
 
-def trained_length(text: ConfigReader) -> int:
-    """Tokens of the longest sequence that the model was trained for."""
-    return text.int("max_position_embeddings", 2048)
+def trained_length(text: ConfigReader, *, kind: str = "llama") -> int:
+    """Tokens of the longest sequence that the model was trained for, and can attend to."""
+    defaults = TEXT_DEFAULTS[kind]
+    length = text.int("max_position_embeddings", defaults.max_positions)
+    return min(length, _sliding_window(text, defaults) or length)
+
+
+def _kv_heads(text: ConfigReader, defaults: TextDefaults) -> int | None:
+    # A null means as many as heads, an absent key the default.
+    if "num_key_value_heads" in text.values:
+        return text.opt_int("num_key_value_heads")
+    return defaults.kv_heads
+
+
+def _sliding_window(text: ConfigReader, defaults: TextDefaults) -> int | None:
+    if defaults.sliding_window is None or "sliding_window" not in text.values:
+        return defaults.sliding_window
+    return text.opt_int("sliding_window")
 
 
 def _rope_theta(text: ConfigReader) -> float:

@@ -13,12 +13,13 @@ from pathlib import Path
 from vlmforge.errors import CheckpointError
 from vlmforge.manifest import KVLayout, PromptPolicy, TemplateParts
 from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge.vl.tiling import most_tokens
 from vlmforge_builder.blocks.decoder import DecoderConfig
 from vlmforge_builder.blocks.vision import VisionConfig, VisionEncoder
 from vlmforge_builder.checkpoint.store import TensorStore
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, PartSpec, RecipeOptions, TensorArg
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
-from vlmforge_builder.weights import Weight
+from vlmforge_builder.weights import Stored, Weight
 from vlmforge_recipes.clip_tower import linear, norm, tower_weights
 from vlmforge_recipes.llama_decoder import decoder_part
 
@@ -40,6 +41,7 @@ class Names:
     """What the checkpoint's tensors are called: prefixes, and the whole names of the head.
 
     `projector` are its linear layers, `projector_norms` its layer normalisations, if it has any.
+    `newline` is the whole name of the row that ends each line of an image, where one is used.
     """
 
     text: str
@@ -47,6 +49,7 @@ class Names:
     vision: str
     projector: tuple[str, str]
     projector_norms: tuple[str, ...] = ()
+    newline: str | None = None
 
     def tied(self) -> Names:
         """The output projection is the embedding."""
@@ -111,7 +114,7 @@ def assemble(
         vocab_size=decoder.vocab_size,
         hidden_size=decoder.hidden_size,
         eos_ids=tokenizer.eos_ids,
-        tokens_per_image=tower.tokens,
+        tokens_per_image=tower.tokens if image.tiling is None else most_tokens(image.tiling),
         session_len=decoder.max_positions,
         trained_len=geometry.trained_len,
         source_files=extra_files,
@@ -127,6 +130,7 @@ def _vision_part(geometry: Geometry, names: Names) -> PartSpec:
             outputs=width,
             projector_act=geometry.projector_act,
             projector_norm_eps=geometry.projector_norm_eps,
+            extra_row=names.newline is not None,
         ),
         inputs=(TensorArg("pixel_values", ("images", 3, tower.image_size, tower.image_size)),),
         outputs=("image_features",),
@@ -135,6 +139,7 @@ def _vision_part(geometry: Geometry, names: Names) -> PartSpec:
             **linear("projector.fc1", (names.projector[0],), (width,)),
             **linear("projector.fc2", (names.projector[1],), (width,)),
             **_projector_norms(names),
+            **({} if names.newline is None else {"extra_row": Stored(names.newline)}),
         },
     )
 

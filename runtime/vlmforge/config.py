@@ -205,8 +205,12 @@ class VisionConfig:
     """How images are encoded.
 
     Attributes:
-        max_batch_size: Images in one run of the vision part.
+        max_batch_size: Views in one run of the vision part, whichever images they are of. An image
+            is one view, or several where its policy cuts it into tiles.
         thread_safe: Accepted: the pipeline always is.
+        background: Colour (red, green, blue; 0 to 255) on which transparent images are composited.
+            None: what the engine's image policy says. Published models were trained on images whose
+            transparency was left out of account, so their engines do that too.
 
     Raises:
         ConfigError: a field of a wrong type or out of range.
@@ -214,13 +218,20 @@ class VisionConfig:
 
     max_batch_size: int = 1
     thread_safe: bool = False
+    background: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         self.validate()
 
     def validate(self) -> None:
         """Check all fields (ConfigError: field, value found, values expected)."""
-        check_fields(self, {"max_batch_size": Int(1), "thread_safe": Flag()})
+        colour = OrNone(ListOf(Int(0, 255), 3))
+        rules: dict[str, Rule] = {
+            "max_batch_size": Int(1),
+            "thread_safe": Flag(),
+            "background": colour,
+        }
+        check_fields(self, rules)
 
 
 VisonConfig = VisionConfig

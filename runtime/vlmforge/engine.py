@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,11 +21,14 @@ from vlmforge.bundle import Bundle
 from vlmforge.features import PreparedImage, prepare, row_keys
 from vlmforge.manifest import Manifest
 from vlmforge.prompt.choice import ActiveTemplate
-from vlmforge.prompt.messages import Conversation
+from vlmforge.prompt.messages import Conversation, ImageSource
 from vlmforge.prompt.render import RenderedPrompt, marked_tokenizer_json, render_prompt
 from vlmforge.slots import Keys
 from vlmforge.text import TextTokenizer
+from vlmforge.vl import load_image
+from vlmforge.vl.decode import Colour, upright_size
 from vlmforge.vl.preprocess import preprocess
+from vlmforge.vl.tiling import token_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +57,43 @@ class Engine:
     decoder: DecoderSession
     options: LoadOptions
 
+    def on_background(self, colour: Colour) -> Engine:
+        """This engine with transparent images composited on `colour`."""
+        image = dataclasses.replace(self.manifest.image, background=colour)
+        manifest = dataclasses.replace(self.manifest, image=image)
+        return dataclasses.replace(self, manifest=manifest)
+
     def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:
         """Preprocess by the engine's image policy (ImageError otherwise)."""
-        return prepare(preprocess(image, self.manifest.image))
+        pixel_values, tiling = preprocess(image, self.manifest.image), self.manifest.image.tiling
+        if tiling is None:
+            return prepare(pixel_values)
+        return prepare(pixel_values, token_rows(upright_size(image), tiling))
+
+    def image_tokens(self, image: ImageSource) -> int:
+        """Tokens that an image takes; it is loaded only if that depends on its size.
+
+        Raises:
+            ImageError: it had to be loaded, and cannot be.
+        """
+        tiling = self.manifest.image.tiling
+        if tiling is None:
+            return self.manifest.decode.tokens_per_image
+        return len(token_rows(upright_size(load_image(image)), tiling))
 
     def render(self, conversation: Conversation, *, do_preprocess: bool = True) -> RenderedPrompt:
-        """The prompt's text, ids and image spans (PromptError otherwise)."""
-        length = self.manifest.decode.tokens_per_image
+        """The prompt's text, ids and image spans; the vision part is not run.
+
+        Raises:
+            PromptError: the messages cannot be rendered.
+            ImageError: see `image_tokens`.
+        """
         return render_prompt(
             conversation,
             policy=self.manifest.prompt,
             template=self.template,
             encoder=self.tokenizer,
-            image_lengths=[length] * len(conversation.images),
+            image_lengths=[self.image_tokens(image.source) for image in conversation.images],
             preprocess=do_preprocess,
         )
 

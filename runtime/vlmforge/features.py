@@ -11,23 +11,34 @@ import numpy as np
 
 from vlmforge.backends import FloatArray
 from vlmforge.slots import Keys
+from vlmforge.vl.tiling import Rows
 
 Encoder = Callable[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
-    """An image, preprocessed: `pixel_values` `[views, 3, H, W]` and their digest."""
+    """An image, preprocessed.
+
+    Attributes:
+        pixel_values: `[views, 3, H, W]`.
+        digest: Identifies the image's features: made of pixel values and rows.
+        rows: int64 `[tokens]`, which rows of all its views become tokens; None: all, in order.
+    """
 
     pixel_values: FloatArray
     digest: bytes
+    rows: Rows | None = None
 
 
-def prepare(pixel_values: FloatArray) -> PreparedImage:
+def prepare(pixel_values: FloatArray, rows: Rows | None = None) -> PreparedImage:
     """Attach the digest that identifies an image by its content."""
     content = hashlib.blake2b(repr(pixel_values.shape).encode(), digest_size=16)
     content.update(pixel_values.tobytes())
-    return PreparedImage(pixel_values, content.digest())
+    if rows is not None:
+        # Pictures of one colour and of different sizes can have equal pixels and other rows.
+        content.update(rows.tobytes())
+    return PreparedImage(pixel_values, content.digest(), rows)
 
 
 def row_keys(image: PreparedImage, length: int) -> Keys:
@@ -37,7 +48,13 @@ def row_keys(image: PreparedImage, length: int) -> Keys:
 
 
 class FeatureCache:
-    """Features of the images seen last, at most `capacity` of them (least recently used go)."""
+    """Features of the images seen last, at most `capacity` of them (least recently used go).
+
+    Args:
+        encode: Views `[n, 3, H, W]` to their rows `[n, rows, hidden]`.
+        batch: Views in one run of `encode`.
+        capacity: Images that are kept.
+    """
 
     def __init__(self, encode: Encoder, *, batch: int, capacity: int = 64) -> None:
         self._encode, self._batch, self._capacity = encode, batch, capacity
@@ -48,14 +65,17 @@ class FeatureCache:
     ) -> tuple[list[FloatArray], int]:
         """Features `[tokens, hidden]` of each image, and how many were known already.
 
-        Unknown images are encoded at most `batch` in one run; images that will be asked for next
-        (`ahead`) fill up the last run.
+        The views of all unknown images are run together, at most `batch` at once; images that will
+        be asked for next (`ahead`) fill up the last run if all their views fit in.
         """
         known = sum(image.digest in self._features for image in images)
         unknown = self._unknown(images)
-        if spare := -len(unknown) % self._batch:
-            extra = [i for i in self._unknown(ahead) if i.digest not in {u.digest for u in unknown}]
-            unknown += extra[:spare]
+        spare = -sum(len(image.pixel_values) for image in unknown) % self._batch
+        chosen = {image.digest for image in unknown}
+        for image in self._unknown(ahead) if spare else ():
+            if image.digest not in chosen and len(image.pixel_values) <= spare:
+                unknown.append(image)
+                spare -= len(image.pixel_values)
         self._run(unknown)
         found = []
         for image in images:
@@ -70,10 +90,16 @@ class FeatureCache:
         return list(found.values())
 
     def _run(self, images: list[PreparedImage]) -> None:
-        for start in range(0, len(images), self._batch):
-            group = images[start : start + self._batch]
-            features = self._encode(np.concatenate([image.pixel_values for image in group]))
-            views = [len(image.pixel_values) for image in group]
-            split = np.split(features, np.cumsum(views)[:-1])
-            for image, rows in zip(group, split, strict=True):
-                self._features[image.digest] = rows.reshape(-1, rows.shape[-1])
+        views = [(image, view) for image in images for view in image.pixel_values]
+        done: list[FloatArray] = []  # of the image whose views are being run
+        for start in range(0, len(views), self._batch):
+            group = views[start : start + self._batch]
+            features = self._encode(np.stack([view for _, view in group]))
+            for (image, _), rows in zip(group, features, strict=True):
+                done.append(rows)
+                if len(done) == len(image.pixel_values):
+                    whole = np.concatenate(done)
+                    self._features[image.digest] = (
+                        whole if image.rows is None else whole[image.rows]
+                    )
+                    done = []

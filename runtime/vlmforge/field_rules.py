@@ -118,16 +118,23 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class ListOf:
-    """A list or tuple whose every item `item` admits. A bare string is not a list of strings."""
+    """A list or tuple whose every item `item` admits. A bare string is not a list of strings.
+
+    `length` is how many items it must have; None: any number.
+    """
 
     item: Rule
+    length: int | None = None
 
     def admits(self, value: object) -> bool:
         """See `Rule`."""
-        return isinstance(value, list | tuple) and all(self.item.admits(item) for item in value)
+        if not isinstance(value, list | tuple) or self.length not in (None, len(value)):
+            return False
+        return all(self.item.admits(item) for item in value)
 
     def __str__(self) -> str:
-        return f"a list whose every item is {self.item}"
+        many = "" if self.length is None else f" of {self.length}"
+        return f"a list{many} whose every item is {self.item}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,11 @@ class PromptPolicy:
 
 @dataclass(frozen=True, slots=True)
 class DecodePolicy:
-    """Facts of the decoder that generation needs. Ids >= `vocab_size` index image features."""
+    """Facts of the decoder that generation needs. Ids >= `vocab_size` index image features.
+
+    `tokens_per_image` is what every image takes, or, with a tiling in the image policy, the most
+    that one takes.
+    """
 
     vocab_size: int
     hidden_size: int

@@ -228,7 +228,10 @@ class Pipeline:
     # --- looking without running -------------------------------------------------------------
 
     def render(self, prompt: object, do_preprocess: bool = True) -> RenderedPrompt:
-        """The exact text, token ids and image spans of one prompt; nothing is run or loaded."""
+        """The exact text, token ids and image spans of one prompt; nothing is run.
+
+        Images are loaded only where their sizes decide how many tokens they take.
+        """
         return self._engine.render(parse_prompt(prompt), do_preprocess=do_preprocess)
 
     def count_tokens(self, prompt: object, do_preprocess: bool = True) -> int:

@@ -14,6 +14,7 @@ from vlmforge.backends import LoadOptions
 from vlmforge.bundle import open_bundle
 from vlmforge.engine import Engine, load_engine
 from vlmforge.errors import EngineFormatError
+from vlmforge.features import FeatureCache
 from vlmforge.prompt.choice import choose_template
 from vlmforge.prompt.messages import Conversation, parse_prompt
 from vlmforge.vl import load_image
@@ -83,10 +84,7 @@ def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
     """The values of every stage; pixels and features are sampled evenly, to keep goldens small."""
     prompt = conversation(case, folder)
     images = [engine.prepare_image(load_image(image.source)) for image in prompt.images]
-    features = [
-        engine.vision.encode(image.pixel_values).reshape(-1, engine.manifest.decode.hidden_size)
-        for image in images
-    ]
+    features, _ = FeatureCache(engine.vision.encode, batch=1).get(images)
     rendered = engine.render(prompt)
     given = engine.decoder_input(rendered, images, features)
     logits = engine.prefill(0, given, 0, len(given.ids))[0]

@@ -20,8 +20,14 @@ from vlmforge.vl.constants import IMAGE_TOKEN
 
 PHOTO, TALL = str(IMAGES / "photo_640x480.png"), str(IMAGES / "tall_300x900.png")
 SHORT = GenerationConfig(max_new_tokens=7)
-# Golden checkpoint -> a window that holds two images and little else, and tokens of an image.
-WINDOWS = {"llava_1_5_hf": (400, 144), "llava_v1_5_liuhaotian": (1300, 576), "yi_vl": (2400, 1024)}
+# Golden checkpoint -> a window too small for three images, and tokens of PHOTO, TALL and PHOTO.
+WINDOWS = {
+    "llava_1_5_hf": (400, (144, 144, 144)),
+    "llava_next_mistral_hf": (1400, (594, 612, 594)),
+    "llava_v1_5_liuhaotian": (1300, (576, 576, 576)),
+    "llava_v1_6_mistral_liuhaotian": (4096, (2340, 2376, 2340)),
+    "yi_vl": (2400, (1024, 1024, 1024)),
+}
 
 Open = Callable[[str], Pipeline]
 
@@ -54,10 +60,10 @@ def test_images_that_do_not_fit(narrow: Open, name: str) -> None:
     pipe, (window, tokens) = narrow(name), WINDOWS[name]
     prompt = ("compare them", [PHOTO, TALL, PHOTO])
     rendered = pipe.render(prompt)
-    assert rendered.image_tokens == 3 * tokens
+    assert tuple(span.length for span in rendered.image_spans) == tokens
     error = refusal(pipe, prompt)
     ledger = error.ledger
-    assert (ledger.image, ledger.requested, ledger.window) == (3 * tokens, 7, window)
+    assert (ledger.image, ledger.requested, ledger.window) == (sum(tokens), 7, window)
     assert ledger.text == rendered.text_tokens > 0
     assert str(ledger) in str(error)
     assert f"at most {window - 1} tokens" in str(error)
@@ -69,7 +75,7 @@ def test_text_that_does_not_fit_keeps_its_question(narrow: Open, name: str) -> N
     pipe, (window, tokens) = narrow(name), WINDOWS[name]
     prompt = ("context " * window + "And what is the answer?", PHOTO)
     error = refusal(pipe, prompt)
-    assert error.ledger.image == tokens
+    assert error.ledger.image == tokens[0]
     assert error.ledger.prompt == len(pipe.render(prompt).token_ids) >= window
     # Nothing was cut: the question is the prompt's end.
     assert "And what is the answer?" in pipe.render(prompt).text

@@ -7,6 +7,8 @@ names and file formats, with images and words of each checkpoint's own random st
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,14 +19,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
 
+from conftest import DATA
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, Response, pipeline
 from vlmforge.engine import Engine
+from vlmforge.features import FeatureCache
 from vlmforge.prompt.render import RenderedPrompt
 from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress
-from vlmforge_recipes.llava.synthetic import PRESETS, SyntheticSpec, write_checkpoint
+from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
 
 TINY = PRESETS["tiny"]
 text = partial(replace, TINY.text)
@@ -136,8 +145,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Pair:
-    spec: SyntheticSpec
-    checkpoint: Path
+    tied: bool
     reference: Reference
     pipe: Pipeline
     cases: Sequence[Case]
@@ -152,28 +160,86 @@ class Pair:
         return answer
 
 
-@pytest.fixture(scope="module", params=SPECS)
+def write_anyres(folder: Path, text_config: dict[str, Any], seed: int) -> Path:
+    """A v1.6 checkpoint as transformers 5 saves it: its names of tensors and its config.json."""
+    golden = DATA / "llava_next_mistral_hf" / "checkpoint"
+    config = json.loads((golden / "config.json").read_text("utf-8"))
+    config["text_config"] = text_config
+    pinpoints = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+    config["image_grid_pinpoints"] = pinpoints
+    config["vision_config"] |= {"image_size": 56}
+    torch.manual_seed(seed)
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig(**config))
+    for name, tensor in model.named_parameters():
+        if tensor.ndim > 1:
+            torch.nn.init.normal_(
+                tensor, std=(0.3 if "embed" in name else tensor[0].numel() ** -0.5)
+            )
+        elif "newline" in name:
+            torch.nn.init.normal_(tensor)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+    model.save_pretrained(folder)
+    for path in golden.glob("*token*"):
+        shutil.copy(path, folder / path.name)
+    shutil.copy(golden / "chat_template.json", folder / "chat_template.json")
+    processor = json.loads((golden / "preprocessor_config.json").read_text("utf-8"))
+    processor |= {"image_grid_pinpoints": pinpoints, "size": {"shortest_edge": 56}}
+    processor |= {"crop_size": {"height": 56, "width": 56}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor), "utf-8")
+    shutil.copy(golden / "processor_config.json", folder / "processor_config.json")
+    return folder
+
+
+MISTRAL = {
+    "model_type": "mistral",
+    "vocab_size": 704,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": None,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 4096,
+}
+LLAMA = {key: value for key, value in MISTRAL.items() if key != "sliding_window"} | {
+    "model_type": "llama",
+    "num_key_value_heads": 4,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-5,
+}
+ANYRES = {"anyres_mistral": (MISTRAL, 16), "anyres_llama": (LLAMA, 17)}
+
+
+def write(name: str, folder: Path) -> tuple[Path, int, bool]:
+    """The checkpoint, the seed of its cases, and whether its tables are tied."""
+    if name in ANYRES:
+        config, seed = ANYRES[name]
+        return write_anyres(folder, config, seed), seed, False
+    spec = SPECS[name]
+    return write_checkpoint(folder, spec), spec.seed, spec.text.tied
+
+
+@pytest.fixture(scope="module", params=[*SPECS, *ANYRES])
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
-    spec = SPECS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = write_checkpoint(folder / "checkpoint", spec)
-    model = LlavaForConditionalGeneration.from_pretrained(
+    checkpoint, seed, tied = write(request.param, folder / "checkpoint")
+    model = AutoModelForImageTextToText.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager"
     )
     model.generation_config.eos_token_id = None  # every prompt gives all its tokens
     processor = cast(Any, AutoProcessor).from_pretrained(checkpoint, backend="pil")
     engine = build(checkpoint, folder / "engine")
     with pipeline(engine, EngineConfig(threads=1)) as pipe:
-        cases = draw_cases(spec.seed)
-        yield Pair(spec, checkpoint, Reference(model, processor), pipe, cases)
+        yield Pair(tied, Reference(model, processor), pipe, draw_cases(seed))
 
 
 def test_both_sides_tie_the_tables_or_neither(pair: Pair) -> None:
     model = pair.reference.model
     table = model.model.language_model.embed_tokens.weight
-    assert (model.lm_head.weight.data_ptr() == table.data_ptr()) == pair.spec.text.tied
+    assert (model.lm_head.weight.data_ptr() == table.data_ptr()) == pair.tied
 
 
 def test_prompt_text_and_token_ids(pair: Pair) -> None:
@@ -188,16 +254,19 @@ def test_pixels_and_features(pair: Pair) -> None:
     for case in pair.cases:
         if not case.images:
             continue
-        pixels = pair.reference.inputs(case)["pixel_values"]
-        prepared = [pair.engine.prepare_image(image).pixel_values for image in case.images]
-        ours = np.concatenate([p.reshape(-1, *pixels.shape[1:]) for p in prepared])
-        np.testing.assert_allclose(ours, pixels.numpy(), atol=1e-5, rtol=0)
+        inputs = pair.reference.inputs(case)
+        pixels, sizes = inputs["pixel_values"], inputs.get("image_sizes")
+        prepared = [pair.engine.prepare_image(image) for image in case.images]
+        for ours, theirs in zip(prepared, pixels.numpy(), strict=True):
+            # Views of several images are filled up with zeros.
+            theirs = theirs.reshape(-1, *ours.pixel_values.shape[1:])[: len(ours.pixel_values)]
+            np.testing.assert_allclose(ours.pixel_values, theirs, atol=1e-5, rtol=0)
+        given = {"pixel_values": pixels} | ({} if sizes is None else {"image_sizes": sizes})
         with torch.no_grad():
-            made = pair.reference.model.model.get_image_features(pixel_values=pixels)
-        expected = torch.stack(list(made.pooler_output)).numpy()
-        features = np.concatenate([pair.engine.vision.encode(p) for p in prepared])
-        features = features.reshape(expected.shape)
-        np.testing.assert_allclose(features, expected, atol=2e-3, rtol=0)
+            made = pair.reference.model.model.get_image_features(**given)
+        features, _ = FeatureCache(pair.engine.vision.encode, batch=3).get(prepared)
+        for found, expected in zip(features, made.pooler_output, strict=True):
+            np.testing.assert_allclose(found, expected.numpy(), atol=2e-3, rtol=0)
 
 
 def test_logits_of_the_whole_prompt(pair: Pair) -> None:

@@ -6,139 +6,44 @@ the middle and at the end of a text, in several turns, of odd sizes and modes.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import (
-    AutoImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
-from conftest import DATA, golden_engine
+import drawn_v1_6
+from conftest import DATA, build_once, golden_engine
+from original_models import Reference, reference
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, Response, pipeline
 from vlmforge.vl.constants import IMAGE_TOKEN
 
 TOWERS = {
     "llava_v1_5_liuhaotian": "openai/clip-vit-large-patch14-336",
+    "llava_v1_6_mistral_liuhaotian": "openai/clip-vit-large-patch14-336",
     "yi_vl": "checkpoint/vit/clip-vit-H-14-laion2B-s32B-b79K-yi-vl-6B-448",
 }
+DRAWN = {"v1.6 vicuna": drawn_v1_6.VICUNA, "v1.6 chatml": drawn_v1_6.CHATML}
 T = IMAGE_TOKEN
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.bin")):
-        found |= torch.load(path, weights_only=True)
-    return {name: tensor.float() for name, tensor in found.items()}
-
-
-def fill(module: torch.nn.Module, state: dict[str, torch.Tensor], *prefixes: str) -> Any:
-    """The module with its weights from `state`, under whichever prefix they are."""
-    wanted = set(module.state_dict())
-    for prefix in prefixes:
-        cut = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        if wanted - {name for name in wanted if "position_ids" in name} <= set(cut):
-            module.load_state_dict({name: cut[name] for name in wanted if name in cut}, False)
-            return module.eval()
-    raise AssertionError(sorted(wanted)[:3])
-
-
-def projector(state: dict[str, torch.Tensor]) -> torch.nn.Sequential:
-    """`mm_projector` by its tensors: matrices are linear layers, vectors norms, gaps the GELU."""
-    prefix = "model.mm_projector."
-    weights = {
-        int(name.removeprefix(prefix).removesuffix(".weight")): tensor
-        for name, tensor in state.items()
-        if name.startswith(prefix) and name.endswith(".weight")
-    }
-    layers: list[torch.nn.Module] = []
-    for index in range(max(weights) + 1):
-        weight = weights.get(index)
-        if weight is None:
-            layers.append(torch.nn.GELU())
-        elif weight.ndim == 2:
-            layers.append(torch.nn.Linear(weight.shape[1], weight.shape[0]))
-        else:
-            layers.append(torch.nn.LayerNorm(weight.shape[0]))
-    made: torch.nn.Sequential = fill(torch.nn.Sequential(*layers), state, prefix)
-    return made
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The model's layers as transformers writes them, in float32."""
-
-    text: Any
-    tower: Any
-    project: torch.nn.Sequential
-    processor: Any
-
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """On a square of the mean's colour, then the tower's own processor."""
-        image = image.convert("RGB")
-        side = max(image.size)
-        fill_colour = tuple(int(mean * 255) for mean in self.processor.image_mean)
-        square = Image.new("RGB", (side, side), fill_colour)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        made = self.processor(images=square, return_tensors="pt")["pixel_values"]
-        assert isinstance(made, torch.Tensor)
-        return made
-
-    def features(self, image: Image.Image) -> torch.Tensor:
-        states = self.tower(self.pixels(image), output_hidden_states=True).hidden_states
-        made: torch.Tensor = self.project(states[-2][:, 1:])[0]
-        return made
-
-    def logits(self, pieces: Sequence[list[int]], images: Sequence[Image.Image]) -> Any:
-        """Of a prompt whose text is in pieces between its images."""
-        embed = self.text.get_input_embeddings()
-        with torch.no_grad():
-            rows = [embed(torch.tensor(pieces[0], dtype=torch.int64))]
-            for piece, image in zip(pieces[1:], images, strict=True):
-                rows += [self.features(image), embed(torch.tensor(piece, dtype=torch.int64))]
-            return self.text(inputs_embeds=torch.cat(rows)[None]).logits[0].numpy()
-
-
-def reference(name: str) -> Reference:
-    folder = DATA / name
-    config = json.loads((folder / "checkpoint/config.json").read_text("utf-8"))
-    keys = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"),
-        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "hidden_act"),
-    )
-    rope = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)}
-    text = LlamaConfig(
-        **{key: config[key] for key in keys},
-        rope_parameters=rope,
-        attn_implementation="eager",
-        tie_word_embeddings=False,
-    )
-    vision = json.loads((folder / TOWERS[name] / "config.json").read_text("utf-8"))
-    vision = vision.get("vision_config", vision)
-    state, tower = tensors(folder / "checkpoint"), tensors(folder / TOWERS[name])
-    return Reference(
-        fill(LlamaForCausalLM(text), state, ""),
-        fill(CLIPVisionModel(CLIPVisionConfig(**vision)), tower, "", "vision_model."),
-        projector(state),
-        AutoImageProcessor.from_pretrained(folder / TOWERS[name], backend="pil"),
-    )
-
-
-@pytest.fixture(scope="module", params=TOWERS)
-def pair(request: pytest.FixtureRequest, shared: Path) -> Iterator[tuple[Pipeline, Reference]]:
-    config = EngineConfig(threads=1, max_batch_size=1)
-    with pipeline(golden_engine(shared, request.param), config) as pipe:
-        yield pipe, reference(request.param)
+@pytest.fixture(scope="module", params=[*TOWERS, *DRAWN])
+def pair(
+    request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Pipeline, Reference]]:
+    name: str = request.param
+    if name in TOWERS:
+        engine = golden_engine(shared, name)
+        original = reference(DATA / name / "checkpoint", DATA / name / TOWERS[name])
+    else:
+        folder = tmp_path_factory.mktemp("drawn")
+        checkpoint = drawn_v1_6.write(folder, DRAWN[name])
+        engine = build_once(folder / "engine", checkpoint)
+        original = reference(checkpoint, folder / drawn_v1_6.TOWER)
+    with pipeline(engine, EngineConfig(threads=1, max_batch_size=1)) as pipe:
+        yield pipe, original
 
 
 def drawn(width: int, height: int, mode: str = "RGB") -> Image.Image:

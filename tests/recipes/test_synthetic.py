@@ -98,7 +98,7 @@ def test_transformers_runs_every_form(tmp_path: Path, spec: SyntheticSpec) -> No
 @pytest.mark.parametrize(
     ("golden", "spec"),
     [
-        ("llava_1_5_hf", TINY),
+        ("llava_1_5_hf", replace(TINY, dtype="bfloat16")),
         ("llava_v1_5_liuhaotian", replace(ORIGINAL, text=replace(TINY.text, vocab=640))),
     ],
 )

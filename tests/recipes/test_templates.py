@@ -111,10 +111,57 @@ def _human_and_assistant(answer: str, after_system: str) -> dict[str, str]:
     }
 
 
+def _chatml(system: str) -> str:
+    return f"<|im_start|>system\n{system}<|im_end|><|im_start|>user\n"
+
+
+def _llava_chatml() -> dict[str, str]:
+    start, end = _chatml("Answer the questions."), "<|im_end|><|im_start|>assistant\n"
+    turns = f"{T}\nq1{end}a1<|im_end|><|im_start|>user\nq2{end}"
+    return {
+        "text": f"{start}hi{end}",
+        "one image": f"{start}{T}\nq1{end}",
+        "two images": f"{start}{T}\n{T}\nq1{end}",
+        "placed": f"{start}q1{T}{end}",
+        "placed inside": f"{start}a {T} b {T} c{end}",
+        "two turns": f"{start}{turns}",
+        "images in both turns": f"{start}{turns}".replace("q2", f"{T}\nq2"),
+        "placed later": f"{start}{turns}".replace(f"{T}\nq1", "q1").replace("q2", f"q2 {T}?"),
+        "system": f"{_chatml('SYS')}{T}\nq1{end}",
+        "system, two turns": f"{_chatml('SYS')}{turns}",
+    }
+
+
+def _mistral() -> dict[str, str]:
+    turns = f"[INST] {T}\nq1 [/INST]a1</s>[INST] q2 [/INST]"
+    return {
+        "text": "[INST] hi [/INST]",
+        "one image": f"[INST] {T}\nq1 [/INST]",
+        "two images": f"[INST] {T}\n{T}\nq1 [/INST]",
+        "placed": f"[INST] q1{T} [/INST]",
+        "placed inside": f"[INST] a {T} b {T} c [/INST]",
+        "two turns": turns,
+        "images in both turns": turns.replace("q2", f"{T}\nq2"),
+        "placed later": turns.replace(f"{T}\nq1", "q1").replace("q2", f"q2 {T}?"),
+        "system": f"SYS[INST] {T}\nq1 [/INST]",
+        "system, two turns": f"SYS{turns}",
+    }
+
+
+def _mistral_instruct() -> dict[str, str]:
+    """The original's: spaces around an earlier answer, and the system message in the first turn."""
+    asks = "[INST] <<SYS>>\nSYS\n<</SYS>>\n\n"
+    rows = {name: row.replace("]a1<", "] a1 <") for name, row in _mistral().items()}
+    system = {name: row.replace("SYS[INST] ", asks) for name, row in rows.items() if "SYS" in row}
+    return rows | system
+
+
 # (family, template): conversation -> prompt.
 EXAMPLES: Mapping[tuple[str, str], Mapping[str, str]] = {
     ("llava", "llava-v1"): _vicuna_like(SYS_H),
     ("llava", "vicuna"): _vicuna_like(SYS_U),
+    ("llava", "llava-chatml"): _llava_chatml(),
+    ("llava", "mistral"): _mistral(),
     ("yi_vl", "yi-vl"): _human_and_assistant("a1", ""),
     ("yi_vl", "mm_default"): _human_and_assistant(" a1", "\n\n"),
 }
@@ -190,7 +237,7 @@ def test_json_forms(family: str, name: str, tmp_path: Path) -> None:
     found = shown(family, ChatTemplateConfig.from_json(short), CONVERSATIONS["two turns"])
     parts = FAMILIES[family][0][name]
     given = (parts.meta_instruction or "") + parts.eosys
-    assert found == expected.replace(given, "M|")
+    assert found == (expected.replace(given, "M|") if given else f"M|{expected}")
 
 
 @pytest.mark.parametrize(("family", "name"), EXAMPLES)
@@ -207,6 +254,22 @@ def test_custom_parts(family: str, name: str) -> None:
     policy = policy_of(family)
     assert choose_template(policy, "", config).stop_words == ("</a>",)
     assert choose_template(policy, "", empty).stop_words == (FAMILIES[family][0][name].stop_words)
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_the_original_mistral_conversation(conversation: str) -> None:
+    """`mistral_instruct` is no row of parts: its system message goes into the first turn."""
+    policy = dataclasses.replace(policy_of("llava"), template_name="mistral_instruct")
+    messages = parse_prompt(CONVERSATIONS[conversation])
+    rendered = render_prompt(
+        messages,
+        policy=policy,
+        template=choose_template(policy, llava.MISTRAL_INSTRUCT, None),
+        encoder=_Characters(),
+        image_lengths=[1] * len(messages.images),
+    )
+    found = rendered.text.replace(policy.image_placeholder, T)
+    assert found == _mistral_instruct()[conversation]
 
 
 # --- the peer's own tests ----------------------------------------------------------------------
@@ -232,3 +295,17 @@ def test_messages_become_the_peers_prompts() -> None:
     )
     messages += [{"role": "assistant", "content": "a1"}, {"role": "user", "content": "q2"}]
     assert shown("llava", config, messages) == f"{prompt} a1</s>USER: q2 ASSISTANT:"
+
+
+def test_the_peers_chatml_prompts() -> None:
+    config = chosen("llava", "llava-chatml")
+    messages = [user("q1", 1)]
+    prompt = shown("llava", config, messages)
+    assert prompt == (
+        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<IMAGE_TOKEN>\nq1"
+        "<|im_end|><|im_start|>assistant\n"
+    )
+    messages += [{"role": "assistant", "content": "a1"}, {"role": "user", "content": "q2"}]
+    assert shown("llava", config, messages) == (
+        f"{prompt}a1<|im_end|><|im_start|>user\nq2<|im_end|><|im_start|>assistant\n"
+    )

@@ -75,6 +75,7 @@ def test_a_field_that_tunes_other_machinery_is_accepted() -> None:
     )
 
 
+COLOUR = "a list of 3 whose every item is an integer in [0, 255] or None"
 WRONG: list[tuple[Callable[..., object], str, object, str]] = [
     (EngineConfig, "tp", 0, "a positive integer"),
     (EngineConfig, "tp", True, "a positive integer"),
@@ -99,6 +100,7 @@ WRONG: list[tuple[Callable[..., object], str, object, str]] = [
     (VisionConfig, "max_batch_size", 0, "a positive integer"),
     (VisionConfig, "max_batch_size", None, "a positive integer"),
     (VisionConfig, "thread_safe", "yes", "True or False"),
+    *((VisionConfig, "background", value, COLOUR) for value in ((9, 9), (0, 0, 256), "white")),
     (ChatTemplateConfig, "model_name", "", "a non-empty string"),
     (ChatTemplateConfig, "model_name", None, "a non-empty string"),
     (ChatTemplateConfig, "user", 3, "a string or None"),

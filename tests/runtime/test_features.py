@@ -174,3 +174,32 @@ def test_keys_are_below_every_text_id_and_do_not_depend_on_the_length(
     assert keys.max() < -(2**16)  # ids are >= 0; some originals write small negative ones
     shorter = min(length, other)
     assert keys_of([digest], other)[0][:shorter] == keys[:shorter].tolist()
+
+
+def test_views_of_several_images_share_a_run() -> None:
+    encoder = Encoder()
+    asked = [image(1, views=3), image(2, views=5), image(3)]
+    found, _ = FeatureCache(encoder, batch=4).get(asked)
+    assert encoder.batches == [4, 4, 1]
+    for features, prepared in zip(found, asked, strict=True):
+        np.testing.assert_array_equal(features, expected(prepared))
+
+
+def test_an_image_ahead_is_taken_only_with_all_its_views() -> None:
+    encoder = Encoder()
+    cache = FeatureCache(encoder, batch=4)
+    cache.get([image(1, views=2)], [image(2, views=3), image(3, views=2)])
+    assert encoder.batches == [4]
+    assert cache.get([image(3, views=2)])[1] == 1
+    assert cache.get([image(2, views=3)])[1] == 0
+
+
+def test_only_the_chosen_rows_are_kept() -> None:
+    pixels = image(1, views=2).pixel_values
+    rows = np.array([5, 0, 0, 3])
+    chosen, whole = prepare(pixels, rows), prepare(pixels)
+    found, _ = FeatureCache(Encoder(), batch=8).get([chosen, whole])
+    np.testing.assert_array_equal(found[1], expected(whole))
+    np.testing.assert_array_equal(found[0], expected(whole)[rows])
+    # Equal pixels with other rows are another image.
+    assert len({chosen.digest, whole.digest, prepare(pixels, rows[::-1].copy()).digest}) == 3

@@ -204,6 +204,29 @@ def test_opaque_alpha_is_the_identity(mode: str) -> None:
     np.testing.assert_array_equal(np.asarray(to_rgb(image, (1, 2, 3))), expected)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa", "La"])
+def test_without_a_background_transparent_pixels_keep_their_colour(mode: str) -> None:
+    alpha = (np.arange(PIXELS.size // 3, dtype=np.uint8).reshape(PIXELS.shape[:2]) % 3) * 127
+    image = Image.fromarray(np.dstack([PIXELS, alpha]))
+    if mode != "RGBA":
+        image = image.convert("RGBa") if mode == "RGBa" else image.convert("LA").convert(mode)
+    straight = image.convert({"RGBa": "RGBA", "La": "LA"}.get(mode, mode))
+    expected = np.asarray(straight.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(to_rgb(image, None)), expected)
+
+
+def test_without_a_background_a_transparent_colour_is_a_colour() -> None:
+    rgb = Image.fromarray(np.array([[[10, 20, 30], [200, 100, 50]]], np.uint8))
+    image = decode_image(encoded(rgb, transparency=(10, 20, 30)), name="rgb")
+    np.testing.assert_array_equal(np.asarray(to_rgb(image, None)), np.asarray(rgb))
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putdata([0, 1])
+    for transparency in (0, bytes([0, 255])):
+        image = decode_image(encoded(palette, transparency=transparency), name="p")
+        np.testing.assert_array_equal(np.asarray(to_rgb(image, None)), np.asarray(rgb))
+
+
 def test_premultiplied_alpha() -> None:
     for mode, straight in (("La", "LA"), ("RGBa", "RGBA")):
         image = Image.new(straight, (2, 2), (100,) * (len(straight) - 1) + (128,)).convert(mode)

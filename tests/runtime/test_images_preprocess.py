@@ -12,10 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 
+import anyres_original
 from vlmforge.errors import EngineFormatError, ImageError
 from vlmforge.vl import load_image
 from vlmforge.vl.preprocess import POLICIES, ImagePolicy, preprocess
+from vlmforge.vl.tiling import Tiling, view_count
 
 DATA = Path(__file__).parents[1] / "data"
 MEAN_COLOUR = (122, 116, 104)
@@ -29,8 +34,24 @@ CENTER_CROP = ImagePolicy(
     std=(0.26862954, 0.26130258, 0.27577711),
     background=(255, 255, 255),
     pad_fill=MEAN_COLOUR,
+    tiling=None,
 )
 PAD_SQUARE = dataclasses.replace(CENTER_CROP, name="pad_square", shortest_edge=336, crop=(336, 336))
+ANYRES = dataclasses.replace(
+    CENTER_CROP,
+    name="anyres",
+    shortest_edge=28,
+    crop=(28, 28),
+    tiling=Tiling(
+        tile=28,
+        canvases=((28, 56), (56, 28), (56, 56), (84, 28), (28, 84)),
+        fill=(0, 0, 0),
+        side=2,
+        view_rows=5,
+        merge="unpadded_lines",
+        rounding="down",
+    ),
+)
 GOLDENS = sorted(
     (folder, path.stem.removeprefix("image_"))
     for folder in ("llava_1_5_hf", "llava_v1_5_liuhaotian")
@@ -75,10 +96,9 @@ def test_the_goldens_are_there() -> None:
 @pytest.mark.parametrize(("folder", "name"), GOLDENS)
 def test_goldens(folder: str, name: str) -> None:
     policy = CENTER_CROP if folder == "llava_1_5_hf" else PAD_SQUARE
-    golden = np.load(DATA / folder / f"image_{name}.npz")["pixel_values"]
+    golden = np.load(DATA / folder / f"image_{name}.npz")
     ours = preprocess(load_image(DATA / "images" / f"{name}.png"), policy)
-    assert ours.shape == (1, *golden.shape)
-    assert_same_bits(ours[0], golden)
+    assert_same_bits(ours[0, :, :: int(golden["row_step"])], golden["pixel_values"])
 
 
 def test_the_policy_is_that_of_the_golden_checkpoint() -> None:
@@ -179,19 +199,72 @@ def test_an_image_too_long_for_a_square_names_its_aspect_ratio() -> None:
         preprocess(Image.new("RGB", (1, 40_000)), PAD_SQUARE)
 
 
-def test_alpha_shows_the_policys_background() -> None:
+@pytest.mark.parametrize("background", [(10, 200, 30), None])
+def test_alpha_shows_the_policys_background(background: tuple[int, int, int] | None) -> None:
     clear = Image.new("RGBA", (20, 20), (9, 9, 9, 0))
+    plain = Image.new("RGB", (20, 20), background or (9, 9, 9))
     for name in POLICIES:
-        policy = dataclasses.replace(CENTER_CROP, name=name, background=(10, 200, 30))
-        plain = Image.new("RGB", (20, 20), (10, 200, 30))
+        policy = dataclasses.replace(ANYRES, name=name, background=background)
         np.testing.assert_array_equal(preprocess(clear, policy), preprocess(plain, policy))
 
 
+def anyres_of_transformers(image: Image.Image, policy: ImagePolicy) -> np.ndarray:
+    """Views as transformers makes them, with its pinpoints height first."""
+    assert policy.tiling is not None
+    side = policy.tiling.tile
+    processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=[list(canvas[::-1]) for canvas in policy.tiling.canvases],
+        resample=Image.Resampling.BICUBIC,
+        image_mean=policy.mean,
+        image_std=policy.std,
+    )
+    return np.asarray(processor(image, return_tensors="np")["pixel_values"])[0]
+
+
+def anyres_of_the_original(image: Image.Image, policy: ImagePolicy) -> np.ndarray:
+    assert policy.tiling is not None
+    views = anyres_original.views(image, policy.tiling.canvases, policy.tiling.tile)
+    return np.concatenate([original(view, policy) for view in views])
+
+
+@given(
+    size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    mode=st.sampled_from(["RGB", "L", "RGBA", "P", "1", "CMYK"]),
+    seed=st.integers(0, 99),
+)
+@example(size=(1, 1), mode="RGB", seed=0)
+@example(size=(1, 4000), mode="RGB", seed=0)
+@example(size=(4000, 1), mode="RGB", seed=0)
+@example(size=(56, 28), mode="RGB", seed=0)
+@example(size=(57, 27), mode="LA", seed=0)
+@settings(max_examples=150, deadline=None)
+def test_anyres_is_the_original(size: tuple[int, int], mode: str, seed: int) -> None:
+    image = noise(*size, seed).convert("RGBA" if mode == "RGBA" else "RGB").convert(mode)
+    policy = dataclasses.replace(ANYRES, background=None)
+    ours = preprocess(image, policy)
+    assert_same_bits(ours, anyres_of_the_original(image, policy))
+    assert policy.tiling is not None
+    assert len(ours) == view_count(size, policy.tiling)
+
+
+@given(size=st.tuples(st.integers(1, 300), st.integers(1, 300)), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_anyres_is_that_of_transformers(size: tuple[int, int], seed: int) -> None:
+    image = noise(*size, seed)
+    np.testing.assert_allclose(
+        preprocess(image, ANYRES), anyres_of_transformers(image, ANYRES), atol=1e-6, rtol=0
+    )
+
+
 def test_unknown_names_are_typed_errors() -> None:
-    with pytest.raises(EngineFormatError, match="center_crop, pad_square") as caught:
-        preprocess(noise(4, 4), dataclasses.replace(CENTER_CROP, name="stretch"))
-    assert caught.value.found == "'stretch'"
+    with pytest.raises(EngineFormatError, match=", ".join(POLICIES)) as caught:
+        preprocess(noise(4, 4), dataclasses.replace(CENTER_CROP, name="rotate"))
+    assert caught.value.found == "'rotate'"
     for name in POLICIES:
         with pytest.raises(EngineFormatError, match="resampling filter"):
-            policy = dataclasses.replace(CENTER_CROP, name=name, resample="cubic")
+            policy = dataclasses.replace(ANYRES, name=name, resample="cubic")
             preprocess(noise(4, 4), policy)
+    with pytest.raises(EngineFormatError, match="tiling"):
+        preprocess(noise(4, 4), dataclasses.replace(ANYRES, tiling=None))

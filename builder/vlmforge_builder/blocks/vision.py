@@ -123,7 +123,11 @@ class Projector(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Tower and projector: pixels to rows that take the place of token embeddings."""
+    """Tower and projector: pixels to rows that take the place of token embeddings.
+
+    With `extra_row` every view's rows are followed by a learned one that is the same for all, such
+    as what ends the lines of a picture made of several views.
+    """
 
     def __init__(
         self,
@@ -132,13 +136,18 @@ class VisionEncoder(nn.Module):
         outputs: int,
         projector_act: str,
         projector_norm_eps: float | None = None,
+        extra_row: bool = False,
     ) -> None:
         super().__init__()
         self.tower = VisionTower(config)
         self.projector = Projector(
             config.hidden_size, outputs, act=projector_act, norm_eps=projector_norm_eps
         )
+        self.extra_row = nn.Parameter(torch.empty(outputs)) if extra_row else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """`pixel_values` float32 `[n, 3, H, W]` to features `[n, tokens, outputs]`."""
-        return self.projector(self.tower(pixel_values))  # type: ignore[no-any-return]
+        rows: Tensor = self.projector(self.tower(pixel_values))
+        if self.extra_row is None:
+            return rows
+        return torch.cat((rows, self.extra_row.expand(rows.shape[0], 1, -1)), dim=1)

@@ -62,7 +62,11 @@ class ConvertedTokenizer:
 
 
 def convert_tokenizer(
-    folder: Path, *, invalid_bytes: InvalidBytes = "keep_valid"
+    folder: Path,
+    *,
+    invalid_bytes: InvalidBytes = "keep_valid",
+    prefer_model: bool = False,
+    legacy: bool | None = None,
 ) -> ConvertedTokenizer:
     """Convert the tokenizer of the checkpoint in `folder` and prove it equal.
 
@@ -70,6 +74,9 @@ def convert_tokenizer(
 
     Args:
         folder: The checkpoint.
+        prefer_model: A `tokenizer.model` is used even beside a `tokenizer.json`, which may give
+            other ids: for originals that load the SentencePiece class.
+        legacy: See `ReferenceTokenizer`; None: what the checkpoint says.
         invalid_bytes: How a converted tokenizer decodes byte tokens that are not UTF-8:
             "keep_valid" as originals on SentencePiece do, "whole_run" as those on the `tokenizers`
             library.
@@ -79,18 +86,19 @@ def convert_tokenizer(
             difference to the original.
     """
     files = read_tokenizer_files(folder)
-    if files.tokenizer_json is not None:
+    if files.tokenizer_json is not None and not (prefer_model and files.sentencepiece):
         return _given(files, files.tokenizer_json)
     assert files.sentencepiece is not None
-    return _converted(files, read_sentencepiece(files.sentencepiece), invalid_bytes)
+    if legacy is None:
+        legacy = files.config_flag("legacy", default=True)
+    return _converted(files, read_sentencepiece(files.sentencepiece), invalid_bytes, legacy=legacy)
 
 
 def _converted(
-    files: TokenizerFiles, model: SentencePieceModel, invalid_bytes: InvalidBytes
+    files: TokenizerFiles, model: SentencePieceModel, invalid_bytes: InvalidBytes, *, legacy: bool
 ) -> ConvertedTokenizer:
     if files.config_flag("add_eos_token", default=False):
         raise _adds_more(files.folder / "tokenizer_config.json", "add_eos_token true")
-    legacy = files.config_flag("legacy", default=True)
     added = read_added_tokens(files, model.pieces)
     data = sentencepiece_json(model, added, legacy=legacy, invalid_bytes=invalid_bytes)
     tokenizer = _load(model.file, data)

@@ -1,4 +1,6 @@
-"""LLaVA v1.5 (https://arxiv.org/abs/2310.03744), in both layouts in which it is published.
+"""LLaVA v1.5 and v1.6, in both layouts in which each is published.
+
+https://arxiv.org/abs/2310.03744 and https://llava-vl.github.io/blog/2024-01-30-llava-next/
 
 The layouts' modules are imported when needed: recognising a checkpoint of another family needs none
 of a build's libraries.
@@ -11,7 +13,7 @@ from pathlib import Path
 
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
-from vlmforge_recipes.llava.layout import HF, layout_of
+from vlmforge_recipes.llava.layout import IN_HF, layout_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +29,14 @@ class LlavaRecipe:
             return False
         from vlmforge_recipes.llava import hf, original
 
-        (hf if layout == HF else original).check_variant(config)
+        (hf if layout in IN_HF else original).check_variant(config)
         return True
 
     def load(self, checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
         """See `Recipe.load`."""
         from vlmforge_recipes.llava import hf, original
 
-        if layout_of(config) == HF:
+        if layout_of(config) in IN_HF:
             return hf.load_hf(checkpoint, config, options)
         return original.load_original(checkpoint, config, options)
 

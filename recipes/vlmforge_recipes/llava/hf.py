@@ -1,4 +1,7 @@
-"""LLaVA 1.5 in the layout of transformers (`LlavaForConditionalGeneration`)."""
+"""The layout of transformers.
+
+`LlavaForConditionalGeneration` (v1.5) and `LlavaNextForConditionalGeneration` (v1.6).
+"""
 
 from __future__ import annotations
 
@@ -7,41 +10,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
+from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.checkpoint.store import TensorStore, open_store
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
-from vlmforge_recipes.clip_images import read_image_policy
+from vlmforge_recipes.clip_images import find_processor, read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
-from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
-from vlmforge_recipes.llava.layout import HF
-from vlmforge_recipes.llava.templates import PLACEHOLDER, PUBLISHED_HF_TEMPLATE, TEMPLATES
+from vlmforge_recipes.llama_decoder import TEXT_DEFAULTS, read_decoder_config, trained_length
+from vlmforge_recipes.llava.anyres import hf_tiling
+from vlmforge_recipes.llava.end_ids import with_end_ids
+from vlmforge_recipes.llava.layout import HF_ANYRES, layout_of
+from vlmforge_recipes.llava.templates import (
+    PLACEHOLDER,
+    PUBLISHED_HF_TEMPLATE,
+    TEMPLATES,
+    original_template,
+)
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 
-ARCHITECTURE = HF
+# What the names of each part begin with: as published, and as transformers 4.5x and 5.x save them.
+# They do not change together, so each is looked for by itself.
+_TEXT = ("language_model.model.", "model.language_model.")
+_HEAD = ("language_model.lm_head.", "lm_head.")
+_VISION = tuple(f"{a}vision_tower.{b}" for a in ("", "model.") for b in ("vision_model.", ""))
+_PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
+_NEWLINE = ("", "model.")
 
-# What the tensors of the four parts are called: as published, by transformers 4.5x, and by 5.x.
-_LAYOUTS = (
-    Names(
-        "language_model.model.",
-        "language_model.lm_head.weight",
-        "vision_tower.vision_model.",
-        ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
-    ),
-    Names(
-        "model.language_model.",
-        "lm_head.weight",
-        "model.vision_tower.vision_model.",
-        ("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"),
-    ),
-    Names(
-        "model.language_model.",
-        "lm_head.weight",
-        "model.vision_tower.",
-        ("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"),
-    ),
-)
-# `LlavaConfig` without a vision_config means this tower.
+# What both configuration classes mean by no vision_config.
 _DEFAULT_TOWER: Mapping[str, object] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -60,40 +57,26 @@ class _Features:
 
 def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
     """Understand a checkpoint of this layout (CheckpointError otherwise)."""
-    text = _text(config)
-    _check(config, text)
-    features = _features(config)
-    vision = (
-        config.section("vision_config")
-        if config.has("vision_config")
-        else ConfigReader(_DEFAULT_TOWER, config.file)
-    )
-    decoder = read_decoder_config(text, session_len=options.session_len)
-    tower = read_tower_config(
-        vision, feature_layer=features.layer, keep_class_token=features.keep_class_token
-    )
+    text, kind = _text(config), _kind(config)
+    _check(config)
+    tower = _tower(config)
+    image = _image_policy(checkpoint, config, tower)
     store = open_store(checkpoint)
-    names = _names(store, checkpoint)
-    tied = config.bool("tie_word_embeddings", default=False) or text.bool(
-        "tie_word_embeddings", default=False
-    )
-    if tied:
-        names = names.tied()
-    tokenizer = convert_tokenizer(checkpoint)
+    tokenizer = with_end_ids(convert_tokenizer(checkpoint), checkpoint, text)
     return assemble(
         Geometry(
-            decoder,
+            read_decoder_config(text, session_len=options.session_len, kind=kind),
             tower,
-            trained_length(text),
+            trained_length(text, kind=kind),
             config.str("projector_hidden_act", "gelu"),
-            ARCHITECTURE,
+            layout_of(config) or "",
         ),
-        names,
+        _names(store, checkpoint, config, newline=image.tiling is not None),
         store,
-        read_image_policy(checkpoint, image_size=tower.image_size, pad_to_square=False),
+        image,
         tokenizer,
         Prompting(
-            _template(checkpoint),
+            _template(checkpoint, config, tokenizer),
             PLACEHOLDER,
             "inline_token",
             _image_token(config, tokenizer),
@@ -104,10 +87,32 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
     )
 
 
-def _check(config: ConfigReader, text: ConfigReader) -> None:
-    kind = text.str("model_type", "llama")
-    if kind != "llama":
-        raise _unsupported(config, f"text_config.model_type {kind!r}", "'llama'")
+def _tower(config: ConfigReader) -> VisionConfig:
+    features = _features(config)
+    return read_tower_config(
+        config.section("vision_config")
+        if config.has("vision_config")
+        else ConfigReader(_DEFAULT_TOWER, config.file),
+        feature_layer=features.layer,
+        keep_class_token=features.keep_class_token,
+    )
+
+
+def _image_policy(checkpoint: Path, config: ConfigReader, tower: VisionConfig) -> ImagePolicy:
+    policy = read_image_policy(checkpoint, image_size=tower.image_size, pad_to_square=False)
+    if layout_of(config) != HF_ANYRES:
+        return policy
+    return hf_tiling(policy, tower, config, find_processor(checkpoint))
+
+
+def _kind(config: ConfigReader) -> str:
+    return _text(config).str("model_type", "llama")
+
+
+def _check(config: ConfigReader) -> None:
+    if (kind := _kind(config)) not in TEXT_DEFAULTS:
+        expected = " or ".join(repr(name) for name in TEXT_DEFAULTS)
+        raise _unsupported(config, f"text_config.model_type {kind!r}", expected)
     if not config.bool("multimodal_projector_bias", default=True):
         raise _unsupported(config, "multimodal_projector_bias false", "true")
     tower = (
@@ -124,7 +129,7 @@ def _unsupported(config: ConfigReader, found: str, expected: str) -> Unsupported
         f"{config.file} describes a variant that this recipe does not know.",
         found=found,
         expected=expected,
-        fix="choose a LLaVA 1.5 checkpoint, or extend the recipe",
+        fix="choose a published LLaVA checkpoint, or extend the recipe",
     )
 
 
@@ -138,20 +143,36 @@ def _features(config: ConfigReader) -> _Features:
     return _Features(config.int("vision_feature_layer", -2), strategy == "full")
 
 
-def _names(store: TensorStore, checkpoint: Path) -> Names:
-    for names in _LAYOUTS:
-        wanted = f"{names.vision}embeddings.class_embedding"
-        if f"{names.text}embed_tokens.weight" in store and wanted in store:
-            return names
-    raise TensorError(
-        f"The tensors of {checkpoint} have names of no known layout.",
-        found=", ".join(sorted(store.names())[:3]) + ", ...",
-        expected="names that begin with " + " or ".join(n.text for n in _LAYOUTS[:2]),
-        fix="check that config.json belongs to these weight files",
+def _names(store: TensorStore, checkpoint: Path, config: ConfigReader, *, newline: bool) -> Names:
+    places = (config, _text(config))
+    tied = any(place.bool("tie_word_embeddings", default=False) for place in places)
+
+    def named(prefixes: tuple[str, ...], name: str) -> str:
+        for prefix in prefixes:
+            if prefix + name in store:
+                return prefix
+        raise TensorError(
+            f"A tensor is not found under any of its names in {checkpoint}.",
+            found=", ".join(sorted(store.names())[:3]) + ", ...",
+            expected=" or ".join(prefix + name for prefix in prefixes),
+            fix="check that config.json belongs to these weight files",
+        )
+
+    projector = named(_PROJECTOR, "linear_1.weight")
+    text = named(_TEXT, "embed_tokens.weight")
+    names = Names(
+        text,
+        "" if tied else named(_HEAD, "weight") + "weight",
+        named(_VISION, "embeddings.class_embedding"),
+        (f"{projector}linear_1", f"{projector}linear_2"),
+        newline=named(_NEWLINE, "image_newline") + "image_newline" if newline else None,
     )
+    return names.tied() if tied else names
 
 
-def _template(checkpoint: Path) -> ChatTemplate:
+def _template(
+    checkpoint: Path, config: ConfigReader, tokenizer: ConvertedTokenizer
+) -> ChatTemplate:
     """The checkpoint's own template, where transformers looks for it, in that order."""
     plain = checkpoint / "chat_template.jinja"
     if plain.exists():
@@ -160,6 +181,8 @@ def _template(checkpoint: Path) -> ChatTemplate:
         path = checkpoint / name
         if path.exists() and isinstance(text := read_config(path).get("chat_template"), str):
             return ChatTemplate("checkpoint", text, ())
+    if layout_of(config) == HF_ANYRES:
+        return original_template(_kind(config), tokenizer)
     return ChatTemplate("llava-hf", PUBLISHED_HF_TEMPLATE, ())
 
 
@@ -167,7 +190,7 @@ def _image_token(config: ConfigReader, tokenizer: ConvertedTokenizer) -> int:
     named = config.opt_int("image_token_index")
     token = named if named is not None else config.opt_int("image_token_id")
     if token is None:
-        token = 32000  # the default of LlavaConfig
+        token = 32000  # the default of both configuration classes
     known = tokenizer.token_id(PLACEHOLDER)
     if known != token:
         raise CheckpointError(
@@ -181,7 +204,7 @@ def _image_token(config: ConfigReader, tokenizer: ConvertedTokenizer) -> int:
 
 def check_variant(config: ConfigReader) -> None:
     """Refuse variants of this layout that `config.json` tells of (UnsupportedModelError)."""
-    _check(config, _text(config))
+    _check(config)
 
 
 def _text(config: ConfigReader) -> ConfigReader:

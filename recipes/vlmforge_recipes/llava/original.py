@@ -1,66 +1,54 @@
-"""LLaVA 1.5 in the original layout (`LlavaLlamaForCausalLM`): its vision tower lies elsewhere."""
+"""The original layout (`LlavaLlamaForCausalLM`, `LlavaMistralForCausalLM`).
+
+The vision tower lies elsewhere; v1.6 has its own, fine-tuned one inside, and takes only the other's
+configuration.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from vlmforge.errors import UnsupportedModelError
-from vlmforge.prompt.template import jinja_from_parts
+from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
-from vlmforge_builder.checkpoint.store import JoinedStore, open_store
-from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
-from vlmforge_builder.tokenizer.convert import convert_tokenizer
+from vlmforge_builder.checkpoint.store import JoinedStore, TensorStore, open_store
+from vlmforge_builder.recipe import ModelSpec, RecipeOptions
+from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
 from vlmforge_recipes.clip_images import read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
-from vlmforge_recipes.llava.layout import ORIGINAL
-from vlmforge_recipes.llava.templates import PLACEHOLDER, TEMPLATES
+from vlmforge_recipes.llava.anyres import MERGES, PINPOINTS, original_tiling
+from vlmforge_recipes.llava.end_ids import with_end_ids
+from vlmforge_recipes.llava.layout import ORIGINAL_MISTRAL, layout_of
+from vlmforge_recipes.llava.templates import PLACEHOLDER, TEMPLATES, original_template
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 from vlmforge_recipes.tower_folder import find_tower
 
-ARCHITECTURE = ORIGINAL
 # The id that the original code puts where an image goes (`IMAGE_TOKEN_INDEX`).
 _IMAGE_TOKEN_INDEX = -200
-_DEFAULT_TEMPLATE = "llava-v1"
 _TOWER_KEYS = ("vision_model.", "model.vision_tower.vision_tower.vision_model.")
+_NEWLINE = "model.image_newline"
 
 
 def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
     """Understand a checkpoint of this layout (CheckpointError otherwise)."""
     _check(config)
     folder = find_tower(checkpoint, config.str("mm_vision_tower"), options)
-    tower_config = read_config(folder / "config.json")
-    vision = (
-        tower_config.section("vision_config") if tower_config.has("vision_config") else tower_config
-    )
-    decoder = read_decoder_config(config, session_len=options.session_len)
-    tower = read_tower_config(
-        vision,
-        feature_layer=config.int("mm_vision_select_layer", -2),
-        keep_class_token=config.str("mm_vision_select_feature", "patch") == "cls_patch",
-    )
-    own = open_store(checkpoint)
-    # A fine-tuned tower inside the checkpoint wins over the stock one.
-    inside = f"{_TOWER_KEYS[1]}embeddings.class_embedding" in own
-    store = own if inside else JoinedStore((own, open_store(folder)))
-    names = Names(
-        "model.",
-        "lm_head.weight",
-        _TOWER_KEYS[1] if inside else _TOWER_KEYS[0],
-        ("model.mm_projector.0", "model.mm_projector.2"),
-    )
-    if config.bool("tie_word_embeddings", default=False):
-        names = names.tied()
-    pad = config.str("image_aspect_ratio", "square") == "pad"
-    template = jinja_from_parts(TEMPLATES[_DEFAULT_TEMPLATE], PLACEHOLDER)
+    tower = _tower(config, folder)
+    image = _image_policy(config, folder, tower)
+    kind, trained = _kind(config), _trained(config)
+    decoder = read_decoder_config(config, session_len=options.session_len or trained, kind=kind)
+    store, names = _tensors(checkpoint, config, folder, newline=_has_newline(image))
+    tokenizer = _tokenizer(checkpoint, config)
     return assemble(
-        Geometry(decoder, tower, trained_length(config), "gelu", ARCHITECTURE),
+        Geometry(decoder, tower, trained, "gelu", layout_of(config) or ""),
         names,
         store,
-        read_image_policy(folder, image_size=tower.image_size, pad_to_square=pad),
-        convert_tokenizer(checkpoint),
+        image,
+        tokenizer,
         Prompting(
-            ChatTemplate(_DEFAULT_TEMPLATE, template, ()),
+            original_template(kind, tokenizer),
             PLACEHOLDER,
             "split_text",
             _IMAGE_TOKEN_INDEX,
@@ -71,18 +59,80 @@ def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions
     )
 
 
+def _kind(config: ConfigReader) -> str:
+    return "mistral" if layout_of(config) == ORIGINAL_MISTRAL else "llama"
+
+
+def _trained(config: ConfigReader) -> int:
+    """The original cuts longer prompts at `tokenizer_model_max_length`; here it is the window."""
+    length = trained_length(config, kind=_kind(config))
+    return min(length, config.opt_int("tokenizer_model_max_length") or length)
+
+
+def _tower(config: ConfigReader, folder: Path) -> VisionConfig:
+    tower = read_config(folder / "config.json")
+    return read_tower_config(
+        tower.section("vision_config") if tower.has("vision_config") else tower,
+        feature_layer=config.int("mm_vision_select_layer", -2),
+        keep_class_token=config.str("mm_vision_select_feature", "patch") == "cls_patch",
+    )
+
+
+def _image_policy(config: ConfigReader, folder: Path, tower: VisionConfig) -> ImagePolicy:
+    aspect = config.str("image_aspect_ratio", "square")
+    policy = read_image_policy(folder, image_size=tower.image_size, pad_to_square=aspect == "pad")
+    return original_tiling(policy, tower, config) if aspect == "anyres" else policy
+
+
+def _has_newline(image: ImagePolicy) -> bool:
+    return image.tiling is not None and image.tiling.merge == MERGES["spatial_unpad"]
+
+
+def _tensors(
+    checkpoint: Path, config: ConfigReader, folder: Path, *, newline: bool
+) -> tuple[TensorStore, Names]:
+    own = open_store(checkpoint)
+    # The original fills the tower from the checkpoint only if it was fine-tuned; shards may repeat
+    # the stock one.
+    inside = f"{_TOWER_KEYS[1]}embeddings.class_embedding" in own and config.bool(
+        "unfreeze_mm_vision_tower", default=False
+    )
+    names = Names(
+        "model.",
+        "lm_head.weight",
+        _TOWER_KEYS[1] if inside else _TOWER_KEYS[0],
+        ("model.mm_projector.0", "model.mm_projector.2"),
+        newline=_NEWLINE if newline else None,
+    )
+    if config.bool("tie_word_embeddings", default=False):
+        names = names.tied()
+    return own if inside else JoinedStore((own, open_store(folder))), names
+
+
+def _tokenizer(checkpoint: Path, config: ConfigReader) -> ConvertedTokenizer:
+    """The class that the original loads: for Mistral the fast one, otherwise SentencePiece."""
+    if _kind(config) == "mistral":
+        # The fast class of the time puts a space before every section, whatever `legacy` says.
+        made = convert_tokenizer(checkpoint, invalid_bytes="whole_run", legacy=True)
+    else:
+        made = convert_tokenizer(checkpoint, prefer_model=True)
+    return with_end_ids(made, checkpoint, config)
+
+
 def _check(config: ConfigReader) -> None:
     known = {
         "mm_projector_type": ("mlp2x_gelu",),
         "mm_vision_select_feature": ("patch", "cls_patch"),
-        "image_aspect_ratio": ("pad", "square"),
-        "mm_patch_merge_type": ("flat",),
+        "image_aspect_ratio": ("pad", "square", "anyres"),
+        "mm_patch_merge_type": tuple(MERGES),
     }
     defaults = {"mm_projector_type": "linear"}
     for key, values in known.items():
         value = config.str(key, defaults.get(key, values[0]))
         if value not in values:
             raise _unsupported(config, f"{key} {value!r}", " or ".join(repr(v) for v in values))
+    if config.str("image_aspect_ratio", "square") == "anyres" and not config.has(PINPOINTS):
+        raise _unsupported(config, f"image_aspect_ratio 'anyres' without {PINPOINTS}", PINPOINTS)
     for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
         if config.bool(key, default=False):
             raise _unsupported(config, f"{key} true", "false")
@@ -93,7 +143,7 @@ def _unsupported(config: ConfigReader, found: str, expected: str) -> Unsupported
         f"{config.file} describes a variant that this recipe does not know.",
         found=found,
         expected=expected,
-        fix="choose a LLaVA 1.5 checkpoint, or extend the recipe",
+        fix="choose a published LLaVA checkpoint, or extend the recipe",
     )
 
 

@@ -11,8 +11,10 @@ from vlmforge.prompt.choice import choose_template
 from vlmforge.prompt.messages import parse_prompt
 from vlmforge.prompt.render import marked_tokenizer_json, render_prompt
 from vlmforge.text import TextTokenizer
+from vlmforge.vl.tiling import token_rows
 
 _QUESTION = "What is shown in this picture?"
+_PHOTO = (640, 480)
 
 
 def describe(folder: Path, *, batch: int = 1, context: int | None = None) -> str:
@@ -90,14 +92,33 @@ def _policies(manifest: Manifest) -> str:
     image, prompt, decode = manifest.image, manifest.prompt, manifest.decode
     height, width = image.crop
     rows = {
-        "image": f"{image.name} to {width}x{height}, {image.resample}; "
-        f"{decode.tokens_per_image} tokens an image",
+        "image": f"{image.name} to {width}x{height}, {image.resample}; " + _image_tokens(manifest),
         "prompt": f"template {prompt.template_name!r}, images at {prompt.image_placeholder!r} "
         f"({prompt.image_splice}); also: {', '.join(prompt.templates) or 'none'}",
         "stops": f"ids {', '.join(map(str, decode.eos_ids))}"
         + (f", words {', '.join(map(repr, prompt.stop_words))}" if prompt.stop_words else ""),
     }
     return _table(rows)
+
+
+def _image_tokens(manifest: Manifest) -> str:
+    tiling, most = manifest.image.tiling, manifest.decode.tokens_per_image
+    if tiling is None:
+        return f"{most} tokens an image"
+    canvases = ", ".join(f"{width}x{height}" for width, height in tiling.canvases)
+    return (
+        f"at most {most} tokens an image, {_example_tokens(manifest)} one of {_photo()}; "
+        f"in views of {tiling.tile}x{tiling.tile} from {canvases}"
+    )
+
+
+def _example_tokens(manifest: Manifest) -> int:
+    tiling = manifest.image.tiling
+    return manifest.decode.tokens_per_image if tiling is None else len(token_rows(_PHOTO, tiling))
+
+
+def _photo() -> str:
+    return f"{_PHOTO[0]}x{_PHOTO[1]} pixels"
 
 
 def _example(bundle: Bundle) -> str:
@@ -111,10 +132,10 @@ def _example(bundle: Bundle) -> str:
         policy=policy,
         template=template,
         encoder=TextTokenizer(text),
-        image_lengths=[manifest.decode.tokens_per_image],
+        image_lengths=[_example_tokens(manifest)],
     )
     return (
-        f"({_QUESTION!r}, photo) becomes {len(rendered.token_ids)} tokens "
+        f"({_QUESTION!r}, photo of {_photo()}) becomes {len(rendered.token_ids)} tokens "
         f"({rendered.text_tokens} text + {rendered.image_tokens} image):\n  {rendered.text!r}"
     )
 

@@ -33,6 +33,11 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_SIDEWAYS = (5, 6, 7, 8)
+
+Colour = tuple[int, int, int]
+"""Red, green and blue, 0 to 255."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
@@ -122,11 +127,19 @@ def upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height that `to_rgb` gives an image, without touching its pixels."""
+    sideways = _orientation(image) in _SIDEWAYS
+    return (image.height, image.width) if sideways else image.size
+
+
+def to_rgb(image: Image.Image, background: Colour | None = (255, 255, 255)) -> Image.Image:
     """Convert an image of any mode to an upright RGB one.
 
-    Transparency is composited on `background`. 16-bit greys (also those that Pillow holds as
-    32-bit integers or floats) are scaled, not clipped, to 8 bits; floats up to 1.0 are fractions.
+    Transparency is composited on `background`; None leaves it out of account, as `convert("RGB")`
+    does: a transparent pixel has the colour that is stored for it. 16-bit greys (also those that
+    Pillow holds as 32-bit integers or floats) are scaled, not clipped, to 8 bits; floats up to 1.0
+    are fractions.
 
     Raises:
         ImageError: grey levels outside 0..65535.
@@ -140,6 +153,8 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255
     if image.mode == "La":  # Pillow converts premultiplied grey to nothing else.
         image = image.convert("LA")
     rgba = image.convert("RGBA")
+    if background is None:
+        return rgba.convert("RGB")
     canvas = Image.new("RGB", image.size, background)
     canvas.paste(rgba, mask=rgba.getchannel("A"))
     return canvas

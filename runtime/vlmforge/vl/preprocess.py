@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlmforge.errors import EngineFormatError, ImageError
-from vlmforge.vl.decode import to_rgb
+from vlmforge.vl.decode import Colour, to_rgb
+from vlmforge.vl.tiling import Tiling, best_canvas, fitted_size, tile_boxes
 
 MAX_RESIZED_PIXELS = 1 << 25
 """Above this, only the part of the resized image that the crop keeps is computed."""
@@ -42,8 +43,11 @@ class ImagePolicy:
         rescale_factor: Multiplies the 8-bit levels.
         mean: Subtracted after rescaling, per channel.
         std: Divides after that, per channel.
-        background: RGB under transparent pixels.
+        background: RGB under transparent pixels. None: transparency is left out of account, as it
+            was when most models were trained.
         pad_fill: RGB of the padding of "pad_square".
+        tiling: Views of "anyres", and their rows that become tokens; None for the others, whose one
+            view gives all its rows.
     """
 
     name: str
@@ -53,8 +57,9 @@ class ImagePolicy:
     rescale_factor: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    background: tuple[int, int, int]
-    pad_fill: tuple[int, int, int]
+    background: Colour | None
+    pad_fill: Colour
+    tiling: Tiling | None
 
 
 def preprocess(image: Image.Image, policy: ImagePolicy) -> NDArray[np.float32]:
@@ -82,8 +87,23 @@ def pad_square(image: Image.Image, policy: ImagePolicy) -> NDArray[np.float32]:
     return _normalize(square.crop(_centre_box(square.size, policy.crop)), policy)
 
 
+def anyres(image: Image.Image, policy: ImagePolicy) -> NDArray[np.float32]:
+    """The whole image squeezed to a tile, then the tiles of its canvas (see `Tiling`)."""
+    tiling = policy.tiling
+    if tiling is None:
+        raise _unknown("tiling", "null", {"a tiling": None})
+    rgb, resample = to_rgb(image, policy.background), _filter(policy)
+    size = best_canvas(rgb.size, tiling.canvases)
+    fitted = rgb.resize(fitted_size(rgb.size, size), resample)
+    canvas = Image.new("RGB", size, tiling.fill)
+    canvas.paste(fitted, ((size[0] - fitted.width) // 2, (size[1] - fitted.height) // 2))
+    views = [rgb.resize((tiling.tile, tiling.tile), resample)]
+    views += [canvas.crop(box) for box in tile_boxes(size, tiling.tile)]
+    return np.concatenate([_normalize(view, policy) for view in views])
+
+
 POLICIES: Mapping[str, Callable[[Image.Image, ImagePolicy], NDArray[np.float32]]] = (
-    MappingProxyType({"center_crop": center_crop, "pad_square": pad_square})
+    MappingProxyType({"center_crop": center_crop, "pad_square": pad_square, "anyres": anyres})
 )
 
 

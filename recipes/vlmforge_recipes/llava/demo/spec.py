@@ -39,8 +39,9 @@ IMAGE_POLICY = ImagePolicy(
     rescale_factor=1 / 255,
     mean=_MEAN,
     std=(0.26862954, 0.26130258, 0.27577711),
-    background=(255, 255, 255),
+    background=None,
     pad_fill=(int(_MEAN[0] * 255), int(_MEAN[1] * 255), int(_MEAN[2] * 255)),
+    tiling=None,
 )
 """What the engine makes of the checkpoint's image processor."""
 

@@ -136,4 +136,13 @@ PRESETS: Mapping[str, SyntheticSpec] = {
         dtype="float16",
         shards=3,
     ),
+    # Every shape of llava-hf/llava-1.5-13b-hf: 26.7 GB.
+    "13b": SyntheticSpec(
+        text=TextSpec(
+            hidden=5120, intermediate=13824, layers=40, heads=40, kv_heads=40, vocab=32064
+        ),
+        vision=VisionSpec(hidden=1024, intermediate=4096, layers=24, heads=16, image_size=336),
+        dtype="float16",
+        shards=6,
+    ),
 }
