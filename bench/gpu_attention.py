@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu_timing import Work, copy_bandwidth, matmul_rate, medians
+from gpu_timing import Work, copy_bandwidths, matmul_rate, medians
 from vlmforge_plugins.cached_attention.config import Config, Sizes
 from vlmforge_plugins.cached_attention.launcher import Kernels, Rows, Scales, Tensors, run
 from vlmforge_plugins.cached_attention.plan import Machine, Plan, Shape, plan
@@ -40,10 +40,12 @@ class Point:
 
     @property
     def total(self) -> int:
+        """Tokens of a row, past and new."""
         return self.past + self.new
 
     @property
     def config(self) -> Config:
+        """Whose kernels it takes."""
         return Config(self.head_size, self.activation, self.stored)  # type: ignore[arg-type]
 
     @property
@@ -196,10 +198,12 @@ def measure(point: Point, stage: Stage, kernels: Kernels, sizes: Sizes, machine:
     return row | {"bytes": point.bytes_moved, "operations": point.operations}
 
 
-def ceilings() -> dict[str, float]:
+def ceilings() -> dict[str, Any]:
     """What this GPU does at most, measured."""
+    copies = copy_bandwidths()
     return {
-        "copy_bytes_per_second": copy_bandwidth(),
+        "copy_bytes_per_second": max(copies.values()),
+        "copies": copies,
         "matmul_float16": matmul_rate(torch.float16),
         "matmul_bfloat16": matmul_rate(torch.bfloat16),
     }

@@ -4,7 +4,7 @@
 
 Needs python3, numpy, torch, cuda-bindings, and nvcc or NVRTC; not vlmforge's environment, and no
 TensorRT. `test`: the cases of tests/plugins_cuda on the GPU, CUDA graphs, compute-sanitizer.
-`bench`: the kernels against the machine's own ceilings and torch's SDPA, into a JSON file from which
+`bench`: the kernels against the machine's own ceilings and torch's SDPA, into a JSON file; from it
 gpu_report.py makes plugins_cuda/BENCH.md.
 """
 
@@ -56,11 +56,13 @@ class Binaries:
     cache: Path
 
     def find(self, chosen: Sizes, target: Target) -> bytes:
+        """A cubin, from the cache if it is one that is shipped."""
         if chosen == sizes(chosen.config, target):
             return compile_one(chosen.config, target, self.by, self.cache).code
         return self.by.compile(chosen, target).code
 
     def find_all(self, target: Target) -> None:
+        """Fills the cache with all that is shipped for `target`."""
         wanted = [c for c in configs() if target in targets(c)]
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda c: self.find(sizes(c, target), target), wanted))

@@ -187,9 +187,7 @@ class CudaBackend:
         return after
 
 
-def cuda_backend(
-    find: Callable[[Sizes, Target], bytes], plain: bool = False
-) -> CudaBackend | None:
+def cuda_backend(find: Callable[[Sizes, Target], bytes], plain: bool = False) -> CudaBackend | None:
     """The first GPU, or None if there is none.
 
     Args:

@@ -118,7 +118,7 @@ def covering(strength: int) -> list[Case]:
 
 @dataclass
 class Batch:
-    """Arrays of a case, as bits where numpy has no type; everything a kernel may not write is NaN."""
+    """Arrays of a case, as bits where numpy has no type. Whatever no kernel may write is NaN."""
 
     case: Case
     shape: Shape
@@ -137,7 +137,7 @@ class Batch:
 
 
 def _lengths(case: Case, random: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Past and new tokens of the rows: the longest, an inactive one, one shorter, one of a token."""
+    """Past and new tokens of the rows: the longest, an idle one, a shorter one, a lone token."""
     if case.kind == "decode":
         totals = [case.length, 0, int(random.integers(1, case.length + 1)), 1]
         return [max(t - 1, 0) for t in totals], [1, 0, 1, 1]

@@ -58,7 +58,7 @@ class Config:
     Attributes:
         head_size: D.
         activation: Type of queries, new keys and values, and the output.
-        stored: Type of the pools: `activation`, or fp8 E4M3 with one scale for keys, one for values.
+        stored: Type of the pools: `activation`, or fp8 E4M3 with a scale for keys, one for values.
     """
 
     head_size: int
@@ -158,7 +158,7 @@ class Sizes:
     @property
     def decode_registers(self) -> int:
         """Registers of a thread of decode, at most; for planning."""
-        return 120 if self.config.head_size <= 64 else 168 if self.config.head_size < 128 else 192
+        return 120 if self.config.head_size <= 64 else 176 if self.config.head_size < 128 else 192
 
     @property
     def prefill_bytes(self) -> int:

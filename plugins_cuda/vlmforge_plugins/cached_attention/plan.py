@@ -1,7 +1,8 @@
 """Chooses kernels, grids, splits and workspace from numbers that the host has. Pure functions.
 
 Nothing here looks at a tensor's contents: lengths are maxima, so that a plan made once can be
-captured into a CUDA graph and replayed while the real lengths, read by the kernels, move below them.
+captured into a CUDA graph and replayed while the real lengths, which the kernels read, move below
+them.
 """
 
 from __future__ import annotations
@@ -142,7 +143,8 @@ def head_tiles(shape: Shape) -> int:
 
 def split_keys(total: int, splits: int) -> int:
     """Keys of a split when a row of `total` tokens is cut for decode; as `Splits` in params.h."""
-    return max(-(-(-(-total // splits)) // 64) * 64, MIN_SPLIT_KEYS)
+    even = -(-total // splits)
+    return max(-(-even // 64) * 64, MIN_SPLIT_KEYS)
 
 
 def choose_splits(shape: Shape, sizes: Sizes, machine: Machine) -> int:

@@ -63,9 +63,18 @@ extern "C" int vf_params_offset(const char* field) {
 #undef VF_FIELD
   return -1;
 }
+extern "C" int vf_split_keys(int total, int splits) { return vf::Splits(total, splits).keys; }
+extern "C" int vf_split_count(int total, int splits) { return vf::Splits(total, splits).count; }
 extern "C" int vf_shared_bytes(const char* name) {
   const std::string_view kernel(name);
   if (kernel == "vf_decode") return vf::ConfiguredDecode::kSharedBytes;
   if (kernel == "vf_prefill") return vf::ConfiguredPrefill::kSharedBytes;
   return 0;
 }
+extern "C" int vf_threads(const char* name) {
+  const std::string_view kernel(name);
+  if (kernel == "vf_decode") return vf::ConfiguredDecode::kThreads;
+  if (kernel == "vf_prefill") return vf::ConfiguredPrefill::kThreads;
+  return 0;
+}
+extern "C" int vf_prefill_rows() { return vf::ConfiguredPrefill::kRows; }
