@@ -10,16 +10,17 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from attention_cases import Batch
 from numpy.typing import NDArray
 
+from attention_cases import Batch
 from vlmforge_plugins.cached_attention.compile import SOURCES
-from vlmforge_plugins.cached_attention.config import Config, Sizes, sizes
+from vlmforge_plugins.cached_attention.config import TARGETS, Config, Sizes, Target, sizes
 from vlmforge_plugins.cached_attention.launcher import Kernels, Params, Rows, Tensors, run
 from vlmforge_plugins.cached_attention.plan import Launch, Machine, Plan, plan
 
@@ -60,7 +61,7 @@ def addresses(batch: Batch, at: Callable[[str], int], scratch: int) -> Tensors:
 
 
 @cache
-def host_library(config: Config) -> ctypes.CDLL:
+def host_library(chosen: Sizes) -> ctypes.CDLL:
     """The kernels' sources compiled by g++; kept by the content of all that goes in."""
     files = [
         p for folder in (SOURCES, HOST_SOURCES) for p in sorted(folder.iterdir()) if p.is_file()
@@ -75,11 +76,11 @@ def host_library(config: Config) -> ctypes.CDLL:
         "-Wextra",
         "-Werror",
     ]
-    flags += ["-Wno-unknown-pragmas", *(f"-D{d}" for d in sizes(config).defines)]
+    flags += ["-Wno-unknown-pragmas", *(f"-D{d}" for d in chosen.defines)]
     state = hashlib.sha256(" ".join(flags).encode() + Path("/proc/cpuinfo").read_bytes()[:400])
     for path in files:
         state.update(path.read_bytes())
-    library = ROOT / "out" / "host_kernels" / f"{config.name}-{state.hexdigest()[:24]}.so"
+    library = ROOT / "out" / "host_kernels" / f"{chosen.config.name}-{state.hexdigest()[:24]}.so"
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)
         beside = library.with_suffix(f".{os.getpid()}")
@@ -93,8 +94,8 @@ def host_library(config: Config) -> ctypes.CDLL:
 class HostKernels:
     """The host build behind the interface of `CudaKernels`."""
 
-    def __init__(self, config: Config, direction: int = 1) -> None:
-        self._library = host_library(config)
+    def __init__(self, chosen: Sizes, direction: int = 1) -> None:
+        self._library = host_library(chosen)
         self._direction = direction
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
@@ -119,9 +120,9 @@ class HostBackend:
         self._direction = direction
 
     def run(self, batch: Batch) -> Arrays:
-        kernels = HostKernels(batch.case.config, self._direction)
-        chosen = plan(batch.shape, sizes(batch.case.config), self.machine)
-        return self.run_plan(batch, chosen, kernels)
+        compiled = sizes(batch.case.config, batch.case.target)
+        chosen = plan(batch.shape, compiled, self.machine)
+        return self.run_plan(batch, chosen, HostKernels(compiled, self._direction))
 
     def run_plan(self, batch: Batch, chosen: Plan, kernels: Kernels) -> Arrays:
         arrays = {name: _aligned_copy(array) for name, array in batch.arrays.items()}
@@ -148,15 +149,19 @@ class CudaBackend:
 
     Args:
         kernels: Makes (and keeps) the loaded kernels of a configuration.
+        target: What the GPU is.
     """
 
-    def __init__(self, kernels: Callable[[Config], Kernels], machine: Machine) -> None:
-        self._kernels = kernels
+    def __init__(
+        self, kernels: Callable[[Config], Kernels], machine: Machine, target: Target
+    ) -> None:
+        self.kernels = kernels
         self.machine = machine
+        self.target = target
 
     def run(self, batch: Batch) -> Arrays:
-        chosen = plan(batch.shape, sizes(batch.case.config), self.machine)
-        return self.run_plan(batch, chosen, self._kernels(batch.case.config))
+        chosen = plan(batch.shape, sizes(batch.case.config, self.target), self.machine)
+        return self.run_plan(batch, chosen, self.kernels(batch.case.config))
 
     def run_plan(self, batch: Batch, chosen: Plan, kernels: Kernels) -> Arrays:
         from cuda.bindings import driver
@@ -182,8 +187,13 @@ class CudaBackend:
         return after
 
 
-def cuda_backend(find: Callable[[Config, Sizes, int], bytes]) -> CudaBackend | None:
-    """The first GPU, or None if there is none. `find` gives the cubin for a capability."""
+def cuda_backend(find: Callable[[Sizes, Target], bytes], plain: bool = False) -> CudaBackend | None:
+    """The first GPU, or None if there is none.
+
+    Args:
+        find: Gives a cubin.
+        plain: Use no instructions that only this very kind of GPU has.
+    """
     try:
         from cuda.bindings import driver
     except ImportError:
@@ -198,9 +208,13 @@ def cuda_backend(find: Callable[[Config, Sizes, int], bytes]) -> CudaBackend | N
         return None
     context = call(driver.cuDevicePrimaryCtxRetain, call(driver.cuDeviceGet, 0))
     call(driver.cuCtxSetCurrent, context)
+    target = next(t for t in TARGETS if t.capability == capability())
+    if plain:
+        target = replace(target, arch=target.arch.removesuffix("a"))
 
     @cache
     def kernels(config: Config) -> Kernels:
-        return CudaKernels(find(config, sizes(config), capability()), sizes(config))
+        chosen = sizes(config, target)
+        return CudaKernels(find(chosen, target), chosen)
 
-    return CudaBackend(kernels, machine())
+    return CudaBackend(kernels, machine(), target)

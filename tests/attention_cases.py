@@ -13,10 +13,10 @@ from itertools import combinations, product
 from typing import Any
 
 import numpy as np
-from number_formats import DTYPES, decode, encode, rounded
 from numpy.typing import NDArray
 
-from vlmforge_plugins.cached_attention.config import HEAD_SIZES, PAGE_SIZES, Config
+from number_formats import DTYPES, decode, encode, rounded
+from vlmforge_plugins.cached_attention.config import HEAD_SIZES, PAGE_SIZES, TARGETS, Config, Target
 from vlmforge_plugins.cached_attention.launcher import Scales
 from vlmforge_plugins.cached_attention.plan import Shape
 
@@ -69,6 +69,11 @@ class Case:
         return self.seed % 8 < 4
 
     @property
+    def target(self) -> Target:
+        """Whose kernels the host build runs: Hopper's own, or those of all others."""
+        return next(t for t in TARGETS if t.name == ("sm_90" if self.seed % 3 else "sm_89"))
+
+    @property
     def kv_heads(self) -> int:
         return 1 if self.length > 1000 or self.group > 8 else 2
 
@@ -113,7 +118,7 @@ def covering(strength: int) -> list[Case]:
 
 @dataclass
 class Batch:
-    """Arrays of a case, as bits where numpy has no type; everything a kernel may not write is NaN."""
+    """Arrays of a case, as bits where numpy has no type. Whatever no kernel may write is NaN."""
 
     case: Case
     shape: Shape
@@ -132,7 +137,7 @@ class Batch:
 
 
 def _lengths(case: Case, random: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Past and new tokens of the rows: the longest, an inactive one, one shorter, one of a token."""
+    """Past and new tokens of the rows: the longest, an idle one, a shorter one, a lone token."""
     if case.kind == "decode":
         totals = [case.length, 0, int(random.integers(1, case.length + 1)), 1]
         return [max(t - 1, 0) for t in totals], [1, 0, 1, 1]

@@ -1,4 +1,4 @@
-"""bf16 and fp8 E4M3 for numpy, which has neither: values to bits and back, rounded to nearest even."""
+"""bf16 and fp8 E4M3, which numpy lacks: values to bits and back, rounded to nearest even."""
 
 from __future__ import annotations
 

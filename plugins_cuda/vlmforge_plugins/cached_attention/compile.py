@@ -2,8 +2,8 @@
 
     python -m vlmforge_plugins.cached_attention.compile --out DIR [--compiler nvcc] [--config NAME]
 
-NVRTC (wheels from PyPI, no toolkit) and nvcc make the same set. Results are cached by the content of
-everything that went in: sources, macros, architecture, compiler and its version.
+NVRTC (wheels from PyPI, no toolkit) and nvcc make the same set. Results are cached by the content
+of everything that went in: sources, macros, architecture, compiler and its version.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _refused(compiler: str, words: str, sizes: Sizes, target: Target) -> Compile
 
 def compiler(name: str) -> Compiler:
     """By the name given on a command line: `nvrtc` or `nvcc`."""
-    return {"nvrtc": Nvrtc, "nvcc": Nvcc}[name]()
+    return Nvcc() if name == "nvcc" else Nvrtc()
 
 
 def digest(sizes: Sizes, target: Target, version: str) -> str:
@@ -193,7 +193,7 @@ def compile_one(config: Config, target: Target, by: Compiler, cache: Path | None
     """
     config.check()
     config.check_target(target)
-    chosen = sizes(config)
+    chosen = sizes(config, target)
     if cache is None:
         return by.compile(chosen, target)
     kept = cache / f"{config.name}.{target.name}.{digest(chosen, target, by.version)[:32]}"

@@ -58,7 +58,7 @@ class Config:
     Attributes:
         head_size: D.
         activation: Type of queries, new keys and values, and the output.
-        stored: Type of the pools: `activation`, or fp8 E4M3 with one scale for keys, one for values.
+        stored: Type of the pools: `activation`, or fp8 E4M3 with a scale for keys, one for values.
     """
 
     head_size: int
@@ -134,11 +134,13 @@ class Sizes:
     Attributes:
         decode_stages: Depth of decode's ring of asynchronous copies.
         prefill_tiles: Tiles of 16 queries that a warp of prefill holds in registers.
+        hopper: Whether prefill is the one for sm_90a, with warpgroup products.
     """
 
     config: Config
     decode_stages: int
     prefill_tiles: int
+    hopper: bool = False
 
     @property
     def strip_bytes(self) -> int:
@@ -154,14 +156,26 @@ class Sizes:
         return max(DECODE_WARPS * self.decode_stages * 2 * self.strip_bytes, merge)
 
     @property
+    def decode_registers(self) -> int:
+        """Registers of a thread of decode, at most; for planning."""
+        return 120 if self.config.head_size <= 64 else 176 if self.config.head_size < 128 else 192
+
+    @property
     def prefill_bytes(self) -> int:
-        """Shared memory of a block of prefill: two stages of keys and values."""
+        """Shared memory of a block of prefill: two stages of keys and values (and barriers)."""
+        if self.hopper:
+            return 4 * 128 * 2 * self.config.head_size + 64
         return 4 * PREFILL_STRIPS * self.strip_bytes
 
     @property
     def prefill_rows(self) -> int:
         """Queries of a block of prefill."""
-        return 16 * self.prefill_tiles * PREFILL_WARPS
+        return 128 if self.hopper else 16 * self.prefill_tiles * PREFILL_WARPS
+
+    @property
+    def prefill_threads(self) -> int:
+        """Threads of a block of prefill."""
+        return 384 if self.hopper else 32 * PREFILL_WARPS
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -172,13 +186,15 @@ class Sizes:
             f"VF_HEAD_SIZE={self.config.head_size}",
             f"VF_DECODE_STAGES={self.decode_stages}",
             f"VF_PREFILL_TILES={self.prefill_tiles}",
+            f"VF_HOPPER_PREFILL={int(self.hopper)}",
         )
 
 
-def sizes(config: Config) -> Sizes:
-    """How `config` is compiled. Measured on an H200; see BENCH.md.
+def sizes(config: Config, target: Target) -> Sizes:
+    """How `config` is compiled for `target`. Measured on an H200; see BENCH.md.
 
     Two tiles of queries halve the reads of shared memory per product, but only small heads leave
-    the registers for them.
+    the registers for them. Warpgroup products want whole panels of 64 16-bit dimensions.
     """
-    return Sizes(config, decode_stages=2, prefill_tiles=2 if config.head_size <= 64 else 1)
+    hopper = target.arch == "sm_90a" and not config.fp8 and config.head_size % 64 == 0
+    return Sizes(config, 2, prefill_tiles=2 if config.head_size <= 64 else 1, hopper=hopper)

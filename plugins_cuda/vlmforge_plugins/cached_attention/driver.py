@@ -28,7 +28,7 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
             f"The CUDA driver refused {getattr(function, '__name__', function)}.",
             found=str(status),
             expected="CUDA_SUCCESS",
-            fix="check that the engine was built for this GPU (`vlmforge inspect` lists its targets)",
+            fix="was the engine built for this GPU? `vlmforge inspect` lists its targets",
         )
     return results[0] if len(results) == 1 else tuple(results)
 

@@ -1,19 +1,19 @@
 """Chooses kernels, grids, splits and workspace from numbers that the host has. Pure functions.
 
 Nothing here looks at a tensor's contents: lengths are maxima, so that a plan made once can be
-captured into a CUDA graph and replayed while the real lengths, read by the kernels, move below them.
+captured into a CUDA graph and replayed while the real lengths, which the kernels read, move below
+them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlmforge_plugins.cached_attention.config import (
     COMBINE_THREADS,
     DECODE_WARPS,
     PAGE_SIZES,
-    PREFILL_WARPS,
     WRITE_THREADS,
     Sizes,
 )
@@ -143,7 +143,8 @@ def head_tiles(shape: Shape) -> int:
 
 def split_keys(total: int, splits: int) -> int:
     """Keys of a split when a row of `total` tokens is cut for decode; as `Splits` in params.h."""
-    return max(-(-(-(-total // splits)) // 64) * 64, MIN_SPLIT_KEYS)
+    even = -(-total // splits)
+    return max(-(-even // 64) * 64, MIN_SPLIT_KEYS)
 
 
 def choose_splits(shape: Shape, sizes: Sizes, machine: Machine) -> int:
@@ -154,9 +155,8 @@ def choose_splits(shape: Shape, sizes: Sizes, machine: Machine) -> int:
     cost traffic and a second kernel, so more splits must win by 5 %.
     """
     blocks = shape.batch * shape.kv_heads * head_tiles(shape)
-    resident = max(1, min(machine.shared_bytes // (sizes.decode_bytes + 1024), 4))
-    slots = machine.multiprocessors * resident
-    limit = min(MAX_SPLITS, -(-shape.max_total // MIN_SPLIT_KEYS))
+    slots = decode_slots(sizes, machine)
+    limit = split_limit(shape, sizes, machine)
 
     def cost(splits: int) -> float:
         rounds = blocks * splits / slots
@@ -169,6 +169,20 @@ def choose_splits(shape: Shape, sizes: Sizes, machine: Machine) -> int:
         if cost(splits) < 0.95 * cost(best):
             best = splits
     return best
+
+
+def decode_slots(sizes: Sizes, machine: Machine) -> int:
+    """Blocks of decode that the machine runs at once."""
+    by_shared = machine.shared_bytes // (sizes.decode_bytes + 1024)
+    by_registers = 65536 // (32 * DECODE_WARPS * sizes.decode_registers)
+    return machine.multiprocessors * max(1, min(by_shared, by_registers))
+
+
+def split_limit(shape: Shape, sizes: Sizes, machine: Machine) -> int:
+    """No more splits than go round the machine four times, or have keys enough."""
+    blocks = shape.batch * shape.kv_heads * head_tiles(shape)
+    full = max(1, 4 * decode_slots(sizes, machine) // blocks)
+    return min(MAX_SPLITS, full, -(-shape.max_total // MIN_SPLIT_KEYS))
 
 
 def workspace(shape: Shape, head_size: int, splits: int) -> Workspace:
@@ -206,28 +220,11 @@ def plan(shape: Shape, sizes: Sizes, machine: Machine) -> Plan:
 
 
 def max_workspace(largest: Shape, sizes: Sizes, machine: Machine) -> int:
-    """Workspace that suffices for every shape up to `largest`, prefill or decode, in bytes.
-
-    Fewer rows get more splits, but never more than fill the machine; the bound takes MAX_SPLITS.
-    """
-    del machine
-    prefill = workspace(largest, sizes.config.head_size, 1).size
-    decode = workspace(_as_decode(largest), sizes.config.head_size, MAX_SPLITS).size
-    return max(prefill, decode)
-
-
-def _as_decode(shape: Shape) -> Shape:
-    return Shape(
-        shape.batch,
-        1,
-        shape.max_total,
-        shape.heads,
-        shape.kv_heads,
-        shape.page_size,
-        shape.max_pages,
-        shape.rotary,
-        shape.positions,
-    )
+    """Bytes that suffice for every call of at most this shape, prefill or decode."""
+    head_size = sizes.config.head_size
+    decodes = [replace(largest, batch=b, max_query=1) for b in range(1, largest.batch + 1)]
+    needs = [workspace(s, head_size, split_limit(s, sizes, machine)).size for s in decodes]
+    return max(workspace(largest, head_size, 1).size, *needs)
 
 
 def _write(shape: Shape, head_size: int) -> Launch:
@@ -247,4 +244,4 @@ def _decode(shape: Shape, sizes: Sizes, splits: int) -> tuple[Launch, ...]:
 
 def _prefill(shape: Shape, sizes: Sizes) -> tuple[Launch, ...]:
     grid = (-(-shape.max_query // sizes.prefill_rows), shape.heads, shape.batch)
-    return (Launch("vf_prefill", grid, 32 * PREFILL_WARPS, sizes.prefill_bytes),)
+    return (Launch("vf_prefill", grid, sizes.prefill_threads, sizes.prefill_bytes),)

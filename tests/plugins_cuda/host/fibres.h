@@ -30,7 +30,7 @@ struct Copy {
   bool valid;
 };
 
-enum class State : uint8_t { kReady, kInWarp, kInBlock, kDone };
+enum class State : uint8_t { kReady, kInGroup, kInBlock, kDone };
 
 struct Fibre {
   void* stack_pointer = nullptr;
@@ -46,7 +46,7 @@ struct Fibre {
   std::vector<size_t> groups;  // where each committed group of them ends
 };
 
-using Operation = void (*)(void* const* arguments);  // of the 32 lanes
+using Operation = void (*)(void* const* arguments);  // of all threads that meet
 
 struct Block {
   static constexpr int kMaxThreads = 1024;
@@ -54,9 +54,11 @@ struct Block {
   Fibre main;
   int threads = 0, x = 0, y = 0, z = 0, grid_x = 0;
   int in_warp[kMaxThreads / 32] = {};
+  int in_group[kMaxThreads / 128] = {};
   int in_block = 0, done = 0;
   int direction = 1;  // in which fibres take turns: races show as results that depend on it
   char* shared = nullptr;
+  int shared_bytes = 0;
   void (*kernel)(const void*) = nullptr;
   const void* params = nullptr;
 };
@@ -136,25 +138,39 @@ inline void start(Fibre& fibre) {
 #endif
 }
 
-// All 32 lanes of a warp meet here; the last to come runs `operation` on the arguments of all.
-inline void warp_collective(Operation operation, void* argument) {
-  const int warp = self->index / 32;
+// All SIZE threads of a warp (32) or warpgroup (128) meet here; the last to come runs `operation` on
+// the arguments of all.
+template <int SIZE>
+inline void collective(Operation operation, void* argument) {
+  const int first = self->index / SIZE * SIZE;
   self->operation = reinterpret_cast<const void*>(operation);
   self->argument = argument;
-  if (++block.in_warp[warp] < 32) {
-    self->state = State::kInWarp;
+  int& arrived = SIZE == 32 ? block.in_warp[first / 32] : block.in_group[first / 128];
+  if (++arrived < SIZE) {
+    self->state = State::kInGroup;
     yield();
     return;
   }
-  block.in_warp[warp] = 0;
-  void* arguments[32];
-  Fibre* lanes = &block.fibres[warp * 32];
-  for (int i = 0; i < 32; ++i) {
-    if (lanes[i].operation != self->operation) die("lanes of a warp are in different collectives");
-    arguments[i] = lanes[i].argument;
-    lanes[i].state = State::kReady;
+  arrived = 0;
+  void* arguments[SIZE];
+  Fibre* threads = &block.fibres[first];
+  for (int i = 0; i < SIZE; ++i) {
+    if (threads[i].operation != self->operation) die("threads are in different collectives");
+    arguments[i] = threads[i].argument;
+    threads[i].state = State::kReady;
   }
   operation(arguments);
+}
+inline void warp_collective(Operation operation, void* argument) {
+  collective<32>(operation, argument);
+}
+
+// For a thread that waits in a loop: lets all others go first.
+inline void pause() {
+  for (int i = 1; i < block.threads; ++i) {
+    const int at = (self->index + block.threads + i * block.direction) % block.threads;
+    if (block.fibres[at].state == State::kReady) return switch_to(&block.fibres[at]);
+  }
 }
 
 inline void block_barrier() {
@@ -186,6 +202,7 @@ inline void run_block(int direction) {
   block.direction = direction;
   block.done = block.in_block = 0;
   std::memset(block.in_warp, 0, sizeof(block.in_warp));
+  std::memset(block.in_group, 0, sizeof(block.in_group));
   for (int i = 0; i < block.threads; ++i) {
     block.fibres[i].index = i;
     start(block.fibres[i]);

@@ -20,6 +20,9 @@ VF_DEVICE int block_y() { return vf_host::block.y; }
 VF_DEVICE int block_z() { return vf_host::block.z; }
 VF_DEVICE int grid_x() { return vf_host::block.grid_x; }
 VF_DEVICE char* shared_memory() { return vf_host::block.shared; }
+VF_DEVICE u32 shared_address(const void* pointer) {
+  return static_cast<u32>(static_cast<const char*>(pointer) - vf_host::block.shared);
+}
 VF_DEVICE void sync_threads() { vf_host::block_barrier(); }
 VF_DEVICE void sync_warp() {
   vf_host::warp_collective([](void* const*) {}, nullptr);

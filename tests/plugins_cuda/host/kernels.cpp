@@ -32,6 +32,7 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
   block.threads = threads;
   block.grid_x = grid_x;
   block.shared = reinterpret_cast<char*>(start);
+  block.shared_bytes = shared_bytes;
   for (block.z = 0; block.z < grid_z; ++block.z) {
     for (block.y = 0; block.y < grid_y; ++block.y) {
       for (block.x = 0; block.x < grid_x; ++block.x) {
@@ -62,9 +63,18 @@ extern "C" int vf_params_offset(const char* field) {
 #undef VF_FIELD
   return -1;
 }
+extern "C" int vf_split_keys(int total, int splits) { return vf::Splits(total, splits).keys; }
+extern "C" int vf_split_count(int total, int splits) { return vf::Splits(total, splits).count; }
 extern "C" int vf_shared_bytes(const char* name) {
   const std::string_view kernel(name);
   if (kernel == "vf_decode") return vf::ConfiguredDecode::kSharedBytes;
   if (kernel == "vf_prefill") return vf::ConfiguredPrefill::kSharedBytes;
   return 0;
 }
+extern "C" int vf_threads(const char* name) {
+  const std::string_view kernel(name);
+  if (kernel == "vf_decode") return vf::ConfiguredDecode::kThreads;
+  if (kernel == "vf_prefill") return vf::ConfiguredPrefill::kThreads;
+  return 0;
+}
+extern "C" int vf_prefill_rows() { return vf::ConfiguredPrefill::kRows; }

@@ -5,9 +5,13 @@
 //   VF_HEAD_SIZE           D, a multiple of 8
 //   VF_DECODE_STAGES       depth of decode's ring of copies
 //   VF_PREFILL_TILES       16-row query tiles of a prefill warp
+//   VF_HOPPER_PREFILL      prefill by warpgroup products (sm_90a only)
 #include "combine.cuh"
 #include "decode.cuh"
 #include "prefill.cuh"
+#if VF_HOPPER_PREFILL
+#include "prefill_hopper.cuh"
+#endif
 #include "write.cuh"
 
 namespace vf {
@@ -23,7 +27,11 @@ using Stored = Activation;
 #endif
 using ConfiguredStrip = Strip<Activation, Stored, VF_HEAD_SIZE>;
 using ConfiguredDecode = Decode<ConfiguredStrip, 4, VF_DECODE_STAGES>;
+#if VF_HOPPER_PREFILL
+using ConfiguredPrefill = HopperPrefill<ConfiguredStrip>;
+#else
 using ConfiguredPrefill = Prefill<ConfiguredStrip, 4, VF_PREFILL_TILES, 4>;
+#endif
 }  // namespace vf
 
 VF_KERNEL(vf::kWriteThreads, 1) vf_write(VF_PARAMS p) {

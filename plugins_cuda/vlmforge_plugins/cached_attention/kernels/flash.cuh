@@ -78,33 +78,39 @@ struct Flash {
     }
   }
 
-  // Scores to probabilities (relative to the running maximum), rescaling what was summed before.
+  // One row's scores to probabilities (relative to its running maximum). Returns the factor by which
+  // what was summed up with the old maximum shrinks.
+  VF_DEVICE float soften_row(Scores& s, int m, int h, float scale_log2) {
+    float top = maximum[m][h];
+#pragma unroll
+    for (int n = 0; n < 2 * STRIPS; ++n) {
+      top = max_of(top, max_of(s[m][n][2 * h], s[m][n][2 * h + 1]));
+    }
+    top = max_of(top, shuffle_xor(top, 1));
+    top = max_of(top, shuffle_xor(top, 2));
+    // A row that has met no visible key yet: keep inf - inf out of it.
+    const float base = top == minus_infinity() ? 0.f : top * scale_log2;
+    const float shrink = exp2_approx(maximum[m][h] * scale_log2 - base);
+    maximum[m][h] = top;
+    float added = 0.f;
+#pragma unroll
+    for (int n = 0; n < 2 * STRIPS; ++n) {
+#pragma unroll
+      for (int c = 2 * h; c < 2 * h + 2; ++c) {
+        s[m][n][c] = exp2_approx(s[m][n][c] * scale_log2 - base);
+        added += s[m][n][c];
+      }
+    }
+    sum[m][h] = sum[m][h] * shrink + added;
+    return shrink;
+  }
+
   VF_DEVICE void soften(Scores& s, float scale_log2) {
 #pragma unroll
     for (int m = 0; m < TILES; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float top = maximum[m][h];
-#pragma unroll
-        for (int n = 0; n < 2 * STRIPS; ++n) {
-          top = max_of(top, max_of(s[m][n][2 * h], s[m][n][2 * h + 1]));
-        }
-        top = max_of(top, shuffle_xor(top, 1));
-        top = max_of(top, shuffle_xor(top, 2));
-        // A row that has met no visible key yet: keep inf - inf out of it.
-        const float base = top == minus_infinity() ? 0.f : top * scale_log2;
-        const float shrink = exp2_approx(maximum[m][h] * scale_log2 - base);
-        maximum[m][h] = top;
-        float added = 0.f;
-#pragma unroll
-        for (int n = 0; n < 2 * STRIPS; ++n) {
-#pragma unroll
-          for (int c = 2 * h; c < 2 * h + 2; ++c) {
-            s[m][n][c] = exp2_approx(s[m][n][c] * scale_log2 - base);
-            added += s[m][n][c];
-          }
-        }
-        sum[m][h] = sum[m][h] * shrink + added;
+        const float shrink = soften_row(s, m, h, scale_log2);
 #pragma unroll
         for (int d = 0; d < S::kSteps; ++d) {
 #pragma unroll
