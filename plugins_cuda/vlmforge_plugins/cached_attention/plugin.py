@@ -8,14 +8,23 @@ CUDA graph; what it knows of lengths on the host are the shapes of its inputs, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vlmforge_plugins.cached_attention.compile import Binary
-from vlmforge_plugins.cached_attention.config import Activation, Config, Stored, sizes
+from vlmforge_plugins.cached_attention.config import (
+    PTX_TARGETS,
+    Activation,
+    Config,
+    Sizes,
+    Stored,
+    Target,
+    sizes,
+    targets,
+)
 from vlmforge_plugins.cached_attention.launcher import Rows, Scales, Tensors, run
 from vlmforge_plugins.cached_attention.plan import Machine, Plan, Shape, max_workspace, plan
 from vlmforge_plugins.errors import UnsupportedError
@@ -118,6 +127,7 @@ def _plugin_class(trt: Any) -> Any:
             self._kernels, self._binaries = kernels, dict(binaries)
             self._loaded: Any = None
             self._machine = _LARGEST_MACHINE
+            self._sizes: Sizes | None = None
             self._planned: Plan | None = None
             self._serialized: tuple[Any, ...] = ()
 
@@ -162,7 +172,10 @@ def _plugin_class(trt: Any) -> Any:
             del outputs
             config = _config(trt, [tensor.desc for tensor in inputs])
             largest = self._shape([tuple(tensor.max) for tensor in inputs])
-            return max_workspace(largest, sizes(config), _LARGEST_MACHINE)
+            kinds = (*targets(config), PTX_TARGETS[config.fp8])
+            return max(
+                max_workspace(largest, sizes(config, kind), _LARGEST_MACHINE) for kind in kinds
+            )
 
         def _shape(self, dims: Sequence[tuple[int, ...]]) -> Shape:
             """The call's metadata by its inputs' shapes, which bound all lengths."""
@@ -219,11 +232,13 @@ def _plugin_class(trt: Any) -> Any:
 
             config = _config(trt, inputs)
             if self._loaded is None:
-                code = choose_binary(self._binaries, driver.capability())
-                self._loaded = driver.CudaKernels(code, sizes(config))
+                target = choose_target(config, self._binaries, driver.capability())
+                self._sizes = sizes(config, target)
+                self._loaded = driver.CudaKernels(self._binaries[target.name], self._sizes)
                 self._machine = driver.machine()
             shape = self._shape([tuple(tensor.dims) for tensor in inputs])
-            self._planned = plan(shape, sizes(config), self._machine)
+            assert self._sizes is not None
+            self._planned = plan(shape, self._sizes, self._machine)
 
         def enqueue(
             self,
@@ -257,29 +272,34 @@ def _plugin_class(trt: Any) -> Any:
     return PagedAttentionPlugin
 
 
-def choose_binary(binaries: Mapping[str, bytes], capability: int) -> bytes:
-    """The kernels for a GPU: its own, or those of an older one of its generation, or PTX.
+def choose_target(config: Config, available: Collection[str], capability: int) -> Target:
+    """Whose kernels run on a GPU: its own, those of an older one of its generation, or PTX.
+
+    Args:
+        config: What the kernels are specialised on.
+        available: Names of the targets that the plan has kernels of.
+        capability: The GPU's compute capability, major times 10 plus minor.
 
     Raises:
         UnsupportedError: the plan has none that could run on it.
     """
-    cubins = [name for name in binaries if name.startswith("sm_")]
-    # A cubin runs on every later minor version of its major one.
+    known = [target for target in targets(config) if target.name in available]
     fitting = [
-        int(name.removeprefix("sm_"))
-        for name in cubins
-        if int(name.removeprefix("sm_")) // 10 == capability // 10
-        and int(name.removeprefix("sm_")) <= capability
+        target
+        for target in known
+        # A cubin runs on every later minor version of its major one.
+        if target.capability // 10 == capability // 10 and target.capability <= capability
     ]
     if fitting:
-        return binaries[f"sm_{max(fitting)}"]
-    if "ptx" in binaries and capability >= 80:
-        return binaries["ptx"]
+        return max(fitting, key=lambda target: target.capability)
+    ptx = PTX_TARGETS[config.fp8]
+    if ptx.name in available and capability >= ptx.capability:
+        return ptx
     raise UnsupportedError(
         "The engine has no attention kernels for this GPU.",
         found=f"compute capability {capability / 10:.1f}",
-        expected=", ".join(sorted(cubins)) or "an engine that was built with kernels",
-        fix="use a GPU of compute capability 8.0 or later",
+        expected=", ".join(sorted(available)) or "an engine that was built with kernels",
+        fix=f"use a GPU of compute capability {ptx.capability / 10:.1f} or later",
     )
 
 
