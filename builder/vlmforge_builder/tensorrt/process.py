@@ -18,7 +18,7 @@ from vlmforge_builder.tensorrt.flavours import Flavour, library_path
 from vlmforge_builder.tensorrt.job import CompileRequest
 
 _PROGRAM = "vlmforge_builder.tensorrt.compiler"
-_LOG_LINES = 12
+_LOG_LINES = 25
 
 
 @dataclass(frozen=True, slots=True)
