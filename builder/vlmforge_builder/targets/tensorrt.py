@@ -181,10 +181,16 @@ def _profiles(part: str, settings: Settings) -> tuple[Profile, ...]:
         "pages": DimRange(1, pages * batch, pages * batch + 1),
         "sequence_pages": DimRange(1, pages, pages),
     }
-    several, tokens = DimRange(1, batch, batch), DimRange(1, chunk, chunk)
+    # Both have the same ranges but for the tokens: where one fixes what the other leaves open, the
+    # compiler lays all weights out anew for it, and the plan has them twice.
+    tokens, rows = DimRange(1, chunk, chunk), DimRange(1, chunk, chunk)
     return (
-        Profile("prefill", {**shared, "batch": one, "tokens": tokens, "rows": tokens}),
-        Profile("decode", {**shared, "batch": several, "tokens": one, "rows": one}),
+        Profile(
+            "prefill", {**shared, "batch": DimRange(1, 1, batch), "tokens": tokens, "rows": rows}
+        ),
+        Profile(
+            "decode", {**shared, "batch": DimRange(1, batch, batch), "tokens": one, "rows": rows}
+        ),
     )
 
 
