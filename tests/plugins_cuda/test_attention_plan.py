@@ -62,7 +62,7 @@ def test_a_prefill_call_in_full() -> None:
     for target, rows in ((SM_80, 64), (SM_90, 128)):
         chosen = plan(shape, sizes(CONFIG, target), H200)
         assert [launch.kernel for launch in chosen.launches] == ["vf_write", "vf_prefill"]
-        assert chosen.launches[1].grid == (-(-1000 // rows), 32, 4)
+        assert chosen.launches[1].grid == (-(-1000 // rows) * 32, 1, 4)
         assert chosen.splits == 1
 
 

@@ -23,7 +23,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_longlong) for name in ("value_batch", "value_row")),
         *((name, ctypes.c_longlong) for name in ("out_batch", "out_row")),
         *((name, ctypes.c_int) for name in ("batch", "max_query", "heads", "kv_heads")),
-        *((name, ctypes.c_int) for name in ("max_pages", "page_shift", "splits")),
+        *((name, ctypes.c_int) for name in ("max_pages", "page_shift", "splits", "heads_together")),
         *((name, ctypes.c_float) for name in ("scale_log2", "key_inverse_scale")),
         *((name, ctypes.c_float) for name in ("value_inverse_scale", "value_scale")),
     ]
@@ -121,6 +121,7 @@ def parameters(plan: Plan, tensors: Tensors, scales: Scales) -> Params:
         max_pages=shape.max_pages,
         page_shift=shape.page_size.bit_length() - 1,
         splits=plan.splits,
+        heads_together=plan.heads_together,
         scale_log2=scales.score * scales.key * math.log2(math.e),
         key_inverse_scale=1.0 / scales.key,
         value_inverse_scale=1.0 / scales.value,

@@ -23,6 +23,7 @@ ALIGNMENT = 256
 MAX_SPLITS = 64
 MIN_SPLIT_KEYS = 256  # Splits::kMinKeys
 GRID_LIMIT = 65535  # of a grid's y and z
+CACHE_BYTES = 24 << 20
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,17 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a call launches, in order."""
+    """All that a call launches, in order.
+
+    Attributes:
+        splits: Into which decode cuts the keys of the longest row.
+        heads_together: Heads whose blocks of prefill run at the same time.
+    """
 
     shape: Shape
     head_size: int
     splits: int
+    heads_together: int
     launches: tuple[Launch, ...]
     workspace: Workspace
 
@@ -185,6 +192,14 @@ def split_limit(shape: Shape, sizes: Sizes, machine: Machine) -> int:
     return min(MAX_SPLITS, full, -(-shape.max_total // MIN_SPLIT_KEYS))
 
 
+def heads_together(shape: Shape, sizes: Sizes) -> int:
+    """Query heads whose keys and values take about half of a large L2 cache, in even groups."""
+    width = 1 if sizes.config.fp8 else 2
+    of_a_head = 2 * shape.max_total * sizes.config.head_size * width
+    groups = -(-shape.kv_heads // max(1, CACHE_BYTES // of_a_head))
+    return -(-shape.kv_heads // groups) * (shape.heads // shape.kv_heads)
+
+
 def workspace(shape: Shape, head_size: int, splits: int) -> Workspace:
     """Scratch for the rotated queries and for decode's partial results."""
     rotated = 2 * shape.batch * shape.max_query * shape.heads * head_size if shape.rotary else 0
@@ -214,6 +229,7 @@ def plan(shape: Shape, sizes: Sizes, machine: Machine) -> Plan:
         shape,
         head_size,
         splits,
+        heads_together(shape, sizes),
         (_write(shape, head_size), *attention),
         workspace(shape, head_size, splits),
     )
@@ -243,5 +259,5 @@ def _decode(shape: Shape, sizes: Sizes, splits: int) -> tuple[Launch, ...]:
 
 
 def _prefill(shape: Shape, sizes: Sizes) -> tuple[Launch, ...]:
-    grid = (-(-shape.max_query // sizes.prefill_rows), shape.heads, shape.batch)
+    grid = (-(-shape.max_query // sizes.prefill_rows) * shape.heads, 1, shape.batch)
     return (Launch("vf_prefill", grid, sizes.prefill_threads, sizes.prefill_bytes),)

@@ -18,7 +18,6 @@ VF_DEVICE int thread_index() { return vf_host::self->index; }
 VF_DEVICE int block_x() { return vf_host::block.x; }
 VF_DEVICE int block_y() { return vf_host::block.y; }
 VF_DEVICE int block_z() { return vf_host::block.z; }
-VF_DEVICE int grid_x() { return vf_host::block.grid_x; }
 VF_DEVICE char* shared_memory() { return vf_host::block.shared; }
 VF_DEVICE u32 shared_address(const void* pointer) {
   return static_cast<u32>(static_cast<const char*>(pointer) - vf_host::block.shared);

@@ -40,7 +40,6 @@ VF_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 VF_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 VF_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 VF_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
-VF_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
 
 VF_DEVICE char* shared_memory() {
   extern __shared__ __align__(1024) char vf_dynamic_shared[];
@@ -62,8 +61,18 @@ template <int BYTES>
 VF_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   const u32 size = valid ? BYTES : 0;
   if constexpr (BYTES == 16) {  // .cg: past L1, for nobody else on this SM reads these lines
+#if VF_COPY_HINT == 1
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
+                     shared_address(shared)), "l"(global), "r"(size) : "memory");
+#elif VF_COPY_HINT == 2
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
+                     shared_address(shared)), "l"(global), "r"(size), "l"(policy) : "memory");
+#else
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
                      shared_address(shared)), "l"(global), "r"(size) : "memory");
+#endif
   } else {
     static_assert(BYTES == 8, "copies of 8 or 16 bytes");
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),

@@ -30,6 +30,7 @@ struct Params {
   int heads, kv_heads;
   int max_pages, page_shift;  // page_size = 1 << page_shift
   int splits;
+  int heads_together;         // of prefill, see PrefillBlock
   float scale_log2;           // score scale x log2(e) x key_scale: softmax works in base 2
   float key_inverse_scale;    // fp8 pools store key * key_inverse_scale
   float value_inverse_scale;
@@ -53,6 +54,23 @@ struct Splits {
     const int even = ceil_div(ceil_div(total, splits), 64) * 64;
     keys = even < kMinKeys ? kMinKeys : even;
     count = ceil_div(total, keys);
+  }
+};
+
+// Which queries a block of prefill takes. Blocks late in a sequence have the most keys and go first, so
+// that the grid's tail is short; but only `heads_together` heads at a time, whose keys and values the
+// L2 cache can hold.
+struct PrefillBlock {
+  int head, queries;  // index among the head's blocks of `rows` queries
+
+  VF_DEVICE PrefillBlock(const Params& p, int rows) {
+    const int blocks = ceil_div(p.max_query, rows);
+    const int first = block_x() / (blocks * p.heads_together) * p.heads_together;
+    const int left = p.heads - first;
+    const int heads = left < p.heads_together ? left : p.heads_together;
+    const int index = block_x() - first * blocks;
+    head = first + index % heads;
+    queries = blocks - 1 - index / heads;
   }
 };
 
