@@ -127,7 +127,7 @@ class Stage:
         pages = point.batch * shape.max_pages
         place = torch.arange if ordered else torch.randperm
         table = place(pages, device="cuda", dtype=torch.int32)
-        scratch = torch.empty(chosen.workspace.size + 256, dtype=torch.uint8, device="cuda")
+        scratch = torch.zeros(chosen.workspace.size + 256, dtype=torch.uint8, device="cuda")
         rows = [Rows(t.data_ptr(), point.new * width, width) for t in (query, out)]
         start = self.buffer.data_ptr() + offset
         tensors = Tensors(

@@ -68,6 +68,7 @@ def decode_variants(point: Point, base: Sizes) -> dict[str, Variant]:
     """Depths of the ring, registers, cache hints, splits."""
     found = {
         "base": Variant(base),
+        "unfused": Variant(replace(base, fused=False)),
         "ordered": Variant(base, ordered=True),
         **{f"stages {n}": Variant(replace(base, decode_stages=n)) for n in (3, 4)},
         **{f"blocks {n}": Variant(replace(base, decode_blocks=n)) for n in (3, 4)},

@@ -99,12 +99,15 @@ def test_the_order_in_which_threads_run_changes_nothing(case: Case) -> None:
         assert (outputs[0][name] == outputs[1][name]).all()
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("splits", [1, 2, 5, 64])
 @pytest.mark.parametrize("case", [VARIED[0], VARIED[1]], ids=lambda case: case.name)
-def test_any_number_of_splits_gives_the_same_attention(case: Case, splits: int) -> None:
+def test_any_number_of_splits_gives_the_same_attention(
+    case: Case, splits: int, fused: bool
+) -> None:
     """Also more than the shorter rows have keys for, as under a captured graph."""
     batch = make(case)
-    compiled = sizes(case.config, case.target)
+    compiled = replace(sizes(case.config, case.target), fused=fused)
     chosen = plan(batch.shape, compiled, HostBackend.machine)
     split = replace(
         chosen,

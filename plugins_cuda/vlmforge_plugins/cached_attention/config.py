@@ -136,6 +136,7 @@ class Sizes:
         prefill_tiles: Tiles of 16 queries that a warp of prefill holds in registers.
         hopper: Whether prefill is the one for sm_90a, with warpgroup products.
         turns: Whether its two groups take turns in issuing products.
+        fused: Whether the last block of decode adds up the splits; else a kernel does.
         decode_blocks: Blocks of decode that a multiprocessor must have registers for.
         copy_hint: What copies tell the L2 cache; 0 in all that is shipped.
     """
@@ -145,6 +146,7 @@ class Sizes:
     prefill_tiles: int
     hopper: bool = False
     turns: bool = True
+    fused: bool = True
     decode_blocks: int = 1
     copy_hint: int = 0
 
@@ -192,6 +194,7 @@ class Sizes:
             f"VF_FP8_KV={int(self.config.fp8)}",
             f"VF_HEAD_SIZE={self.config.head_size}",
             f"VF_DECODE_STAGES={self.decode_stages}",
+            f"VF_DECODE_FUSED={int(self.fused)}",
             f"VF_DECODE_BLOCKS={self.decode_blocks}",
             f"VF_COPY_HINT={self.copy_hint}",
             f"VF_PREFILL_TILES={self.prefill_tiles}",

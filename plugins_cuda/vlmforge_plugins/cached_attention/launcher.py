@@ -17,7 +17,10 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "key_pool", "value_pool")),
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "past_lengths", "query_lengths")),
         *((name, ctypes.c_void_p) for name in ("block_table", "out")),
-        *((name, ctypes.c_void_p) for name in ("rotated", "partial_out", "partial_lse")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("rotated", "partial_out", "partial_lse", "arrivals")
+        ),
         *((name, ctypes.c_longlong) for name in ("query_batch", "query_row")),
         *((name, ctypes.c_longlong) for name in ("key_batch", "key_row")),
         *((name, ctypes.c_longlong) for name in ("value_batch", "value_row")),
@@ -106,6 +109,7 @@ def parameters(plan: Plan, tensors: Tensors, scales: Scales) -> Params:
         rotated=tensors.workspace + scratch.rotated,
         partial_out=tensors.workspace + scratch.partial_out,
         partial_lse=tensors.workspace + scratch.partial_lse,
+        arrivals=tensors.workspace + scratch.arrivals if plan.splits > 1 else None,
         query_batch=tensors.query.batch_stride,
         query_row=tensors.query.row_stride,
         key_batch=tensors.key.batch_stride,

@@ -123,6 +123,7 @@ class Workspace:
     rotated: int
     partial_out: int
     partial_lse: int
+    arrivals: int
     size: int
 
 
@@ -206,7 +207,9 @@ def workspace(shape: Shape, head_size: int, splits: int) -> Workspace:
     slots = shape.batch * shape.heads * splits if splits > 1 else 0
     partial_out = _aligned(rotated)
     partial_lse = partial_out + _aligned(4 * slots * head_size)
-    return Workspace(0, partial_out, partial_lse, partial_lse + _aligned(4 * slots))
+    arrivals = partial_lse + _aligned(4 * slots)
+    tiles = shape.batch * shape.kv_heads * head_tiles(shape) if splits > 1 else 0
+    return Workspace(0, partial_out, partial_lse, arrivals, arrivals + _aligned(4 * tiles))
 
 
 def _aligned(size: int) -> int:
@@ -252,7 +255,7 @@ def _write(shape: Shape, head_size: int) -> Launch:
 def _decode(shape: Shape, sizes: Sizes, splits: int) -> tuple[Launch, ...]:
     grid = (splits, shape.kv_heads * head_tiles(shape), shape.batch)
     attend = Launch("vf_decode", grid, 32 * DECODE_WARPS, sizes.decode_bytes)
-    if splits == 1:
+    if splits == 1 or sizes.fused:
         return (attend,)
     heads = -(-shape.heads // (COMBINE_THREADS // 32))
     return (attend, Launch("vf_combine", (heads, 1, shape.batch), COMBINE_THREADS))

@@ -4,6 +4,7 @@
 //   VF_FP8_KV              pools hold e4m3 (1) or the activations' type (0)
 //   VF_HEAD_SIZE           D, a multiple of 8
 //   VF_DECODE_STAGES       depth of decode's ring of copies
+//   VF_DECODE_FUSED        the last block of decode adds up the splits
 //   VF_DECODE_BLOCKS       of decode that a multiprocessor must have registers for
 //   VF_COPY_HINT           what asynchronous copies tell the L2 cache, see device.cuh
 //   VF_PREFILL_TILES       16-row query tiles of a prefill warp
@@ -29,7 +30,7 @@ using Stored = e4m3;
 using Stored = Activation;
 #endif
 using ConfiguredStrip = Strip<Activation, Stored, VF_HEAD_SIZE>;
-using ConfiguredDecode = Decode<ConfiguredStrip, 4, VF_DECODE_STAGES>;
+using ConfiguredDecode = Decode<ConfiguredStrip, 4, VF_DECODE_STAGES, VF_DECODE_FUSED>;
 #if VF_HOPPER_PREFILL
 using ConfiguredPrefill = HopperPrefill<ConfiguredStrip, VF_HOPPER_TURNS>;
 #else

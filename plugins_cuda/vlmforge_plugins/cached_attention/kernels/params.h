@@ -22,6 +22,7 @@ struct Params {
   void* rotated;          // workspace: the query after rotation, dense [batch, max_query, heads, D]
   float* partial_out;     // workspace [batch, heads, splits, D], unused if splits is 1
   float* partial_lse;     // workspace [batch, heads, splits]: log2 of the sums of exp2
+  int* arrivals;          // workspace [batch, grid y of decode]: splits that are done
   i64 query_batch, query_row;
   i64 key_batch, key_row;
   i64 value_batch, value_row;
