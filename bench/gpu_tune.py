@@ -24,6 +24,8 @@ DECODE = (
     Point(16, 4095, 1, 8),
     Point(16, 4095, 1, 4),
     Point(16, 511, 1, 8),
+    Point(4, 511, 1, 32),
+    Point(1, 511, 1, 8),
     Point(4, 2047, 1, 8),
     Point(1, 8191, 1, 8),
     Point(1, 32767, 1, 8),
@@ -77,7 +79,7 @@ def decode_variants(point: Point, base: Sizes) -> dict[str, Variant]:
         "evict 3": Variant(replace(base, copy_hint=2, decode_stages=3)),
     }
     splits = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-    fit = [n for n in splits if n <= max(1, point.total // 256)]
+    fit = [n for n in splits if n <= max(1, point.total // 64)]
     return found | {f"s{n}": Variant(base, with_splits(n, base)) for n in fit}
 
 

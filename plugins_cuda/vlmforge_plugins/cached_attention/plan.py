@@ -21,7 +21,7 @@ from vlmforge_plugins.errors import UnsupportedError
 
 ALIGNMENT = 256
 MAX_SPLITS = 64
-MIN_SPLIT_KEYS = 256  # Splits::kMinKeys
+MIN_SPLIT_KEYS = 64  # Splits::kMinKeys
 GRID_LIMIT = 65535  # of a grid's y and z
 CACHE_BYTES = 24 << 20
 

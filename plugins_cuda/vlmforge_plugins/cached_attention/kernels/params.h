@@ -47,7 +47,7 @@ VF_DEVICE int query_length(const Params& p, int b) {
 // How decode cuts one sequence. The host fixes `splits` from the longest sequence it may meet (so a
 // captured graph stays valid); a shorter sequence uses fewer, which every block works out alike.
 struct Splits {
-  static constexpr int kMinKeys = 256;
+  static constexpr int kMinKeys = 64;
   int keys;   // per split, a multiple of 64
   int count;  // splits that have keys
 
