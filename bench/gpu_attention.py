@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu_timing import Work, copy_bandwidths, matmul_rate, medians
+from gpu_timing import Work, copy_bandwidths, matmul_rate, medians, read_bandwidth
 from vlmforge_plugins.cached_attention.config import Config, Sizes
 from vlmforge_plugins.cached_attention.launcher import Kernels, Rows, Scales, Tensors, run
 from vlmforge_plugins.cached_attention.plan import Machine, Plan, Shape, plan
@@ -82,8 +82,19 @@ class Stage:
         both = 2 * point.pool_bytes
         return [i * both for i in range(min(-(-CACHE_BYTES // both), BUFFER_BYTES // both, 24))]
 
-    def ours(self, point: Point, kernels: Kernels, sizes: Sizes, machine: Machine) -> list[Work]:
-        """Attention alone: the new tokens are in the pools already, and rotated."""
+    def ours(
+        self,
+        point: Point,
+        kernels: Kernels,
+        sizes: Sizes,
+        machine: Machine,
+        change: Callable[[Plan], Plan] = lambda chosen: chosen,
+        ordered: bool = False,
+    ) -> list[Work]:
+        """Attention alone: the new tokens are in the pools already, and rotated.
+
+        `change` makes a variant of the plan; `ordered` lays the pages down in order.
+        """
         shape = Shape(
             point.batch,
             point.new,
@@ -94,9 +105,11 @@ class Stage:
             -(-point.total // point.page_size),
             rotary=False,
         )
-        chosen = plan(shape, sizes, machine)
+        chosen = change(plan(shape, sizes, machine))
         chosen = replace(chosen, launches=chosen.launches[1:])
-        tensors = [self._tensors(point, shape, chosen, offset) for offset in self.rounds(point)]
+        tensors = [
+            self._tensors(point, shape, chosen, offset, ordered) for offset in self.rounds(point)
+        ]
         scales = Scales(point.head_size**-0.5)
         return [partial(self._run, chosen, t, scales, kernels) for t in tensors]
 
@@ -104,7 +117,7 @@ class Stage:
         run(chosen, kept[0], scales, k, torch.cuda.current_stream().cuda_stream)
 
     def _tensors(
-        self, point: Point, shape: Shape, chosen: Plan, offset: int
+        self, point: Point, shape: Shape, chosen: Plan, offset: int, ordered: bool
     ) -> tuple[Tensors, Any]:
         width = point.heads * point.head_size
         size = (point.batch, point.new, width)
@@ -112,8 +125,9 @@ class Stage:
         out = torch.empty_like(query)
         lengths = torch.full((point.batch,), point.past, dtype=torch.int32, device="cuda")
         pages = point.batch * shape.max_pages
-        table = torch.randperm(pages, device="cuda", dtype=torch.int32)
-        scratch = torch.empty(chosen.workspace.size + 256, dtype=torch.uint8, device="cuda")
+        place = torch.arange if ordered else torch.randperm
+        table = place(pages, device="cuda", dtype=torch.int32)
+        scratch = torch.zeros(chosen.workspace.size + 256, dtype=torch.uint8, device="cuda")
         rows = [Rows(t.data_ptr(), point.new * width, width) for t in (query, out)]
         start = self.buffer.data_ptr() + offset
         tensors = Tensors(
@@ -185,9 +199,13 @@ def prefill_points() -> Iterator[Point]:
         yield Point(4, 0, 4096, 8, head_size=head_size)
 
 
-def measure(point: Point, stage: Stage, kernels: Kernels, sizes: Sizes, machine: Machine) -> Any:
-    """Seconds of ours and of torch's, as a row of the report."""
-    contestants = {"ours": stage.ours(point, kernels, sizes, machine)}
+def measure(
+    point: Point, stage: Stage, ours: Mapping[str, tuple[Kernels, Sizes]], machine: Machine
+) -> dict[str, Any]:
+    """Seconds of ours (one or more, by name) and of torch's, as a row of the report."""
+    contestants = {
+        name: stage.ours(point, kernels, sizes, machine) for name, (kernels, sizes) in ours.items()
+    }
     for name, backend in (
         ("flash", SDPBackend.FLASH_ATTENTION),
         ("cudnn", SDPBackend.CUDNN_ATTENTION),
@@ -204,6 +222,7 @@ def ceilings() -> dict[str, Any]:
     return {
         "copy_bytes_per_second": max(copies.values()),
         "copies": copies,
+        "read_bytes_per_second": read_bandwidth(),
         "matmul_float16": matmul_rate(torch.float16),
         "matmul_bfloat16": matmul_rate(torch.bfloat16),
     }

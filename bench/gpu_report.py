@@ -35,7 +35,8 @@ def share(result: Row, row: Row) -> float:
 
 def rival(row: Row) -> tuple[str, float]:
     """The fastest of torch's own, and its seconds; NaN where none computes the same."""
-    others = {n: s for n, s in row["seconds"].items() if n != "ours" and not math.isnan(s)}
+    others = {n: row["seconds"].get(n, math.nan) for n in ("flash", "cudnn")}
+    others = {n: s for n, s in others.items() if not math.isnan(s)}
     return min(others.items(), key=lambda pair: pair[1]) if others else ("none", math.nan)
 
 
@@ -123,7 +124,12 @@ def document(result: Row) -> str:
         f"Ceilings measured in the same run: a copy within device memory, bytes read plus written, "
         f"TB/s: {ways}; a matrix product 8192 x 8192 x 8192: "
         f"{limits['matmul_float16'] / 1e12:.0f} TFLOP/s in float16, "
-        f"{limits['matmul_bfloat16'] / 1e12:.0f} in bfloat16.",
+        f"{limits['matmul_bfloat16'] / 1e12:.0f} in bfloat16."
+        + (
+            f" A sum reads {limits['read_bytes_per_second'] / 1e12:.2f} TB/s."
+            if "read_bytes_per_second" in limits
+            else ""
+        ),
         "",
         *verdicts(result),
         "",

@@ -71,6 +71,12 @@ def copy_bandwidths() -> dict[str, float]:
     return found | {"copied": moved / _launched(lambda: target.copy_(source))}
 
 
+def read_bandwidth() -> float:
+    """Bytes read in a second by a sum over 4 GiB."""
+    source = torch.empty(1 << 30, dtype=torch.float32, device="cuda").normal_()
+    return source.nbytes / medians({"sum": [lambda: torch.sum(source)]}, 0.1)["sum"]
+
+
 def _launched(work: Work) -> float:
     """Median seconds of work that is launched, not replayed."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

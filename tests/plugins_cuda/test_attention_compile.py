@@ -116,6 +116,14 @@ def test_prefill_runs_on_tensor_cores(
         assert not re.search(r"\b(LDL|STL)\b", code[kernel]), "local memory"
 
 
+def test_softmax_overlaps_the_products(nvrtc: Nvrtc, cache: Path, tmp_path: Path) -> None:
+    """The assembler is free to wait for the output before the softmax; then nothing overlaps."""
+    code = machine_code(compile_one(CONFIG, TARGET["sm_90"], nvrtc, cache), tmp_path)
+    waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, ", code["vf_prefill"])
+    (between,) = (part for part in waits[1:] if part.startswith("0x1"))
+    assert between.count("MUFU.EX2") >= 64
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 def test_ptx_for_all_other_gpus(fp8: bool, nvrtc: Nvrtc, cache: Path) -> None:
     config = Config(64, "float16", "float8_e4m3fn" if fp8 else "float16")

@@ -48,12 +48,13 @@ all_sizes = st.builds(
 
 def test_a_decode_call_in_full() -> None:
     chosen = plan(SHAPE, sizes(CONFIG, SM_90), H200)
-    write, decode, combine = chosen.launches
+    write, decode = chosen.launches
     assert write.kernel == "vf_write"
     assert write.grid == (3, 1, 4)  # (32 + 2 * 8) heads * 16 items / 256 threads
     assert decode.kernel == "vf_decode"
     assert decode.grid == (chosen.splits, 8, 4)
-    assert combine.grid == (8, 1, 4)
+    unfused = plan(SHAPE, replace(sizes(CONFIG, SM_90), fused=False), H200)
+    assert unfused.launches[2].grid == (8, 1, 4)
     assert chosen.splits > 1
 
 
@@ -62,7 +63,7 @@ def test_a_prefill_call_in_full() -> None:
     for target, rows in ((SM_80, 64), (SM_90, 128)):
         chosen = plan(shape, sizes(CONFIG, target), H200)
         assert [launch.kernel for launch in chosen.launches] == ["vf_write", "vf_prefill"]
-        assert chosen.launches[1].grid == (-(-1000 // rows), 32, 4)
+        assert chosen.launches[1].grid == (-(-1000 // rows) * 32, 1, 4)
         assert chosen.splits == 1
 
 
@@ -95,7 +96,9 @@ def test_scratch_is_aligned_apart_and_large_enough(shape: Shape, chosen: object)
     assert scratch.partial_out >= 2 * shape.batch * shape.max_query * shape.heads * d
     slots = shape.batch * shape.heads * made.splits if made.splits > 1 else 0
     assert scratch.partial_lse - scratch.partial_out >= 4 * slots * d
-    assert scratch.size - scratch.partial_lse >= 4 * slots
+    assert scratch.arrivals - scratch.partial_lse >= 4 * slots
+    tiles = shape.batch * shape.kv_heads * -(-shape.heads // shape.kv_heads // 16)
+    assert scratch.size - scratch.arrivals >= (4 * tiles if made.splits > 1 else 0)
 
 
 @given(shapes, all_sizes, st.data())

@@ -135,12 +135,20 @@ class Sizes:
         decode_stages: Depth of decode's ring of asynchronous copies.
         prefill_tiles: Tiles of 16 queries that a warp of prefill holds in registers.
         hopper: Whether prefill is the one for sm_90a, with warpgroup products.
+        turns: Whether its two groups take turns in issuing products.
+        fused: Whether the last block of decode adds up the splits; else a kernel does.
+        decode_blocks: Blocks of decode that a multiprocessor must have registers for.
+        copy_hint: What copies tell the L2 cache; 0 in all that is shipped.
     """
 
     config: Config
     decode_stages: int
     prefill_tiles: int
     hopper: bool = False
+    turns: bool = True
+    fused: bool = True
+    decode_blocks: int = 1
+    copy_hint: int = 0
 
     @property
     def strip_bytes(self) -> int:
@@ -158,13 +166,14 @@ class Sizes:
     @property
     def decode_registers(self) -> int:
         """Registers of a thread of decode, at most; for planning."""
-        return 120 if self.config.head_size <= 64 else 176 if self.config.head_size < 128 else 192
+        free = 120 if self.config.head_size <= 64 else 176 if self.config.head_size < 128 else 192
+        return min(free, 65536 // (32 * DECODE_WARPS * self.decode_blocks) // 8 * 8)
 
     @property
     def prefill_bytes(self) -> int:
         """Shared memory of a block of prefill: two stages of keys and values (and barriers)."""
         if self.hopper:
-            return 4 * 128 * 2 * self.config.head_size + 64
+            return 4 * 128 * 2 * self.config.head_size + 80
         return 4 * PREFILL_STRIPS * self.strip_bytes
 
     @property
@@ -185,8 +194,12 @@ class Sizes:
             f"VF_FP8_KV={int(self.config.fp8)}",
             f"VF_HEAD_SIZE={self.config.head_size}",
             f"VF_DECODE_STAGES={self.decode_stages}",
+            f"VF_DECODE_FUSED={int(self.fused)}",
+            f"VF_DECODE_BLOCKS={self.decode_blocks}",
+            f"VF_COPY_HINT={self.copy_hint}",
             f"VF_PREFILL_TILES={self.prefill_tiles}",
             f"VF_HOPPER_PREFILL={int(self.hopper)}",
+            f"VF_HOPPER_TURNS={int(self.turns)}",
         )
 
 

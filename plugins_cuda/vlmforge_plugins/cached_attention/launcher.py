@@ -17,13 +17,16 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "key_pool", "value_pool")),
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "past_lengths", "query_lengths")),
         *((name, ctypes.c_void_p) for name in ("block_table", "out")),
-        *((name, ctypes.c_void_p) for name in ("rotated", "partial_out", "partial_lse")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("rotated", "partial_out", "partial_lse", "arrivals")
+        ),
         *((name, ctypes.c_longlong) for name in ("query_batch", "query_row")),
         *((name, ctypes.c_longlong) for name in ("key_batch", "key_row")),
         *((name, ctypes.c_longlong) for name in ("value_batch", "value_row")),
         *((name, ctypes.c_longlong) for name in ("out_batch", "out_row")),
         *((name, ctypes.c_int) for name in ("batch", "max_query", "heads", "kv_heads")),
-        *((name, ctypes.c_int) for name in ("max_pages", "page_shift", "splits")),
+        *((name, ctypes.c_int) for name in ("max_pages", "page_shift", "splits", "heads_together")),
         *((name, ctypes.c_float) for name in ("scale_log2", "key_inverse_scale")),
         *((name, ctypes.c_float) for name in ("value_inverse_scale", "value_scale")),
     ]
@@ -106,6 +109,7 @@ def parameters(plan: Plan, tensors: Tensors, scales: Scales) -> Params:
         rotated=tensors.workspace + scratch.rotated,
         partial_out=tensors.workspace + scratch.partial_out,
         partial_lse=tensors.workspace + scratch.partial_lse,
+        arrivals=tensors.workspace + scratch.arrivals if plan.splits > 1 else None,
         query_batch=tensors.query.batch_stride,
         query_row=tensors.query.row_stride,
         key_batch=tensors.key.batch_stride,
@@ -121,6 +125,7 @@ def parameters(plan: Plan, tensors: Tensors, scales: Scales) -> Params:
         max_pages=shape.max_pages,
         page_shift=shape.page_size.bit_length() - 1,
         splits=plan.splits,
+        heads_together=plan.heads_together,
         scale_log2=scales.score * scales.key * math.log2(math.e),
         key_inverse_scale=1.0 / scales.key,
         value_inverse_scale=1.0 / scales.value,

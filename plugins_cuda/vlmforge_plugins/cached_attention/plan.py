@@ -21,8 +21,9 @@ from vlmforge_plugins.errors import UnsupportedError
 
 ALIGNMENT = 256
 MAX_SPLITS = 64
-MIN_SPLIT_KEYS = 256  # Splits::kMinKeys
+MIN_SPLIT_KEYS = 64  # Splits::kMinKeys
 GRID_LIMIT = 65535  # of a grid's y and z
+CACHE_BYTES = 24 << 20
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,23 @@ class Workspace:
     rotated: int
     partial_out: int
     partial_lse: int
+    arrivals: int
     size: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a call launches, in order."""
+    """All that a call launches, in order.
+
+    Attributes:
+        splits: Into which decode cuts the keys of the longest row.
+        heads_together: Heads whose blocks of prefill run at the same time.
+    """
 
     shape: Shape
     head_size: int
     splits: int
+    heads_together: int
     launches: tuple[Launch, ...]
     workspace: Workspace
 
@@ -185,13 +193,23 @@ def split_limit(shape: Shape, sizes: Sizes, machine: Machine) -> int:
     return min(MAX_SPLITS, full, -(-shape.max_total // MIN_SPLIT_KEYS))
 
 
+def heads_together(shape: Shape, sizes: Sizes) -> int:
+    """Query heads whose keys and values take about half of a large L2 cache, in even groups."""
+    width = 1 if sizes.config.fp8 else 2
+    of_a_head = 2 * shape.max_total * sizes.config.head_size * width
+    groups = -(-shape.kv_heads // max(1, CACHE_BYTES // of_a_head))
+    return -(-shape.kv_heads // groups) * (shape.heads // shape.kv_heads)
+
+
 def workspace(shape: Shape, head_size: int, splits: int) -> Workspace:
     """Scratch for the rotated queries and for decode's partial results."""
     rotated = 2 * shape.batch * shape.max_query * shape.heads * head_size if shape.rotary else 0
     slots = shape.batch * shape.heads * splits if splits > 1 else 0
     partial_out = _aligned(rotated)
     partial_lse = partial_out + _aligned(4 * slots * head_size)
-    return Workspace(0, partial_out, partial_lse, partial_lse + _aligned(4 * slots))
+    arrivals = partial_lse + _aligned(4 * slots)
+    tiles = shape.batch * shape.kv_heads * head_tiles(shape) if splits > 1 else 0
+    return Workspace(0, partial_out, partial_lse, arrivals, arrivals + _aligned(4 * tiles))
 
 
 def _aligned(size: int) -> int:
@@ -214,6 +232,7 @@ def plan(shape: Shape, sizes: Sizes, machine: Machine) -> Plan:
         shape,
         head_size,
         splits,
+        heads_together(shape, sizes),
         (_write(shape, head_size), *attention),
         workspace(shape, head_size, splits),
     )
@@ -236,12 +255,12 @@ def _write(shape: Shape, head_size: int) -> Launch:
 def _decode(shape: Shape, sizes: Sizes, splits: int) -> tuple[Launch, ...]:
     grid = (splits, shape.kv_heads * head_tiles(shape), shape.batch)
     attend = Launch("vf_decode", grid, 32 * DECODE_WARPS, sizes.decode_bytes)
-    if splits == 1:
+    if splits == 1 or sizes.fused:
         return (attend,)
     heads = -(-shape.heads // (COMBINE_THREADS // 32))
     return (attend, Launch("vf_combine", (heads, 1, shape.batch), COMBINE_THREADS))
 
 
 def _prefill(shape: Shape, sizes: Sizes) -> tuple[Launch, ...]:
-    grid = (-(-shape.max_query // sizes.prefill_rows), shape.heads, shape.batch)
+    grid = (-(-shape.max_query // sizes.prefill_rows) * shape.heads, 1, shape.batch)
     return (Launch("vf_prefill", grid, sizes.prefill_threads, sizes.prefill_bytes),)

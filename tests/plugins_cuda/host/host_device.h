@@ -18,7 +18,7 @@ VF_DEVICE int thread_index() { return vf_host::self->index; }
 VF_DEVICE int block_x() { return vf_host::block.x; }
 VF_DEVICE int block_y() { return vf_host::block.y; }
 VF_DEVICE int block_z() { return vf_host::block.z; }
-VF_DEVICE int grid_x() { return vf_host::block.grid_x; }
+VF_DEVICE int grid_y() { return vf_host::block.grid_y; }
 VF_DEVICE char* shared_memory() { return vf_host::block.shared; }
 VF_DEVICE u32 shared_address(const void* pointer) {
   return static_cast<u32>(static_cast<const char*>(pointer) - vf_host::block.shared);
@@ -163,6 +163,18 @@ template <class T>
 VF_DEVICE void mma_16816(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   MmaLane lane{c, a, {b0, b1}};
   vf_host::warp_collective(multiply<T>, &lane);
+}
+
+VF_DEVICE float load_l2(const float* from) { return *from; }
+VF_DEVICE f32x2 load_l2_pair(const float* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 8) vf_host::die("a pair is not aligned to 8");
+  return {from[0], from[1]};
+}
+VF_DEVICE void fence_device() {}
+VF_DEVICE int atomic_add(int* at, int value) {
+  const int before = *at;
+  *at += value;
+  return before;
 }
 
 VF_DEVICE float exp2_approx(float x) { return std::exp2(x); }

@@ -74,6 +74,16 @@ template <int PENDING> VF_DEVICE void products_wait() {}
 template <int TILES> VF_DEVICE void products_done(float (&)[TILES][4]) {}
 template <int REGISTERS> VF_DEVICE void take_registers() {}
 template <int REGISTERS> VF_DEVICE void give_registers() {}
+VF_DEVICE int shuffle_from(int value, int lane) {
+  struct Lane { int value, from, got; } mine{value, lane, 0};
+  vf_host::warp_collective([](void* const* lanes) {
+    for (int i = 0; i < 32; ++i) {
+      auto* to = static_cast<Lane*>(lanes[i]);
+      to->got = static_cast<Lane*>(lanes[to->from])->value;
+    }
+  }, &mine);
+  return mine.got;
+}
 VF_DEVICE int uniform(int value) { return value; }
 VF_DEVICE void publish_shared() {}
 
@@ -90,6 +100,10 @@ VF_DEVICE void barrier_arrive(u64* barrier) {
     state->pending = state->arrivals;
     ++state->phase;
   }
+}
+VF_DEVICE bool barrier_passed(u64* barrier, int parity) {
+  const auto* state = reinterpret_cast<const HostBarrier*>(barrier);
+  return (state->phase & 1) != static_cast<u32>(parity);
 }
 VF_DEVICE void barrier_wait(u64* barrier, int parity) {
   const auto* state = reinterpret_cast<const HostBarrier*>(barrier);

@@ -30,7 +30,7 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
   auto* start = shared.data() + (1024 - reinterpret_cast<uintptr_t>(shared.data()) % 1024);
   block.params = params;
   block.threads = threads;
-  block.grid_x = grid_x;
+  block.grid_y = grid_y;
   block.shared = reinterpret_cast<char*>(start);
   block.shared_bytes = shared_bytes;
   for (block.z = 0; block.z < grid_z; ++block.z) {
@@ -54,11 +54,11 @@ extern "C" int vf_params_offset(const char* field) {
 #define VF_FIELD(f) if (name == #f) return static_cast<int>(offsetof(vf::Params, f));
   VF_FIELD(query) VF_FIELD(key) VF_FIELD(value) VF_FIELD(key_pool) VF_FIELD(value_pool)
   VF_FIELD(cos) VF_FIELD(sin) VF_FIELD(past_lengths) VF_FIELD(query_lengths) VF_FIELD(block_table)
-  VF_FIELD(out) VF_FIELD(rotated) VF_FIELD(partial_out) VF_FIELD(partial_lse)
+  VF_FIELD(out) VF_FIELD(rotated) VF_FIELD(partial_out) VF_FIELD(partial_lse) VF_FIELD(arrivals)
   VF_FIELD(query_batch) VF_FIELD(query_row) VF_FIELD(key_batch) VF_FIELD(key_row)
   VF_FIELD(value_batch) VF_FIELD(value_row) VF_FIELD(out_batch) VF_FIELD(out_row)
   VF_FIELD(batch) VF_FIELD(max_query) VF_FIELD(heads) VF_FIELD(kv_heads) VF_FIELD(max_pages)
-  VF_FIELD(page_shift) VF_FIELD(splits) VF_FIELD(scale_log2) VF_FIELD(key_inverse_scale)
+  VF_FIELD(page_shift) VF_FIELD(splits) VF_FIELD(heads_together) VF_FIELD(scale_log2) VF_FIELD(key_inverse_scale)
   VF_FIELD(value_inverse_scale) VF_FIELD(value_scale)
 #undef VF_FIELD
   return -1;

@@ -4,8 +4,12 @@
 //   VF_FP8_KV              pools hold e4m3 (1) or the activations' type (0)
 //   VF_HEAD_SIZE           D, a multiple of 8
 //   VF_DECODE_STAGES       depth of decode's ring of copies
+//   VF_DECODE_FUSED        the last block of decode adds up the splits
+//   VF_DECODE_BLOCKS       of decode that a multiprocessor must have registers for
+//   VF_COPY_HINT           what asynchronous copies tell the L2 cache, see device.cuh
 //   VF_PREFILL_TILES       16-row query tiles of a prefill warp
 //   VF_HOPPER_PREFILL      prefill by warpgroup products (sm_90a only)
+//   VF_HOPPER_TURNS        whose two groups take turns
 #include "combine.cuh"
 #include "decode.cuh"
 #include "prefill.cuh"
@@ -26,9 +30,9 @@ using Stored = e4m3;
 using Stored = Activation;
 #endif
 using ConfiguredStrip = Strip<Activation, Stored, VF_HEAD_SIZE>;
-using ConfiguredDecode = Decode<ConfiguredStrip, 4, VF_DECODE_STAGES>;
+using ConfiguredDecode = Decode<ConfiguredStrip, 4, VF_DECODE_STAGES, VF_DECODE_FUSED>;
 #if VF_HOPPER_PREFILL
-using ConfiguredPrefill = HopperPrefill<ConfiguredStrip>;
+using ConfiguredPrefill = HopperPrefill<ConfiguredStrip, VF_HOPPER_TURNS>;
 #else
 using ConfiguredPrefill = Prefill<ConfiguredStrip, 4, VF_PREFILL_TILES, 4>;
 #endif
@@ -38,7 +42,7 @@ VF_KERNEL(vf::kWriteThreads, 1) vf_write(VF_PARAMS p) {
   vf::write_token<vf::Activation, vf::Stored, VF_HEAD_SIZE>(p);
 }
 
-VF_KERNEL(vf::ConfiguredDecode::kThreads, 1) vf_decode(VF_PARAMS p) {
+VF_KERNEL(vf::ConfiguredDecode::kThreads, VF_DECODE_BLOCKS) vf_decode(VF_PARAMS p) {
   vf::ConfiguredDecode::run(p);
 }
 

@@ -3,14 +3,16 @@
 // Grid: (splits, kv_heads x query tiles, batch). The query heads that share a key head are the rows
 // of one tensor-core tile (16; more heads than that take further tiles), so the pool is read once
 // for all of them. Each warp walks its own strips through its own ring of shared-memory stages with
-// no block-wide barrier; warps, then splits, are merged by their maxima and sums at the end.
+// no block-wide barrier; warps, then splits, are merged by their maxima and sums at the end. If FUSED,
+// the block that finishes a row's tile last adds up the splits; else a kernel does, later.
 #pragma once
 
+#include "combine.cuh"
 #include "flash.cuh"
 
 namespace vf {
 
-template <class S, int WARPS, int STAGES>
+template <class S, int WARPS, int STAGES, bool FUSED>
 struct Decode {
   using Act = typename S::Act;
   using Kv = typename S::Kv;
@@ -42,6 +44,7 @@ struct Decode {
     Flash<S, 1, 1> flash;
     block.attend(flash, block_x() * splits.keys, min_of((block_x() + 1) * splits.keys, total), total);
     block.merge(flash, splits.count == 1);
+    if (FUSED && splits.count > 1) block.combine(splits.count);
   }
 
   VF_DEVICE void attend(Flash<S, 1, 1>& flash, int begin, int end, int total) {
@@ -125,6 +128,24 @@ struct Decode {
     sync_threads();
     for (int i = thread_index(); i < rows * (S::D / 2); i += kThreads) {
       merge_pair(outs, maxima, sums, i / (S::D / 2), i % (S::D / 2) * 2, final);
+    }
+  }
+
+  VF_DEVICE void combine(int count) const {
+    // A word of the merge's that is free once all are through with it.
+    int* last = reinterpret_cast<int*>(shared_memory());
+    fence_device();
+    sync_threads();
+    if (thread_index() == 0) {
+      int* arrivals = p.arrivals + b * grid_y() + block_y();
+      *last = atomic_add(arrivals, 1) == count - 1;
+      if (*last) *arrivals = 0;
+    }
+    sync_threads();
+    if (!*last) return;
+    fence_device();
+    for (int row = warp; row < rows; row += WARPS) {
+      combine_head<Act, S::D>(p, b, first_head + row, count, lane);
     }
   }
 

@@ -21,6 +21,7 @@ struct e4m3 { u8 bits; };
 
 struct alignas(8) u32x2 { u32 x, y; };
 struct alignas(16) u32x4 { u32 x, y, z, w; };
+struct alignas(8) f32x2 { float x, y; };
 struct alignas(16) f32x4 { float x, y, z, w; };
 
 template <class A, class B> struct is_same { static constexpr bool value = false; };
@@ -40,7 +41,7 @@ VF_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 VF_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 VF_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 VF_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
-VF_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
+VF_DEVICE int grid_y() { return static_cast<int>(gridDim.y); }
 
 VF_DEVICE char* shared_memory() {
   extern __shared__ __align__(1024) char vf_dynamic_shared[];
@@ -62,8 +63,18 @@ template <int BYTES>
 VF_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   const u32 size = valid ? BYTES : 0;
   if constexpr (BYTES == 16) {  // .cg: past L1, for nobody else on this SM reads these lines
+#if VF_COPY_HINT == 1
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
+                     shared_address(shared)), "l"(global), "r"(size) : "memory");
+#elif VF_COPY_HINT == 2
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
+                     shared_address(shared)), "l"(global), "r"(size), "l"(policy) : "memory");
+#else
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
                      shared_address(shared)), "l"(global), "r"(size) : "memory");
+#endif
   } else {
     static_assert(BYTES == 8, "copies of 8 or 16 bytes");
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
@@ -112,6 +123,22 @@ VF_DEVICE void mma_16816(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 }
+
+// Reads past L1, which does not see what other multiprocessors write.
+VF_DEVICE float load_l2(const float* from) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+  return x;
+}
+VF_DEVICE f32x2 load_l2_pair(const float* from) {
+  f32x2 pair;
+  asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "l"(from)
+               : "memory");
+  return pair;
+}
+// Orders this thread's accesses to device memory for all multiprocessors.
+VF_DEVICE void fence_device() { __threadfence(); }
+VF_DEVICE int atomic_add(int* at, int value) { return atomicAdd(at, value); }
 
 VF_DEVICE float exp2_approx(float x) {
   float y;

@@ -111,8 +111,9 @@ template <int REGISTERS>
 VF_DEVICE void give_registers() {
   VF_HOPPER("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
+VF_DEVICE int shuffle_from(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 // The first lane's value, so that the compiler knows it to be the same in the whole warp.
-VF_DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+VF_DEVICE int uniform(int value) { return shuffle_from(value, 0); }
 // Makes this thread's finished writes to shared memory visible to products.
 VF_DEVICE void publish_shared() { VF_HOPPER("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -122,6 +123,17 @@ VF_DEVICE void barrier_init(u64* barrier, int arrivals) {
 }
 VF_DEVICE void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Whether the phase of this parity has ended; waits for nothing.
+VF_DEVICE bool barrier_passed(u64* barrier, int parity) {
+  int passed = 0;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile(
+      "{.reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2;"
+      "selp.b32 %0, 1, 0, done;}"
+      : "=r"(passed) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+#endif
+  return passed != 0;
 }
 // Waits for the end of the phase of this parity. A fresh barrier is in phase 0: a wait for parity 1
 // passes at once.

@@ -1,6 +1,6 @@
 // Prefill of a chunk: the new tokens of each sequence against its past and each other, causally.
 //
-// Grid: (query blocks, heads, batch); a block takes WARPS x TILES x 16 consecutive queries of one
+// Grid: (query blocks x heads, 1, batch); a block takes WARPS x TILES x 16 consecutive queries of one
 // head and walks the keys in tiles of STRIPS x 16, two stages deep: while a tile is multiplied the
 // next is copied. One barrier per tile does for both "the tile is there" and "the other is free".
 #pragma once
@@ -21,16 +21,15 @@ struct Prefill {
   static_assert(STRIPS % WARPS == 0, "each warp copies whole strips");
 
   const Params& p;
-  const int warp, lane, b, head, past, length, first_row;
+  const int warp, lane, b, past, length, head, first_row;
 
-  // Blocks late in a sequence have the most keys: they go first, so the tail of the grid is short.
-  VF_DEVICE explicit Prefill(const Params& params)
+  VF_DEVICE Prefill(const Params& params, const PrefillBlock& block)
       : p(params), warp(thread_index() / 32), lane(thread_index() % 32), b(block_z()),
-        head(block_y()), past(p.past_lengths[b]), length(query_length(p, b)),
-        first_row((grid_x() - 1 - block_x()) * kRows) {}
+        past(p.past_lengths[b]), length(query_length(p, b)), head(block.head),
+        first_row(block.queries * kRows) {}
 
   VF_DEVICE static void run(const Params& p) {
-    Prefill block(p);
+    Prefill block(p, PrefillBlock(p, kRows));
     if (block.first_row >= block.length) return;
     Rows rows;
     block.load_queries(rows);

@@ -5,7 +5,8 @@
 // a "full" and an "empty" barrier each. The producer gathers pages with asynchronous copies, so any
 // page size will do, and writes the swizzle that the products read. A consumer keeps its queries and
 // probabilities in registers; while the tensor cores multiply the probabilities of one tile with its
-// values, it takes the softmax of the next (as FlashAttention-3, https://arxiv.org/abs/2407.08608).
+// values, it takes the softmax of the next; and the consumers take turns, so that one's softmax meets
+// the other's products (both as FlashAttention-3, https://arxiv.org/abs/2407.08608).
 #pragma once
 
 #include "flash.cuh"
@@ -13,7 +14,7 @@
 
 namespace vf {
 
-template <class S>
+template <class S, bool TURNS>
 struct HopperPrefill {
   using Act = typename S::Act;
   static constexpr int D = S::D;
@@ -25,30 +26,32 @@ struct HopperPrefill {
   static constexpr int kBuffers = 4;
   static constexpr int kPanelBytes = kKeys * 128;  // all keys of a tile, 64 dimensions of them
   static constexpr int kTileBytes = D / 64 * kPanelBytes;
-  static constexpr int kSharedBytes = kBuffers * kTileBytes + kBuffers * 2 * 8;
+  static constexpr int kSharedBytes = kBuffers * kTileBytes + (2 * kBuffers + 2) * 8;
   static_assert(!S::kFp8 && D % 64 == 0, "whole panels of 16-bit elements");
   using Rows = Flash<S, 1, kStrips>;
 
   const Params& p;
-  const int group, lane, b, head, past, length, first_row;
+  const int group, lane, b, past, length, head, first_row;
   u64* const full;
   u64* const empty;
+  u64* const turn;
 
-  VF_DEVICE explicit HopperPrefill(const Params& params)
+  VF_DEVICE HopperPrefill(const Params& params, const PrefillBlock& block)
       : p(params), group(uniform(thread_index() / 128)), lane(thread_index() % 32), b(block_z()),
-        head(block_y()), past(p.past_lengths[b]), length(query_length(p, b)),
-        first_row((grid_x() - 1 - block_x()) * kRows),
+        past(p.past_lengths[b]), length(query_length(p, b)), head(block.head),
+        first_row(block.queries * kRows),
         full(reinterpret_cast<u64*>(shared_memory() + kBuffers * kTileBytes)),
-        empty(full + kBuffers) {}
+        empty(full + kBuffers), turn(empty + kBuffers) {}
 
   VF_DEVICE static void run(const Params& p) {
-    HopperPrefill block(p);
+    HopperPrefill block(p, PrefillBlock(p, kRows));
     if (block.first_row >= block.length) return;
     if (thread_index() == 0) {
       for (int i = 0; i < kBuffers; ++i) {
         barrier_init(&block.full[i], 128);
-        barrier_init(&block.empty[i], kConsumers * 128);
+        barrier_init(&block.empty[i], kConsumers * 4);
       }
+      for (int i = 0; i < kConsumers; ++i) barrier_init(&block.turn[i], 4);
     }
     sync_threads();
     if (block.group == kConsumers) {
@@ -66,17 +69,28 @@ struct HopperPrefill {
   }
 
   VF_DEVICE void produce() const {
-    const int units = 2 * tiles_before(first_row + kRows);
+    const int tiles = tiles_before(first_row + kRows);
     const int kv_head = head / (p.heads / p.kv_heads);
-    for (int unit = 0; unit < units; ++unit) {
-      const int buffer = unit % kBuffers;
-      barrier_wait(&empty[buffer], (unit / kBuffers & 1) ^ 1);
-      copy(unit % 2 == 0 ? p.key_pool : p.value_pool, kv_head, unit / 2 * kKeys,
-           shared_memory() + buffer * kTileBytes);
-      copy_commit();
-      if (unit > 0) announce<1>(unit - 1);
+    bool pending = false;  // whether the newest unit is still to be announced
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int place = find(kv_head, tile * kKeys);
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        const int unit = 2 * tile + half, buffer = unit % kBuffers;
+        const int parity = (unit / kBuffers & 1) ^ 1;
+        if (pending && !barrier_passed(&empty[buffer], parity)) {
+          announce<0>(unit - 1);  // rather than wait with news
+          pending = false;
+        }
+        barrier_wait(&empty[buffer], parity);
+        copy(half == 0 ? p.key_pool : p.value_pool, place, tile * kKeys,
+             shared_memory() + buffer * kTileBytes);
+        copy_commit();
+        if (pending) announce<1>(unit - 1);
+        pending = true;
+      }
     }
-    announce<0>(units - 1);
+    announce<0>(2 * tiles - 1);
   }
 
   // Once all but PENDING copies are there: products may read the unit.
@@ -87,20 +101,30 @@ struct HopperPrefill {
     barrier_arrive(&full[unit % kBuffers]);
   }
 
-  VF_DEVICE void copy(const void* pool, int kv_head, int first, char* to) const {
-    constexpr int kUnits = D / 8;            // 16-byte units of a row
-    constexpr int kStep = 128 / kUnits;      // rows that the warpgroup copies at once
+  // Where strip lane % 8 of a tile is: counted in strips from the start of a pool, the same in both.
+  VF_DEVICE int find(int kv_head, int first) const {
+    const int key = first + lane % kStrips * kStripKeys;
     const int* pages = p.block_table + static_cast<i64>(b) * p.max_pages;
-    const int total = past + length;
+    const int page = key < past + length ? pages[key >> p.page_shift] : 0;  // else: zeroes
+    return ((page * p.kv_heads + kv_head) << (p.page_shift - 4)) |
+           ((key & ((1 << p.page_shift) - 1)) / kStripKeys);
+  }
+
+  VF_DEVICE void copy(const void* pool, int place, int first, char* to) const {
+    constexpr int kUnits = D / 8;        // 16-byte units of a row
+    constexpr int kStep = 128 / kUnits;  // rows that the warpgroup copies at once: 8 or 16
     const int unit = thread_index() % kUnits, row = thread_index() % 128 / kUnits;
-    char* const column = to + unit / 8 * kPanelBytes;
-#pragma unroll 4
-    for (int i = 0; i < kKeys / kStep; ++i) {
-      const int r = row + i * kStep, key = first + r;
-      const bool there = key < total;
-      const int page = there ? pages[key >> p.page_shift] : 0;  // else: zeroes
-      const typename S::Kv* from = S::find(pool, p, page, kv_head, there ? key : 0) + unit * 8;
-      copy_async<16>(column + r * 128 + ((unit ^ r) & 7) * 16, from, there);
+    const int missing = past + length - first - row;
+    const char* from = static_cast<const char*>(pool) + (row * D + unit * 8) * 2;
+    to += unit / 8 * kPanelBytes + row * 128 + ((unit ^ row) & 7) * 16;
+#pragma unroll
+    for (int n = 0; n < kStrips; ++n) {
+      const char* strip = from + static_cast<i64>(shuffle_from(place, n)) * (kStripKeys * D * 2);
+#pragma unroll
+      for (int i = 0; i < kStripKeys; i += kStep) {
+        copy_async<16>(to + (n * kStripKeys + i) * 128, strip + i * D * 2,
+                       n * kStripKeys + i < missing);
+      }
     }
   }
 
@@ -153,16 +177,34 @@ struct HopperPrefill {
     for (int i = 0; i < D / 2; ++i) out[i / 4][i % 4] = 0.f;
     const int mine = first_row + group * 64 < length ? tiles_before(first_row + group * 64 + 64) : 0;
     if (mine > 0) attend(rows, out, mine);
-    // The producer fills for both groups: acknowledge what only the other one reads.
-    for (int unit = 2 * mine; unit < 2 * tiles_before(first_row + kRows); ++unit) {
-      wait_full(unit);
-      barrier_arrive(&empty[unit % kBuffers]);
+    // What only the other group reads: the producer and the turns wait for both.
+    for (int tile = mine; tile < tiles_before(first_row + kRows); ++tile) {
+      for (int unit = 2 * tile; unit < 2 * tile + 2; ++unit) {
+        wait_full(unit);
+        release(unit);
+      }
+      if (tile > 0) {
+        take_turn(tile);
+        pass_turn();
+      }
     }
     if (mine > 0) store(rows, out);
   }
 
   VF_DEVICE void wait_full(int unit) const {
     barrier_wait(&full[unit % kBuffers], unit / kBuffers & 1);
+  }
+  VF_DEVICE void release(int unit) const {
+    if (lane == 0) barrier_arrive(&empty[unit % kBuffers]);
+  }
+
+  // From tile 1 on, group 0 issues its products for a tile before group 1 does, and group 1 before
+  // group 0 does for the next. The first turn of group 0 waits for nobody.
+  VF_DEVICE void take_turn(int tile) const {
+    if constexpr (TURNS) barrier_wait(&turn[group], (tile & 1) ^ (group == 0 ? 0 : 1));
+  }
+  VF_DEVICE void pass_turn() const {
+    if (TURNS && lane == 0) barrier_arrive(&turn[1 - group]);
   }
 
   VF_DEVICE void attend(Rows& rows, Output& out, int tiles) const {
@@ -175,35 +217,40 @@ struct HopperPrefill {
     issue_scores(s, rows, 0);
     products_wait<0>();
     products_done(s);
-    barrier_arrive(&empty[0]);
+    release(0);
     soften(rows, scores, shrink, 0);
+    wait_full(1);
     pack(weights, s);
 #pragma unroll 1
     for (int i = 1; i < tiles; ++i) {
       const int keys = 2 * i, values = 2 * i - 1;  // the tile's scores, its predecessor's output
-      wait_full(values);
       wait_full(keys);
+      take_turn(i);
       products_begin();
       issue_scores(s, rows, keys % kBuffers);
       issue_output(out, weights, values % kBuffers);
+      pass_turn();
       products_wait<1>();
       products_done(s);
-      barrier_arrive(&empty[keys % kBuffers]);
+      release(keys);
       soften(rows, scores, shrink, i);
+      // The next values are waited for here, not where they are needed, for the sake of the branch:
+      // without one the assembler moves the wait for the output before the softmax, and nothing
+      // overlaps.
+      wait_full(values + 2);
       products_wait<0>();
       products_done(out);
-      barrier_arrive(&empty[values % kBuffers]);
+      release(values);
 #pragma unroll
       for (int c = 0; c < D / 2; ++c) out[c / 4][c % 4] *= shrink[c % 4 / 2];
       pack(weights, s);
     }
     const int last = 2 * tiles - 1;
-    wait_full(last);
     products_begin();
     issue_output(out, weights, last % kBuffers);
     products_wait<0>();
     products_done(out);
-    barrier_arrive(&empty[last % kBuffers]);
+    release(last);
     rows.finish();
   }
 
