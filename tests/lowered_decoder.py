@@ -107,10 +107,10 @@ class _Decoder:
 
 
 class NativeDecoder(_Decoder):
-    """`DecoderSession` of the native lowering."""
+    """`DecoderSession` of the native lowering of a traced decoder."""
 
-    def __init__(self, spec: ModelSpec, slots: int, capacity: int) -> None:
-        model = filled(spec, part_of(spec, "decoder"))
+    def __init__(self, decoder: ir.Model, slots: int, capacity: int) -> None:
+        model = decoder.clone()
         assert native_attention(model, capacity=capacity)
         super().__init__(model)
         for name in self.cache_names():
@@ -146,8 +146,8 @@ class NativeDecoder(_Decoder):
 class PagedDecoder(_Decoder):
     """`DecoderSession` of the paged lowering; a slot is a row of a block table."""
 
-    def __init__(self, spec: ModelSpec, slots: int, capacity: int) -> None:
-        model = filled(spec, part_of(spec, "decoder"))
+    def __init__(self, decoder: ir.Model, slots: int, capacity: int) -> None:
+        model = decoder.clone()
         assert paged_attention(model, page_size=PAGE_SIZE)
         for function in paged_functions():
             model.functions[function.identifier()] = function

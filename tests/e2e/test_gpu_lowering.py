@@ -12,7 +12,7 @@ import pytest
 
 from conftest import golden_engine
 from golden_models import CASES, FOLDERS, TOLERANCES, Golden, cases_of, check_answer, check_images
-from lowered_decoder import NativeDecoder, PagedDecoder, Vision, model_spec
+from lowered_decoder import NativeDecoder, PagedDecoder, Vision, filled, model_spec, part_of
 from vlmforge import EngineConfig, Pipeline, pipeline
 from vlmforge.backends import DecoderSession
 from vlmforge.features import FeatureCache
@@ -44,12 +44,12 @@ def open_lowered(shared: Path, folder: str, stack: ExitStack) -> Lowered:
     config = EngineConfig(threads=1, max_batch_size=SLOTS)
     pipe = stack.enter_context(pipeline(golden_engine(shared, folder), config))
     spec, capacity, goldens = model_spec(folder), needed(folder), {}
-    vision = Vision(spec)
+    vision, traced = Vision(spec), filled(spec, part_of(spec, "decoder"))
     for name, make in LOWERINGS.items():
         engine = dataclasses.replace(
             pipe._engine,
             vision=vision,
-            decoder=make(spec, SLOTS, capacity),
+            decoder=make(traced, SLOTS, capacity),
             options=dataclasses.replace(pipe._engine.options, slots=SLOTS, capacity=capacity),
         )
         features = FeatureCache(vision.encode, batch=1)

@@ -7,7 +7,6 @@ The attention over the cache is our plugin's (paged, as long as its sequences), 
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +14,7 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from vlmforge.env import cache_dir
 from vlmforge.errors import ConfigError
 from vlmforge.manifest import DimRange, KVLayout, Part, Profile
 from vlmforge_builder.export import Traced
@@ -33,7 +33,7 @@ from vlmforge_builder.tensorrt.flavours import (
 )
 from vlmforge_builder.tensorrt.job import CompileRequest, KernelSet
 from vlmforge_builder.tensorrt.process import run_compiler
-from vlmforge_builder.weights import plan, stored_dtype, write
+from vlmforge_builder.weights import Placed, plan, stored_dtype, write
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.errors import UnsupportedError
 
@@ -104,36 +104,10 @@ class TensorRTTarget:
         RemoveUnusedNodesPass()(model)
         lint(model)
         layout = plan(traced.shapes, dtypes)
-        stem, profiles = _STEMS[name], _profiles(name, settings)
+        profiles = _profiles(name, settings)
         inputs, outputs = tensor_specs(model.graph.inputs), tensor_specs(model.graph.outputs)
-        with TemporaryDirectory(prefix=f".{stem}.", dir=job.folder) as scratch:
-            graph = Path(scratch) / f"{stem}.onnx"
-            data = graph.with_suffix(".data")
-            refer(model, layout, data)
-            ir.save(model, graph)
-            total = layout[-1].offset + layout[-1].size
-            for done in write(data, layout, job.part.weights, job.store):
-                job.report(done, 2 * total)  # the other half is the compiler's
-            request = CompileRequest(
-                module=self.flavour.module,
-                graph=str(graph),
-                plan=str(job.folder / f"{stem}.plan"),
-                layers=str(job.folder / f"{stem}.layers.json"),
-                profiles=tuple(
-                    {dim: (r.least, r.usual, r.most) for dim, r in profile.dims.items()}
-                    for profile in profiles
-                ),
-                capability=capability_name(self.flavour, settings.compute_capability),
-                kernels=kernels,
-                cache=str(_kernel_cache()),
-            )
-            compiled = run_compiler(
-                self.flavour, request, lambda done, steps: job.report(steps + done, 2 * steps)
-            )
-        job.note(
-            f"{stem}: compiled by {self.name} {compiled.version}, peak memory of its process "
-            f"{compiled.peak_rss_bytes / 2**30:.2f} GiB"
-        )
+        self._build(model, layout, profiles, kernels, job)
+        stem = _STEMS[name]
         return Part(
             name,
             f"{stem}.plan",
@@ -149,6 +123,49 @@ class TensorRTTarget:
                 if out.name.startswith("present_")
             },
         )
+
+    def _build(
+        self,
+        model: ir.Model,
+        layout: tuple[Placed, ...],
+        profiles: tuple[Profile, ...],
+        kernels: KernelSet | None,
+        job: CompileJob,
+    ) -> None:
+        """Write the graph and its weights to a scratch folder, and have them compiled."""
+        stem = _STEMS[job.part.name]
+        with TemporaryDirectory(prefix=f".{stem}.", dir=job.folder) as scratch:
+            graph = _write_graph(model, layout, Path(scratch) / f"{stem}.onnx", job)
+            request = CompileRequest(
+                module=self.flavour.module,
+                graph=str(graph),
+                plan=str(job.folder / f"{stem}.plan"),
+                layers=str(job.folder / f"{stem}.layers.json"),
+                profiles=tuple(
+                    {dim: (r.least, r.usual, r.most) for dim, r in profile.dims.items()}
+                    for profile in profiles
+                ),
+                capability=capability_name(self.flavour, job.settings.compute_capability),
+                kernels=kernels,
+                cache=str(cache_dir() / "kernels"),
+            )
+            compiled = run_compiler(
+                self.flavour, request, lambda done, steps: job.report(steps + done, 2 * steps)
+            )
+        job.note(
+            f"{stem}: compiled by {self.name} {compiled.version}, peak memory of its process "
+            f"{compiled.peak_rss_bytes / 2**30:.2f} GiB"
+        )
+
+
+def _write_graph(model: ir.Model, layout: tuple[Placed, ...], graph: Path, job: CompileJob) -> Path:
+    data = graph.with_suffix(".data")
+    refer(model, layout, data)
+    ir.save(model, graph)
+    total = layout[-1].offset + layout[-1].size
+    for done in write(data, layout, job.part.weights, job.store):
+        job.report(done, 2 * total)  # the other half is the compiler's
+    return graph
 
 
 def _lower(model: ir.Model, settings: Settings) -> KernelSet | None:
@@ -192,11 +209,6 @@ def _profiles(part: str, settings: Settings) -> tuple[Profile, ...]:
             "decode", {**shared, "batch": DimRange(1, batch, batch), "tokens": one, "rows": rows}
         ),
     )
-
-
-def _kernel_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "vlmforge" / "kernels"
 
 
 TARGET = TensorRTTarget(TENSORRT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from vlmforge.env import child_environment
 from vlmforge.errors import BuildError
 from vlmforge.schema import to_json
 from vlmforge_builder.tensorrt.flavours import Flavour, library_path
@@ -57,7 +57,7 @@ def run_compiler(
                 [sys.executable, "-m", _PROGRAM, str(told)],
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=_environment(libraries),
+                env=child_environment(libraries),
                 text=True,
             )
             try:
@@ -70,15 +70,6 @@ def run_compiler(
     if heard.compiled is not None:
         return heard.compiled
     raise _failure(flavour, request, heard, process.returncode, words)
-
-
-def _environment(libraries: Path | None) -> dict[str, str]:
-    # The same search path as here, whatever this process added to it, and the library's own name.
-    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    if libraries is not None:
-        places = (str(libraries), environment.get("LD_LIBRARY_PATH", ""))
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(p for p in places if p)
-    return environment
 
 
 def _listen(
