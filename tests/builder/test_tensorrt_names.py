@@ -38,7 +38,7 @@ CALLED = {
 
 
 def names_of_the_library(path: Path) -> set[str]:
-    """Every `trt.A.B` of a module, as A and B."""
+    """Every `trt.A.B` or `self._trt.A.B` of a module, as A and B."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         chain: list[str] = []
@@ -46,8 +46,11 @@ def names_of_the_library(path: Path) -> set[str]:
         while isinstance(value, ast.Attribute):
             chain.append(value.attr)
             value = value.value
-        if chain and isinstance(value, ast.Name) and value.id == "trt":
-            found |= set(chain)
+        if chain and isinstance(value, ast.Name):
+            if value.id == "trt":
+                found |= set(chain)
+            elif (value.id, chain[-1]) == ("self", "_trt"):
+                found |= set(chain[:-1])
     return found
 
 

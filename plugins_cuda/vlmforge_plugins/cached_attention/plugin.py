@@ -101,175 +101,183 @@ def _creator(trt: Any, op: str, kernels: Kernels) -> object:
                 for key, data in given.items()
                 if key.startswith(_BINARY_FIELD)
             }
-            return plugin(op, attributes, kernels, binaries)
+            return plugin(trt, op, attributes, kernels, binaries)
 
     return Creator()
 
 
 def _plugin_class(trt: Any) -> Any:
+    """The plugin as a class of the library's: its interfaces, behind our methods."""
     bases = trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime
 
-    class PagedAttentionPlugin(*bases):  # type: ignore[misc]
-        """See the module. `binaries` are compiled kernels by the name of their target."""
-
-        def __init__(
-            self,
-            op: str,
-            attributes: Attributes,
-            kernels: Kernels,
-            binaries: Mapping[str, bytes],
-        ) -> None:
+    class PagedAttentionPlugin(_Plugin, *bases):  # type: ignore[misc]
+        def __init__(self, *arguments: Any) -> None:
             for base in bases:
                 base.__init__(self)
-            self.plugin_name, self.plugin_namespace, self.plugin_version = op, NAMESPACE, VERSION
-            self.num_outputs = 3
-            self._op, self._attributes = op, attributes
-            self._kernels, self._binaries = kernels, dict(binaries)
-            self._loaded: Any = None
-            self._machine = _LARGEST_MACHINE
-            self._sizes: Sizes | None = None
-            self._planned: Plan | None = None
-            self._serialized: tuple[Any, ...] = ()
-
-        def get_capability_interface(self, kind: object) -> object:
-            del kind
-            return self
-
-        def clone(self) -> object:
-            made = PagedAttentionPlugin(self._op, self._attributes, self._kernels, self._binaries)
-            made.__dict__.update(self.__dict__)
-            return made
-
-        # --- what goes in and comes out ---
-
-        def get_output_data_types(self, types: Sequence[object]) -> list[object]:
-            return [types[QUERY], types[KEY_POOL], types[VALUE_POOL]]
-
-        def get_output_shapes(self, inputs: Sequence[Any], shapes: object, builder: object) -> Any:
-            del shapes, builder
-            return [trt.DimsExprs(inputs[i]) for i in (QUERY, KEY_POOL, VALUE_POOL)]
-
-        def get_aliased_input(self, output: int) -> int:
-            return _ALIASES.get(output, -1)
-
-        def supports_format_combination(
-            self, position: int, tensors: Sequence[Any], inputs: int
-        ) -> bool:
-            del inputs
-            described = [tensor.desc for tensor in tensors]
-            if described[position].format != trt.TensorFormat.LINEAR:
-                return False
-            return described[position].type in _allowed(trt, position, described, OPS[self._op])
-
-        def configure_plugin(self, inputs: Sequence[Any], outputs: object) -> None:
-            del outputs
-            config = _config(trt, [tensor.desc for tensor in inputs])
-            config.check()
-            if not self._binaries and config in self._kernels:
-                self._binaries = {b.target.name: b.code for b in self._kernels[config]}
-
-        def get_workspace_size(self, inputs: Sequence[Any], outputs: object) -> int:
-            del outputs
-            config = _config(trt, [tensor.desc for tensor in inputs])
-            largest = self._shape([tuple(tensor.max) for tensor in inputs])
-            kinds = (*targets(config), PTX_TARGETS[config.fp8])
-            return max(
-                max_workspace(largest, sizes(config, kind), _LARGEST_MACHINE) for kind in kinds
-            )
-
-        def _shape(self, dims: Sequence[tuple[int, ...]]) -> Shape:
-            """The call's metadata by its inputs' shapes, which bound all lengths."""
-            batch, rows = dims[QUERY][:2]
-            page_size, pages = dims[KEY_POOL][2], dims[TABLE][1]
-            rotary = OPS[self._op]
-            limit = pages * page_size
-            return Shape(
-                batch=batch,
-                max_query=rows,
-                max_total=min(limit, dims[COS][0]) if rotary else limit,
-                heads=self._attributes.heads,
-                kv_heads=self._attributes.kv_heads,
-                page_size=page_size,
-                max_pages=pages,
-                rotary=rotary,
-                **({"positions": dims[COS][0]} if rotary else {}),
-            )
-
-        # --- what the plan keeps ---
-
-        def get_fields_to_serialize(self) -> object:
-            attributes, kind = self._attributes, trt.PluginFieldType
-            values = [
-                ("num_heads", np.array([attributes.heads], np.int32), kind.INT32),
-                ("kv_num_heads", np.array([attributes.kv_heads], np.int32), kind.INT32),
-                ("scale", np.array([attributes.scale], np.float32), kind.FLOAT32),
-                *(
-                    (_BINARY_FIELD + target, np.frombuffer(code, np.int8), kind.INT8)
-                    for target, code in self._binaries.items()
-                ),
-            ]
-            # The library keeps addresses: of arrays, names and fields.
-            fields = [trt.PluginField(*value) for value in values]
-            self._serialized = values, fields, trt.PluginFieldCollection(fields)
-            return self._serialized[-1]
-
-        # --- running ---
-
-        def get_valid_tactics(self) -> list[int]:
-            return []
-
-        def set_tactic(self, tactic: int) -> None:
-            del tactic
-
-        def attach_to_context(self, context: object) -> object:
-            del context
-            return self.clone()
-
-        def on_shape_change(self, inputs: Sequence[Any], outputs: object) -> None:
-            """Plan the launches; the first time, also load the kernels."""
-            del outputs
-            from vlmforge_plugins.cached_attention import driver
-
-            config = _config(trt, inputs)
-            if self._loaded is None:
-                target = choose_target(config, self._binaries, driver.capability())
-                self._sizes = sizes(config, target)
-                self._loaded = driver.CudaKernels(self._binaries[target.name], self._sizes)
-                self._machine = driver.machine()
-            shape = self._shape([tuple(tensor.dims) for tensor in inputs])
-            assert self._sizes is not None
-            self._planned = plan(shape, self._sizes, self._machine)
-
-        def enqueue(
-            self,
-            input_desc: Sequence[Any],
-            output_desc: Sequence[Any],
-            inputs: Sequence[int],
-            outputs: Sequence[int],
-            workspace: int,
-            stream: int,
-        ) -> None:
-            del output_desc
-            assert self._planned is not None
-            rotary = OPS[self._op]
-            tensors = Tensors(
-                query=_rows(inputs[QUERY], input_desc[QUERY].dims),
-                key=_rows(inputs[KEY], input_desc[KEY].dims),
-                value=_rows(inputs[VALUE], input_desc[VALUE].dims),
-                out=_rows(outputs[OUT], input_desc[QUERY].dims),
-                key_pool=inputs[KEY_POOL],
-                value_pool=inputs[VALUE_POOL],
-                cos=inputs[COS] if rotary else 0,
-                sin=inputs[SIN] if rotary else 0,
-                past_lengths=inputs[PAST],
-                query_lengths=inputs[QUERY_LENGTHS],
-                block_table=inputs[TABLE],
-                workspace=workspace,
-            )
-            scales = Scales(score=self._attributes.scale)
-            run(self._planned, tensors, scales, self._loaded, stream)
+            _Plugin.__init__(self, *arguments)
 
     return PagedAttentionPlugin
+
+
+class _Plugin:
+    """What the library calls; see the module. `binaries` are kernels by the name of their target.
+
+    Without the library's interfaces, so that it is one class for both flavours.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        op: str,
+        attributes: Attributes,
+        kernels: Kernels,
+        binaries: Mapping[str, bytes],
+    ) -> None:
+        self.plugin_name, self.plugin_namespace, self.plugin_version = op, NAMESPACE, VERSION
+        self.num_outputs = 3
+        self._trt, self._op, self._attributes = trt, op, attributes
+        self._kernels, self._binaries = kernels, dict(binaries)
+        self._loaded: Any = None
+        self._machine = _LARGEST_MACHINE
+        self._sizes: Sizes | None = None
+        self._planned: Plan | None = None
+        self._serialized: tuple[Any, ...] = ()
+
+    def get_capability_interface(self, kind: object) -> object:
+        del kind
+        return self
+
+    def clone(self) -> object:
+        made = type(self)(self._trt, self._op, self._attributes, self._kernels, self._binaries)
+        made.__dict__.update(self.__dict__)
+        return made
+
+    # --- what goes in and comes out ---
+
+    def get_output_data_types(self, types: Sequence[object]) -> list[object]:
+        return [types[QUERY], types[KEY_POOL], types[VALUE_POOL]]
+
+    def get_output_shapes(self, inputs: Sequence[Any], shapes: object, builder: object) -> Any:
+        del shapes, builder
+        return [self._trt.DimsExprs(inputs[i]) for i in (QUERY, KEY_POOL, VALUE_POOL)]
+
+    def get_aliased_input(self, output: int) -> int:
+        return _ALIASES.get(output, -1)
+
+    def supports_format_combination(
+        self, position: int, tensors: Sequence[Any], inputs: int
+    ) -> bool:
+        del inputs
+        described = [tensor.desc for tensor in tensors]
+        if described[position].format != self._trt.TensorFormat.LINEAR:
+            return False
+        return described[position].type in _allowed(self._trt, position, described, OPS[self._op])
+
+    def configure_plugin(self, inputs: Sequence[Any], outputs: object) -> None:
+        del outputs
+        config = _config(self._trt, [tensor.desc for tensor in inputs])
+        config.check()
+        if not self._binaries and config in self._kernels:
+            self._binaries = {b.target.name: b.code for b in self._kernels[config]}
+
+    def get_workspace_size(self, inputs: Sequence[Any], outputs: object) -> int:
+        del outputs
+        config = _config(self._trt, [tensor.desc for tensor in inputs])
+        largest = self._shape([tuple(tensor.max) for tensor in inputs])
+        kinds = (*targets(config), PTX_TARGETS[config.fp8])
+        return max(max_workspace(largest, sizes(config, kind), _LARGEST_MACHINE) for kind in kinds)
+
+    def _shape(self, dims: Sequence[tuple[int, ...]]) -> Shape:
+        """The call's metadata by its inputs' shapes, which bound all lengths."""
+        batch, rows = dims[QUERY][:2]
+        page_size, pages = dims[KEY_POOL][2], dims[TABLE][1]
+        rotary = OPS[self._op]
+        limit = pages * page_size
+        return Shape(
+            batch=batch,
+            max_query=rows,
+            max_total=min(limit, dims[COS][0]) if rotary else limit,
+            heads=self._attributes.heads,
+            kv_heads=self._attributes.kv_heads,
+            page_size=page_size,
+            max_pages=pages,
+            rotary=rotary,
+            **({"positions": dims[COS][0]} if rotary else {}),
+        )
+
+    # --- what the plan keeps ---
+
+    def get_fields_to_serialize(self) -> object:
+        attributes, kind = self._attributes, self._trt.PluginFieldType
+        values = [
+            ("num_heads", np.array([attributes.heads], np.int32), kind.INT32),
+            ("kv_num_heads", np.array([attributes.kv_heads], np.int32), kind.INT32),
+            ("scale", np.array([attributes.scale], np.float32), kind.FLOAT32),
+            *(
+                (_BINARY_FIELD + target, np.frombuffer(code, np.int8), kind.INT8)
+                for target, code in self._binaries.items()
+            ),
+        ]
+        # The library keeps addresses: of arrays, names and fields.
+        fields = [self._trt.PluginField(*value) for value in values]
+        self._serialized = values, fields, self._trt.PluginFieldCollection(fields)
+        return self._serialized[-1]
+
+    # --- running ---
+
+    def get_valid_tactics(self) -> list[int]:
+        return []
+
+    def set_tactic(self, tactic: int) -> None:
+        del tactic
+
+    def attach_to_context(self, context: object) -> object:
+        del context
+        return self.clone()
+
+    def on_shape_change(self, inputs: Sequence[Any], outputs: object) -> None:
+        """Plan the launches; the first time, also load the kernels."""
+        del outputs
+        from vlmforge_plugins.cached_attention import driver
+
+        config = _config(self._trt, inputs)
+        if self._loaded is None:
+            target = choose_target(config, self._binaries, driver.capability())
+            self._sizes = sizes(config, target)
+            self._loaded = driver.CudaKernels(self._binaries[target.name], self._sizes)
+            self._machine = driver.machine()
+        shape = self._shape([tuple(tensor.dims) for tensor in inputs])
+        assert self._sizes is not None
+        self._planned = plan(shape, self._sizes, self._machine)
+
+    def enqueue(
+        self,
+        input_desc: Sequence[Any],
+        output_desc: Sequence[Any],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        workspace: int,
+        stream: int,
+    ) -> None:
+        del output_desc
+        assert self._planned is not None
+        rotary = OPS[self._op]
+        tensors = Tensors(
+            query=_rows(inputs[QUERY], input_desc[QUERY].dims),
+            key=_rows(inputs[KEY], input_desc[KEY].dims),
+            value=_rows(inputs[VALUE], input_desc[VALUE].dims),
+            out=_rows(outputs[OUT], input_desc[QUERY].dims),
+            key_pool=inputs[KEY_POOL],
+            value_pool=inputs[VALUE_POOL],
+            cos=inputs[COS] if rotary else 0,
+            sin=inputs[SIN] if rotary else 0,
+            past_lengths=inputs[PAST],
+            query_lengths=inputs[QUERY_LENGTHS],
+            block_table=inputs[TABLE],
+            workspace=workspace,
+        )
+        scales = Scales(score=self._attributes.scale)
+        run(self._planned, tensors, scales, self._loaded, stream)
 
 
 def choose_target(config: Config, available: Collection[str], capability: int) -> Target:
