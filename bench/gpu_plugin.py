@@ -1,7 +1,7 @@
 """Run the TensorRT plugin's own methods on a GPU, with a stand-in for the library.
 
-The library calls the same methods in the same order: configure, workspace, shapes, enqueue. What it
-does besides (memory, streams) is torch's part here. Needs torch, numpy and cuda-bindings with NVRTC.
+The library calls the same methods in the same order: configure, workspace, shapes, enqueue. What
+it does besides (memory, streams) is torch's part. Needs torch, numpy and cuda-bindings with NVRTC.
 
 python bench/gpu_plugin.py
 """
