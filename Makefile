@@ -7,10 +7,10 @@ OUT    := out
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt bench bench-large bench-tiny precision train clean
+.PHONY: help demo test check fmt bench bench-large bench-tiny precision train plugins test-kernels-full test-gpu bench-gpu clean
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -50,6 +50,19 @@ precision: $(STAMP) ## accuracy of the demo model in each precision
 
 train: $(STAMP) ## train the demo model again, into out/train (40 minutes on 2 cores)
 	@$(BIN)/python -m vlmforge_recipes.llava.demo.train -o $(OUT)/train
+
+plugins: $(STAMP) ## compile the attention kernels for every GPU with nvcc (engines use NVRTC instead)
+	@$(BIN)/python -m vlmforge_plugins.cached_attention.compile --compiler nvcc --out $(OUT)/plugins
+
+test-kernels-full: $(STAMP) ## the kernels' whole grid on the CPU, and every binary compiled (hours)
+	@$(BIN)/python -m pytest -q -n auto -m full tests/plugins_cuda
+
+test-gpu: ## kernels, CUDA graphs and compute-sanitizer on a GPU; needs torch and cuda-bindings
+	@$(PYTHON) bench/gpu_suite.py test --out $(OUT)/gpu
+
+bench-gpu: ## kernels against the GPU's own ceilings and torch's SDPA; then make BENCH.md
+	@$(PYTHON) bench/gpu_suite.py bench --out $(OUT)/gpu
+	@$(PYTHON) bench/gpu_report.py $(OUT)/gpu/results.json
 
 clean: ## remove what the commands above made
 	rm -rf $(OUT) $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

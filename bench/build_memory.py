@@ -24,10 +24,12 @@ def main() -> None:
         "--checkpoint", type=Path, nargs="+", help="those that are there already"
     )
     arguments.add_argument("--dtype", default="float16")
+    arguments.add_argument("--target", default="onnxruntime")
+    arguments.add_argument("--attention", help="of a GPU target: plugin or native")
     values = arguments.parse_args()
     values.work.mkdir(parents=True, exist_ok=True)
     for checkpoint in values.checkpoint or [random_checkpoint(values.work, values.size)]:
-        build(checkpoint, values.work, values.dtype)
+        build(checkpoint, values.work, values.dtype, values.target, values.attention)
 
 
 def random_checkpoint(work: Path, size: str) -> Path:
@@ -38,13 +40,15 @@ def random_checkpoint(work: Path, size: str) -> Path:
     return folder
 
 
-def build(checkpoint: Path, work: Path, dtype: str) -> None:
+def build(checkpoint: Path, work: Path, dtype: str, target: str, attention: str | None) -> None:
     """Build one engine in a process of its own and print what it took."""
     name = checkpoint.parent.name if checkpoint.name == "checkpoint" else checkpoint.stem
-    engine, events = work / f"{name}.{dtype}.engine", work / "events.jsonl"
+    engine, events = work / f"{name}.{target}.{dtype}.engine", work / "events.jsonl"
     events.unlink(missing_ok=True)
     program = Path(sys.executable).with_name("build-engine")
-    command = [program, checkpoint, "-o", engine, "--dtype", dtype, "--force"]
+    command = [program, checkpoint, "-o", engine, "--dtype", dtype, "--force", "--target", target]
+    command += ["--session-len", "2048"] if target != "onnxruntime" else []
+    command += ["--attention", attention] if attention else []
     subprocess.run([*command, "--json-events", events], check=True)
     rows = [json.loads(line) for line in events.read_text("utf-8").splitlines()]
     files = [*checkpoint.rglob("*.safetensors"), *checkpoint.rglob("*.bin")]
@@ -53,6 +57,8 @@ def build(checkpoint: Path, work: Path, dtype: str) -> None:
     for row in rows:
         if row["event"] == "end":
             print(f"{row['stage']:24} {row['seconds']:8.1f} s")
+        if "compiled by" in str(row.get("text")):
+            print(row["text"])
     print(
         f"{name}: built in {last['elapsed_s']:.1f} s; "
         f"peak anonymous memory {last['peak_anonymous_bytes'] / 2**30:.2f} GiB "

@@ -73,8 +73,11 @@ PARTS = (
         inputs=(TensorSpec("pixel_values", "float32", ("images", 3, 8, 8)),),
         outputs=(TensorSpec("features", "float32", ("images", 4, 16)),),
         weight_bytes=100,
+        profiles=(),
+        layers=None,
+        aliases={},
     ),
-    Part("decoder", "decoder.rank0.onnx", ("decoder.rank0.data",), (), (), 200),
+    Part("decoder", "decoder.rank0.onnx", ("decoder.rank0.data",), (), (), 200, (), None, {}),
 )
 
 MANIFEST = Manifest(
@@ -86,7 +89,7 @@ MANIFEST = Manifest(
     image=IMAGE,
     prompt=PROMPT,
     decode=DecodePolicy(704, 16, (2,), 4, 64, 2, ABSOLUTE),
-    kv=KVLayout(2, 2, 8, "float32"),
+    kv=KVLayout(2, 2, 8, "float32", None),
     parallel=ParallelLayout(1),
     tokenizer_file="tokenizer.json",
     files=(),

@@ -35,7 +35,7 @@ from vlmforge_builder.progress import Progress
 from vlmforge_builder.publish import list_files, staging
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.recognise import recognise
-from vlmforge_builder.targets import CompileJob, load_target
+from vlmforge_builder.targets import CompileJob, Settings, load_target
 from vlmforge_builder.templates import choose_template
 
 _BUILD_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tokenizers")
@@ -59,13 +59,25 @@ class BuildOptions:
     vision_tower: str | None = None
     chat_template: str | None = None
     image_policy: str | None = None
+    attention: str | None = None
+    compute_capability: str | None = None
     force: bool = False
 
     def recorded(self) -> dict[str, str]:
         """The options that shape the engine, as text."""
         names = ("target", "dtype", "session_len", "max_batch_size", "vision_tower")
-        policies = ("chat_template", "image_policy")
+        policies = ("chat_template", "image_policy", "attention", "compute_capability")
         return {name: str(getattr(self, name)) for name in (*names, *policies)}
+
+    def settings(self, session_len: int) -> Settings:
+        """What the target is to know of them."""
+        return Settings(
+            dtype=self.dtype,
+            session_len=session_len,
+            max_batch_size=self.max_batch_size,
+            attention=self.attention,
+            compute_capability=self.compute_capability,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +108,11 @@ def build_engine(options: BuildOptions, progress: Progress) -> Path:
         parts = _compile(source.spec, options, folder, progress)
         manifest = _describe(source, options, parts)
         _write_texts(folder, source, options)
-        with progress.stage("run the goldens"):
-            record_goldens(folder, manifest, progress)
+        if load_target(options.target).runs_here:
+            with progress.stage("run the goldens"):
+                record_goldens(folder, manifest, progress)
+        else:
+            progress.note(f"no goldens: an engine of {options.target} cannot be run here")
         with progress.stage("checksums"):
             files = list_files(folder)
         manifest = _with_files(manifest, files)
@@ -108,7 +123,7 @@ def build_engine(options: BuildOptions, progress: Progress) -> Path:
 
 
 def _check(options: BuildOptions) -> None:
-    load_target(options.target)
+    target = load_target(options.target)
     limits = {"session_len": options.session_len, "max_batch_size": options.max_batch_size}
     for name, value in limits.items():
         if value is not None and value < 1:
@@ -125,6 +140,7 @@ def _check(options: BuildOptions) -> None:
             expected="one of: " + ", ".join(DTYPE_NAMES),
             fix="--dtype float32",
         )
+    target.check(options.settings(options.session_len or 1))
 
 
 def _read(options: BuildOptions, progress: Progress) -> _Source:
@@ -196,18 +212,20 @@ def _compile(
         with progress.stage(f"trace {part.name}"):
             traced = trace(part)
         with progress.stage(f"write {part.name}"):
-            job = CompileJob(part, spec.store, options.dtype, folder, progress.report)
+            settings = options.settings(spec.session_len)
+            job = CompileJob(part, spec.store, settings, folder, progress.report, progress.note)
             parts.append(target.compile(traced, job))
     return tuple(parts)
 
 
 def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -> Manifest:
     spec, target = source.spec, load_target(options.target)
+    settings = options.settings(spec.session_len)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         backend=target.name,
         dtype=options.dtype,
-        compute_dtype=target.compute_dtype,
+        compute_dtype=target.compute_dtype(settings),
         parts=parts,
         image=spec.image,
         prompt=spec.prompt,
@@ -220,7 +238,7 @@ def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -
             max_batch_size=options.max_batch_size,
             positions=spec.positions,
         ),
-        kv=spec.kv,
+        kv=target.kv_layout(spec.kv, settings),
         parallel=ParallelLayout(tp=1),
         tokenizer_file="tokenizer.json",
         files=(),

@@ -41,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add("--vision-tower", metavar="PATH_OR_ID", help="where the vision tower is, if not inside")
     add("--chat-template", metavar="NAME_OR_JSON", help="a name, JSON text or a .json file")
     add("--image-policy", metavar="NAME", help="another official preprocessing of the model")
+    add("--attention", metavar="KIND", help="of a GPU engine: plugin (default) or native")
+    add("--compute-capability", metavar="X.Y", help="compile for this GPU; default: the target's")
     add("--force", action="store_true", help="replace an engine that is there")
     add("--json-events", metavar="FILE", help="write progress as JSON lines; - is stdout")
     return arguments

@@ -61,6 +61,23 @@ def PlainCachedAttention(  # noqa: N802 - an ONNX function carries its op's name
 
 
 @script(_domain, default_opset=op)
+def Rotate(  # noqa: N802
+    x: FLOAT[...], cos: FLOAT[...], sin: FLOAT[...], past_lengths: INT64[...]
+) -> FLOAT[...]:
+    """Rotary embedding of `[B, S, heads * D]` by position, in the tables' precision."""
+    half = op.Shape(cos, start=1)
+    split = op.Concat(op.Constant(value_ints=[0, 0, -1]), half * op.Constant(value_int=2), axis=0)
+    length = op.Squeeze(op.Shape(x, start=1, end=2))
+    steps = op.Range(op.Constant(value_int=0), length, op.Constant(value_int=1))
+    positions = op.Add(op.Unsqueeze(past_lengths, [1]), op.Unsqueeze(steps, [0]))  # [B, S]
+    c = op.Unsqueeze(op.Gather(cos, positions), [2])
+    s = op.Unsqueeze(op.Gather(sin, positions), [2])
+    first, second = op.Split(op.CastLike(op.Reshape(x, split), cos), num_outputs=2, axis=-1)
+    turned = op.Concat(first * c - second * s, second * c + first * s, axis=-1)
+    return op.CastLike(op.Reshape(turned, op.Shape(x)), x)
+
+
+@script(_domain, default_opset=op)
 def CachedAttention(  # noqa: N802
     query: FLOAT[...],
     key: FLOAT[...],
@@ -79,20 +96,9 @@ def CachedAttention(  # noqa: N802
     FLOAT[...],
 ]:
     """Body of `cached_attention`: the rotation, then the other op."""
-    heads = op.Constant(value_ints=[0, 0])
-    split = op.Concat(heads, op.Constant(value_ints=[-1]), op.Shape(past_key, start=3), axis=0)
-    length = op.Squeeze(op.Shape(query, start=1, end=2))
-    steps = op.Range(op.Constant(value_int=0), length, op.Constant(value_int=1))
-    positions = op.Add(op.Unsqueeze(past_lengths, [1]), op.Unsqueeze(steps, [0]))  # [B, S]
-    c = op.Unsqueeze(op.Gather(cos, positions), [2])
-    s = op.Unsqueeze(op.Gather(sin, positions), [2])
-    q1, q2 = op.Split(op.Reshape(query, split), num_outputs=2, axis=-1)
-    k1, k2 = op.Split(op.Reshape(key, split), num_outputs=2, axis=-1)
-    q = op.Concat(q1 * c - q2 * s, q2 * c + q1 * s, axis=-1)
-    k = op.Concat(k1 * c - k2 * s, k2 * c + k1 * s, axis=-1)
     out, present_key, present_value = PlainCachedAttention(
-        op.Reshape(q, op.Shape(query)),
-        op.Reshape(k, op.Shape(key)),
+        Rotate(query, cos, sin, past_lengths),
+        Rotate(key, cos, sin, past_lengths),
         value,
         past_key,
         past_value,

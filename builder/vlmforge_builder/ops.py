@@ -83,7 +83,7 @@ def plain_cached_attention(
 
 def functions() -> tuple[ir.Function, ...]:
     """The bodies of all neutral ops, to be added to a model that still contains them."""
-    from vlmforge_builder.op_bodies import CachedAttention, PlainCachedAttention
+    from vlmforge_builder.op_bodies import CachedAttention, PlainCachedAttention, Rotate
 
-    bodies = (PlainCachedAttention, CachedAttention)
+    bodies = (PlainCachedAttention, Rotate, CachedAttention)
     return tuple(ir.serde.deserialize_function(body.to_function_proto()) for body in bodies)

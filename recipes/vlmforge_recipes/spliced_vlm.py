@@ -117,7 +117,7 @@ def assemble(
         ),
         tokenizer_json=tokenizer.json,
         tokenizer_proof=str(tokenizer.proof),
-        kv=KVLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, "float32"),
+        kv=KVLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, "float32", None),
         vocab_size=decoder.vocab_size,
         hidden_size=decoder.hidden_size,
         eos_ids=tokenizer.eos_ids,

@@ -20,7 +20,7 @@ CARD_FILE = "card.json"
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """For each target: "yes", or what is missing ("planned")."""
+    """For each target: "yes", "builds" (not run yet), or "untested" (the same code, never run)."""
 
     onnxruntime: str
     tensorrt: str

@@ -38,8 +38,36 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class DimRange:
+    """Least, usual and most of a symbolic dimension."""
+
+    least: int
+    usual: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Ranges of all symbolic dimensions that a part was compiled for, and what it is for."""
+
+    name: str
+    dims: Mapping[str, DimRange]
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
-    """One compiled graph: its file, the data files beside it, its interface, its weights' bytes."""
+    """One compiled graph.
+
+    Attributes:
+        name: "vision" or "decoder".
+        file: What the backend loads.
+        data: Files beside it that belong to it.
+        inputs, outputs: Its interface.
+        weight_bytes: Bytes of its weights.
+        profiles: Shapes that it was compiled for, in order; empty: any.
+        layers: File of its layer report (`layer_report`), or None.
+        aliases: Outputs that are written where an input is, by the input's name.
+    """
 
     name: str
     file: str
@@ -47,6 +75,9 @@ class Part:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weight_bytes: int
+    profiles: tuple[Profile, ...]
+    layers: str | None
+    aliases: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +190,17 @@ class DecodePolicy:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Key/value cache: per layer two tensors `[sequences, kv_heads, tokens, head_dim]`."""
+    """Key/value cache, per layer two tensors.
+
+    They are `[sequences, kv_heads, tokens, head_dim]`, or, with a `page_size`, pools of pages
+    `[pages, kv_heads, page_size, head_dim]`.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
     dtype: str
+    page_size: int | None
 
     @property
     def bytes_per_token(self) -> int:

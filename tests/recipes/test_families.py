@@ -63,7 +63,14 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
     lines = printed.splitlines()
     assert len(lines) == 2 + sum(len(card.rows) for card in installed_families())
     assert len({len(line) for line in lines}) == 1
-    for words in ("Yi-VL 6B, 34B", "| 1024 ", "Apache 2.0", "mm_default, yi-vl", "tensorrt_rtx"):
+    for words in (
+        "Yi-VL 6B, 34B",
+        "| 1024 ",
+        "Apache 2.0",
+        "mm_default, yi-vl",
+        "tensorrt_rtx",
+        "builds",
+    ):
         assert words in printed
 
 

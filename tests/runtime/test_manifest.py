@@ -179,4 +179,4 @@ def test_parts_are_found_by_name() -> None:
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
 def test_bytes_of_a_token_in_the_cache(dtype: str, size: int) -> None:
     # The 7 B model's cache: 32 layers, 32 heads, 128 wide: half a megabyte a token in 16 bits.
-    assert KVLayout(32, 32, 128, dtype).bytes_per_token == 32 * 32 * 128 * 2 * size
+    assert KVLayout(32, 32, 128, dtype, None).bytes_per_token == 32 * 32 * 128 * 2 * size

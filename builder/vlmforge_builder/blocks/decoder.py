@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vlmforge_builder.blocks.layers import Linear, RMSNorm, activation
 from vlmforge_builder.blocks.long_context import LevelPositions, LongContext, Rotation, rotate
@@ -180,6 +181,7 @@ class Decoder(nn.Module):
     def _embed(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
         is_image = input_ids >= self.vocab_size
         zero = torch.zeros_like(input_ids)
-        text = self.embed[torch.where(is_image, zero, input_ids)]
-        image = image_features[torch.where(is_image, input_ids - self.vocab_size, zero)]
+        text = F.embedding(torch.where(is_image, zero, input_ids), self.embed)
+        rows = torch.where(is_image, input_ids - self.vocab_size, zero)
+        image = F.embedding(rows, image_features)
         return torch.where(is_image.unsqueeze(-1), image, text)

@@ -39,7 +39,7 @@ class LongContext:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines `[B, S, 1, head_dim / 2]` of the tokens of a step."""
+    """Cosines and sines `[B, S, head_dim / 2]` of the tokens of a step."""
 
     query_cos: Tensor
     query_sin: Tensor
@@ -88,17 +88,18 @@ class LevelPositions(nn.Module):
         steps = torch.arange(tokens.shape[1])
         positions = past_lengths.unsqueeze(1) + steps.unsqueeze(0)
         rows = positions + (levels * self.rows).unsqueeze(1)
-        cos, sin = (table[rows].unsqueeze(2) for table in (self.cos, self.sin))
+        cos, sin = self.cos[rows], self.sin[rows]
         if self.scale is None:
             return Rotation(cos, sin, cos, sin)
         # A scaled rotation is the rotation of a scaled query.
-        scale = self.scale[positions].unsqueeze(-1).unsqueeze(-1)
+        scale = self.scale[positions].unsqueeze(-1)
         return Rotation(cos * scale, sin * scale, cos, sin)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn `x [B, S, heads * D]` by `cos`, `sin` `[B, S, 1, D / 2]` (rotate-half convention)."""
-    heads = x.reshape(*x.shape[:-1], -1, 2 * cos.shape[-1])
-    first, second = heads.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.flatten(2)
+    """Turn `x [B, S, heads * D]` by `cos`, `sin` `[B, S, D / 2]` (rotate-half convention).
+
+    One op: compilers know it, and one of them dies of the slices and products that it stands for.
+    """
+    heads = x.shape[-1] // (2 * cos.shape[-1])
+    return torch.onnx.ops.rotary_embedding(x, cos, sin, num_heads=heads)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from vlmforge.errors import ConfigError
-from vlmforge.manifest import Part
+from vlmforge.manifest import KVLayout, Part
 
 if TYPE_CHECKING:
     from vlmforge_builder.checkpoint.store import TensorStore
@@ -21,14 +21,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Settings:
+    """How to compile.
+
+    Attributes:
+        dtype: What weights are stored in.
+        session_len, max_batch_size: Tokens of a sequence, and sequences at once.
+        attention: "plugin" or "native"; None: the target's default.
+        compute_capability: Of the GPU to compile for, such as "8.9"; None: the target's default.
+    """
+
+    dtype: str
+    session_len: int
+    max_batch_size: int
+    attention: str | None
+    compute_capability: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class CompileJob:
-    """What a target needs to compile one part into `folder`; `report` takes (done, total) bytes."""
+    """What a target needs to compile one part into `folder`.
+
+    `report` takes (done, total) of whatever the target counts; `note` takes a sentence.
+    """
 
     part: PartSpec
     store: TensorStore
-    dtype: str
+    settings: Settings
     folder: Path
     report: Callable[[int, int], None]
+    note: Callable[[str], None]
 
 
 class Target(Protocol):
@@ -39,24 +61,32 @@ class Target(Protocol):
         """Stem shared with the backend."""
 
     @property
-    def compute_dtype(self) -> str:
+    def runs_here(self) -> bool:
+        """Whether the engine can be run where it is built, to record its goldens."""
+
+    def check(self, settings: Settings) -> None:
+        """Refuse settings that the target does not have, before any work (VlmforgeError)."""
+
+    def compute_dtype(self, settings: Settings) -> str:
         """What the backend calculates in."""
+
+    def kv_layout(self, kv: KVLayout, settings: Settings) -> KVLayout:
+        """The cache of the compiled decoder, given the traced one's."""
 
     def compile(self, traced: Traced, job: CompileJob) -> Part:
         """Write the part's files into `job.folder` and describe them."""
 
 
-_MODULES = {"onnxruntime": "vlmforge_builder.targets.onnxruntime"}
-TARGETS = tuple(_MODULES)
+TARGETS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
 def load_target(name: str) -> Target:
     """The target called `name` (ConfigError otherwise)."""
-    if name not in _MODULES:
+    if name not in TARGETS:
         raise ConfigError(
             "Unknown target.",
             found=repr(name),
             expected="one of: " + ", ".join(TARGETS),
             fix="--target onnxruntime",
         )
-    return cast("Target", importlib.import_module(_MODULES[name]).TARGET)
+    return cast("Target", importlib.import_module(f"vlmforge_builder.targets.{name}").TARGET)

@@ -58,7 +58,7 @@ def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> Mode
         prompt=prompt_policy(checkpoint, visual, tokenizer),
         tokenizer_json=tokenizer.json,
         tokenizer_proof=str(tokenizer.proof),
-        kv=KVLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, "float32"),
+        kv=KVLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, "float32", None),
         vocab_size=decoder.vocab_size,
         hidden_size=decoder.hidden_size,
         eos_ids=stop_ids(tokenizer),

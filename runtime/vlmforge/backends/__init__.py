@@ -98,8 +98,8 @@ class Backend(Protocol):
         """Names and versions of the libraries in use, for `vlmforge doctor`."""
 
 
-_MODULES = {"onnxruntime": "vlmforge.backends.onnxruntime"}
-BACKENDS = tuple(_MODULES)
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+"""The first runs everywhere."""
 
 
 def load_backend(name: str) -> Backend:
@@ -108,7 +108,7 @@ def load_backend(name: str) -> Backend:
     Raises:
         BackendUnavailableError: unknown to this version, or its library is not installed.
     """
-    if name not in _MODULES:
+    if name not in BACKENDS:
         raise BackendUnavailableError(
             "The engine was built for a backend that this version does not have.",
             found=repr(name),
@@ -116,7 +116,7 @@ def load_backend(name: str) -> Backend:
             fix="install a newer vlmforge, or rebuild with --target onnxruntime",
         )
     try:
-        return cast("Backend", importlib.import_module(_MODULES[name]).BACKEND)
+        return cast("Backend", importlib.import_module(f"vlmforge.backends.{name}").BACKEND)
     except ImportError as error:
         raise BackendUnavailableError(
             f"The backend {name} is not installed here.",

@@ -24,6 +24,9 @@ def parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="check files and rerun the goldens of the build")
     verify.add_argument("engine", type=Path, metavar="ENGINE")
+    verify.add_argument(
+        "--static", action="store_true", help="files and description only; nothing is run"
+    )
 
     evaluation = commands.add_parser(
         "eval", help="ask about held-out drawn pictures; accuracy by kind of question"
@@ -72,9 +75,9 @@ def _run(values: argparse.Namespace) -> int:
             print(describe(values.engine, batch=values.batch, context=values.context))
             return 0
         case "verify":
-            from vlmforge.cli.verify import run_verify
+            from vlmforge.cli.verify import run_static, run_verify
 
-            return run_verify(values.engine)
+            return (run_static if values.static else run_verify)(values.engine)
         case "eval":
             from vlmforge.cli.eval import run_eval
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vlmforge.bundle import Bundle
 from vlmforge.errors import ConfigError
+from vlmforge.layer_report import read_layers
 from vlmforge.manifest import Manifest, Part, load_manifest
 from vlmforge.prompt.choice import choose_template
 from vlmforge.prompt.messages import parse_prompt
@@ -41,7 +42,7 @@ def describe(folder: Path, *, batch: int = 1, context: int | None = None) -> str
         )
     sections = (
         _head(bundle),
-        _parts(manifest),
+        _parts(bundle),
         _policies(manifest),
         _example(bundle),
         _memory(manifest, batch, context),
@@ -72,11 +73,11 @@ def _table(rows: dict[str, str]) -> str:
     return "\n".join(f"{name:<{width}}{text}" for name, text in rows.items())
 
 
-def _parts(manifest: Manifest) -> str:
-    return "\n".join(_part(part) for part in manifest.parts)
+def _parts(bundle: Bundle) -> str:
+    return "\n".join(_part(bundle.folder, part) for part in bundle.manifest.parts)
 
 
-def _part(part: Part) -> str:
+def _part(folder: Path, part: Part) -> str:
     lines = [f"part {part.name}: {part.file}, {_size(part.weight_bytes)} of weights"]
     for arrow, specs in (("in ", part.inputs), ("out", part.outputs)):
         shown = [spec for spec in specs if "." not in spec.name]
@@ -85,6 +86,13 @@ def _part(part: Part) -> str:
         for spec in shown:
             dims = ", ".join(map(str, spec.shape))
             lines.append(f"  {arrow} {spec.name}: {spec.dtype} [{dims}]")
+    for profile in part.profiles:
+        ranges = (f"{name} {dim.least}..{dim.most}" for name, dim in profile.dims.items())
+        lines.append(f"  profile {profile.name}: {', '.join(ranges)}")
+    if part.layers is not None:
+        histogram = read_layers(folder / part.layers).histogram
+        counts = ", ".join(f"{count} {kind}" for kind, count in histogram.items())
+        lines.append(f"  layers {sum(histogram.values())}: {counts}")
     return "\n".join(lines)
 
 

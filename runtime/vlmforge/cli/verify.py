@@ -7,14 +7,13 @@ from pathlib import Path
 
 from vlmforge.bundle import Bundle, check_hashes
 from vlmforge.manifest import load_manifest
+from vlmforge.static_check import check_static
 from vlmforge.verify import verify
 
 
 def run_verify(folder: Path) -> int:
     """Print each stage's result; 1 when one differs (EngineError when the engine is unusable)."""
-    bundle = Bundle(folder, load_manifest(folder))
-    print(f"{folder}: hashing {len(bundle.manifest.files)} files ...", file=sys.stderr, flush=True)
-    check_hashes(bundle)
+    _hashed(folder)
     first = None
     for result in verify(folder, lambda name: print(f"{name} ...", file=sys.stderr, flush=True)):
         mark = "ok  " if result.passed else "DIFF"
@@ -30,3 +29,22 @@ def run_verify(folder: Path) -> int:
         "rebuild the engine on this machine"
     )
     return 1
+
+
+def run_static(folder: Path) -> int:
+    """Print each check that runs nothing; 1 when one fails (EngineError when it is unusable)."""
+    failed = 0
+    for result in check_static(_hashed(folder)):
+        mark = "ok  " if result.passed else "FAIL"
+        print(f"{mark} {result.part:8} {result.check:9} {result.detail}", flush=True)
+        failed += not result.passed
+    if failed:
+        print("The engine is not what build-engine writes.\n  fix:      rebuild it")
+    return int(failed > 0)
+
+
+def _hashed(folder: Path) -> Bundle:
+    bundle = Bundle(folder, load_manifest(folder))
+    print(f"{folder}: hashing {len(bundle.manifest.files)} files ...", file=sys.stderr, flush=True)
+    check_hashes(bundle)
+    return bundle

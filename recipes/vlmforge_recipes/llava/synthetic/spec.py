@@ -119,6 +119,12 @@ PRESETS: Mapping[str, SyntheticSpec] = {
         text=TextSpec(hidden=640, intermediate=1728, layers=8, heads=10, kv_heads=10, vocab=704),
         vision=VisionSpec(hidden=512, intermediate=2048, layers=6, heads=8, image_size=336),
     ),
+    # A decoder of 303 M parameters with grouped heads, for compilers.
+    "300m": SyntheticSpec(
+        text=TextSpec(hidden=1024, intermediate=2816, layers=24, heads=16, kv_heads=4, vocab=32000),
+        vision=VisionSpec(hidden=512, intermediate=2048, layers=6, heads=8, image_size=336),
+        dtype="float16",
+    ),
     # The published tower (0.3 B) before a decoder of 0.74 B parameters.
     "1b": SyntheticSpec(
         text=TextSpec(

@@ -1,0 +1,319 @@
+"""Everything about the attention kernels that needs a GPU, in one command of under 10 minutes.
+
+    python3 bench/gpu_suite.py [test] [bench] [tune] [--out out/gpu]
+
+Needs python3, numpy, torch, cuda-bindings, and nvcc or NVRTC; not vlmforge's environment, and no
+TensorRT. `test`: the cases of tests/plugins_cuda on the GPU, CUDA graphs, compute-sanitizer.
+`bench`: the kernels against the machine's own ceilings and torch's SDPA, into a JSON file; from it
+gpu_report.py makes plugins_cuda/BENCH.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "plugins_cuda"), str(ROOT / "tests"), str(ROOT / "bench")]
+
+import numpy as np  # noqa: E402 - the path comes first
+
+from attention_backends import CudaBackend, addresses, cuda_backend  # noqa: E402
+from attention_cases import Batch, Case, covering, make, verify  # noqa: E402
+from vlmforge_plugins.cached_attention.compile import (  # noqa: E402
+    Compiler,
+    Nvcc,
+    Nvrtc,
+    compile_one,
+)
+from vlmforge_plugins.cached_attention.config import (  # noqa: E402
+    Sizes,
+    Target,
+    configs,
+    sizes,
+    targets,
+)
+from vlmforge_plugins.cached_attention.driver import CudaKernels, call  # noqa: E402
+from vlmforge_plugins.cached_attention.launcher import Kernels, run  # noqa: E402
+from vlmforge_plugins.cached_attention.plan import plan  # noqa: E402
+from vlmforge_plugins.errors import CompileError  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Binaries:
+    """Compiles what the GPU at hand needs, once."""
+
+    by: Compiler
+    cache: Path
+
+    def find(self, chosen: Sizes, target: Target) -> bytes:
+        """A cubin, from the cache if it is one that is shipped."""
+        if chosen == sizes(chosen.config, target):
+            return compile_one(chosen.config, target, self.by, self.cache).code
+        return self.by.compile(chosen, target).code
+
+    def find_all(self, target: Target) -> None:
+        """Fills the cache with all that is shipped for `target`."""
+        wanted = [c for c in configs() if target in targets(c)]
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda c: self.find(sizes(c, target), target), wanted))
+
+
+def best_compiler() -> Compiler:
+    """nvcc if there is one, for it runs in parallel; else NVRTC."""
+    usual = Path("/usr/local/cuda/bin/nvcc")
+    try:
+        return Nvcc(usual if usual.is_file() else None)
+    except CompileError:
+        return Nvrtc()
+
+
+def check_cases(backend: CudaBackend, cases: Sequence[Case]) -> list[str]:
+    """Runs cases and prints the worst; returns what failed."""
+
+    def judge(case: Case, batch: Batch, after: dict[str, Any]) -> tuple[str, float]:
+        try:
+            return "", verify(batch, after)
+        except AssertionError as error:
+            return f"{case.name}: {error}", float("inf")
+
+    with ThreadPoolExecutor(16) as pool:
+        batches = pool.map(make, cases)
+        verdicts = [
+            pool.submit(judge, case, batch, backend.run(batch))
+            for case, batch in zip(cases, batches, strict=True)
+        ]
+        results = [verdict.result() for verdict in verdicts]
+    failures = [words for words, _ in results if words]
+    worst = max((share for _, share in results if np.isfinite(share)), default=0.0)
+    print(
+        f"  {len(cases)} cases, {len(failures)} failed; worst error {worst:.2f} x naive (limit 2)"
+    )
+    return failures
+
+
+def check_graph(backend: CudaBackend, case: Case) -> list[str]:
+    """A captured call, replayed after the lengths in device memory changed, equals an eager one."""
+    from cuda.bindings import driver
+
+    batch = make(case)
+    shape = replace(
+        batch.shape,
+        max_total=batch.shape.max_pages * case.page_size,
+        positions=batch.shape.max_pages * case.page_size,
+    )
+    chosen = plan(shape, sizes(case.config, backend.target), backend.machine)
+    kernels = backend.kernels(case.config)
+    stream = call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value)
+    arrays = {**batch.arrays, "workspace": np.full(chosen.workspace.size + 256, 255, np.uint8)}
+    at = {name: int(call(driver.cuMemAlloc, array.nbytes)) for name, array in arrays.items()}
+
+    def upload(past: np.ndarray) -> None:
+        for name, array in {**arrays, "past_lengths": past}.items():
+            kept = np.ascontiguousarray(array)
+            call(driver.cuMemcpyHtoD, at[name], kept.ctypes.data, kept.nbytes)
+
+    def enqueue() -> None:
+        run(
+            chosen,
+            addresses(batch, at.__getitem__, at["workspace"]),
+            batch.scales,
+            kernels,
+            int(stream),
+        )
+
+    def output() -> np.ndarray:
+        call(driver.cuStreamSynchronize, stream)
+        out = np.empty_like(batch.arrays["out"])
+        call(driver.cuMemcpyDtoH, out.ctypes.data, at["out"], out.nbytes)
+        return out
+
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
+    call(driver.cuStreamBeginCapture, stream, mode)
+    enqueue()
+    graph = call(driver.cuGraphInstantiate, call(driver.cuStreamEndCapture, stream), 0)
+    failures = []
+    for shorter in (0, 1, 17):
+        past = np.maximum(batch.past - shorter, 0).astype(np.int32)
+        outputs = []
+        for launch in (enqueue, lambda: call(driver.cuGraphLaunch, graph, stream)):
+            upload(past)
+            launch()
+            outputs.append(output())
+        if not (outputs[0] == outputs[1]).all():
+            failures.append(f"graph of {case.name} with lengths - {shorter}: replay differs")
+        if shorter == 0:
+            failures += _judged(batch, outputs[1])
+    for pointer in at.values():
+        call(driver.cuMemFree, pointer)
+    return failures
+
+
+def _judged(batch: Batch, out: np.ndarray) -> list[str]:
+    """The outputs that must be there are."""
+    rows = [out[b, :n] for b, n in enumerate(batch.new)]
+    return ["graph: an output is missing"] if any((r == 0xFFFF).any() for r in rows) else []
+
+
+GRAPH_CASES = (
+    Case("decode", "float16", "float16", 128, 4, 4097, 64),
+    Case("decode", "bfloat16", "float8_e4m3fn", 80, 7, 989, 16),
+    Case("chunk", "float16", "float16", 128, 8, 989, 32),
+)
+SANITIZED = (
+    Case("decode", "float16", "float16", 128, 4, 989, 64),
+    Case("decode", "bfloat16", "float8_e4m3fn", 104, 20, 65, 16),
+    Case("chunk", "float16", "float16", 128, 4, 989, 32),
+    Case("prefill", "bfloat16", "float8_e4m3fn", 104, 7, 65, 16),
+    Case("prefill", "bfloat16", "bfloat16", 64, 1, 989, 128),
+)
+
+
+def sanitize(out: Path) -> list[str]:
+    """compute-sanitizer over a few cases, its tools side by side; nothing if it is not there."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(program).is_file():
+        print("  compute-sanitizer: not here")
+        return []
+    command = [sys.executable, __file__, "sanitized", "--out", str(out)]
+    tools = {
+        tool: subprocess.Popen(
+            [program, "--tool", tool, "--error-exitcode", "9", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for tool in ("memcheck", "racecheck", "synccheck")
+    }
+    failures = []
+    for tool, process in tools.items():
+        try:
+            said, _ = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            print(f"  {tool}: stopped after 120 s")
+            continue
+        lines = said.strip().splitlines()
+        print(f"  {tool}: exit {process.returncode}; {lines[-1] if lines else ''}")
+        if process.returncode != 0:
+            failures.append(f"compute-sanitizer {tool}:\n" + "\n".join(lines[-30:]))
+    return failures
+
+
+def test(backend: CudaBackend, out: Path, strength: int) -> list[str]:
+    """Correctness: all of it. Returns what failed."""
+    failures = check_cases(backend, covering(strength))
+    for case in GRAPH_CASES:
+        failures += check_graph(backend, case)
+    print(f"  graphs: {len(GRAPH_CASES)} captured and replayed")
+    return failures + sanitize(out)
+
+
+def bench(backend: CudaBackend, binaries: Binaries, out: Path, seconds: float) -> None:
+    """Times every point until the time is up, most important first; writes results.json."""
+    import torch
+
+    import gpu_attention as timed
+
+    deadline = time.monotonic() + seconds
+    stage = timed.Stage()
+    properties = torch.cuda.get_device_properties(0)
+    result: dict[str, Any] = {
+        "gpu": properties.name,
+        "driver": _driver_version(),
+        "torch": torch.__version__,
+        "compiler": binaries.by.version[:200],
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "ceilings": timed.ceilings(),
+        "decode": [],
+        "prefill": [],
+    }
+    copy, matmul = (result["ceilings"][k] for k in ("copy_bytes_per_second", "matmul_float16"))
+    print(f"  copy {copy / 1e12:.2f} TB/s, matmul {matmul / 1e12:.0f} TFLOP/s")
+    points = [("prefill", p) for p in timed.prefill_points()]
+    points += [("decode", p) for p in timed.decode_points()]
+    for kind, point in points:
+        if time.monotonic() > deadline:
+            print("  time is up; the rest is left out")
+            break
+        chosen = sizes(point.config, backend.target)
+        ours = {"ours": (backend.kernels(point.config), chosen)}
+        if chosen.hopper and point.new > 1:
+            other = replace(chosen, turns=not chosen.turns)
+            ours["other turns"] = (kernels_of(other, backend.target, binaries), other)
+        row = timed.measure(point, stage, ours, backend.machine)
+        result[kind].append(row)
+        (out / "results.json").write_text(json.dumps(result, indent=1), "utf-8")
+        print("  " + line(kind, row, copy, matmul), flush=True)
+
+
+@cache
+def kernels_of(chosen: Sizes, target: Target, binaries: Binaries) -> Kernels:
+    """A variant's kernels, loaded."""
+    return CudaKernels(binaries.find(chosen, target), chosen)
+
+
+def line(kind: str, row: dict[str, Any], copy: float, matmul: float) -> str:
+    """One point in a line: its share of the ceiling, and the times of all."""
+    ours = row["seconds"]["ours"]
+    share = row["bytes"] / ours / copy if kind == "decode" else row["operations"] / ours / matmul
+    times = " ".join(f"{name} {t * 1e6:9.1f}" for name, t in row["seconds"].items())
+    what = f"b{row['batch']} past {row['past']} new {row['new']} kv {row['kv_heads']}"
+    form = f"d{row['head_size']} {row['activation'][:2]}/{row['stored'][:6]} p{row['page_size']}"
+    return f"{kind:7} {what:34} {form:20} {share:6.1%}  us: {times}"
+
+
+def _driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("steps", nargs="*", default=["test", "bench"])
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu")
+    parser.add_argument("--strength", type=int, default=3, help="of the covering array of cases")
+    parser.add_argument("--seconds", type=float, default=240, help="for the benchmark")
+    parser.add_argument("--plain", action="store_true", help="without Hopper's own instructions")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    binaries = Binaries(best_compiler(), ROOT / "out" / "gpu_kernels")
+    backend = cuda_backend(binaries.find, options.plain)
+    if backend is None:
+        sys.exit("There is no GPU here. On one: python3 bench/gpu_suite.py")
+    if options.steps == ["sanitized"]:
+        failures = check_cases(backend, SANITIZED)
+        print("\n".join(failures))
+        sys.exit(1 if failures else 0)
+    started = time.monotonic()
+    binaries.find_all(backend.target)
+    print(f"compiled in {time.monotonic() - started:.0f} s")
+    failures = []
+    if "test" in options.steps:
+        failures = test(backend, options.out, options.strength)
+        print(
+            "\n".join(failures[:20]), f"\ntested in {time.monotonic() - started:.0f} s", flush=True
+        )
+    if "tune" in options.steps:
+        from gpu_tune import tune
+
+        tune(backend.machine, binaries.by, backend.target, options.out)
+    if "bench" in options.steps:
+        bench(backend, binaries, options.out, options.seconds)
+    print(f"done in {time.monotonic() - started:.0f} s, {len(failures)} failures")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

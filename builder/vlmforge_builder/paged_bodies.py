@@ -1,0 +1,152 @@
+"""The paged attention ops of the GPU targets as ONNX functions: their meaning and their oracle.
+
+The plugin that runs them is `vlmforge_plugins.cached_attention`; its kernels do the same.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnxscript import FLOAT, INT32, script
+from onnxscript import opset23 as op
+from onnxscript.values import Opset
+
+from vlmforge_builder.op_bodies import PlainCachedAttention, Rotate
+from vlmforge_builder.ops import DOMAIN, VERSION, functions
+
+_domain = Opset(DOMAIN, VERSION)
+
+
+@script(_domain, default_opset=op)
+def ReadPages(  # noqa: N802 - an ONNX function carries its op's name
+    pool: FLOAT[...], past_lengths: INT32[...], block_table: INT32[...], rows: FLOAT[...]
+) -> FLOAT[...]:
+    """Each sequence's pages as one cache `[B, kv_heads, pages * page_size + S, D]`.
+
+    Zero where no token is: unused pages may hold anything.
+    """
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    pages = op.Max(block_table, op.Cast(zero, to=6))  # unused entries may be negative
+    batch, kv = op.Shape(block_table, start=0, end=1), op.Shape(pool, start=1, end=2)
+    d = op.Shape(pool, start=3)
+    shape = op.Concat(batch, kv, op.Constant(value_ints=[-1]), d, axis=0)
+    cache = op.Reshape(op.Transpose(op.Gather(pool, pages), perm=[0, 2, 1, 3, 4]), shape)
+    places = op.Cast(op.Range(zero, op.Squeeze(op.Shape(cache, start=2, end=3)), one), to=6)
+    held = op.Less(op.Unsqueeze(places, [0]), op.Unsqueeze(past_lengths, [1]))
+    nothing = op.CastLike(op.Constant(value_float=0.0), cache)
+    cache = op.Where(op.Unsqueeze(held, [1, 3]), cache, nothing)
+    # Room for the new tokens, and for the padding behind them.
+    room = op.Expand(nothing, op.Concat(batch, kv, op.Shape(rows, start=1, end=2), d, axis=0))
+    return op.Concat(cache, room, axis=2)
+
+
+@script(_domain, default_opset=op)
+def WritePages(  # noqa: N802
+    pool: FLOAT[...],
+    rows: FLOAT[...],
+    past_lengths: INT32[...],
+    query_lengths: INT32[...],
+    block_table: INT32[...],
+) -> FLOAT[...]:
+    """The pool with the first `query_lengths[b]` of `rows` `[B, S, kv_heads * D]` in its pages."""
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    page_size = op.Cast(op.Squeeze(op.Shape(pool, start=2, end=3)), to=6)
+    steps = op.Cast(op.Range(zero, op.Squeeze(op.Shape(rows, start=1, end=2)), one), to=6)
+    positions = op.Add(op.Unsqueeze(past_lengths, [1]), op.Unsqueeze(steps, [0]))  # [B, S]
+    there = op.Less(op.Unsqueeze(steps, [0]), op.Unsqueeze(query_lengths, [1]))  # [B, S]
+    # Of each token that is there: its sequence and row, then its page and place in the page.
+    token = op.Transpose(op.NonZero(there), perm=[1, 0])  # [N, 2]
+    place = op.GatherND(positions, token)  # [N]
+    column = op.Unsqueeze(op.Cast(op.Div(place, page_size), to=7), [1])
+    sequence = op.Slice(token, [0], [1], [1])  # [N, 1]
+    page = op.GatherND(block_table, op.Concat(sequence, column, axis=1))
+    slot = op.Mod(place, page_size)
+    target = op.Cast(op.Concat(op.Unsqueeze(page, [1]), op.Unsqueeze(slot, [1]), axis=1), to=7)
+    split = op.Concat(op.Constant(value_ints=[0, 0, -1]), op.Shape(pool, start=3), axis=0)
+    new = op.GatherND(op.Reshape(rows, split), token)  # [N, kv_heads, D]
+    by_place = op.ScatterND(op.Transpose(pool, perm=[0, 2, 1, 3]), target, new)
+    return op.Transpose(by_place, perm=[0, 2, 1, 3])
+
+
+@script(_domain, default_opset=op)
+def PlainPagedAttention(  # noqa: N802
+    query: FLOAT[...],
+    key: FLOAT[...],
+    value: FLOAT[...],
+    key_pool: FLOAT[...],
+    value_pool: FLOAT[...],
+    past_lengths: INT32[...],
+    query_lengths: INT32[...],
+    block_table: INT32[...],
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+) -> tuple[
+    FLOAT[...],
+    FLOAT[...],
+    FLOAT[...],
+]:
+    """Write new keys and values to the pools' pages, and attend over a sequence's pages.
+
+    `key_pool`, `value_pool`: `[pages, kv_heads, page_size, D]`. Page p of sequence b is
+    `block_table[b, p]`. Of the S rows of sequence b, the first `query_lengths[b]` are tokens; what
+    comes out for the others is arbitrary.
+    """
+    out, _, _ = PlainCachedAttention(
+        query,
+        key,
+        value,
+        ReadPages(key_pool, past_lengths, block_table, key),
+        ReadPages(value_pool, past_lengths, block_table, value),
+        op.Cast(past_lengths, to=7),
+        num_heads=num_heads,
+        kv_num_heads=kv_num_heads,
+        scale=scale,
+    )
+    key_pool_out = WritePages(key_pool, key, past_lengths, query_lengths, block_table)
+    value_pool_out = WritePages(value_pool, value, past_lengths, query_lengths, block_table)
+    return out, key_pool_out, value_pool_out
+
+
+@script(_domain, default_opset=op)
+def PagedAttention(  # noqa: N802
+    query: FLOAT[...],
+    key: FLOAT[...],
+    value: FLOAT[...],
+    key_pool: FLOAT[...],
+    value_pool: FLOAT[...],
+    past_lengths: INT32[...],
+    query_lengths: INT32[...],
+    block_table: INT32[...],
+    cos: FLOAT[...],
+    sin: FLOAT[...],
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+) -> tuple[
+    FLOAT[...],
+    FLOAT[...],
+    FLOAT[...],
+]:
+    """The rotation of query and key by their positions, then the other op."""
+    past = op.Cast(past_lengths, to=7)
+    out, key_pool_out, value_pool_out = PlainPagedAttention(
+        Rotate(query, cos, sin, past),
+        Rotate(key, cos, sin, past),
+        value,
+        key_pool,
+        value_pool,
+        past_lengths,
+        query_lengths,
+        block_table,
+        num_heads=num_heads,
+        kv_num_heads=kv_num_heads,
+        scale=scale,
+    )
+    return out, key_pool_out, value_pool_out
+
+
+def paged_functions() -> tuple[ir.Function, ...]:
+    """The bodies of both ops and what they call, for a model that is to run without the plugin."""
+    bodies = (ReadPages, WritePages, PlainPagedAttention, PagedAttention)
+    made = tuple(ir.serde.deserialize_function(body.to_function_proto()) for body in bodies)
+    return (*functions(), *made)

@@ -1,0 +1,69 @@
+"""Lower the cached attention ops to those of the attention plugin, over pools of pages.
+
+The plugin is found by the node's domain and op type. What a node says beyond the neutral op is its
+pages: which ones a sequence has, and how many of a row's tokens are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from vlmforge_builder.ops import DOMAIN
+from vlmforge_builder.passes.attention_nodes import Attention, attention_nodes
+
+QUERY_LENGTHS, BLOCK_TABLE = "query_lengths", "block_table"
+
+
+def paged_attention(model: ir.Model, *, page_size: int) -> bool:
+    """Replace every cached attention op; returns whether there was one.
+
+    The caches become pools `[pages, kv_heads, page_size, D]` and keep the names of their inputs and
+    outputs. Two int32 inputs are added: `query_lengths` `[batch]` and `block_table`
+    `[batch, sequence_pages]`.
+    """
+    graph, found = model.graph, attention_nodes(model.graph)
+    if not found:
+        return False
+    batch = found[0].past_lengths.shape
+    assert batch is not None
+    lengths = _input(graph, QUERY_LENGTHS, [batch[0]])
+    table = _input(graph, BLOCK_TABLE, [batch[0], "sequence_pages"])
+    cast = ir.node("Cast", [found[0].past_lengths], attributes={"to": ir.DataType.INT32})
+    past, past.name = cast.outputs[0], "past_lengths_int32"
+    graph.insert_before(found[0].node, cast)
+    for attention in found:
+        _lower(graph, attention, (past, lengths, table), page_size)
+    return True
+
+
+def _input(graph: ir.Graph, name: str, shape: Sequence[int | str | ir.SymbolicDim]) -> ir.Value:
+    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape(shape))
+    graph.inputs.append(value)
+    return value
+
+
+def _lower(
+    graph: ir.Graph, attention: Attention, places: tuple[ir.Value, ...], page_size: int
+) -> None:
+    node = attention.node
+    pool: list[int | str] = ["pages", attention.kv_heads, page_size, attention.head_dim]
+    for cache in (attention.past_key, attention.past_value, *node.outputs[1:]):
+        cache.shape = ir.Shape(pool)
+    tables = () if attention.cos is None else (attention.cos, attention.sin)
+    lowered = ir.node(
+        "PagedAttention" if tables else "PlainPagedAttention",
+        [*node.inputs[:5], *places, *tables],
+        domain=DOMAIN,
+        attributes={
+            "num_heads": attention.heads,
+            "kv_num_heads": attention.kv_heads,
+            "scale": attention.scale,
+        },
+        num_outputs=3,
+        name=node.name,
+    )
+    ir.convenience.replace_nodes_and_values(
+        graph, node, [node], [lowered], node.outputs, lowered.outputs
+    )

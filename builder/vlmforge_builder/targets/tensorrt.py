@@ -1,0 +1,214 @@
+"""TensorRT and TensorRT-RTX: graphs compiled to plans by a process of its own.
+
+The attention over the cache is our plugin's (paged, as long as its sequences), or with
+`--attention native` the library's own (dense, as long as its capacity).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from vlmforge.env import cache_dir
+from vlmforge.errors import ConfigError
+from vlmforge.manifest import DimRange, KVLayout, Part, Profile
+from vlmforge_builder.export import Traced
+from vlmforge_builder.onnx_file import refer, tensor_specs
+from vlmforge_builder.passes.assign_precision import assign_precision
+from vlmforge_builder.passes.attention_nodes import attention_nodes
+from vlmforge_builder.passes.lint import lint
+from vlmforge_builder.passes.native_attention import native_attention
+from vlmforge_builder.passes.paged_attention import paged_attention
+from vlmforge_builder.targets import CompileJob, Settings
+from vlmforge_builder.tensorrt.flavours import (
+    TENSORRT,
+    Flavour,
+    capability_name,
+    check_installed,
+)
+from vlmforge_builder.tensorrt.job import CompileRequest, KernelSet
+from vlmforge_builder.tensorrt.process import run_compiler
+from vlmforge_builder.weights import Placed, plan, stored_dtype, write
+from vlmforge_plugins.cached_attention.config import Config
+from vlmforge_plugins.errors import UnsupportedError
+
+ATTENTIONS = ("plugin", "native")
+PAGE_SIZE = 64
+# Tokens of a prompt that are run at once, as the scheduler does.
+CHUNK = 512
+VIEWS = 4
+_STEMS = {"vision": "vision", "decoder": "decoder.rank0"}
+_FLOAT32_INPUTS, _FLOAT32_OUTPUTS = {"pixel_values": "float32"}, {"logits": "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRTTarget:
+    """See the module."""
+
+    flavour: Flavour
+    runs_here: bool = False
+
+    @property
+    def name(self) -> str:
+        """See `Target.name`."""
+        return self.flavour.name
+
+    def check(self, settings: Settings) -> None:
+        """See `Target.check`."""
+        if settings.dtype not in ("float16", "bfloat16"):
+            raise ConfigError(
+                f"The target {self.name} compiles no {settings.dtype} engines.",
+                found=f"--dtype {settings.dtype}",
+                expected="float16 or bfloat16: its attention kernels are of these",
+                fix="--dtype bfloat16",
+            )
+        if settings.attention not in (None, *ATTENTIONS):
+            raise ConfigError(
+                "Unknown attention.",
+                found=repr(settings.attention),
+                expected=" or ".join(ATTENTIONS),
+                fix="--attention plugin",
+            )
+        capability_name(self.flavour, settings.compute_capability)
+        check_installed(self.flavour)
+
+    def compute_dtype(self, settings: Settings) -> str:
+        """See `Target.compute_dtype`."""
+        return settings.dtype
+
+    def kv_layout(self, kv: KVLayout, settings: Settings) -> KVLayout:
+        """See `Target.kv_layout`."""
+        page_size = None if settings.attention == "native" else PAGE_SIZE
+        return dataclasses.replace(kv, dtype=settings.dtype, page_size=page_size)
+
+    def compile(self, traced: Traced, job: CompileJob) -> Part:
+        """Write the part's plan and its layer report.
+
+        Raises:
+            TensorError: a weight that is not right.
+            BuildError: a graph that the library refuses or dies of, or kernels that there are not.
+        """
+        model, settings, name = traced.model, job.settings, job.part.name
+        dtypes = {
+            name: stored_dtype(job.part.weights[name], settings.dtype) for name in traced.shapes
+        }
+        assign_precision(
+            model, settings.dtype, dtypes, inputs=_FLOAT32_INPUTS, outputs=_FLOAT32_OUTPUTS
+        )
+        kernels = _lower(model, settings)
+        RemoveUnusedNodesPass()(model)
+        lint(model)
+        layout = plan(traced.shapes, dtypes)
+        profiles = _profiles(name, settings)
+        inputs, outputs = tensor_specs(model.graph.inputs), tensor_specs(model.graph.outputs)
+        self._build(model, layout, profiles, kernels, job)
+        stem = _STEMS[name]
+        return Part(
+            name,
+            f"{stem}.plan",
+            (f"{stem}.layers.json",),
+            inputs,
+            outputs,
+            weight_bytes=sum(item.size for item in layout),
+            profiles=profiles,
+            layers=f"{stem}.layers.json",
+            aliases={
+                out.name: out.name.replace("present_", "past_")
+                for out in outputs
+                if out.name.startswith("present_")
+            },
+        )
+
+    def _build(
+        self,
+        model: ir.Model,
+        layout: tuple[Placed, ...],
+        profiles: tuple[Profile, ...],
+        kernels: KernelSet | None,
+        job: CompileJob,
+    ) -> None:
+        """Write the graph and its weights to a scratch folder, and have them compiled."""
+        stem = _STEMS[job.part.name]
+        with TemporaryDirectory(prefix=f".{stem}.", dir=job.folder) as scratch:
+            graph = _write_graph(model, layout, Path(scratch) / f"{stem}.onnx", job)
+            request = CompileRequest(
+                module=self.flavour.module,
+                graph=str(graph),
+                plan=str(job.folder / f"{stem}.plan"),
+                layers=str(job.folder / f"{stem}.layers.json"),
+                profiles=tuple(
+                    {dim: (r.least, r.usual, r.most) for dim, r in profile.dims.items()}
+                    for profile in profiles
+                ),
+                capability=capability_name(self.flavour, job.settings.compute_capability),
+                kernels=kernels,
+                cache=str(cache_dir() / "kernels"),
+            )
+            compiled = run_compiler(
+                self.flavour, request, lambda done, steps: job.report(steps + done, 2 * steps)
+            )
+        job.note(
+            f"{stem}: compiled by {self.name} {compiled.version}, peak memory of its process "
+            f"{compiled.peak_rss_bytes / 2**30:.2f} GiB"
+        )
+
+
+def _write_graph(model: ir.Model, layout: tuple[Placed, ...], graph: Path, job: CompileJob) -> Path:
+    data = graph.with_suffix(".data")
+    refer(model, layout, data)
+    ir.save(model, graph)
+    total = layout[-1].offset + layout[-1].size
+    for done in write(data, layout, job.part.weights, job.store):
+        job.report(done, 2 * total)  # the other half is the compiler's
+    return graph
+
+
+def _lower(model: ir.Model, settings: Settings) -> KernelSet | None:
+    """Lower attention over the cache; returns the kernels that the graph then needs."""
+    found = attention_nodes(model.graph)
+    if not found:
+        return None
+    if settings.attention == "native":
+        native_attention(model, capacity=settings.session_len)
+        return None
+    kernels = KernelSet(found[0].head_dim, settings.dtype, settings.dtype)
+    config = Config(kernels.head_size, kernels.activation, kernels.stored)  # type: ignore[arg-type]
+    try:
+        config.check()
+    except UnsupportedError as error:
+        raise ConfigError(
+            error.summary, found=error.found, expected=error.expected, fix=error.fix
+        ) from error
+    paged_attention(model, page_size=PAGE_SIZE)
+    return kernels
+
+
+def _profiles(part: str, settings: Settings) -> tuple[Profile, ...]:
+    if part == "vision":
+        return (Profile("encode", {"images": DimRange(1, 1, VIEWS)}),)
+    pages, batch = -(-settings.session_len // PAGE_SIZE), settings.max_batch_size
+    one, chunk = DimRange(1, 1, 1), min(CHUNK, settings.session_len)
+    shared = {
+        "outputs": one,
+        "pages": DimRange(1, pages * batch, pages * batch + 1),
+        "sequence_pages": DimRange(1, pages, pages),
+    }
+    # Both have the same ranges but for the tokens: where one fixes what the other leaves open, the
+    # compiler lays all weights out anew for it, and the plan has them twice.
+    tokens, rows = DimRange(1, chunk, chunk), DimRange(1, chunk, chunk)
+    return (
+        Profile(
+            "prefill", {**shared, "batch": DimRange(1, 1, batch), "tokens": tokens, "rows": rows}
+        ),
+        Profile(
+            "decode", {**shared, "batch": DimRange(1, batch, batch), "tokens": one, "rows": rows}
+        ),
+    )
+
+
+TARGET = TensorRTTarget(TENSORRT)

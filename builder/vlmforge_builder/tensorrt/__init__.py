@@ -1,0 +1,1 @@
+"""Compiling graphs with TensorRT and TensorRT-RTX, in a process of their own."""

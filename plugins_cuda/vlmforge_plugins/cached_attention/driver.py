@@ -1,0 +1,95 @@
+"""The kernels of one cubin, through the CUDA driver."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+from cuda.bindings import driver
+
+from vlmforge_plugins.cached_attention.config import Sizes
+from vlmforge_plugins.cached_attention.launcher import Params
+from vlmforge_plugins.cached_attention.plan import Launch, Machine
+from vlmforge_plugins.errors import LaunchError
+
+KERNELS = ("vf_write", "vf_decode", "vf_combine", "vf_prefill")
+
+
+def call(function: Callable[..., Any], *arguments: object) -> Any:
+    """Calls the driver and returns what it gave beside the status.
+
+    Raises:
+        LaunchError: The status was not success.
+    """
+    status, *results = function(*arguments)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise LaunchError(
+            f"The CUDA driver refused {getattr(function, '__name__', function)}.",
+            found=str(status),
+            expected="CUDA_SUCCESS",
+            fix="was the engine built for this GPU? `vlmforge inspect` lists its targets",
+        )
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def machine(ordinal: int = 0) -> Machine:
+    """The GPU with this number; a context on it must exist."""
+    device = call(driver.cuDeviceGet, ordinal)
+    attribute = driver.CUdevice_attribute
+    counts = (
+        attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+        attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+    )
+    multiprocessors, shared = (call(driver.cuDeviceGetAttribute, c, device) for c in counts)
+    return Machine(multiprocessors, shared)
+
+
+def capability(ordinal: int = 0) -> int:
+    """Compute capability of the GPU with this number, major times 10 plus minor."""
+    device = call(driver.cuDeviceGet, ordinal)
+    attribute = driver.CUdevice_attribute
+    major = call(
+        driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device
+    )
+    minor = call(
+        driver.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device
+    )
+    return int(major) * 10 + int(minor)
+
+
+class CudaKernels:
+    """Loaded kernels. Make it once, where handles may be created; launching creates none.
+
+    Args:
+        binary: A cubin (or PTX, ending in a zero byte) that `compile` made for `sizes`.
+        sizes: How it was compiled.
+
+    Raises:
+        LaunchError: The binary is for another GPU.
+    """
+
+    def __init__(self, binary: bytes, sizes: Sizes) -> None:
+        self._module = call(driver.cuModuleLoadData, binary)
+        self._functions = {
+            name: call(driver.cuModuleGetFunction, self._module, name.encode()) for name in KERNELS
+        }
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        for name, size in (("vf_decode", sizes.decode_bytes), ("vf_prefill", sizes.prefill_bytes)):
+            call(driver.cuFuncSetAttribute, self._functions[name], limit, size)
+
+    def launch(self, launch: Launch, params: Params, stream: int) -> None:
+        """Enqueues one kernel; the driver copies `params` before this returns."""
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        call(
+            driver.cuLaunchKernel,
+            self._functions[launch.kernel],
+            *launch.grid,
+            launch.threads,
+            1,
+            1,
+            launch.shared_bytes,
+            stream,
+            ctypes.addressof(arguments),
+            0,
+        )

@@ -1,0 +1,180 @@
+// Decode: one new token per sequence against all its keys. Bound by reading the pool once.
+//
+// Grid: (splits, kv_heads x query tiles, batch). The query heads that share a key head are the rows
+// of one tensor-core tile (16; more heads than that take further tiles), so the pool is read once
+// for all of them. Each warp walks its own strips through its own ring of shared-memory stages with
+// no block-wide barrier; warps, then splits, are merged by their maxima and sums at the end. If FUSED,
+// the block that finishes a row's tile last adds up the splits; else a kernel does, later.
+#pragma once
+
+#include "combine.cuh"
+#include "flash.cuh"
+
+namespace vf {
+
+template <class S, int WARPS, int STAGES, bool FUSED>
+struct Decode {
+  using Act = typename S::Act;
+  using Kv = typename S::Kv;
+  static constexpr int kThreads = 32 * WARPS;
+  static constexpr int kStageBytes = 2 * S::kBytes;  // a strip of keys, then its values
+  static constexpr int kMergePitch = S::kSteps * 16;
+  static constexpr int kMergeBytes = WARPS * 16 * (kMergePitch + 2) * 4;
+  static constexpr int kRingBytes = WARPS * STAGES * kStageBytes;
+  static constexpr int kSharedBytes = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;
+
+  const Params& p;
+  const int warp, lane, b, kv_head, first_head, rows;  // of this block's tile: query heads
+
+  VF_DEVICE Decode(const Params& params, int tiles)
+      : p(params), warp(thread_index() / 32), lane(thread_index() % 32), b(block_z()),
+        kv_head(block_y() / tiles),
+        first_head(kv_head * (p.heads / p.kv_heads) + block_y() % tiles * 16),
+        rows(min_of(16, (kv_head + 1) * (p.heads / p.kv_heads) - first_head)) {}
+
+  VF_DEVICE static int min_of(int a, int b) { return a < b ? a : b; }
+
+  VF_DEVICE static void run(const Params& p) {
+    const int b = block_z();
+    if (query_length(p, b) <= 0) return;
+    const int total = p.past_lengths[b] + 1;
+    const Splits splits(total, p.splits);
+    if (block_x() >= splits.count) return;
+    Decode block(p, ceil_div(p.heads / p.kv_heads, 16));
+    Flash<S, 1, 1> flash;
+    block.attend(flash, block_x() * splits.keys, min_of((block_x() + 1) * splits.keys, total), total);
+    block.merge(flash, splits.count == 1);
+    if (FUSED && splits.count > 1) block.combine(splits.count);
+  }
+
+  VF_DEVICE void attend(Flash<S, 1, 1>& flash, int begin, int end, int total) {
+    char* ring = shared_memory() + warp * STAGES * kStageBytes;
+    const int* pages = p.block_table + static_cast<i64>(b) * p.max_pages;
+    const int strips = ceil_div(end - begin, kStripKeys);
+    const int mine = strips > warp ? ceil_div(strips - warp, WARPS) : 0;
+    begin += warp * kStripKeys;
+    constexpr int kStride = WARPS * kStripKeys;
+
+    // The page of the strip to be copied next is read one strip ahead: a copy waits for no table.
+    int page = mine > 0 ? pages[begin >> p.page_shift] : 0;
+    const auto copy = [&](int i) {
+      if (i < mine) {
+        const int key = begin + i * kStride;
+        char* stage = ring + i % STAGES * kStageBytes;
+        S::load(stage, S::find(p.key_pool, p, page, kv_head, key), total - key, lane);
+        S::load(stage + S::kBytes, S::find(p.value_pool, p, page, kv_head, key), total - key, lane);
+        if (i + 1 < mine) page = pages[(key + kStride) >> p.page_shift];
+      }
+      copy_commit();  // an empty group keeps the count of groups in step
+    };
+    for (int i = 0; i < 2 * STAGES; ++i) S::clear_padding(ring + i * S::kBytes, lane);
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; ++i) copy(i);
+    load_queries(flash);
+
+    for (int i = 0; i < mine; ++i) {
+      copy_wait<STAGES - 2>();
+      sync_warp();  // strip i is there for all lanes, and all are done with strip i - 1
+      copy(i + STAGES - 1);
+      const char* stage = ring + i % STAGES * kStageBytes;
+      typename Flash<S, 1, 1>::Scores scores;
+      flash.score(scores, stage, lane);
+      const int key = begin + i * kStride;
+      if (key + kStripKeys > total) {
+        flash.mask(scores, 0, 0, key, total - 1, lane);
+        flash.mask(scores, 0, 1, key, total - 1, lane);
+      }
+      flash.soften(scores, p.scale_log2);
+      flash.accumulate(scores, stage + S::kBytes, lane);
+    }
+    flash.finish();
+  }
+
+  VF_DEVICE void load_queries(Flash<S, 1, 1>& flash) const {
+    const Act* query = p.cos != nullptr
+        ? static_cast<const Act*>(p.rotated) + static_cast<i64>(b) * p.heads * S::D
+        : static_cast<const Act*>(p.query) + b * p.query_batch;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = lane / 4 + 8 * h;
+      const Act* from = query + static_cast<i64>(first_head + row) * S::D;
+      flash.load_query(0, h, row < rows ? from : nullptr, lane);
+    }
+  }
+
+  // Puts every warp's rows into shared memory (over the ring, no longer needed), then adds them up.
+  VF_DEVICE void merge(const Flash<S, 1, 1>& flash, bool final) const {
+    float* outs = reinterpret_cast<float*>(shared_memory());  // [WARPS][16][kMergePitch]
+    float* maxima = outs + WARPS * 16 * kMergePitch;          // [WARPS][16], then the sums
+    float* sums = maxima + WARPS * 16;
+    copy_wait<0>();
+    sync_threads();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = lane / 4 + 8 * h;
+      if (row >= rows) continue;
+      const int at = warp * 16 + row;
+      maxima[at] = flash.maximum[0][h];
+      sums[at] = flash.sum[0][h];
+#pragma unroll
+      for (int d = 0; d < S::kSteps; ++d) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float* pair = outs + at * kMergePitch + S::pair_dim(d, i, lane % 4);
+          S::output_pair(flash.out[0][d], i, h, pair[0], pair[1]);
+        }
+      }
+    }
+    sync_threads();
+    for (int i = thread_index(); i < rows * (S::D / 2); i += kThreads) {
+      merge_pair(outs, maxima, sums, i / (S::D / 2), i % (S::D / 2) * 2, final);
+    }
+  }
+
+  VF_DEVICE void combine(int count) const {
+    // A word of the merge's that is free once all are through with it.
+    int* last = reinterpret_cast<int*>(shared_memory());
+    fence_device();
+    sync_threads();
+    if (thread_index() == 0) {
+      int* arrivals = p.arrivals + b * grid_y() + block_y();
+      *last = atomic_add(arrivals, 1) == count - 1;
+      if (*last) *arrivals = 0;
+    }
+    sync_threads();
+    if (!*last) return;
+    fence_device();
+    for (int row = warp; row < rows; row += WARPS) {
+      combine_head<Act, S::D>(p, b, first_head + row, count, lane);
+    }
+  }
+
+  VF_DEVICE void merge_pair(const float* outs, const float* maxima, const float* sums, int row,
+                            int d, bool final) const {
+    float top = minus_infinity();
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) top = max_of(top, maxima[w * 16 + row]);
+    float sum = 0.f, x = 0.f, y = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {  // a warp without strips has maximum -inf: weight 0
+      const float weight = exp2_approx((maxima[w * 16 + row] - top) * p.scale_log2);
+      const float* pair = outs + (w * 16 + row) * kMergePitch + d;
+      sum += weight * sums[w * 16 + row];
+      x += weight * pair[0];
+      y += weight * pair[1];
+    }
+    const float factor = p.value_scale / sum;
+    const int head = first_head + row;
+    if (final) {
+      Act* to = static_cast<Act*>(p.out) + b * p.out_batch + static_cast<i64>(head) * S::D + d;
+      *reinterpret_cast<u32*>(to) = pack2<Act>(x * factor, y * factor);
+      return;
+    }
+    const i64 slot = (static_cast<i64>(b) * p.heads + head) * p.splits + block_x();
+    p.partial_out[slot * S::D + d] = x * factor;
+    p.partial_out[slot * S::D + d + 1] = y * factor;
+    if (d == 0) p.partial_lse[slot] = top * p.scale_log2 + log2_approx(sum);
+  }
+};
+
+}  // namespace vf

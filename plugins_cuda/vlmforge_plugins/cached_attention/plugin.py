@@ -1,0 +1,353 @@
+"""The paged attention kernels as a plugin of TensorRT and TensorRT-RTX.
+
+Both libraries have the same interfaces under two names, so the imported module is an argument. A
+plugin carries its compiled kernels as fields of the plan: a machine that runs the engine compiles
+nothing. `enqueue` neither allocates nor synchronises nor copies, so that it can be captured into a
+CUDA graph; what it knows of lengths on the host are the shapes of its inputs, which bound them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlmforge_plugins.cached_attention.compile import Binary
+from vlmforge_plugins.cached_attention.config import (
+    PTX_TARGETS,
+    Activation,
+    Config,
+    Sizes,
+    Stored,
+    Target,
+    sizes,
+    targets,
+)
+from vlmforge_plugins.cached_attention.launcher import Rows, Scales, Tensors, run
+from vlmforge_plugins.cached_attention.plan import Machine, Plan, Shape, max_workspace, plan
+from vlmforge_plugins.errors import UnsupportedError
+
+NAMESPACE = "vlmforge"
+VERSION = "1"
+OPS: Mapping[str, bool] = {"PagedAttention": True, "PlainPagedAttention": False}
+"""Op type, and whether it rotates query and key by tables that it is given."""
+
+QUERY, KEY, VALUE, KEY_POOL, VALUE_POOL, PAST, QUERY_LENGTHS, TABLE, COS, SIN = range(10)
+OUT, KEY_POOL_OUT, VALUE_POOL_OUT = range(3)
+_ALIASES = {KEY_POOL_OUT: KEY_POOL, VALUE_POOL_OUT: VALUE_POOL}
+_BINARY_FIELD = "binary."
+# Every machine that plans are made for has at most as many; more only ask for less workspace.
+_LARGEST_MACHINE = Machine(multiprocessors=192, shared_bytes=227 << 10)
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a node says of itself."""
+
+    heads: int
+    kv_heads: int
+    scale: float
+
+
+Kernels = Mapping[Config, Sequence[Binary]]
+"""The binaries of every configuration that a network's nodes may have."""
+
+
+def register(trt: Any, kernels: Kernels) -> tuple[object, ...]:
+    """Register the creators of both ops with the library `trt`.
+
+    Args:
+        trt: The imported module `tensorrt` or `tensorrt_rtx`.
+        kernels: What the plugins put into plans; empty where plans are only run.
+
+    Returns:
+        The creators. The registry does not keep them alive: keep them as long as it is used.
+    """
+    creators = tuple(_creator(trt, op, kernels) for op in OPS)
+    registry = trt.get_plugin_registry()
+    for creator in creators:
+        registry.register_creator(creator, NAMESPACE)
+    return creators
+
+
+def _creator(trt: Any, op: str, kernels: Kernels) -> object:
+    plugin = _plugin_class(trt)
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.name, self.plugin_namespace, self.plugin_version = op, NAMESPACE, VERSION
+            kinds = {"num_heads": "INT32", "kv_num_heads": "INT32", "scale": "FLOAT32"}
+            # The library keeps their addresses.
+            self._empty = np.array([], np.int32)
+            self._fields = [
+                trt.PluginField(name, self._empty, getattr(trt.PluginFieldType, kind))
+                for name, kind in kinds.items()
+            ]
+            self.field_names = trt.PluginFieldCollection(self._fields)
+
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> object:
+            del name, phase
+            given = {field.name: field.data for field in fields}
+            attributes = Attributes(
+                heads=int(np.asarray(given["num_heads"]).item()),
+                kv_heads=int(np.asarray(given["kv_num_heads"]).item()),
+                scale=float(np.asarray(given["scale"]).item()),
+            )
+            binaries = {
+                key.removeprefix(_BINARY_FIELD): np.asarray(data).tobytes()
+                for key, data in given.items()
+                if key.startswith(_BINARY_FIELD)
+            }
+            return plugin(trt, op, attributes, kernels, binaries)
+
+    return Creator()
+
+
+def _plugin_class(trt: Any) -> Any:
+    """The plugin as a class of the library's: its interfaces, behind our methods."""
+    bases = trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime
+
+    class PagedAttentionPlugin(_Plugin, *bases):  # type: ignore[misc]
+        def __init__(self, *arguments: Any) -> None:
+            for base in bases:
+                base.__init__(self)
+            _Plugin.__init__(self, *arguments)
+
+    return PagedAttentionPlugin
+
+
+class _Plugin:
+    """What the library calls; see the module. `binaries` are kernels by the name of their target.
+
+    Without the library's interfaces, so that it is one class for both flavours.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        op: str,
+        attributes: Attributes,
+        kernels: Kernels,
+        binaries: Mapping[str, bytes],
+    ) -> None:
+        self.plugin_name, self.plugin_namespace, self.plugin_version = op, NAMESPACE, VERSION
+        self.num_outputs = 3
+        self._trt, self._op, self._attributes = trt, op, attributes
+        self._kernels, self._binaries = kernels, dict(binaries)
+        self._loaded: Any = None
+        self._machine = _LARGEST_MACHINE
+        self._sizes: Sizes | None = None
+        self._planned: Plan | None = None
+        self._serialized: tuple[Any, ...] = ()
+
+    def get_capability_interface(self, kind: object) -> object:
+        del kind
+        return self
+
+    def clone(self) -> object:
+        made = type(self)(self._trt, self._op, self._attributes, self._kernels, self._binaries)
+        made.__dict__.update(self.__dict__)
+        return made
+
+    # --- what goes in and comes out ---
+
+    def get_output_data_types(self, types: Sequence[object]) -> list[object]:
+        return [types[QUERY], types[KEY_POOL], types[VALUE_POOL]]
+
+    def get_output_shapes(self, inputs: Sequence[Any], shapes: object, builder: object) -> Any:
+        del shapes, builder
+        return [self._trt.DimsExprs(inputs[i]) for i in (QUERY, KEY_POOL, VALUE_POOL)]
+
+    def get_aliased_input(self, output: int) -> int:
+        return _ALIASES.get(output, -1)
+
+    def supports_format_combination(
+        self, position: int, tensors: Sequence[Any], inputs: int
+    ) -> bool:
+        del inputs
+        described = [tensor.desc for tensor in tensors]
+        if described[position].format != self._trt.TensorFormat.LINEAR:
+            return False
+        return described[position].type in _allowed(self._trt, position, described, OPS[self._op])
+
+    def configure_plugin(self, inputs: Sequence[Any], outputs: object) -> None:
+        del outputs
+        config = _config(self._trt, [tensor.desc for tensor in inputs])
+        config.check()
+        if not self._binaries and config in self._kernels:
+            self._binaries = {b.target.name: b.code for b in self._kernels[config]}
+
+    def get_workspace_size(self, inputs: Sequence[Any], outputs: object) -> int:
+        del outputs
+        config = _config(self._trt, [tensor.desc for tensor in inputs])
+        largest = self._shape([tuple(tensor.max) for tensor in inputs])
+        kinds = (*targets(config), PTX_TARGETS[config.fp8])
+        return max(max_workspace(largest, sizes(config, kind), _LARGEST_MACHINE) for kind in kinds)
+
+    def _shape(self, dims: Sequence[tuple[int, ...]]) -> Shape:
+        """The call's metadata by its inputs' shapes, which bound all lengths."""
+        batch, rows = dims[QUERY][:2]
+        page_size, pages = dims[KEY_POOL][2], dims[TABLE][1]
+        rotary = OPS[self._op]
+        limit = pages * page_size
+        return Shape(
+            batch=batch,
+            max_query=rows,
+            max_total=min(limit, dims[COS][0]) if rotary else limit,
+            heads=self._attributes.heads,
+            kv_heads=self._attributes.kv_heads,
+            page_size=page_size,
+            max_pages=pages,
+            rotary=rotary,
+            **({"positions": dims[COS][0]} if rotary else {}),
+        )
+
+    # --- what the plan keeps ---
+
+    def get_fields_to_serialize(self) -> object:
+        attributes, kind = self._attributes, self._trt.PluginFieldType
+        values = [
+            ("num_heads", np.array([attributes.heads], np.int32), kind.INT32),
+            ("kv_num_heads", np.array([attributes.kv_heads], np.int32), kind.INT32),
+            ("scale", np.array([attributes.scale], np.float32), kind.FLOAT32),
+            *(
+                (_BINARY_FIELD + target, np.frombuffer(code, np.int8), kind.INT8)
+                for target, code in self._binaries.items()
+            ),
+        ]
+        # The library keeps addresses: of arrays, names and fields.
+        fields = [self._trt.PluginField(*value) for value in values]
+        self._serialized = values, fields, self._trt.PluginFieldCollection(fields)
+        return self._serialized[-1]
+
+    # --- running ---
+
+    def get_valid_tactics(self) -> list[int]:
+        return []
+
+    def set_tactic(self, tactic: int) -> None:
+        del tactic
+
+    def attach_to_context(self, context: object) -> object:
+        del context
+        return self.clone()
+
+    def on_shape_change(self, inputs: Sequence[Any], outputs: object) -> None:
+        """Plan the launches; the first time, also load the kernels."""
+        del outputs
+        from vlmforge_plugins.cached_attention import driver
+
+        config = _config(self._trt, inputs)
+        if self._loaded is None:
+            target = choose_target(config, self._binaries, driver.capability())
+            self._sizes = sizes(config, target)
+            self._loaded = driver.CudaKernels(self._binaries[target.name], self._sizes)
+            self._machine = driver.machine()
+        shape = self._shape([tuple(tensor.dims) for tensor in inputs])
+        assert self._sizes is not None
+        self._planned = plan(shape, self._sizes, self._machine)
+
+    def enqueue(
+        self,
+        input_desc: Sequence[Any],
+        output_desc: Sequence[Any],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        workspace: int,
+        stream: int,
+    ) -> None:
+        del output_desc
+        assert self._planned is not None
+        rotary = OPS[self._op]
+        tensors = Tensors(
+            query=_rows(inputs[QUERY], input_desc[QUERY].dims),
+            key=_rows(inputs[KEY], input_desc[KEY].dims),
+            value=_rows(inputs[VALUE], input_desc[VALUE].dims),
+            out=_rows(outputs[OUT], input_desc[QUERY].dims),
+            key_pool=inputs[KEY_POOL],
+            value_pool=inputs[VALUE_POOL],
+            cos=inputs[COS] if rotary else 0,
+            sin=inputs[SIN] if rotary else 0,
+            past_lengths=inputs[PAST],
+            query_lengths=inputs[QUERY_LENGTHS],
+            block_table=inputs[TABLE],
+            workspace=workspace,
+        )
+        scales = Scales(score=self._attributes.scale)
+        run(self._planned, tensors, scales, self._loaded, stream)
+
+
+def choose_target(config: Config, available: Collection[str], capability: int) -> Target:
+    """Whose kernels run on a GPU: its own, those of an older one of its generation, or PTX.
+
+    Args:
+        config: What the kernels are specialised on.
+        available: Names of the targets that the plan has kernels of.
+        capability: The GPU's compute capability, major times 10 plus minor.
+
+    Raises:
+        UnsupportedError: the plan has none that could run on it.
+    """
+    known = [target for target in targets(config) if target.name in available]
+    fitting = [
+        target
+        for target in known
+        # A cubin runs on every later minor version of its major one.
+        if target.capability // 10 == capability // 10 and target.capability <= capability
+    ]
+    if fitting:
+        return max(fitting, key=lambda target: target.capability)
+    ptx = PTX_TARGETS[config.fp8]
+    if ptx.name in available and capability >= ptx.capability:
+        return ptx
+    raise UnsupportedError(
+        "The engine has no attention kernels for this GPU.",
+        found=f"compute capability {capability / 10:.1f}",
+        expected=", ".join(sorted(available)) or "an engine that was built with kernels",
+        fix=f"use a GPU of compute capability {ptx.capability / 10:.1f} or later",
+    )
+
+
+def _rows(address: int, dims: Sequence[int]) -> Rows:
+    """A contiguous `[B, S, heads * D]` tensor."""
+    _, rows, width = dims
+    return Rows(address, rows * width, width)
+
+
+def _allowed(trt: Any, position: int, described: Sequence[Any], rotary: bool) -> tuple[object, ...]:
+    """Types that the tensor at `position`, inputs then outputs, may have."""
+    inputs = 10 if rotary else 8
+    if position == QUERY:
+        return (trt.DataType.HALF, trt.DataType.BF16)
+    if position in (KEY, VALUE, inputs + OUT):
+        return (described[QUERY].type,)
+    if position == KEY_POOL:
+        return (described[QUERY].type, trt.DataType.FP8)
+    if position in (VALUE_POOL, inputs + KEY_POOL_OUT, inputs + VALUE_POOL_OUT):
+        return (described[KEY_POOL].type,)
+    if position in (PAST, QUERY_LENGTHS, TABLE):
+        return (trt.DataType.INT32,)
+    return (trt.DataType.FLOAT,)
+
+
+def _config(trt: Any, described: Sequence[Any]) -> Config:
+    """The kernels' configuration by the inputs' descriptions (UnsupportedError: no such types)."""
+    names = {
+        trt.DataType.HALF: "float16",
+        trt.DataType.BF16: "bfloat16",
+        trt.DataType.FP8: "float8_e4m3fn",
+    }
+    activation, stored = (names.get(described[i].type) for i in (QUERY, KEY_POOL))
+    if activation not in ("float16", "bfloat16") or stored is None:
+        raise UnsupportedError(
+            "The attention plugin has no kernels for these types.",
+            found=f"queries in {described[QUERY].type}, pools in {described[KEY_POOL].type}",
+            expected="float16 or bfloat16",
+            fix="build with --dtype float16 or bfloat16",
+        )
+    head_size = tuple(described[KEY_POOL].dims)[3]
+    kinds: tuple[Activation, Stored] = (activation, stored)  # type: ignore[assignment]
+    return Config(head_size, *kinds)

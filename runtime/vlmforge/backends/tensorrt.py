@@ -1,0 +1,89 @@
+"""Plans of TensorRT and TensorRT-RTX. This version builds them and looks into them.
+
+Running them is not there yet, so that loading one always refuses: with what this machine lacks, or
+else with that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from vlmforge.backends import DecoderSession, LoadOptions, VisionSession
+from vlmforge.errors import BackendUnavailableError
+from vlmforge.manifest import Manifest
+
+_DRIVER = "libcuda.so.1"
+_ELSEWHERE = "vlmforge inspect and vlmforge verify --static work here; to run the model on this "
+_ELSEWHERE += "machine, build it with --target onnxruntime"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanBackend:
+    """A library that runs plans.
+
+    Attributes:
+        name: Of the backend.
+        module: What is imported.
+        requirement: What pip installs it by.
+        gpus: What it runs on.
+    """
+
+    name: str
+    module: str
+    requirement: str
+    gpus: str
+
+    def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
+        """See `Backend.load_vision`."""
+        del folder, manifest, options
+        self._refuse()
+
+    def load_decoder(
+        self, folder: Path, manifest: Manifest, options: LoadOptions
+    ) -> DecoderSession:
+        """See `Backend.load_decoder`."""
+        del folder, manifest, options
+        self._refuse()
+
+    def versions(self) -> Sequence[tuple[str, str]]:
+        """See `Backend.versions` (BackendUnavailableError: not installed)."""
+        self._check_installed()
+        return ((self.module, importlib.metadata.version(self.requirement)),)
+
+    def _check_installed(self) -> None:
+        if importlib.util.find_spec(self.module) is None:
+            raise BackendUnavailableError(
+                f"The engine's library, {self.requirement}, is not installed here.",
+                found=f"no module {self.module}",
+                expected=self.requirement,
+                fix=f"pip install 'vlmforge[{self.requirement}]'; {_ELSEWHERE}",
+            )
+
+    def _refuse(self) -> NoReturn:
+        self._check_installed()
+        try:
+            ctypes.CDLL(_DRIVER)
+        except OSError as error:
+            raise BackendUnavailableError(
+                f"An engine of the backend {self.name} needs an NVIDIA GPU.",
+                found=f"no driver: {error}",
+                expected=f"{self.gpus}, and its driver",
+                fix=_ELSEWHERE,
+            ) from None
+        raise BackendUnavailableError(
+            f"This version of vlmforge builds engines of {self.name}, but does not run them.",
+            found=f"backend {self.name!r}",
+            expected="an engine of the backend onnxruntime",
+            fix=_ELSEWHERE,
+        )
+
+
+BACKEND = PlanBackend(
+    "tensorrt", "tensorrt", "tensorrt", "the kind of GPU that the engine was built on"
+)

@@ -1,0 +1,12 @@
+"""Plans of TensorRT-RTX; see `backends.tensorrt`."""
+
+from __future__ import annotations
+
+from vlmforge.backends.tensorrt import PlanBackend
+
+BACKEND = PlanBackend(
+    "tensorrt_rtx",
+    "tensorrt_rtx",
+    "tensorrt-rtx",
+    "a GeForce RTX or RTX PRO GPU of compute capability 8.0 or later (9.0 is not supported)",
+)

@@ -1,0 +1,220 @@
+"""Where the attention kernels of a test run: compiled for the host, or on a GPU.
+
+The host build needs g++. The GPU needs cuda-bindings and a compiler (NVRTC or nvcc).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention_cases import Batch
+from vlmforge_plugins.cached_attention.compile import SOURCES
+from vlmforge_plugins.cached_attention.config import TARGETS, Config, Sizes, Target, sizes
+from vlmforge_plugins.cached_attention.launcher import Kernels, Params, Rows, Tensors, run
+from vlmforge_plugins.cached_attention.plan import Launch, Machine, Plan, plan
+
+ROOT = Path(__file__).parents[1]
+HOST_SOURCES = ROOT / "tests" / "plugins_cuda" / "host"
+POISON = 0xFF
+Arrays = dict[str, NDArray[Any]]
+
+
+class Backend(Protocol):
+    """Runs a batch and returns the arrays as the kernels left them."""
+
+    def run(self, batch: Batch) -> Arrays: ...
+
+
+def addresses(batch: Batch, at: Callable[[str], int], scratch: int) -> Tensors:
+    """The kernels' view of a batch whose arrays lie at `at(name)`."""
+
+    def rows(name: str) -> Rows:
+        packed = name in batch.offsets
+        start = at("packed") + batch.offsets[name] if packed else at(name)
+        return Rows(start, *batch.strides[name])
+
+    return Tensors(
+        query=rows("query"),
+        key=rows("key"),
+        value=rows("value"),
+        out=rows("out"),
+        key_pool=at("key_pool"),
+        value_pool=at("value_pool"),
+        cos=at("cos") if batch.case.rotary else 0,
+        sin=at("sin") if batch.case.rotary else 0,
+        past_lengths=at("past_lengths"),
+        query_lengths=at("query_lengths"),
+        block_table=at("block_table"),
+        workspace=scratch,
+    )
+
+
+@cache
+def host_library(chosen: Sizes) -> ctypes.CDLL:
+    """The kernels' sources compiled by g++; kept by the content of all that goes in."""
+    files = [
+        p for folder in (SOURCES, HOST_SOURCES) for p in sorted(folder.iterdir()) if p.is_file()
+    ]
+    flags = [
+        "-std=c++20",
+        "-O2",
+        "-march=native",
+        "-shared",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    flags += ["-Wno-unknown-pragmas", *(f"-D{d}" for d in chosen.defines)]
+    state = hashlib.sha256(" ".join(flags).encode() + Path("/proc/cpuinfo").read_bytes()[:400])
+    for path in files:
+        state.update(path.read_bytes())
+    library = ROOT / "out" / "host_kernels" / f"{chosen.config.name}-{state.hexdigest()[:24]}.so"
+    if not library.is_file():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        beside = library.with_suffix(f".{os.getpid()}")
+        command = ["g++", *flags, f"-I{SOURCES}", f"-I{HOST_SOURCES}"]
+        command += [str(HOST_SOURCES / "kernels.cpp"), "-o", str(beside)]
+        subprocess.run(command, check=True)
+        beside.rename(library)
+    return ctypes.CDLL(str(library))
+
+
+class HostKernels:
+    """The host build behind the interface of `CudaKernels`."""
+
+    def __init__(self, chosen: Sizes, direction: int = 1) -> None:
+        self._library = host_library(chosen)
+        self._direction = direction
+
+    def launch(self, launch: Launch, params: Params, stream: int) -> None:
+        """Runs one kernel to its end; the stream is the order of calls."""
+        status = self._library.vf_launch(
+            launch.kernel.encode(),
+            ctypes.byref(params),
+            *launch.grid,
+            launch.threads,
+            launch.shared_bytes,
+            self._direction,
+        )
+        assert status == 0, f"{launch.kernel}: a block wrote behind its shared memory"
+
+
+class HostBackend:
+    """Runs cases on the CPU, with the threads of a block in turns by `direction`."""
+
+    machine = Machine(multiprocessors=4, shared_bytes=227 << 10)
+
+    def __init__(self, direction: int = 1) -> None:
+        self._direction = direction
+
+    def run(self, batch: Batch) -> Arrays:
+        compiled = sizes(batch.case.config, batch.case.target)
+        chosen = plan(batch.shape, compiled, self.machine)
+        return self.run_plan(batch, chosen, HostKernels(compiled, self._direction))
+
+    def run_plan(self, batch: Batch, chosen: Plan, kernels: Kernels) -> Arrays:
+        arrays = {name: _aligned_copy(array) for name, array in batch.arrays.items()}
+        scratch = _aligned_copy(np.full(chosen.workspace.size + 256, POISON, np.uint8))
+        tensors = addresses(batch, lambda name: arrays[name].ctypes.data, scratch.ctypes.data)
+        run(chosen, tensors, batch.scales, kernels, 0)
+        assert (scratch[chosen.workspace.size :] == POISON).all(), "written behind the workspace"
+        for name in batch.arrays.keys() - {"key_pool", "value_pool", "out"}:
+            assert (arrays[name] == batch.arrays[name]).all(), f"{name} was written"
+        return arrays
+
+
+def _aligned_copy(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy that starts at a multiple of 256 bytes, as device memory does."""
+    space = np.empty(array.nbytes + 256, np.uint8)
+    start = -space.ctypes.data % 256
+    copy = space[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+class CudaBackend:
+    """Runs cases on the first GPU.
+
+    Args:
+        kernels: Makes (and keeps) the loaded kernels of a configuration.
+        target: What the GPU is.
+    """
+
+    def __init__(
+        self, kernels: Callable[[Config], Kernels], machine: Machine, target: Target
+    ) -> None:
+        self.kernels = kernels
+        self.machine = machine
+        self.target = target
+
+    def run(self, batch: Batch) -> Arrays:
+        chosen = plan(batch.shape, sizes(batch.case.config, self.target), self.machine)
+        return self.run_plan(batch, chosen, self.kernels(batch.case.config))
+
+    def run_plan(self, batch: Batch, chosen: Plan, kernels: Kernels) -> Arrays:
+        from cuda.bindings import driver
+
+        from vlmforge_plugins.cached_attention.driver import call
+
+        at: dict[str, int] = {}
+        poison = np.full(chosen.workspace.size + 256, POISON, np.uint8)
+        for name, array in {**batch.arrays, "workspace": poison}.items():
+            at[name] = int(call(driver.cuMemAlloc, array.nbytes))
+            call(
+                driver.cuMemcpyHtoD, at[name], np.ascontiguousarray(array).ctypes.data, array.nbytes
+            )
+        try:
+            run(chosen, addresses(batch, at.__getitem__, at["workspace"]), batch.scales, kernels, 0)
+            call(driver.cuCtxSynchronize)
+            after = {name: np.empty_like(batch.arrays[name]) for name in batch.arrays}
+            for name, array in after.items():
+                call(driver.cuMemcpyDtoH, array.ctypes.data, at[name], array.nbytes)
+        finally:
+            for pointer in at.values():
+                call(driver.cuMemFree, pointer)
+        return after
+
+
+def cuda_backend(find: Callable[[Sizes, Target], bytes], plain: bool = False) -> CudaBackend | None:
+    """The first GPU, or None if there is none.
+
+    Args:
+        find: Gives a cubin.
+        plain: Use no instructions that only this very kind of GPU has.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return None
+    from vlmforge_plugins.cached_attention.driver import CudaKernels, call, capability, machine
+
+    try:
+        (status,) = driver.cuInit(0)
+    except RuntimeError:  # the driver's library is not there
+        return None
+    if status != driver.CUresult.CUDA_SUCCESS:
+        return None
+    context = call(driver.cuDevicePrimaryCtxRetain, call(driver.cuDeviceGet, 0))
+    call(driver.cuCtxSetCurrent, context)
+    target = next(t for t in TARGETS if t.capability == capability())
+    if plain:
+        target = replace(target, arch=target.arch.removesuffix("a"))
+
+    @cache
+    def kernels(config: Config) -> Kernels:
+        chosen = sizes(config, target)
+        return CudaKernels(find(chosen, target), chosen)
+
+    return CudaBackend(kernels, machine(), target)

@@ -1,0 +1,166 @@
+"""Plans of TensorRT-RTX, which compiles without a GPU: real parser, real compiler, our plugin."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import DATA
+from vlmforge import pipeline
+from vlmforge.cli import main
+from vlmforge.errors import BackendUnavailableError
+from vlmforge.layer_report import LayerReport, read_layers
+from vlmforge.manifest import Manifest, load_manifest
+from vlmforge_builder.build import BuildOptions, build_engine
+from vlmforge_builder.progress import Progress
+from vlmforge_plugins.cached_attention.compile import Nvrtc, compile_set
+from vlmforge_plugins.cached_attention.config import Config
+
+# One checkpoint of each recipe, and the head sizes of their decoders.
+CHECKPOINTS = {"llava_1_5_hf": 32, "qwen_vl_chat": 64, "yi_vl": 32}
+SESSION = 640
+Build = Callable[[str, str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Engines by checkpoint, attention and dtype, each built once."""
+    folder = tmp_path_factory.mktemp("plans")
+
+    def make(checkpoint: str, attention: str, dtype: str) -> Path:
+        engine = folder / f"{checkpoint}.{attention}.{dtype}"
+        if not engine.exists():
+            options = BuildOptions(
+                str(DATA / checkpoint / "checkpoint"),
+                engine,
+                target="tensorrt_rtx",
+                dtype=dtype,
+                session_len=SESSION,
+                max_batch_size=3,
+                attention=attention,
+            )
+            with Progress(text=io.StringIO()) as progress:
+                build_engine(options, progress)
+        return engine
+
+    return make
+
+
+def report(engine: Path, part: str) -> LayerReport:
+    layers = load_manifest(engine).part(part).layers
+    assert layers is not None
+    return read_layers(engine / layers)
+
+
+KINDS = [
+    (name, attention, dtype)
+    for name in CHECKPOINTS
+    for attention in ("plugin", "native")
+    for dtype in ("float16", "bfloat16")
+]
+
+
+@pytest.mark.parametrize(("name", "attention", "dtype"), KINDS)
+def test_layers_profiles_and_caches(build: Build, name: str, attention: str, dtype: str) -> None:
+    engine = build(name, attention, dtype)
+    manifest = load_manifest(engine)
+    assert (manifest.backend, manifest.dtype, manifest.compute_dtype) == (
+        *("tensorrt_rtx", dtype),
+        dtype,
+    )
+    check_vision(engine)
+    layers, histogram = manifest.kv.layers, report(engine, "decoder").histogram
+    if attention == "plugin":
+        assert histogram["PLUGIN_V3"] == layers
+        assert not {"ATTENTION_INPUT", "KV_CACHE_UPDATE"} & set(histogram)
+        assert manifest.kv.page_size == 64
+    else:
+        assert histogram["ATTENTION_INPUT"] == layers
+        assert histogram["KV_CACHE_UPDATE"] == 2 * layers
+        assert "PLUGIN_V3" not in histogram
+        assert manifest.kv.page_size is None
+        check_masks(report(engine, "decoder"))
+    check_interface(manifest, dtype)
+    assert main(["verify", str(engine), "--static"]) == 0
+
+
+def check_vision(engine: Path) -> None:
+    """The tower's attention is the library's own, with three tensors and no mask."""
+    found = [layer for layer in report(engine, "vision").layers if layer.type == "ATTENTION_INPUT"]
+    assert found
+    assert all(len(set(layer.inputs)) == 3 for layer in found)
+
+
+def check_masks(layers: LayerReport) -> None:
+    """Every attention over the cache has a mask, the same in all layers, and no lengths."""
+    found = [layer for layer in layers.layers if layer.type == "ATTENTION_INPUT"]
+    masks = {layer.inputs[3] for layer in found}
+    assert {len(layer.inputs) for layer in found} == {4}
+    types = {out.name: out.dtype for layer in layers.layers for out in layer.outputs}
+    assert {types[mask] for mask in masks} == {"BOOL"}
+
+
+def check_interface(manifest: Manifest, dtype: str) -> None:
+    decoder, kv = manifest.part("decoder"), manifest.kv
+    assert [profile.name for profile in decoder.profiles] == ["prefill", "decode"]
+    prefill, decode = (profile.dims for profile in decoder.profiles)
+    assert (prefill["tokens"].most, decode["tokens"].most) == (512, 1)
+    assert (prefill["batch"].usual, decode["batch"].usual) == (1, 3)
+    # But for the tokens the ranges are the same, or the plan has its weights twice.
+    ends = [{name: (dim.least, dim.most) for name, dim in p.items()} for p in (prefill, decode)]
+    assert {name for name in ends[0] if ends[0][name] != ends[1][name]} == {"tokens"}
+    caches = [spec for spec in decoder.inputs if spec.name.startswith("past_") and "." in spec.name]
+    assert len(caches) == len(decoder.aliases) == 2 * kv.layers
+    assert {spec.dtype for spec in caches} == {dtype}
+    place = kv.page_size if kv.page_size is not None else SESSION
+    assert {spec.shape[2] for spec in caches} == {place}
+    assert set(decoder.aliases.values()) == {spec.name for spec in caches}
+    dtypes = {spec.name: spec.dtype for spec in (*decoder.inputs, *decoder.outputs)}
+    assert (dtypes["logits"], dtypes["image_features"]) == ("float32", dtype)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_plan_carries_its_kernels(build: Build, name: str, dtype: str, tmp_path: Path) -> None:
+    plan = (build(name, "plugin", dtype) / "decoder.rank0.plan").read_bytes()
+    config = Config(CHECKPOINTS[name], dtype, dtype)  # type: ignore[arg-type]
+    binaries = compile_set(config, Nvrtc(), tmp_path)
+    assert [b.target.name for b in binaries] == [
+        *("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"),
+        "ptx",
+    ]
+    assert all(binary.code in plan for binary in binaries)
+
+
+def test_an_engine_that_cannot_be_run_here(
+    build: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = build("yi_vl", "plugin", "float16")
+    with pytest.raises(BackendUnavailableError) as caught:
+        pipeline(engine)
+    assert "verify --static work here" in caught.value.fix
+    assert main(["verify", str(engine)]) == 1
+    assert main(["inspect", str(engine)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("2 PLUGIN_V3", "profile decode: batch 1..3", "block_table: int32 [batch,"):
+        assert words in shown
+
+
+def test_a_damaged_plan_and_a_false_description(
+    build: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = build("llava_1_5_hf", "native", "float16")
+    plan = engine / "vision.plan"
+    content = plan.read_bytes()
+    plan.write_bytes(content[:-1] + b"?")
+    assert main(["verify", str(engine), "--static"]) == 1
+    assert "vision.plan" in capsys.readouterr().err
+    plan.write_bytes(content)
+    text = (engine / "engine.json").read_text("utf-8")
+    (engine / "engine.json").write_text(text.replace('"page_size": null', '"page_size": 64'))
+    assert main(["verify", str(engine), "--static"]) == 1
+    assert "FAIL decoder  caches" in capsys.readouterr().out
+    (engine / "engine.json").write_text(text)

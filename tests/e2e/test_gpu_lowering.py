@@ -1,0 +1,117 @@
+"""Graphs lowered for GPUs, run by ONNX Runtime, answer every golden case as the originals do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import golden_engine
+from golden_models import CASES, FOLDERS, TOLERANCES, Golden, cases_of, check_answer, check_images
+from lowered_decoder import NativeDecoder, PagedDecoder, Vision, filled, model_spec, part_of
+from vlmforge import EngineConfig, Pipeline, pipeline
+from vlmforge.backends import DecoderSession
+from vlmforge.features import FeatureCache
+from vlmforge.scheduler import Scheduler
+
+LIMITS = TOLERANCES["float32"]
+SLOTS = 3
+LOWERINGS = {"native": NativeDecoder, "paged": PagedDecoder}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A golden checkpoint by the lowered graphs, and the decoder that was built for CPUs."""
+
+    goldens: dict[str, Golden]
+    original: DecoderSession
+
+
+def needed(folder: str) -> int:
+    """Tokens that the longest case takes, up to whole pages and a page more."""
+    longest = max(
+        case.get("expanded_len", len(case["input_ids"])) + len(case["greedy_tokens"])
+        for case in cases_of(folder)
+    )
+    return (longest // 16 + 2) * 16
+
+
+def open_lowered(shared: Path, folder: str, stack: ExitStack) -> Lowered:
+    config = EngineConfig(threads=1, max_batch_size=SLOTS)
+    pipe = stack.enter_context(pipeline(golden_engine(shared, folder), config))
+    spec, capacity, goldens = model_spec(folder), needed(folder), {}
+    vision, traced = Vision(spec), filled(spec, part_of(spec, "decoder"))
+    for name, make in LOWERINGS.items():
+        engine = dataclasses.replace(
+            pipe._engine,
+            vision=vision,
+            decoder=make(traced, SLOTS, capacity),
+            options=dataclasses.replace(pipe._engine.options, slots=SLOTS, capacity=capacity),
+        )
+        features = FeatureCache(vision.encode, batch=1)
+        scheduler = Scheduler(engine, features, chunk=512, reuse_prefixes=True)
+        goldens[name] = Golden(folder, stack.enter_context(Pipeline(engine, scheduler)))
+    return Lowered(goldens, pipe._engine.decoder)
+
+
+Open = Callable[[str], Lowered]
+
+
+@pytest.fixture(scope="module")
+def lowered(shared: Path) -> Iterator[Open]:
+    opened: dict[str, Lowered] = {}
+    with ExitStack() as stack:
+
+        def open_one(folder: str) -> Lowered:
+            if folder not in opened:
+                opened[folder] = open_lowered(shared, folder, stack)
+            return opened[folder]
+
+        yield open_one
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize(("folder", "name"), CASES)
+def test_greedy_tokens_and_logits(lowered: Open, folder: str, name: str, lowering: str) -> None:
+    check_answer(lowered(folder).goldens[lowering], name, LIMITS)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_features_of_every_golden_image(lowered: Open, folder: str) -> None:
+    check_images(lowered(folder).goldens["native"], LIMITS)
+
+
+def transcript(golden: Golden, decoder: DecoderSession) -> list[np.ndarray]:
+    """Two prompts, copied and exchanged, then decoded together with ragged lengths."""
+    vocab = golden.pipe._engine.manifest.decode.vocab_size
+    has_levels = golden.pipe._engine.manifest.decode.positions.has_levels
+    ids = np.random.default_rng(3).integers(3, vocab, 60)
+    last = np.array([[0]])
+
+    def step(slot: int, rows: np.ndarray, past: list[int]) -> np.ndarray:
+        levels = np.zeros(len(rows), np.int64) if has_levels else None
+        places = last.repeat(len(rows), 0) + rows.shape[1] - 1
+        return decoder.step(slot, rows, np.array(past), None, places, levels)
+
+    found = [step(0, ids[None, :37], [0]), step(2, ids[None, 37:50], [0])]
+    found.append(step(0, ids[None, 50:53], [37]))  # a second chunk
+    decoder.copy_slot(0, 1, 21)
+    found.append(step(1, ids[None, 21:30], [21]))  # goes on from the copy, apart from its source
+    decoder.swap_slots(0, 2, 40)
+    found.append(step(0, ids[53:56, None], [13, 30, 40]))
+    return found
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_slots_are_those_of_the_cpu_engine(lowered: Open, folder: str, lowering: str) -> None:
+    model = lowered(folder)
+    golden = model.goldens[lowering]
+    ours = transcript(golden, golden.pipe._engine.decoder)
+    theirs = transcript(golden, model.original)
+    for found, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-4)

@@ -1,0 +1,190 @@
+"""The lowered graphs of a golden checkpoint behind ONNX Runtime, as the runtime's sessions.
+
+Native lowering: standard ops over caches of a fixed capacity. Paged lowering: the plugin's nodes by
+their ONNX function bodies, over poisoned pools and a random block table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from conftest import DATA, HF
+from vlmforge.backends import FloatArray, IntArray
+from vlmforge_builder.checkpoint.config import read_config
+from vlmforge_builder.export import Traced, trace
+from vlmforge_builder.ops import DOMAIN, VERSION
+from vlmforge_builder.paged_bodies import paged_functions
+from vlmforge_builder.passes.native_attention import native_attention
+from vlmforge_builder.passes.paged_attention import paged_attention
+from vlmforge_builder.recipe import ModelSpec, PartSpec, RecipeOptions, find_recipe
+
+PAGE_SIZE = 16
+
+
+def model_spec(folder: str) -> ModelSpec:
+    """The golden checkpoint as its recipe understands it."""
+    checkpoint = DATA / folder / "checkpoint"
+    config = read_config(checkpoint / "config.json")
+    window = 1024 if folder == HF.name else None
+    options = RecipeOptions(window, None, lambda name: DATA / folder / name)
+    return find_recipe(config).load(checkpoint, config, options)
+
+
+def part_of(spec: ModelSpec, name: str) -> PartSpec:
+    return next(part for part in spec.parts if part.name == name)
+
+
+def filled(spec: ModelSpec, part: PartSpec) -> ir.Model:
+    """The traced part with its weights in float32."""
+    traced: Traced = trace(part)
+    for name, shape in traced.shapes.items():
+        values = part.weights[name].read(spec.store, shape).float().contiguous().numpy()
+        traced.model.graph.initializers[name].const_value = ir.tensor(values, name=name)
+    return traced.model
+
+
+def session(model: ir.Model) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    data = ir.to_proto(model).SerializeToString()
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+class Vision:
+    """`VisionSession`; the part has no attention over a cache, and runs as it was traced."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        model = filled(spec, part_of(spec, "vision"))
+        assert not native_attention(model, capacity=1)
+        assert not paged_attention(model, page_size=PAGE_SIZE)
+        self._session = session(model)
+
+    def encode(self, pixel_values: FloatArray) -> FloatArray:
+        (features,) = self._session.run(None, {"pixel_values": pixel_values})
+        return np.asarray(features, np.float32)
+
+
+class _Decoder:
+    """What both lowerings share: inputs by name, and caches that go out and come back."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._session = session(model)
+        self._outputs = [item.name for item in self._session.get_outputs()]
+        self._inputs = {item.name: item for item in self._session.get_inputs()}
+        self._caches: dict[str, FloatArray] = {}
+
+    def cache_names(self) -> list[str]:
+        return [name for name in self._inputs if name.startswith("past_") and "." in name]
+
+    def _feeds(
+        self,
+        input_ids: IntArray,
+        past_lengths: IntArray,
+        image_features: FloatArray | None,
+        logits_indices: IntArray,
+        rotary_levels: IntArray | None,
+    ) -> dict[str, NDArray[Any]]:
+        if image_features is None:
+            image_features = np.zeros((1, self._inputs["image_features"].shape[1]), np.float32)
+        feeds: dict[str, NDArray[Any]] = {
+            "input_ids": input_ids,
+            "past_lengths": past_lengths,
+            "image_features": image_features,
+            "logits_indices": logits_indices,
+        }
+        if rotary_levels is not None:
+            feeds["rotary_levels"] = rotary_levels
+        return feeds
+
+    def _run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, FloatArray]:
+        return dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
+
+
+class NativeDecoder(_Decoder):
+    """`DecoderSession` of the native lowering of a traced decoder."""
+
+    def __init__(self, decoder: ir.Model, slots: int, capacity: int) -> None:
+        model = decoder.clone()
+        assert native_attention(model, capacity=capacity)
+        super().__init__(model)
+        for name in self.cache_names():
+            kv_heads, held, head_dim = self._inputs[name].shape[1:]
+            assert held == capacity
+            self._caches[name] = np.zeros((slots, kv_heads, capacity, head_dim), np.float32)
+
+    def step(
+        self,
+        first_slot: int,
+        input_ids: IntArray,
+        past_lengths: IntArray,
+        image_features: FloatArray | None,
+        logits_indices: IntArray,
+        rotary_levels: IntArray | None = None,
+    ) -> FloatArray:
+        rows = slice(first_slot, first_slot + len(input_ids))
+        feeds = self._feeds(input_ids, past_lengths, image_features, logits_indices, rotary_levels)
+        results = self._run({**feeds, **{k: v[rows] for k, v in self._caches.items()}})
+        for name, cache in self._caches.items():
+            cache[rows] = results[name.replace("past_", "present_")]
+        return results["logits"]
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        for cache in self._caches.values():
+            cache[target, :, :tokens] = cache[source, :, :tokens]
+
+    def swap_slots(self, first: int, second: int, tokens: int) -> None:
+        for cache in self._caches.values():
+            cache[[first, second], :, :tokens] = cache[[second, first], :, :tokens]
+
+
+class PagedDecoder(_Decoder):
+    """`DecoderSession` of the paged lowering; a slot is a row of a block table."""
+
+    def __init__(self, decoder: ir.Model, slots: int, capacity: int) -> None:
+        model = decoder.clone()
+        assert paged_attention(model, page_size=PAGE_SIZE)
+        for function in paged_functions():
+            model.functions[function.identifier()] = function
+        model.opset_imports[DOMAIN] = VERSION
+        super().__init__(model)
+        columns = -(-capacity // PAGE_SIZE)
+        pages = slots * columns + 3
+        order = np.random.default_rng(5).permutation(pages).astype(np.int32)
+        self._table = order[: slots * columns].reshape(slots, columns)
+        for name in self.cache_names():
+            shape = (pages, *self._inputs[name].shape[1:])
+            assert shape[2] == PAGE_SIZE
+            self._caches[name] = np.full(shape, np.nan, np.float32)
+
+    def step(
+        self,
+        first_slot: int,
+        input_ids: IntArray,
+        past_lengths: IntArray,
+        image_features: FloatArray | None,
+        logits_indices: IntArray,
+        rotary_levels: IntArray | None = None,
+    ) -> FloatArray:
+        batch, tokens = input_ids.shape
+        needed = -(-(int(past_lengths.max()) + tokens) // PAGE_SIZE)
+        feeds = self._feeds(input_ids, past_lengths, image_features, logits_indices, rotary_levels)
+        feeds["query_lengths"] = np.full(batch, tokens, np.int32)
+        feeds["block_table"] = self._table[first_slot : first_slot + batch, :needed]
+        results = self._run({**feeds, **self._caches})
+        self._caches = {k: results[k.replace("past_", "present_")] for k in self._caches}
+        return results["logits"]
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        pages = -(-tokens // PAGE_SIZE)
+        for cache in self._caches.values():
+            cache[self._table[target, :pages]] = cache[self._table[source, :pages]]
+
+    def swap_slots(self, first: int, second: int, tokens: int) -> None:
+        del tokens
+        self._table[[first, second]] = self._table[[second, first]]

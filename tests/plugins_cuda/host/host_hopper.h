@@ -1,0 +1,116 @@
+// Scalar versions of what hopper.cuh gives the kernels on a GPU. A product is made when it is issued;
+// its operand in shared memory is found by the same descriptor, swizzle included.
+#pragma once
+
+#include "host_device.h"
+
+namespace vf {
+
+struct ProductLane { float* c; const u32* a; u64 b; int keep; };
+
+// Element (k, n) of the operand that `descriptor` describes.
+template <bool TRANSPOSED>
+VF_DEVICE u16 operand_element(u64 descriptor, int k, int n) {
+  const u32 start = static_cast<u32>(descriptor & 0x3fff) << 4;
+  const u32 leading = static_cast<u32>(descriptor >> 16 & 0x3fff) << 4;
+  const u32 stride = static_cast<u32>(descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 1) vf_host::die("product: not the 128-byte swizzle");
+  const auto un = static_cast<u32>(n), uk = static_cast<u32>(k);
+  u32 address = start;
+  if (TRANSPOSED) {
+    address += un % 64 * 2 + un / 64 * leading + uk % 8 * 128 + uk / 8 * stride;
+  } else {
+    address += un % 8 * 128 + un / 8 * stride + uk * 2;
+  }
+  address ^= (address >> 7 & 7) << 4;
+  if (static_cast<int>(address) + 2 > vf_host::block.shared_bytes) {
+    vf_host::die("product: operand outside of shared memory");
+  }
+  u16 bits;
+  std::memcpy(&bits, vf_host::block.shared + address, 2);
+  return bits;
+}
+
+template <class T, int N, int TRANSPOSED>
+VF_DEVICE void multiply_group(void* const* lanes) {
+  const auto& first = *static_cast<ProductLane*>(lanes[0]);
+  u16 a16[64][16], b16[16][N];
+  for (int k = 0; k < 16; ++k) {
+    for (int n = 0; n < N; ++n) b16[k][n] = operand_element<TRANSPOSED>(first.b, k, n);
+  }
+  for (int thread = 0; thread < 128; ++thread) {
+    const auto& from = *static_cast<ProductLane*>(lanes[thread]);
+    if (from.b != first.b) vf_host::die("product: threads differ in their operand");
+    const int g = thread / 32 * 16 + thread % 32 / 4, t = thread % 4 * 2;
+    for (int i = 0; i < 4; ++i) std::memcpy(&a16[g + i % 2 * 8][t + i / 2 * 8], &from.a[i], 4);
+  }
+  static float a[64][16], b[16][N], c[64][N];
+  widen_all<T>(a16[0], a[0], 64 * 16);
+  widen_all<T>(b16[0], b[0], 16 * N);
+  std::memset(c, 0, sizeof(c));
+  for (int i = 0; i < 64; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < N; ++n) c[i][n] += a[i][k] * b[k][n];
+    }
+  }
+  for (int thread = 0; thread < 128; ++thread) {
+    const auto& to = *static_cast<ProductLane*>(lanes[thread]);
+    const int g = thread / 32 * 16 + thread % 32 / 4, t = thread % 4 * 2;
+    for (int i = 0; i < N / 2; ++i) {
+      const float made = c[g + i % 4 / 2 * 8][i / 4 * 8 + t + i % 2];
+      to.c[i] = made + (to.keep ? to.c[i] : 0.f);
+    }
+  }
+}
+
+template <class T, int N, int TRANSPOSED>
+VF_DEVICE void product(float (&c)[N / 8][4], const u32 (&a)[4], u64 b, int keep) {
+  ProductLane lane{c[0], a, b, keep};
+  vf_host::collective<128>(multiply_group<T, N, TRANSPOSED>, &lane);
+}
+VF_DEVICE void products_begin() {}
+VF_DEVICE void products_commit() {}
+template <int PENDING> VF_DEVICE void products_wait() {}
+template <int TILES> VF_DEVICE void products_done(float (&)[TILES][4]) {}
+template <int REGISTERS> VF_DEVICE void take_registers() {}
+template <int REGISTERS> VF_DEVICE void give_registers() {}
+VF_DEVICE int shuffle_from(int value, int lane) {
+  struct Lane { int value, from, got; } mine{value, lane, 0};
+  vf_host::warp_collective([](void* const* lanes) {
+    for (int i = 0; i < 32; ++i) {
+      auto* to = static_cast<Lane*>(lanes[i]);
+      to->got = static_cast<Lane*>(lanes[to->from])->value;
+    }
+  }, &mine);
+  return mine.got;
+}
+VF_DEVICE int uniform(int value) { return value; }
+VF_DEVICE void publish_shared() {}
+
+struct HostBarrier { u16 arrivals, pending; u32 phase; };
+static_assert(sizeof(HostBarrier) == sizeof(u64));
+
+VF_DEVICE void barrier_init(u64* barrier, int arrivals) {
+  const auto count = static_cast<u16>(arrivals);
+  *reinterpret_cast<HostBarrier*>(barrier) = {count, count, 0};
+}
+VF_DEVICE void barrier_arrive(u64* barrier) {
+  auto* state = reinterpret_cast<HostBarrier*>(barrier);
+  if (--state->pending == 0) {
+    state->pending = state->arrivals;
+    ++state->phase;
+  }
+}
+VF_DEVICE bool barrier_passed(u64* barrier, int parity) {
+  const auto* state = reinterpret_cast<const HostBarrier*>(barrier);
+  return (state->phase & 1) != static_cast<u32>(parity);
+}
+VF_DEVICE void barrier_wait(u64* barrier, int parity) {
+  const auto* state = reinterpret_cast<const HostBarrier*>(barrier);
+  for (long turns = 0; (state->phase & 1) == static_cast<u32>(parity); ++turns) {
+    if (turns > 1000000) vf_host::die("a phase of a barrier never ends");
+    vf_host::pause();
+  }
+}
+
+}  // namespace vf

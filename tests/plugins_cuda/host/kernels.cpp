@@ -1,0 +1,80 @@
+// The kernels of one configuration as a shared library for the tests.
+#include "cached_attention.cu"
+
+#include <cstddef>
+#include <string_view>
+
+namespace {
+
+template <void (*KERNEL)(const vf::Params&)>
+void call(const void* params) { KERNEL(*static_cast<const vf::Params*>(params)); }
+
+constexpr unsigned char kPoison = 0xff;  // a NaN in every type
+constexpr int kGuard = 256;
+
+}  // namespace
+
+// Runs a kernel over its grid. Shared memory is exactly `shared_bytes`, poisoned for every block.
+// Returns 0, or 1 if a block wrote behind its shared memory.
+extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x, int grid_y,
+                         int grid_z, int threads, int shared_bytes, int direction) {
+  auto& block = vf_host::block;
+  const std::string_view kernel(name);
+  block.kernel = kernel == "vf_write"     ? call<vf_write>
+                 : kernel == "vf_decode"  ? call<vf_decode>
+                 : kernel == "vf_combine" ? call<vf_combine>
+                 : kernel == "vf_prefill" ? call<vf_prefill>
+                                          : nullptr;
+  if (block.kernel == nullptr) vf_host::die("no kernel of this name");
+  std::vector<unsigned char> shared(static_cast<size_t>(shared_bytes) + 1024 + kGuard);
+  auto* start = shared.data() + (1024 - reinterpret_cast<uintptr_t>(shared.data()) % 1024);
+  block.params = params;
+  block.threads = threads;
+  block.grid_y = grid_y;
+  block.shared = reinterpret_cast<char*>(start);
+  block.shared_bytes = shared_bytes;
+  for (block.z = 0; block.z < grid_z; ++block.z) {
+    for (block.y = 0; block.y < grid_y; ++block.y) {
+      for (block.x = 0; block.x < grid_x; ++block.x) {
+        std::memset(start, kPoison, static_cast<size_t>(shared_bytes) + kGuard);
+        vf_host::run_block(direction);
+        for (int i = 0; i < kGuard; ++i) {
+          if (start[shared_bytes + i] != kPoison) return 1;
+        }
+      }
+    }
+  }
+  return 0;
+}
+
+// For the tests of what Python mirrors.
+extern "C" int vf_params_size() { return sizeof(vf::Params); }
+extern "C" int vf_params_offset(const char* field) {
+  const std::string_view name(field);
+#define VF_FIELD(f) if (name == #f) return static_cast<int>(offsetof(vf::Params, f));
+  VF_FIELD(query) VF_FIELD(key) VF_FIELD(value) VF_FIELD(key_pool) VF_FIELD(value_pool)
+  VF_FIELD(cos) VF_FIELD(sin) VF_FIELD(past_lengths) VF_FIELD(query_lengths) VF_FIELD(block_table)
+  VF_FIELD(out) VF_FIELD(rotated) VF_FIELD(partial_out) VF_FIELD(partial_lse) VF_FIELD(arrivals)
+  VF_FIELD(query_batch) VF_FIELD(query_row) VF_FIELD(key_batch) VF_FIELD(key_row)
+  VF_FIELD(value_batch) VF_FIELD(value_row) VF_FIELD(out_batch) VF_FIELD(out_row)
+  VF_FIELD(batch) VF_FIELD(max_query) VF_FIELD(heads) VF_FIELD(kv_heads) VF_FIELD(max_pages)
+  VF_FIELD(page_shift) VF_FIELD(splits) VF_FIELD(heads_together) VF_FIELD(scale_log2) VF_FIELD(key_inverse_scale)
+  VF_FIELD(value_inverse_scale) VF_FIELD(value_scale)
+#undef VF_FIELD
+  return -1;
+}
+extern "C" int vf_split_keys(int total, int splits) { return vf::Splits(total, splits).keys; }
+extern "C" int vf_split_count(int total, int splits) { return vf::Splits(total, splits).count; }
+extern "C" int vf_shared_bytes(const char* name) {
+  const std::string_view kernel(name);
+  if (kernel == "vf_decode") return vf::ConfiguredDecode::kSharedBytes;
+  if (kernel == "vf_prefill") return vf::ConfiguredPrefill::kSharedBytes;
+  return 0;
+}
+extern "C" int vf_threads(const char* name) {
+  const std::string_view kernel(name);
+  if (kernel == "vf_decode") return vf::ConfiguredDecode::kThreads;
+  if (kernel == "vf_prefill") return vf::ConfiguredPrefill::kThreads;
+  return 0;
+}
+extern "C" int vf_prefill_rows() { return vf::ConfiguredPrefill::kRows; }

@@ -1,0 +1,265 @@
+"""The kernels through the real compiler: no spills, tensor cores in the machine code, the cache."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+from vlmforge_plugins.cached_attention import compile as compiling
+from vlmforge_plugins.cached_attention.compile import (
+    Binary,
+    Nvcc,
+    Nvrtc,
+    compile_one,
+    compile_set,
+    compiler,
+    digest,
+    reports,
+)
+from vlmforge_plugins.cached_attention.config import (
+    PTX_TARGETS,
+    TARGETS,
+    Config,
+    Sizes,
+    Target,
+    configs,
+    sizes,
+    targets,
+)
+from vlmforge_plugins.errors import CompileError, UnsupportedError
+
+KERNELS = {"vf_write", "vf_decode", "vf_combine", "vf_prefill"}
+CONFIG = Config(128, "float16", "float16")
+TARGET = {target.name: target for target in TARGETS}
+SHIPPED = [(config, target) for config in configs() for target in targets(config)]
+# All that differ in more than the scheduling of instructions; the rest are left to nightly runs.
+QUICK = [
+    (config, target)
+    for i, (config, target) in enumerate(SHIPPED)
+    if target.name == "sm_90" or (target.name == "sm_80" and i % 2) or i % 7 == 0
+]
+
+
+@pytest.fixture(scope="session")
+def nvrtc() -> Nvrtc:
+    return Nvrtc()
+
+
+@pytest.fixture(scope="session")
+def cache(shared: Path) -> Path:
+    return shared / "kernels"
+
+
+def _check_report(config: Config, target: Target, nvrtc: Nvrtc, cache: Path) -> None:
+    binary = compile_one(config, target, nvrtc, cache)
+    assert binary.code[:4] == b"\x7fELF"
+    found = {report.kernel: report for report in reports(binary.log)}
+    assert set(found) == KERNELS
+    for report in found.values():
+        assert report.spill_store_bytes == report.spill_load_bytes == report.stack_bytes == 0
+        assert "C7508" not in binary.log  # setmaxnreg ignored
+    limit = sizes(config, target).decode_registers
+    assert found["vf_decode"].registers <= limit, "plans count on fewer registers"
+    assert max(sizes(config, target).decode_bytes, sizes(config, target).prefill_bytes) <= (
+        target.shared_bytes
+    )
+
+
+@pytest.mark.parametrize(("config", "target"), QUICK, ids=lambda x: x.name)
+def test_nothing_spills(config: Config, target: Target, nvrtc: Nvrtc, cache: Path) -> None:
+    _check_report(config, target, nvrtc, cache)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("config", "target"), SHIPPED, ids=lambda x: x.name)
+def test_nothing_spills_anywhere(config: Config, target: Target, nvrtc: Nvrtc, cache: Path) -> None:
+    _check_report(config, target, nvrtc, cache)
+
+
+def machine_code(binary: Binary, folder: Path) -> dict[str, str]:
+    """SASS by kernel, from nvdisasm's wheel."""
+    files = distribution("nvidia-cuda-nvdisasm").files or []
+    program = next(Path(str(f.locate())) for f in files if f.name.startswith("nvdisasm"))
+    cubin = folder / "kernels.cubin"
+    cubin.write_bytes(binary.code)
+    done = subprocess.run(
+        [str(program), "-c", str(cubin)], capture_output=True, text=True, check=True
+    )
+    parts = re.split(r"^\s*\.section\s+\.text\.(vf_\w+)", done.stdout, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "instruction"),
+    [
+        (CONFIG, "sm_80", "HMMA.16816.F32"),
+        (Config(80, "bfloat16", "bfloat16"), "sm_90", "HMMA.16816.F32.BF16"),
+        (CONFIG, "sm_90", "HGMMA.64x128x16.F32"),
+        (Config(64, "bfloat16", "bfloat16"), "sm_90", "HGMMA.64x"),
+        (Config(128, "float16", "float8_e4m3fn"), "sm_120", "HMMA.16816.F32"),
+    ],
+    ids=str,
+)
+def test_prefill_runs_on_tensor_cores(
+    config: Config, target: str, instruction: str, nvrtc: Nvrtc, cache: Path, tmp_path: Path
+) -> None:
+    code = machine_code(compile_one(config, TARGET[target], nvrtc, cache), tmp_path)
+    assert set(code) == KERNELS
+    assert instruction in code["vf_prefill"]
+    assert "HMMA.16816" in code["vf_decode"]
+    assert "LDGSTS" in code["vf_decode"]  # asynchronous copies past the registers
+    for kernel in KERNELS:
+        assert not re.search(r"\b(LDL|STL)\b", code[kernel]), "local memory"
+
+
+def test_softmax_overlaps_the_products(nvrtc: Nvrtc, cache: Path, tmp_path: Path) -> None:
+    """The assembler is free to wait for the output before the softmax; then nothing overlaps."""
+    code = machine_code(compile_one(CONFIG, TARGET["sm_90"], nvrtc, cache), tmp_path)
+    waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, ", code["vf_prefill"])
+    (between,) = (part for part in waits[1:] if part.startswith("0x1"))
+    assert between.count("MUFU.EX2") >= 64
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_ptx_for_all_other_gpus(fp8: bool, nvrtc: Nvrtc, cache: Path) -> None:
+    config = Config(64, "float16", "float8_e4m3fn" if fp8 else "float16")
+    code = compile_one(config, PTX_TARGETS[fp8], nvrtc, cache).code
+    assert code.endswith(b"\0")
+    assert f".target sm_{89 if fp8 else 80}".encode() in code
+    assert all(f".entry {kernel}(".encode() in code for kernel in KERNELS)
+
+
+def test_a_set_has_a_cubin_for_every_gpu_and_ptx(nvrtc: Nvrtc, cache: Path) -> None:
+    names = [binary.target.name for binary in compile_set(CONFIG, nvrtc, cache)]
+    assert names == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "ptx"]
+    fp8 = Config(64, "float16", "float8_e4m3fn")
+    assert [target.name for target in targets(fp8)] == ["sm_89", "sm_90", "sm_120"]
+
+
+class Counting:
+    """A compiler that counts."""
+
+    version = "counting 1"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def compile(self, chosen: Sizes, target: Target) -> Binary:
+        self.calls += 1
+        return Binary(target, b"code \0\xff", "log é")
+
+
+def test_results_are_kept(tmp_path: Path) -> None:
+    by = Counting()
+    first = compile_one(CONFIG, TARGET["sm_80"], by, tmp_path)
+    assert compile_one(CONFIG, TARGET["sm_80"], by, tmp_path) == first
+    assert by.calls == 1
+    compile_one(CONFIG, TARGET["sm_89"], by, tmp_path)
+    assert by.calls == 2
+    by.version = "counting 2"
+    compile_one(CONFIG, TARGET["sm_80"], by, tmp_path)
+    assert by.calls == 3
+    assert not list(tmp_path.glob(".new-*"))
+
+
+def test_the_key_is_all_that_goes_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen = sizes(CONFIG, TARGET["sm_80"])
+    keys = {
+        digest(chosen, TARGET["sm_80"], "1"),
+        digest(chosen, TARGET["sm_80"], "2"),
+        digest(chosen, TARGET["sm_86"], "1"),
+        digest(sizes(Config(64, "float16", "float16"), TARGET["sm_80"]), TARGET["sm_80"], "1"),
+    }
+    for path in compiling.SOURCES.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with (tmp_path / "params.h").open("a") as file:
+        file.write("//\n")
+    monkeypatch.setattr(compiling, "SOURCES", tmp_path)
+    keys.add(digest(chosen, TARGET["sm_80"], "1"))
+    assert len(keys) == 5
+
+
+def test_another_build_may_finish_first(tmp_path: Path) -> None:
+    kept = tmp_path / "entry"
+    compiling._keep(Binary(TARGET["sm_80"], b"1", ""), kept)
+    compiling._keep(Binary(TARGET["sm_80"], b"1", ""), kept)
+    assert [path.name for path in tmp_path.iterdir()] == ["entry"]
+
+
+def test_a_refusal_has_the_compilers_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nvrtc: Nvrtc
+) -> None:
+    (tmp_path / compiling.MAIN).write_text("this is no program")
+    monkeypatch.setattr(compiling, "SOURCES", tmp_path)
+    with pytest.raises(CompileError) as caught:
+        compile_one(CONFIG, TARGET["sm_80"], nvrtc)
+    assert caught.value.summary == "NVRTC refused the attention kernels."
+    assert "error: expected a declaration" in caught.value.found
+    assert caught.value.expected == "d128_float16_float16 for sm_80"
+
+
+def test_an_unsupported_configuration_is_never_compiled() -> None:
+    by = Counting()
+    with pytest.raises(UnsupportedError, match="head size"):
+        compile_one(Config(72, "float16", "float16"), TARGET["sm_80"], by)
+    with pytest.raises(UnsupportedError, match="fp8"):
+        compile_one(Config(64, "float16", "float8_e4m3fn"), TARGET["sm_86"], by)
+    assert by.calls == 0
+
+
+def test_without_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CompileError) as caught:
+        compiler("nvcc")
+    assert caught.value.found == "none on PATH"
+    assert "--compiler nvrtc" in caught.value.fix
+    with pytest.raises(CompileError) as caught:
+        Nvcc(tmp_path / "nvcc")
+    assert caught.value.found == str(tmp_path / "nvcc")
+
+
+def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings.nvrtc", None)
+    monkeypatch.delattr("cuda.bindings.nvrtc", raising=False)
+    with pytest.raises(CompileError, match="NVRTC is not installed") as caught:
+        compiler("nvrtc")
+    assert "pip install" in caught.value.fix
+
+
+FAKE_NVCC = """#!/bin/sh
+if [ "$1" = --version ]; then echo "fake nvcc 1"; exit 0; fi
+if [ -n "$FAIL" ]; then echo "error: no" >&2; exit 1; fi
+while [ $# -gt 1 ]; do if [ "$1" = -o ]; then echo "cubin $*" > "$2"; fi; shift; done
+echo "$@" >&2
+"""
+
+
+def test_nvcc_is_told_what_nvrtc_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "nvcc"
+    program.write_text(FAKE_NVCC)
+    program.chmod(0o755)
+    by = Nvcc(program)
+    assert by.version == "fake nvcc 1"
+    assert by.compile(sizes(CONFIG, TARGET["sm_90"]), TARGET["sm_90"]).code.startswith(b"cubin -o")
+    ptx = by.compile(sizes(CONFIG, PTX_TARGETS[False]), PTX_TARGETS[False])
+    assert ptx.code.endswith(b"\0")
+    monkeypatch.setenv("FAIL", "1")
+    with pytest.raises(CompileError, match="nvcc refused") as caught:
+        by.compile(sizes(CONFIG, TARGET["sm_90"]), TARGET["sm_90"])
+    assert caught.value.found == "error: no"
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: Path) -> None:
+    compiling.main(
+        ["--out", str(tmp_path), "--config", CONFIG.name, "--cache", str(cache)],
+    )
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{CONFIG.name}.{t.name}.cubin" for t in TARGETS} | {f"{CONFIG.name}.ptx"}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert re.search(r"sm_90 .* vf_prefill \d+ regs", "\n".join(lines))
+    assert "spilled" not in "\n".join(lines)
