@@ -14,13 +14,14 @@ import pytest
 
 from vlmforge_plugins.cached_attention.compile import Binary
 from vlmforge_plugins.cached_attention.config import TARGETS, Config, sizes, targets
+from vlmforge_plugins.cached_attention.kernel_store import KernelStore, Loaded, choose_target
 from vlmforge_plugins.cached_attention.launcher import Params
 from vlmforge_plugins.cached_attention.plan import Launch, Machine, plan
 from vlmforge_plugins.cached_attention.plugin import (
     OPS,
     Attributes,
     _Plugin,
-    choose_target,
+    register,
 )
 from vlmforge_plugins.errors import UnsupportedError
 
@@ -37,8 +38,9 @@ BINARIES = tuple(Binary(target, target.name.encode(), "") for target in targets(
 H200 = Machine(132, 227 << 10)
 
 
-def made(op: str = "PagedAttention", **binaries: bytes) -> Any:
-    return _Plugin(TRT, op, Attributes(8, 2, 0.125), {HALF: BINARIES}, binaries)
+def made(op: str = "PagedAttention", *, holds_kernels: bool = True) -> Any:
+    store = KernelStore({HALF: BINARIES})
+    return _Plugin(TRT, op, Attributes(8, 2, 0.125, holds_kernels), store)
 
 
 def described(op: str, batch: int = 3, rows: int = 5, pages: int = 4) -> list[Any]:
@@ -90,17 +92,73 @@ def test_the_workspace_suffices_for_every_smaller_call(op: str) -> None:
         assert plan(shape, sizes(HALF, target), machine).workspace.size <= asked
 
 
-def test_it_carries_its_kernels_and_its_attributes() -> None:
-    plugin = made()
+def serialized(plugin: Any) -> dict[str, Any]:
+    """The fields that the plan keeps of a plugin, as the library passes through a build."""
     plugin.configure_plugin([SimpleNamespace(desc=t) for t in described("PagedAttention")], [])
-    fields = {f.name: f.data for f in plugin.clone().get_fields_to_serialize()}
+    fields = plugin.clone().get_fields_to_serialize()
+    assert all(isinstance(field.data, np.ndarray) for field in fields)
+    return {field.name: field.data for field in fields}
+
+
+def test_the_first_node_carries_the_kernels_of_all() -> None:
+    fields = serialized(made())
     assert (fields["num_heads"][0], fields["kv_num_heads"][0]) == (8, 2)
     assert fields["scale"].tolist() == [0.125]
     carried = {n.removeprefix("binary."): d for n, d in fields.items() if n.startswith("binary.")}
     assert {n: d.tobytes() for n, d in carried.items()} == {
         target.name: target.name.encode() for target in targets(HALF)
     }
-    assert all(isinstance(data, np.ndarray) for data in fields.values())
+    others = serialized(made(holds_kernels=False))
+    assert others["kernels"].tobytes() == fields["kernels"].tobytes()
+    assert not any(name.startswith("binary.") for name in others)
+
+
+class Registry:
+    """Stands in for the library's: keeps the creators."""
+
+    def __init__(self) -> None:
+        self.creators: dict[str, Any] = {}
+
+    def register_creator(self, creator: Any, namespace: str) -> None:
+        assert namespace == "vlmforge"
+        self.creators[creator.name] = creator
+
+
+def test_a_loaded_plan_shares_the_kernels_of_its_first_node() -> None:
+    registry, bases = Registry(), ("", "OneCore", "OneBuildV2", "OneRuntime")
+    interfaces = {f"IPluginV3{base}": type(f"Base{base}", (), {}) for base in bases}
+    library = SimpleNamespace(
+        **vars(TRT),
+        **interfaces,
+        IPluginCreatorV3One=type("Creator", (), {}),
+        get_plugin_registry=lambda: registry,
+    )
+    kept = register(library, {})
+    plan = [serialized(made(holds_kernels=first)) for first in (True, False)]
+    create = registry.creators["PagedAttention"].create_plugin
+    first, second = (
+        create("node", [SimpleNamespace(name=n, data=d) for n, d in fields.items()], "runtime")
+        for fields in plan
+    )
+    assert len(kept) == 2
+    assert first._store is second._store
+    names = {target.name: target.name.encode() for target in targets(HALF)}
+    assert second._store.binaries(second._key) == names
+    assert second._attributes == Attributes(8, 2, 0.125, holds_kernels=False)
+
+
+def test_kernels_are_told_apart_by_their_contents() -> None:
+    store = KernelStore({})
+    keys = {
+        store.add(binaries)
+        for binaries in (
+            {"sm_80": b"a", "sm_90": b"b"},
+            {"sm_90": b"b", "sm_80": b"a"},
+            {"sm_80": b"b", "sm_90": b"a"},
+            {"sm_80": b"ab"},
+        )
+    }
+    assert len(keys) == 3
 
 
 def test_head_sizes_without_kernels_are_refused_at_the_build() -> None:
@@ -127,7 +185,8 @@ class Recorder:
 @pytest.mark.parametrize("rows", [1, 5])
 def test_enqueue_launches_the_plan(op: str, rows: int) -> None:
     plugin, tensors = made(op), described(op, rows=rows)
-    plugin._loaded = recorder = Recorder()
+    recorder = Recorder()
+    plugin._loaded = Loaded(recorder, sizes(HALF, TARGETS[0]), H200)
     shape = plugin._shape([tensor.dims for tensor in tensors])
     plugin._planned = plan(shape, sizes(HALF, TARGETS[0]), H200)
     addresses = [4096 * (i + 1) for i in range(len(tensors))]

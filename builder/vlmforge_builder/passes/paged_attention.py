@@ -1,7 +1,8 @@
 """Lower the cached attention ops to those of the attention plugin, over pools of pages.
 
 The plugin is found by the node's domain and op type. What a node says beyond the neutral op is its
-pages: which ones a sequence has, and how many of a row's tokens are there.
+pages: which ones a sequence has, and how many of a row's tokens are there. The first also carries
+the compiled kernels into the plan, for all.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def paged_attention(model: ir.Model, *, page_size: int) -> bool:
     cast = ir.node("Cast", [found[0].past_lengths], attributes={"to": ir.DataType.INT32})
     past, past.name = cast.outputs[0], "past_lengths_int32"
     graph.insert_before(found[0].node, cast)
-    for attention in found:
-        _lower(graph, attention, (past, lengths, table), page_size)
+    for index, attention in enumerate(found):
+        _lower(graph, attention, (past, lengths, table), page_size, holds_kernels=index == 0)
     return True
 
 
@@ -45,7 +46,12 @@ def _input(graph: ir.Graph, name: str, shape: Sequence[int | str | ir.SymbolicDi
 
 
 def _lower(
-    graph: ir.Graph, attention: Attention, places: tuple[ir.Value, ...], page_size: int
+    graph: ir.Graph,
+    attention: Attention,
+    places: tuple[ir.Value, ...],
+    page_size: int,
+    *,
+    holds_kernels: bool,
 ) -> None:
     node = attention.node
     pool: list[int | str] = ["pages", attention.kv_heads, page_size, attention.head_dim]
@@ -60,6 +66,7 @@ def _lower(
             "num_heads": attention.heads,
             "kv_num_heads": attention.kv_heads,
             "scale": attention.scale,
+            "holds_kernels": int(holds_kernels),
         },
         num_outputs=3,
         name=node.name,

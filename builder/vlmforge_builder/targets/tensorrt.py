@@ -17,6 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from vlmforge.env import cache_dir
 from vlmforge.errors import ConfigError
 from vlmforge.manifest import DimRange, KVLayout, Part, Profile
+from vlmforge_builder.block_quantisation import InBlocks
 from vlmforge_builder.export import Traced
 from vlmforge_builder.onnx_file import refer, tensor_specs
 from vlmforge_builder.passes.assign_precision import assign_precision
@@ -24,6 +25,7 @@ from vlmforge_builder.passes.attention_nodes import attention_nodes
 from vlmforge_builder.passes.lint import lint
 from vlmforge_builder.passes.native_attention import native_attention
 from vlmforge_builder.passes.paged_attention import paged_attention
+from vlmforge_builder.passes.quantise_weights import quantise_part
 from vlmforge_builder.targets import CompileJob, Settings
 from vlmforge_builder.tensorrt.flavours import (
     TENSORRT,
@@ -33,7 +35,7 @@ from vlmforge_builder.tensorrt.flavours import (
 )
 from vlmforge_builder.tensorrt.job import CompileRequest, KernelSet
 from vlmforge_builder.tensorrt.process import run_compiler
-from vlmforge_builder.weights import Placed, plan, stored_dtype, write
+from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.errors import UnsupportedError
 
@@ -100,10 +102,17 @@ class TensorRTTarget:
         assign_precision(
             model, settings.dtype, dtypes, inputs=_FLOAT32_INPUTS, outputs=_FLOAT32_OUTPUTS
         )
+        blocks = quantise_part(model, job.part, settings.weights)
         kernels = _lower(model, settings)
         RemoveUnusedNodesPass()(model)
         lint(model)
-        layout = plan(traced.shapes, dtypes)
+        layout = plan(
+            traced.shapes,
+            {
+                name: InBlocks(blocks[name], dtype) if name in blocks else AsDtype(dtype)
+                for name, dtype in dtypes.items()
+            },
+        )
         profiles = _profiles(name, settings)
         inputs, outputs = tensor_specs(model.graph.inputs), tensor_specs(model.graph.outputs)
         self._build(model, layout, profiles, kernels, job)
@@ -114,7 +123,8 @@ class TensorRTTarget:
             (f"{stem}.layers.json",),
             inputs,
             outputs,
-            weight_bytes=sum(item.size for item in layout),
+            weight_bytes=weight_bytes(layout),
+            loaded_bytes=weight_bytes(layout),
             profiles=profiles,
             layers=f"{stem}.layers.json",
             aliases={
@@ -127,7 +137,7 @@ class TensorRTTarget:
     def _build(
         self,
         model: ir.Model,
-        layout: tuple[Placed, ...],
+        layout: Layout,
         profiles: tuple[Profile, ...],
         kernels: KernelSet | None,
         job: CompileJob,
@@ -158,12 +168,11 @@ class TensorRTTarget:
         )
 
 
-def _write_graph(model: ir.Model, layout: tuple[Placed, ...], graph: Path, job: CompileJob) -> Path:
+def _write_graph(model: ir.Model, layout: Layout, graph: Path, job: CompileJob) -> Path:
     data = graph.with_suffix(".data")
     refer(model, layout, data)
     ir.save(model, graph)
-    total = layout[-1].offset + layout[-1].size
-    for done in write(data, layout, job.part.weights, job.store):
+    for done, total in write(data, layout, job.part.weights, job.store):
         job.report(done, 2 * total)  # the other half is the compiler's
     return graph
 
