@@ -68,10 +68,20 @@ def WritePages(  # noqa: N802
 
 
 @script(_domain, default_opset=op)
+def SplitHeads(  # noqa: N802
+    qkv: FLOAT[...], pool: FLOAT[...], num_heads: int, kv_num_heads: int
+) -> tuple[FLOAT[...], FLOAT[...], FLOAT[...]]:
+    """Query, key and value of rows that hold them one after the other; D is the pool's."""
+    d = op.Shape(pool, start=3)
+    kv_width = op.Mul(d, op.Constant(value_int=kv_num_heads))
+    widths = op.Concat(op.Mul(d, op.Constant(value_int=num_heads)), kv_width, kv_width, axis=0)
+    query, key, value = op.Split(qkv, widths, axis=-1)
+    return query, key, value
+
+
+@script(_domain, default_opset=op)
 def PlainPagedAttention(  # noqa: N802
-    query: FLOAT[...],
-    key: FLOAT[...],
-    value: FLOAT[...],
+    qkv: FLOAT[...],
     key_pool: FLOAT[...],
     value_pool: FLOAT[...],
     past_lengths: INT32[...],
@@ -80,17 +90,15 @@ def PlainPagedAttention(  # noqa: N802
     num_heads: int,
     kv_num_heads: int,
     scale: float,
-) -> tuple[
-    FLOAT[...],
-    FLOAT[...],
-    FLOAT[...],
-]:
+) -> tuple[FLOAT[...], FLOAT[...], FLOAT[...]]:
     """Write new keys and values to the pools' pages, and attend over a sequence's pages.
 
-    `key_pool`, `value_pool`: `[pages, kv_heads, page_size, D]`. Page p of sequence b is
+    `qkv` `[B, S, (heads + 2 * kv_heads) * D]` holds query, key and value of a token one after the
+    other. `key_pool`, `value_pool`: `[pages, kv_heads, page_size, D]`. Page p of sequence b is
     `block_table[b, p]`. Of the S rows of sequence b, the first `query_lengths[b]` are tokens; what
     comes out for the others is arbitrary.
     """
+    query, key, value = SplitHeads(qkv, key_pool, num_heads=num_heads, kv_num_heads=kv_num_heads)
     out, _, _ = PlainCachedAttention(
         query,
         key,
@@ -109,9 +117,7 @@ def PlainPagedAttention(  # noqa: N802
 
 @script(_domain, default_opset=op)
 def PagedAttention(  # noqa: N802
-    query: FLOAT[...],
-    key: FLOAT[...],
-    value: FLOAT[...],
+    qkv: FLOAT[...],
     key_pool: FLOAT[...],
     value_pool: FLOAT[...],
     past_lengths: INT32[...],
@@ -122,17 +128,14 @@ def PagedAttention(  # noqa: N802
     num_heads: int,
     kv_num_heads: int,
     scale: float,
-) -> tuple[
-    FLOAT[...],
-    FLOAT[...],
-    FLOAT[...],
-]:
+) -> tuple[FLOAT[...], FLOAT[...], FLOAT[...]]:
     """The rotation of query and key by their positions, then the other op."""
     past = op.Cast(past_lengths, to=7)
+    query, key, value = SplitHeads(qkv, key_pool, num_heads=num_heads, kv_num_heads=kv_num_heads)
+    rotated_query = Rotate(query, cos, sin, past)
+    rotated_key = Rotate(key, cos, sin, past)
     out, key_pool_out, value_pool_out = PlainPagedAttention(
-        Rotate(query, cos, sin, past),
-        Rotate(key, cos, sin, past),
-        value,
+        op.Concat(rotated_query, rotated_key, value, axis=-1),
         key_pool,
         value_pool,
         past_lengths,
@@ -147,6 +150,6 @@ def PagedAttention(  # noqa: N802
 
 def paged_functions() -> tuple[ir.Function, ...]:
     """The bodies of both ops and what they call, for a model that is to run without the plugin."""
-    bodies = (ReadPages, WritePages, PlainPagedAttention, PagedAttention)
+    bodies = (ReadPages, WritePages, SplitHeads, PlainPagedAttention, PagedAttention)
     made = tuple(ir.serde.deserialize_function(body.to_function_proto()) for body in bodies)
     return (*functions(), *made)

@@ -172,10 +172,10 @@ def test_the_node_is_the_plugins(plain: bool) -> None:
     (node,) = (n for n in lowered(call).graph if n.domain == DOMAIN)
     assert node.op_type == ("PlainPagedAttention" if plain else "PagedAttention")
     names = [value.name for value in node.inputs if value is not None]
-    assert names[:5] == ["query", "key", "value", "past_key", "past_value"]
-    assert names[6:] == ["query_lengths", "block_table", *(() if plain else ROTARY)]
-    assert node.inputs[5] is not None
-    assert node.inputs[5].producer().op_type == "Cast"  # type: ignore[union-attr]
+    assert names[1:3] == ["past_key", "past_value"]
+    assert names[4:] == ["query_lengths", "block_table", *(() if plain else ROTARY)]
+    producers = [value.producer() for value in (node.inputs[0], node.inputs[3]) if value]
+    assert [made.op_type for made in producers if made] == ["Concat", "Cast"]
     assert node.attributes["num_heads"].as_int() == call.dense.heads
     assert node.attributes["kv_num_heads"].as_int() == call.dense.kv_heads
     assert node.attributes["scale"].as_float() == pytest.approx(call.dense.scale)

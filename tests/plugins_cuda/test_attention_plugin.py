@@ -49,11 +49,11 @@ def described(op: str, batch: int = 3, rows: int = 5, pages: int = 4) -> list[An
     def tensor(kind: str, *dims: int) -> Any:
         return SimpleNamespace(type=kind, dims=dims, format="linear")
 
-    query, key = tensor("half", batch, rows, 512), tensor("half", batch, rows, 128)
+    qkv, out = tensor("half", batch, rows, 768), tensor("half", batch, rows, 512)
     pool = tensor("half", 40, 2, 32, 64)
     lengths, table = tensor("int32", batch), tensor("int32", batch, pages)
     tables = [tensor("float", 256, 32)] * 2 if OPS[op] else []
-    return [query, key, key, pool, pool, lengths, lengths, table, *tables, query, pool, pool]
+    return [qkv, pool, pool, lengths, lengths, table, *tables, out, pool, pool]
 
 
 def accepts(op: str, tensors: list[Any], position: int) -> bool:
@@ -69,14 +69,14 @@ def test_the_types_that_it_accepts(op: str) -> None:
         changed = [SimpleNamespace(**vars(tensor)) for tensor in tensors]
         changed[position].type = kind
         # Queries may be of both 16-bit types and key pools of fp8 besides; all else follows them.
-        free = {0: ("half", "bf16"), 3: ("half", "fp8")}.get(position, (tensors[position].type,))
+        free = {0: ("half", "bf16"), 1: ("half", "fp8")}.get(position, (tensors[position].type,))
         assert accepts(op, changed, position) == (kind in free), (position, kind)
-    tensors[3].format = "chw4"
-    assert not accepts(op, tensors, 3)
+    tensors[1].format = "chw4"
+    assert not accepts(op, tensors, 1)
 
 
 def test_the_pools_are_written_in_place() -> None:
-    assert [made().get_aliased_input(output) for output in range(3)] == [-1, 3, 4]
+    assert [made().get_aliased_input(output) for output in range(3)] == [-1, 1, 2]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -163,7 +163,7 @@ def test_kernels_are_told_apart_by_their_contents() -> None:
 
 def test_head_sizes_without_kernels_are_refused_at_the_build() -> None:
     tensors = described("PagedAttention")
-    for tensor in tensors[3:5]:
+    for tensor in tensors[1:3]:
         tensor.dims = (40, 2, 32, 72)
     with pytest.raises(UnsupportedError) as caught:
         made().configure_plugin([SimpleNamespace(desc=t) for t in tensors], [])
@@ -198,14 +198,15 @@ def test_enqueue_launches_the_plan(op: str, rows: int) -> None:
     assert ("vf_decode" in kernels) == (rows == 1)
     _, params, stream = recorder.launches[-1]
     assert stream == 77
-    assert [params.query, params.key, params.value] == inputs[:3]
-    assert [params.key_pool, params.value_pool] == inputs[3:5]
+    starts = [address - inputs[0] for address in (params.query, params.key, params.value)]
+    assert starts == [0, 2 * 512, 2 * (512 + 128)]  # in bytes: eight heads, then two, of 64
+    assert [params.key_pool, params.value_pool] == inputs[1:3]
     lengths = [params.past_lengths, params.query_lengths, params.block_table]
-    assert lengths == inputs[5:8]
-    assert [params.cos, params.sin] == (inputs[8:] if OPS[op] else [None, None])
+    assert lengths == inputs[3:6]
+    assert [params.cos, params.sin] == (inputs[6:] if OPS[op] else [None, None])
     assert params.out == outputs[0]
-    assert (params.query_row, params.key_row, params.out_row) == (512, 128, 512)
-    assert (params.query_batch, params.key_batch) == (rows * 512, rows * 128)
+    assert (params.query_row, params.key_row, params.out_row) == (768, 768, 512)
+    assert (params.query_batch, params.key_batch) == (rows * 768, rows * 768)
     assert (params.batch, params.max_query, params.heads, params.kv_heads) == (3, rows, 8, 2)
     assert (params.max_pages, 1 << params.page_shift) == (4, 32)
 

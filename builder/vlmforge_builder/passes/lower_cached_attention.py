@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vlmforge_builder.ops import DOMAIN
+from vlmforge_builder.passes.attention_nodes import packed
 
 TARGET_DOMAIN = "com.microsoft"
 _OPS = ("CachedAttention", "PlainCachedAttention")
@@ -33,8 +34,7 @@ def _lengths(first: ir.Node) -> tuple[ir.Value, ir.Value]:
     """`seqlens_k` int32 `[B]` and `total_sequence_length` int32 scalar."""
     query, past_lengths = first.inputs[0], first.inputs[-1]
     assert query is not None and past_lengths is not None
-    packed = _packed(first)
-    projected = query if packed is None else packed  # or the Split would stay, for its shape only
+    projected = packed(first) or query  # or the Split would stay, for its shape only
     tokens = ir.node("Shape", [projected], attributes={"start": 1, "end": 2})
     one = _constant("one", np.array([1], np.int64))
     totals = ir.node("Add", [past_lengths, tokens.outputs[0]])
@@ -58,8 +58,8 @@ def _constant(name: str, value: np.ndarray[tuple[int, ...], np.dtype[np.int64]])
 
 def _lower(graph: ir.Graph, node: ir.Node, last: ir.Value, largest: ir.Value) -> None:
     query, key, value, past_key, past_value, *rotary, _ = node.inputs
-    packed = _packed(node)
-    projections = [packed, None, None] if packed is not None else [query, key, value]
+    whole = packed(node)
+    projections = [whole, None, None] if whole is not None else [query, key, value]
     attention = ir.node(
         "GroupQueryAttention",
         [*projections, past_key, past_value, last, largest, *rotary],
@@ -76,12 +76,3 @@ def _lower(graph: ir.Graph, node: ir.Node, last: ir.Value, largest: ir.Value) ->
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], [attention], node.outputs, attention.outputs
     )
-
-
-def _packed(node: ir.Node) -> ir.Value | None:
-    """The value whose three-way `Split` gives query, key and value, if there is one."""
-    projections = node.inputs[:3]
-    split = projections[0].producer() if projections[0] is not None else None
-    if split is None or split.op_type != "Split" or list(split.outputs) != list(projections):
-        return None
-    return split.inputs[0]

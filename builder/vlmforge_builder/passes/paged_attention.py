@@ -1,7 +1,8 @@
 """Lower the cached attention ops to those of the attention plugin, over pools of pages.
 
 The plugin is found by the node's domain and op type. What a node says beyond the neutral op is its
-pages: which ones a sequence has, and how many of a row's tokens are there. The first also carries
+pages: which ones a sequence has, and how many of a row's tokens are there; and it takes query, key
+and value as one product makes them, for splitting them would copy them. The first also carries
 the compiled kernels into the plan, for all.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from vlmforge_builder.ops import DOMAIN
-from vlmforge_builder.passes.attention_nodes import Attention, attention_nodes
+from vlmforge_builder.passes.attention_nodes import Attention, attention_nodes, packed
 
 QUERY_LENGTHS, BLOCK_TABLE = "query_lengths", "block_table"
 
@@ -58,9 +59,10 @@ def _lower(
     for cache in (attention.past_key, attention.past_value, *node.outputs[1:]):
         cache.shape = ir.Shape(pool)
     tables = () if attention.cos is None else (attention.cos, attention.sin)
+    qkv = packed(node) or _concatenated(graph, node)
     lowered = ir.node(
         "PagedAttention" if tables else "PlainPagedAttention",
-        [*node.inputs[:5], *places, *tables],
+        [qkv, attention.past_key, attention.past_value, *places, *tables],
         domain=DOMAIN,
         attributes={
             "num_heads": attention.heads,
@@ -74,3 +76,12 @@ def _lower(
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], [lowered], node.outputs, lowered.outputs
     )
+
+
+def _concatenated(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """Query, key and value as the plugin takes them: one after the other in each row."""
+    concat = ir.node("Concat", node.inputs[:3], attributes={"axis": -1}, name=f"{node.name}_qkv")
+    made = concat.outputs[0]
+    made.name, made.type = concat.name, node.inputs[0].type if node.inputs[0] is not None else None
+    graph.insert_before(node, concat)
+    return made

@@ -1,12 +1,13 @@
 """Read matrices through DequantizeLinear, so that they are stored as whole numbers in blocks.
 
-Tables and the matrix that makes the logits keep eight bits even where the others get four: they
-are a small share of a large model, and the most sensitive one.
+The matrix that makes the logits, and tables, keep eight bits where the others get four, as far as
+they are a small share of the whole: they are the most sensitive one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 _TYPES = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 _MATRIX, _TABLE = ("MatMul", 1), ("Gather", 0)  # where a weight is an input
 _ALONG = {_MATRIX: 0, _TABLE: 1}  # the axis of its blocks
+_SPARED_BITS = 8
+# Of all weights; four-bit weights then take at most 0.28 of 16-bit ones.
+_SPARED_SHARE = 1 / 12
 
 
 def quantise_part(model: ir.Model, part: PartSpec, kind: str | None) -> dict[str, Blocks]:
@@ -42,25 +46,46 @@ def quantise_weights(model: ir.Model, bits: int, candidates: Iterable[str]) -> d
     Its result has the type that the weight had. Returns how each quantised weight is cut; the
     others are those that are neither, and those whose width no block of 16 or more divides.
     """
+    weights = [model.graph.initializers[name] for name in candidates]
+    spared = _spared(weights) if bits < _SPARED_BITS else frozenset()
     made = {}
-    for name in candidates:
-        weight = model.graph.initializers[name]
-        if (blocks := _blocks(weight, bits)) is not None:
+    for weight in weights:
+        blocks = _blocks(weight, _SPARED_BITS if weight.name in spared else bits)
+        if blocks is not None:
             _dequantize(model.graph, weight, blocks)
-            made[name] = blocks
+            made[weight.name or ""] = blocks
     return made
 
 
-def _blocks(weight: ir.Value, bits: int) -> Blocks | None:
-    shape = weight.shape.numpy() if weight.shape is not None else ()
+def _spared(weights: Sequence[ir.Value]) -> frozenset[str]:
+    """Matrices of the logits, then tables, as long as they stay within their share."""
+    room = sum(_size(weight) for weight in weights) * _SPARED_SHARE
+    outputs = [w for w in weights if any(_makes_output(n.outputs[0]) for n, _ in w.uses())]
+    spared = set()
+    for weight in (*outputs, *(w for w in weights if _use(w) == _TABLE)):
+        room -= _size(weight)
+        if room < 0:
+            break
+        spared.add(weight.name or "")
+    return frozenset(spared)
+
+
+def _size(weight: ir.Value) -> int:
+    assert weight.shape is not None
+    return math.prod(weight.shape.numpy())
+
+
+def _use(weight: ir.Value) -> tuple[str, int] | None:
+    """The op and the place among its inputs, if it is the same everywhere."""
     uses = {(node.op_type, index) for node, index in weight.uses()}
-    if len(shape) != 2 or len(uses) != 1:
+    return uses.pop() if len(uses) == 1 else None
+
+
+def _blocks(weight: ir.Value, bits: int) -> Blocks | None:
+    use = _use(weight)
+    if use is None or use not in _ALONG or weight.shape is None or len(weight.shape) != 2:
         return None
-    (use,) = uses
-    if use not in _ALONG:
-        return None
-    at_the_end = use == _TABLE or any(_makes_output(node.outputs[0]) for node, _ in weight.uses())
-    return cut(shape, 8 if at_the_end else bits, _ALONG[use])
+    return cut(weight.shape.numpy(), bits, _ALONG[use])
 
 
 def _makes_output(value: ir.Value) -> bool:

@@ -31,12 +31,16 @@ from vlmforge_plugins.errors import UnsupportedError
 NAMESPACE = "vlmforge"
 VERSION = "1"
 OPS: Mapping[str, bool] = {"PagedAttention": True, "PlainPagedAttention": False}
-"""Op type, and whether it rotates query and key by tables that it is given."""
+"""Op type, and whether it rotates query and key by tables that it is given.
 
-QUERY, KEY, VALUE, KEY_POOL, VALUE_POOL, PAST, QUERY_LENGTHS, TABLE, COS, SIN = range(10)
+The input QKV holds query, key and value of a token one after the other, as one product makes them.
+"""
+
+QKV, KEY_POOL, VALUE_POOL, PAST, QUERY_LENGTHS, TABLE, COS, SIN = range(8)
 OUT, KEY_POOL_OUT, VALUE_POOL_OUT = range(3)
 _ALIASES = {KEY_POOL_OUT: KEY_POOL, VALUE_POOL_OUT: VALUE_POOL}
 _NUMBERS = ("num_heads", "kv_num_heads", "holds_kernels")
+_ITEM_BYTES = 2  # of both 16-bit types
 _BINARY_FIELD, _KEY_FIELD = "binary.", "kernels"
 # Every machine that plans are made for has at most as many; more only ask for less workspace.
 _LARGEST_MACHINE = Machine(multiprocessors=192, shared_bytes=227 << 10)
@@ -152,11 +156,15 @@ class _Plugin:
     # --- what goes in and comes out ---
 
     def get_output_data_types(self, types: Sequence[object]) -> list[object]:
-        return [types[QUERY], types[KEY_POOL], types[VALUE_POOL]]
+        return [types[QKV], types[KEY_POOL], types[VALUE_POOL]]
 
-    def get_output_shapes(self, inputs: Sequence[Any], shapes: object, builder: object) -> Any:
-        del shapes, builder
-        return [self._trt.DimsExprs(inputs[i]) for i in (QUERY, KEY_POOL, VALUE_POOL)]
+    def get_output_shapes(self, inputs: Sequence[Any], shapes: object, builder: Any) -> Any:
+        del shapes
+        batch, rows, _ = inputs[QKV]
+        heads, head_size = builder.constant(self._attributes.heads), inputs[KEY_POOL][3]
+        width = builder.operation(self._trt.DimensionOperation.PROD, heads, head_size)
+        exprs = self._trt.DimsExprs
+        return [exprs([batch, rows, width]), exprs(inputs[KEY_POOL]), exprs(inputs[VALUE_POOL])]
 
     def get_aliased_input(self, output: int) -> int:
         return _ALIASES.get(output, -1)
@@ -185,7 +193,7 @@ class _Plugin:
 
     def _shape(self, dims: Sequence[tuple[int, ...]]) -> Shape:
         """The call's metadata by its inputs' shapes, which bound all lengths."""
-        batch, rows = dims[QUERY][:2]
+        batch, rows = dims[QKV][:2]
         page_size, pages = dims[KEY_POOL][2], dims[TABLE][1]
         rotary = OPS[self._op]
         limit = pages * page_size
@@ -255,12 +263,18 @@ class _Plugin:
     ) -> None:
         del output_desc
         assert self._planned is not None and self._loaded is not None
-        rotary = OPS[self._op]
+        rotary, head_size = OPS[self._op], input_desc[KEY_POOL].dims[3]
+        heads, kv_heads = self._attributes.heads, self._attributes.kv_heads
+        _, rows, width = input_desc[QKV].dims
+        query, key, value = (
+            Rows(inputs[QKV] + first * head_size * _ITEM_BYTES, rows * width, width)
+            for first in (0, heads, heads + kv_heads)
+        )
         tensors = Tensors(
-            query=_rows(inputs[QUERY], input_desc[QUERY].dims),
-            key=_rows(inputs[KEY], input_desc[KEY].dims),
-            value=_rows(inputs[VALUE], input_desc[VALUE].dims),
-            out=_rows(outputs[OUT], input_desc[QUERY].dims),
+            query=query,
+            key=key,
+            value=value,
+            out=Rows(outputs[OUT], rows * heads * head_size, heads * head_size),
             key_pool=inputs[KEY_POOL],
             value_pool=inputs[VALUE_POOL],
             cos=inputs[COS] if rotary else 0,
@@ -274,21 +288,15 @@ class _Plugin:
         run(self._planned, tensors, scales, self._loaded.kernels, stream)
 
 
-def _rows(address: int, dims: Sequence[int]) -> Rows:
-    """A contiguous `[B, S, heads * D]` tensor."""
-    _, rows, width = dims
-    return Rows(address, rows * width, width)
-
-
 def _allowed(trt: Any, position: int, described: Sequence[Any], rotary: bool) -> tuple[object, ...]:
     """Types that the tensor at `position`, inputs then outputs, may have."""
-    inputs = 10 if rotary else 8
-    if position == QUERY:
+    inputs = 8 if rotary else 6
+    if position == QKV:
         return (trt.DataType.HALF, trt.DataType.BF16)
-    if position in (KEY, VALUE, inputs + OUT):
-        return (described[QUERY].type,)
+    if position == inputs + OUT:
+        return (described[QKV].type,)
     if position == KEY_POOL:
-        return (described[QUERY].type, trt.DataType.FP8)
+        return (described[QKV].type, trt.DataType.FP8)
     if position in (VALUE_POOL, inputs + KEY_POOL_OUT, inputs + VALUE_POOL_OUT):
         return (described[KEY_POOL].type,)
     if position in (PAST, QUERY_LENGTHS, TABLE):
@@ -303,11 +311,11 @@ def _config(trt: Any, described: Sequence[Any]) -> Config:
         trt.DataType.BF16: "bfloat16",
         trt.DataType.FP8: "float8_e4m3fn",
     }
-    activation, stored = (names.get(described[i].type) for i in (QUERY, KEY_POOL))
+    activation, stored = (names.get(described[i].type) for i in (QKV, KEY_POOL))
     if activation not in ("float16", "bfloat16") or stored is None:
         raise UnsupportedError(
             "The attention plugin has no kernels for these types.",
-            found=f"queries in {described[QUERY].type}, pools in {described[KEY_POOL].type}",
+            found=f"queries in {described[QKV].type}, pools in {described[KEY_POOL].type}",
             expected="float16 or bfloat16",
             fix="build with --dtype float16 or bfloat16",
         )
