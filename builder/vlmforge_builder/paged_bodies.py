@@ -94,7 +94,8 @@ def PlainPagedAttention(  # noqa: N802
     """Write new keys and values to the pools' pages, and attend over a sequence's pages.
 
     `qkv` `[B, S, (heads + 2 * kv_heads) * D]` holds query, key and value of a token one after the
-    other. `key_pool`, `value_pool`: `[pages, kv_heads, page_size, D]`. Page p of sequence b is
+    other; the rows of what comes out, `[B * S, heads * D]`, are those of all sequences one after
+    the other. `key_pool`, `value_pool`: `[pages, kv_heads, page_size, D]`. Page p of sequence b is
     `block_table[b, p]`. Of the S rows of sequence b, the first `query_lengths[b]` are tokens; what
     comes out for the others is arbitrary.
     """
@@ -112,7 +113,8 @@ def PlainPagedAttention(  # noqa: N802
     )
     key_pool_out = WritePages(key_pool, key, past_lengths, query_lengths, block_table)
     value_pool_out = WritePages(value_pool, value, past_lengths, query_lengths, block_table)
-    return out, key_pool_out, value_pool_out
+    width = op.Concat(op.Constant(value_ints=[-1]), op.Shape(query, start=2), axis=0)
+    return op.Reshape(out, width), key_pool_out, value_pool_out
 
 
 @script(_domain, default_opset=op)

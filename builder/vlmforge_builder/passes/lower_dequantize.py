@@ -68,22 +68,21 @@ def _reshape(value: ir.Value, dtype: ir.DataType, shape: tuple[int, ...]) -> Non
 
 def _lower_rows(graph: ir.Graph, node: ir.Node, gather: ir.Node) -> None:
     """`Gather(DequantizeLinear(table))` to the same of the rows that are gathered."""
-    rows = gather.outputs[0]
-    assert rows.shape is not None
-    gathered = [ir.node("Gather", [value, gather.inputs[1]]) for value in _weights(node)]
-    for made, value in zip(gathered, _weights(node), strict=True):
-        made.name = made.outputs[0].name = f"{value.name}_{gather.name}"
-    lowered = ir.node(
-        "DequantizeLinear",
-        [made.outputs[0] for made in gathered],
-        attributes={
-            "axis": len(rows.shape) - 1,
-            "block_size": node.attributes["block_size"].as_int(),
-        },
-        name=f"{gather.name}_dequantize",
-    )
+    weight, scales = _weights(node)
+    size, indices = node.attributes["block_size"].as_int(), gather.inputs[1]
+    if weight.dtype == ir.DataType.INT4:  # which Gather does not take
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": size}
+        inputs = [weight, indices, scales]
+        made = [ir.node("GatherBlockQuantized", inputs, domain=DOMAIN, attributes=attributes)]
+    else:
+        made = [ir.node("Gather", [value, indices]) for value in (weight, scales)]
+        rows, rank = [node.outputs[0] for node in made], len(gather.outputs[0].shape or ())
+        attributes = {"axis": rank - 1, "block_size": size}
+        made.append(ir.node("DequantizeLinear", rows, attributes=attributes))
+    for index, lowered in enumerate(made):
+        lowered.name = lowered.outputs[0].name = f"{gather.name}_dequantized_{index}"
     ir.convenience.replace_nodes_and_values(
-        graph, gather, [gather], [*gathered, lowered], gather.outputs, lowered.outputs
+        graph, gather, [gather], made, gather.outputs, made[-1].outputs
     )
 
 

@@ -2,7 +2,8 @@
 
 The plugin is found by the node's domain and op type. What a node says beyond the neutral op is its
 pages: which ones a sequence has, and how many of a row's tokens are there; and it takes query, key
-and value as one product makes them, for splitting them would copy them. The first also carries
+and value as one product makes them and gives rows as the next one takes them, since splitting and
+reshaping would copy. The first also carries
 the compiled kernels into the plan, for all.
 """
 
@@ -28,6 +29,7 @@ def paged_attention(model: ir.Model, *, page_size: int) -> bool:
     graph, found = model.graph, attention_nodes(model.graph)
     if not found:
         return False
+    shape = _rows_shape(graph, found[0])
     batch = found[0].past_lengths.shape
     assert batch is not None
     lengths = _input(graph, QUERY_LENGTHS, [batch[0]])
@@ -36,7 +38,9 @@ def paged_attention(model: ir.Model, *, page_size: int) -> bool:
     past, past.name = cast.outputs[0], "past_lengths_int32"
     graph.insert_before(found[0].node, cast)
     for index, attention in enumerate(found):
-        _lower(graph, attention, (past, lengths, table), page_size, holds_kernels=index == 0)
+        first = index == 0
+        out = _lower(graph, attention, (past, lengths, table), page_size, holds_kernels=first)
+        _restore_rows(graph, out, shape)
     return True
 
 
@@ -53,7 +57,7 @@ def _lower(
     page_size: int,
     *,
     holds_kernels: bool,
-) -> None:
+) -> ir.Value:
     node = attention.node
     pool: list[int | str] = ["pages", attention.kv_heads, page_size, attention.head_dim]
     for cache in (attention.past_key, attention.past_value, *node.outputs[1:]):
@@ -76,6 +80,38 @@ def _lower(
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], [lowered], node.outputs, lowered.outputs
     )
+    return lowered.outputs[0]
+
+
+def _rows_shape(graph: ir.Graph, first: Attention) -> ir.Value:
+    """`[B, S, -1]` of a step."""
+    rows = ir.node("Shape", [packed(first.node) or first.query], attributes={"start": 0, "end": 2})
+    last = ir.node("Constant", [], attributes={"value_ints": [-1]})
+    made = ir.node("Concat", [rows.outputs[0], last.outputs[0]], attributes={"axis": 0})
+    for node, name in ((rows, "rows"), (last, "rows_last"), (made, "rows_shape")):
+        node.name = node.outputs[0].name = name
+    graph.insert_before(first.node, [rows, last, made])
+    return made.outputs[0]
+
+
+def _restore_rows(graph: ir.Graph, out: ir.Value, shape: ir.Value) -> None:
+    """Give the op's flat rows their sequences back, after the product that takes them.
+
+    Before it, the compiler would copy them.
+    """
+    products = [node for node, index in out.uses() if (node.op_type, index) == ("MatMul", 0)]
+    sinks = len(products) == len(out.uses()) == 1 and not out.is_graph_output()
+    flat = products[0].outputs[0] if sinks else out
+    producer, name = flat.producer(), flat.name
+    assert producer is not None
+    whole = ir.node("Reshape", [flat, shape], name=f"{name}_rows")
+    made = whole.outputs[0]
+    made.type, made.shape = flat.type, flat.shape
+    flat.replace_all_uses_with(made, replace_graph_outputs=True)
+    whole.replace_input_with(0, flat)
+    flat.name, made.name = f"{name}_flat", name
+    flat.shape = out.shape = None
+    graph.insert_after(producer, whole)
 
 
 def _concatenated(graph: ir.Graph, node: ir.Node) -> ir.Value:

@@ -33,7 +33,8 @@ VERSION = "1"
 OPS: Mapping[str, bool] = {"PagedAttention": True, "PlainPagedAttention": False}
 """Op type, and whether it rotates query and key by tables that it is given.
 
-The input QKV holds query, key and value of a token one after the other, as one product makes them.
+The input QKV holds query, key and value of a token one after the other, as one product makes them;
+the rows of OUT are those of all sequences one after the other, as the next product takes them.
 """
 
 QKV, KEY_POOL, VALUE_POOL, PAST, QUERY_LENGTHS, TABLE, COS, SIN = range(8)
@@ -164,7 +165,8 @@ class _Plugin:
         heads, head_size = builder.constant(self._attributes.heads), inputs[KEY_POOL][3]
         width = builder.operation(self._trt.DimensionOperation.PROD, heads, head_size)
         exprs = self._trt.DimsExprs
-        return [exprs([batch, rows, width]), exprs(inputs[KEY_POOL]), exprs(inputs[VALUE_POOL])]
+        flat = builder.operation(self._trt.DimensionOperation.PROD, batch, rows)
+        return [exprs([flat, width]), exprs(inputs[KEY_POOL]), exprs(inputs[VALUE_POOL])]
 
     def get_aliased_input(self, output: int) -> int:
         return _ALIASES.get(output, -1)
