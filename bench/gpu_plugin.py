@@ -20,6 +20,7 @@ import torch
 from vlmforge_plugins.cached_attention.compile import Nvrtc, compile_set
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.kernel_store import KernelStore
+from vlmforge_plugins.cached_attention.launcher import Scales
 from vlmforge_plugins.cached_attention.plugin import Attributes, _Plugin
 
 TYPES = {
@@ -95,7 +96,7 @@ def check(dtype: torch.dtype, head_size: int, past: list[int], rows: int) -> flo
     binaries = {config: compile_set(config, Nvrtc(), Path("out/kernels"))}
     inputs = draw(dtype, head_size, past, rows)
     expected = reference(inputs, past, head_size)
-    attributes = Attributes(HEADS, KV_HEADS, head_size**-0.5, holds_kernels=True)
+    attributes = Attributes(HEADS, KV_HEADS, Scales(head_size**-0.5), holds_kernels=True)
     plugin: Any = _Plugin(TRT, "PagedAttention", attributes, KernelStore(binaries))
     described = [describe(tensor) for tensor in inputs]
     ranges = [SimpleNamespace(desc=d, max=d.dims) for d in described]

@@ -78,7 +78,7 @@ PARTS = (
         layers=None,
         aliases={},
     ),
-    Part("decoder", "decoder.rank0.onnx", ("decoder.rank0.data",), (), (), 200, (), None, {}),
+    Part("decoder", "decoder.rank0.onnx", ("decoder.rank0.data",), (), (), 200, 200, (), None, {}),
 )
 
 MANIFEST = Manifest(

@@ -60,6 +60,7 @@ class BuildOptions:
     vision_tower: str | None = None
     chat_template: str | None = None
     image_policy: str | None = None
+    kv_dtype: str | None = None
     attention: str | None = None
     compute_capability: str | None = None
     force: bool = False
@@ -67,7 +68,7 @@ class BuildOptions:
     def recorded(self) -> dict[str, str]:
         """The options that shape the engine, as text."""
         names = ("target", "dtype", "weights", "session_len", "max_batch_size", "vision_tower")
-        policies = ("chat_template", "image_policy", "attention", "compute_capability")
+        policies = ("chat_template", "image_policy", "kv_dtype", "attention", "compute_capability")
         return {name: str(getattr(self, name)) for name in (*names, *policies)}
 
     def settings(self, session_len: int) -> Settings:
@@ -77,6 +78,7 @@ class BuildOptions:
             weights=self.weights,
             session_len=session_len,
             max_batch_size=self.max_batch_size,
+            kv_dtype=self.kv_dtype,
             attention=self.attention,
             compute_capability=self.compute_capability,
         )

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TextIO
 
 from vlmforge.errors import ConfigError, VlmforgeError
-from vlmforge_builder.dtypes import BITS, DTYPE_NAMES
+from vlmforge_builder.dtypes import BITS, DTYPE_NAMES, KV_DTYPES
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.recognise import refuse_unknown
 from vlmforge_builder.targets import TARGETS
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--vision-tower", metavar="PATH_OR_ID", help="where the vision tower is, if not inside")
     add("--chat-template", metavar="NAME_OR_JSON", help="a name, JSON text or a .json file")
     add("--image-policy", metavar="NAME", help="another official preprocessing of the model")
+    add("--kv-dtype", choices=KV_DTYPES, help="key/value cache of a GPU engine; default: --dtype")
     add("--attention", metavar="KIND", help="of a GPU engine: plugin (default) or native")
     add("--compute-capability", metavar="X.Y", help="compile for this GPU; default: the target's")
     add("--force", action="store_true", help="replace an engine that is there")

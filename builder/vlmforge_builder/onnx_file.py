@@ -48,5 +48,5 @@ def _spec(value: ir.Value) -> TensorSpec:
     assert value.dtype is not None
     shape = value.shape if value.shape is not None else ()
     dims = tuple(d if isinstance(d, int) else str(d) for d in shape)
-    names = {ir.DataType.FLOAT: "float32"}
+    names = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn"}
     return TensorSpec(value.name or "", names.get(value.dtype, value.dtype.name.lower()), dims)

@@ -207,7 +207,7 @@ class KVLayout:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one sequence takes, all layers, keys and values."""
-        itemsize = {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
+        itemsize = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}[self.dtype]
         return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
 
 

@@ -15,7 +15,7 @@ import pytest
 from vlmforge_plugins.cached_attention.compile import Binary
 from vlmforge_plugins.cached_attention.config import TARGETS, Config, sizes, targets
 from vlmforge_plugins.cached_attention.kernel_store import KernelStore, Loaded, choose_target
-from vlmforge_plugins.cached_attention.launcher import Params
+from vlmforge_plugins.cached_attention.launcher import Params, Scales
 from vlmforge_plugins.cached_attention.plan import Launch, Machine, plan
 from vlmforge_plugins.cached_attention.plugin import (
     OPS,
@@ -35,12 +35,13 @@ TRT = SimpleNamespace(
 )
 HALF = Config(64, "float16", "float16")
 BINARIES = tuple(Binary(target, target.name.encode(), "") for target in targets(HALF))
+SCALES = Scales(0.125, 0.5, 2.0)
 H200 = Machine(132, 227 << 10)
 
 
 def made(op: str = "PagedAttention", *, holds_kernels: bool = True) -> Any:
     store = KernelStore({HALF: BINARIES})
-    return _Plugin(TRT, op, Attributes(8, 2, 0.125, holds_kernels), store)
+    return _Plugin(TRT, op, Attributes(8, 2, SCALES, holds_kernels), store)
 
 
 def described(op: str, batch: int = 3, rows: int = 5, pages: int = 4) -> list[Any]:
@@ -103,7 +104,8 @@ def serialized(plugin: Any) -> dict[str, Any]:
 def test_the_first_node_carries_the_kernels_of_all() -> None:
     fields = serialized(made())
     assert (fields["num_heads"][0], fields["kv_num_heads"][0]) == (8, 2)
-    assert fields["scale"].tolist() == [0.125]
+    scales = [fields[name].tolist() for name in ("scale", "key_scale", "value_scale")]
+    assert scales == [[0.125], [0.5], [2.0]]
     carried = {n.removeprefix("binary."): d for n, d in fields.items() if n.startswith("binary.")}
     assert {n: d.tobytes() for n, d in carried.items()} == {
         target.name: target.name.encode() for target in targets(HALF)
@@ -144,7 +146,7 @@ def test_a_loaded_plan_shares_the_kernels_of_its_first_node() -> None:
     assert first._store is second._store
     names = {target.name: target.name.encode() for target in targets(HALF)}
     assert second._store.binaries(second._key) == names
-    assert second._attributes == Attributes(8, 2, 0.125, holds_kernels=False)
+    assert second._attributes == Attributes(8, 2, SCALES, holds_kernels=False)
 
 
 def test_kernels_are_told_apart_by_their_contents() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from vlmforge.errors import BuildError
 from vlmforge_builder.ops import DOMAIN
 from vlmforge_builder.passes.attention_nodes import packed
 
 TARGET_DOMAIN = "com.microsoft"
+_HEAD_STEP = 16  # GroupQueryAttention checks it when it runs
 _OPS = ("CachedAttention", "PlainCachedAttention")
 
 
@@ -18,16 +20,34 @@ def lower_cached_attention(model: ir.Model) -> bool:
     GroupQueryAttention wants `seqlens_k = total length - 1` per sequence and the largest total
     length; both follow from `past_lengths` and are computed once for all layers. Projections that
     come from one `Split` are passed packed, which saves the copies.
+
+    Raises:
+        BuildError: heads of a size that it cannot rotate.
     """
     nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type in _OPS]
     if not nodes:
         return False
+    for node in nodes:
+        _check_heads(node)
     lengths = _lengths(nodes[0])
     for node in nodes:
         _lower(model.graph, node, *lengths)
     model.opset_imports.pop(DOMAIN, None)
     model.opset_imports[TARGET_DOMAIN] = 1
     return True
+
+
+def _check_heads(node: ir.Node) -> None:
+    _, _, _, past_key, _, *rotary, _ = node.inputs
+    shape = past_key.shape if past_key is not None else None
+    size = shape[3] if shape is not None else 0
+    if rotary and isinstance(size, int) and size % _HEAD_STEP:
+        raise BuildError(
+            "ONNX Runtime's attention cannot rotate heads of this size.",
+            found=f"head size {size}",
+            expected=f"a multiple of {_HEAD_STEP}",
+            fix="build for a GPU: --target tensorrt_rtx --attention native",
+        )
 
 
 def _lengths(first: ir.Node) -> tuple[ir.Value, ir.Value]:

@@ -16,15 +16,16 @@ import onnx_ir as ir
 from vlmforge_builder.ops import DOMAIN
 from vlmforge_builder.passes.attention_nodes import Attention, attention_nodes, packed
 
+_SCALE = 1.0  # what one unit of an fp8 cache is worth: E4M3 reaches to 448
 QUERY_LENGTHS, BLOCK_TABLE = "query_lengths", "block_table"
 
 
-def paged_attention(model: ir.Model, *, page_size: int) -> bool:
+def paged_attention(model: ir.Model, *, page_size: int, stored: ir.DataType | None = None) -> bool:
     """Replace every cached attention op; returns whether there was one.
 
     The caches become pools `[pages, kv_heads, page_size, D]` and keep the names of their inputs and
-    outputs. Two int32 inputs are added: `query_lengths` `[batch]` and `block_table`
-    `[batch, sequence_pages]`.
+    outputs; they are of the type `stored`, if it is given. Two int32 inputs are added:
+    `query_lengths` `[batch]` and `block_table` `[batch, sequence_pages]`.
     """
     graph, found = model.graph, attention_nodes(model.graph)
     if not found:
@@ -41,6 +42,8 @@ def paged_attention(model: ir.Model, *, page_size: int) -> bool:
         first = index == 0
         out = _lower(graph, attention, (past, lengths, table), page_size, holds_kernels=first)
         _restore_rows(graph, out, shape)
+        if stored is not None:
+            _store(attention, out, stored)
     return True
 
 
@@ -72,6 +75,8 @@ def _lower(
             "num_heads": attention.heads,
             "kv_num_heads": attention.kv_heads,
             "scale": attention.scale,
+            "key_scale": _SCALE,
+            "value_scale": _SCALE,
             "holds_kernels": int(holds_kernels),
         },
         num_outputs=3,
@@ -121,3 +126,11 @@ def _concatenated(graph: ir.Graph, node: ir.Node) -> ir.Value:
     made.name, made.type = concat.name, node.inputs[0].type if node.inputs[0] is not None else None
     graph.insert_before(node, concat)
     return made
+
+
+def _store(attention: Attention, out: ir.Value, stored: ir.DataType) -> None:
+    """Give the pools their type."""
+    node = out.producer()
+    assert node is not None
+    for pool in (attention.past_key, attention.past_value, *node.outputs[1:]):
+        pool.type = ir.TensorType(stored)

@@ -46,6 +46,7 @@ class OnnxRuntimeTarget:
     def check(self, settings: Settings) -> None:
         """See `Target.check`."""
         for option, value in (
+            ("kv-dtype", settings.kv_dtype),
             ("attention", settings.attention),
             ("compute-capability", settings.compute_capability),
         ):

@@ -18,6 +18,7 @@ from vlmforge.env import cache_dir
 from vlmforge.errors import ConfigError
 from vlmforge.manifest import DimRange, KVLayout, Part, Profile
 from vlmforge_builder.block_quantisation import InBlocks
+from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced
 from vlmforge_builder.onnx_file import refer, tensor_specs
 from vlmforge_builder.passes.assign_precision import assign_precision
@@ -44,6 +45,8 @@ PAGE_SIZE = 64
 # Tokens of a prompt that are run at once, as the scheduler does.
 CHUNK = 512
 VIEWS = 4
+# Of GPUs with tensor cores for our types, and of those that convert fp8.
+LEAST_CAPABILITY, FP8_CAPABILITY = 8.0, 8.9
 _STEMS = {"vision": "vision", "decoder": "decoder.rank0"}
 _FLOAT32_INPUTS, _FLOAT32_OUTPUTS = {"pixel_values": "float32"}, {"logits": "float32"}
 
@@ -77,6 +80,7 @@ class TensorRTTarget:
                 fix="--attention plugin",
             )
         capability_name(self.flavour, settings.compute_capability)
+        _check_kernels(settings)
         check_installed(self.flavour)
 
     def compute_dtype(self, settings: Settings) -> str:
@@ -86,7 +90,7 @@ class TensorRTTarget:
     def kv_layout(self, kv: KVLayout, settings: Settings) -> KVLayout:
         """See `Target.kv_layout`."""
         page_size = None if settings.attention == "native" else PAGE_SIZE
-        return dataclasses.replace(kv, dtype=settings.dtype, page_size=page_size)
+        return dataclasses.replace(kv, dtype=_stored(settings), page_size=page_size)
 
     def compile(self, traced: Traced, job: CompileJob) -> Part:
         """Write the part's plan and its layer report.
@@ -185,7 +189,7 @@ def _lower(model: ir.Model, settings: Settings) -> KernelSet | None:
     if settings.attention == "native":
         native_attention(model, capacity=settings.session_len)
         return None
-    kernels = KernelSet(found[0].head_dim, settings.dtype, settings.dtype)
+    kernels = KernelSet(found[0].head_dim, settings.dtype, _stored(settings))
     config = Config(kernels.head_size, kernels.activation, kernels.stored)  # type: ignore[arg-type]
     try:
         config.check()
@@ -193,8 +197,43 @@ def _lower(model: ir.Model, settings: Settings) -> KernelSet | None:
         raise ConfigError(
             error.summary, found=error.found, expected=error.expected, fix=error.fix
         ) from error
-    paged_attention(model, page_size=PAGE_SIZE)
+    stored = ir.DataType.FLOAT8E4M3FN if settings.kv_dtype else None
+    paged_attention(model, page_size=PAGE_SIZE, stored=stored)
     return kernels
+
+
+def _stored(settings: Settings) -> str:
+    """The dtype of the cache."""
+    return settings.dtype if settings.kv_dtype is None else KV_DTYPES[settings.kv_dtype]
+
+
+def _check_kernels(settings: Settings) -> None:
+    """Refuse what the plugin has no kernels for (ConfigError)."""
+    if settings.kv_dtype not in (None, *KV_DTYPES):
+        raise ConfigError(
+            "The cache cannot be stored in this dtype.",
+            found=f"--kv-dtype {settings.kv_dtype}",
+            expected=", ".join(KV_DTYPES) + "; or none, for --dtype",
+            fix="--kv-dtype fp8",
+        )
+    if settings.attention == "native":
+        if settings.kv_dtype is not None:
+            raise ConfigError(
+                "The library's own attention has no cache of this dtype.",
+                found=f"--attention native --kv-dtype {settings.kv_dtype}",
+                expected="--attention plugin",
+                fix="leave --attention or --kv-dtype out",
+            )
+        return
+    least = FP8_CAPABILITY if settings.kv_dtype else LEAST_CAPABILITY
+    wanted = settings.compute_capability
+    if wanted is not None and float(wanted) < least:
+        raise ConfigError(
+            "The attention kernels do not run on this GPU.",
+            found=f"--compute-capability {wanted} with a cache in {_stored(settings)}",
+            expected=f"compute capability {least} or higher",
+            fix="leave --kv-dtype out" if settings.kv_dtype else "--attention native",
+        )
 
 
 def _profiles(part: str, settings: Settings) -> tuple[Profile, ...]:

@@ -41,6 +41,7 @@ QKV, KEY_POOL, VALUE_POOL, PAST, QUERY_LENGTHS, TABLE, COS, SIN = range(8)
 OUT, KEY_POOL_OUT, VALUE_POOL_OUT = range(3)
 _ALIASES = {KEY_POOL_OUT: KEY_POOL, VALUE_POOL_OUT: VALUE_POOL}
 _NUMBERS = ("num_heads", "kv_num_heads", "holds_kernels")
+_SCALES = ("scale", "key_scale", "value_scale")
 _ITEM_BYTES = 2  # of both 16-bit types
 _BINARY_FIELD, _KEY_FIELD = "binary.", "kernels"
 # Every machine that plans are made for has at most as many; more only ask for less workspace.
@@ -53,7 +54,7 @@ class Attributes:
 
     heads: int
     kv_heads: int
-    scale: float
+    scales: Scales
     holds_kernels: bool
 
 
@@ -82,7 +83,7 @@ def _creator(trt: Any, op: str, store: KernelStore) -> object:
         def __init__(self) -> None:
             super().__init__()
             self.name, self.plugin_namespace, self.plugin_version = op, NAMESPACE, VERSION
-            kinds = dict.fromkeys(_NUMBERS, "INT32") | {"scale": "FLOAT32"}
+            kinds = dict.fromkeys(_NUMBERS, "INT32") | dict.fromkeys(_SCALES, "FLOAT32")
             # The library keeps their addresses.
             self._empty = np.array([], np.int32)
             self._fields = [
@@ -95,8 +96,8 @@ def _creator(trt: Any, op: str, store: KernelStore) -> object:
             del name, phase
             given = {field.name: np.asarray(field.data) for field in fields}
             heads, kv_heads, holds_kernels = (int(given[name].item()) for name in _NUMBERS)
-            scale = float(given["scale"].item())
-            attributes = Attributes(heads, kv_heads, scale, bool(holds_kernels))
+            scales = Scales(*(float(given[name].item()) for name in _SCALES))
+            attributes = Attributes(heads, kv_heads, scales, bool(holds_kernels))
             binaries = {
                 key.removeprefix(_BINARY_FIELD): data.tobytes()
                 for key, data in given.items()
@@ -215,6 +216,7 @@ class _Plugin:
 
     def get_fields_to_serialize(self) -> object:
         attributes, kind = self._attributes, self._trt.PluginFieldType
+        scales = (attributes.scales.score, attributes.scales.key, attributes.scales.value)
         numbers = (attributes.heads, attributes.kv_heads, int(attributes.holds_kernels))
         held = self._store.binaries(self._key) if attributes.holds_kernels else {}
         values = [
@@ -222,7 +224,10 @@ class _Plugin:
                 (name, np.array([n], np.int32), kind.INT32)
                 for name, n in zip(_NUMBERS, numbers, strict=True)
             ),
-            ("scale", np.array([attributes.scale], np.float32), kind.FLOAT32),
+            *(
+                (name, np.array([scale], np.float32), kind.FLOAT32)
+                for name, scale in zip(_SCALES, scales, strict=True)
+            ),
             (_KEY_FIELD, np.frombuffer(self._key.encode(), np.int8), kind.INT8),
             *(
                 (_BINARY_FIELD + target, np.frombuffer(code, np.int8), kind.INT8)
@@ -286,8 +291,7 @@ class _Plugin:
             block_table=inputs[TABLE],
             workspace=workspace,
         )
-        scales = Scales(score=self._attributes.scale)
-        run(self._planned, tensors, scales, self._loaded.kernels, stream)
+        run(self._planned, tensors, self._attributes.scales, self._loaded.kernels, stream)
 
 
 def _allowed(trt: Any, position: int, described: Sequence[Any], rotary: bool) -> tuple[object, ...]:
