@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from vlmforge_plugins.cached_attention.config import (
     COMBINE_THREADS,
-    DECODE_WARPS,
     PAGE_SIZES,
     WRITE_THREADS,
     Sizes,
@@ -182,7 +181,7 @@ def choose_splits(shape: Shape, sizes: Sizes, machine: Machine) -> int:
 def decode_slots(sizes: Sizes, machine: Machine) -> int:
     """Blocks of decode that the machine runs at once."""
     by_shared = machine.shared_bytes // (sizes.decode_bytes + 1024)
-    by_registers = 65536 // (32 * DECODE_WARPS * sizes.decode_registers)
+    by_registers = 65536 // (32 * sizes.decode_warps * sizes.decode_registers)
     return machine.multiprocessors * max(1, min(by_shared, by_registers))
 
 
@@ -254,7 +253,7 @@ def _write(shape: Shape, head_size: int) -> Launch:
 
 def _decode(shape: Shape, sizes: Sizes, splits: int) -> tuple[Launch, ...]:
     grid = (splits, shape.kv_heads * head_tiles(shape), shape.batch)
-    attend = Launch("vf_decode", grid, 32 * DECODE_WARPS, sizes.decode_bytes)
+    attend = Launch("vf_decode", grid, 32 * sizes.decode_warps, sizes.decode_bytes)
     if splits == 1 or sizes.fused:
         return (attend,)
     heads = -(-shape.heads // (COMBINE_THREADS // 32))

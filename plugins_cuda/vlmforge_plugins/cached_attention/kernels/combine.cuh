@@ -6,6 +6,26 @@
 namespace vf {
 
 constexpr int kCombineThreads = 128;
+constexpr int kMaxSplits = 64;  // MAX_SPLITS of plan.py
+
+// Shares of the splits in the outputs of up to 16 heads; their sums come by one trip to the L2 cache.
+template <int THREADS>
+VF_DEVICE void weigh_splits(const float* lse, int splits, int rows, int count, float* weights) {
+  constexpr int kLanes = THREADS / 16;  // threads a head
+  const int row = thread_index() / kLanes, lane = thread_index() % kLanes;
+  float top = minus_infinity(), sum = 0.f;
+  float* mine = weights + row * kMaxSplits;
+  for (int i = lane; i < count; i += kLanes) {
+    mine[i] = row < rows ? load_l2(lse + row * splits + i) : 0.f;
+    top = max_of(top, mine[i]);
+  }
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) top = max_of(top, shuffle_xor(top, mask));
+  for (int i = lane; i < count; i += kLanes) sum += mine[i] = exp2_approx(mine[i] - top);
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  for (int i = lane; i < count; i += kLanes) mine[i] = mine[i] / sum;
+}
 
 // One head of one row, by one warp. Its `count` partial results may just have been written by other
 // multiprocessors: they are read from the L2 cache.
@@ -41,6 +61,61 @@ VF_DEVICE void combine_head(const Params& p, int b, int head, int count, int lan
     *reinterpret_cast<u32*>(out + d) = pack2<Act>(x[j] / sum, y[j] / sum);
   }
 }
+
+// Up to 16 neighbouring heads of one row, by a whole block. A warp takes a head at a time; if there
+// are fewer heads than warps, several take parts of its splits.
+template <class Act, int D, int THREADS>
+struct CombineTile {
+  static constexpr int kWarps = THREADS / 32;
+  static constexpr int kBytes = (16 * kMaxSplits + kWarps * D) * 4;  // of shared memory
+
+  VF_DEVICE static void run(const Params& p, int b, int first_head, int rows, int count,
+                            float* shared) {
+    const int warp = thread_index() / 32, lane = thread_index() % 32;
+    const i64 first = (static_cast<i64>(b) * p.heads + first_head) * p.splits;
+    weigh_splits<THREADS>(p.partial_lse + first, p.splits, rows, count, shared);
+    sync_threads();
+    const int parts = rows < kWarps ? kWarps / rows : 1;
+    float* sums = shared + 16 * kMaxSplits;  // [kWarps][D]
+    for (int job = warp; job < rows * parts; job += kWarps) {
+      const int row = job / parts, part = job % parts;
+      const float* from = p.partial_out + (first + row * p.splits) * D + 4 * lane;
+      f32x4 sum{0.f, 0.f, 0.f, 0.f};
+      if (4 * lane < D) add(sum, from, shared + row * kMaxSplits, part, parts, count);
+      if (parts > 1 && 4 * lane < D) *reinterpret_cast<f32x4*>(sums + warp * D + 4 * lane) = sum;
+      if (parts == 1) store(p, b, first_head + row, lane, sum);
+    }
+    if (parts == 1) return;
+    sync_threads();
+    if (warp >= rows || 4 * lane >= D) return;
+    f32x4 sum = *reinterpret_cast<const f32x4*>(sums + warp * parts * D + 4 * lane);
+    for (int part = 1; part < parts; ++part) {
+      const float* more = sums + (warp * parts + part) * D + 4 * lane;
+      sum = {sum.x + more[0], sum.y + more[1], sum.z + more[2], sum.w + more[3]};
+    }
+    store(p, b, first_head + warp, lane, sum);
+  }
+
+  VF_DEVICE static void add(f32x4& sum, const float* from, const float* weights, int part,
+                            int parts, int count) {
+#pragma unroll 8
+    for (int i = part; i < count; i += parts) {
+      const f32x4 x = load_l2_quad(from + static_cast<i64>(i) * D);
+      const float weight = weights[i];
+      sum.x += weight * x.x;
+      sum.y += weight * x.y;
+      sum.z += weight * x.z;
+      sum.w += weight * x.w;
+    }
+  }
+
+  VF_DEVICE static void store(const Params& p, int b, int head, int lane, const f32x4& sum) {
+    if (4 * lane >= D) return;
+    Act* to = static_cast<Act*>(p.out) + b * p.out_batch + static_cast<i64>(head) * D + 4 * lane;
+    const u32x2 packed{pack2<Act>(sum.x, sum.y), pack2<Act>(sum.z, sum.w)};
+    *reinterpret_cast<u32x2*>(to) = packed;
+  }
+};
 
 // The kernel. Grid: (heads / 4, 1, batch); one warp per head.
 template <class Act, int D>
