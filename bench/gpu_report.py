@@ -102,6 +102,39 @@ def verdicts(result: Row) -> Iterator[str]:
         yield f"- Prefill, 8192 tokens and more, D 128: {low:.0%} to {high:.0%} of the matmul rate."
 
 
+def targets(result: Row) -> Iterator[str]:
+    """What was aimed at, and whether it was reached."""
+    busy = [r for r in result["decode"] if r["batch"] >= 16 and r["past"] >= 4095]
+    long = [r for r in result["prefill"] if r["past"] + r["new"] >= 8192 and r["head_size"] == 128]
+    rivals = [r for k in ("decode", "prefill") for r in result[k] if not math.isnan(rival(r)[1])]
+    beaten = [r for r in rivals if rival(r)[1] < 0.98 * r["seconds"]["ours"]]
+    for what, rows, missed in (
+        (
+            "decode at 85 % of the copy rate, batch >= 16, context >= 4096",
+            busy,
+            [r for r in busy if share(result, r) < 0.85],
+        ),
+        (
+            "prefill at 60 % of the matmul rate, 8192 tokens and more, D 128",
+            long,
+            [r for r in long if share(result, r) < 0.6],
+        ),
+        ("not slower than the best of torch's SDPA (by over 2 %)", rivals, beaten),
+    ):
+        verdict = "**met**" if not missed else "**missed**"
+        yield f"- Target {verdict}: {what}: {len(rows) - len(missed)} of {len(rows)} points."
+        if 0 < len(missed) <= 6:
+            yield "  Missed at " + "; ".join(place(result, row) for row in missed) + "."
+
+
+def place(result: Row, row: Row) -> str:
+    """A point in words, with its share of the ceiling."""
+    group = row["heads"] // row["kv_heads"]
+    form = "" if row["stored"] == row["activation"] else f", {row['stored']} cache"
+    size = f"batch {row['batch']}, {row['past'] + row['new']} tokens, GQA {group}{form}"
+    return f"{size}: {share(result, row):.1%}"
+
+
 def document(result: Row) -> str:
     """BENCH.md."""
     limits = result["ceilings"]
@@ -130,6 +163,8 @@ def document(result: Row) -> str:
             if "read_bytes_per_second" in limits
             else ""
         ),
+        "",
+        *targets(result),
         "",
         *verdicts(result),
         "",

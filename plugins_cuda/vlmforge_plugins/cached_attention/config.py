@@ -214,11 +214,14 @@ def sizes(config: Config, target: Target) -> Sizes:
 
     Two tiles of queries halve the reads of shared memory per product, but only small heads leave
     the registers for them. Warpgroup products take 16-bit operands from shared memory as they lie.
+    A block of decode that fills a multiprocessor leaves fewer splits to add up than two would.
     """
+    large = target.capability == 90
     hopper = target.arch == "sm_90a" and not config.fp8
     return Sizes(
         config,
-        2,
+        decode_stages=3 if large else 2,
+        decode_warps=8 if large else 4,
         prefill_tiles=2 if config.head_size <= 64 else 1,
         hopper=hopper,
         buffers=8 if config.head_size <= 64 else 6,

@@ -8,23 +8,30 @@ namespace vf {
 constexpr int kCombineThreads = 128;
 constexpr int kMaxSplits = 64;  // MAX_SPLITS of plan.py
 
-// Shares of the splits in the outputs of up to 16 heads; their sums come by one trip to the L2 cache.
+// Shares of the splits in the outputs of up to 16 heads. Their sums are all asked for before the first
+// is used: one trip to the L2 cache.
 template <int THREADS>
 VF_DEVICE void weigh_splits(const float* lse, int splits, int rows, int count, float* weights) {
   constexpr int kLanes = THREADS / 16;  // threads a head
+  constexpr int kEach = kMaxSplits / kLanes;
   const int row = thread_index() / kLanes, lane = thread_index() % kLanes;
-  float top = minus_infinity(), sum = 0.f;
-  float* mine = weights + row * kMaxSplits;
-  for (int i = lane; i < count; i += kLanes) {
-    mine[i] = row < rows ? load_l2(lse + row * splits + i) : 0.f;
-    top = max_of(top, mine[i]);
+  float mine[kEach], top = minus_infinity(), sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int split = lane + i * kLanes;
+    mine[i] = minus_infinity();
+    if (row < rows && split < count) mine[i] = load_l2(lse + row * splits + split);
   }
 #pragma unroll
+  for (int i = 0; i < kEach; ++i) top = max_of(top, mine[i]);
+#pragma unroll
   for (int mask = kLanes / 2; mask > 0; mask /= 2) top = max_of(top, shuffle_xor(top, mask));
-  for (int i = lane; i < count; i += kLanes) sum += mine[i] = exp2_approx(mine[i] - top);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) sum += mine[i] = row < rows ? exp2_approx(mine[i] - top) : 0.f;
 #pragma unroll
   for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-  for (int i = lane; i < count; i += kLanes) mine[i] = mine[i] / sum;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) weights[row * kMaxSplits + lane + i * kLanes] = mine[i] / sum;
 }
 
 // One head of one row, by one warp. Its `count` partial results may just have been written by other
@@ -98,14 +105,24 @@ struct CombineTile {
 
   VF_DEVICE static void add(f32x4& sum, const float* from, const float* weights, int part,
                             int parts, int count) {
-#pragma unroll 8
-    for (int i = part; i < count; i += parts) {
-      const f32x4 x = load_l2_quad(from + static_cast<i64>(i) * D);
-      const float weight = weights[i];
-      sum.x += weight * x.x;
-      sum.y += weight * x.y;
-      sum.z += weight * x.z;
-      sum.w += weight * x.w;
+    constexpr int kBatch = 8;  // loads on their way at the same time
+    for (int first = part; first < count; first += kBatch * parts) {
+      f32x4 x[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int split = first + i * parts;
+        x[i] = f32x4{0.f, 0.f, 0.f, 0.f};
+        if (split < count) x[i] = load_l2_quad(from + static_cast<i64>(split) * D);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int split = first + i * parts;
+        const float weight = split < count ? weights[split] : 0.f;
+        sum.x += weight * x[i].x;
+        sum.y += weight * x[i].y;
+        sum.z += weight * x[i].z;
+        sum.w += weight * x[i].w;
+      }
     }
   }
 

@@ -39,6 +39,9 @@ struct Decode {
 
   VF_DEVICE static void run(const Params& p) {
     const int b = block_z();
+    if (thread_index() * 32 < p.max_pages) {  // the table comes while the lengths do
+      prefetch_l2(p.block_table + static_cast<i64>(b) * p.max_pages + thread_index() * 32);
+    }
     const int total = p.past_lengths[b] + 1;  // both lengths are on their way at the same time
     if (query_length(p, b) <= 0) return;
     const Splits splits(total, p.splits);

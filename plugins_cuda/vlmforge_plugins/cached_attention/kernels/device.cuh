@@ -137,6 +137,9 @@ VF_DEVICE f32x4 load_l2_quad(const float* from) {
                : "=f"(quad.x), "=f"(quad.y), "=f"(quad.z), "=f"(quad.w) : "l"(from) : "memory");
   return quad;
 }
+VF_DEVICE void prefetch_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
 // Orders this thread's accesses to device memory for all multiprocessors.
 VF_DEVICE void fence_device() { __threadfence(); }
 VF_DEVICE int atomic_add(int* at, int value) { return atomicAdd(at, value); }

@@ -116,7 +116,8 @@ struct HopperPrefill {
   VF_DEVICE void copy(const void* pool, int place, int first, char* to) const {
     constexpr int kLanes = D <= 64 ? 8 : 16;  // threads that share a row, 16 bytes each
     constexpr int kStep = 128 / kLanes;       // rows that the warpgroup copies at once
-    constexpr int kUnrolled = D % 64 == 0 ? kStrips : 2;  // 24 registers, and a wider address
+    // There are 24 registers, and rows that are no power of two long take more of them.
+    [[maybe_unused]] constexpr int kUnrolled = D % 64 == 0 ? kStrips : 2;
     const int unit = thread_index() % kLanes, row = thread_index() % 128 / kLanes;
     const int missing = past + length - first - row;
     const char* from = static_cast<const char*>(pool) + (row * D + unit * 8) * 2;
