@@ -89,7 +89,7 @@ class Config:
                 "The attention kernels do not cover this activation type.",
                 found=f"activations in {self.activation}",
                 expected="float16 or bfloat16",
-                fix="build with --precision float16",
+                fix="build with --dtype float16",
             )
         if self.stored not in (self.activation, "float8_e4m3fn"):
             raise UnsupportedError(
