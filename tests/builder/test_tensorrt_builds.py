@@ -20,8 +20,13 @@ from vlmforge_plugins.cached_attention.compile import Nvrtc, compile_set
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
 
-# One checkpoint of each recipe, and the head sizes of their decoders.
-CHECKPOINTS = {"llava_1_5_hf": 32, "qwen_vl_chat": 64, "yi_vl": 32}
+# A checkpoint of each family and version, and the head sizes of their decoders.
+CHECKPOINTS = {
+    "llava_1_5_hf": 32,
+    "llava_next_mistral_hf": 32,
+    "qwen_vl_chat": 64,
+    "yi_vl": 32,
+}
 SESSION = 640
 
 

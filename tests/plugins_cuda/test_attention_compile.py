@@ -127,7 +127,7 @@ def test_softmax_overlaps_the_products(nvrtc: Nvrtc, cache: Path, tmp_path: Path
     assert between.count("MUFU.EX2") >= 64
 
 
-@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("head_size", [size for size in HEAD_SIZES if size >= 64])
 def test_the_producer_keeps_to_its_registers(
     head_size: int, nvrtc: Nvrtc, cache: Path, tmp_path: Path
 ) -> None:

@@ -213,11 +213,12 @@ def sizes(config: Config, target: Target) -> Sizes:
     """How `config` is compiled for `target`. Measured on an H200; see BENCH.md.
 
     Two tiles of queries halve the reads of shared memory per product, but only small heads leave
-    the registers for them. Warpgroup products take 16-bit operands from shared memory as they lie.
+    the registers for them. Warpgroup products take 16-bit operands from shared memory as they lie;
+    they are not made for the heads of tiny models.
     A block of decode that fills a multiprocessor leaves fewer splits to add up than two would.
     """
     large = target.capability == 90
-    hopper = target.arch == "sm_90a" and not config.fp8
+    hopper = target.arch == "sm_90a" and not config.fp8 and config.head_size >= 64
     return Sizes(
         config,
         decode_stages=3 if large else 2,
