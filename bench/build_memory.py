@@ -2,6 +2,7 @@
 
 python bench/build_memory.py --size 7b --work out/bench
 python bench/build_memory.py --checkpoint tests/data/*/checkpoint --dtype float32 --work out/bench
+python bench/build_memory.py --size 300m --target tensorrt_rtx --weights plain int8 int4 --work ...
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vlmforge.manifest import load_manifest
 from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
 
 
@@ -26,10 +28,20 @@ def main() -> None:
     arguments.add_argument("--dtype", default="float16")
     arguments.add_argument("--target", default="onnxruntime")
     arguments.add_argument("--attention", help="of a GPU target: plugin or native")
+    arguments.add_argument("--weights", nargs="+", default=["plain"], help="plain, int8 or int4")
     values = arguments.parse_args()
     values.work.mkdir(parents=True, exist_ok=True)
+    options = ["--dtype", values.dtype, "--target", values.target]
+    options += ["--session-len", "2048"] if values.target != "onnxruntime" else []
+    options += ["--attention", values.attention] if values.attention else []
     for checkpoint in values.checkpoint or [random_checkpoint(values.work, values.size)]:
-        build(checkpoint, values.work, values.dtype, values.target, values.attention)
+        first = 0
+        for kind in values.weights:
+            chosen = [] if kind == "plain" else ["--weights", kind]
+            engine = build(checkpoint, values.work, [*options, *chosen])
+            size = decoder_size(engine)
+            first = first or size
+            print(f"{kind}: the decoder takes {size / 1e6:.1f} MB, {size / first:.3f} of the first")
 
 
 def random_checkpoint(work: Path, size: str) -> Path:
@@ -40,15 +52,20 @@ def random_checkpoint(work: Path, size: str) -> Path:
     return folder
 
 
-def build(checkpoint: Path, work: Path, dtype: str, target: str, attention: str | None) -> None:
-    """Build one engine in a process of its own and print what it took."""
+def decoder_size(engine: Path) -> int:
+    """Bytes of the decoder: its graph or plan, and its data."""
+    part = load_manifest(engine).part("decoder")
+    return sum((engine / name).stat().st_size for name in (part.file, *part.data))
+
+
+def build(checkpoint: Path, work: Path, options: list[str]) -> Path:
+    """Build one engine in a process of its own and print what it took; returns the engine."""
     name = checkpoint.parent.name if checkpoint.name == "checkpoint" else checkpoint.stem
-    engine, events = work / f"{name}.{target}.{dtype}.engine", work / "events.jsonl"
+    kinds = [value for value in options if not value.startswith("--")]
+    engine, events = work / ".".join((name, *kinds, "engine")), work / "events.jsonl"
     events.unlink(missing_ok=True)
     program = Path(sys.executable).with_name("build-engine")
-    command = [program, checkpoint, "-o", engine, "--dtype", dtype, "--force", "--target", target]
-    command += ["--session-len", "2048"] if target != "onnxruntime" else []
-    command += ["--attention", attention] if attention else []
+    command = [program, checkpoint, "-o", engine, "--force", *options]
     subprocess.run([*command, "--json-events", events], check=True)
     rows = [json.loads(line) for line in events.read_text("utf-8").splitlines()]
     files = [*checkpoint.rglob("*.safetensors"), *checkpoint.rglob("*.bin")]
@@ -66,6 +83,7 @@ def build(checkpoint: Path, work: Path, dtype: str, target: str, attention: str 
         f"peak RSS with mapped files {last['peak_rss_bytes'] / 2**30:.2f} GiB",
         flush=True,
     )
+    return engine
 
 
 if __name__ == "__main__":

@@ -78,9 +78,13 @@ class Stage:
             part.normal_()
 
     def rounds(self, point: Point) -> list[int]:
-        """Byte offsets of disjoint pools (keys, then values) that a round walks through."""
+        """Byte offsets of disjoint pools (keys, then values) that a round walks through.
+
+        At least 12 where there is room: the start of a graph, some microseconds, is not ours.
+        """
         both = 2 * point.pool_bytes
-        return [i * both for i in range(min(-(-CACHE_BYTES // both), BUFFER_BYTES // both, 24))]
+        wanted = min(max(-(-CACHE_BYTES // both), 12), 24)
+        return [i * both for i in range(min(wanted, BUFFER_BYTES // both))]
 
     def ours(
         self,

@@ -19,6 +19,8 @@ import torch
 
 from vlmforge_plugins.cached_attention.compile import Nvrtc, compile_set
 from vlmforge_plugins.cached_attention.config import Config
+from vlmforge_plugins.cached_attention.kernel_store import KernelStore
+from vlmforge_plugins.cached_attention.launcher import Scales
 from vlmforge_plugins.cached_attention.plugin import Attributes, _Plugin
 
 TYPES = {
@@ -50,20 +52,21 @@ def draw(dtype: torch.dtype, head_size: int, past: list[int], rows: int) -> list
             page = int(table[row, place // PAGE])
             pools[:, page, :, place % PAGE] = torch.randn(2, KV_HEADS, head_size, device="cuda")
     angles = torch.rand(POSITIONS, head_size // 2, device="cuda") * 6.28
-    tokens = [torch.randn(batch, rows, n * head_size, device="cuda") for n in (HEADS, 2, 2)]
+    qkv = torch.randn(batch, rows, (HEADS + 2 * KV_HEADS) * head_size, device="cuda")
     lengths = torch.tensor(past, dtype=torch.int32, device="cuda")
     full = torch.full_like(lengths, rows)
-    stored = [t.to(dtype).contiguous() for t in (*tokens, *pools)]
+    stored = [t.to(dtype).contiguous() for t in (qkv, *pools)]
     return [*stored, lengths, full, table, angles.cos(), angles.sin()]
 
 
 def reference(inputs: list[torch.Tensor], past: list[int], head_size: int) -> torch.Tensor:
     """The same in float64, sequence by sequence."""
-    query, key, value, keys, values, _, _, table, cos, sin = (t.double() for t in inputs)
-    rows = query.shape[1]
+    qkv, keys, values, _, _, table, cos, sin = (t.double() for t in inputs)
+    rows, widths = qkv.shape[1], [n * head_size for n in (HEADS, KV_HEADS, KV_HEADS)]
+    query, key, value = qkv.split(widths, dim=-1)
 
     def turn(x: torch.Tensor, start: int) -> torch.Tensor:
-        x = x.view(rows, -1, head_size)
+        x = x.reshape(rows, -1, head_size)
         c, s = (t[start : start + rows].unsqueeze(1) for t in (cos, sin))
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
@@ -76,7 +79,7 @@ def reference(inputs: list[torch.Tensor], past: list[int], head_size: int) -> to
             for p in (keys, values)
         ]
         k = torch.cat((old[0], turn(key[row], length))).repeat_interleave(HEADS // KV_HEADS, 1)
-        new = value[row].view(rows, -1, head_size)
+        new = value[row].reshape(rows, -1, head_size)
         v = torch.cat((old[1], new)).repeat_interleave(HEADS // KV_HEADS, 1)
         scores = torch.einsum("qhd,khd->hqk", turn(query[row], length), k) * head_size**-0.5
         places = torch.arange(length + rows, device="cuda")
@@ -93,17 +96,17 @@ def check(dtype: torch.dtype, head_size: int, past: list[int], rows: int) -> flo
     binaries = {config: compile_set(config, Nvrtc(), Path("out/kernels"))}
     inputs = draw(dtype, head_size, past, rows)
     expected = reference(inputs, past, head_size)
-    attributes = Attributes(HEADS, KV_HEADS, head_size**-0.5)
-    plugin: Any = _Plugin(TRT, "PagedAttention", attributes, binaries, {})
+    attributes = Attributes(HEADS, KV_HEADS, Scales(head_size**-0.5), holds_kernels=True)
+    plugin: Any = _Plugin(TRT, "PagedAttention", attributes, KernelStore(binaries))
     described = [describe(tensor) for tensor in inputs]
     ranges = [SimpleNamespace(desc=d, max=d.dims) for d in described]
     plugin.configure_plugin(ranges, [])
     scratch = torch.empty(plugin.get_workspace_size(ranges, []), dtype=torch.uint8, device="cuda")
     plugin = plugin.attach_to_context(None)
     plugin.on_shape_change(described, [])
-    out = torch.full_like(inputs[0], torch.nan)
+    out = torch.full_like(inputs[0][..., : HEADS * head_size], torch.nan).contiguous()
     addresses = [t.data_ptr() for t in inputs]
-    outputs = [out.data_ptr(), *addresses[3:5]]
+    outputs = [out.data_ptr(), *addresses[1:3]]
     given = (described, [], addresses, outputs, scratch.data_ptr())
     plugin.enqueue(*given, torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()

@@ -27,7 +27,13 @@ DECODE = (
     Point(4, 511, 1, 32),
     Point(1, 511, 1, 8),
     Point(4, 2047, 1, 8),
+    Point(1, 4095, 1, 4),
+    Point(1, 2047, 1, 8),
     Point(1, 8191, 1, 8),
+    Point(16, 511, 1, 4),
+    Point(16, 8191, 1, 4),
+    Point(4, 4095, 1, 4),
+    Point(16, 2047, 1, 8),
     Point(1, 32767, 1, 8),
     Point(64, 8191, 1, 8, stored="float8_e4m3fn"),
     Point(32, 8191, 1, 8, head_size=64),
@@ -37,7 +43,10 @@ PREFILL = (
     Point(1, 0, 16384, 32),
     Point(1, 0, 2048, 8),
     Point(4, 14336, 512, 8),
-    Point(4, 0, 8192, 8, head_size=64),
+    Point(4, 0, 8192, 4),
+    Point(4, 0, 4096, 8, head_size=64),
+    Point(4, 0, 4096, 8, head_size=80),
+    Point(4, 0, 4096, 8, head_size=104),
 )
 
 
@@ -72,15 +81,17 @@ def decode_variants(point: Point, base: Sizes) -> dict[str, Variant]:
         "base": Variant(base),
         "unfused": Variant(replace(base, fused=False)),
         "ordered": Variant(base, ordered=True),
+        "warps 8": Variant(replace(base, decode_warps=8)),
+        "warps 8, stages 3": Variant(replace(base, decode_warps=8, decode_stages=3)),
         **{f"stages {n}": Variant(replace(base, decode_stages=n)) for n in (3, 4)},
         **{f"blocks {n}": Variant(replace(base, decode_blocks=n)) for n in (3, 4)},
         "L2 256": Variant(replace(base, copy_hint=1)),
-        "evict": Variant(replace(base, copy_hint=2)),
-        "evict 3": Variant(replace(base, copy_hint=2, decode_stages=3)),
     }
-    splits = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+    splits = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
     fit = [n for n in splits if n <= max(1, point.total // 64)]
-    return found | {f"s{n}": Variant(base, with_splits(n, base)) for n in fit}
+    wide = replace(base, decode_warps=8)
+    found |= {f"s{n}": Variant(base, with_splits(n, base)) for n in fit}
+    return found | {f"w8 s{n}": Variant(wide, with_splits(n, wide)) for n in fit}
 
 
 def prefill_variants(base: Sizes) -> dict[str, Variant]:
@@ -91,7 +102,8 @@ def prefill_variants(base: Sizes) -> dict[str, Variant]:
         "no turns": Variant(replace(hopper, turns=False)),
         "one head": Variant(hopper, lambda p: replace(p, heads_together=1)),
         "all heads": Variant(hopper, lambda p: replace(p, heads_together=p.shape.heads)),
-        "evict": Variant(replace(hopper, copy_hint=2)),
+        "L2 256": Variant(replace(hopper, copy_hint=1)),
+        **{f"buffers {n}": Variant(replace(hopper, buffers=n)) for n in (4, 5, 6, 7, 8, 12)},
         "mma": Variant(replace(base, hopper=False)),
     }
 
@@ -103,7 +115,11 @@ def tune(machine: Machine, by: Compiler, target: Target, out: Path) -> None:
         base = sizes(point.config, target)
         found = prefill_variants(base) if point.new > 1 else decode_variants(point, base)
         fit = machine.shared_bytes - 1024
-        found = {n: v for n, v in found.items() if v.sizes.decode_bytes <= fit}
+        found = {
+            n: v
+            for n, v in found.items()
+            if max(v.sizes.decode_bytes, v.sizes.prefill_bytes) <= fit
+        }
         table.append((point, found))
     wanted = sorted({v.sizes for _, found in table for v in found.values()}, key=str)
     with ThreadPoolExecutor(16) as pool:
@@ -117,7 +133,7 @@ def tune(machine: Machine, by: Compiler, target: Target, out: Path) -> None:
             name: stage.ours(point, kernels[v.sizes], v.sizes, machine, v.change, v.ordered)
             for name, v in found.items()
         }
-        seconds = medians(works, 0.4)
+        seconds = medians(works, 0.3)
         work, ceiling = (
             (point.bytes_moved, limits["copy_bytes_per_second"])
             if point.new == 1

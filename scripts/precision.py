@@ -12,6 +12,7 @@ from vlmforge.evaluation.evaluate import Report, evaluate
 from vlmforge_recipes.llava.demo import CHECKPOINT
 
 DTYPES = ("float32", "float16", "bfloat16")
+QUANTISED = ("int8", "int4")
 LIMIT = 2600
 
 
@@ -20,13 +21,15 @@ def main(work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     cases = list(held_out_cases(LIMIT))
     reports = {}
-    for dtype in DTYPES:
-        engine = work / dtype
+    options = {name: ("--dtype", name) for name in DTYPES}
+    options |= {name: ("--weights", name) for name in QUANTISED}
+    for name, chosen in options.items():
+        engine = work / name
         builder = Path(sys.executable).with_name("build-engine")
-        subprocess.run([builder, CHECKPOINT, "-o", engine, "--dtype", dtype, "--force"], check=True)
+        subprocess.run([builder, CHECKPOINT, "-o", engine, *chosen, "--force"], check=True)
         with pipeline(str(engine)) as pipe:
-            reports[dtype] = evaluate(pipe, cases, lambda done, total: None)
-        print(f"{dtype}: asked {LIMIT}", file=sys.stderr, flush=True)
+            reports[name] = evaluate(pipe, cases, lambda done, total: None)
+        print(f"{name}: asked {LIMIT}", file=sys.stderr, flush=True)
     print(table(reports))
 
 

@@ -73,17 +73,19 @@ PARTS = (
         inputs=(TensorSpec("pixel_values", "float32", ("images", 3, 8, 8)),),
         outputs=(TensorSpec("features", "float32", ("images", 4, 16)),),
         weight_bytes=100,
+        loaded_bytes=100,
         profiles=(),
         layers=None,
         aliases={},
     ),
-    Part("decoder", "decoder.rank0.onnx", ("decoder.rank0.data",), (), (), 200, (), None, {}),
+    Part("decoder", "decoder.rank0.onnx", ("decoder.rank0.data",), (), (), 200, 200, (), None, {}),
 )
 
 MANIFEST = Manifest(
     schema_version=SCHEMA_VERSION,
     backend="onnxruntime",
     dtype="float32",
+    quantisation=None,
     compute_dtype="float32",
     parts=PARTS,
     image=IMAGE,

@@ -27,7 +27,7 @@ from vlmforge.manifest import (
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.fingerprint import fingerprint
 from vlmforge_builder.checkpoint.source import resolve_checkpoint
-from vlmforge_builder.dtypes import DTYPE_NAMES
+from vlmforge_builder.dtypes import BITS, DTYPE_NAMES
 from vlmforge_builder.export import trace
 from vlmforge_builder.goldens import record_goldens
 from vlmforge_builder.image_policy import choose_image_policy
@@ -54,27 +54,31 @@ class BuildOptions:
     revision: str | None = None
     target: str = "onnxruntime"
     dtype: str = "float32"
+    weights: str | None = None
     session_len: int | None = None
     max_batch_size: int = 8
     vision_tower: str | None = None
     chat_template: str | None = None
     image_policy: str | None = None
+    kv_dtype: str | None = None
     attention: str | None = None
     compute_capability: str | None = None
     force: bool = False
 
     def recorded(self) -> dict[str, str]:
         """The options that shape the engine, as text."""
-        names = ("target", "dtype", "session_len", "max_batch_size", "vision_tower")
-        policies = ("chat_template", "image_policy", "attention", "compute_capability")
+        names = ("target", "dtype", "weights", "session_len", "max_batch_size", "vision_tower")
+        policies = ("chat_template", "image_policy", "kv_dtype", "attention", "compute_capability")
         return {name: str(getattr(self, name)) for name in (*names, *policies)}
 
     def settings(self, session_len: int) -> Settings:
         """What the target is to know of them."""
         return Settings(
             dtype=self.dtype,
+            weights=self.weights,
             session_len=session_len,
             max_batch_size=self.max_batch_size,
+            kv_dtype=self.kv_dtype,
             attention=self.attention,
             compute_capability=self.compute_capability,
         )
@@ -139,6 +143,13 @@ def _check(options: BuildOptions) -> None:
             found=repr(options.dtype),
             expected="one of: " + ", ".join(DTYPE_NAMES),
             fix="--dtype float32",
+        )
+    if options.weights not in (None, *BITS):
+        raise ConfigError(
+            "Weights of this kind are not known.",
+            found=f"--weights {options.weights}",
+            expected="one of: " + ", ".join(BITS) + "; or none, for weights of --dtype",
+            fix="--weights int4",
         )
     target.check(options.settings(options.session_len or 1))
 
@@ -225,6 +236,7 @@ def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -
         schema_version=SCHEMA_VERSION,
         backend=target.name,
         dtype=options.dtype,
+        quantisation=options.weights,
         compute_dtype=target.compute_dtype(settings),
         parts=parts,
         image=spec.image,

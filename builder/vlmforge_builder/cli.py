@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TextIO
 
 from vlmforge.errors import ConfigError, VlmforgeError
-from vlmforge_builder.dtypes import DTYPE_NAMES
+from vlmforge_builder.dtypes import BITS, DTYPE_NAMES, KV_DTYPES
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.recognise import refuse_unknown
 from vlmforge_builder.targets import TARGETS
@@ -21,6 +21,10 @@ _DTYPE_HELP = (
     "how weights are stored. ONNX Runtime's CPU provider has no 16-bit matrix kernels: with "
     "float16 or bfloat16 the files are half as big, and each weight is widened to float32 once "
     "at load; arithmetic is float32 in any case (default: float32)"
+)
+_WEIGHTS_HELP = (
+    "quantise the decoder's weights: int8 or int4, in blocks of 128 with a scale each; the rest "
+    "is stored as --dtype says (default: all of it)"
 )
 
 
@@ -36,11 +40,13 @@ def parser() -> argparse.ArgumentParser:
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--target", default="onnxruntime", choices=TARGETS, help="what runs it")
     add("--dtype", default="float32", choices=DTYPE_NAMES, help=_DTYPE_HELP)
+    add("--weights", choices=BITS, metavar="KIND", help=_WEIGHTS_HELP)
     add("--session-len", type=int, metavar="N", help="tokens that one conversation may hold")
     add("--max-batch-size", type=int, default=8, metavar="N", help="sequences at once (default 8)")
     add("--vision-tower", metavar="PATH_OR_ID", help="where the vision tower is, if not inside")
     add("--chat-template", metavar="NAME_OR_JSON", help="a name, JSON text or a .json file")
     add("--image-policy", metavar="NAME", help="another official preprocessing of the model")
+    add("--kv-dtype", choices=KV_DTYPES, help="key/value cache of a GPU engine; default: --dtype")
     add("--attention", metavar="KIND", help="of a GPU engine: plugin (default) or native")
     add("--compute-capability", metavar="X.Y", help="compile for this GPU; default: the target's")
     add("--force", action="store_true", help="replace an engine that is there")

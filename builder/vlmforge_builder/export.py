@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from vlmforge.errors import BuildError
+from vlmforge_builder.onnx_file import unread
 from vlmforge_builder.recipe import PartSpec, TensorArg, parameters
 from vlmforge_builder.weights import DTYPES
 
@@ -114,14 +115,8 @@ def _attach_parameters(graph: ir.Graph, shapes: dict[str, tuple[int, ...]]) -> N
     for value in weights:
         if not value.uses():
             raise BuildError(f"The parameter {value.name} is not used by the exported graph.")
-        value.const_value = ir.LazyTensor(
-            _no_values, dtype=ir.DataType.FLOAT, shape=ir.Shape(shapes[value.name or ""])
-        )
+        value.const_value = unread(ir.DataType.FLOAT, ir.Shape(shapes[value.name or ""]))
         graph.register_initializer(value)
-
-
-def _no_values() -> ir.TensorProtocol:
-    raise BuildError("A pass asked for the values of a weight; passes may only move references.")
 
 
 def _name_interface(graph: ir.Graph, part: PartSpec) -> None:

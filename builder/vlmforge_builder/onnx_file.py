@@ -7,23 +7,34 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from vlmforge.errors import BuildError
 from vlmforge.manifest import TensorSpec
-from vlmforge_builder.weights import Placed
+from vlmforge_builder.weights import Layout
 
 
-def refer(model: ir.Model, layout: tuple[Placed, ...], data: Path) -> None:
+def unread(dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:
+    """A tensor for an initialiser whose values are to stay in their file."""
+    return ir.LazyTensor(_no_values, dtype=dtype, shape=shape)
+
+
+def _no_values() -> ir.TensorProtocol:
+    raise BuildError("A pass asked for the values of a weight; passes may only move references.")
+
+
+def refer(model: ir.Model, layout: Layout, data: Path) -> None:
     """Point the initialisers at their places in the data file."""
-    for item in layout:
-        value = model.graph.initializers[item.name]
+    for place in (place for item in layout for place in item.places):
+        tensor = place.tensor
+        value = model.graph.initializers[tensor.name]
         dtype = value.dtype
         assert dtype is not None
         value.const_value = ir.ExternalTensor(
             data.name,
-            item.offset,
-            item.size,
+            place.offset,
+            tensor.size,
             dtype,
-            shape=ir.Shape(item.shape),
-            name=item.name,
+            shape=ir.Shape(tensor.shape),
+            name=tensor.name,
             base_dir=data.parent,
         )
 
@@ -37,5 +48,5 @@ def _spec(value: ir.Value) -> TensorSpec:
     assert value.dtype is not None
     shape = value.shape if value.shape is not None else ()
     dims = tuple(d if isinstance(d, int) else str(d) for d in shape)
-    names = {ir.DataType.FLOAT: "float32"}
+    names = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn"}
     return TensorSpec(value.name or "", names.get(value.dtype, value.dtype.name.lower()), dims)

@@ -18,18 +18,24 @@ _domain = Opset(DOMAIN, VERSION)
 
 @script(_domain, default_opset=op)
 def ReadPages(  # noqa: N802 - an ONNX function carries its op's name
-    pool: FLOAT[...], past_lengths: INT32[...], block_table: INT32[...], rows: FLOAT[...]
+    pool: FLOAT[...],
+    past_lengths: INT32[...],
+    block_table: INT32[...],
+    rows: FLOAT[...],
+    unit: float,
 ) -> FLOAT[...]:
     """Each sequence's pages as one cache `[B, kv_heads, pages * page_size + S, D]`.
 
-    Zero where no token is: unused pages may hold anything.
+    Zero where no token is: unused pages may hold anything. Of `rows`' type; `unit` is what one of
+    the pool is worth.
     """
+    held_as = op.Mul(op.CastLike(pool, rows), op.CastLike(op.Constant(value_float=unit), rows))
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     pages = op.Max(block_table, op.Cast(zero, to=6))  # unused entries may be negative
     batch, kv = op.Shape(block_table, start=0, end=1), op.Shape(pool, start=1, end=2)
     d = op.Shape(pool, start=3)
     shape = op.Concat(batch, kv, op.Constant(value_ints=[-1]), d, axis=0)
-    cache = op.Reshape(op.Transpose(op.Gather(pool, pages), perm=[0, 2, 1, 3, 4]), shape)
+    cache = op.Reshape(op.Transpose(op.Gather(held_as, pages), perm=[0, 2, 1, 3, 4]), shape)
     places = op.Cast(op.Range(zero, op.Squeeze(op.Shape(cache, start=2, end=3)), one), to=6)
     held = op.Less(op.Unsqueeze(places, [0]), op.Unsqueeze(past_lengths, [1]))
     nothing = op.CastLike(op.Constant(value_float=0.0), cache)
@@ -46,6 +52,7 @@ def WritePages(  # noqa: N802
     past_lengths: INT32[...],
     query_lengths: INT32[...],
     block_table: INT32[...],
+    unit: float,
 ) -> FLOAT[...]:
     """The pool with the first `query_lengths[b]` of `rows` `[B, S, kv_heads * D]` in its pages."""
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
@@ -63,15 +70,34 @@ def WritePages(  # noqa: N802
     target = op.Cast(op.Concat(op.Unsqueeze(page, [1]), op.Unsqueeze(slot, [1]), axis=1), to=7)
     split = op.Concat(op.Constant(value_ints=[0, 0, -1]), op.Shape(pool, start=3), axis=0)
     new = op.GatherND(op.Reshape(rows, split), token)  # [N, kv_heads, D]
-    by_place = op.ScatterND(op.Transpose(pool, perm=[0, 2, 1, 3]), target, new)
-    return op.Transpose(by_place, perm=[0, 2, 1, 3])
+    stored = op.Div(new, op.CastLike(op.Constant(value_float=unit), new))
+    by_place = op.Transpose(op.CastLike(pool, rows), perm=[0, 2, 1, 3])
+    written = op.Transpose(op.ScatterND(by_place, target, stored), perm=[0, 2, 1, 3])
+    return op.CastLike(written, pool)
+
+
+@script(_domain, default_opset=op)
+def AsStored(rows: FLOAT[...], pool: FLOAT[...], unit: float) -> FLOAT[...]:  # noqa: N802
+    """New keys or values as they are read back from the pool."""
+    size = op.CastLike(op.Constant(value_float=unit), rows)
+    return op.Mul(op.CastLike(op.CastLike(op.Div(rows, size), pool), rows), size)
+
+
+@script(_domain, default_opset=op)
+def SplitHeads(  # noqa: N802
+    qkv: FLOAT[...], pool: FLOAT[...], num_heads: int, kv_num_heads: int
+) -> tuple[FLOAT[...], FLOAT[...], FLOAT[...]]:
+    """Query, key and value of rows that hold them one after the other; D is the pool's."""
+    d = op.Shape(pool, start=3)
+    kv_width = op.Mul(d, op.Constant(value_int=kv_num_heads))
+    widths = op.Concat(op.Mul(d, op.Constant(value_int=num_heads)), kv_width, kv_width, axis=0)
+    query, key, value = op.Split(qkv, widths, axis=-1)
+    return query, key, value
 
 
 @script(_domain, default_opset=op)
 def PlainPagedAttention(  # noqa: N802
-    query: FLOAT[...],
-    key: FLOAT[...],
-    value: FLOAT[...],
+    qkv: FLOAT[...],
     key_pool: FLOAT[...],
     value_pool: FLOAT[...],
     past_lengths: INT32[...],
@@ -80,38 +106,43 @@ def PlainPagedAttention(  # noqa: N802
     num_heads: int,
     kv_num_heads: int,
     scale: float,
-) -> tuple[
-    FLOAT[...],
-    FLOAT[...],
-    FLOAT[...],
-]:
+    key_scale: float,
+    value_scale: float,
+) -> tuple[FLOAT[...], FLOAT[...], FLOAT[...]]:
     """Write new keys and values to the pools' pages, and attend over a sequence's pages.
 
-    `key_pool`, `value_pool`: `[pages, kv_heads, page_size, D]`. Page p of sequence b is
+    `qkv` `[B, S, (heads + 2 * kv_heads) * D]` holds query, key and value of a token one after the
+    other; the rows of what comes out, `[B * S, heads * D]`, are those of all sequences one after
+    the other. `key_pool`, `value_pool`: `[pages, kv_heads, page_size, D]`. Page p of sequence b is
     `block_table[b, p]`. Of the S rows of sequence b, the first `query_lengths[b]` are tokens; what
-    comes out for the others is arbitrary.
+    comes out for the others is arbitrary. `key_scale` and `value_scale` are what one unit of an fp8
+    pool is worth; 1 for other pools.
     """
+    query, key, value = SplitHeads(qkv, key_pool, num_heads=num_heads, kv_num_heads=kv_num_heads)
     out, _, _ = PlainCachedAttention(
         query,
-        key,
-        value,
-        ReadPages(key_pool, past_lengths, block_table, key),
-        ReadPages(value_pool, past_lengths, block_table, value),
+        AsStored(key, key_pool, unit=key_scale),
+        AsStored(value, value_pool, unit=value_scale),
+        ReadPages(key_pool, past_lengths, block_table, key, unit=key_scale),
+        ReadPages(value_pool, past_lengths, block_table, value, unit=value_scale),
         op.Cast(past_lengths, to=7),
         num_heads=num_heads,
         kv_num_heads=kv_num_heads,
         scale=scale,
     )
-    key_pool_out = WritePages(key_pool, key, past_lengths, query_lengths, block_table)
-    value_pool_out = WritePages(value_pool, value, past_lengths, query_lengths, block_table)
-    return out, key_pool_out, value_pool_out
+    key_pool_out = WritePages(
+        key_pool, key, past_lengths, query_lengths, block_table, unit=key_scale
+    )
+    value_pool_out = WritePages(
+        value_pool, value, past_lengths, query_lengths, block_table, unit=value_scale
+    )
+    width = op.Concat(op.Constant(value_ints=[-1]), op.Shape(query, start=2), axis=0)
+    return op.Reshape(out, width), key_pool_out, value_pool_out
 
 
 @script(_domain, default_opset=op)
 def PagedAttention(  # noqa: N802
-    query: FLOAT[...],
-    key: FLOAT[...],
-    value: FLOAT[...],
+    qkv: FLOAT[...],
     key_pool: FLOAT[...],
     value_pool: FLOAT[...],
     past_lengths: INT32[...],
@@ -122,17 +153,16 @@ def PagedAttention(  # noqa: N802
     num_heads: int,
     kv_num_heads: int,
     scale: float,
-) -> tuple[
-    FLOAT[...],
-    FLOAT[...],
-    FLOAT[...],
-]:
+    key_scale: float,
+    value_scale: float,
+) -> tuple[FLOAT[...], FLOAT[...], FLOAT[...]]:
     """The rotation of query and key by their positions, then the other op."""
     past = op.Cast(past_lengths, to=7)
+    query, key, value = SplitHeads(qkv, key_pool, num_heads=num_heads, kv_num_heads=kv_num_heads)
+    rotated_query = Rotate(query, cos, sin, past)
+    rotated_key = Rotate(key, cos, sin, past)
     out, key_pool_out, value_pool_out = PlainPagedAttention(
-        Rotate(query, cos, sin, past),
-        Rotate(key, cos, sin, past),
-        value,
+        op.Concat(rotated_query, rotated_key, value, axis=-1),
         key_pool,
         value_pool,
         past_lengths,
@@ -141,12 +171,14 @@ def PagedAttention(  # noqa: N802
         num_heads=num_heads,
         kv_num_heads=kv_num_heads,
         scale=scale,
+        key_scale=key_scale,
+        value_scale=value_scale,
     )
     return out, key_pool_out, value_pool_out
 
 
 def paged_functions() -> tuple[ir.Function, ...]:
     """The bodies of both ops and what they call, for a model that is to run without the plugin."""
-    bodies = (ReadPages, WritePages, PlainPagedAttention, PagedAttention)
+    bodies = (ReadPages, WritePages, AsStored, SplitHeads, PlainPagedAttention, PagedAttention)
     made = tuple(ir.serde.deserialize_function(body.to_function_proto()) for body in bodies)
     return (*functions(), *made)

@@ -6,10 +6,10 @@ Nothing here holds more than one parameter in memory.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from vlmforge_builder.dtypes import DTYPE_NAMES
 # Page-aligned tensors can be mapped straight from the file.
 ALIGNMENT = 4096
 DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
+_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "int4": 4}
 
 
 class Weight(Protocol):
@@ -87,14 +88,68 @@ class Computed:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """Where a parameter lies in a data file. `offset` and `size` in bytes."""
+class TensorShape:
+    """A tensor of a data file: name, dtype ("int4": two to a byte) and shape."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return -(-torch.Size(self.shape).numel() * _BITS[self.dtype] // 8)
+
+
+class Encoding(Protocol):
+    """How a parameter is written: the tensors that hold it."""
+
+    def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorShape, ...]:
+        """What the tensors of a parameter of this name and shape are."""
+
+    def encode(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Their contents, in the same order; what is no torch dtype comes as bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class AsDtype:
+    """`Encoding` of a parameter as one tensor of a floating dtype."""
+
+    dtype: str
+
+    def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorShape, ...]:
+        """See `Encoding.tensors`."""
+        return (TensorShape(name, self.dtype, shape),)
+
+    def encode(self, values: Tensor) -> tuple[Tensor, ...]:
+        """See `Encoding.encode`."""
+        return (values.to(DTYPES[self.dtype]),)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a tensor lies in a data file. `offset` in bytes."""
+
+    tensor: TensorShape
     offset: int
-    size: int
+
+    @property
+    def end(self) -> int:
+        """The first byte after it."""
+        return self.offset + self.tensor.size
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedParameter:
+    """A parameter of a module by the tensors that hold it."""
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: Encoding
+    places: tuple[Placed, ...]
+
+
+Layout: TypeAlias = tuple[PlacedParameter, ...]
 
 
 def stored_dtype(weight: Weight, dtype: str) -> str:
@@ -102,34 +157,43 @@ def stored_dtype(weight: Weight, dtype: str) -> str:
     return "float32" if isinstance(weight, Computed) else dtype
 
 
-def plan(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> tuple[Placed, ...]:
-    """Lay parameters out one after the other, each at a page boundary."""
-    placed, offset = [], 0
+def plan(shapes: Mapping[str, tuple[int, ...]], encodings: Mapping[str, Encoding]) -> Layout:
+    """Lay parameters out one after the other, each tensor at a page boundary."""
+    layout, offset = [], 0
     for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * DTYPES[dtypes[name]].itemsize
-        placed.append(Placed(name, dtypes[name], shape, offset, size))
-        offset += -(-size // ALIGNMENT) * ALIGNMENT
-    return tuple(placed)
+        places = []
+        for tensor in encodings[name].tensors(name, shape):
+            places.append(Placed(tensor, offset))
+            offset += -(-tensor.size // ALIGNMENT) * ALIGNMENT
+        layout.append(PlacedParameter(name, shape, encodings[name], tuple(places)))
+    return tuple(layout)
+
+
+def weight_bytes(layout: Layout) -> int:
+    """Bytes of all tensors, without what lies between them."""
+    return sum(place.tensor.size for item in layout for place in item.places)
 
 
 def write(
-    path: Path, layout: Iterable[Placed], weights: Mapping[str, Weight], store: TensorStore
-) -> Iterator[int]:
-    """Stream the parameters of `layout` to `path`, yielding the bytes written after each.
+    path: Path, layout: Layout, weights: Mapping[str, Weight], store: TensorStore
+) -> Iterator[tuple[int, int]]:
+    """Stream the parameters of `layout` to `path`, yielding (bytes written, all) after each.
 
     Raises:
         TensorError: a missing tensor, a wrong shape, or a value that is not finite in the dtype.
     """
-    position = 0
+    position, total = 0, layout[-1].places[-1].end
     with path.open("wb") as file:
         for item in layout:
-            file.write(b"\0" * (item.offset - position))
-            _write_tensor(file, item, weights[item.name], store)
-            position = item.offset + item.size
-            yield position
+            tensors = _encoded(item, weights[item.name], store)
+            for place, tensor in zip(item.places, tensors, strict=True):
+                file.write(b"\0" * (place.offset - position))
+                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                position = place.end
+            yield position, total
 
 
-def _write_tensor(file: BinaryIO, item: Placed, weight: Weight, store: TensorStore) -> None:
+def _encoded(item: PlacedParameter, weight: Weight, store: TensorStore) -> tuple[Tensor, ...]:
     values = weight.read(store, item.shape)
     if tuple(values.shape) != item.shape:
         raise TensorError(
@@ -138,18 +202,21 @@ def _write_tensor(file: BinaryIO, item: Placed, weight: Weight, store: TensorSto
             expected=str(item.shape),
             fix="check that config.json belongs to these weight files",
         )
-    values = values.to(DTYPES[item.dtype]).contiguous()
-    _check_finite(item, weight, values)
-    file.write(values.view(-1).view(torch.uint8).numpy().data)
+    tensors = item.encoding.encode(values)
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            _check_finite(item.name, weight, tensor)
+    return tensors
 
 
-def _check_finite(item: Placed, weight: Weight, values: Tensor) -> None:
+def _check_finite(name: str, weight: Weight, values: Tensor) -> None:
     # aminmax propagates NaN and needs no temporary of the tensor's size.
     low, high = torch.aminmax(values) if values.numel() else (torch.zeros(()), torch.zeros(()))
     if not (torch.isfinite(low) and torch.isfinite(high)):
+        dtype = str(values.dtype).removeprefix("torch.")
         raise TensorError(
-            f"The weights of {item.name} are not finite.",
-            found=f"values from {low.item()} to {high.item()} as {item.dtype}, from {weight}",
+            f"The weights of {name} are not finite.",
+            found=f"values from {low.item()} to {high.item()} as {dtype}, from {weight}",
             expected="finite numbers",
             fix="download the checkpoint again; if it is whole, use --dtype float32 or bfloat16",
         )

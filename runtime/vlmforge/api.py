@@ -171,7 +171,7 @@ def _load_options(bundle: Bundle, config: EngineConfig) -> LoadOptions:
             fix=f"build-engine {manifest.provenance.source} -o {bundle.folder} "
             f"--session-len {capacity} --force",
         )
-    weights = 4 * sum(p.weight_bytes // _itemsize(manifest.dtype) for p in manifest.parts)
+    weights = sum(part.loaded_bytes for part in manifest.parts)
     free = _available_memory()
     pack = weights <= _PACK_SHARE * free
     if not pack:
@@ -194,10 +194,6 @@ def _load_options(bundle: Bundle, config: EngineConfig) -> LoadOptions:
     if fitting < wanted:
         logger.warning("memory for %d of %d sequences at once; others wait", fitting, wanted)
     return LoadOptions(min(wanted, fitting), capacity, config.threads, pack)
-
-
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
 
 
 def _available_memory() -> float:

@@ -63,7 +63,8 @@ class Part:
         file: What the backend loads.
         data: Files beside it that belong to it.
         inputs, outputs: Its interface.
-        weight_bytes: Bytes of its weights.
+        weight_bytes: Bytes of its weights in files.
+        loaded_bytes: Bytes of its weights in memory.
         profiles: Shapes that it was compiled for, in order; empty: any.
         layers: File of its layer report (`layer_report`), or None.
         aliases: Outputs that are written where an input is, by the input's name.
@@ -75,6 +76,7 @@ class Part:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weight_bytes: int
+    loaded_bytes: int
     profiles: tuple[Profile, ...]
     layers: str | None
     aliases: Mapping[str, str]
@@ -205,7 +207,7 @@ class KVLayout:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one sequence takes, all layers, keys and values."""
-        itemsize = {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
+        itemsize = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}[self.dtype]
         return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
 
 
@@ -233,12 +235,14 @@ class Provenance:
 class Manifest:
     """All that the runtime knows of an engine.
 
-    `dtype` is how weights are stored; `compute_dtype` is what the backend calculates in.
+    `dtype` is how weights are stored, but for those of the decoder that `quantisation`, "int8" or
+    "int4", is of; `compute_dtype` is what the backend calculates in.
     """
 
     schema_version: int
     backend: str
     dtype: str
+    quantisation: str | None
     compute_dtype: str
     parts: tuple[Part, ...]
     image: ImagePolicy

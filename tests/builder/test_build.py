@@ -269,7 +269,9 @@ def test_an_interrupted_build_leaves_nothing(
     assert leftovers(tmp_path) == [f".it.engine.building-{child.pid}"]
     child.send_signal(sent)
     _, said = child.communicate(timeout=60)
-    assert child.returncode == 130
+    # Python ends by the signal where it struck in code that a library ran from C, although it was
+    # handled since; a shell says 130 of both.
+    assert child.returncode in (130, -signal.SIGINT)
     assert said.rstrip().endswith("build-engine: interrupted; nothing was published")
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []

@@ -30,6 +30,7 @@ from dense_attention import (
     run_body,
     session,
 )
+from vlmforge.errors import BuildError
 from vlmforge_builder.ops import DOMAIN
 from vlmforge_builder.passes.lower_cached_attention import lower_cached_attention
 from vlmforge_builder.passes.store_weights import store_weights
@@ -133,6 +134,22 @@ def test_layers_share_the_lengths(shape: Shape) -> None:
     chained["past_value"] = inputs["past_value2"]
     close(found[3:], reference(shape, chained))
     assert [node.op_type for node in model.graph].count("ReduceMax") == 1
+
+
+def test_heads_that_cannot_be_rotated_are_refused() -> None:
+    """A width that is no multiple of 16 fails only when the engine runs, in words of its own."""
+    shape = Shape(kv_heads=1, group=2, head_dim=24, past=(0,), tokens=2, slack=0, seed=0)
+    nodes = [attention_node(shape, ("query", "key", "value"))]
+    model = model_of(nodes, shape.inputs(), OUTPUTS)
+    for value in model.graph.inputs:
+        if value.name == "past_key":
+            value.shape = ir.Shape(["batch", 1, "capacity", 24])
+    with pytest.raises(BuildError) as caught:
+        lower_cached_attention(model)
+    assert caught.value.found == "head size 24"
+    plain = replace(shape, plain=True)
+    nodes = [attention_node(plain, ("query", "key", "value"))]
+    assert lower_cached_attention(model_of(nodes, plain.inputs(), OUTPUTS))
 
 
 def test_a_graph_without_the_op_is_left_alone() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -18,26 +18,43 @@ from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress
 from vlmforge_plugins.cached_attention.compile import Nvrtc, compile_set
 from vlmforge_plugins.cached_attention.config import Config
+from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
 
-# One checkpoint of each recipe, and the head sizes of their decoders.
-CHECKPOINTS = {"llava_1_5_hf": 32, "qwen_vl_chat": 64, "yi_vl": 32}
+# A checkpoint of each family and version, and the head sizes of their decoders.
+CHECKPOINTS = {
+    "llava_1_5_hf": 32,
+    "llava_next_mistral_hf": 32,
+    "qwen_vl_chat": 64,
+    "yi_vl": 32,
+}
 SESSION = 640
-Build = Callable[[str, str, str], Path]
+
+
+class Build(Protocol):
+    """Engines by checkpoint, attention, dtype and kind of weights, each built once."""
+
+    def __call__(
+        self, checkpoint: str, attention: str, dtype: str, weights: str = "", kv_dtype: str = ""
+    ) -> Path: ...
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Engines by checkpoint, attention and dtype, each built once."""
+    """See `Build`."""
     folder = tmp_path_factory.mktemp("plans")
 
-    def make(checkpoint: str, attention: str, dtype: str) -> Path:
-        engine = folder / f"{checkpoint}.{attention}.{dtype}"
+    def make(
+        checkpoint: str, attention: str, dtype: str, weights: str = "", kv_dtype: str = ""
+    ) -> Path:
+        engine = folder / f"{Path(checkpoint).name}.{attention}.{dtype}.{weights}.{kv_dtype}"
         if not engine.exists():
             options = BuildOptions(
-                str(DATA / checkpoint / "checkpoint"),
+                checkpoint if Path(checkpoint).is_dir() else str(DATA / checkpoint / "checkpoint"),
                 engine,
                 target="tensorrt_rtx",
                 dtype=dtype,
+                weights=weights or None,
+                kv_dtype=kv_dtype or None,
                 session_len=SESSION,
                 max_batch_size=3,
                 attention=attention,
@@ -103,7 +120,7 @@ def check_masks(layers: LayerReport) -> None:
     assert {types[mask] for mask in masks} == {"BOOL"}
 
 
-def check_interface(manifest: Manifest, dtype: str) -> None:
+def check_interface(manifest: Manifest, dtype: str, stored: str | None = None) -> None:
     decoder, kv = manifest.part("decoder"), manifest.kv
     assert [profile.name for profile in decoder.profiles] == ["prefill", "decode"]
     prefill, decode = (profile.dims for profile in decoder.profiles)
@@ -114,7 +131,7 @@ def check_interface(manifest: Manifest, dtype: str) -> None:
     assert {name for name in ends[0] if ends[0][name] != ends[1][name]} == {"tokens"}
     caches = [spec for spec in decoder.inputs if spec.name.startswith("past_") and "." in spec.name]
     assert len(caches) == len(decoder.aliases) == 2 * kv.layers
-    assert {spec.dtype for spec in caches} == {dtype}
+    assert {spec.dtype for spec in caches} == {stored or dtype}
     place = kv.page_size if kv.page_size is not None else SESSION
     assert {spec.shape[2] for spec in caches} == {place}
     assert set(decoder.aliases.values()) == {spec.name for spec in caches}
@@ -132,7 +149,54 @@ def test_a_plan_carries_its_kernels(build: Build, name: str, dtype: str, tmp_pat
         *("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"),
         "ptx",
     ]
+    # Once for each profile, not for each layer.
+    assert {plan.count(binary.code) for binary in binaries} == {2}
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "dtype", "weights"),
+    [
+        ("llava_1_5_hf", "plugin", "float16", "int4"),
+        ("llava_1_5_hf", "native", "bfloat16", "int8"),
+        ("qwen_vl_chat", "plugin", "bfloat16", "int4"),
+    ],
+)
+def test_quantised_weights_stay_quantised_in_the_plan(
+    build: Build, name: str, attention: str, dtype: str, weights: str
+) -> None:
+    engine = build(name, attention, dtype, weights)
+    manifest = load_manifest(engine)
+    assert (manifest.quantisation, manifest.dtype) == (weights, dtype)
+    layers = manifest.kv.layers
+    assert report(engine, "decoder").histogram["DEQUANTIZE"] == 4 * layers + 2
+    assert "DEQUANTIZE" not in report(engine, "vision").histogram
+    assert main(["verify", str(engine), "--static"]) == 0
+
+
+def test_a_cache_in_fp8(build: Build, tmp_path: Path) -> None:
+    """Pools and their kernels are of fp8; GPUs that do not convert it have none in the plan."""
+    engine = build("yi_vl", "plugin", "bfloat16", kv_dtype="fp8")
+    manifest = load_manifest(engine)
+    check_interface(manifest, "bfloat16", "float8_e4m3fn")
+    assert manifest.kv.dtype == "float8_e4m3fn"
+    half = load_manifest(build("yi_vl", "plugin", "bfloat16")).kv
+    assert manifest.kv.bytes_per_token * 2 == half.bytes_per_token
+    plan = (engine / "decoder.rank0.plan").read_bytes()
+    config = Config(CHECKPOINTS["yi_vl"], "bfloat16", "float8_e4m3fn")
+    binaries = compile_set(config, Nvrtc(), tmp_path)
+    assert [b.target.name for b in binaries] == ["sm_89", "sm_90", "sm_120", "ptx"]
     assert all(binary.code in plan for binary in binaries)
+    assert main(["verify", str(engine), "--static"]) == 0
+
+
+def test_a_plan_is_smaller_by_what_quantised_weights_save(build: Build, tmp_path: Path) -> None:
+    """A decoder of 41 M parameters; what the compiler adds does not hang on how they are stored."""
+    write_checkpoint(tmp_path / "60m", PRESETS["60m"])
+    engines = [build(str(tmp_path / "60m"), "plugin", "float16", w) for w in ("", "int4")]
+    parts = [load_manifest(engine).part("decoder") for engine in engines]
+    whole, quantised = ((e / p.file).stat().st_size for e, p in zip(engines, parts, strict=True))
+    assert parts[1].weight_bytes < 0.28 * parts[0].weight_bytes
+    assert whole - quantised > 0.95 * (parts[0].weight_bytes - parts[1].weight_bytes)
 
 
 def test_an_engine_that_cannot_be_run_here(

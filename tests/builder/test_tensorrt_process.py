@@ -195,6 +195,21 @@ REFUSED = {
     "float32": (replace(OPTIONS, dtype="float32"), "--dtype float32"),
     "attention": (replace(OPTIONS, attention="flash"), "'flash'"),
     "capability": (replace(OPTIONS, compute_capability="9.0"), "'9.0'"),
+    "no kernels for Turing": (
+        replace(OPTIONS, compute_capability="7.5"),
+        "--compute-capability 7.5 with a cache in float16",
+    ),
+    "fp8 on Ampere": (
+        replace(OPTIONS, kv_dtype="fp8", compute_capability="8.0"),
+        "--compute-capability 8.0 with a cache in float8_e4m3fn",
+    ),
+    "fp8 without the plugin": (
+        replace(OPTIONS, kv_dtype="fp8", attention="native"),
+        "--attention native --kv-dtype fp8",
+    ),
+    "another cache": (replace(OPTIONS, kv_dtype="int4"), "--kv-dtype int4"),
+    "fp8 of a graph": (replace(OPTIONS, target="onnxruntime", kv_dtype="fp8"), "'fp8'"),
+    "weights": (replace(OPTIONS, weights="int2"), "--weights int2"),
     "attention of a graph": (
         replace(OPTIONS, target="onnxruntime", attention="native"),
         "'native'",

@@ -59,3 +59,12 @@ def _read(node: ir.Node) -> Attention:
         head_dim=head_dim,
         scale=node.attributes["scale"].as_float(),
     )
+
+
+def packed(node: ir.Node) -> ir.Value | None:
+    """The value whose three-way `Split` gives the op's query, key and value, if there is one."""
+    projections = node.inputs[:3]
+    split = projections[0].producer() if projections[0] is not None else None
+    if split is None or split.op_type != "Split" or list(split.outputs) != list(projections):
+        return None
+    return split.inputs[0]

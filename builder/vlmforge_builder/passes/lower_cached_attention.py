@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from vlmforge.errors import BuildError
 from vlmforge_builder.ops import DOMAIN
+from vlmforge_builder.passes.attention_nodes import packed
 
 TARGET_DOMAIN = "com.microsoft"
+_HEAD_STEP = 16  # GroupQueryAttention checks it when it runs
 _OPS = ("CachedAttention", "PlainCachedAttention")
 
 
@@ -17,10 +20,15 @@ def lower_cached_attention(model: ir.Model) -> bool:
     GroupQueryAttention wants `seqlens_k = total length - 1` per sequence and the largest total
     length; both follow from `past_lengths` and are computed once for all layers. Projections that
     come from one `Split` are passed packed, which saves the copies.
+
+    Raises:
+        BuildError: heads of a size that it cannot rotate.
     """
     nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type in _OPS]
     if not nodes:
         return False
+    for node in nodes:
+        _check_heads(node)
     lengths = _lengths(nodes[0])
     for node in nodes:
         _lower(model.graph, node, *lengths)
@@ -29,12 +37,24 @@ def lower_cached_attention(model: ir.Model) -> bool:
     return True
 
 
+def _check_heads(node: ir.Node) -> None:
+    _, _, _, past_key, _, *rotary, _ = node.inputs
+    shape = past_key.shape if past_key is not None else None
+    size = shape[3] if shape is not None else 0
+    if rotary and isinstance(size, int) and size % _HEAD_STEP:
+        raise BuildError(
+            "ONNX Runtime's attention cannot rotate heads of this size.",
+            found=f"head size {size}",
+            expected=f"a multiple of {_HEAD_STEP}",
+            fix="build for a GPU: --target tensorrt_rtx --attention native",
+        )
+
+
 def _lengths(first: ir.Node) -> tuple[ir.Value, ir.Value]:
     """`seqlens_k` int32 `[B]` and `total_sequence_length` int32 scalar."""
     query, past_lengths = first.inputs[0], first.inputs[-1]
     assert query is not None and past_lengths is not None
-    packed = _packed(first)
-    projected = query if packed is None else packed  # or the Split would stay, for its shape only
+    projected = packed(first) or query  # or the Split would stay, for its shape only
     tokens = ir.node("Shape", [projected], attributes={"start": 1, "end": 2})
     one = _constant("one", np.array([1], np.int64))
     totals = ir.node("Add", [past_lengths, tokens.outputs[0]])
@@ -58,8 +78,8 @@ def _constant(name: str, value: np.ndarray[tuple[int, ...], np.dtype[np.int64]])
 
 def _lower(graph: ir.Graph, node: ir.Node, last: ir.Value, largest: ir.Value) -> None:
     query, key, value, past_key, past_value, *rotary, _ = node.inputs
-    packed = _packed(node)
-    projections = [packed, None, None] if packed is not None else [query, key, value]
+    whole = packed(node)
+    projections = [whole, None, None] if whole is not None else [query, key, value]
     attention = ir.node(
         "GroupQueryAttention",
         [*projections, past_key, past_value, last, largest, *rotary],
@@ -76,12 +96,3 @@ def _lower(graph: ir.Graph, node: ir.Node, last: ir.Value, largest: ir.Value) ->
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], [attention], node.outputs, attention.outputs
     )
-
-
-def _packed(node: ir.Node) -> ir.Value | None:
-    """The value whose three-way `Split` gives query, key and value, if there is one."""
-    projections = node.inputs[:3]
-    split = projections[0].producer() if projections[0] is not None else None
-    if split is None or split.op_type != "Split" or list(split.outputs) != list(projections):
-        return None
-    return split.inputs[0]

@@ -25,15 +25,19 @@ class Settings:
     """How to compile.
 
     Attributes:
-        dtype: What weights are stored in.
+        dtype: What weights are stored in, but for the decoder's where `weights` says otherwise.
+        weights: "int8" or "int4": whole numbers in blocks; None: as `dtype`.
         session_len, max_batch_size: Tokens of a sequence, and sequences at once.
+        kv_dtype: "fp8": what the key/value cache is stored in; None: as the target calculates.
         attention: "plugin" or "native"; None: the target's default.
         compute_capability: Of the GPU to compile for, such as "8.9"; None: the target's default.
     """
 
     dtype: str
+    weights: str | None
     session_len: int
     max_batch_size: int
+    kv_dtype: str | None
     attention: str | None
     compute_capability: str | None
 

@@ -1,7 +1,8 @@
 """ONNX Runtime: graphs with contrib ops, weights in a page-aligned file that is mapped at load.
 
 Its CPU provider has no 16-bit matrix kernels: a 16-bit engine *stores* 16 bits (half the disk) and
-widens each weight to float32 once, at load. Arithmetic is float32 whatever the dtype.
+widens each weight to float32 once, at load. Arithmetic is float32 whatever the dtype. Quantised
+matrices stay as they are stored, in memory too.
 """
 
 from __future__ import annotations
@@ -13,12 +14,24 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from vlmforge.errors import ConfigError
 from vlmforge.manifest import KVLayout, Part
+from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits, InBlocks
 from vlmforge_builder.export import Traced
 from vlmforge_builder.onnx_file import refer, tensor_specs
 from vlmforge_builder.passes.lower_cached_attention import lower_cached_attention
+from vlmforge_builder.passes.lower_dequantize import lower_dequantize
+from vlmforge_builder.passes.quantise_weights import quantise_part
 from vlmforge_builder.passes.store_weights import store_weights
 from vlmforge_builder.targets import CompileJob, Settings
-from vlmforge_builder.weights import plan, stored_dtype, write
+from vlmforge_builder.weights import (
+    AsDtype,
+    Encoding,
+    PlacedParameter,
+    TensorShape,
+    plan,
+    stored_dtype,
+    weight_bytes,
+    write,
+)
 
 _FILES = {"vision": "vision", "decoder": "decoder.rank0"}
 
@@ -33,6 +46,7 @@ class OnnxRuntimeTarget:
     def check(self, settings: Settings) -> None:
         """See `Target.check`."""
         for option, value in (
+            ("kv-dtype", settings.kv_dtype),
             ("attention", settings.attention),
             ("compute-capability", settings.compute_capability),
         ):
@@ -61,27 +75,43 @@ class OnnxRuntimeTarget:
         dtypes = {
             name: stored_dtype(job.part.weights[name], job.settings.dtype) for name in traced.shapes
         }
+        blocks = quantise_part(model, job.part, job.settings.weights)
         lower_cached_attention(model)
-        store_weights(model, dtypes)
+        lower_dequantize(model)
+        store_weights(model, {name: dtypes[name] for name in dtypes if name not in blocks})
         RemoveUnusedNodesPass()(model)
-        layout = plan(traced.shapes, dtypes)
+        layout = plan(
+            traced.shapes,
+            {name: _encoding(dtype, blocks.get(name)) for name, dtype in dtypes.items()},
+        )
         data = job.folder / f"{stem}.data"
         refer(model, layout, data)
         ir.save(model, job.folder / f"{stem}.onnx")
-        total = layout[-1].offset + layout[-1].size
-        for done in write(data, layout, job.part.weights, job.store):
+        for done, total in write(data, layout, job.part.weights, job.store):
             job.report(done, total)
-        weight_bytes = sum(item.size for item in layout)
         return Part(
             job.part.name,
             f"{stem}.onnx",
             (data.name,),
             *interface,
-            weight_bytes=weight_bytes,
+            weight_bytes=weight_bytes(layout),
+            loaded_bytes=sum(map(_loaded_bytes, layout)),
             profiles=(),
             layers=None,
             aliases={},
         )
+
+
+def _encoding(dtype: str, blocks: Blocks | None) -> Encoding:
+    if blocks is None:
+        return AsDtype(dtype)
+    return InBlocks(blocks, "float32") if blocks.axis else ForMatMulNBits(blocks)
+
+
+def _loaded_bytes(item: PlacedParameter) -> int:
+    if isinstance(item.encoding, AsDtype):
+        return TensorShape(item.name, "float32", item.shape).size
+    return sum(place.tensor.size for place in item.places)
 
 
 TARGET = OnnxRuntimeTarget()

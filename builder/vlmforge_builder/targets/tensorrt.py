@@ -17,6 +17,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from vlmforge.env import cache_dir
 from vlmforge.errors import ConfigError
 from vlmforge.manifest import DimRange, KVLayout, Part, Profile
+from vlmforge_builder.block_quantisation import InBlocks
+from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced
 from vlmforge_builder.onnx_file import refer, tensor_specs
 from vlmforge_builder.passes.assign_precision import assign_precision
@@ -24,6 +26,7 @@ from vlmforge_builder.passes.attention_nodes import attention_nodes
 from vlmforge_builder.passes.lint import lint
 from vlmforge_builder.passes.native_attention import native_attention
 from vlmforge_builder.passes.paged_attention import paged_attention
+from vlmforge_builder.passes.quantise_weights import quantise_part
 from vlmforge_builder.targets import CompileJob, Settings
 from vlmforge_builder.tensorrt.flavours import (
     TENSORRT,
@@ -33,7 +36,7 @@ from vlmforge_builder.tensorrt.flavours import (
 )
 from vlmforge_builder.tensorrt.job import CompileRequest, KernelSet
 from vlmforge_builder.tensorrt.process import run_compiler
-from vlmforge_builder.weights import Placed, plan, stored_dtype, write
+from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.errors import UnsupportedError
 
@@ -42,6 +45,8 @@ PAGE_SIZE = 64
 # Tokens of a prompt that are run at once, as the scheduler does.
 CHUNK = 512
 VIEWS = 4
+# Of GPUs with tensor cores for our types, and of those that convert fp8.
+LEAST_CAPABILITY, FP8_CAPABILITY = 8.0, 8.9
 _STEMS = {"vision": "vision", "decoder": "decoder.rank0"}
 _FLOAT32_INPUTS, _FLOAT32_OUTPUTS = {"pixel_values": "float32"}, {"logits": "float32"}
 
@@ -75,6 +80,7 @@ class TensorRTTarget:
                 fix="--attention plugin",
             )
         capability_name(self.flavour, settings.compute_capability)
+        _check_kernels(settings)
         check_installed(self.flavour)
 
     def compute_dtype(self, settings: Settings) -> str:
@@ -84,7 +90,7 @@ class TensorRTTarget:
     def kv_layout(self, kv: KVLayout, settings: Settings) -> KVLayout:
         """See `Target.kv_layout`."""
         page_size = None if settings.attention == "native" else PAGE_SIZE
-        return dataclasses.replace(kv, dtype=settings.dtype, page_size=page_size)
+        return dataclasses.replace(kv, dtype=_stored(settings), page_size=page_size)
 
     def compile(self, traced: Traced, job: CompileJob) -> Part:
         """Write the part's plan and its layer report.
@@ -100,10 +106,17 @@ class TensorRTTarget:
         assign_precision(
             model, settings.dtype, dtypes, inputs=_FLOAT32_INPUTS, outputs=_FLOAT32_OUTPUTS
         )
+        blocks = quantise_part(model, job.part, settings.weights)
         kernels = _lower(model, settings)
         RemoveUnusedNodesPass()(model)
         lint(model)
-        layout = plan(traced.shapes, dtypes)
+        layout = plan(
+            traced.shapes,
+            {
+                name: InBlocks(blocks[name], dtype) if name in blocks else AsDtype(dtype)
+                for name, dtype in dtypes.items()
+            },
+        )
         profiles = _profiles(name, settings)
         inputs, outputs = tensor_specs(model.graph.inputs), tensor_specs(model.graph.outputs)
         self._build(model, layout, profiles, kernels, job)
@@ -114,7 +127,8 @@ class TensorRTTarget:
             (f"{stem}.layers.json",),
             inputs,
             outputs,
-            weight_bytes=sum(item.size for item in layout),
+            weight_bytes=weight_bytes(layout),
+            loaded_bytes=weight_bytes(layout),
             profiles=profiles,
             layers=f"{stem}.layers.json",
             aliases={
@@ -127,7 +141,7 @@ class TensorRTTarget:
     def _build(
         self,
         model: ir.Model,
-        layout: tuple[Placed, ...],
+        layout: Layout,
         profiles: tuple[Profile, ...],
         kernels: KernelSet | None,
         job: CompileJob,
@@ -158,12 +172,11 @@ class TensorRTTarget:
         )
 
 
-def _write_graph(model: ir.Model, layout: tuple[Placed, ...], graph: Path, job: CompileJob) -> Path:
+def _write_graph(model: ir.Model, layout: Layout, graph: Path, job: CompileJob) -> Path:
     data = graph.with_suffix(".data")
     refer(model, layout, data)
     ir.save(model, graph)
-    total = layout[-1].offset + layout[-1].size
-    for done in write(data, layout, job.part.weights, job.store):
+    for done, total in write(data, layout, job.part.weights, job.store):
         job.report(done, 2 * total)  # the other half is the compiler's
     return graph
 
@@ -176,7 +189,7 @@ def _lower(model: ir.Model, settings: Settings) -> KernelSet | None:
     if settings.attention == "native":
         native_attention(model, capacity=settings.session_len)
         return None
-    kernels = KernelSet(found[0].head_dim, settings.dtype, settings.dtype)
+    kernels = KernelSet(found[0].head_dim, settings.dtype, _stored(settings))
     config = Config(kernels.head_size, kernels.activation, kernels.stored)  # type: ignore[arg-type]
     try:
         config.check()
@@ -184,8 +197,43 @@ def _lower(model: ir.Model, settings: Settings) -> KernelSet | None:
         raise ConfigError(
             error.summary, found=error.found, expected=error.expected, fix=error.fix
         ) from error
-    paged_attention(model, page_size=PAGE_SIZE)
+    stored = ir.DataType.FLOAT8E4M3FN if settings.kv_dtype else None
+    paged_attention(model, page_size=PAGE_SIZE, stored=stored)
     return kernels
+
+
+def _stored(settings: Settings) -> str:
+    """The dtype of the cache."""
+    return settings.dtype if settings.kv_dtype is None else KV_DTYPES[settings.kv_dtype]
+
+
+def _check_kernels(settings: Settings) -> None:
+    """Refuse what the plugin has no kernels for (ConfigError)."""
+    if settings.kv_dtype not in (None, *KV_DTYPES):
+        raise ConfigError(
+            "The cache cannot be stored in this dtype.",
+            found=f"--kv-dtype {settings.kv_dtype}",
+            expected=", ".join(KV_DTYPES) + "; or none, for --dtype",
+            fix="--kv-dtype fp8",
+        )
+    if settings.attention == "native":
+        if settings.kv_dtype is not None:
+            raise ConfigError(
+                "The library's own attention has no cache of this dtype.",
+                found=f"--attention native --kv-dtype {settings.kv_dtype}",
+                expected="--attention plugin",
+                fix="leave --attention or --kv-dtype out",
+            )
+        return
+    least = FP8_CAPABILITY if settings.kv_dtype else LEAST_CAPABILITY
+    wanted = settings.compute_capability
+    if wanted is not None and float(wanted) < least:
+        raise ConfigError(
+            "The attention kernels do not run on this GPU.",
+            found=f"--compute-capability {wanted} with a cache in {_stored(settings)}",
+            expected=f"compute capability {least} or higher",
+            fix="leave --kv-dtype out" if settings.kv_dtype else "--attention native",
+        )
 
 
 def _profiles(part: str, settings: Settings) -> tuple[Profile, ...]:

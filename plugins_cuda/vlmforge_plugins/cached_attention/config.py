@@ -10,7 +10,6 @@ from vlmforge_plugins.errors import UnsupportedError
 HEAD_SIZES = (32, 64, 80, 96, 104, 128)
 PAGE_SIZES = (16, 32, 64, 128)
 STRIP_KEYS = 16
-DECODE_WARPS = 4
 PREFILL_WARPS = 4
 PREFILL_STRIPS = 4
 WRITE_THREADS = 256
@@ -90,7 +89,7 @@ class Config:
                 "The attention kernels do not cover this activation type.",
                 found=f"activations in {self.activation}",
                 expected="float16 or bfloat16",
-                fix="build with --precision float16",
+                fix="build with --dtype float16",
             )
         if self.stored not in (self.activation, "float8_e4m3fn"):
             raise UnsupportedError(
@@ -136,6 +135,8 @@ class Sizes:
         prefill_tiles: Tiles of 16 queries that a warp of prefill holds in registers.
         hopper: Whether prefill is the one for sm_90a, with warpgroup products.
         turns: Whether its two groups take turns in issuing products.
+        buffers: For its tiles of 128 keys or values.
+        decode_warps: Warps of a block of decode.
         fused: Whether the last block of decode adds up the splits; else a kernel does.
         decode_blocks: Blocks of decode that a multiprocessor must have registers for.
         copy_hint: What copies tell the L2 cache; 0 in all that is shipped.
@@ -146,6 +147,8 @@ class Sizes:
     prefill_tiles: int
     hopper: bool = False
     turns: bool = True
+    buffers: int = 4
+    decode_warps: int = 4
     fused: bool = True
     decode_blocks: int = 1
     copy_hint: int = 0
@@ -160,20 +163,21 @@ class Sizes:
     def decode_bytes(self) -> int:
         """Shared memory of a block of decode: the ring, or the merge of its warps if larger."""
         steps = -(-self.config.head_size // 16)
-        merge = DECODE_WARPS * 16 * (steps * 16 + 2) * 4
-        return max(DECODE_WARPS * self.decode_stages * 2 * self.strip_bytes, merge)
+        merge = self.decode_warps * 16 * (steps * 16 + 2) * 4
+        return max(self.decode_warps * self.decode_stages * 2 * self.strip_bytes, merge)
 
     @property
     def decode_registers(self) -> int:
         """Registers of a thread of decode, at most; for planning."""
         free = 120 if self.config.head_size <= 64 else 176 if self.config.head_size < 128 else 192
-        return min(free, 65536 // (32 * DECODE_WARPS * self.decode_blocks) // 8 * 8)
+        return min(free, 65536 // (32 * self.decode_warps * self.decode_blocks) // 8 * 8)
 
     @property
     def prefill_bytes(self) -> int:
-        """Shared memory of a block of prefill: two stages of keys and values (and barriers)."""
+        """Shared memory of a block of prefill: its stages of keys and values (and barriers)."""
         if self.hopper:
-            return 4 * 128 * 2 * self.config.head_size + 80
+            panels = -(-self.config.head_size // 64)  # of 128 keys x 64 dimensions x 2 bytes
+            return self.buffers * panels * 128 * 128 + 8 * (2 * self.buffers + 2)
         return 4 * PREFILL_STRIPS * self.strip_bytes
 
     @property
@@ -193,12 +197,14 @@ class Sizes:
             f"VF_BF16={int(self.config.activation == 'bfloat16')}",
             f"VF_FP8_KV={int(self.config.fp8)}",
             f"VF_HEAD_SIZE={self.config.head_size}",
+            f"VF_DECODE_WARPS={self.decode_warps}",
             f"VF_DECODE_STAGES={self.decode_stages}",
             f"VF_DECODE_FUSED={int(self.fused)}",
             f"VF_DECODE_BLOCKS={self.decode_blocks}",
             f"VF_COPY_HINT={self.copy_hint}",
             f"VF_PREFILL_TILES={self.prefill_tiles}",
             f"VF_HOPPER_PREFILL={int(self.hopper)}",
+            f"VF_HOPPER_BUFFERS={self.buffers}",
             f"VF_HOPPER_TURNS={int(self.turns)}",
         )
 
@@ -207,7 +213,17 @@ def sizes(config: Config, target: Target) -> Sizes:
     """How `config` is compiled for `target`. Measured on an H200; see BENCH.md.
 
     Two tiles of queries halve the reads of shared memory per product, but only small heads leave
-    the registers for them. Warpgroup products want whole panels of 64 16-bit dimensions.
+    the registers for them. Warpgroup products take 16-bit operands from shared memory as they lie;
+    they are not made for the heads of tiny models.
+    A block of decode that fills a multiprocessor leaves fewer splits to add up than two would.
     """
-    hopper = target.arch == "sm_90a" and not config.fp8 and config.head_size % 64 == 0
-    return Sizes(config, 2, prefill_tiles=2 if config.head_size <= 64 else 1, hopper=hopper)
+    large = target.capability == 90
+    hopper = target.arch == "sm_90a" and not config.fp8 and config.head_size >= 64
+    return Sizes(
+        config,
+        decode_stages=3 if large else 2,
+        decode_warps=8 if large else 4,
+        prefill_tiles=2 if config.head_size <= 64 else 1,
+        hopper=hopper,
+        buffers=8 if config.head_size <= 64 else 6,
+    )

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from vlmforge_plugins.cached_attention.config import (
     COMBINE_THREADS,
-    DECODE_WARPS,
     PAGE_SIZES,
     WRITE_THREADS,
     Sizes,
@@ -156,21 +155,23 @@ def split_keys(total: int, splits: int) -> int:
 
 
 def choose_splits(shape: Shape, sizes: Sizes, machine: Machine) -> int:
-    """Splits of the longest row that fill the machine in the fewest rounds of keys.
+    """Splits of the longest row that take the least time, as measured on an H200.
 
-    A block's time is its keys plus a fixed cost (start, pipeline fill, merge) worth about 128 of
-    them; the grid's is that times the number of times it goes round the machine. Partial results
-    cost traffic and a second kernel, so more splits must win by 5 %.
+    Half of a block's time is its own keys', half its share of all, for a machine that is half full
+    reads at nearly its full rate. Adding up the splits costs as much as about 250 keys, and a
+    little more for each; more splits must win by 5 %.
     """
     blocks = shape.batch * shape.kv_heads * head_tiles(shape)
     slots = decode_slots(sizes, machine)
     limit = split_limit(shape, sizes, machine)
 
     def cost(splits: int) -> float:
-        rounds = blocks * splits / slots
+        share = blocks * splits / slots
         # The last round is as long as a full one only when there are few of them.
-        rounds = max(1.0, math.ceil(rounds) if rounds < 4 else rounds + 0.5)
-        return rounds * (split_keys(shape.max_total, splits) + 128)
+        rounds = max(1.0, math.ceil(share) if share < 4 else share + 0.5)
+        keys = split_keys(shape.max_total, splits)
+        adding = 250 + 4 * splits if splits > 1 else 0
+        return (share + 0.5 * rounds) * keys + 64 * rounds + adding
 
     best = 1
     for splits in range(2, limit + 1):
@@ -182,7 +183,7 @@ def choose_splits(shape: Shape, sizes: Sizes, machine: Machine) -> int:
 def decode_slots(sizes: Sizes, machine: Machine) -> int:
     """Blocks of decode that the machine runs at once."""
     by_shared = machine.shared_bytes // (sizes.decode_bytes + 1024)
-    by_registers = 65536 // (32 * DECODE_WARPS * sizes.decode_registers)
+    by_registers = 65536 // (32 * sizes.decode_warps * sizes.decode_registers)
     return machine.multiprocessors * max(1, min(by_shared, by_registers))
 
 
@@ -254,7 +255,7 @@ def _write(shape: Shape, head_size: int) -> Launch:
 
 def _decode(shape: Shape, sizes: Sizes, splits: int) -> tuple[Launch, ...]:
     grid = (splits, shape.kv_heads * head_tiles(shape), shape.batch)
-    attend = Launch("vf_decode", grid, 32 * DECODE_WARPS, sizes.decode_bytes)
+    attend = Launch("vf_decode", grid, 32 * sizes.decode_warps, sizes.decode_bytes)
     if splits == 1 or sizes.fused:
         return (attend,)
     heads = -(-shape.heads // (COMBINE_THREADS // 32))

@@ -1,30 +1,29 @@
 """The paged attention kernels as a plugin of TensorRT and TensorRT-RTX.
 
 Both libraries have the same interfaces under two names, so the imported module is an argument. A
-plugin carries its compiled kernels as fields of the plan: a machine that runs the engine compiles
-nothing. `enqueue` neither allocates nor synchronises nor copies, so that it can be captured into a
-CUDA graph; what it knows of lengths on the host are the shapes of its inputs, which bound them.
+network's first node carries the compiled kernels as fields of the plan: a machine that runs the
+engine compiles nothing. `enqueue` neither allocates nor synchronises nor copies, so that it can be
+captured into a CUDA graph; what it knows of lengths on the host are the shapes of its inputs, which
+bound them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vlmforge_plugins.cached_attention.compile import Binary
 from vlmforge_plugins.cached_attention.config import (
     PTX_TARGETS,
     Activation,
     Config,
-    Sizes,
     Stored,
-    Target,
     sizes,
     targets,
 )
+from vlmforge_plugins.cached_attention.kernel_store import Compiled, KernelStore, Loaded
 from vlmforge_plugins.cached_attention.launcher import Rows, Scales, Tensors, run
 from vlmforge_plugins.cached_attention.plan import Machine, Plan, Shape, max_workspace, plan
 from vlmforge_plugins.errors import UnsupportedError
@@ -32,54 +31,59 @@ from vlmforge_plugins.errors import UnsupportedError
 NAMESPACE = "vlmforge"
 VERSION = "1"
 OPS: Mapping[str, bool] = {"PagedAttention": True, "PlainPagedAttention": False}
-"""Op type, and whether it rotates query and key by tables that it is given."""
+"""Op type, and whether it rotates query and key by tables that it is given.
 
-QUERY, KEY, VALUE, KEY_POOL, VALUE_POOL, PAST, QUERY_LENGTHS, TABLE, COS, SIN = range(10)
+The input QKV holds query, key and value of a token one after the other, as one product makes them;
+the rows of OUT are those of all sequences one after the other, as the next product takes them.
+"""
+
+QKV, KEY_POOL, VALUE_POOL, PAST, QUERY_LENGTHS, TABLE, COS, SIN = range(8)
 OUT, KEY_POOL_OUT, VALUE_POOL_OUT = range(3)
 _ALIASES = {KEY_POOL_OUT: KEY_POOL, VALUE_POOL_OUT: VALUE_POOL}
-_BINARY_FIELD = "binary."
+_NUMBERS = ("num_heads", "kv_num_heads", "holds_kernels")
+_SCALES = ("scale", "key_scale", "value_scale")
+_ITEM_BYTES = 2  # of both 16-bit types
+_BINARY_FIELD, _KEY_FIELD = "binary.", "kernels"
 # Every machine that plans are made for has at most as many; more only ask for less workspace.
 _LARGEST_MACHINE = Machine(multiprocessors=192, shared_bytes=227 << 10)
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a node says of itself."""
+    """What a node says of itself; one of a network's holds the kernels for all of them."""
 
     heads: int
     kv_heads: int
-    scale: float
+    scales: Scales
+    holds_kernels: bool
 
 
-Kernels = Mapping[Config, Sequence[Binary]]
-"""The binaries of every configuration that a network's nodes may have."""
-
-
-def register(trt: Any, kernels: Kernels) -> tuple[object, ...]:
+def register(trt: Any, compiled: Compiled) -> tuple[object, ...]:
     """Register the creators of both ops with the library `trt`.
 
     Args:
         trt: The imported module `tensorrt` or `tensorrt_rtx`.
-        kernels: What the plugins put into plans; empty where plans are only run.
+        compiled: What the plugins put into plans; empty where plans are only run.
 
     Returns:
         The creators. The registry does not keep them alive: keep them as long as it is used.
     """
-    creators = tuple(_creator(trt, op, kernels) for op in OPS)
+    store = KernelStore(compiled)
+    creators = tuple(_creator(trt, op, store) for op in OPS)
     registry = trt.get_plugin_registry()
     for creator in creators:
         registry.register_creator(creator, NAMESPACE)
     return creators
 
 
-def _creator(trt: Any, op: str, kernels: Kernels) -> object:
+def _creator(trt: Any, op: str, store: KernelStore) -> object:
     plugin = _plugin_class(trt)
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.name, self.plugin_namespace, self.plugin_version = op, NAMESPACE, VERSION
-            kinds = {"num_heads": "INT32", "kv_num_heads": "INT32", "scale": "FLOAT32"}
+            kinds = dict.fromkeys(_NUMBERS, "INT32") | dict.fromkeys(_SCALES, "FLOAT32")
             # The library keeps their addresses.
             self._empty = np.array([], np.int32)
             self._fields = [
@@ -90,18 +94,19 @@ def _creator(trt: Any, op: str, kernels: Kernels) -> object:
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> object:
             del name, phase
-            given = {field.name: field.data for field in fields}
-            attributes = Attributes(
-                heads=int(np.asarray(given["num_heads"]).item()),
-                kv_heads=int(np.asarray(given["kv_num_heads"]).item()),
-                scale=float(np.asarray(given["scale"]).item()),
-            )
+            given = {field.name: np.asarray(field.data) for field in fields}
+            heads, kv_heads, holds_kernels = (int(given[name].item()) for name in _NUMBERS)
+            scales = Scales(*(float(given[name].item()) for name in _SCALES))
+            attributes = Attributes(heads, kv_heads, scales, bool(holds_kernels))
             binaries = {
-                key.removeprefix(_BINARY_FIELD): np.asarray(data).tobytes()
+                key.removeprefix(_BINARY_FIELD): data.tobytes()
                 for key, data in given.items()
                 if key.startswith(_BINARY_FIELD)
             }
-            return plugin(trt, op, attributes, kernels, binaries)
+            if binaries:
+                store.add(binaries)
+            key = given[_KEY_FIELD].tobytes().decode() if _KEY_FIELD in given else ""
+            return plugin(trt, op, attributes, store, key)
 
     return Creator()
 
@@ -120,7 +125,7 @@ def _plugin_class(trt: Any) -> Any:
 
 
 class _Plugin:
-    """What the library calls; see the module. `binaries` are kernels by the name of their target.
+    """What the library calls; see the module. `key` is that of its kernels in the `store`.
 
     Without the library's interfaces, so that it is one class for both flavours.
     """
@@ -130,16 +135,14 @@ class _Plugin:
         trt: Any,
         op: str,
         attributes: Attributes,
-        kernels: Kernels,
-        binaries: Mapping[str, bytes],
+        store: KernelStore,
+        key: str = "",
     ) -> None:
         self.plugin_name, self.plugin_namespace, self.plugin_version = op, NAMESPACE, VERSION
         self.num_outputs = 3
         self._trt, self._op, self._attributes = trt, op, attributes
-        self._kernels, self._binaries = kernels, dict(binaries)
-        self._loaded: Any = None
-        self._machine = _LARGEST_MACHINE
-        self._sizes: Sizes | None = None
+        self._store, self._key = store, key
+        self._loaded: Loaded | None = None
         self._planned: Plan | None = None
         self._serialized: tuple[Any, ...] = ()
 
@@ -148,18 +151,23 @@ class _Plugin:
         return self
 
     def clone(self) -> object:
-        made = type(self)(self._trt, self._op, self._attributes, self._kernels, self._binaries)
+        made = type(self)(self._trt, self._op, self._attributes, self._store, self._key)
         made.__dict__.update(self.__dict__)
         return made
 
     # --- what goes in and comes out ---
 
     def get_output_data_types(self, types: Sequence[object]) -> list[object]:
-        return [types[QUERY], types[KEY_POOL], types[VALUE_POOL]]
+        return [types[QKV], types[KEY_POOL], types[VALUE_POOL]]
 
-    def get_output_shapes(self, inputs: Sequence[Any], shapes: object, builder: object) -> Any:
-        del shapes, builder
-        return [self._trt.DimsExprs(inputs[i]) for i in (QUERY, KEY_POOL, VALUE_POOL)]
+    def get_output_shapes(self, inputs: Sequence[Any], shapes: object, builder: Any) -> Any:
+        del shapes
+        batch, rows, _ = inputs[QKV]
+        heads, head_size = builder.constant(self._attributes.heads), inputs[KEY_POOL][3]
+        width = builder.operation(self._trt.DimensionOperation.PROD, heads, head_size)
+        exprs = self._trt.DimsExprs
+        flat = builder.operation(self._trt.DimensionOperation.PROD, batch, rows)
+        return [exprs([flat, width]), exprs(inputs[KEY_POOL]), exprs(inputs[VALUE_POOL])]
 
     def get_aliased_input(self, output: int) -> int:
         return _ALIASES.get(output, -1)
@@ -177,8 +185,7 @@ class _Plugin:
         del outputs
         config = _config(self._trt, [tensor.desc for tensor in inputs])
         config.check()
-        if not self._binaries and config in self._kernels:
-            self._binaries = {b.target.name: b.code for b in self._kernels[config]}
+        self._key = self._key or self._store.key_of(config)
 
     def get_workspace_size(self, inputs: Sequence[Any], outputs: object) -> int:
         del outputs
@@ -189,7 +196,7 @@ class _Plugin:
 
     def _shape(self, dims: Sequence[tuple[int, ...]]) -> Shape:
         """The call's metadata by its inputs' shapes, which bound all lengths."""
-        batch, rows = dims[QUERY][:2]
+        batch, rows = dims[QKV][:2]
         page_size, pages = dims[KEY_POOL][2], dims[TABLE][1]
         rotary = OPS[self._op]
         limit = pages * page_size
@@ -209,13 +216,22 @@ class _Plugin:
 
     def get_fields_to_serialize(self) -> object:
         attributes, kind = self._attributes, self._trt.PluginFieldType
+        scales = (attributes.scales.score, attributes.scales.key, attributes.scales.value)
+        numbers = (attributes.heads, attributes.kv_heads, int(attributes.holds_kernels))
+        held = self._store.binaries(self._key) if attributes.holds_kernels else {}
         values = [
-            ("num_heads", np.array([attributes.heads], np.int32), kind.INT32),
-            ("kv_num_heads", np.array([attributes.kv_heads], np.int32), kind.INT32),
-            ("scale", np.array([attributes.scale], np.float32), kind.FLOAT32),
+            *(
+                (name, np.array([n], np.int32), kind.INT32)
+                for name, n in zip(_NUMBERS, numbers, strict=True)
+            ),
+            *(
+                (name, np.array([scale], np.float32), kind.FLOAT32)
+                for name, scale in zip(_SCALES, scales, strict=True)
+            ),
+            (_KEY_FIELD, np.frombuffer(self._key.encode(), np.int8), kind.INT8),
             *(
                 (_BINARY_FIELD + target, np.frombuffer(code, np.int8), kind.INT8)
-                for target, code in self._binaries.items()
+                for target, code in held.items()
             ),
         ]
         # The library keeps addresses: of arrays, names and fields.
@@ -238,17 +254,10 @@ class _Plugin:
     def on_shape_change(self, inputs: Sequence[Any], outputs: object) -> None:
         """Plan the launches; the first time, also load the kernels."""
         del outputs
-        from vlmforge_plugins.cached_attention import driver
-
-        config = _config(self._trt, inputs)
         if self._loaded is None:
-            target = choose_target(config, self._binaries, driver.capability())
-            self._sizes = sizes(config, target)
-            self._loaded = driver.CudaKernels(self._binaries[target.name], self._sizes)
-            self._machine = driver.machine()
+            self._loaded = self._store.load(self._key, _config(self._trt, inputs))
         shape = self._shape([tuple(tensor.dims) for tensor in inputs])
-        assert self._sizes is not None
-        self._planned = plan(shape, self._sizes, self._machine)
+        self._planned = plan(shape, self._loaded.sizes, self._loaded.machine)
 
     def enqueue(
         self,
@@ -260,13 +269,19 @@ class _Plugin:
         stream: int,
     ) -> None:
         del output_desc
-        assert self._planned is not None
-        rotary = OPS[self._op]
+        assert self._planned is not None and self._loaded is not None
+        rotary, head_size = OPS[self._op], input_desc[KEY_POOL].dims[3]
+        heads, kv_heads = self._attributes.heads, self._attributes.kv_heads
+        _, rows, width = input_desc[QKV].dims
+        query, key, value = (
+            Rows(inputs[QKV] + first * head_size * _ITEM_BYTES, rows * width, width)
+            for first in (0, heads, heads + kv_heads)
+        )
         tensors = Tensors(
-            query=_rows(inputs[QUERY], input_desc[QUERY].dims),
-            key=_rows(inputs[KEY], input_desc[KEY].dims),
-            value=_rows(inputs[VALUE], input_desc[VALUE].dims),
-            out=_rows(outputs[OUT], input_desc[QUERY].dims),
+            query=query,
+            key=key,
+            value=value,
+            out=Rows(outputs[OUT], rows * heads * head_size, heads * head_size),
             key_pool=inputs[KEY_POOL],
             value_pool=inputs[VALUE_POOL],
             cos=inputs[COS] if rotary else 0,
@@ -276,56 +291,18 @@ class _Plugin:
             block_table=inputs[TABLE],
             workspace=workspace,
         )
-        scales = Scales(score=self._attributes.scale)
-        run(self._planned, tensors, scales, self._loaded, stream)
-
-
-def choose_target(config: Config, available: Collection[str], capability: int) -> Target:
-    """Whose kernels run on a GPU: its own, those of an older one of its generation, or PTX.
-
-    Args:
-        config: What the kernels are specialised on.
-        available: Names of the targets that the plan has kernels of.
-        capability: The GPU's compute capability, major times 10 plus minor.
-
-    Raises:
-        UnsupportedError: the plan has none that could run on it.
-    """
-    known = [target for target in targets(config) if target.name in available]
-    fitting = [
-        target
-        for target in known
-        # A cubin runs on every later minor version of its major one.
-        if target.capability // 10 == capability // 10 and target.capability <= capability
-    ]
-    if fitting:
-        return max(fitting, key=lambda target: target.capability)
-    ptx = PTX_TARGETS[config.fp8]
-    if ptx.name in available and capability >= ptx.capability:
-        return ptx
-    raise UnsupportedError(
-        "The engine has no attention kernels for this GPU.",
-        found=f"compute capability {capability / 10:.1f}",
-        expected=", ".join(sorted(available)) or "an engine that was built with kernels",
-        fix=f"use a GPU of compute capability {ptx.capability / 10:.1f} or later",
-    )
-
-
-def _rows(address: int, dims: Sequence[int]) -> Rows:
-    """A contiguous `[B, S, heads * D]` tensor."""
-    _, rows, width = dims
-    return Rows(address, rows * width, width)
+        run(self._planned, tensors, self._attributes.scales, self._loaded.kernels, stream)
 
 
 def _allowed(trt: Any, position: int, described: Sequence[Any], rotary: bool) -> tuple[object, ...]:
     """Types that the tensor at `position`, inputs then outputs, may have."""
-    inputs = 10 if rotary else 8
-    if position == QUERY:
+    inputs = 8 if rotary else 6
+    if position == QKV:
         return (trt.DataType.HALF, trt.DataType.BF16)
-    if position in (KEY, VALUE, inputs + OUT):
-        return (described[QUERY].type,)
+    if position == inputs + OUT:
+        return (described[QKV].type,)
     if position == KEY_POOL:
-        return (described[QUERY].type, trt.DataType.FP8)
+        return (described[QKV].type, trt.DataType.FP8)
     if position in (VALUE_POOL, inputs + KEY_POOL_OUT, inputs + VALUE_POOL_OUT):
         return (described[KEY_POOL].type,)
     if position in (PAST, QUERY_LENGTHS, TABLE):
@@ -340,11 +317,11 @@ def _config(trt: Any, described: Sequence[Any]) -> Config:
         trt.DataType.BF16: "bfloat16",
         trt.DataType.FP8: "float8_e4m3fn",
     }
-    activation, stored = (names.get(described[i].type) for i in (QUERY, KEY_POOL))
+    activation, stored = (names.get(described[i].type) for i in (QKV, KEY_POOL))
     if activation not in ("float16", "bfloat16") or stored is None:
         raise UnsupportedError(
             "The attention plugin has no kernels for these types.",
-            found=f"queries in {described[QUERY].type}, pools in {described[KEY_POOL].type}",
+            found=f"queries in {described[QKV].type}, pools in {described[KEY_POOL].type}",
             expected="float16 or bfloat16",
             fix="build with --dtype float16 or bfloat16",
         )

@@ -60,12 +60,18 @@ def _head(bundle: Bundle) -> str:
         "built": provenance.built_at
         + ", "
         + ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
-        "backend": f"{manifest.backend}, weights stored as {manifest.dtype}, arithmetic in "
+        "backend": f"{manifest.backend}, weights stored as {_stored(manifest)}, arithmetic in "
         f"{manifest.compute_dtype}, tp {manifest.parallel.tp}",
         "window": f"{manifest.decode.session_len} tokens a sequence, at most "
         f"{manifest.decode.max_batch_size} sequences at once",
     }
     return _table(rows)
+
+
+def _stored(manifest: Manifest) -> str:
+    if manifest.quantisation is None:
+        return manifest.dtype
+    return f"{manifest.quantisation} (the decoder's matrices) and {manifest.dtype}"
 
 
 def _table(rows: dict[str, str]) -> str:
@@ -149,12 +155,11 @@ def _example(bundle: Bundle) -> str:
 
 
 def _memory(manifest: Manifest, batch: int, context: int) -> str:
-    widen = {"float32": 1, "float16": 2, "bfloat16": 2}[manifest.dtype]
-    weights = sum(part.weight_bytes for part in manifest.parts) * widen
+    weights = sum(part.loaded_bytes for part in manifest.parts)
     cache = batch * context * manifest.kv.bytes_per_token
     return (
         f"memory at batch {batch} and context {context}: about {_size(weights + cache)} "
-        f"({_size(weights)} weights in float32 + {_size(cache)} key/value cache, "
+        f"({_size(weights)} weights + {_size(cache)} key/value cache, "
         f"{_size(manifest.kv.bytes_per_token)} a token), and activations"
     )
 

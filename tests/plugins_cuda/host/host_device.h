@@ -170,6 +170,11 @@ VF_DEVICE f32x2 load_l2_pair(const float* from) {
   if (reinterpret_cast<uintptr_t>(from) % 8) vf_host::die("a pair is not aligned to 8");
   return {from[0], from[1]};
 }
+VF_DEVICE f32x4 load_l2_quad(const float* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) vf_host::die("four floats are not aligned to 16");
+  return {from[0], from[1], from[2], from[3]};
+}
+VF_DEVICE void prefetch_l2(const void*) {}
 VF_DEVICE void fence_device() {}
 VF_DEVICE int atomic_add(int* at, int value) {
   const int before = *at;

@@ -3,12 +3,14 @@
 //   VF_BF16                activations are bf16 (1) or f16 (0)
 //   VF_FP8_KV              pools hold e4m3 (1) or the activations' type (0)
 //   VF_HEAD_SIZE           D, a multiple of 8
+//   VF_DECODE_WARPS        of a block of decode
 //   VF_DECODE_STAGES       depth of decode's ring of copies
 //   VF_DECODE_FUSED        the last block of decode adds up the splits
 //   VF_DECODE_BLOCKS       of decode that a multiprocessor must have registers for
 //   VF_COPY_HINT           what asynchronous copies tell the L2 cache, see device.cuh
 //   VF_PREFILL_TILES       16-row query tiles of a prefill warp
 //   VF_HOPPER_PREFILL      prefill by warpgroup products (sm_90a only)
+//   VF_HOPPER_BUFFERS      for its tiles of keys or values
 //   VF_HOPPER_TURNS        whose two groups take turns
 #include "combine.cuh"
 #include "decode.cuh"
@@ -30,9 +32,10 @@ using Stored = e4m3;
 using Stored = Activation;
 #endif
 using ConfiguredStrip = Strip<Activation, Stored, VF_HEAD_SIZE>;
-using ConfiguredDecode = Decode<ConfiguredStrip, 4, VF_DECODE_STAGES, VF_DECODE_FUSED>;
+using ConfiguredDecode =
+    Decode<ConfiguredStrip, VF_DECODE_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
 #if VF_HOPPER_PREFILL
-using ConfiguredPrefill = HopperPrefill<ConfiguredStrip, VF_HOPPER_TURNS>;
+using ConfiguredPrefill = HopperPrefill<ConfiguredStrip, VF_HOPPER_BUFFERS, VF_HOPPER_TURNS>;
 #else
 using ConfiguredPrefill = Prefill<ConfiguredStrip, 4, VF_PREFILL_TILES, 4>;
 #endif

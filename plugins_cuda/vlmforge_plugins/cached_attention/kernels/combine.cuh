@@ -6,6 +6,33 @@
 namespace vf {
 
 constexpr int kCombineThreads = 128;
+constexpr int kMaxSplits = 64;  // MAX_SPLITS of plan.py
+
+// Shares of the splits in the outputs of up to 16 heads. Their sums are all asked for before the first
+// is used: one trip to the L2 cache.
+template <int THREADS>
+VF_DEVICE void weigh_splits(const float* lse, int splits, int rows, int count, float* weights) {
+  constexpr int kLanes = THREADS / 16;  // threads a head
+  constexpr int kEach = kMaxSplits / kLanes;
+  const int row = thread_index() / kLanes, lane = thread_index() % kLanes;
+  float mine[kEach], top = minus_infinity(), sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int split = lane + i * kLanes;
+    mine[i] = minus_infinity();
+    if (row < rows && split < count) mine[i] = load_l2(lse + row * splits + split);
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) top = max_of(top, mine[i]);
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) top = max_of(top, shuffle_xor(top, mask));
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) sum += mine[i] = row < rows ? exp2_approx(mine[i] - top) : 0.f;
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) weights[row * kMaxSplits + lane + i * kLanes] = mine[i] / sum;
+}
 
 // One head of one row, by one warp. Its `count` partial results may just have been written by other
 // multiprocessors: they are read from the L2 cache.
@@ -41,6 +68,71 @@ VF_DEVICE void combine_head(const Params& p, int b, int head, int count, int lan
     *reinterpret_cast<u32*>(out + d) = pack2<Act>(x[j] / sum, y[j] / sum);
   }
 }
+
+// Up to 16 neighbouring heads of one row, by a whole block. A warp takes a head at a time; if there
+// are fewer heads than warps, several take parts of its splits.
+template <class Act, int D, int THREADS>
+struct CombineTile {
+  static constexpr int kWarps = THREADS / 32;
+  static constexpr int kBytes = (16 * kMaxSplits + kWarps * D) * 4;  // of shared memory
+
+  VF_DEVICE static void run(const Params& p, int b, int first_head, int rows, int count,
+                            float* shared) {
+    const int warp = thread_index() / 32, lane = thread_index() % 32;
+    const i64 first = (static_cast<i64>(b) * p.heads + first_head) * p.splits;
+    weigh_splits<THREADS>(p.partial_lse + first, p.splits, rows, count, shared);
+    sync_threads();
+    const int parts = rows < kWarps ? kWarps / rows : 1;
+    float* sums = shared + 16 * kMaxSplits;  // [kWarps][D]
+    for (int job = warp; job < rows * parts; job += kWarps) {
+      const int row = job / parts, part = job % parts;
+      const float* from = p.partial_out + (first + row * p.splits) * D + 4 * lane;
+      f32x4 sum{0.f, 0.f, 0.f, 0.f};
+      if (4 * lane < D) add(sum, from, shared + row * kMaxSplits, part, parts, count);
+      if (parts > 1 && 4 * lane < D) *reinterpret_cast<f32x4*>(sums + warp * D + 4 * lane) = sum;
+      if (parts == 1) store(p, b, first_head + row, lane, sum);
+    }
+    if (parts == 1) return;
+    sync_threads();
+    if (warp >= rows || 4 * lane >= D) return;
+    f32x4 sum = *reinterpret_cast<const f32x4*>(sums + warp * parts * D + 4 * lane);
+    for (int part = 1; part < parts; ++part) {
+      const float* more = sums + (warp * parts + part) * D + 4 * lane;
+      sum = {sum.x + more[0], sum.y + more[1], sum.z + more[2], sum.w + more[3]};
+    }
+    store(p, b, first_head + warp, lane, sum);
+  }
+
+  VF_DEVICE static void add(f32x4& sum, const float* from, const float* weights, int part,
+                            int parts, int count) {
+    constexpr int kBatch = 8;  // loads on their way at the same time
+    for (int first = part; first < count; first += kBatch * parts) {
+      f32x4 x[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int split = first + i * parts;
+        x[i] = f32x4{0.f, 0.f, 0.f, 0.f};
+        if (split < count) x[i] = load_l2_quad(from + static_cast<i64>(split) * D);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int split = first + i * parts;
+        const float weight = split < count ? weights[split] : 0.f;
+        sum.x += weight * x[i].x;
+        sum.y += weight * x[i].y;
+        sum.z += weight * x[i].z;
+        sum.w += weight * x[i].w;
+      }
+    }
+  }
+
+  VF_DEVICE static void store(const Params& p, int b, int head, int lane, const f32x4& sum) {
+    if (4 * lane >= D) return;
+    Act* to = static_cast<Act*>(p.out) + b * p.out_batch + static_cast<i64>(head) * D + 4 * lane;
+    const u32x2 packed{pack2<Act>(sum.x, sum.y), pack2<Act>(sum.z, sum.w)};
+    *reinterpret_cast<u32x2*>(to) = packed;
+  }
+};
 
 // The kernel. Grid: (heads / 4, 1, batch); one warp per head.
 template <class Act, int D>

@@ -17,11 +17,14 @@ struct Decode {
   using Act = typename S::Act;
   using Kv = typename S::Kv;
   static constexpr int kThreads = 32 * WARPS;
+  using Combine = CombineTile<Act, S::D, kThreads>;
   static constexpr int kStageBytes = 2 * S::kBytes;  // a strip of keys, then its values
   static constexpr int kMergePitch = S::kSteps * 16;
   static constexpr int kMergeBytes = WARPS * 16 * (kMergePitch + 2) * 4;
   static constexpr int kRingBytes = WARPS * STAGES * kStageBytes;
   static constexpr int kSharedBytes = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;
+
+  static_assert(kSharedBytes >= 16 + Combine::kBytes, "the ring is free when splits are added up");
 
   const Params& p;
   const int warp, lane, b, kv_head, first_head, rows;  // of this block's tile: query heads
@@ -36,8 +39,11 @@ struct Decode {
 
   VF_DEVICE static void run(const Params& p) {
     const int b = block_z();
+    if (thread_index() * 32 < p.max_pages) {  // the table comes while the lengths do
+      prefetch_l2(p.block_table + static_cast<i64>(b) * p.max_pages + thread_index() * 32);
+    }
+    const int total = p.past_lengths[b] + 1;  // both lengths are on their way at the same time
     if (query_length(p, b) <= 0) return;
-    const int total = p.past_lengths[b] + 1;
     const Splits splits(total, p.splits);
     if (block_x() >= splits.count) return;
     Decode block(p, ceil_div(p.heads / p.kv_heads, 16));
@@ -144,9 +150,8 @@ struct Decode {
     sync_threads();
     if (!*last) return;
     fence_device();
-    for (int row = warp; row < rows; row += WARPS) {
-      combine_head<Act, S::D>(p, b, first_head + row, count, lane);
-    }
+    float* shared = reinterpret_cast<float*>(shared_memory() + 16);
+    Combine::run(p, b, first_head, rows, count, shared);
   }
 
   VF_DEVICE void merge_pair(const float* outs, const float* maxima, const float* sums, int row,

@@ -66,11 +66,6 @@ VF_DEVICE void copy_async(void* shared, const void* global, bool valid) {
 #if VF_COPY_HINT == 1
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
                      shared_address(shared)), "l"(global), "r"(size) : "memory");
-#elif VF_COPY_HINT == 2
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
-                     shared_address(shared)), "l"(global), "r"(size), "l"(policy) : "memory");
 #else
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
                      shared_address(shared)), "l"(global), "r"(size) : "memory");
@@ -135,6 +130,15 @@ VF_DEVICE f32x2 load_l2_pair(const float* from) {
   asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "l"(from)
                : "memory");
   return pair;
+}
+VF_DEVICE f32x4 load_l2_quad(const float* from) {
+  f32x4 quad;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(quad.x), "=f"(quad.y), "=f"(quad.z), "=f"(quad.w) : "l"(from) : "memory");
+  return quad;
+}
+VF_DEVICE void prefetch_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 // Orders this thread's accesses to device memory for all multiprocessors.
 VF_DEVICE void fence_device() { __threadfence(); }

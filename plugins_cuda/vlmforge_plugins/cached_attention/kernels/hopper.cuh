@@ -31,55 +31,40 @@ template <class T, int N, int TRANSPOSED>
 VF_DEVICE void product(float (&c)[N / 8][4], const u32 (&a)[4], u64 b, int keep) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define VF_TILE(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
-  if constexpr (N == 64 && is_same<T, f16>::value) {
-    asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %37, 0;"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-      "}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;" "}"
-        : VF_TILE(0), VF_TILE(1), VF_TILE(2), VF_TILE(3), VF_TILE(4), VF_TILE(5),
-          VF_TILE(6), VF_TILE(7)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(TRANSPOSED));
-  } else if constexpr (N == 64) {
-    asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %37, 0;"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-      "}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;" "}"
-        : VF_TILE(0), VF_TILE(1), VF_TILE(2), VF_TILE(3), VF_TILE(4), VF_TILE(5),
-          VF_TILE(6), VF_TILE(7)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(TRANSPOSED));
-  } else if constexpr (N == 128 && is_same<T, f16>::value) {
-    asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %69, 0;"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-      "}, {%64,%65,%66,%67}, %68, p, 1, 1, %70;" "}"
-        : VF_TILE(0), VF_TILE(1), VF_TILE(2), VF_TILE(3), VF_TILE(4), VF_TILE(5),
-          VF_TILE(6), VF_TILE(7), VF_TILE(8), VF_TILE(9), VF_TILE(10), VF_TILE(11),
-          VF_TILE(12), VF_TILE(13), VF_TILE(14), VF_TILE(15)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(TRANSPOSED));
-  } else if constexpr (N == 128) {
-    asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %69, 0;"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-      "}, {%64,%65,%66,%67}, %68, p, 1, 1, %70;" "}"
-        : VF_TILE(0), VF_TILE(1), VF_TILE(2), VF_TILE(3), VF_TILE(4), VF_TILE(5),
-          VF_TILE(6), VF_TILE(7), VF_TILE(8), VF_TILE(9), VF_TILE(10), VF_TILE(11),
-          VF_TILE(12), VF_TILE(13), VF_TILE(14), VF_TILE(15)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(TRANSPOSED));
-  } else {
-    static_assert(N == 64, "one of the widths above");
+#define VF_TILES8                                                                    \
+  VF_TILE(0), VF_TILE(1), VF_TILE(2), VF_TILE(3), VF_TILE(4), VF_TILE(5), VF_TILE(6), VF_TILE(7)
+#define VF_TILES10 VF_TILES8, VF_TILE(8), VF_TILE(9)
+#define VF_TILES12 VF_TILES10, VF_TILE(10), VF_TILE(11)
+#define VF_TILES13 VF_TILES12, VF_TILE(12)
+#define VF_TILES16 VF_TILES13, VF_TILE(13), VF_TILE(14), VF_TILE(15)
+#define VF_C32                                           \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define VF_C40 VF_C32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define VF_C48 VF_C40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define VF_C52 VF_C48 ",%48,%49,%50,%51"
+#define VF_C64 VF_C52 ",%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+// The accumulators are the assembler's first operands; the numbers of the others follow from N.
+#define VF_PRODUCT(WIDTH, TYPE, C, A, B, KEEP, MAJOR, ...)                                \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " KEEP ", 0;"                               \
+               "wgmma.mma_async.sync.aligned.m64n" #WIDTH "k16.f32." TYPE "." TYPE        \
+               " {" C "}, {" A "}, " B ", p, 1, 1, " MAJOR ";}"                           \
+               : __VA_ARGS__                                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(TRANSPOSED))
+#define VF_WIDTH(WIDTH, ...)                                   \
+  if constexpr (N == WIDTH && is_same<T, f16>::value) {        \
+    VF_PRODUCT(WIDTH, "f16", __VA_ARGS__);                     \
+  } else if constexpr (N == WIDTH) {                           \
+    VF_PRODUCT(WIDTH, "bf16", __VA_ARGS__);                    \
   }
+  VF_WIDTH(64, VF_C32, "%32,%33,%34,%35", "%36", "%37", "%38", VF_TILES8)
+  VF_WIDTH(80, VF_C40, "%40,%41,%42,%43", "%44", "%45", "%46", VF_TILES10)
+  VF_WIDTH(96, VF_C48, "%48,%49,%50,%51", "%52", "%53", "%54", VF_TILES12)
+  VF_WIDTH(104, VF_C52, "%52,%53,%54,%55", "%56", "%57", "%58", VF_TILES13)
+  VF_WIDTH(128, VF_C64, "%64,%65,%66,%67", "%68", "%69", "%70", VF_TILES16)
+  static_assert(N == 64 || N == 80 || N == 96 || N == 104 || N == 128, "one of the widths above");
+#undef VF_WIDTH
+#undef VF_PRODUCT
 #undef VF_TILE
 #endif
 }

@@ -1,8 +1,8 @@
 // Prefill for sm_90a: the function of prefill.cuh with warpgroup products.
 //
 // Grid as there; a block has two consumer warpgroups of 64 queries each and one producer warpgroup.
-// Keys and values arrive in turn, K0 V0 K1 V1 ..., in tiles of 128 through a ring of four buffers with
-// a "full" and an "empty" barrier each. The producer gathers pages with asynchronous copies, so any
+// Keys and values arrive in turn, K0 V0 K1 V1 ..., in tiles of 128 through a ring of BUFFERS with a
+// "full" and an "empty" barrier each. The producer gathers pages with asynchronous copies, so any
 // page size will do, and writes the swizzle that the products read. A consumer keeps its queries and
 // probabilities in registers; while the tensor cores multiply the probabilities of one tile with its
 // values, it takes the softmax of the next; and the consumers take turns, so that one's softmax meets
@@ -14,7 +14,7 @@
 
 namespace vf {
 
-template <class S, bool TURNS>
+template <class S, int BUFFERS, bool TURNS>
 struct HopperPrefill {
   using Act = typename S::Act;
   static constexpr int D = S::D;
@@ -23,11 +23,11 @@ struct HopperPrefill {
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kKeys = 128;
   static constexpr int kStrips = kKeys / kStripKeys;
-  static constexpr int kBuffers = 4;
+  static constexpr int kBuffers = BUFFERS;
   static constexpr int kPanelBytes = kKeys * 128;  // all keys of a tile, 64 dimensions of them
-  static constexpr int kTileBytes = D / 64 * kPanelBytes;
-  static constexpr int kSharedBytes = kBuffers * kTileBytes + (2 * kBuffers + 2) * 8;
-  static_assert(!S::kFp8 && D % 64 == 0, "whole panels of 16-bit elements");
+  static constexpr int kTileBytes = (D + 63) / 64 * kPanelBytes;
+  static constexpr int kSharedBytes = kBuffers * kTileBytes + (2 * kBuffers + kConsumers) * 8;
+  static_assert(!S::kFp8, "products of 16-bit elements");
   using Rows = Flash<S, 1, kStrips>;
 
   const Params& p;
@@ -53,6 +53,7 @@ struct HopperPrefill {
       }
       for (int i = 0; i < kConsumers; ++i) barrier_init(&block.turn[i], 4);
     }
+    clear_padding();
     sync_threads();
     if (block.group == kConsumers) {
       give_registers<24>();
@@ -71,25 +72,27 @@ struct HopperPrefill {
   VF_DEVICE void produce() const {
     const int tiles = tiles_before(first_row + kRows);
     const int kv_head = head / (p.heads / p.kv_heads);
-    bool pending = false;  // whether the newest unit is still to be announced
+    int pending = 0;  // of the newest units, still to be announced
     for (int tile = 0; tile < tiles; ++tile) {
       const int place = find(kv_head, tile * kKeys);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         const int unit = 2 * tile + half, buffer = unit % kBuffers;
         const int parity = (unit / kBuffers & 1) ^ 1;
-        if (pending && !barrier_passed(&empty[buffer], parity)) {
-          announce<0>(unit - 1);  // rather than wait with news
-          pending = false;
+        if (!barrier_passed(&empty[buffer], parity)) {  // rather than wait with news
+          if (pending == 2) announce<1>(unit - 2);
+          if (pending > 0) announce<0>(unit - 1);
+          pending = 0;
         }
         barrier_wait(&empty[buffer], parity);
         copy(half == 0 ? p.key_pool : p.value_pool, place, tile * kKeys,
              shared_memory() + buffer * kTileBytes);
         copy_commit();
-        if (pending) announce<1>(unit - 1);
-        pending = true;
+        if (pending == 2) announce<2>(unit - 2);
+        pending = pending < 2 ? pending + 1 : 2;
       }
     }
+    if (pending == 2) announce<1>(2 * tiles - 2);
     announce<0>(2 * tiles - 1);
   }
 
@@ -111,20 +114,37 @@ struct HopperPrefill {
   }
 
   VF_DEVICE void copy(const void* pool, int place, int first, char* to) const {
-    constexpr int kUnits = D / 8;        // 16-byte units of a row
-    constexpr int kStep = 128 / kUnits;  // rows that the warpgroup copies at once: 8 or 16
-    const int unit = thread_index() % kUnits, row = thread_index() % 128 / kUnits;
+    constexpr int kLanes = D <= 64 ? 8 : 16;  // threads that share a row, 16 bytes each
+    constexpr int kStep = 128 / kLanes;       // rows that the warpgroup copies at once
+    // There are 24 registers, and rows that are no power of two long take more of them.
+    [[maybe_unused]] constexpr int kUnrolled = D % 64 == 0 ? kStrips : 2;
+    const int unit = thread_index() % kLanes, row = thread_index() % 128 / kLanes;
     const int missing = past + length - first - row;
     const char* from = static_cast<const char*>(pool) + (row * D + unit * 8) * 2;
     to += unit / 8 * kPanelBytes + row * 128 + ((unit ^ row) & 7) * 16;
-#pragma unroll
+#pragma unroll kUnrolled
     for (int n = 0; n < kStrips; ++n) {
       const char* strip = from + static_cast<i64>(shuffle_from(place, n)) * (kStripKeys * D * 2);
 #pragma unroll
       for (int i = 0; i < kStripKeys; i += kStep) {
-        copy_async<16>(to + (n * kStripKeys + i) * 128, strip + i * D * 2,
-                       n * kStripKeys + i < missing);
+        if (unit < D / 8) {
+          copy_async<16>(to + (n * kStripKeys + i) * 128, strip + i * D * 2,
+                         n * kStripKeys + i < missing);
+        }
       }
+    }
+  }
+
+  // Zeroes for half a step of dimensions if D is no multiple of 16; copies never touch them.
+  VF_DEVICE static void clear_padding() {
+    if constexpr (D % 16 != 0) {
+      constexpr int kUnit = D / 8;
+      for (int i = thread_index(); i < kBuffers * kKeys; i += kThreads) {
+        char* tile = shared_memory() + i / kKeys * kTileBytes + kUnit / 8 * kPanelBytes;
+        const int row = i % kKeys;
+        *reinterpret_cast<u32x4*>(tile + row * 128 + ((kUnit ^ row) & 7) * 16) = {0, 0, 0, 0};
+      }
+      publish_shared();
     }
   }
 
