@@ -137,6 +137,7 @@ class Sizes:
         turns: Whether its two groups take turns in issuing products.
         buffers: For its tiles of 128 keys or values.
         decode_warps: Warps of a block of decode.
+        decode_bulk: Whether decode reads by bulk copies, rows not padded.
         fused: Whether the last block of decode adds up the splits; else a kernel does.
         decode_blocks: Blocks of decode that a multiprocessor must have registers for.
         copy_hint: What copies tell the L2 cache; 0 in all that is shipped.
@@ -149,6 +150,7 @@ class Sizes:
     turns: bool = True
     buffers: int = 4
     decode_warps: int = 4
+    decode_bulk: bool = False
     fused: bool = True
     decode_blocks: int = 1
     copy_hint: int = 0
@@ -164,7 +166,10 @@ class Sizes:
         """Shared memory of a block of decode: the ring, or the merge of its warps if larger."""
         steps = -(-self.config.head_size // 16)
         merge = self.decode_warps * 16 * (steps * 16 + 2) * 4
-        return max(self.decode_warps * self.decode_stages * 2 * self.strip_bytes, merge)
+        strips = self.decode_warps * self.decode_stages
+        if self.decode_bulk:  # and a barrier for each pair of strips
+            return max(strips * 4 * STRIP_KEYS * self.config.head_size, merge) + strips * 8
+        return max(strips * 2 * self.strip_bytes, merge)
 
     @property
     def decode_registers(self) -> int:
@@ -199,6 +204,7 @@ class Sizes:
             f"VF_HEAD_SIZE={self.config.head_size}",
             f"VF_DECODE_WARPS={self.decode_warps}",
             f"VF_DECODE_STAGES={self.decode_stages}",
+            f"VF_DECODE_BULK={int(self.decode_bulk)}",
             f"VF_DECODE_FUSED={int(self.fused)}",
             f"VF_DECODE_BLOCKS={self.decode_blocks}",
             f"VF_COPY_HINT={self.copy_hint}",
@@ -223,6 +229,7 @@ def sizes(config: Config, target: Target) -> Sizes:
         config,
         decode_stages=3 if large else 2,
         decode_warps=8 if large else 4,
+        decode_bulk=large and not config.fp8 and config.head_size % 64 == 0,
         prefill_tiles=2 if config.head_size <= 64 else 1,
         hopper=hopper,
         buffers=8 if config.head_size <= 64 else 6,

@@ -6,6 +6,7 @@
 //   VF_DECODE_WARPS        of a block of decode
 //   VF_DECODE_STAGES       depth of decode's ring of copies
 //   VF_DECODE_FUSED        the last block of decode adds up the splits
+//   VF_DECODE_BULK         decode reads by bulk copies (sm_90a only)
 //   VF_DECODE_BLOCKS       of decode that a multiprocessor must have registers for
 //   VF_COPY_HINT           what asynchronous copies tell the L2 cache, see device.cuh
 //   VF_PREFILL_TILES       16-row query tiles of a prefill warp
@@ -32,8 +33,13 @@ using Stored = e4m3;
 using Stored = Activation;
 #endif
 using ConfiguredStrip = Strip<Activation, Stored, VF_HEAD_SIZE>;
+#if VF_DECODE_BULK
+using DecodeStrip = BulkStrip<Activation, VF_HEAD_SIZE>;
+#else
+using DecodeStrip = ConfiguredStrip;
+#endif
 using ConfiguredDecode =
-    Decode<ConfiguredStrip, VF_DECODE_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
+    Decode<DecodeStrip, VF_DECODE_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
 #if VF_HOPPER_PREFILL
 using ConfiguredPrefill = HopperPrefill<ConfiguredStrip, VF_HOPPER_BUFFERS, VF_HOPPER_TURNS>;
 #else
