@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vlmforge_plugins.errors import UnsupportedError
@@ -141,6 +141,7 @@ class Sizes:
         fused: Whether the last block of decode adds up the splits; else a kernel does.
         decode_blocks: Blocks of decode that a multiprocessor must have registers for.
         copy_hint: What copies tell the L2 cache; 0 in all that is shipped.
+        narrow_warps: Warps of a block of decode for many short rows.
     """
 
     config: Config
@@ -154,6 +155,7 @@ class Sizes:
     fused: bool = True
     decode_blocks: int = 1
     copy_hint: int = 0
+    narrow_warps: int = 4
 
     @property
     def strip_bytes(self) -> int:
@@ -176,6 +178,11 @@ class Sizes:
         """Registers of a thread of decode, at most; for planning."""
         free = 120 if self.config.head_size <= 64 else 176 if self.config.head_size < 128 else 192
         return min(free, 65536 // (32 * self.decode_warps * self.decode_blocks) // 8 * 8)
+
+    @property
+    def narrow(self) -> Sizes:
+        """The same with the narrow blocks in place of the others."""
+        return replace(self, decode_warps=self.narrow_warps)
 
     @property
     def prefill_bytes(self) -> int:
@@ -203,6 +210,7 @@ class Sizes:
             f"VF_FP8_KV={int(self.config.fp8)}",
             f"VF_HEAD_SIZE={self.config.head_size}",
             f"VF_DECODE_WARPS={self.decode_warps}",
+            f"VF_NARROW_WARPS={self.narrow_warps}",
             f"VF_DECODE_STAGES={self.decode_stages}",
             f"VF_DECODE_BULK={int(self.decode_bulk)}",
             f"VF_DECODE_FUSED={int(self.fused)}",

@@ -4,6 +4,7 @@
 //   VF_FP8_KV              pools hold e4m3 (1) or the activations' type (0)
 //   VF_HEAD_SIZE           D, a multiple of 8
 //   VF_DECODE_WARPS        of a block of decode
+//   VF_NARROW_WARPS        of a block of decode for many short rows
 //   VF_DECODE_STAGES       depth of decode's ring of copies
 //   VF_DECODE_FUSED        the last block of decode adds up the splits
 //   VF_DECODE_BULK         decode reads by bulk copies (sm_90a only)
@@ -40,6 +41,7 @@ using DecodeStrip = ConfiguredStrip;
 #endif
 using ConfiguredDecode =
     Decode<DecodeStrip, VF_DECODE_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
+using NarrowDecode = Decode<DecodeStrip, VF_NARROW_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
 #if VF_HOPPER_PREFILL
 using ConfiguredPrefill = HopperPrefill<ConfiguredStrip, VF_HOPPER_BUFFERS, VF_HOPPER_TURNS>;
 #else
@@ -53,6 +55,10 @@ VF_KERNEL(vf::kWriteThreads, 1) vf_write(VF_PARAMS p) {
 
 VF_KERNEL(vf::ConfiguredDecode::kThreads, VF_DECODE_BLOCKS) vf_decode(VF_PARAMS p) {
   vf::ConfiguredDecode::run(p);
+}
+
+VF_KERNEL(vf::NarrowDecode::kThreads, 1) vf_decode_narrow(VF_PARAMS p) {
+  vf::NarrowDecode::run(p);
 }
 
 VF_KERNEL(vf::kCombineThreads, 1) vf_combine(VF_PARAMS p) {
