@@ -45,7 +45,8 @@ from vlmforge_plugins.cached_attention.config import (  # noqa: E402
 )
 from vlmforge_plugins.cached_attention.driver import CudaKernels, call  # noqa: E402
 from vlmforge_plugins.cached_attention.launcher import Kernels, run  # noqa: E402
-from vlmforge_plugins.cached_attention.plan import plan  # noqa: E402
+from vlmforge_plugins.cached_attention.plan import _decode as decode_launches  # noqa: E402
+from vlmforge_plugins.cached_attention.plan import plan, workspace  # noqa: E402
 from vlmforge_plugins.errors import CompileError  # noqa: E402
 
 
@@ -99,6 +100,30 @@ def check_cases(backend: CudaBackend, cases: Sequence[Case]) -> list[str]:
     print(
         f"  {len(cases)} cases, {len(failures)} failed; worst error {worst:.2f} x naive (limit 2)"
     )
+    return failures
+
+
+def check_narrow(backend: CudaBackend, cases: Sequence[Case]) -> list[str]:
+    """Decode with narrow blocks, which plans take only for more rows than these cases have."""
+    failures, count = [], 0
+    for case in cases:
+        batch = make(case)
+        if batch.shape.max_query > 1:
+            continue
+        compiled = sizes(case.config, backend.target)
+        chosen = plan(batch.shape, compiled, backend.machine)
+        forced = replace(
+            chosen,
+            splits=1,
+            launches=(chosen.launches[0], *decode_launches(batch.shape, compiled, 1, True)),
+            workspace=workspace(batch.shape, case.head_size, 1),
+        )
+        count += 1
+        try:
+            verify(batch, backend.run_plan(batch, forced, backend.kernels(case.config)))
+        except AssertionError as error:
+            failures.append(f"narrow {case.name}: {error}")
+    print(f"  {count} cases with narrow blocks, {len(failures)} failed")
     return failures
 
 
@@ -213,6 +238,7 @@ def sanitize(out: Path) -> list[str]:
 def test(backend: CudaBackend, out: Path, strength: int) -> list[str]:
     """Correctness: all of it. Returns what failed."""
     failures = check_cases(backend, covering(strength))
+    failures += check_narrow(backend, covering(2))
     for case in GRAPH_CASES:
         failures += check_graph(backend, case)
     print(f"  graphs: {len(GRAPH_CASES)} captured and replayed")
@@ -293,7 +319,7 @@ def main() -> None:
     if backend is None:
         sys.exit("There is no GPU here. On one: python3 bench/gpu_suite.py")
     if options.steps == ["sanitized"]:
-        failures = check_cases(backend, SANITIZED)
+        failures = check_cases(backend, SANITIZED) + check_narrow(backend, SANITIZED)
         print("\n".join(failures))
         sys.exit(1 if failures else 0)
     started = time.monotonic()

@@ -33,7 +33,7 @@ from vlmforge_plugins.cached_attention.config import (
 )
 from vlmforge_plugins.errors import CompileError, UnsupportedError
 
-KERNELS = {"vf_write", "vf_decode", "vf_combine", "vf_prefill"}
+KERNELS = {"vf_write", "vf_decode", "vf_decode_narrow", "vf_combine", "vf_prefill"}
 CONFIG = Config(128, "float16", "float16")
 TARGET = {target.name: target for target in TARGETS}
 SHIPPED = [(config, target) for config in configs() for target in targets(config)]
@@ -65,6 +65,8 @@ def _check_report(config: Config, target: Target, nvrtc: Nvrtc, cache: Path) -> 
         assert "C7508" not in binary.log  # setmaxnreg ignored
     limit = sizes(config, target).decode_registers
     assert found["vf_decode"].registers <= limit, "plans count on fewer registers"
+    narrow = sizes(config, target).narrow.decode_registers
+    assert found["vf_decode_narrow"].registers <= narrow, "plans count on fewer registers"
     assert max(sizes(config, target).decode_bytes, sizes(config, target).prefill_bytes) <= (
         target.shared_bytes
     )
@@ -114,7 +116,8 @@ def test_prefill_runs_on_tensor_cores(
     assert set(code) == KERNELS
     assert instruction in code["vf_prefill"]
     assert "HMMA.16816" in code["vf_decode"]
-    assert "LDGSTS" in code["vf_decode"]  # asynchronous copies past the registers
+    # Copies past the registers: of 16 bytes each, or of a strip.
+    assert re.search(r"\b(LDGSTS|UBLKCP)\b", code["vf_decode"])
     for kernel in KERNELS:
         assert not re.search(r"\b(LDL|STL)\b", code[kernel]), "local memory"
 

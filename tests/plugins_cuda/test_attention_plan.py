@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vlmforge_plugins.cached_attention.config import TARGETS, Config, sizes
 from vlmforge_plugins.cached_attention.launcher import Rows, Scales, Tensors, parameters
 from vlmforge_plugins.cached_attention.plan import (
+    Launch,
     Machine,
     Shape,
     max_workspace,
@@ -70,6 +71,17 @@ def test_a_prefill_call_in_full() -> None:
 def test_a_full_machine_needs_no_splits() -> None:
     busy = replace(SHAPE, batch=256, kv_heads=32)
     assert plan(busy, sizes(CONFIG, SM_90), H200).splits == 1
+
+
+def test_many_short_rows_take_narrow_blocks() -> None:
+    hopper, short = sizes(CONFIG, SM_90), replace(SHAPE, batch=64, max_total=513)
+    taken = plan(short, hopper, H200)
+    shared = 4 * 3 * (2 * 16 * 256 + 8)  # warps, stages: a strip of keys, of values, a barrier
+    assert taken.launches[1] == Launch("vf_decode_narrow", (1, 8, 64), 128, shared)
+    assert taken.workspace == plan(short, replace(hopper, narrow_warps=8), H200).workspace
+    for other in (replace(short, batch=4), replace(short, max_total=2048)):
+        assert plan(other, hopper, H200).launches[1].kernel == "vf_decode"
+    assert plan(short, sizes(CONFIG, SM_80), H200).launches[1].kernel == "vf_decode"
 
 
 def test_queries_that_come_rotated_need_no_scratch() -> None:

@@ -223,8 +223,10 @@ def test_sizes_are_those_of_the_sources(config: Config, target: Target) -> None:
     chosen = sizes(config, target)
     library = host_library(chosen)
     assert library.vf_shared_bytes(b"vf_decode") == chosen.decode_bytes
+    assert library.vf_shared_bytes(b"vf_decode_narrow") == chosen.narrow.decode_bytes
     assert library.vf_shared_bytes(b"vf_prefill") == chosen.prefill_bytes
     assert library.vf_threads(b"vf_decode") == 32 * chosen.decode_warps
+    assert library.vf_threads(b"vf_decode_narrow") == 32 * chosen.narrow_warps
     assert library.vf_threads(b"vf_prefill") == chosen.prefill_threads
     assert library.vf_prefill_rows() == chosen.prefill_rows
 

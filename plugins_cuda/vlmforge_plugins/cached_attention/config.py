@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vlmforge_plugins.errors import UnsupportedError
@@ -137,9 +137,11 @@ class Sizes:
         turns: Whether its two groups take turns in issuing products.
         buffers: For its tiles of 128 keys or values.
         decode_warps: Warps of a block of decode.
+        decode_bulk: Whether decode reads by bulk copies, rows not padded.
         fused: Whether the last block of decode adds up the splits; else a kernel does.
         decode_blocks: Blocks of decode that a multiprocessor must have registers for.
         copy_hint: What copies tell the L2 cache; 0 in all that is shipped.
+        narrow_warps: Warps of a block of decode for many short rows.
     """
 
     config: Config
@@ -149,9 +151,11 @@ class Sizes:
     turns: bool = True
     buffers: int = 4
     decode_warps: int = 4
+    decode_bulk: bool = False
     fused: bool = True
     decode_blocks: int = 1
     copy_hint: int = 0
+    narrow_warps: int = 4
 
     @property
     def strip_bytes(self) -> int:
@@ -164,13 +168,21 @@ class Sizes:
         """Shared memory of a block of decode: the ring, or the merge of its warps if larger."""
         steps = -(-self.config.head_size // 16)
         merge = self.decode_warps * 16 * (steps * 16 + 2) * 4
-        return max(self.decode_warps * self.decode_stages * 2 * self.strip_bytes, merge)
+        strips = self.decode_warps * self.decode_stages
+        if self.decode_bulk:  # and a barrier for each pair of strips
+            return max(strips * 4 * STRIP_KEYS * self.config.head_size, merge) + strips * 8
+        return max(strips * 2 * self.strip_bytes, merge)
 
     @property
     def decode_registers(self) -> int:
         """Registers of a thread of decode, at most; for planning."""
         free = 120 if self.config.head_size <= 64 else 176 if self.config.head_size < 128 else 192
         return min(free, 65536 // (32 * self.decode_warps * self.decode_blocks) // 8 * 8)
+
+    @property
+    def narrow(self) -> Sizes:
+        """The same with the narrow blocks in place of the others."""
+        return replace(self, decode_warps=self.narrow_warps)
 
     @property
     def prefill_bytes(self) -> int:
@@ -198,7 +210,9 @@ class Sizes:
             f"VF_FP8_KV={int(self.config.fp8)}",
             f"VF_HEAD_SIZE={self.config.head_size}",
             f"VF_DECODE_WARPS={self.decode_warps}",
+            f"VF_NARROW_WARPS={self.narrow_warps}",
             f"VF_DECODE_STAGES={self.decode_stages}",
+            f"VF_DECODE_BULK={int(self.decode_bulk)}",
             f"VF_DECODE_FUSED={int(self.fused)}",
             f"VF_DECODE_BLOCKS={self.decode_blocks}",
             f"VF_COPY_HINT={self.copy_hint}",
@@ -223,6 +237,7 @@ def sizes(config: Config, target: Target) -> Sizes:
         config,
         decode_stages=3 if large else 2,
         decode_warps=8 if large else 4,
+        decode_bulk=large and not config.fp8 and config.head_size % 64 == 0,
         prefill_tiles=2 if config.head_size <= 64 else 1,
         hopper=hopper,
         buffers=8 if config.head_size <= 64 else 6,

@@ -13,7 +13,7 @@ from vlmforge_plugins.cached_attention.launcher import Params
 from vlmforge_plugins.cached_attention.plan import Launch, Machine
 from vlmforge_plugins.errors import LaunchError
 
-KERNELS = ("vf_write", "vf_decode", "vf_combine", "vf_prefill")
+KERNELS = ("vf_write", "vf_decode", "vf_decode_narrow", "vf_combine", "vf_prefill")
 
 
 def call(function: Callable[..., Any], *arguments: object) -> Any:
@@ -75,7 +75,12 @@ class CudaKernels:
             name: call(driver.cuModuleGetFunction, self._module, name.encode()) for name in KERNELS
         }
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        for name, size in (("vf_decode", sizes.decode_bytes), ("vf_prefill", sizes.prefill_bytes)):
+        shared = {
+            "vf_decode": sizes.decode_bytes,
+            "vf_decode_narrow": sizes.narrow.decode_bytes,
+            "vf_prefill": sizes.prefill_bytes,
+        }
+        for name, size in shared.items():
             call(driver.cuFuncSetAttribute, self._functions[name], limit, size)
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:

@@ -23,6 +23,7 @@ MAX_SPLITS = 64
 MIN_SPLIT_KEYS = 64  # Splits::kMinKeys
 GRID_LIMIT = 65535  # of a grid's y and z
 CACHE_BYTES = 24 << 20
+NARROW_KEYS = 1024
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,8 @@ def plan(shape: Shape, sizes: Sizes, machine: Machine) -> Plan:
     shape.check()
     decode = shape.max_query == 1
     splits = choose_splits(shape, sizes, machine) if decode else 1
-    attention = _decode(shape, sizes, splits) if decode else _prefill(shape, sizes)
+    narrow = decode and narrow_blocks(shape, sizes, splits, machine)
+    attention = _decode(shape, sizes, splits, narrow) if decode else _prefill(shape, sizes)
     head_size = sizes.config.head_size
     return Plan(
         shape,
@@ -253,9 +255,20 @@ def _write(shape: Shape, head_size: int) -> Launch:
     return Launch("vf_write", (blocks, shape.max_query, shape.batch), WRITE_THREADS)
 
 
-def _decode(shape: Shape, sizes: Sizes, splits: int) -> tuple[Launch, ...]:
+def narrow_blocks(shape: Shape, sizes: Sizes, splits: int, machine: Machine) -> bool:
+    """Whether decode takes narrow blocks: many short rows, for one's start meets another's end."""
+    blocks = shape.batch * shape.kv_heads * head_tiles(shape)
+    short = splits == 1 and shape.max_total <= NARROW_KEYS
+    narrower = sizes.narrow_warps < sizes.decode_warps
+    return short and narrower and blocks > decode_slots(sizes, machine)
+
+
+def _decode(shape: Shape, sizes: Sizes, splits: int, narrow: bool = False) -> tuple[Launch, ...]:
     grid = (splits, shape.kv_heads * head_tiles(shape), shape.batch)
-    attend = Launch("vf_decode", grid, 32 * sizes.decode_warps, sizes.decode_bytes)
+    if narrow:
+        sizes = sizes.narrow
+    name = "vf_decode_narrow" if narrow else "vf_decode"
+    attend = Launch(name, grid, 32 * sizes.decode_warps, sizes.decode_bytes)
     if splits == 1 or sizes.fused:
         return (attend,)
     heads = -(-shape.heads // (COMBINE_THREADS // 32))

@@ -4,6 +4,8 @@
 
 #include "host_device.h"
 
+#include <vector>
+
 namespace vf {
 
 struct ProductLane { float* c; const u32* a; u64 b; int keep; };
@@ -87,18 +89,51 @@ VF_DEVICE int shuffle_from(int value, int lane) {
 VF_DEVICE int uniform(int value) { return value; }
 VF_DEVICE void publish_shared() {}
 
-struct HostBarrier { u16 arrivals, pending; u32 phase; };
+struct HostBarrier { unsigned char arrivals, pending; u16 phase; int bytes; };  // still to come
 static_assert(sizeof(HostBarrier) == sizeof(u64));
 
+// Bulk copies not yet made: they are made when somebody waits for their barrier, and no sooner.
+struct BulkCopy { void* to; const void* from; int bytes; u64* barrier; };
+inline std::vector<BulkCopy> bulk_copies;
+
+VF_DEVICE void end_phase_if_done(HostBarrier* state) {
+  if (state->pending == 0 && state->bytes == 0) {
+    state->pending = state->arrivals;
+    ++state->phase;
+  }
+}
+
 VF_DEVICE void barrier_init(u64* barrier, int arrivals) {
-  const auto count = static_cast<u16>(arrivals);
-  *reinterpret_cast<HostBarrier*>(barrier) = {count, count, 0};
+  const auto count = static_cast<unsigned char>(arrivals);
+  *reinterpret_cast<HostBarrier*>(barrier) = {count, count, 0, 0};
 }
 VF_DEVICE void barrier_arrive(u64* barrier) {
   auto* state = reinterpret_cast<HostBarrier*>(barrier);
-  if (--state->pending == 0) {
-    state->pending = state->arrivals;
-    ++state->phase;
+  --state->pending;
+  end_phase_if_done(state);
+}
+VF_DEVICE void publish_barriers() {}
+VF_DEVICE void barrier_expect(u64* barrier, int bytes) {
+  reinterpret_cast<HostBarrier*>(barrier)->bytes += bytes;
+  barrier_arrive(barrier);
+}
+VF_DEVICE void copy_bulk(void* shared, const void* global, int bytes, u64* barrier) {
+  const auto ends = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
+  if ((ends | static_cast<uintptr_t>(bytes)) % 16 != 0) vf_host::die("bulk copy: not aligned");
+  bulk_copies.push_back({shared, global, bytes, barrier});
+}
+VF_DEVICE void make_bulk_copies(u64* barrier) {
+  auto* state = reinterpret_cast<HostBarrier*>(barrier);
+  for (size_t i = 0; i < bulk_copies.size();) {
+    const BulkCopy copy = bulk_copies[i];
+    if (copy.barrier != barrier) {
+      ++i;
+      continue;
+    }
+    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    state->bytes -= copy.bytes;
+    bulk_copies.erase(bulk_copies.begin() + static_cast<long>(i));
+    end_phase_if_done(state);
   }
 }
 VF_DEVICE bool barrier_passed(u64* barrier, int parity) {
@@ -106,6 +141,7 @@ VF_DEVICE bool barrier_passed(u64* barrier, int parity) {
   return (state->phase & 1) != static_cast<u32>(parity);
 }
 VF_DEVICE void barrier_wait(u64* barrier, int parity) {
+  make_bulk_copies(barrier);
   const auto* state = reinterpret_cast<const HostBarrier*>(barrier);
   for (long turns = 0; (state->phase & 1) == static_cast<u32>(parity); ++turns) {
     if (turns > 1000000) vf_host::die("a phase of a barrier never ends");

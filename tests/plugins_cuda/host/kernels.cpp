@@ -22,6 +22,7 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
   const std::string_view kernel(name);
   block.kernel = kernel == "vf_write"     ? call<vf_write>
                  : kernel == "vf_decode"  ? call<vf_decode>
+                 : kernel == "vf_decode_narrow" ? call<vf_decode_narrow>
                  : kernel == "vf_combine" ? call<vf_combine>
                  : kernel == "vf_prefill" ? call<vf_prefill>
                                           : nullptr;
@@ -68,12 +69,14 @@ extern "C" int vf_split_count(int total, int splits) { return vf::Splits(total, 
 extern "C" int vf_shared_bytes(const char* name) {
   const std::string_view kernel(name);
   if (kernel == "vf_decode") return vf::ConfiguredDecode::kSharedBytes;
+  if (kernel == "vf_decode_narrow") return vf::NarrowDecode::kSharedBytes;
   if (kernel == "vf_prefill") return vf::ConfiguredPrefill::kSharedBytes;
   return 0;
 }
 extern "C" int vf_threads(const char* name) {
   const std::string_view kernel(name);
   if (kernel == "vf_decode") return vf::ConfiguredDecode::kThreads;
+  if (kernel == "vf_decode_narrow") return vf::NarrowDecode::kThreads;
   if (kernel == "vf_prefill") return vf::ConfiguredPrefill::kThreads;
   return 0;
 }

@@ -4,8 +4,10 @@
 //   VF_FP8_KV              pools hold e4m3 (1) or the activations' type (0)
 //   VF_HEAD_SIZE           D, a multiple of 8
 //   VF_DECODE_WARPS        of a block of decode
+//   VF_NARROW_WARPS        of a block of decode for many short rows
 //   VF_DECODE_STAGES       depth of decode's ring of copies
 //   VF_DECODE_FUSED        the last block of decode adds up the splits
+//   VF_DECODE_BULK         decode reads by bulk copies (sm_90a only)
 //   VF_DECODE_BLOCKS       of decode that a multiprocessor must have registers for
 //   VF_COPY_HINT           what asynchronous copies tell the L2 cache, see device.cuh
 //   VF_PREFILL_TILES       16-row query tiles of a prefill warp
@@ -32,8 +34,14 @@ using Stored = e4m3;
 using Stored = Activation;
 #endif
 using ConfiguredStrip = Strip<Activation, Stored, VF_HEAD_SIZE>;
+#if VF_DECODE_BULK
+using DecodeStrip = BulkStrip<Activation, VF_HEAD_SIZE>;
+#else
+using DecodeStrip = ConfiguredStrip;
+#endif
 using ConfiguredDecode =
-    Decode<ConfiguredStrip, VF_DECODE_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
+    Decode<DecodeStrip, VF_DECODE_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
+using NarrowDecode = Decode<DecodeStrip, VF_NARROW_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
 #if VF_HOPPER_PREFILL
 using ConfiguredPrefill = HopperPrefill<ConfiguredStrip, VF_HOPPER_BUFFERS, VF_HOPPER_TURNS>;
 #else
@@ -47,6 +55,10 @@ VF_KERNEL(vf::kWriteThreads, 1) vf_write(VF_PARAMS p) {
 
 VF_KERNEL(vf::ConfiguredDecode::kThreads, VF_DECODE_BLOCKS) vf_decode(VF_PARAMS p) {
   vf::ConfiguredDecode::run(p);
+}
+
+VF_KERNEL(vf::NarrowDecode::kThreads, 1) vf_decode_narrow(VF_PARAMS p) {
+  vf::NarrowDecode::run(p);
 }
 
 VF_KERNEL(vf::kCombineThreads, 1) vf_combine(VF_PARAMS p) {

@@ -7,6 +7,7 @@
 // the block that finishes a row's tile last adds up the splits; else a kernel does, later.
 #pragma once
 
+#include "bulk_strip.cuh"
 #include "combine.cuh"
 #include "flash.cuh"
 
@@ -22,7 +23,8 @@ struct Decode {
   static constexpr int kMergePitch = S::kSteps * 16;
   static constexpr int kMergeBytes = WARPS * 16 * (kMergePitch + 2) * 4;
   static constexpr int kRingBytes = WARPS * STAGES * kStageBytes;
-  static constexpr int kSharedBytes = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;
+  static constexpr int kBarriers = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;  // where
+  static constexpr int kSharedBytes = kBarriers + (S::kBulk ? WARPS * STAGES * 8 : 0);
 
   static_assert(kSharedBytes >= 16 + Combine::kBytes, "the ring is free when splits are added up");
 
@@ -61,34 +63,61 @@ struct Decode {
     begin += warp * kStripKeys;
     constexpr int kStride = WARPS * kStripKeys;
 
+    u64* filled = reinterpret_cast<u64*>(shared_memory() + kBarriers) + warp * STAGES;
+    if constexpr (S::kBulk) {
+      if (lane == 0) {
+        for (int i = 0; i < STAGES; ++i) barrier_init(&filled[i], 1);
+        publish_barriers();
+      }
+      sync_warp();
+    }
     // The page of the strip to be copied next is read one strip ahead: a copy waits for no table.
     int page = mine > 0 ? pages[begin >> p.page_shift] : 0;
     const auto copy = [&](int i) {
       if (i < mine) {
         const int key = begin + i * kStride;
         char* stage = ring + i % STAGES * kStageBytes;
-        S::load(stage, S::find(p.key_pool, p, page, kv_head, key), total - key, lane);
-        S::load(stage + S::kBytes, S::find(p.value_pool, p, page, kv_head, key), total - key, lane);
+        const auto* keys = S::find(p.key_pool, p, page, kv_head, key);
+        const auto* values = S::find(p.value_pool, p, page, kv_head, key);
+        if constexpr (!S::kBulk) {
+          S::load(stage, keys, total - key, lane);
+          S::load(stage + S::kBytes, values, total - key, lane);
+        } else if (lane == 0) {
+          u64* barrier = &filled[i % STAGES];
+          barrier_expect(barrier, kStageBytes);
+          copy_bulk(stage, keys, S::kBytes, barrier);
+          copy_bulk(stage + S::kBytes, values, S::kBytes, barrier);
+        }
         if (i + 1 < mine) page = pages[(key + kStride) >> p.page_shift];
       }
-      copy_commit();  // an empty group keeps the count of groups in step
+      if constexpr (!S::kBulk) copy_commit();  // an empty group keeps the count of groups in step
     };
-    for (int i = 0; i < 2 * STAGES; ++i) S::clear_padding(ring + i * S::kBytes, lane);
+    if constexpr (!S::kBulk) {
+      for (int i = 0; i < 2 * STAGES; ++i) S::clear_padding(ring + i * S::kBytes, lane);
+    }
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) copy(i);
     load_queries(flash);
 
     for (int i = 0; i < mine; ++i) {
-      copy_wait<STAGES - 2>();
+      if constexpr (S::kBulk) {
+        barrier_wait(&filled[i % STAGES], i / STAGES & 1);
+      } else {
+        copy_wait<STAGES - 2>();
+      }
       sync_warp();  // strip i is there for all lanes, and all are done with strip i - 1
       copy(i + STAGES - 1);
-      const char* stage = ring + i % STAGES * kStageBytes;
+      char* stage = ring + i % STAGES * kStageBytes;
       typename Flash<S, 1, 1>::Scores scores;
       flash.score(scores, stage, lane);
       const int key = begin + i * kStride;
       if (key + kStripKeys > total) {
         flash.mask(scores, 0, 0, key, total - 1, lane);
         flash.mask(scores, 0, 1, key, total - 1, lane);
+        if constexpr (S::kBulk) {
+          S::clear_rows(stage + S::kBytes, total - key, lane);
+          sync_warp();
+        }
       }
       flash.soften(scores, p.scale_log2);
       flash.accumulate(scores, stage + S::kBytes, lane);
@@ -126,7 +155,7 @@ struct Decode {
       for (int d = 0; d < S::kSteps; ++d) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float* pair = outs + at * kMergePitch + S::pair_dim(d, i, lane % 4);
+          float* pair = outs + at * kMergePitch + S::out_dim(d, i, lane % 4);
           S::output_pair(flash.out[0][d], i, h, pair[0], pair[1]);
         }
       }

@@ -106,6 +106,21 @@ VF_DEVICE void barrier_init(u64* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
                : "memory");
 }
+// Makes fresh barriers known to bulk copies.
+VF_DEVICE void publish_barriers() {
+  VF_HOPPER("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Arrives, and puts the phase's end off until `bytes` have come.
+VF_DEVICE void barrier_expect(u64* barrier, int bytes) {
+  VF_HOPPER("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+            "r"(bytes) : "memory");
+}
+// Copies a contiguous run to shared memory; both ends and `bytes` are multiples of 16.
+VF_DEVICE void copy_bulk(void* shared, const void* global, int bytes, u64* barrier) {
+  VF_HOPPER(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
 VF_DEVICE void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }

@@ -18,6 +18,7 @@ struct Strip {
   using Act = Act_;
   using Kv = Kv_;
   static constexpr int D = D_;
+  static constexpr bool kBulk = false;  // whether bulk copies bring it, see bulk_strip.cuh
   static constexpr bool kFp8 = is_same<Kv, e4m3>::value;
   static constexpr int kSteps = (D + 15) / 16;  // groups of 16 head dimensions, the last may be half
   static constexpr int kRowBytes = D * static_cast<int>(sizeof(Kv));
@@ -57,6 +58,9 @@ struct Strip {
   VF_DEVICE static int pair_dim(int step, int i, int quad) {
     return step * 16 + (kFp8 ? 4 * quad + 2 * i : 8 * i + 2 * quad);
   }
+
+  // First of the two outputs that output_pair gives.
+  VF_DEVICE static int out_dim(int step, int i, int quad) { return pair_dim(step, i, quad); }
 
   // B operands of scores += Q K^T: b[0..1] for keys 0-7, b[2..3] for keys 8-15.
   VF_DEVICE static void key_fragment(u32 (&b)[4], const char* shared, int step, int lane) {
