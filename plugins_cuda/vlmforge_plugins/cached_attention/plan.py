@@ -159,7 +159,7 @@ def choose_splits(shape: Shape, sizes: Sizes, machine: Machine) -> int:
     """Splits of the longest row that take the least time, as measured on an H200.
 
     Half of a block's time is its own keys', half its share of all, for a machine that is half full
-    reads at nearly its full rate. Adding up the splits costs as much as about 250 keys, and a
+    reads at nearly its full rate. Adding up the splits costs as much as about 130 keys, and a
     little more for each; more splits must win by 5 %.
     """
     blocks = shape.batch * shape.kv_heads * head_tiles(shape)
@@ -171,7 +171,7 @@ def choose_splits(shape: Shape, sizes: Sizes, machine: Machine) -> int:
         # The last round is as long as a full one only when there are few of them.
         rounds = max(1.0, math.ceil(share) if share < 4 else share + 0.5)
         keys = split_keys(shape.max_total, splits)
-        adding = 250 + 4 * splits if splits > 1 else 0
+        adding = 130 + 4 * splits if splits > 1 else 0
         return (share + 0.5 * rounds) * keys + 64 * rounds + adding
 
     best = 1
