@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from cuda.bindings import driver
@@ -82,19 +83,42 @@ class CudaKernels:
         }
         for name, size in shared.items():
             call(driver.cuFuncSetAttribute, self._functions[name], limit, size)
+        # Decode starts beside a write's blocks only where these leave it the shared memory.
+        carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        call(driver.cuFuncSetAttribute, self._functions["vf_write"], carveout, 100)
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         """Enqueues one kernel; the driver copies `params` before this returns."""
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         call(
-            driver.cuLaunchKernel,
+            driver.cuLaunchKernelEx,
+            launch_config(launch, stream),
             self._functions[launch.kernel],
-            *launch.grid,
-            launch.threads,
-            1,
-            1,
-            launch.shared_bytes,
-            stream,
             ctypes.addressof(arguments),
             0,
         )
+
+
+def launch_config(launch: Launch, stream: int) -> driver.CUlaunchConfig:
+    """The driver's description of a launch."""
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
+    config.sharedMemBytes = launch.shared_bytes
+    config.hStream = stream
+    config.attrs = [_overlapping()] if launch.overlaps else []
+    config.numAttrs = len(config.attrs)
+    return config
+
+
+@cache
+def _overlapping() -> driver.CUlaunchAttribute:
+    """Programmatic dependent launch."""
+    value = driver.CUlaunchAttributeValue()
+    value.programmaticStreamSerializationAllowed = 1
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = (
+        driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    )
+    attribute.value = value
+    return attribute

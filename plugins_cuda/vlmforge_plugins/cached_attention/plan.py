@@ -108,12 +108,17 @@ def _need(holds: bool, summary: str, found: str, expected: str) -> None:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: its name, grid, threads of a block, and dynamic shared memory."""
+    """One kernel: its name, grid, threads of a block, and dynamic shared memory.
+
+    Attributes:
+        overlaps: Whether it may start before the kernel in front of it has ended.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int = 0
+    overlaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -268,7 +273,7 @@ def _decode(shape: Shape, sizes: Sizes, splits: int, narrow: bool = False) -> tu
     if narrow:
         sizes = sizes.narrow
     name = "vf_decode_narrow" if narrow else "vf_decode"
-    attend = Launch(name, grid, 32 * sizes.decode_warps, sizes.decode_bytes)
+    attend = Launch(name, grid, 32 * sizes.decode_warps, sizes.decode_bytes, sizes.overlap)
     if splits == 1 or sizes.fused:
         return (attend,)
     heads = -(-shape.heads // (COMBINE_THREADS // 32))

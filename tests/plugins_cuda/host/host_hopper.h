@@ -122,20 +122,22 @@ VF_DEVICE void copy_bulk(void* shared, const void* global, int bytes, u64* barri
   if ((ends | static_cast<uintptr_t>(bytes)) % 16 != 0) vf_host::die("bulk copy: not aligned");
   bulk_copies.push_back({shared, global, bytes, barrier});
 }
+// Those of one barrier, or all.
 VF_DEVICE void make_bulk_copies(u64* barrier) {
-  auto* state = reinterpret_cast<HostBarrier*>(barrier);
   for (size_t i = 0; i < bulk_copies.size();) {
     const BulkCopy copy = bulk_copies[i];
-    if (copy.barrier != barrier) {
+    if (barrier != nullptr && copy.barrier != barrier) {
       ++i;
       continue;
     }
+    auto* state = reinterpret_cast<HostBarrier*>(copy.barrier);
     std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
     state->bytes -= copy.bytes;
     bulk_copies.erase(bulk_copies.begin() + static_cast<long>(i));
     end_phase_if_done(state);
   }
 }
+VF_DEVICE void make_bulk_copies() { make_bulk_copies(nullptr); }
 VF_DEVICE bool barrier_passed(u64* barrier, int parity) {
   const auto* state = reinterpret_cast<const HostBarrier*>(barrier);
   return (state->phase & 1) != static_cast<u32>(parity);

@@ -15,7 +15,8 @@ constexpr int kGuard = 256;
 }  // namespace
 
 // Runs a kernel over its grid. Shared memory is exactly `shared_bytes`, poisoned for every block.
-// Returns 0, or 1 if a block wrote behind its shared memory.
+// Returns 0, 1 if a block wrote behind its shared memory, 2 if one ended without waiting for the kernel
+// in front although it overlaps with that.
 extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x, int grid_y,
                          int grid_z, int threads, int shared_bytes, int direction) {
   auto& block = vf_host::block;
@@ -39,6 +40,7 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
       for (block.x = 0; block.x < grid_x; ++block.x) {
         std::memset(start, kPoison, static_cast<size_t>(shared_bytes) + kGuard);
         vf_host::run_block(direction);
+        if (!vf_host::late.empty() && !block.waited) return 2;
         for (int i = 0; i < kGuard; ++i) {
           if (start[shared_bytes + i] != kPoison) return 1;
         }
@@ -46,6 +48,12 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
     }
   }
   return 0;
+}
+
+// What the kernel in front of the next launch changes, see Late. None: bytes 0.
+extern "C" void vf_late(void* at, const void* before, const void* after, long bytes) {
+  if (bytes == 0) vf_host::late.clear();
+  else vf_host::late.push_back({at, before, after, static_cast<size_t>(bytes)});
 }
 
 // For the tests of what Python mirrors.

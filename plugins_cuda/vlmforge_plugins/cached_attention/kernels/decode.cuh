@@ -5,6 +5,10 @@
 // for all of them. Each warp walks its own strips through its own ring of shared-memory stages with
 // no block-wide barrier; warps, then splits, are merged by their maxima and sums at the end. If FUSED,
 // the block that finishes a row's tile last adds up the splits; else a kernel does, later.
+//
+// Launched to overlap, it reads lengths, table and strips of past tokens while the kernel in front, the
+// write, still runs; what the write makes (queries, the newest token) and what a call before this one
+// may still read (partial results) comes after the wait.
 #pragma once
 
 #include "bulk_strip.cuh"
@@ -40,14 +44,14 @@ struct Decode {
   VF_DEVICE static int min_of(int a, int b) { return a < b ? a : b; }
 
   VF_DEVICE static void run(const Params& p) {
+    start_next_kernel();
     const int b = block_z();
     if (thread_index() * 32 < p.max_pages) {  // the table comes while the lengths do
       prefetch_l2(p.block_table + static_cast<i64>(b) * p.max_pages + thread_index() * 32);
     }
     const int total = p.past_lengths[b] + 1;  // both lengths are on their way at the same time
-    if (query_length(p, b) <= 0) return;
     const Splits splits(total, p.splits);
-    if (block_x() >= splits.count) return;
+    if (query_length(p, b) <= 0 || block_x() >= splits.count) return wait_for_previous_kernel();
     Decode block(p, ceil_div(p.heads / p.kv_heads, 16));
     Flash<S, 1, 1> flash;
     block.attend(flash, block_x() * splits.keys, min_of((block_x() + 1) * splits.keys, total), total);
@@ -95,8 +99,16 @@ struct Decode {
     if constexpr (!S::kBulk) {
       for (int i = 0; i < 2 * STAGES; ++i) S::clear_padding(ring + i * S::kBytes, lane);
     }
+    const int old = min_of(STAGES - 1, mine - (begin + (mine - 1) * kStride + kStripKeys >= total));
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i) copy(i);
+    for (int i = 0; i < STAGES - 1; ++i) {
+      if (i < old) copy(i);
+    }
+    wait_for_previous_kernel();
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; ++i) {
+      if (i >= old) copy(i);
+    }
     load_queries(flash);
 
     for (int i = 0; i < mine; ++i) {

@@ -144,6 +144,21 @@ VF_DEVICE void prefetch_l2(const void* from) {
 VF_DEVICE void fence_device() { __threadfence(); }
 VF_DEVICE int atomic_add(int* at, int value) { return atomicAdd(at, value); }
 
+// Programmatic dependent launch (sm_90): a kernel that was launched to overlap starts when all blocks
+// of the one in front of it have said so (or ended), and runs ahead until it waits: for that kernel's
+// end and for all that it wrote. Every block waits, so that its own end implies theirs.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
+VF_DEVICE void start_next_kernel() {
+#if VF_OVERLAP
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+VF_DEVICE void wait_for_previous_kernel() {
+#if VF_OVERLAP
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 VF_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
