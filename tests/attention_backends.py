@@ -107,7 +107,7 @@ class HostKernels:
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         """Runs one kernel to its end; the stream is the order of calls."""
         before, self._before = self._before, [array.tobytes() for array in self.written]
-        if launch.overlaps:
+        if launch.overlaps and before:
             for array, *contents in zip(self.written, before, self._before, strict=True):
                 self._library.vf_late(
                     ctypes.c_void_p(array.ctypes.data), *contents, ctypes.c_long(array.nbytes)

@@ -169,7 +169,7 @@ class Sizes:
     def decode_bytes(self) -> int:
         """Shared memory of a block of decode: the ring, or the merge of its warps if larger."""
         steps = -(-self.config.head_size // 16)
-        merge = self.decode_warps * 16 * (steps * 16 + 2) * 4
+        merge = self.decode_warps * 16 * (steps * 16 + 8 + 2) * 4
         strips = self.decode_warps * self.decode_stages
         if self.decode_bulk:  # and a barrier for each pair of strips
             return max(strips * 4 * STRIP_KEYS * self.config.head_size, merge) + strips * 8

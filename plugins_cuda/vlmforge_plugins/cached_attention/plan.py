@@ -241,7 +241,7 @@ def plan(shape: Shape, sizes: Sizes, machine: Machine) -> Plan:
         head_size,
         splits,
         heads_together(shape, sizes),
-        (_write(shape, head_size), *attention),
+        (_write(shape, sizes), *attention),
         workspace(shape, head_size, splits),
     )
 
@@ -254,10 +254,11 @@ def max_workspace(largest: Shape, sizes: Sizes, machine: Machine) -> int:
     return max(workspace(largest, head_size, 1).size, *needs)
 
 
-def _write(shape: Shape, head_size: int) -> Launch:
+def _write(shape: Shape, sizes: Sizes) -> Launch:
     heads = 2 * shape.kv_heads + (shape.heads if shape.rotary else 0)
-    blocks = -(-heads * (head_size // 8) // WRITE_THREADS)
-    return Launch("vf_write", (blocks, shape.max_query, shape.batch), WRITE_THREADS)
+    blocks = -(-heads * (sizes.config.head_size // 8) // WRITE_THREADS)
+    grid = (blocks, shape.max_query, shape.batch)
+    return Launch("vf_write", grid, WRITE_THREADS, overlaps=sizes.overlap)
 
 
 def narrow_blocks(shape: Shape, sizes: Sizes, splits: int, machine: Machine) -> bool:

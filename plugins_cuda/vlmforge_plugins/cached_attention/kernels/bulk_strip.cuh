@@ -48,9 +48,13 @@ struct BulkStrip : Strip<Act_, Act_, D_> {
   }
 
   // Column n of an output tile is a dimension of unit n of every eight; four steps share a unit, and
-  // the tiles of a step are its lower and its upper halves of 32 bits.
-  VF_DEVICE static int out_dim(int step, int i, int quad) {
-    return (step / 4 * 8 + 2 * quad + i) * 8 + step % 4 * 2;
+  // the tiles of a step are its lower and its upper halves of 32 bits. A lane's pair of outputs starts
+  // at (step / 4 * 8 + 2 * quad + i) * 8 + step % 4 * 2; in a row of sums, pairs of a step lie together
+  // so that lanes write to different banks.
+  VF_DEVICE static int pair_slot(int step, int i, int quad) { return (step * 2 + i) * 8 + 2 * quad; }
+  VF_DEVICE static int slot(int d) {
+    const int unit = d / 8 % 8;
+    return pair_slot(d / 64 * 4 + d % 8 / 2, unit % 2, unit / 2);
   }
 
   VF_DEVICE static void value_fragment(u32 (&b)[4], const char* shared, int step, int lane) {

@@ -24,7 +24,7 @@ struct Decode {
   static constexpr int kThreads = 32 * WARPS;
   using Combine = CombineTile<Act, S::D, kThreads>;
   static constexpr int kStageBytes = 2 * S::kBytes;  // a strip of keys, then its values
-  static constexpr int kMergePitch = S::kSteps * 16;
+  static constexpr int kMergePitch = S::kSteps * 16 + 8;  // rows start in different banks
   static constexpr int kMergeBytes = WARPS * 16 * (kMergePitch + 2) * 4;
   static constexpr int kRingBytes = WARPS * STAGES * kStageBytes;
   static constexpr int kBarriers = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;  // where
@@ -167,8 +167,10 @@ struct Decode {
       for (int d = 0; d < S::kSteps; ++d) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float* pair = outs + at * kMergePitch + S::out_dim(d, i, lane % 4);
-          S::output_pair(flash.out[0][d], i, h, pair[0], pair[1]);
+          f32x2 pair;
+          S::output_pair(flash.out[0][d], i, h, pair.x, pair.y);
+          float* to = outs + at * kMergePitch + S::pair_slot(d, i, lane % 4);
+          *reinterpret_cast<f32x2*>(to) = pair;
         }
       }
     }
@@ -181,16 +183,14 @@ struct Decode {
   VF_DEVICE void combine(int count) const {
     // A word of the merge's that is free once all are through with it.
     int* last = reinterpret_cast<int*>(shared_memory());
-    fence_device();
     sync_threads();
-    if (thread_index() == 0) {
+    if (thread_index() == 0) {  // on behalf of the block: barriers order what its other threads did
       int* arrivals = p.arrivals + b * grid_y() + block_y();
-      *last = atomic_add(arrivals, 1) == count - 1;
+      *last = arrive_device(arrivals) == count - 1;
       if (*last) *arrivals = 0;
     }
     sync_threads();
     if (!*last) return;
-    fence_device();
     float* shared = reinterpret_cast<float*>(shared_memory() + 16);
     Combine::run(p, b, first_head, rows, count, shared);
   }
@@ -204,10 +204,11 @@ struct Decode {
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {  // a warp without strips has maximum -inf: weight 0
       const float weight = exp2_approx((maxima[w * 16 + row] - top) * p.scale_log2);
-      const float* pair = outs + (w * 16 + row) * kMergePitch + d;
+      const float* from = outs + (w * 16 + row) * kMergePitch + S::slot(d);
+      const f32x2 pair = *reinterpret_cast<const f32x2*>(from);
       sum += weight * sums[w * 16 + row];
-      x += weight * pair[0];
-      y += weight * pair[1];
+      x += weight * pair.x;
+      y += weight * pair.y;
     }
     const float factor = p.value_scale / sum;
     const int head = first_head + row;
@@ -217,8 +218,7 @@ struct Decode {
       return;
     }
     const i64 slot = (static_cast<i64>(b) * p.heads + head) * p.splits + block_x();
-    p.partial_out[slot * S::D + d] = x * factor;
-    p.partial_out[slot * S::D + d + 1] = y * factor;
+    *reinterpret_cast<f32x2*>(p.partial_out + slot * S::D + d) = f32x2{x * factor, y * factor};
     if (d == 0) p.partial_lse[slot] = top * p.scale_log2 + log2_approx(sum);
   }
 };

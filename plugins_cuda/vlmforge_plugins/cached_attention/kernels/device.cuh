@@ -140,9 +140,13 @@ VF_DEVICE f32x4 load_l2_quad(const float* from) {
 VF_DEVICE void prefetch_l2(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
-// Orders this thread's accesses to device memory for all multiprocessors.
-VF_DEVICE void fence_device() { __threadfence(); }
-VF_DEVICE int atomic_add(int* at, int value) { return atomicAdd(at, value); }
+// Adds one and returns what was there before. Who sees that sees what came before it, on any
+// multiprocessor.
+VF_DEVICE int arrive_device(int* at) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+  return before;
+}
 
 // Programmatic dependent launch (sm_90): a kernel that was launched to overlap starts when all blocks
 // of the one in front of it have said so (or ended), and runs ahead until it waits: for that kernel's

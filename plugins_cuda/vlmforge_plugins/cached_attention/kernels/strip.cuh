@@ -59,8 +59,9 @@ struct Strip {
     return step * 16 + (kFp8 ? 4 * quad + 2 * i : 8 * i + 2 * quad);
   }
 
-  // First of the two outputs that output_pair gives.
-  VF_DEVICE static int out_dim(int step, int i, int quad) { return pair_dim(step, i, quad); }
+  // Where the pair of outputs that output_pair gives lies in a row of sums, and where dimension d does.
+  VF_DEVICE static int pair_slot(int step, int i, int quad) { return pair_dim(step, i, quad); }
+  VF_DEVICE static int slot(int d) { return d; }
 
   // B operands of scores += Q K^T: b[0..1] for keys 0-7, b[2..3] for keys 8-15.
   VF_DEVICE static void key_fragment(u32 (&b)[4], const char* shared, int step, int lane) {

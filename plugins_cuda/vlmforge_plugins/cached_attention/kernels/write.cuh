@@ -56,6 +56,7 @@ struct HeadPair {
 // keys, its values and, if they are to be rotated, its queries.
 template <class Act, class Kv, int D>
 VF_DEVICE void write_token(const Params& p) {
+  wait_for_previous_kernel();  // first, so that what decode reads before its own wait is all there
   start_next_kernel();
   constexpr int kItems = D / 8;  // per head
   const int b = block_z(), s = block_y();
