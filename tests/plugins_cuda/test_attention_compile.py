@@ -122,6 +122,18 @@ def test_prefill_runs_on_tensor_cores(
         assert not re.search(r"\b(LDL|STL)\b", code[kernel]), "local memory"
 
 
+def test_only_what_overlaps_waits_for_the_kernel_in_front(
+    nvrtc: Nvrtc, cache: Path, tmp_path: Path
+) -> None:
+    """A wait that is not compiled in would be a race; GPUs before Hopper have no such instruction."""
+    for target in ("sm_80", "sm_90", "sm_120"):
+        code = machine_code(compile_one(CONFIG, TARGET[target], nvrtc, cache), tmp_path)
+        waiting = {kernel for kernel in KERNELS if "ACQBULK" in code[kernel]}
+        starting = {kernel for kernel in KERNELS if "PREEXIT" in code[kernel]}
+        early = {"vf_write", "vf_decode", "vf_decode_narrow"} if target != "sm_80" else set()
+        assert waiting == starting == early
+
+
 def test_softmax_overlaps_the_products(nvrtc: Nvrtc, cache: Path, tmp_path: Path) -> None:
     """The assembler is free to wait for the output before the softmax; then nothing overlaps."""
     code = machine_code(compile_one(CONFIG, TARGET["sm_90"], nvrtc, cache), tmp_path)

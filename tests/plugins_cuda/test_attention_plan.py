@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmforge_plugins.cached_attention.config import TARGETS, Config, sizes
+from vlmforge_plugins.cached_attention.config import TARGETS, Config, Target, sizes
 from vlmforge_plugins.cached_attention.launcher import Rows, Scales, Tensors, parameters
 from vlmforge_plugins.cached_attention.plan import (
     Launch,
@@ -77,11 +77,27 @@ def test_many_short_rows_take_narrow_blocks() -> None:
     hopper, short = sizes(CONFIG, SM_90), replace(SHAPE, batch=64, max_total=513)
     taken = plan(short, hopper, H200)
     shared = 4 * 3 * (2 * 16 * 256 + 8)  # warps, stages: a strip of keys, of values, a barrier
-    assert taken.launches[1] == Launch("vf_decode_narrow", (1, 8, 64), 128, shared)
+    assert taken.launches[1] == Launch("vf_decode_narrow", (1, 8, 64), 128, shared, overlaps=True)
     assert taken.workspace == plan(short, replace(hopper, narrow_warps=8), H200).workspace
-    for other in (replace(short, batch=4), replace(short, max_total=2048)):
+    long = replace(short, max_total=2048)
+    for other in (replace(short, batch=4), long):
         assert plan(other, hopper, H200).launches[1].kernel == "vf_decode"
+    tall = replace(long, kv_heads=4)
+    assert plan(tall, hopper, H200).launches[1].kernel == "vf_decode_narrow"
+    fp8 = sizes(replace(CONFIG, stored="float8_e4m3fn"), SM_90)
+    assert plan(long, fp8, H200).launches[1].kernel == "vf_decode_narrow"
     assert plan(short, sizes(CONFIG, SM_80), H200).launches[1].kernel == "vf_decode"
+
+
+def test_decode_starts_early_where_the_gpu_can() -> None:
+    def overlaps(shape: Shape, target: Target) -> list[bool]:
+        return [launch.overlaps for launch in plan(shape, sizes(CONFIG, target), H200).launches]
+
+    long = replace(SHAPE, batch=64, max_total=32768, max_pages=512)
+    assert overlaps(SHAPE, SM_90) == [True, True]
+    assert overlaps(long, SM_90) == [True, False]  # in step, blocks read neighbouring memory
+    assert overlaps(replace(SHAPE, max_query=64), SM_90) == [True, False]
+    assert not any(overlaps(SHAPE, SM_80))
 
 
 def test_queries_that_come_rotated_need_no_scratch() -> None:

@@ -141,7 +141,6 @@ class Sizes:
         fused: Whether the last block of decode adds up the splits; else a kernel does.
         decode_blocks: Blocks of decode that a multiprocessor must have registers for.
         overlap: Whether decode starts while the kernel in front of it ends.
-        copy_hint: What copies tell the L2 cache; 0 in all that is shipped.
         narrow_warps: Warps of a block of decode for many short rows.
     """
 
@@ -156,7 +155,6 @@ class Sizes:
     fused: bool = True
     decode_blocks: int = 1
     overlap: bool = False
-    copy_hint: int = 0
     narrow_warps: int = 4
 
     @property
@@ -218,7 +216,6 @@ class Sizes:
             f"VF_DECODE_FUSED={int(self.fused)}",
             f"VF_DECODE_BLOCKS={self.decode_blocks}",
             f"VF_OVERLAP={int(self.overlap)}",
-            f"VF_COPY_HINT={self.copy_hint}",
             f"VF_PREFILL_TILES={self.prefill_tiles}",
             f"VF_HOPPER_PREFILL={int(self.hopper)}",
             f"VF_HOPPER_BUFFERS={self.buffers}",
@@ -240,7 +237,7 @@ def sizes(config: Config, target: Target) -> Sizes:
         config,
         decode_stages=3 if large else 2,
         decode_warps=8 if large else 4,
-        decode_bulk=large and not config.fp8 and config.head_size % 64 == 0,
+        decode_bulk=large and not config.fp8 and config.head_size % 16 == 0,
         overlap=target.capability >= 90,
         prefill_tiles=2 if config.head_size <= 64 else 1,
         hopper=hopper,

@@ -24,6 +24,8 @@ MIN_SPLIT_KEYS = 64  # Splits::kMinKeys
 GRID_LIMIT = 65535  # of a grid's y and z
 CACHE_BYTES = 24 << 20
 NARROW_KEYS = 1024
+NARROW_ROWS = 8
+OVERLAP_KEYS = 16384
 
 
 @dataclass(frozen=True)
@@ -262,11 +264,17 @@ def _write(shape: Shape, sizes: Sizes) -> Launch:
 
 
 def narrow_blocks(shape: Shape, sizes: Sizes, splits: int, machine: Machine) -> bool:
-    """Whether decode takes narrow blocks: many short rows, for one's start meets another's end."""
+    """Whether decode takes narrow blocks, so that one's start and merge meet another's reads.
+
+    For more blocks than run at once, if these are soon done, or have much to merge, or little to
+    read: measured on an H200.
+    """
     blocks = shape.batch * shape.kv_heads * head_tiles(shape)
-    short = splits == 1 and shape.max_total <= NARROW_KEYS
-    narrower = sizes.narrow_warps < sizes.decode_warps
-    return short and narrower and blocks > decode_slots(sizes, machine)
+    if splits > 1 or blocks <= decode_slots(sizes, machine):
+        return False
+    short = shape.max_total <= NARROW_KEYS
+    tall = shape.heads // shape.kv_heads >= NARROW_ROWS
+    return sizes.narrow_warps < sizes.decode_warps and (short or tall or sizes.config.fp8)
 
 
 def _decode(shape: Shape, sizes: Sizes, splits: int, narrow: bool = False) -> tuple[Launch, ...]:
@@ -274,7 +282,10 @@ def _decode(shape: Shape, sizes: Sizes, splits: int, narrow: bool = False) -> tu
     if narrow:
         sizes = sizes.narrow
     name = "vf_decode_narrow" if narrow else "vf_decode"
-    attend = Launch(name, grid, 32 * sizes.decode_warps, sizes.decode_bytes, sizes.overlap)
+    # Blocks that read for long are faster in step: neighbours' keys lie in the same page. An early
+    # start of some, worth 2 us, puts them out of it.
+    overlaps = sizes.overlap and split_keys(shape.max_total, splits) <= OVERLAP_KEYS
+    attend = Launch(name, grid, 32 * sizes.decode_warps, sizes.decode_bytes, overlaps)
     if splits == 1 or sizes.fused:
         return (attend,)
     heads = -(-shape.heads // (COMBINE_THREADS // 32))

@@ -10,7 +10,6 @@
 //   VF_DECODE_BULK         decode reads by bulk copies (sm_90a only)
 //   VF_DECODE_BLOCKS       of decode that a multiprocessor must have registers for
 //   VF_OVERLAP             decode starts while the kernel in front of it ends (sm_90 and later)
-//   VF_COPY_HINT           what asynchronous copies tell the L2 cache, see device.cuh
 //   VF_PREFILL_TILES       16-row query tiles of a prefill warp
 //   VF_HOPPER_PREFILL      prefill by warpgroup products (sm_90a only)
 //   VF_HOPPER_BUFFERS      for its tiles of keys or values

@@ -63,13 +63,8 @@ template <int BYTES>
 VF_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   const u32 size = valid ? BYTES : 0;
   if constexpr (BYTES == 16) {  // .cg: past L1, for nobody else on this SM reads these lines
-#if VF_COPY_HINT == 1
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
-                     shared_address(shared)), "l"(global), "r"(size) : "memory");
-#else
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
                      shared_address(shared)), "l"(global), "r"(size) : "memory");
-#endif
   } else {
     static_assert(BYTES == 8, "copies of 8 or 16 bytes");
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),

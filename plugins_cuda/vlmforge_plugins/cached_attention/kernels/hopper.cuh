@@ -115,11 +115,14 @@ VF_DEVICE void barrier_expect(u64* barrier, int bytes) {
   VF_HOPPER("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
             "r"(bytes) : "memory");
 }
-// Copies a contiguous run to shared memory; both ends and `bytes` are multiples of 16.
+// Copies a contiguous run to shared memory; both ends and `bytes` are multiples of 16. The L2 cache need
+// not keep it: it is read once.
 VF_DEVICE void copy_bulk(void* shared, const void* global, int bytes, u64* barrier) {
   VF_HOPPER(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+      "{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], once;}" ::"r"(shared_address(shared)), "l"(global), "r"(bytes),
+      "r"(shared_address(barrier)) : "memory");
 }
 VF_DEVICE void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
