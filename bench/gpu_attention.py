@@ -141,6 +141,7 @@ class Stage:
             rows[1],
             start,
             start + point.pool_bytes,
+            pages,
             0,
             0,
             lengths.data_ptr(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import struct
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,15 @@ from numpy.typing import NDArray
 from attention_cases import Batch
 from vlmforge_plugins.cached_attention.compile import SOURCES
 from vlmforge_plugins.cached_attention.config import TARGETS, Config, Sizes, Target, sizes
-from vlmforge_plugins.cached_attention.launcher import Kernels, Params, Rows, Tensors, run
+from vlmforge_plugins.cached_attention.launcher import (
+    MAP_BYTES,
+    Boxes,
+    Kernels,
+    Params,
+    Rows,
+    Tensors,
+    run,
+)
 from vlmforge_plugins.cached_attention.plan import Launch, Machine, Plan, plan
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +60,7 @@ def addresses(batch: Batch, at: Callable[[str], int], scratch: int) -> Tensors:
         out=rows("out"),
         key_pool=at("key_pool"),
         value_pool=at("value_pool"),
+        pages=len(batch.arrays["key_pool"]),
         cos=at("cos") if batch.case.rotary else 0,
         sin=at("sin") if batch.case.rotary else 0,
         past_lengths=at("past_lengths"),
@@ -103,6 +113,11 @@ class HostKernels:
         self._direction = direction
         self.written: list[NDArray[Any]] = []  # what vf_write may change
         self._before: list[bytes] = []
+
+    def tile_map(self, boxes: Boxes) -> bytes:
+        """`HostMap` of host_hopper.h."""
+        numbers = (boxes.address, boxes.rows, boxes.columns, boxes.box_rows)
+        return struct.pack("4q", *numbers).ljust(MAP_BYTES, b"\0")
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         """Runs one kernel to its end; the stream is the order of calls."""

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmforge_plugins.cached_attention.config import TARGETS, Config, Target, sizes
-from vlmforge_plugins.cached_attention.launcher import Rows, Scales, Tensors, parameters
+from vlmforge_plugins.cached_attention.launcher import (
+    Boxes,
+    Params,
+    Rows,
+    Scales,
+    Tensors,
+    parameters,
+)
 from vlmforge_plugins.cached_attention.plan import (
     Launch,
     Machine,
@@ -189,11 +196,37 @@ def test_errors_are_values_and_plugin_errors() -> None:
     assert str(PluginError("It broke.", found="x")) == "It broke.\n  found:    x"
 
 
+class NoKernels:
+    """Writes down what tile maps are asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Boxes] = []
+
+    def tile_map(self, boxes: Boxes) -> bytes:
+        self.asked.append(boxes)
+        return bytes([len(self.asked)]) * 128
+
+    def launch(self, launch: Launch, params: Params, stream: int) -> None:
+        raise NotImplementedError
+
+
+def test_prefill_on_hopper_gets_its_tile_maps() -> None:
+    tensors = Tensors(*[Rows(16, 1, 1)] * 4, 512, 1024, 9, 0, 0, 70, 0, 80, workspace=1 << 20)
+    for target, query, asked in ((SM_90, 100, 2), (SM_90, 1, 0), (SM_80, 100, 0)):
+        kernels = NoKernels()
+        chosen = plan(replace(SHAPE, max_query=query), sizes(CONFIG, target), H200)
+        params = parameters(chosen, tensors, Scales(1.0), kernels)
+        rows = 9 * SHAPE.kv_heads * SHAPE.page_size
+        boxes = [Boxes(512, rows, 128, SHAPE.page_size), Boxes(1024, rows, 128, SHAPE.page_size)]
+        assert kernels.asked == boxes[:asked]
+        assert (params.key_map[127], params.value_map[0]) == ((1, 2) if asked else (0, 0))
+
+
 def test_parameters_of_a_call() -> None:
     chosen = plan(SHAPE, sizes(CONFIG, SM_90), H200)
     rows = [Rows(4096 * i, 10 * i, i) for i in (1, 2, 3, 4)]
-    tensors = Tensors(*rows, 50, 60, 0, 0, 70, 0, 80, workspace=1 << 20)
-    params = parameters(chosen, tensors, Scales(0.125, key=0.5, value=0.25))
+    tensors = Tensors(*rows, 50, 60, 9, 0, 0, 70, 0, 80, workspace=1 << 20)
+    params = parameters(chosen, tensors, Scales(0.125, key=0.5, value=0.25), NoKernels())
     assert (params.query, params.key_batch, params.value_row, params.out) == (4096, 20, 3, 16384)
     assert params.cos is None and params.query_lengths is None  # absent, not address 0
     assert params.page_shift == 6

@@ -234,7 +234,7 @@ def test_sizes_are_those_of_the_sources(config: Config, target: Target) -> None:
 def test_the_argument_is_mirrored_field_by_field() -> None:
     library: ctypes.CDLL = host_library(sizes(*BUILT[0]))
     assert library.vf_params_size() == ctypes.sizeof(Params)
-    names = [name for name, _ in Params._fields_]
+    names = [name for name, _ in Params._fields_ if not name.startswith("_")]
     assert [library.vf_params_offset(name.encode()) for name in names] == [
         getattr(Params, name).offset for name in names
     ]

@@ -141,6 +141,7 @@ class Plan:
     Attributes:
         splits: Into which decode cuts the keys of the longest row.
         heads_together: Heads whose blocks of prefill run at the same time.
+        tiled: Whether a kernel reads the pools through tensor maps.
     """
 
     shape: Shape
@@ -149,6 +150,7 @@ class Plan:
     heads_together: int
     launches: tuple[Launch, ...]
     workspace: Workspace
+    tiled: bool = False
 
 
 def head_tiles(shape: Shape) -> int:
@@ -245,6 +247,7 @@ def plan(shape: Shape, sizes: Sizes, machine: Machine) -> Plan:
         heads_together(shape, sizes),
         (_write(shape, sizes), *attention),
         workspace(shape, head_size, splits),
+        tiled=sizes.hopper and not decode,
     )
 
 

@@ -61,7 +61,7 @@ extern "C" int vf_params_size() { return sizeof(vf::Params); }
 extern "C" int vf_params_offset(const char* field) {
   const std::string_view name(field);
 #define VF_FIELD(f) if (name == #f) return static_cast<int>(offsetof(vf::Params, f));
-  VF_FIELD(query) VF_FIELD(key) VF_FIELD(value) VF_FIELD(key_pool) VF_FIELD(value_pool)
+  VF_FIELD(key_map) VF_FIELD(value_map) VF_FIELD(query) VF_FIELD(key) VF_FIELD(value) VF_FIELD(key_pool) VF_FIELD(value_pool)
   VF_FIELD(cos) VF_FIELD(sin) VF_FIELD(past_lengths) VF_FIELD(query_lengths) VF_FIELD(block_table)
   VF_FIELD(out) VF_FIELD(rotated) VF_FIELD(partial_out) VF_FIELD(partial_lse) VF_FIELD(arrivals)
   VF_FIELD(query_batch) VF_FIELD(query_row) VF_FIELD(key_batch) VF_FIELD(key_row)

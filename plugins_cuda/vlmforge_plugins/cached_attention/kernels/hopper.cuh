@@ -3,7 +3,7 @@
 // finds scalar versions of all this in host_hopper.h.
 #pragma once
 
-#include "device.cuh"
+#include "params.h"
 
 namespace vf {
 
@@ -124,19 +124,16 @@ VF_DEVICE void copy_bulk(void* shared, const void* global, int bytes, u64* barri
       " [%0], [%1], %2, [%3], once;}" ::"r"(shared_address(shared)), "l"(global), "r"(bytes),
       "r"(shared_address(barrier)) : "memory");
 }
+// Copies a box that starts at (column, row) to shared memory, at a multiple of 1024 bytes. What lies
+// outside of the tensor becomes zeroes, and counts.
+VF_DEVICE void copy_tile(void* shared, const TileMap* map, int column, int row, u64* barrier) {
+  VF_HOPPER(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(shared)), "l"(map), "r"(column), "r"(row),
+      "r"(shared_address(barrier)) : "memory");
+}
 VF_DEVICE void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-// Whether the phase of this parity has ended; waits for nothing.
-VF_DEVICE bool barrier_passed(u64* barrier, int parity) {
-  int passed = 0;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  asm volatile(
-      "{.reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2;"
-      "selp.b32 %0, 1, 0, done;}"
-      : "=r"(passed) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-#endif
-  return passed != 0;
 }
 // Waits for the end of the phase of this parity. A fresh barrier is in phase 0: a wait for parity 1
 // passes at once.

@@ -5,7 +5,12 @@
 
 namespace vf {
 
+// A tensor map (CUtensorMap): one of the pools as rows of D elements, read in boxes of a page of one
+// head and 64 elements, written in the 128-byte swizzle. Made by the driver; zeroes if not needed.
+struct alignas(64) TileMap { u64 opaque[16]; };
+
 struct Params {
+  TileMap key_map, value_map;
   // New tokens: row (b, s) of `query` starts at b * query_batch + s * query_row elements and holds
   // heads x D; likewise key and value with kv_heads x D. They may be slices of one packed tensor.
   const void* query;

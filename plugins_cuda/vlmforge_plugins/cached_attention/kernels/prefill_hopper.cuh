@@ -2,8 +2,8 @@
 //
 // Grid as there; a block has two consumer warpgroups of 64 queries each and one producer warpgroup.
 // Keys and values arrive in turn, K0 V0 K1 V1 ..., in tiles of 128 through a ring of BUFFERS with a
-// "full" and an "empty" barrier each. The producer gathers pages with asynchronous copies, so any
-// page size will do, and writes the swizzle that the products read. A consumer keeps its queries and
+// "full" and an "empty" barrier each. The producer, one warp, asks for them by the page, through a
+// tensor map whose swizzle is the one that the products read. A consumer keeps its queries and
 // probabilities in registers; while the tensor cores multiply the probabilities of one tile with its
 // values, it takes the softmax of the next; and the consumers take turns, so that one's softmax meets
 // the other's products (both as FlashAttention-3, https://arxiv.org/abs/2407.08608).
@@ -24,9 +24,10 @@ struct HopperPrefill {
   static constexpr int kKeys = 128;
   static constexpr int kStrips = kKeys / kStripKeys;
   static constexpr int kBuffers = BUFFERS;
+  static constexpr int kPanels = (D + 63) / 64;
   static constexpr int kPanelBytes = kKeys * 128;  // all keys of a tile, 64 dimensions of them
-  static constexpr int kTileBytes = (D + 63) / 64 * kPanelBytes;
-  static constexpr int kSharedBytes = kBuffers * kTileBytes + (2 * kBuffers + kConsumers) * 8;
+  static constexpr int kTileBytes = kPanels * kPanelBytes;
+  static constexpr int kSharedBytes = kBuffers * kTileBytes + (2 * kBuffers + kConsumers + 1) * 8;
   static_assert(!S::kFp8, "products of 16-bit elements");
   using Rows = Flash<S, 1, kStrips>;
 
@@ -35,29 +36,31 @@ struct HopperPrefill {
   u64* const full;
   u64* const empty;
   u64* const turn;
+  u64* const landed;  // the last values, before those of no token are cleared
 
   VF_DEVICE HopperPrefill(const Params& params, const PrefillBlock& block)
       : p(params), group(uniform(thread_index() / 128)), lane(thread_index() % 32), b(block_z()),
         past(p.past_lengths[b]), length(query_length(p, b)), head(block.head),
         first_row(block.queries * kRows),
         full(reinterpret_cast<u64*>(shared_memory() + kBuffers * kTileBytes)),
-        empty(full + kBuffers), turn(empty + kBuffers) {}
+        empty(full + kBuffers), turn(empty + kBuffers), landed(turn + kConsumers) {}
 
   VF_DEVICE static void run(const Params& p) {
     HopperPrefill block(p, PrefillBlock(p, kRows));
     if (block.first_row >= block.length) return;
     if (thread_index() == 0) {
       for (int i = 0; i < kBuffers; ++i) {
-        barrier_init(&block.full[i], 128);
+        barrier_init(&block.full[i], 1);
         barrier_init(&block.empty[i], kConsumers * 4);
       }
       for (int i = 0; i < kConsumers; ++i) barrier_init(&block.turn[i], 4);
+      barrier_init(block.landed, 1);
+      publish_barriers();
     }
-    clear_padding();
     sync_threads();
     if (block.group == kConsumers) {
       give_registers<24>();
-      block.produce();
+      if (thread_index() / 32 == kConsumers * 4) block.produce();
     } else {
       take_registers<240>();
       block.consume();
@@ -69,83 +72,51 @@ struct HopperPrefill {
     return ceil_div(past + (row < length ? row : length), kKeys);
   }
 
+  // Lane i asks for the tile's page i.
   VF_DEVICE void produce() const {
-    const int tiles = tiles_before(first_row + kRows);
-    const int kv_head = head / (p.heads / p.kv_heads);
-    int pending = 0;  // of the newest units, still to be announced
+    const int tiles = tiles_before(first_row + kRows), total = past + length;
+    const int kv_head = head / (p.heads / p.kv_heads), page_size = 1 << p.page_shift;
+    const int* pages = p.block_table + static_cast<i64>(b) * p.max_pages;
+    const int first = lane << p.page_shift;  // key of a tile
+    const auto find = [&](int key) { return key < total ? pages[key >> p.page_shift] : 0; };
+    int page = first < kKeys ? find(first) : 0;
     for (int tile = 0; tile < tiles; ++tile) {
-      const int place = find(kv_head, tile * kKeys);
+      const int keys = total - tile * kKeys < kKeys ? total - tile * kKeys : kKeys;
+      const int row = (page * p.kv_heads + kv_head) << p.page_shift;
+      if (first < kKeys) page = find(tile * kKeys + kKeys + first);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         const int unit = 2 * tile + half, buffer = unit % kBuffers;
-        const int parity = (unit / kBuffers & 1) ^ 1;
-        if (!barrier_passed(&empty[buffer], parity)) {  // rather than wait with news
-          if (pending == 2) announce<1>(unit - 2);
-          if (pending > 0) announce<0>(unit - 1);
-          pending = 0;
+        const bool cut = half == 1 && keys < kKeys;
+        char* to = shared_memory() + buffer * kTileBytes;
+        u64* there = cut ? landed : &full[buffer];
+        barrier_wait(&empty[buffer], (unit / kBuffers & 1) ^ 1);
+        if (lane == 0) {
+          barrier_expect(there, ceil_div(keys, page_size) * page_size * 128 * kPanels);
         }
-        barrier_wait(&empty[buffer], parity);
-        copy(half == 0 ? p.key_pool : p.value_pool, place, tile * kKeys,
-             shared_memory() + buffer * kTileBytes);
-        copy_commit();
-        if (pending == 2) announce<2>(unit - 2);
-        pending = pending < 2 ? pending + 1 : 2;
+        sync_warp();
+        if (first < keys) {
+          const TileMap* map = half == 0 ? &p.key_map : &p.value_map;
+          for (int panel = 0; panel < kPanels; ++panel) {
+            copy_tile(to + panel * kPanelBytes + first * 128, map, panel * 64, row, there);
+          }
+        }
+        if (cut) clear(to, keys, &full[buffer]);
       }
     }
-    if (pending == 2) announce<1>(2 * tiles - 2);
-    announce<0>(2 * tiles - 1);
   }
 
-  // Once all but PENDING copies are there: products may read the unit.
-  template <int PENDING>
-  VF_DEVICE void announce(int unit) const {
-    copy_wait<PENDING>();
+  // Values of no token become zeroes, 0 x NaN would reach the output; then the tile is announced.
+  VF_DEVICE void clear(char* tile, int keys, u64* announced) const {
+    barrier_wait(landed, 0);
+    for (int panel = 0; panel < kPanels; ++panel) {
+      for (int i = keys * 128 + lane * 16; i < kPanelBytes; i += 32 * 16) {
+        *reinterpret_cast<u32x4*>(tile + panel * kPanelBytes + i) = u32x4{0, 0, 0, 0};
+      }
+    }
     publish_shared();
-    barrier_arrive(&full[unit % kBuffers]);
-  }
-
-  // Where strip lane % 8 of a tile is: counted in strips from the start of a pool, the same in both.
-  VF_DEVICE int find(int kv_head, int first) const {
-    const int key = first + lane % kStrips * kStripKeys;
-    const int* pages = p.block_table + static_cast<i64>(b) * p.max_pages;
-    const int page = key < past + length ? pages[key >> p.page_shift] : 0;  // else: zeroes
-    return ((page * p.kv_heads + kv_head) << (p.page_shift - 4)) |
-           ((key & ((1 << p.page_shift) - 1)) / kStripKeys);
-  }
-
-  VF_DEVICE void copy(const void* pool, int place, int first, char* to) const {
-    constexpr int kLanes = D <= 64 ? 8 : 16;  // threads that share a row, 16 bytes each
-    constexpr int kStep = 128 / kLanes;       // rows that the warpgroup copies at once
-    // There are 24 registers, and rows that are no power of two long take more of them.
-    [[maybe_unused]] constexpr int kUnrolled = D % 64 == 0 ? kStrips : 2;
-    const int unit = thread_index() % kLanes, row = thread_index() % 128 / kLanes;
-    const int missing = past + length - first - row;
-    const char* from = static_cast<const char*>(pool) + (row * D + unit * 8) * 2;
-    to += unit / 8 * kPanelBytes + row * 128 + ((unit ^ row) & 7) * 16;
-#pragma unroll kUnrolled
-    for (int n = 0; n < kStrips; ++n) {
-      const char* strip = from + static_cast<i64>(shuffle_from(place, n)) * (kStripKeys * D * 2);
-#pragma unroll
-      for (int i = 0; i < kStripKeys; i += kStep) {
-        if (unit < D / 8) {
-          copy_async<16>(to + (n * kStripKeys + i) * 128, strip + i * D * 2,
-                         n * kStripKeys + i < missing);
-        }
-      }
-    }
-  }
-
-  // Zeroes for half a step of dimensions if D is no multiple of 16; copies never touch them.
-  VF_DEVICE static void clear_padding() {
-    if constexpr (D % 16 != 0) {
-      constexpr int kUnit = D / 8;
-      for (int i = thread_index(); i < kBuffers * kKeys; i += kThreads) {
-        char* tile = shared_memory() + i / kKeys * kTileBytes + kUnit / 8 * kPanelBytes;
-        const int row = i % kKeys;
-        *reinterpret_cast<u32x4*>(tile + row * 128 + ((kUnit ^ row) & 7) * 16) = {0, 0, 0, 0};
-      }
-      publish_shared();
-    }
+    sync_warp();
+    if (lane == 0) barrier_arrive(announced);
   }
 
   VF_DEVICE int row(int half) const {
