@@ -274,9 +274,6 @@ def bench(backend: CudaBackend, binaries: Binaries, out: Path, seconds: float) -
             break
         chosen = sizes(point.config, backend.target)
         ours = {"ours": (backend.kernels(point.config), chosen)}
-        if chosen.hopper and point.new > 1:
-            other = replace(chosen, turns=not chosen.turns)
-            ours["other turns"] = (kernels_of(other, backend.target, binaries), other)
         row = timed.measure(point, stage, ours, backend.machine)
         result[kind].append(row)
         (out / "results.json").write_text(json.dumps(result, indent=1), "utf-8")

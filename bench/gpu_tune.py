@@ -94,11 +94,10 @@ def decode_variants(point: Point, base: Sizes) -> dict[str, Variant]:
 
 
 def prefill_variants(base: Sizes) -> dict[str, Variant]:
-    """Turns or none, heads together or one after the other, the path of other GPUs."""
+    """Heads together or one after the other, the path of other GPUs."""
     hopper = replace(base, hopper=True)
     return {
-        "turns": Variant(replace(hopper, turns=True)),
-        "no turns": Variant(replace(hopper, turns=False)),
+        "base": Variant(hopper),
         "one head": Variant(hopper, lambda p: replace(p, heads_together=1)),
         "all heads": Variant(hopper, lambda p: replace(p, heads_together=p.shape.heads)),
         **{f"buffers {n}": Variant(replace(hopper, buffers=n)) for n in (4, 5, 6, 7, 8, 12)},

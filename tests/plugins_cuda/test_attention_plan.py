@@ -68,11 +68,13 @@ def test_a_decode_call_in_full() -> None:
 
 def test_a_prefill_call_in_full() -> None:
     shape = replace(SHAPE, max_query=1000)
-    for target, rows in ((SM_80, 64), (SM_90, 128)):
+    for target, grid in ((SM_80, (16 * 32, 1, 4)), (SM_90, (132, 1, 1))):
         chosen = plan(shape, sizes(CONFIG, target), H200)
         assert [launch.kernel for launch in chosen.launches] == ["vf_write", "vf_prefill"]
-        assert chosen.launches[1].grid == (-(-1000 // rows) * 32, 1, 4)
-        assert chosen.splits == 1
+        assert chosen.launches[1].grid == grid
+        assert (chosen.splits, chosen.workspace.counters) == (1, 1)
+    few = replace(shape, batch=1, max_query=129)
+    assert plan(few, sizes(CONFIG, SM_90), H200).launches[1].grid == (2 * 32, 1, 1)
 
 
 def test_a_full_machine_needs_no_splits() -> None:
@@ -103,7 +105,7 @@ def test_decode_starts_early_where_the_gpu_can() -> None:
     long = replace(SHAPE, batch=64, max_total=32768, max_pages=512)
     assert overlaps(SHAPE, SM_90) == [True, True]
     assert overlaps(long, SM_90) == [True, False]  # in step, blocks read neighbouring memory
-    assert overlaps(replace(SHAPE, max_query=64), SM_90) == [True, False]
+    assert overlaps(replace(SHAPE, max_query=64), SM_90) == [True, True]
     assert not any(overlaps(SHAPE, SM_80))
 
 

@@ -134,13 +134,12 @@ class Sizes:
         decode_stages: Depth of decode's ring of asynchronous copies.
         prefill_tiles: Tiles of 16 queries that a warp of prefill holds in registers.
         hopper: Whether prefill is the one for sm_90a, with warpgroup products.
-        turns: Whether its two groups take turns in issuing products.
         buffers: For its tiles of 128 keys or values.
         decode_warps: Warps of a block of decode.
         decode_bulk: Whether decode reads by bulk copies, rows not padded.
         fused: Whether the last block of decode adds up the splits; else a kernel does.
         decode_blocks: Blocks of decode that a multiprocessor must have registers for.
-        overlap: Whether decode starts while the kernel in front of it ends.
+        overlap: Whether kernels start while the one in front of them ends.
         narrow_warps: Warps of a block of decode for many short rows.
     """
 
@@ -148,7 +147,6 @@ class Sizes:
     decode_stages: int
     prefill_tiles: int
     hopper: bool = False
-    turns: bool = True
     buffers: int = 4
     decode_warps: int = 4
     decode_bulk: bool = False
@@ -189,7 +187,7 @@ class Sizes:
         """Shared memory of a block of prefill: its stages of keys and values (and barriers)."""
         if self.hopper:
             panels = -(-self.config.head_size // 64)  # of 128 keys x 64 dimensions x 2 bytes
-            return self.buffers * panels * 128 * 128 + 8 * (2 * self.buffers + 3)
+            return self.buffers * panels * 128 * 128 + 8 * (2 * self.buffers + 6)
         return 4 * PREFILL_STRIPS * self.strip_bytes
 
     @property
@@ -219,7 +217,6 @@ class Sizes:
             f"VF_PREFILL_TILES={self.prefill_tiles}",
             f"VF_HOPPER_PREFILL={int(self.hopper)}",
             f"VF_HOPPER_BUFFERS={self.buffers}",
-            f"VF_HOPPER_TURNS={int(self.turns)}",
         )
 
 

@@ -31,9 +31,10 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_longlong) for name in ("out_batch", "out_row")),
         *((name, ctypes.c_int) for name in ("batch", "max_query", "heads", "kv_heads")),
         *((name, ctypes.c_int) for name in ("max_pages", "page_shift", "splits", "heads_together")),
+        ("counters", ctypes.c_int),
         *((name, ctypes.c_float) for name in ("scale_log2", "key_inverse_scale")),
         *((name, ctypes.c_float) for name in ("value_inverse_scale", "value_scale")),
-        ("_end", ctypes.c_byte * 24),  # the maps are aligned to 64 bytes, so all is
+        ("_end", ctypes.c_byte * 20),  # the maps are aligned to 64 bytes, so all is
     ]
 
 
@@ -142,7 +143,7 @@ def parameters(plan: Plan, tensors: Tensors, scales: Scales, kernels: Kernels) -
         rotated=tensors.workspace + scratch.rotated,
         partial_out=tensors.workspace + scratch.partial_out,
         partial_lse=tensors.workspace + scratch.partial_lse,
-        arrivals=tensors.workspace + scratch.arrivals if plan.splits > 1 else None,
+        arrivals=tensors.workspace + scratch.arrivals,
         query_batch=tensors.query.batch_stride,
         query_row=tensors.query.row_stride,
         key_batch=tensors.key.batch_stride,
@@ -159,6 +160,7 @@ def parameters(plan: Plan, tensors: Tensors, scales: Scales, kernels: Kernels) -
         page_shift=shape.page_size.bit_length() - 1,
         splits=plan.splits,
         heads_together=plan.heads_together,
+        counters=scratch.counters,
         scale_log2=scales.score * scales.key * math.log2(math.e),
         key_inverse_scale=1.0 / scales.key,
         value_inverse_scale=1.0 / scales.value,

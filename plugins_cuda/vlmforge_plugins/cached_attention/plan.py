@@ -125,12 +125,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Offsets in bytes into one scratch allocation of `size` bytes."""
+    """Offsets in bytes into one scratch allocation of `size` bytes; `counters` numbers at the last."""
 
     rotated: int
     partial_out: int
     partial_lse: int
     arrivals: int
+    counters: int
     size: int
 
 
@@ -213,14 +214,16 @@ def heads_together(shape: Shape, sizes: Sizes) -> int:
 
 
 def workspace(shape: Shape, head_size: int, splits: int) -> Workspace:
-    """Scratch for the rotated queries and for decode's partial results."""
+    """Scratch for the rotated queries, for decode's partial results, for what blocks count."""
     rotated = 2 * shape.batch * shape.max_query * shape.heads * head_size if shape.rotary else 0
     slots = shape.batch * shape.heads * splits if splits > 1 else 0
     partial_out = _aligned(rotated)
     partial_lse = partial_out + _aligned(4 * slots * head_size)
     arrivals = partial_lse + _aligned(4 * slots)
     tiles = shape.batch * shape.kv_heads * head_tiles(shape) if splits > 1 else 0
-    return Workspace(0, partial_out, partial_lse, arrivals, arrivals + _aligned(4 * tiles))
+    counters = 1 if shape.max_query > 1 else tiles
+    size = arrivals + _aligned(4 * counters)
+    return Workspace(0, partial_out, partial_lse, arrivals, counters, size)
 
 
 def _aligned(size: int) -> int:
@@ -238,7 +241,9 @@ def plan(shape: Shape, sizes: Sizes, machine: Machine) -> Plan:
     decode = shape.max_query == 1
     splits = choose_splits(shape, sizes, machine) if decode else 1
     narrow = decode and narrow_blocks(shape, sizes, splits, machine)
-    attention = _decode(shape, sizes, splits, narrow) if decode else _prefill(shape, sizes)
+    attention = (
+        _decode(shape, sizes, splits, narrow) if decode else _prefill(shape, sizes, machine)
+    )
     head_size = sizes.config.head_size
     return Plan(
         shape,
@@ -295,6 +300,10 @@ def _decode(shape: Shape, sizes: Sizes, splits: int, narrow: bool = False) -> tu
     return (attend, Launch("vf_combine", (heads, 1, shape.batch), COMBINE_THREADS))
 
 
-def _prefill(shape: Shape, sizes: Sizes) -> tuple[Launch, ...]:
-    grid = (-(-shape.max_query // sizes.prefill_rows) * shape.heads, 1, shape.batch)
-    return (Launch("vf_prefill", grid, sizes.prefill_threads, sizes.prefill_bytes),)
+def _prefill(shape: Shape, sizes: Sizes, machine: Machine) -> tuple[Launch, ...]:
+    blocks = -(-shape.max_query // sizes.prefill_rows) * shape.heads
+    grid = (blocks, 1, shape.batch)
+    if sizes.hopper:  # these stay, and take one block of queries after the other
+        grid = (min(blocks * shape.batch, machine.multiprocessors), 1, 1)
+    overlaps = sizes.overlap and sizes.hopper
+    return (Launch("vf_prefill", grid, sizes.prefill_threads, sizes.prefill_bytes, overlaps),)

@@ -52,7 +52,7 @@ struct Block {
   static constexpr int kMaxThreads = 1024;
   std::vector<Fibre> fibres{kMaxThreads};
   Fibre main;
-  int threads = 0, x = 0, y = 0, z = 0, grid_y = 0;
+  int threads = 0, x = 0, y = 0, z = 0, grid_x = 0, grid_y = 0;
   int in_warp[kMaxThreads / 32] = {};
   int in_group[kMaxThreads / 128] = {};
   int in_block = 0, done = 0;

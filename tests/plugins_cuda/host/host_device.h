@@ -18,6 +18,7 @@ VF_DEVICE int thread_index() { return vf_host::self->index; }
 VF_DEVICE int block_x() { return vf_host::block.x; }
 VF_DEVICE int block_y() { return vf_host::block.y; }
 VF_DEVICE int block_z() { return vf_host::block.z; }
+VF_DEVICE int grid_x() { return vf_host::block.grid_x; }
 VF_DEVICE int grid_y() { return vf_host::block.grid_y; }
 VF_DEVICE char* shared_memory() { return vf_host::block.shared; }
 VF_DEVICE u32 shared_address(const void* pointer) {
@@ -176,6 +177,7 @@ VF_DEVICE f32x4 load_l2_quad(const float* from) {
 }
 VF_DEVICE void prefetch_l2(const void*) {}
 VF_DEVICE int arrive_device(int* at) { return (*at)++; }
+VF_DEVICE int count_device(int* at) { return (*at)++; }
 
 VF_DEVICE void make_bulk_copies();
 VF_DEVICE void start_next_kernel() {}

@@ -32,6 +32,7 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
   auto* start = shared.data() + (1024 - reinterpret_cast<uintptr_t>(shared.data()) % 1024);
   block.params = params;
   block.threads = threads;
+  block.grid_x = grid_x;
   block.grid_y = grid_y;
   block.shared = reinterpret_cast<char*>(start);
   block.shared_bytes = shared_bytes;
@@ -67,7 +68,8 @@ extern "C" int vf_params_offset(const char* field) {
   VF_FIELD(query_batch) VF_FIELD(query_row) VF_FIELD(key_batch) VF_FIELD(key_row)
   VF_FIELD(value_batch) VF_FIELD(value_row) VF_FIELD(out_batch) VF_FIELD(out_row)
   VF_FIELD(batch) VF_FIELD(max_query) VF_FIELD(heads) VF_FIELD(kv_heads) VF_FIELD(max_pages)
-  VF_FIELD(page_shift) VF_FIELD(splits) VF_FIELD(heads_together) VF_FIELD(scale_log2) VF_FIELD(key_inverse_scale)
+  VF_FIELD(page_shift) VF_FIELD(splits) VF_FIELD(heads_together) VF_FIELD(counters)
+  VF_FIELD(scale_log2) VF_FIELD(key_inverse_scale)
   VF_FIELD(value_inverse_scale) VF_FIELD(value_scale)
 #undef VF_FIELD
   return -1;

@@ -13,7 +13,6 @@
 //   VF_PREFILL_TILES       16-row query tiles of a prefill warp
 //   VF_HOPPER_PREFILL      prefill by warpgroup products (sm_90a only)
 //   VF_HOPPER_BUFFERS      for its tiles of keys or values
-//   VF_HOPPER_TURNS        whose two groups take turns
 #include "combine.cuh"
 #include "decode.cuh"
 #include "prefill.cuh"
@@ -43,7 +42,7 @@ using ConfiguredDecode =
     Decode<DecodeStrip, VF_DECODE_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
 using NarrowDecode = Decode<DecodeStrip, VF_NARROW_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
 #if VF_HOPPER_PREFILL
-using ConfiguredPrefill = HopperPrefill<ConfiguredStrip, VF_HOPPER_BUFFERS, VF_HOPPER_TURNS>;
+using ConfiguredPrefill = HopperPrefill<ConfiguredStrip, VF_HOPPER_BUFFERS>;
 #else
 using ConfiguredPrefill = Prefill<ConfiguredStrip, 4, VF_PREFILL_TILES, 4>;
 #endif

@@ -41,6 +41,7 @@ VF_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 VF_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 VF_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 VF_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
+VF_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
 VF_DEVICE int grid_y() { return static_cast<int>(gridDim.y); }
 
 VF_DEVICE char* shared_memory() {
@@ -140,6 +141,13 @@ VF_DEVICE void prefetch_l2(const void* from) {
 VF_DEVICE int arrive_device(int* at) {
   int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+  return before;
+}
+
+// The same without the order.
+VF_DEVICE int count_device(int* at) {
+  int before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
   return before;
 }
 

@@ -1,12 +1,13 @@
 // Prefill for sm_90a: the function of prefill.cuh with warpgroup products.
 //
-// Grid as there; a block has two consumer warpgroups of 64 queries each and one producer warpgroup.
-// Keys and values arrive in turn, K0 V0 K1 V1 ..., in tiles of 128 through a ring of BUFFERS with a
-// "full" and an "empty" barrier each. The producer, one warp, asks for them by the page, through a
+// A block stays on its multiprocessor and takes one block of queries after the other, in the order of
+// PrefillBlock, from a counter in device memory. It has two consumer warpgroups of 64 queries each and
+// a producer, one warp. Keys and values arrive in turn, K0 V0 K1 V1 ..., in tiles of 128 through a ring
+// of BUFFERS with a "full" and an "empty" barrier each; the ring goes on from block to block of queries,
+// so that one's end meets the next one's start. The producer asks for tiles by the page, through a
 // tensor map whose swizzle is the one that the products read. A consumer keeps its queries and
 // probabilities in registers; while the tensor cores multiply the probabilities of one tile with its
-// values, it takes the softmax of the next; and the consumers take turns, so that one's softmax meets
-// the other's products (both as FlashAttention-3, https://arxiv.org/abs/2407.08608).
+// values, it takes the softmax of the next (as FlashAttention-3, https://arxiv.org/abs/2407.08608).
 #pragma once
 
 #include "flash.cuh"
@@ -14,7 +15,7 @@
 
 namespace vf {
 
-template <class S, int BUFFERS, bool TURNS>
+template <class S, int BUFFERS>
 struct HopperPrefill {
   using Act = typename S::Act;
   static constexpr int D = S::D;
@@ -27,43 +28,105 @@ struct HopperPrefill {
   static constexpr int kPanels = (D + 63) / 64;
   static constexpr int kPanelBytes = kKeys * 128;  // all keys of a tile, 64 dimensions of them
   static constexpr int kTileBytes = kPanels * kPanelBytes;
-  static constexpr int kSharedBytes = kBuffers * kTileBytes + (2 * kBuffers + kConsumers + 1) * 8;
+  static constexpr int kSharedBytes = kBuffers * kTileBytes + (2 * kBuffers + 6) * 8;
   static_assert(!S::kFp8, "products of 16-bit elements");
   using Rows = Flash<S, 1, kStrips>;
 
   const Params& p;
-  const int group, lane, b, past, length, head, first_row;
-  u64* const full;
-  u64* const empty;
-  u64* const turn;
-  u64* const landed;  // the last values, before those of no token are cleared
+  const int group, lane;
+  // Of the queries at hand:
+  int b, past, length, head, first_row;
+  int before = 0;  // units of the ring that came before theirs
 
-  VF_DEVICE HopperPrefill(const Params& params, const PrefillBlock& block)
-      : p(params), group(uniform(thread_index() / 128)), lane(thread_index() % 32), b(block_z()),
-        past(p.past_lengths[b]), length(query_length(p, b)), head(block.head),
-        first_row(block.queries * kRows),
-        full(reinterpret_cast<u64*>(shared_memory() + kBuffers * kTileBytes)),
-        empty(full + kBuffers), turn(empty + kBuffers), landed(turn + kConsumers) {}
+  VF_DEVICE HopperPrefill(const Params& params)
+      : p(params), group(uniform(thread_index() / 128)), lane(thread_index() % 32) {}
+
+  // Behind the ring. A pointer each would take the producer's registers.
+  VF_DEVICE static u64* barrier(int i) {
+    return reinterpret_cast<u64*>(shared_memory() + kBuffers * kTileBytes) + i;
+  }
+  VF_DEVICE static u64* full(int buffer) { return barrier(buffer); }
+  VF_DEVICE static u64* empty(int buffer) { return barrier(kBuffers + buffer); }
+  VF_DEVICE static u64* handed(int slot) { return barrier(2 * kBuffers + slot); }
+  VF_DEVICE static u64* taken(int slot) { return barrier(2 * kBuffers + 2 + slot); }
+  // The last values, before those of no token are cleared.
+  VF_DEVICE static u64* landed() { return barrier(2 * kBuffers + 4); }
+  // Which queries are next.
+  VF_DEVICE static int* work(int slot) {
+    return reinterpret_cast<int*>(barrier(2 * kBuffers + 5)) + slot;
+  }
 
   VF_DEVICE static void run(const Params& p) {
-    HopperPrefill block(p, PrefillBlock(p, kRows));
-    if (block.first_row >= block.length) return;
+    start_next_kernel();
+    HopperPrefill block(p);
     if (thread_index() == 0) {
       for (int i = 0; i < kBuffers; ++i) {
-        barrier_init(&block.full[i], 1);
-        barrier_init(&block.empty[i], kConsumers * 4);
+        barrier_init(full(i), 1);
+        barrier_init(empty(i), kConsumers * 4);
       }
-      for (int i = 0; i < kConsumers; ++i) barrier_init(&block.turn[i], 4);
-      barrier_init(block.landed, 1);
+      for (int i = 0; i < 2; ++i) {
+        barrier_init(handed(i), 1);
+        barrier_init(taken(i), kConsumers * 4);
+      }
+      barrier_init(landed(), 1);
       publish_barriers();
     }
     sync_threads();
+    wait_for_previous_kernel();
     if (block.group == kConsumers) {
-      give_registers<24>();
-      if (thread_index() / 32 == kConsumers * 4) block.produce();
+      give_registers<56>();
+      if (thread_index() / 32 == kConsumers * 4) block.produce_all();
     } else {
-      take_registers<240>();
-      block.consume();
+      take_registers<224>();
+      block.consume_all();
+    }
+  }
+
+  // Looks up the queries of `index`; false behind the last.
+  VF_DEVICE bool find_queries(int index) {
+    const int blocks = ceil_div(p.max_query, kRows) * p.heads;
+    b = index / blocks;
+    if (b >= p.batch) return false;
+    const PrefillBlock block(p, kRows, index - b * blocks);
+    past = p.past_lengths[b];
+    length = query_length(p, b);
+    head = block.head;
+    first_row = block.queries * kRows;
+    return true;
+  }
+
+  // The next queries that nobody has. Whoever asks last of all leaves the counter as it was.
+  VF_DEVICE int claim() const {
+    const int index = count_device(p.arrivals);
+    const int last = p.batch * ceil_div(p.max_query, kRows) * p.heads + grid_x() - 1;
+    if (index == last) *p.arrivals = 0;
+    return index;
+  }
+
+  VF_DEVICE void produce_all() {
+    int next = lane == 0 ? claim() : 0;
+    int cuts = 0;
+    for (int round = 0;; ++round) {
+      const int index = shuffle_from(next, 0), slot = round % 2;
+      barrier_wait(taken(slot), (round / 2 & 1) ^ 1);
+      if (lane == 0) {
+        *work(slot) = index;
+        barrier_arrive(handed(slot));
+      }
+      if (!find_queries(index)) return;
+      next = lane == 0 ? claim() : 0;  // on its way while these are read
+      if (first_row < length) produce(cuts);
+    }
+  }
+
+  VF_DEVICE void consume_all() {
+    for (int round = 0;; ++round) {
+      const int slot = round % 2;
+      barrier_wait(handed(slot), round / 2 & 1);
+      const int index = uniform(*work(slot));
+      if (lane == 0) barrier_arrive(taken(slot));
+      if (!find_queries(index)) return;
+      if (first_row < length) consume();
     }
   }
 
@@ -73,7 +136,7 @@ struct HopperPrefill {
   }
 
   // Lane i asks for the tile's page i.
-  VF_DEVICE void produce() const {
+  VF_DEVICE void produce(int& cuts) {
     const int tiles = tiles_before(first_row + kRows), total = past + length;
     const int kv_head = head / (p.heads / p.kv_heads), page_size = 1 << p.page_shift;
     const int* pages = p.block_table + static_cast<i64>(b) * p.max_pages;
@@ -86,11 +149,11 @@ struct HopperPrefill {
       if (first < kKeys) page = find(tile * kKeys + kKeys + first);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
-        const int unit = 2 * tile + half, buffer = unit % kBuffers;
+        const int unit = before + 2 * tile + half, buffer = unit % kBuffers;
         const bool cut = half == 1 && keys < kKeys;
         char* to = shared_memory() + buffer * kTileBytes;
-        u64* there = cut ? landed : &full[buffer];
-        barrier_wait(&empty[buffer], (unit / kBuffers & 1) ^ 1);
+        u64* there = cut ? landed() : full(buffer);
+        barrier_wait(empty(buffer), (unit / kBuffers & 1) ^ 1);
         if (lane == 0) {
           barrier_expect(there, ceil_div(keys, page_size) * page_size * 128 * kPanels);
         }
@@ -101,14 +164,17 @@ struct HopperPrefill {
             copy_tile(to + panel * kPanelBytes + first * 128, map, panel * 64, row, there);
           }
         }
-        if (cut) clear(to, keys, &full[buffer]);
+        if (cut) {
+          barrier_wait(landed(), cuts++ & 1);
+          clear(to, keys, full(buffer));
+        }
       }
     }
+    before += 2 * tiles;
   }
 
   // Values of no token become zeroes, 0 x NaN would reach the output; then the tile is announced.
   VF_DEVICE void clear(char* tile, int keys, u64* announced) const {
-    barrier_wait(landed, 0);
     for (int panel = 0; panel < kPanels; ++panel) {
       for (int i = keys * 128 + lane * 16; i < kPanelBytes; i += 32 * 16) {
         *reinterpret_cast<u32x4*>(tile + panel * kPanelBytes + i) = u32x4{0, 0, 0, 0};
@@ -160,42 +226,30 @@ struct HopperPrefill {
     products_commit();
   }
 
-  VF_DEVICE void consume() const {
+  VF_DEVICE void consume() {
     Rows rows;
     load_queries(rows);
     Output out;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) out[i / 4][i % 4] = 0.f;
+    const int all = tiles_before(first_row + kRows);
     const int mine = first_row + group * 64 < length ? tiles_before(first_row + group * 64 + 64) : 0;
     if (mine > 0) attend(rows, out, mine);
-    // What only the other group reads: the producer and the turns wait for both.
-    for (int tile = mine; tile < tiles_before(first_row + kRows); ++tile) {
-      for (int unit = 2 * tile; unit < 2 * tile + 2; ++unit) {
-        wait_full(unit);
-        release(unit);
-      }
-      if (tile > 0) {
-        take_turn(tile);
-        pass_turn();
-      }
+    for (int unit = 2 * mine; unit < 2 * all; ++unit) {  // what only the other group reads
+      wait_full(unit);
+      release(unit);
     }
+    before += 2 * all;
     if (mine > 0) store(rows, out);
   }
 
+  // Units are counted from the first of these queries.
+  VF_DEVICE int buffer(int unit) const { return (before + unit) % kBuffers; }
   VF_DEVICE void wait_full(int unit) const {
-    barrier_wait(&full[unit % kBuffers], unit / kBuffers & 1);
+    barrier_wait(full(buffer(unit)), (before + unit) / kBuffers & 1);
   }
   VF_DEVICE void release(int unit) const {
-    if (lane == 0) barrier_arrive(&empty[unit % kBuffers]);
-  }
-
-  // From tile 1 on, group 0 issues its products for a tile before group 1 does, and group 1 before
-  // group 0 does for the next. The first turn of group 0 waits for nobody.
-  VF_DEVICE void take_turn(int tile) const {
-    if constexpr (TURNS) barrier_wait(&turn[group], (tile & 1) ^ (group == 0 ? 0 : 1));
-  }
-  VF_DEVICE void pass_turn() const {
-    if (TURNS && lane == 0) barrier_arrive(&turn[1 - group]);
+    if (lane == 0) barrier_arrive(empty(buffer(unit)));
   }
 
   VF_DEVICE void attend(Rows& rows, Output& out, int tiles) const {
@@ -205,7 +259,7 @@ struct HopperPrefill {
     float shrink[2];
     wait_full(0);
     products_begin();
-    issue_scores(s, rows, 0);
+    issue_scores(s, rows, buffer(0));
     products_wait<0>();
     products_done(s);
     release(0);
@@ -216,11 +270,9 @@ struct HopperPrefill {
     for (int i = 1; i < tiles; ++i) {
       const int keys = 2 * i, values = 2 * i - 1;  // the tile's scores, its predecessor's output
       wait_full(keys);
-      take_turn(i);
       products_begin();
-      issue_scores(s, rows, keys % kBuffers);
-      issue_output(out, weights, values % kBuffers);
-      pass_turn();
+      issue_scores(s, rows, buffer(keys));
+      issue_output(out, weights, buffer(values));
       products_wait<1>();
       products_done(s);
       release(keys);
@@ -238,7 +290,7 @@ struct HopperPrefill {
     }
     const int last = 2 * tiles - 1;
     products_begin();
-    issue_output(out, weights, last % kBuffers);
+    issue_output(out, weights, buffer(last));
     products_wait<0>();
     products_done(out);
     release(last);
