@@ -187,7 +187,7 @@ class Sizes:
         """Shared memory of a block of prefill: its stages of keys and values (and barriers)."""
         if self.hopper:
             panels = -(-self.config.head_size // 64)  # of 128 keys x 64 dimensions x 2 bytes
-            return self.buffers * panels * 128 * 128 + 8 * (2 * self.buffers + 6)
+            return self.buffers * panels * 128 * 128 + 8 * (2 * self.buffers + 10)
         return 4 * PREFILL_STRIPS * self.strip_bytes
 
     @property

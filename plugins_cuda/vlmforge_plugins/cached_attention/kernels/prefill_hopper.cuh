@@ -28,14 +28,16 @@ struct HopperPrefill {
   static constexpr int kPanels = (D + 63) / 64;
   static constexpr int kPanelBytes = kKeys * 128;  // all keys of a tile, 64 dimensions of them
   static constexpr int kTileBytes = kPanels * kPanelBytes;
-  static constexpr int kSharedBytes = kBuffers * kTileBytes + (2 * kBuffers + 6) * 8;
+  static constexpr int kSharedBytes = kBuffers * kTileBytes + (2 * kBuffers + 10) * 8;
   static_assert(!S::kFp8, "products of 16-bit elements");
   using Rows = Flash<S, 1, kStrips>;
 
+  // Queries that a block takes. `b` is negative behind the last.
+  struct Queries { int b, past, length, head, first_row; };
+
   const Params& p;
   const int group, lane;
-  // Of the queries at hand:
-  int b, past, length, head, first_row;
+  Queries at;      // those at hand
   int before = 0;  // units of the ring that came before theirs
 
   VF_DEVICE HopperPrefill(const Params& params)
@@ -52,8 +54,8 @@ struct HopperPrefill {
   // The last values, before those of no token are cleared.
   VF_DEVICE static u64* landed() { return barrier(2 * kBuffers + 4); }
   // Which queries are next.
-  VF_DEVICE static int* work(int slot) {
-    return reinterpret_cast<int*>(barrier(2 * kBuffers + 5)) + slot;
+  VF_DEVICE static Queries* work(int slot) {
+    return reinterpret_cast<Queries*>(barrier(2 * kBuffers + 5)) + slot;
   }
 
   VF_DEVICE static void run(const Params& p) {
@@ -82,40 +84,35 @@ struct HopperPrefill {
     }
   }
 
-  // Looks up the queries of `index`; false behind the last.
-  VF_DEVICE bool find_queries(int index) {
-    const int blocks = ceil_div(p.max_query, kRows) * p.heads;
-    b = index / blocks;
-    if (b >= p.batch) return false;
+  VF_DEVICE Queries find_queries(int index) const {
+    const int blocks = ceil_div(p.max_query, kRows) * p.heads, b = index / blocks;
+    if (b >= p.batch) return {-1, 0, 0, 0, 0};
     const PrefillBlock block(p, kRows, index - b * blocks);
-    past = p.past_lengths[b];
-    length = query_length(p, b);
-    head = block.head;
-    first_row = block.queries * kRows;
-    return true;
+    return {b, p.past_lengths[b], query_length(p, b), block.head, block.queries * kRows};
   }
 
-  // The next queries that nobody has. Whoever asks last of all leaves the counter as it was.
-  VF_DEVICE int claim() const {
+  // The next queries that nobody has. Whoever asks last of all leaves the counter as it was. A grid of
+  // as many blocks as there are of queries needs none.
+  VF_DEVICE int claim(int round) const {
+    const int all = p.batch * ceil_div(p.max_query, kRows) * p.heads;
+    if (grid_x() == all) return round == 0 ? block_x() : all;
     const int index = count_device(p.arrivals);
-    const int last = p.batch * ceil_div(p.max_query, kRows) * p.heads + grid_x() - 1;
-    if (index == last) *p.arrivals = 0;
+    if (index == all + grid_x() - 1) *p.arrivals = 0;
     return index;
   }
 
   VF_DEVICE void produce_all() {
-    int next = lane == 0 ? claim() : 0;
     int cuts = 0;
     for (int round = 0;; ++round) {
-      const int index = shuffle_from(next, 0), slot = round % 2;
+      at = find_queries(shuffle_from(lane == 0 ? claim(round) : 0, 0));
+      const int slot = round % 2;
       barrier_wait(taken(slot), (round / 2 & 1) ^ 1);
       if (lane == 0) {
-        *work(slot) = index;
+        *work(slot) = at;
         barrier_arrive(handed(slot));
       }
-      if (!find_queries(index)) return;
-      next = lane == 0 ? claim() : 0;  // on its way while these are read
-      if (first_row < length) produce(cuts);
+      if (at.b < 0) return;
+      if (at.first_row < at.length) produce(cuts);
     }
   }
 
@@ -123,23 +120,24 @@ struct HopperPrefill {
     for (int round = 0;; ++round) {
       const int slot = round % 2;
       barrier_wait(handed(slot), round / 2 & 1);
-      const int index = uniform(*work(slot));
+      at = *work(slot);
+      sync_warp();  // all have read
       if (lane == 0) barrier_arrive(taken(slot));
-      if (!find_queries(index)) return;
-      if (first_row < length) consume();
+      if (at.b < 0) return;
+      if (at.first_row < at.length) consume();
     }
   }
 
   // Tiles of keys that the queries before `row` of this chunk can see.
   VF_DEVICE int tiles_before(int row) const {
-    return ceil_div(past + (row < length ? row : length), kKeys);
+    return ceil_div(at.past + (row < at.length ? row : at.length), kKeys);
   }
 
   // Lane i asks for the tile's page i.
   VF_DEVICE void produce(int& cuts) {
-    const int tiles = tiles_before(first_row + kRows), total = past + length;
-    const int kv_head = head / (p.heads / p.kv_heads), page_size = 1 << p.page_shift;
-    const int* pages = p.block_table + static_cast<i64>(b) * p.max_pages;
+    const int tiles = tiles_before(at.first_row + kRows), total = at.past + at.length;
+    const int kv_head = at.head / (p.heads / p.kv_heads), page_size = 1 << p.page_shift;
+    const int* pages = p.block_table + static_cast<i64>(at.b) * p.max_pages;
     const int first = lane << p.page_shift;  // key of a tile
     const auto find = [&](int key) { return key < total ? pages[key >> p.page_shift] : 0; };
     int page = first < kKeys ? find(first) : 0;
@@ -186,20 +184,20 @@ struct HopperPrefill {
   }
 
   VF_DEVICE int row(int half) const {
-    return first_row + thread_index() / 32 * 16 + half * 8 + lane / 4;
+    return at.first_row + thread_index() / 32 * 16 + half * 8 + lane / 4;
   }
 
   VF_DEVICE void load_queries(Rows& rows) const {
     const bool rotated = p.cos != nullptr;
     const i64 stride = rotated ? static_cast<i64>(p.heads) * D : p.query_row;
     const Act* query = rotated
-        ? static_cast<const Act*>(p.rotated) + static_cast<i64>(b) * p.max_query * stride
-        : static_cast<const Act*>(p.query) + b * p.query_batch;
+        ? static_cast<const Act*>(p.rotated) + static_cast<i64>(at.b) * p.max_query * stride
+        : static_cast<const Act*>(p.query) + at.b * p.query_batch;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int s = row(h);
-      rows.load_query(0, h, s < length ? query + s * stride + static_cast<i64>(head) * D : nullptr,
-                      lane);
+      const Act* from = query + s * stride + static_cast<i64>(at.head) * D;
+      rows.load_query(0, h, s < at.length ? from : nullptr, lane);
     }
   }
 
@@ -232,8 +230,8 @@ struct HopperPrefill {
     Output out;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) out[i / 4][i % 4] = 0.f;
-    const int all = tiles_before(first_row + kRows);
-    const int mine = first_row + group * 64 < length ? tiles_before(first_row + group * 64 + 64) : 0;
+    const int all = tiles_before(at.first_row + kRows);
+    const int first = at.first_row + group * 64, mine = first < at.length ? tiles_before(first + 64) : 0;
     if (mine > 0) attend(rows, out, mine);
     for (int unit = 2 * mine; unit < 2 * all; ++unit) {  // what only the other group reads
       wait_full(unit);
@@ -298,9 +296,9 @@ struct HopperPrefill {
   }
 
   VF_DEVICE void soften(Rows& rows, typename Rows::Scores& scores, float (&shrink)[2], int tile) const {
-    if ((tile + 1) * kKeys - 1 > past + first_row + thread_index() / 32 * 16) {
+    if ((tile + 1) * kKeys - 1 > at.past + at.first_row + thread_index() / 32 * 16) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) rows.mask(scores, 0, h, tile * kKeys, past + row(h), lane);
+      for (int h = 0; h < 2; ++h) rows.mask(scores, 0, h, tile * kKeys, at.past + row(h), lane);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) shrink[h] = rows.soften_row(scores, 0, h, p.scale_log2);
@@ -321,9 +319,9 @@ struct HopperPrefill {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int s = row(h);
-      if (s >= length) continue;
-      Act* to = static_cast<Act*>(p.out) + b * p.out_batch + s * p.out_row +
-                static_cast<i64>(head) * D + 2 * (lane % 4);
+      if (s >= at.length) continue;
+      Act* to = static_cast<Act*>(p.out) + at.b * p.out_batch + s * p.out_row +
+                static_cast<i64>(at.head) * D + 2 * (lane % 4);
       const float factor = p.value_scale / rows.sum[0][h];
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {
