@@ -88,6 +88,10 @@ VF_DEVICE int shuffle_from(int value, int lane) {
   return mine.got;
 }
 VF_DEVICE int uniform(int value) { return value; }
+VF_DEVICE bool elect_one() {
+  sync_warp();
+  return thread_index() % 32 == 7;
+}
 VF_DEVICE void publish_shared() {}
 
 struct HostBarrier { unsigned char arrivals, pending; u16 phase; int bytes; };  // still to come

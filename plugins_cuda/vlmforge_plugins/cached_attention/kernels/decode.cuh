@@ -69,7 +69,7 @@ struct Decode {
 
     u64* filled = reinterpret_cast<u64*>(shared_memory() + kBarriers) + warp * STAGES;
     if constexpr (S::kBulk) {
-      if (lane == 0) {
+      if (elect_one()) {
         for (int i = 0; i < STAGES; ++i) barrier_init(&filled[i], 1);
         publish_barriers();
       }
@@ -86,7 +86,7 @@ struct Decode {
         if constexpr (!S::kBulk) {
           S::load(stage, keys, total - key, lane);
           S::load(stage + S::kBytes, values, total - key, lane);
-        } else if (lane == 0) {
+        } else if (elect_one()) {
           u64* barrier = &filled[i % STAGES];
           barrier_expect(barrier, kStageBytes);
           copy_bulk(stage, keys, S::kBytes, barrier);

@@ -99,6 +99,13 @@ VF_DEVICE void give_registers() {
 VF_DEVICE int shuffle_from(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 // The first lane's value, so that the compiler knows it to be the same in the whole warp.
 VF_DEVICE int uniform(int value) { return shuffle_from(value, 0); }
+// True in one lane of a whole warp. Not `lane == 0`: of this the assembler knows that it is one, and
+// issues a bulk copy once, not in a loop over lanes that might be there.
+VF_DEVICE bool elect_one() {
+  u32 chosen = 0;
+  VF_HOPPER("{.reg .pred one; elect.sync _|one, 0xffffffff; @one mov.u32 %0, 1;}" : "+r"(chosen));
+  return chosen != 0;
+}
 // Makes this thread's finished writes to shared memory visible to products.
 VF_DEVICE void publish_shared() { VF_HOPPER("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -133,18 +133,20 @@ struct HopperPrefill {
     return ceil_div(at.past + (row < at.length ? row : at.length), kKeys);
   }
 
-  // Lane i asks for the tile's page i.
   VF_DEVICE void produce(int& cuts) {
     const int tiles = tiles_before(at.first_row + kRows), total = at.past + at.length;
     const int kv_head = at.head / (p.heads / p.kv_heads), page_size = 1 << p.page_shift;
     const int* pages = p.block_table + static_cast<i64>(at.b) * p.max_pages;
-    const int first = lane << p.page_shift;  // key of a tile
-    const auto find = [&](int key) { return key < total ? pages[key >> p.page_shift] : 0; };
-    int page = first < kKeys ? find(first) : 0;
+    const auto find = [&](int tile) {  // lane i looks up the tile's page i
+      const int first = lane << p.page_shift, key = tile * kKeys + first;
+      return first < kKeys && key < total ? pages[key >> p.page_shift] : 0;
+    };
+    int page = find(0);
     for (int tile = 0; tile < tiles; ++tile) {
       const int keys = total - tile * kKeys < kKeys ? total - tile * kKeys : kKeys;
+      const int boxes = ceil_div(keys, page_size);
       const int row = (page * p.kv_heads + kv_head) << p.page_shift;
-      if (first < kKeys) page = find(tile * kKeys + kKeys + first);
+      page = find(tile + 1);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         const int unit = before + 2 * tile + half, buffer = unit % kBuffers;
@@ -152,14 +154,14 @@ struct HopperPrefill {
         char* to = shared_memory() + buffer * kTileBytes;
         u64* there = cut ? landed() : full(buffer);
         barrier_wait(empty(buffer), (unit / kBuffers & 1) ^ 1);
-        if (lane == 0) {
-          barrier_expect(there, ceil_div(keys, page_size) * page_size * 128 * kPanels);
-        }
-        sync_warp();
-        if (first < keys) {
-          const TileMap* map = half == 0 ? &p.key_map : &p.value_map;
-          for (int panel = 0; panel < kPanels; ++panel) {
-            copy_tile(to + panel * kPanelBytes + first * 128, map, panel * 64, row, there);
+        if (elect_one()) barrier_expect(there, boxes * page_size * 128 * kPanels);
+        for (int i = 0; i < boxes; ++i) {
+          const int from = shuffle_from(row, i);
+          if (elect_one()) {
+            const TileMap* map = half == 0 ? &p.key_map : &p.value_map;
+            for (int panel = 0; panel < kPanels; ++panel) {
+              copy_tile(to + panel * kPanelBytes + i * page_size * 128, map, panel * 64, from, there);
+            }
           }
         }
         if (cut) {
