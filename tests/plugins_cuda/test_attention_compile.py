@@ -125,7 +125,7 @@ def test_prefill_runs_on_tensor_cores(
 def test_only_what_overlaps_waits_for_the_kernel_in_front(
     nvrtc: Nvrtc, cache: Path, tmp_path: Path
 ) -> None:
-    """A wait that is not compiled in would be a race; GPUs before Hopper have no such instruction."""
+    """A wait that is left out would be a race; GPUs before Hopper have no such instruction."""
     for target in ("sm_80", "sm_90", "sm_120"):
         code = machine_code(compile_one(CONFIG, TARGET[target], nvrtc, cache), tmp_path)
         waiting = {kernel for kernel in KERNELS if "ACQBULK" in code[kernel]}

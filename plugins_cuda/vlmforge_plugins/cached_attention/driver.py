@@ -137,8 +137,6 @@ def _overlapping() -> driver.CUlaunchAttribute:
     value = driver.CUlaunchAttributeValue()
     value.programmaticStreamSerializationAllowed = 1
     attribute = driver.CUlaunchAttribute()
-    attribute.id = (
-        driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    )
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value = value
     return attribute

@@ -9,7 +9,6 @@ from typing import Protocol
 
 from vlmforge_plugins.cached_attention.plan import Launch, Plan
 
-
 MAP_BYTES = 128  # of a CUtensorMap
 
 

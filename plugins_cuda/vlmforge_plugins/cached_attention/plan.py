@@ -125,7 +125,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Offsets in bytes into one scratch allocation of `size` bytes; `counters` numbers at the last."""
+    """Offsets in bytes into one scratch allocation of `size`; the last is of `counters` numbers."""
 
     rotated: int
     partial_out: int
@@ -241,9 +241,7 @@ def plan(shape: Shape, sizes: Sizes, machine: Machine) -> Plan:
     decode = shape.max_query == 1
     splits = choose_splits(shape, sizes, machine) if decode else 1
     narrow = decode and narrow_blocks(shape, sizes, splits, machine)
-    attention = (
-        _decode(shape, sizes, splits, narrow) if decode else _prefill(shape, sizes, machine)
-    )
+    attention = _decode(shape, sizes, splits, narrow) if decode else _prefill(shape, sizes, machine)
     head_size = sizes.config.head_size
     return Plan(
         shape,
