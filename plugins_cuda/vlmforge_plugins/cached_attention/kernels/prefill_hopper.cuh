@@ -147,6 +147,9 @@ struct HopperPrefill {
       const int boxes = ceil_div(keys, page_size);
       const int row = (page * p.kv_heads + kv_head) << p.page_shift;
       page = find(tile + 1);
+      int from[kStrips];  // of the boxes, for whoever will ask; not after the wait, where it takes time
+#pragma unroll
+      for (int i = 0; i < kStrips; ++i) from[i] = shuffle_from(row, i);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         const int unit = before + 2 * tile + half, buffer = unit % kBuffers;
@@ -154,13 +157,16 @@ struct HopperPrefill {
         char* to = shared_memory() + buffer * kTileBytes;
         u64* there = cut ? landed() : full(buffer);
         barrier_wait(empty(buffer), (unit / kBuffers & 1) ^ 1);
-        if (elect_one()) barrier_expect(there, boxes * page_size * 128 * kPanels);
-        for (int i = 0; i < boxes; ++i) {
-          const int from = shuffle_from(row, i);
-          if (elect_one()) {
-            const TileMap* map = half == 0 ? &p.key_map : &p.value_map;
+        if (elect_one()) {
+          const TileMap* map = half == 0 ? &p.key_map : &p.value_map;
+          barrier_expect(there, boxes * page_size * 128 * kPanels);
+#pragma unroll
+          for (int i = 0; i < kStrips; ++i) {
+            if (i >= boxes) break;
+            char* box = to + i * page_size * 128;
+#pragma unroll
             for (int panel = 0; panel < kPanels; ++panel) {
-              copy_tile(to + panel * kPanelBytes + i * page_size * 128, map, panel * 64, from, there);
+              copy_tile(box + panel * kPanelBytes, map, panel * 64, from[i], there);
             }
           }
         }
