@@ -229,14 +229,14 @@ def sizes(config: Config, target: Target) -> Sizes:
     A block of decode that fills a multiprocessor leaves fewer splits to add up than two would.
     """
     large = target.capability == 90
-    hopper = target.arch == "sm_90a" and not config.fp8 and config.head_size >= 64
+    special = target.arch == "sm_90a" and not config.fp8
     return Sizes(
         config,
         decode_stages=3 if large else 2,
         decode_warps=8 if large else 4,
-        decode_bulk=large and not config.fp8 and config.head_size % 16 == 0,
+        decode_bulk=special and config.head_size % 16 == 0,
         overlap=target.capability >= 90,
         prefill_tiles=2 if config.head_size <= 64 else 1,
-        hopper=hopper,
+        hopper=special and config.head_size >= 64,
         buffers=8 if config.head_size <= 64 else 6,
     )
