@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -94,8 +94,9 @@ class Stage:
         machine: Machine,
         change: Callable[[Plan], Plan] = lambda chosen: chosen,
         ordered: bool = False,
+        write: bool = False,
     ) -> list[Work]:
-        """Attention alone: the new tokens are in the pools already, and rotated.
+        """Attention; the new tokens are rotated already and, but for `write`, in the pools.
 
         `change` makes a variant of the plan; `ordered` lays the pages down in order.
         """
@@ -110,7 +111,8 @@ class Stage:
             rotary=False,
         )
         chosen = change(plan(shape, sizes, machine))
-        chosen = replace(chosen, launches=chosen.launches[1:])
+        if not write:
+            chosen = replace(chosen, launches=chosen.launches[1:])
         tensors = [
             self._tensors(point, shape, chosen, offset, ordered) for offset in self.rounds(point)
         ]
@@ -141,6 +143,7 @@ class Stage:
             rows[1],
             start,
             start + point.pool_bytes,
+            pages,
             0,
             0,
             lengths.data_ptr(),
@@ -171,6 +174,12 @@ class Stage:
 def _sdpa(backend: SDPBackend, q: Any, k: Any, v: Any, causal: bool) -> None:
     with sdpa_kernel(backend):
         scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def apart(chosen: Plan) -> Plan:
+    """The same, each kernel launched when the one in front of it has ended."""
+    launches = tuple(replace(launch, overlaps=False) for launch in chosen.launches)
+    return replace(chosen, launches=launches)
 
 
 def decode_points() -> Iterator[Point]:
@@ -204,11 +213,13 @@ def prefill_points() -> Iterator[Point]:
 
 
 def measure(
-    point: Point, stage: Stage, ours: Mapping[str, tuple[Kernels, Sizes]], machine: Machine
+    point: Point, stage: Stage, kernels: Kernels, sizes: Sizes, machine: Machine
 ) -> dict[str, Any]:
-    """Seconds of ours (one or more, by name) and of torch's, as a row of the report."""
+    """Seconds of ours (as launched, apart, and with the write) and of torch's, for the report."""
     contestants = {
-        name: stage.ours(point, kernels, sizes, machine) for name, (kernels, sizes) in ours.items()
+        "ours": stage.ours(point, kernels, sizes, machine),
+        "apart": stage.ours(point, kernels, sizes, machine, apart),
+        "with write": stage.ours(point, kernels, sizes, machine, write=True),
     }
     for name, backend in (
         ("flash", SDPBackend.FLASH_ATTENTION),

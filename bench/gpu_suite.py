@@ -19,7 +19,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,8 @@ from vlmforge_plugins.cached_attention.config import (  # noqa: E402
     sizes,
     targets,
 )
-from vlmforge_plugins.cached_attention.driver import CudaKernels, call  # noqa: E402
-from vlmforge_plugins.cached_attention.launcher import Kernels, run  # noqa: E402
+from vlmforge_plugins.cached_attention.driver import call  # noqa: E402
+from vlmforge_plugins.cached_attention.launcher import run  # noqa: E402
 from vlmforge_plugins.cached_attention.plan import _decode as decode_launches  # noqa: E402
 from vlmforge_plugins.cached_attention.plan import plan, workspace  # noqa: E402
 from vlmforge_plugins.errors import CompileError  # noqa: E402
@@ -273,20 +272,11 @@ def bench(backend: CudaBackend, binaries: Binaries, out: Path, seconds: float) -
             print("  time is up; the rest is left out")
             break
         chosen = sizes(point.config, backend.target)
-        ours = {"ours": (backend.kernels(point.config), chosen)}
-        if chosen.hopper and point.new > 1:
-            other = replace(chosen, turns=not chosen.turns)
-            ours["other turns"] = (kernels_of(other, backend.target, binaries), other)
-        row = timed.measure(point, stage, ours, backend.machine)
+        kernels = backend.kernels(point.config)
+        row = timed.measure(point, stage, kernels, chosen, backend.machine)
         result[kind].append(row)
         (out / "results.json").write_text(json.dumps(result, indent=1), "utf-8")
         print("  " + line(kind, row, copy, matmul), flush=True)
-
-
-@cache
-def kernels_of(chosen: Sizes, target: Target, binaries: Binaries) -> Kernels:
-    """A variant's kernels, loaded."""
-    return CudaKernels(binaries.find(chosen, target), chosen)
 
 
 def line(kind: str, row: dict[str, Any], copy: float, matmul: float) -> str:

@@ -85,7 +85,6 @@ def decode_variants(point: Point, base: Sizes) -> dict[str, Variant]:
         "warps 8, stages 3": Variant(replace(base, decode_warps=8, decode_stages=3)),
         **{f"stages {n}": Variant(replace(base, decode_stages=n)) for n in (3, 4)},
         **{f"blocks {n}": Variant(replace(base, decode_blocks=n)) for n in (3, 4)},
-        "L2 256": Variant(replace(base, copy_hint=1)),
     }
     splits = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
     fit = [n for n in splits if n <= max(1, point.total // 64)]
@@ -95,14 +94,12 @@ def decode_variants(point: Point, base: Sizes) -> dict[str, Variant]:
 
 
 def prefill_variants(base: Sizes) -> dict[str, Variant]:
-    """Turns or none, heads together or one after the other, the path of other GPUs."""
+    """Heads together or one after the other, the path of other GPUs."""
     hopper = replace(base, hopper=True)
     return {
-        "turns": Variant(replace(hopper, turns=True)),
-        "no turns": Variant(replace(hopper, turns=False)),
+        "base": Variant(hopper),
         "one head": Variant(hopper, lambda p: replace(p, heads_together=1)),
         "all heads": Variant(hopper, lambda p: replace(p, heads_together=p.shape.heads)),
-        "L2 256": Variant(replace(hopper, copy_hint=1)),
         **{f"buffers {n}": Variant(replace(hopper, buffers=n)) for n in (4, 5, 6, 7, 8, 12)},
         "mma": Variant(replace(base, hopper=False)),
     }

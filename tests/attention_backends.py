@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import struct
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,15 @@ from numpy.typing import NDArray
 from attention_cases import Batch
 from vlmforge_plugins.cached_attention.compile import SOURCES
 from vlmforge_plugins.cached_attention.config import TARGETS, Config, Sizes, Target, sizes
-from vlmforge_plugins.cached_attention.launcher import Kernels, Params, Rows, Tensors, run
+from vlmforge_plugins.cached_attention.launcher import (
+    MAP_BYTES,
+    Boxes,
+    Kernels,
+    Params,
+    Rows,
+    Tensors,
+    run,
+)
 from vlmforge_plugins.cached_attention.plan import Launch, Machine, Plan, plan
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +60,7 @@ def addresses(batch: Batch, at: Callable[[str], int], scratch: int) -> Tensors:
         out=rows("out"),
         key_pool=at("key_pool"),
         value_pool=at("value_pool"),
+        pages=len(batch.arrays["key_pool"]),
         cos=at("cos") if batch.case.rotary else 0,
         sin=at("sin") if batch.case.rotary else 0,
         past_lengths=at("past_lengths"),
@@ -92,14 +102,31 @@ def host_library(chosen: Sizes) -> ctypes.CDLL:
 
 
 class HostKernels:
-    """The host build behind the interface of `CudaKernels`."""
+    """The host build behind the interface of `CudaKernels`.
+
+    A kernel that overlaps with the one in front is run as if all of it began first: until a block
+    waits, it finds `written` as it was before that one.
+    """
 
     def __init__(self, chosen: Sizes, direction: int = 1) -> None:
         self._library = host_library(chosen)
         self._direction = direction
+        self.written: list[NDArray[Any]] = []  # what vf_write may change
+        self._before: list[bytes] = []
+
+    def tile_map(self, boxes: Boxes) -> bytes:
+        """`HostMap` of host_hopper.h."""
+        numbers = (boxes.address, boxes.rows, boxes.columns, boxes.box_rows)
+        return struct.pack("4q", *numbers).ljust(MAP_BYTES, b"\0")
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         """Runs one kernel to its end; the stream is the order of calls."""
+        before, self._before = self._before, [array.tobytes() for array in self.written]
+        if launch.overlaps and before:
+            for array, *contents in zip(self.written, before, self._before, strict=True):
+                self._library.vf_late(
+                    ctypes.c_void_p(array.ctypes.data), *contents, ctypes.c_long(array.nbytes)
+                )
         status = self._library.vf_launch(
             launch.kernel.encode(),
             ctypes.byref(params),
@@ -108,7 +135,9 @@ class HostKernels:
             launch.shared_bytes,
             self._direction,
         )
-        assert status == 0, f"{launch.kernel}: a block wrote behind its shared memory"
+        self._library.vf_late(None, None, None, ctypes.c_long(0))
+        problem = {1: "wrote behind its shared memory", 2: "did not wait for the kernel in front"}
+        assert status == 0, f"{launch.kernel}: a block {problem[status]}"
 
 
 class HostBackend:
@@ -124,9 +153,11 @@ class HostBackend:
         chosen = plan(batch.shape, compiled, self.machine)
         return self.run_plan(batch, chosen, HostKernels(compiled, self._direction))
 
-    def run_plan(self, batch: Batch, chosen: Plan, kernels: Kernels) -> Arrays:
+    def run_plan(self, batch: Batch, chosen: Plan, kernels: HostKernels) -> Arrays:
         arrays = {name: _aligned_copy(array) for name, array in batch.arrays.items()}
         scratch = _aligned_copy(np.full(chosen.workspace.size + 256, POISON, np.uint8))
+        rotated = scratch[: chosen.workspace.partial_out]
+        kernels.written = [arrays["key_pool"], arrays["value_pool"], rotated]
         tensors = addresses(batch, lambda name: arrays[name].ctypes.data, scratch.ctypes.data)
         run(chosen, tensors, batch.scales, kernels, 0)
         assert (scratch[chosen.workspace.size :] == POISON).all(), "written behind the workspace"

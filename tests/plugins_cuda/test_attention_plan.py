@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmforge_plugins.cached_attention.config import TARGETS, Config, sizes
-from vlmforge_plugins.cached_attention.launcher import Rows, Scales, Tensors, parameters
+from vlmforge_plugins.cached_attention.config import TARGETS, Config, Target, sizes
+from vlmforge_plugins.cached_attention.launcher import (
+    Boxes,
+    Params,
+    Rows,
+    Scales,
+    Tensors,
+    parameters,
+)
 from vlmforge_plugins.cached_attention.plan import (
     Launch,
     Machine,
@@ -61,11 +68,13 @@ def test_a_decode_call_in_full() -> None:
 
 def test_a_prefill_call_in_full() -> None:
     shape = replace(SHAPE, max_query=1000)
-    for target, rows in ((SM_80, 64), (SM_90, 128)):
+    for target, grid in ((SM_80, (16 * 32, 1, 4)), (SM_90, (132, 1, 1))):
         chosen = plan(shape, sizes(CONFIG, target), H200)
         assert [launch.kernel for launch in chosen.launches] == ["vf_write", "vf_prefill"]
-        assert chosen.launches[1].grid == (-(-1000 // rows) * 32, 1, 4)
-        assert chosen.splits == 1
+        assert chosen.launches[1].grid == grid
+        assert (chosen.splits, chosen.workspace.counters) == (1, 1)
+    few = replace(shape, batch=1, max_query=129)
+    assert plan(few, sizes(CONFIG, SM_90), H200).launches[1].grid == (2 * 32, 1, 1)
 
 
 def test_a_full_machine_needs_no_splits() -> None:
@@ -77,11 +86,27 @@ def test_many_short_rows_take_narrow_blocks() -> None:
     hopper, short = sizes(CONFIG, SM_90), replace(SHAPE, batch=64, max_total=513)
     taken = plan(short, hopper, H200)
     shared = 4 * 3 * (2 * 16 * 256 + 8)  # warps, stages: a strip of keys, of values, a barrier
-    assert taken.launches[1] == Launch("vf_decode_narrow", (1, 8, 64), 128, shared)
+    assert taken.launches[1] == Launch("vf_decode_narrow", (1, 8, 64), 128, shared, overlaps=True)
     assert taken.workspace == plan(short, replace(hopper, narrow_warps=8), H200).workspace
-    for other in (replace(short, batch=4), replace(short, max_total=2048)):
+    long = replace(short, max_total=2048)
+    for other in (replace(short, batch=4), long):
         assert plan(other, hopper, H200).launches[1].kernel == "vf_decode"
+    tall = replace(long, kv_heads=4)
+    assert plan(tall, hopper, H200).launches[1].kernel == "vf_decode_narrow"
+    fp8 = sizes(replace(CONFIG, stored="float8_e4m3fn"), SM_90)
+    assert plan(long, fp8, H200).launches[1].kernel == "vf_decode_narrow"
     assert plan(short, sizes(CONFIG, SM_80), H200).launches[1].kernel == "vf_decode"
+
+
+def test_decode_starts_early_where_the_gpu_can() -> None:
+    def overlaps(shape: Shape, target: Target) -> list[bool]:
+        return [launch.overlaps for launch in plan(shape, sizes(CONFIG, target), H200).launches]
+
+    long = replace(SHAPE, batch=64, max_total=32768, max_pages=512)
+    assert overlaps(SHAPE, SM_90) == [True, True]
+    assert overlaps(long, SM_90) == [True, False]  # in step, blocks read neighbouring memory
+    assert overlaps(replace(SHAPE, max_query=64), SM_90) == [True, True]
+    assert not any(overlaps(SHAPE, SM_80))
 
 
 def test_queries_that_come_rotated_need_no_scratch() -> None:
@@ -173,11 +198,37 @@ def test_errors_are_values_and_plugin_errors() -> None:
     assert str(PluginError("It broke.", found="x")) == "It broke.\n  found:    x"
 
 
+class NoKernels:
+    """Writes down what tile maps are asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Boxes] = []
+
+    def tile_map(self, boxes: Boxes) -> bytes:
+        self.asked.append(boxes)
+        return bytes([len(self.asked)]) * 128
+
+    def launch(self, launch: Launch, params: Params, stream: int) -> None:
+        raise NotImplementedError
+
+
+def test_prefill_on_hopper_gets_its_tile_maps() -> None:
+    tensors = Tensors(*[Rows(16, 1, 1)] * 4, 512, 1024, 9, 0, 0, 70, 0, 80, workspace=1 << 20)
+    for target, query, asked in ((SM_90, 100, 2), (SM_90, 1, 0), (SM_80, 100, 0)):
+        kernels = NoKernels()
+        chosen = plan(replace(SHAPE, max_query=query), sizes(CONFIG, target), H200)
+        params = parameters(chosen, tensors, Scales(1.0), kernels)
+        rows = 9 * SHAPE.kv_heads * SHAPE.page_size
+        boxes = [Boxes(512, rows, 128, SHAPE.page_size), Boxes(1024, rows, 128, SHAPE.page_size)]
+        assert kernels.asked == boxes[:asked]
+        assert (params.key_map[127], params.value_map[0]) == ((1, 2) if asked else (0, 0))
+
+
 def test_parameters_of_a_call() -> None:
     chosen = plan(SHAPE, sizes(CONFIG, SM_90), H200)
     rows = [Rows(4096 * i, 10 * i, i) for i in (1, 2, 3, 4)]
-    tensors = Tensors(*rows, 50, 60, 0, 0, 70, 0, 80, workspace=1 << 20)
-    params = parameters(chosen, tensors, Scales(0.125, key=0.5, value=0.25))
+    tensors = Tensors(*rows, 50, 60, 9, 0, 0, 70, 0, 80, workspace=1 << 20)
+    params = parameters(chosen, tensors, Scales(0.125, key=0.5, value=0.25), NoKernels())
     assert (params.query, params.key_batch, params.value_row, params.out) == (4096, 20, 3, 16384)
     assert params.cos is None and params.query_lengths is None  # absent, not address 0
     assert params.page_shift == 6

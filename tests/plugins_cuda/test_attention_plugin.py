@@ -13,9 +13,15 @@ import numpy as np
 import pytest
 
 from vlmforge_plugins.cached_attention.compile import Binary
-from vlmforge_plugins.cached_attention.config import TARGETS, Config, sizes, targets
+from vlmforge_plugins.cached_attention.config import (
+    TARGETS,
+    Config,
+    Target,
+    sizes,
+    targets,
+)
 from vlmforge_plugins.cached_attention.kernel_store import KernelStore, Loaded, choose_target
-from vlmforge_plugins.cached_attention.launcher import Params, Scales
+from vlmforge_plugins.cached_attention.launcher import Boxes, Params, Scales
 from vlmforge_plugins.cached_attention.plan import Launch, Machine, plan
 from vlmforge_plugins.cached_attention.plugin import (
     OPS,
@@ -178,6 +184,11 @@ class Recorder:
 
     def __init__(self) -> None:
         self.launches: list[tuple[str, Params, int]] = []
+        self.pools: list[Boxes] = []
+
+    def tile_map(self, boxes: Boxes) -> bytes:
+        self.pools.append(boxes)
+        return bytes(128)
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         self.launches.append((launch.kernel, params, stream))
@@ -185,12 +196,13 @@ class Recorder:
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("rows", [1, 5])
-def test_enqueue_launches_the_plan(op: str, rows: int) -> None:
+@pytest.mark.parametrize("target", [TARGETS[0], TARGETS[3]], ids=lambda target: target.name)
+def test_enqueue_launches_the_plan(op: str, rows: int, target: Target) -> None:
     plugin, tensors = made(op), described(op, rows=rows)
     recorder = Recorder()
-    plugin._loaded = Loaded(recorder, sizes(HALF, TARGETS[0]), H200)
+    plugin._loaded = Loaded(recorder, sizes(HALF, target), H200)
     shape = plugin._shape([tensor.dims for tensor in tensors])
-    plugin._planned = plan(shape, sizes(HALF, TARGETS[0]), H200)
+    plugin._planned = plan(shape, sizes(HALF, target), H200)
     addresses = [4096 * (i + 1) for i in range(len(tensors))]
     inputs, outputs = addresses[:-3], addresses[-3:]
     plugin.enqueue(tensors[:-3], tensors[-3:], inputs, outputs, 1 << 20, 77)
@@ -198,6 +210,10 @@ def test_enqueue_launches_the_plan(op: str, rows: int) -> None:
     assert kernels == [launch.kernel for launch in plugin._planned.launches]
     assert kernels[0] == "vf_write"
     assert ("vf_decode" in kernels) == (rows == 1)
+    pages, kv_heads, page_size, head_size = tensors[1].dims
+    described_as = [Boxes(at, pages * kv_heads * page_size, head_size, page_size) for at in inputs]
+    assert recorder.pools == (described_as[1:3] if plugin._planned.tiled else [])
+    assert plugin._planned.tiled == (rows > 1 and target.name == "sm_90")
     _, params, stream = recorder.launches[-1]
     assert stream == 77
     starts = [address - inputs[0] for address in (params.query, params.key, params.value)]

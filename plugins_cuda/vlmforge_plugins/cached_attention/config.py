@@ -134,13 +134,12 @@ class Sizes:
         decode_stages: Depth of decode's ring of asynchronous copies.
         prefill_tiles: Tiles of 16 queries that a warp of prefill holds in registers.
         hopper: Whether prefill is the one for sm_90a, with warpgroup products.
-        turns: Whether its two groups take turns in issuing products.
         buffers: For its tiles of 128 keys or values.
         decode_warps: Warps of a block of decode.
         decode_bulk: Whether decode reads by bulk copies, rows not padded.
         fused: Whether the last block of decode adds up the splits; else a kernel does.
         decode_blocks: Blocks of decode that a multiprocessor must have registers for.
-        copy_hint: What copies tell the L2 cache; 0 in all that is shipped.
+        overlap: Whether kernels start while the one in front of them ends.
         narrow_warps: Warps of a block of decode for many short rows.
     """
 
@@ -148,13 +147,12 @@ class Sizes:
     decode_stages: int
     prefill_tiles: int
     hopper: bool = False
-    turns: bool = True
     buffers: int = 4
     decode_warps: int = 4
     decode_bulk: bool = False
     fused: bool = True
     decode_blocks: int = 1
-    copy_hint: int = 0
+    overlap: bool = False
     narrow_warps: int = 4
 
     @property
@@ -167,7 +165,7 @@ class Sizes:
     def decode_bytes(self) -> int:
         """Shared memory of a block of decode: the ring, or the merge of its warps if larger."""
         steps = -(-self.config.head_size // 16)
-        merge = self.decode_warps * 16 * (steps * 16 + 2) * 4
+        merge = self.decode_warps * 16 * (steps * 16 + 8 + 2) * 4
         strips = self.decode_warps * self.decode_stages
         if self.decode_bulk:  # and a barrier for each pair of strips
             return max(strips * 4 * STRIP_KEYS * self.config.head_size, merge) + strips * 8
@@ -189,7 +187,7 @@ class Sizes:
         """Shared memory of a block of prefill: its stages of keys and values (and barriers)."""
         if self.hopper:
             panels = -(-self.config.head_size // 64)  # of 128 keys x 64 dimensions x 2 bytes
-            return self.buffers * panels * 128 * 128 + 8 * (2 * self.buffers + 2)
+            return self.buffers * panels * 128 * 128 + 8 * (2 * self.buffers + 10)
         return 4 * PREFILL_STRIPS * self.strip_bytes
 
     @property
@@ -215,11 +213,10 @@ class Sizes:
             f"VF_DECODE_BULK={int(self.decode_bulk)}",
             f"VF_DECODE_FUSED={int(self.fused)}",
             f"VF_DECODE_BLOCKS={self.decode_blocks}",
-            f"VF_COPY_HINT={self.copy_hint}",
+            f"VF_OVERLAP={int(self.overlap)}",
             f"VF_PREFILL_TILES={self.prefill_tiles}",
             f"VF_HOPPER_PREFILL={int(self.hopper)}",
             f"VF_HOPPER_BUFFERS={self.buffers}",
-            f"VF_HOPPER_TURNS={int(self.turns)}",
         )
 
 
@@ -232,13 +229,14 @@ def sizes(config: Config, target: Target) -> Sizes:
     A block of decode that fills a multiprocessor leaves fewer splits to add up than two would.
     """
     large = target.capability == 90
-    hopper = target.arch == "sm_90a" and not config.fp8 and config.head_size >= 64
+    special = target.arch == "sm_90a" and not config.fp8
     return Sizes(
         config,
         decode_stages=3 if large else 2,
         decode_warps=8 if large else 4,
-        decode_bulk=large and not config.fp8 and config.head_size % 64 == 0,
+        decode_bulk=special and config.head_size % 16 == 0,
+        overlap=target.capability >= 90,
         prefill_tiles=2 if config.head_size <= 64 else 1,
-        hopper=hopper,
+        hopper=special and config.head_size >= 64,
         buffers=8 if config.head_size <= 64 else 6,
     )

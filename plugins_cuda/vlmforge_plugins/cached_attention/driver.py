@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any
 
 from cuda.bindings import driver
 
 from vlmforge_plugins.cached_attention.config import Sizes
-from vlmforge_plugins.cached_attention.launcher import Params
+from vlmforge_plugins.cached_attention.launcher import MAP_BYTES, Boxes, Params
 from vlmforge_plugins.cached_attention.plan import Launch, Machine
 from vlmforge_plugins.errors import LaunchError
 
@@ -82,19 +83,60 @@ class CudaKernels:
         }
         for name, size in shared.items():
             call(driver.cuFuncSetAttribute, self._functions[name], limit, size)
+        # Decode starts beside a write's blocks only where these leave it the shared memory.
+        carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        call(driver.cuFuncSetAttribute, self._functions["vf_write"], carveout, 100)
+
+    @staticmethod
+    @lru_cache(1024)  # an engine has two pools a layer
+    def tile_map(boxes: Boxes) -> bytes:
+        """A CUtensorMap; boxes are 64 elements wide, in the 128-byte swizzle."""
+        made = call(
+            driver.cuTensorMapEncodeTiled,
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            2,
+            boxes.address,
+            [driver.cuuint64_t(n) for n in (boxes.columns, boxes.rows)],
+            [driver.cuuint64_t(2 * boxes.columns)],
+            [driver.cuuint32_t(n) for n in (64, boxes.box_rows)],
+            [driver.cuuint32_t(1)] * 2,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        return ctypes.string_at(made.getPtr(), MAP_BYTES)
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         """Enqueues one kernel; the driver copies `params` before this returns."""
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         call(
-            driver.cuLaunchKernel,
+            driver.cuLaunchKernelEx,
+            launch_config(launch, stream),
             self._functions[launch.kernel],
-            *launch.grid,
-            launch.threads,
-            1,
-            1,
-            launch.shared_bytes,
-            stream,
             ctypes.addressof(arguments),
             0,
         )
+
+
+def launch_config(launch: Launch, stream: int) -> driver.CUlaunchConfig:
+    """The driver's description of a launch."""
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
+    config.sharedMemBytes = launch.shared_bytes
+    config.hStream = stream
+    config.attrs = [_overlapping()] if launch.overlaps else []
+    config.numAttrs = len(config.attrs)
+    return config
+
+
+@cache
+def _overlapping() -> driver.CUlaunchAttribute:
+    """Programmatic dependent launch."""
+    value = driver.CUlaunchAttributeValue()
+    value.programmaticStreamSerializationAllowed = 1
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value = value
+    return attribute

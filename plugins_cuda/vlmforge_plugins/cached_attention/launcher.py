@@ -9,11 +9,14 @@ from typing import Protocol
 
 from vlmforge_plugins.cached_attention.plan import Launch, Plan
 
+MAP_BYTES = 128  # of a CUtensorMap
+
 
 class Params(ctypes.Structure):
     """`vf::Params` of kernels/params.h, field by field."""
 
     _fields_ = [
+        *((name, ctypes.c_byte * MAP_BYTES) for name in ("key_map", "value_map")),
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "key_pool", "value_pool")),
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "past_lengths", "query_lengths")),
         *((name, ctypes.c_void_p) for name in ("block_table", "out")),
@@ -27,8 +30,10 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_longlong) for name in ("out_batch", "out_row")),
         *((name, ctypes.c_int) for name in ("batch", "max_query", "heads", "kv_heads")),
         *((name, ctypes.c_int) for name in ("max_pages", "page_shift", "splits", "heads_together")),
+        ("counters", ctypes.c_int),
         *((name, ctypes.c_float) for name in ("scale_log2", "key_inverse_scale")),
         *((name, ctypes.c_float) for name in ("value_inverse_scale", "value_scale")),
+        ("_end", ctypes.c_byte * 20),  # the maps are aligned to 64 bytes, so all is
     ]
 
 
@@ -54,6 +59,7 @@ class Tensors:
     Attributes:
         query, key, value, out: New tokens, and the attention output.
         key_pool, value_pool: `[pages, kv_heads, page_size, D]`.
+        pages: Of each pool.
         cos, sin: fp32 `[positions, D / 2]`, or 0: query and key carry their positions already.
         past_lengths: int32 `[B]`.
         query_lengths: int32 `[B]`, 0 for an inactive row; or 0 (none): all rows have max_query.
@@ -67,6 +73,7 @@ class Tensors:
     out: Rows
     key_pool: int
     value_pool: int
+    pages: int
     cos: int
     sin: int
     past_lengths: int
@@ -84,17 +91,43 @@ class Scales:
     value: float = 1.0
 
 
+@dataclass(frozen=True)
+class Boxes:
+    """A pool as the driver describes it to the hardware that copies tiles: see TileMap in params.h.
+
+    Attributes:
+        address: Of the pool, 16-byte aligned.
+        rows, columns: Its elements, two bytes each: pages * kv_heads * page_size, and D.
+        box_rows: Rows that are copied at once: a page.
+    """
+
+    address: int
+    rows: int
+    columns: int
+    box_rows: int
+
+
 class Kernels(Protocol):
     """Compiled kernels of one configuration on one machine."""
+
+    def tile_map(self, boxes: Boxes) -> bytes:
+        """The driver's description of a pool, `MAP_BYTES` long. Touches no device memory."""
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         """Enqueues one kernel. `params` is read before this returns."""
 
 
-def parameters(plan: Plan, tensors: Tensors, scales: Scales) -> Params:
+def parameters(plan: Plan, tensors: Tensors, scales: Scales, kernels: Kernels) -> Params:
     """The kernels' argument for a call."""
     shape, scratch = plan.shape, plan.workspace
+    rows = tensors.pages * shape.kv_heads * shape.page_size
+    maps = {}
+    if plan.tiled:
+        for name, pool in (("key_map", tensors.key_pool), ("value_map", tensors.value_pool)):
+            boxes = Boxes(pool, rows, plan.head_size, shape.page_size)
+            maps[name] = (ctypes.c_byte * MAP_BYTES).from_buffer_copy(kernels.tile_map(boxes))
     return Params(
+        **maps,
         query=tensors.query.address,
         key=tensors.key.address,
         value=tensors.value.address,
@@ -109,7 +142,7 @@ def parameters(plan: Plan, tensors: Tensors, scales: Scales) -> Params:
         rotated=tensors.workspace + scratch.rotated,
         partial_out=tensors.workspace + scratch.partial_out,
         partial_lse=tensors.workspace + scratch.partial_lse,
-        arrivals=tensors.workspace + scratch.arrivals if plan.splits > 1 else None,
+        arrivals=tensors.workspace + scratch.arrivals,
         query_batch=tensors.query.batch_stride,
         query_row=tensors.query.row_stride,
         key_batch=tensors.key.batch_stride,
@@ -126,6 +159,7 @@ def parameters(plan: Plan, tensors: Tensors, scales: Scales) -> Params:
         page_shift=shape.page_size.bit_length() - 1,
         splits=plan.splits,
         heads_together=plan.heads_together,
+        counters=scratch.counters,
         scale_log2=scales.score * scales.key * math.log2(math.e),
         key_inverse_scale=1.0 / scales.key,
         value_inverse_scale=1.0 / scales.value,
@@ -139,6 +173,6 @@ def run(plan: Plan, tensors: Tensors, scales: Scales, kernels: Kernels, stream: 
     Raises:
         LaunchError: The driver refused a kernel.
     """
-    params = parameters(plan, tensors, scales)
+    params = parameters(plan, tensors, scales, kernels)
     for launch in plan.launches:
         kernels.launch(launch, params, stream)

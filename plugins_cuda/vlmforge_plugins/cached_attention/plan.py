@@ -24,6 +24,8 @@ MIN_SPLIT_KEYS = 64  # Splits::kMinKeys
 GRID_LIMIT = 65535  # of a grid's y and z
 CACHE_BYTES = 24 << 20
 NARROW_KEYS = 1024
+NARROW_ROWS = 8
+OVERLAP_KEYS = 16384
 
 
 @dataclass(frozen=True)
@@ -108,22 +110,28 @@ def _need(holds: bool, summary: str, found: str, expected: str) -> None:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: its name, grid, threads of a block, and dynamic shared memory."""
+    """One kernel: its name, grid, threads of a block, and dynamic shared memory.
+
+    Attributes:
+        overlaps: Whether it may start before the kernel in front of it has ended.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int = 0
+    overlaps: bool = False
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Offsets in bytes into one scratch allocation of `size` bytes."""
+    """Offsets in bytes into one scratch allocation of `size`; the last is of `counters` numbers."""
 
     rotated: int
     partial_out: int
     partial_lse: int
     arrivals: int
+    counters: int
     size: int
 
 
@@ -134,6 +142,7 @@ class Plan:
     Attributes:
         splits: Into which decode cuts the keys of the longest row.
         heads_together: Heads whose blocks of prefill run at the same time.
+        tiled: Whether a kernel reads the pools through tensor maps.
     """
 
     shape: Shape
@@ -142,6 +151,7 @@ class Plan:
     heads_together: int
     launches: tuple[Launch, ...]
     workspace: Workspace
+    tiled: bool = False
 
 
 def head_tiles(shape: Shape) -> int:
@@ -159,7 +169,7 @@ def choose_splits(shape: Shape, sizes: Sizes, machine: Machine) -> int:
     """Splits of the longest row that take the least time, as measured on an H200.
 
     Half of a block's time is its own keys', half its share of all, for a machine that is half full
-    reads at nearly its full rate. Adding up the splits costs as much as about 250 keys, and a
+    reads at nearly its full rate. Adding up the splits costs as much as about 130 keys, and a
     little more for each; more splits must win by 5 %.
     """
     blocks = shape.batch * shape.kv_heads * head_tiles(shape)
@@ -171,7 +181,7 @@ def choose_splits(shape: Shape, sizes: Sizes, machine: Machine) -> int:
         # The last round is as long as a full one only when there are few of them.
         rounds = max(1.0, math.ceil(share) if share < 4 else share + 0.5)
         keys = split_keys(shape.max_total, splits)
-        adding = 250 + 4 * splits if splits > 1 else 0
+        adding = 130 + 4 * splits if splits > 1 else 0
         return (share + 0.5 * rounds) * keys + 64 * rounds + adding
 
     best = 1
@@ -204,14 +214,16 @@ def heads_together(shape: Shape, sizes: Sizes) -> int:
 
 
 def workspace(shape: Shape, head_size: int, splits: int) -> Workspace:
-    """Scratch for the rotated queries and for decode's partial results."""
+    """Scratch for the rotated queries, for decode's partial results, for what blocks count."""
     rotated = 2 * shape.batch * shape.max_query * shape.heads * head_size if shape.rotary else 0
     slots = shape.batch * shape.heads * splits if splits > 1 else 0
     partial_out = _aligned(rotated)
     partial_lse = partial_out + _aligned(4 * slots * head_size)
     arrivals = partial_lse + _aligned(4 * slots)
     tiles = shape.batch * shape.kv_heads * head_tiles(shape) if splits > 1 else 0
-    return Workspace(0, partial_out, partial_lse, arrivals, arrivals + _aligned(4 * tiles))
+    counters = 1 if shape.max_query > 1 else tiles
+    size = arrivals + _aligned(4 * counters)
+    return Workspace(0, partial_out, partial_lse, arrivals, counters, size)
 
 
 def _aligned(size: int) -> int:
@@ -229,15 +241,16 @@ def plan(shape: Shape, sizes: Sizes, machine: Machine) -> Plan:
     decode = shape.max_query == 1
     splits = choose_splits(shape, sizes, machine) if decode else 1
     narrow = decode and narrow_blocks(shape, sizes, splits, machine)
-    attention = _decode(shape, sizes, splits, narrow) if decode else _prefill(shape, sizes)
+    attention = _decode(shape, sizes, splits, narrow) if decode else _prefill(shape, sizes, machine)
     head_size = sizes.config.head_size
     return Plan(
         shape,
         head_size,
         splits,
         heads_together(shape, sizes),
-        (_write(shape, head_size), *attention),
+        (_write(shape, sizes), *attention),
         workspace(shape, head_size, splits),
+        tiled=sizes.hopper and not decode,
     )
 
 
@@ -249,18 +262,25 @@ def max_workspace(largest: Shape, sizes: Sizes, machine: Machine) -> int:
     return max(workspace(largest, head_size, 1).size, *needs)
 
 
-def _write(shape: Shape, head_size: int) -> Launch:
+def _write(shape: Shape, sizes: Sizes) -> Launch:
     heads = 2 * shape.kv_heads + (shape.heads if shape.rotary else 0)
-    blocks = -(-heads * (head_size // 8) // WRITE_THREADS)
-    return Launch("vf_write", (blocks, shape.max_query, shape.batch), WRITE_THREADS)
+    blocks = -(-heads * (sizes.config.head_size // 8) // WRITE_THREADS)
+    grid = (blocks, shape.max_query, shape.batch)
+    return Launch("vf_write", grid, WRITE_THREADS, overlaps=sizes.overlap)
 
 
 def narrow_blocks(shape: Shape, sizes: Sizes, splits: int, machine: Machine) -> bool:
-    """Whether decode takes narrow blocks: many short rows, for one's start meets another's end."""
+    """Whether decode takes narrow blocks, so that one's start and merge meet another's reads.
+
+    For more blocks than run at once, if these are soon done, or have much to merge, or little to
+    read: measured on an H200.
+    """
     blocks = shape.batch * shape.kv_heads * head_tiles(shape)
-    short = splits == 1 and shape.max_total <= NARROW_KEYS
-    narrower = sizes.narrow_warps < sizes.decode_warps
-    return short and narrower and blocks > decode_slots(sizes, machine)
+    if splits > 1 or blocks <= decode_slots(sizes, machine):
+        return False
+    short = shape.max_total <= NARROW_KEYS
+    tall = shape.heads // shape.kv_heads >= NARROW_ROWS
+    return sizes.narrow_warps < sizes.decode_warps and (short or tall or sizes.config.fp8)
 
 
 def _decode(shape: Shape, sizes: Sizes, splits: int, narrow: bool = False) -> tuple[Launch, ...]:
@@ -268,13 +288,20 @@ def _decode(shape: Shape, sizes: Sizes, splits: int, narrow: bool = False) -> tu
     if narrow:
         sizes = sizes.narrow
     name = "vf_decode_narrow" if narrow else "vf_decode"
-    attend = Launch(name, grid, 32 * sizes.decode_warps, sizes.decode_bytes)
+    # Blocks that read for long are faster in step: neighbours' keys lie in the same page. An early
+    # start of some, worth 2 us, puts them out of it.
+    overlaps = sizes.overlap and split_keys(shape.max_total, splits) <= OVERLAP_KEYS
+    attend = Launch(name, grid, 32 * sizes.decode_warps, sizes.decode_bytes, overlaps)
     if splits == 1 or sizes.fused:
         return (attend,)
     heads = -(-shape.heads // (COMBINE_THREADS // 32))
     return (attend, Launch("vf_combine", (heads, 1, shape.batch), COMBINE_THREADS))
 
 
-def _prefill(shape: Shape, sizes: Sizes) -> tuple[Launch, ...]:
-    grid = (-(-shape.max_query // sizes.prefill_rows) * shape.heads, 1, shape.batch)
-    return (Launch("vf_prefill", grid, sizes.prefill_threads, sizes.prefill_bytes),)
+def _prefill(shape: Shape, sizes: Sizes, machine: Machine) -> tuple[Launch, ...]:
+    blocks = -(-shape.max_query // sizes.prefill_rows) * shape.heads
+    grid = (blocks, 1, shape.batch)
+    if sizes.hopper:  # these stay, and take one block of queries after the other
+        grid = (min(blocks * shape.batch, machine.multiprocessors), 1, 1)
+    overlaps = sizes.overlap and sizes.hopper
+    return (Launch("vf_prefill", grid, sizes.prefill_threads, sizes.prefill_bytes, overlaps),)

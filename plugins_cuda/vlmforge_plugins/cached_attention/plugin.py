@@ -284,6 +284,7 @@ class _Plugin:
             out=Rows(outputs[OUT], rows * heads * head_size, heads * head_size),
             key_pool=inputs[KEY_POOL],
             value_pool=inputs[VALUE_POOL],
+            pages=input_desc[KEY_POOL].dims[0],
             cos=inputs[COS] if rotary else 0,
             sin=inputs[SIN] if rotary else 0,
             past_lengths=inputs[PAST],

@@ -52,7 +52,7 @@ struct Block {
   static constexpr int kMaxThreads = 1024;
   std::vector<Fibre> fibres{kMaxThreads};
   Fibre main;
-  int threads = 0, x = 0, y = 0, z = 0, grid_y = 0;
+  int threads = 0, x = 0, y = 0, z = 0, grid_x = 0, grid_y = 0;
   int in_warp[kMaxThreads / 32] = {};
   int in_group[kMaxThreads / 128] = {};
   int in_block = 0, done = 0;
@@ -61,9 +61,20 @@ struct Block {
   int shared_bytes = 0;
   void (*kernel)(const void*) = nullptr;
   const void* params = nullptr;
+  bool waited = false;  // for the kernel in front
+};
+
+// What the kernel in front writes, when one is launched to overlap: each block finds it as it was, and
+// as it became from its wait on. So whoever reads too early reads what is not there yet.
+struct Late {
+  void* at;
+  const void* before;
+  const void* after;
+  size_t bytes;
 };
 
 inline Block block;
+inline std::vector<Late> late;
 inline Fibre* self = nullptr;
 
 #if defined(__x86_64__)
@@ -198,7 +209,21 @@ inline void complete_copies(size_t pending) {
   for (size_t& group : groups) group -= end;
 }
 
+// Copies that were asked for before the wait may be made before it: here they are.
+inline void wait_for_previous() {
+  if (late.empty()) return;
+  complete_copies(0);
+  block_barrier();
+  if (!block.waited) {
+    block.waited = true;
+    for (const Late& part : late) std::memcpy(part.at, part.after, part.bytes);
+  }
+  block_barrier();
+}
+
 inline void run_block(int direction) {
+  block.waited = false;
+  for (const Late& part : late) std::memcpy(part.at, part.before, part.bytes);
   block.direction = direction;
   block.done = block.in_block = 0;
   std::memset(block.in_warp, 0, sizeof(block.in_warp));

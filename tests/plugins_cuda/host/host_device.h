@@ -18,6 +18,7 @@ VF_DEVICE int thread_index() { return vf_host::self->index; }
 VF_DEVICE int block_x() { return vf_host::block.x; }
 VF_DEVICE int block_y() { return vf_host::block.y; }
 VF_DEVICE int block_z() { return vf_host::block.z; }
+VF_DEVICE int grid_x() { return vf_host::block.grid_x; }
 VF_DEVICE int grid_y() { return vf_host::block.grid_y; }
 VF_DEVICE char* shared_memory() { return vf_host::block.shared; }
 VF_DEVICE u32 shared_address(const void* pointer) {
@@ -175,11 +176,14 @@ VF_DEVICE f32x4 load_l2_quad(const float* from) {
   return {from[0], from[1], from[2], from[3]};
 }
 VF_DEVICE void prefetch_l2(const void*) {}
-VF_DEVICE void fence_device() {}
-VF_DEVICE int atomic_add(int* at, int value) {
-  const int before = *at;
-  *at += value;
-  return before;
+VF_DEVICE int arrive_device(int* at) { return (*at)++; }
+VF_DEVICE int count_device(int* at) { return (*at)++; }
+
+VF_DEVICE void make_bulk_copies();
+VF_DEVICE void start_next_kernel() {}
+VF_DEVICE void wait_for_previous_kernel() {
+  if (!vf_host::late.empty()) make_bulk_copies();
+  vf_host::wait_for_previous();
 }
 
 VF_DEVICE float exp2_approx(float x) { return std::exp2(x); }

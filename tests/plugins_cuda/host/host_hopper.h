@@ -4,6 +4,7 @@
 
 #include "host_device.h"
 
+#include <functional>
 #include <vector>
 
 namespace vf {
@@ -87,13 +88,17 @@ VF_DEVICE int shuffle_from(int value, int lane) {
   return mine.got;
 }
 VF_DEVICE int uniform(int value) { return value; }
+VF_DEVICE bool elect_one() {
+  sync_warp();
+  return thread_index() % 32 == 7;
+}
 VF_DEVICE void publish_shared() {}
 
 struct HostBarrier { unsigned char arrivals, pending; u16 phase; int bytes; };  // still to come
 static_assert(sizeof(HostBarrier) == sizeof(u64));
 
 // Bulk copies not yet made: they are made when somebody waits for their barrier, and no sooner.
-struct BulkCopy { void* to; const void* from; int bytes; u64* barrier; };
+struct BulkCopy { std::function<void()> make; int bytes; u64* barrier; };
 inline std::vector<BulkCopy> bulk_copies;
 
 VF_DEVICE void end_phase_if_done(HostBarrier* state) {
@@ -120,32 +125,52 @@ VF_DEVICE void barrier_expect(u64* barrier, int bytes) {
 VF_DEVICE void copy_bulk(void* shared, const void* global, int bytes, u64* barrier) {
   const auto ends = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
   if ((ends | static_cast<uintptr_t>(bytes)) % 16 != 0) vf_host::die("bulk copy: not aligned");
-  bulk_copies.push_back({shared, global, bytes, barrier});
+  const auto make = [=] { std::memcpy(shared, global, static_cast<size_t>(bytes)); };
+  bulk_copies.push_back({make, bytes, barrier});
 }
+
+// What HostKernels puts in place of a tensor map.
+struct HostMap { const char* pool; i64 rows, columns, box_rows; };
+
+VF_DEVICE void copy_tile(void* shared, const TileMap* map, int column, int row, u64* barrier) {
+  HostMap host;
+  std::memcpy(&host, map, sizeof(host));
+  const u32 start = shared_address(shared);
+  if (start % 1024 != 0) vf_host::die("box: not aligned to the swizzle");
+  const auto make = [=] {
+    for (u32 i = 0; i < host.box_rows * 128; i += 16) {
+      const i64 from = row + i / 128, first = column + i % 128 / 2;
+      char* to = vf_host::block.shared + ((start + i) ^ (i >> 7 & 7) << 4);
+      const bool there = from < host.rows && first < host.columns;
+      if (there) std::memcpy(to, host.pool + (from * host.columns + first) * 2, 16);
+      else std::memset(to, 0, 16);
+    }
+  };
+  bulk_copies.push_back({make, static_cast<int>(host.box_rows) * 128, barrier});
+}
+// Those of one barrier, or all.
 VF_DEVICE void make_bulk_copies(u64* barrier) {
-  auto* state = reinterpret_cast<HostBarrier*>(barrier);
   for (size_t i = 0; i < bulk_copies.size();) {
     const BulkCopy copy = bulk_copies[i];
-    if (copy.barrier != barrier) {
+    if (barrier != nullptr && copy.barrier != barrier) {
       ++i;
       continue;
     }
-    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    auto* state = reinterpret_cast<HostBarrier*>(copy.barrier);
+    copy.make();
     state->bytes -= copy.bytes;
     bulk_copies.erase(bulk_copies.begin() + static_cast<long>(i));
     end_phase_if_done(state);
   }
 }
-VF_DEVICE bool barrier_passed(u64* barrier, int parity) {
-  const auto* state = reinterpret_cast<const HostBarrier*>(barrier);
-  return (state->phase & 1) != static_cast<u32>(parity);
-}
+VF_DEVICE void make_bulk_copies() { make_bulk_copies(nullptr); }
 VF_DEVICE void barrier_wait(u64* barrier, int parity) {
-  make_bulk_copies(barrier);
   const auto* state = reinterpret_cast<const HostBarrier*>(barrier);
+  make_bulk_copies(barrier);
   for (long turns = 0; (state->phase & 1) == static_cast<u32>(parity); ++turns) {
     if (turns > 1000000) vf_host::die("a phase of a barrier never ends");
     vf_host::pause();
+    make_bulk_copies(barrier);
   }
 }
 

@@ -15,7 +15,8 @@ constexpr int kGuard = 256;
 }  // namespace
 
 // Runs a kernel over its grid. Shared memory is exactly `shared_bytes`, poisoned for every block.
-// Returns 0, or 1 if a block wrote behind its shared memory.
+// Returns 0, 1 if a block wrote behind its shared memory, 2 if one ended without waiting for the kernel
+// in front although it overlaps with that.
 extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x, int grid_y,
                          int grid_z, int threads, int shared_bytes, int direction) {
   auto& block = vf_host::block;
@@ -31,6 +32,7 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
   auto* start = shared.data() + (1024 - reinterpret_cast<uintptr_t>(shared.data()) % 1024);
   block.params = params;
   block.threads = threads;
+  block.grid_x = grid_x;
   block.grid_y = grid_y;
   block.shared = reinterpret_cast<char*>(start);
   block.shared_bytes = shared_bytes;
@@ -39,6 +41,7 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
       for (block.x = 0; block.x < grid_x; ++block.x) {
         std::memset(start, kPoison, static_cast<size_t>(shared_bytes) + kGuard);
         vf_host::run_block(direction);
+        if (!vf_host::late.empty() && !block.waited) return 2;
         for (int i = 0; i < kGuard; ++i) {
           if (start[shared_bytes + i] != kPoison) return 1;
         }
@@ -48,18 +51,25 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
   return 0;
 }
 
+// What the kernel in front of the next launch changes, see Late. None: bytes 0.
+extern "C" void vf_late(void* at, const void* before, const void* after, long bytes) {
+  if (bytes == 0) vf_host::late.clear();
+  else vf_host::late.push_back({at, before, after, static_cast<size_t>(bytes)});
+}
+
 // For the tests of what Python mirrors.
 extern "C" int vf_params_size() { return sizeof(vf::Params); }
 extern "C" int vf_params_offset(const char* field) {
   const std::string_view name(field);
 #define VF_FIELD(f) if (name == #f) return static_cast<int>(offsetof(vf::Params, f));
-  VF_FIELD(query) VF_FIELD(key) VF_FIELD(value) VF_FIELD(key_pool) VF_FIELD(value_pool)
+  VF_FIELD(key_map) VF_FIELD(value_map) VF_FIELD(query) VF_FIELD(key) VF_FIELD(value) VF_FIELD(key_pool) VF_FIELD(value_pool)
   VF_FIELD(cos) VF_FIELD(sin) VF_FIELD(past_lengths) VF_FIELD(query_lengths) VF_FIELD(block_table)
   VF_FIELD(out) VF_FIELD(rotated) VF_FIELD(partial_out) VF_FIELD(partial_lse) VF_FIELD(arrivals)
   VF_FIELD(query_batch) VF_FIELD(query_row) VF_FIELD(key_batch) VF_FIELD(key_row)
   VF_FIELD(value_batch) VF_FIELD(value_row) VF_FIELD(out_batch) VF_FIELD(out_row)
   VF_FIELD(batch) VF_FIELD(max_query) VF_FIELD(heads) VF_FIELD(kv_heads) VF_FIELD(max_pages)
-  VF_FIELD(page_shift) VF_FIELD(splits) VF_FIELD(heads_together) VF_FIELD(scale_log2) VF_FIELD(key_inverse_scale)
+  VF_FIELD(page_shift) VF_FIELD(splits) VF_FIELD(heads_together) VF_FIELD(counters)
+  VF_FIELD(scale_log2) VF_FIELD(key_inverse_scale)
   VF_FIELD(value_inverse_scale) VF_FIELD(value_scale)
 #undef VF_FIELD
   return -1;

@@ -1,9 +1,7 @@
 // A strip of keys or values as one bulk copy leaves it in shared memory: contiguous, rows not padded.
 //
 // For Hopper's decode: one instruction copies a strip, which reads memory some 5 % faster than copies
-// of 16 bytes do. But rows of 128 or 256 bytes all begin in the same bank, where ldmatrix takes eight
-// turns. So lanes read 16 bytes each and make operands of what they got; the products do not care
-// in which order they meet the dimensions, as long as query and output follow it.
+// of 16 bytes do.
 #pragma once
 
 #include "hopper.cuh"
@@ -13,20 +11,25 @@ namespace vf {
 
 struct alignas(16) Unit { u32 word[4]; };
 
-template <class Act_, int D_>
-struct BulkStrip : Strip<Act_, Act_, D_> {
+template <class Act, int D, bool UNITS = D % 64 == 0>
+struct BulkStrip : Strip<Act, Act, D, 2 * D> {
   static constexpr bool kBulk = true;
-  static constexpr int D = D_;
-  static constexpr int kPitch = 2 * D;
-  static constexpr int kBytes = kStripKeys * kPitch;
-  static_assert(D % 64 == 0, "whole groups of eight units of 16 bytes");
+  static_assert(D % 16 == 0, "rows are whole steps");
 
   // Values of keys from `rows` on become zeroes: 0 x NaN would reach the output. By one warp.
   VF_DEVICE static void clear_rows(char* shared, int rows, int lane) {
-    for (int i = rows * kPitch + lane * 16; i < kBytes; i += 32 * 16) {
+    for (int i = rows * 2 * D + lane * 16; i < kStripKeys * 2 * D; i += 32 * 16) {
       *reinterpret_cast<Unit*>(shared + i) = Unit{};
     }
   }
+};
+
+// Rows of 128 or 256 bytes all begin in the same bank, where ldmatrix takes eight turns. So lanes read
+// 16 bytes each and make operands of what they got; the products do not care in which order they meet
+// the dimensions, as long as query and output follow it.
+template <class Act, int D>
+struct BulkStrip<Act, D, true> : BulkStrip<Act, D, false> {
+  static constexpr int kPitch = 2 * D;
 
   VF_DEVICE static const Unit& unit(const char* shared, int row, int index) {
     return *reinterpret_cast<const Unit*>(shared + row * kPitch + index * 16);
@@ -48,9 +51,13 @@ struct BulkStrip : Strip<Act_, Act_, D_> {
   }
 
   // Column n of an output tile is a dimension of unit n of every eight; four steps share a unit, and
-  // the tiles of a step are its lower and its upper halves of 32 bits.
-  VF_DEVICE static int out_dim(int step, int i, int quad) {
-    return (step / 4 * 8 + 2 * quad + i) * 8 + step % 4 * 2;
+  // the tiles of a step are its lower and its upper halves of 32 bits. A lane's pair of outputs starts
+  // at (step / 4 * 8 + 2 * quad + i) * 8 + step % 4 * 2; in a row of sums, pairs of a step lie together
+  // so that lanes write to different banks.
+  VF_DEVICE static int pair_slot(int step, int i, int quad) { return (step * 2 + i) * 8 + 2 * quad; }
+  VF_DEVICE static int slot(int d) {
+    const int unit = d / 8 % 8;
+    return pair_slot(d / 64 * 4 + d % 8 / 2, unit % 2, unit / 2);
   }
 
   VF_DEVICE static void value_fragment(u32 (&b)[4], const char* shared, int step, int lane) {

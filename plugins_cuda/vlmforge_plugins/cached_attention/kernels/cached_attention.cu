@@ -9,11 +9,10 @@
 //   VF_DECODE_FUSED        the last block of decode adds up the splits
 //   VF_DECODE_BULK         decode reads by bulk copies (sm_90a only)
 //   VF_DECODE_BLOCKS       of decode that a multiprocessor must have registers for
-//   VF_COPY_HINT           what asynchronous copies tell the L2 cache, see device.cuh
+//   VF_OVERLAP             decode starts while the kernel in front of it ends (sm_90 and later)
 //   VF_PREFILL_TILES       16-row query tiles of a prefill warp
 //   VF_HOPPER_PREFILL      prefill by warpgroup products (sm_90a only)
 //   VF_HOPPER_BUFFERS      for its tiles of keys or values
-//   VF_HOPPER_TURNS        whose two groups take turns
 #include "combine.cuh"
 #include "decode.cuh"
 #include "prefill.cuh"
@@ -43,7 +42,7 @@ using ConfiguredDecode =
     Decode<DecodeStrip, VF_DECODE_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
 using NarrowDecode = Decode<DecodeStrip, VF_NARROW_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
 #if VF_HOPPER_PREFILL
-using ConfiguredPrefill = HopperPrefill<ConfiguredStrip, VF_HOPPER_BUFFERS, VF_HOPPER_TURNS>;
+using ConfiguredPrefill = HopperPrefill<ConfiguredStrip, VF_HOPPER_BUFFERS>;
 #else
 using ConfiguredPrefill = Prefill<ConfiguredStrip, 4, VF_PREFILL_TILES, 4>;
 #endif

@@ -76,21 +76,36 @@ struct CombineTile {
   static constexpr int kWarps = THREADS / 32;
   static constexpr int kBytes = (16 * kMaxSplits + kWarps * D) * 4;  // of shared memory
 
+  static constexpr int kBatch = 8;  // splits on their way at the same time
+
   VF_DEVICE static void run(const Params& p, int b, int first_head, int rows, int count,
                             float* shared) {
     const int warp = thread_index() / 32, lane = thread_index() % 32;
     const i64 first = (static_cast<i64>(b) * p.heads + first_head) * p.splits;
+    const int parts = rows < kWarps ? kWarps / rows : 1, jobs = rows * parts;
+    float* sums = shared + 16 * kMaxSplits;  // [kWarps][D]
+    f32x4 x[kBatch];
+    const auto ask = [&](int job, int split) {  // before the weights are known: one trip, not two
+      const float* from = p.partial_out + (first + job / parts * p.splits) * D + 4 * lane;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int at = split + i * parts;
+        x[i] = f32x4{0.f, 0.f, 0.f, 0.f};
+        if (at < count && 4 * lane < D) x[i] = load_l2_quad(from + static_cast<i64>(at) * D);
+      }
+    };
+    if (warp < jobs) ask(warp, warp % parts);
     weigh_splits<THREADS>(p.partial_lse + first, p.splits, rows, count, shared);
     sync_threads();
-    const int parts = rows < kWarps ? kWarps / rows : 1;
-    float* sums = shared + 16 * kMaxSplits;  // [kWarps][D]
-    for (int job = warp; job < rows * parts; job += kWarps) {
-      const int row = job / parts, part = job % parts;
-      const float* from = p.partial_out + (first + row * p.splits) * D + 4 * lane;
+    for (int job = warp; job < jobs; job += kWarps) {
+      const float* weights = shared + job / parts * kMaxSplits;
       f32x4 sum{0.f, 0.f, 0.f, 0.f};
-      if (4 * lane < D) add(sum, from, shared + row * kMaxSplits, part, parts, count);
-      if (parts > 1 && 4 * lane < D) *reinterpret_cast<f32x4*>(sums + warp * D + 4 * lane) = sum;
-      if (parts == 1) store(p, b, first_head + row, lane, sum);
+      for (int split = job % parts; split < count; split += kBatch * parts) {
+        if (job > warp || split > job % parts) ask(job, split);
+        add(sum, x, weights, split, parts, count);
+      }
+      if (parts == 1) store(p, b, first_head + job, lane, sum);
+      else if (4 * lane < D) *reinterpret_cast<f32x4*>(sums + warp * D + 4 * lane) = sum;
     }
     if (parts == 1) return;
     sync_threads();
@@ -103,26 +118,16 @@ struct CombineTile {
     store(p, b, first_head + warp, lane, sum);
   }
 
-  VF_DEVICE static void add(f32x4& sum, const float* from, const float* weights, int part,
+  VF_DEVICE static void add(f32x4& sum, const f32x4 (&x)[kBatch], const float* weights, int first,
                             int parts, int count) {
-    constexpr int kBatch = 8;  // loads on their way at the same time
-    for (int first = part; first < count; first += kBatch * parts) {
-      f32x4 x[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int split = first + i * parts;
-        x[i] = f32x4{0.f, 0.f, 0.f, 0.f};
-        if (split < count) x[i] = load_l2_quad(from + static_cast<i64>(split) * D);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int split = first + i * parts;
-        const float weight = split < count ? weights[split] : 0.f;
-        sum.x += weight * x[i].x;
-        sum.y += weight * x[i].y;
-        sum.z += weight * x[i].z;
-        sum.w += weight * x[i].w;
-      }
+    for (int i = 0; i < kBatch; ++i) {
+      const int split = first + i * parts;
+      const float weight = split < count ? weights[split] : 0.f;
+      sum.x += weight * x[i].x;
+      sum.y += weight * x[i].y;
+      sum.z += weight * x[i].z;
+      sum.w += weight * x[i].w;
     }
   }
 

@@ -5,6 +5,10 @@
 // for all of them. Each warp walks its own strips through its own ring of shared-memory stages with
 // no block-wide barrier; warps, then splits, are merged by their maxima and sums at the end. If FUSED,
 // the block that finishes a row's tile last adds up the splits; else a kernel does, later.
+//
+// Launched to overlap, it reads lengths, table and strips of past tokens while the kernel in front, the
+// write, still runs; what the write makes (queries, the newest token) and what a call before this one
+// may still read (partial results) comes after the wait.
 #pragma once
 
 #include "bulk_strip.cuh"
@@ -20,7 +24,7 @@ struct Decode {
   static constexpr int kThreads = 32 * WARPS;
   using Combine = CombineTile<Act, S::D, kThreads>;
   static constexpr int kStageBytes = 2 * S::kBytes;  // a strip of keys, then its values
-  static constexpr int kMergePitch = S::kSteps * 16;
+  static constexpr int kMergePitch = S::kSteps * 16 + 8;  // rows start in different banks
   static constexpr int kMergeBytes = WARPS * 16 * (kMergePitch + 2) * 4;
   static constexpr int kRingBytes = WARPS * STAGES * kStageBytes;
   static constexpr int kBarriers = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;  // where
@@ -40,14 +44,14 @@ struct Decode {
   VF_DEVICE static int min_of(int a, int b) { return a < b ? a : b; }
 
   VF_DEVICE static void run(const Params& p) {
+    start_next_kernel();
     const int b = block_z();
     if (thread_index() * 32 < p.max_pages) {  // the table comes while the lengths do
       prefetch_l2(p.block_table + static_cast<i64>(b) * p.max_pages + thread_index() * 32);
     }
     const int total = p.past_lengths[b] + 1;  // both lengths are on their way at the same time
-    if (query_length(p, b) <= 0) return;
     const Splits splits(total, p.splits);
-    if (block_x() >= splits.count) return;
+    if (query_length(p, b) <= 0 || block_x() >= splits.count) return wait_for_previous_kernel();
     Decode block(p, ceil_div(p.heads / p.kv_heads, 16));
     Flash<S, 1, 1> flash;
     block.attend(flash, block_x() * splits.keys, min_of((block_x() + 1) * splits.keys, total), total);
@@ -65,7 +69,7 @@ struct Decode {
 
     u64* filled = reinterpret_cast<u64*>(shared_memory() + kBarriers) + warp * STAGES;
     if constexpr (S::kBulk) {
-      if (lane == 0) {
+      if (elect_one()) {
         for (int i = 0; i < STAGES; ++i) barrier_init(&filled[i], 1);
         publish_barriers();
       }
@@ -82,7 +86,7 @@ struct Decode {
         if constexpr (!S::kBulk) {
           S::load(stage, keys, total - key, lane);
           S::load(stage + S::kBytes, values, total - key, lane);
-        } else if (lane == 0) {
+        } else if (elect_one()) {
           u64* barrier = &filled[i % STAGES];
           barrier_expect(barrier, kStageBytes);
           copy_bulk(stage, keys, S::kBytes, barrier);
@@ -95,8 +99,16 @@ struct Decode {
     if constexpr (!S::kBulk) {
       for (int i = 0; i < 2 * STAGES; ++i) S::clear_padding(ring + i * S::kBytes, lane);
     }
+    const int old = min_of(STAGES - 1, mine - (begin + (mine - 1) * kStride + kStripKeys >= total));
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i) copy(i);
+    for (int i = 0; i < STAGES - 1; ++i) {
+      if (i < old) copy(i);
+    }
+    wait_for_previous_kernel();
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; ++i) {
+      if (i >= old) copy(i);
+    }
     load_queries(flash);
 
     for (int i = 0; i < mine; ++i) {
@@ -155,8 +167,10 @@ struct Decode {
       for (int d = 0; d < S::kSteps; ++d) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float* pair = outs + at * kMergePitch + S::out_dim(d, i, lane % 4);
-          S::output_pair(flash.out[0][d], i, h, pair[0], pair[1]);
+          f32x2 pair;
+          S::output_pair(flash.out[0][d], i, h, pair.x, pair.y);
+          float* to = outs + at * kMergePitch + S::pair_slot(d, i, lane % 4);
+          *reinterpret_cast<f32x2*>(to) = pair;
         }
       }
     }
@@ -169,16 +183,14 @@ struct Decode {
   VF_DEVICE void combine(int count) const {
     // A word of the merge's that is free once all are through with it.
     int* last = reinterpret_cast<int*>(shared_memory());
-    fence_device();
     sync_threads();
-    if (thread_index() == 0) {
+    if (thread_index() == 0) {  // on behalf of the block: barriers order what its other threads did
       int* arrivals = p.arrivals + b * grid_y() + block_y();
-      *last = atomic_add(arrivals, 1) == count - 1;
+      *last = arrive_device(arrivals) == count - 1;
       if (*last) *arrivals = 0;
     }
     sync_threads();
     if (!*last) return;
-    fence_device();
     float* shared = reinterpret_cast<float*>(shared_memory() + 16);
     Combine::run(p, b, first_head, rows, count, shared);
   }
@@ -192,10 +204,11 @@ struct Decode {
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {  // a warp without strips has maximum -inf: weight 0
       const float weight = exp2_approx((maxima[w * 16 + row] - top) * p.scale_log2);
-      const float* pair = outs + (w * 16 + row) * kMergePitch + d;
+      const float* from = outs + (w * 16 + row) * kMergePitch + S::slot(d);
+      const f32x2 pair = *reinterpret_cast<const f32x2*>(from);
       sum += weight * sums[w * 16 + row];
-      x += weight * pair[0];
-      y += weight * pair[1];
+      x += weight * pair.x;
+      y += weight * pair.y;
     }
     const float factor = p.value_scale / sum;
     const int head = first_head + row;
@@ -205,8 +218,7 @@ struct Decode {
       return;
     }
     const i64 slot = (static_cast<i64>(b) * p.heads + head) * p.splits + block_x();
-    p.partial_out[slot * S::D + d] = x * factor;
-    p.partial_out[slot * S::D + d + 1] = y * factor;
+    *reinterpret_cast<f32x2*>(p.partial_out + slot * S::D + d) = f32x2{x * factor, y * factor};
     if (d == 0) p.partial_lse[slot] = top * p.scale_log2 + log2_approx(sum);
   }
 };

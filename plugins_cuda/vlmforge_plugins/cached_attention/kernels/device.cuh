@@ -41,6 +41,7 @@ VF_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 VF_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 VF_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 VF_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
+VF_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
 VF_DEVICE int grid_y() { return static_cast<int>(gridDim.y); }
 
 VF_DEVICE char* shared_memory() {
@@ -63,13 +64,8 @@ template <int BYTES>
 VF_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   const u32 size = valid ? BYTES : 0;
   if constexpr (BYTES == 16) {  // .cg: past L1, for nobody else on this SM reads these lines
-#if VF_COPY_HINT == 1
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
-                     shared_address(shared)), "l"(global), "r"(size) : "memory");
-#else
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
                      shared_address(shared)), "l"(global), "r"(size) : "memory");
-#endif
   } else {
     static_assert(BYTES == 8, "copies of 8 or 16 bytes");
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
@@ -140,9 +136,35 @@ VF_DEVICE f32x4 load_l2_quad(const float* from) {
 VF_DEVICE void prefetch_l2(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
-// Orders this thread's accesses to device memory for all multiprocessors.
-VF_DEVICE void fence_device() { __threadfence(); }
-VF_DEVICE int atomic_add(int* at, int value) { return atomicAdd(at, value); }
+// Adds one and returns what was there before. Who sees that sees what came before it, on any
+// multiprocessor.
+VF_DEVICE int arrive_device(int* at) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+  return before;
+}
+
+// The same without the order.
+VF_DEVICE int count_device(int* at) {
+  int before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+  return before;
+}
+
+// Programmatic dependent launch (sm_90): a kernel that was launched to overlap starts when all blocks
+// of the one in front of it have said so (or ended), and runs ahead until it waits: for that kernel's
+// end and for all that it wrote. Every block waits, so that its own end implies theirs.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
+VF_DEVICE void start_next_kernel() {
+#if VF_OVERLAP
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+VF_DEVICE void wait_for_previous_kernel() {
+#if VF_OVERLAP
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 VF_DEVICE float exp2_approx(float x) {
   float y;

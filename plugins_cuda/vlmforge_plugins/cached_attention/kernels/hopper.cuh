@@ -3,7 +3,7 @@
 // finds scalar versions of all this in host_hopper.h.
 #pragma once
 
-#include "device.cuh"
+#include "params.h"
 
 namespace vf {
 
@@ -99,6 +99,13 @@ VF_DEVICE void give_registers() {
 VF_DEVICE int shuffle_from(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 // The first lane's value, so that the compiler knows it to be the same in the whole warp.
 VF_DEVICE int uniform(int value) { return shuffle_from(value, 0); }
+// True in one lane of a whole warp. Not `lane == 0`: of this the assembler knows that it is one, and
+// issues a bulk copy once, not in a loop over lanes that might be there.
+VF_DEVICE bool elect_one() {
+  u32 chosen = 0;
+  VF_HOPPER("{.reg .pred one; elect.sync _|one, 0xffffffff; @one mov.u32 %0, 1;}" : "+r"(chosen));
+  return chosen != 0;
+}
 // Makes this thread's finished writes to shared memory visible to products.
 VF_DEVICE void publish_shared() { VF_HOPPER("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -115,25 +122,25 @@ VF_DEVICE void barrier_expect(u64* barrier, int bytes) {
   VF_HOPPER("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
             "r"(bytes) : "memory");
 }
-// Copies a contiguous run to shared memory; both ends and `bytes` are multiples of 16.
+// Copies a contiguous run to shared memory; both ends and `bytes` are multiples of 16. The L2 cache need
+// not keep it: it is read once.
 VF_DEVICE void copy_bulk(void* shared, const void* global, int bytes, u64* barrier) {
   VF_HOPPER(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+      "{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], once;}" ::"r"(shared_address(shared)), "l"(global), "r"(bytes),
+      "r"(shared_address(barrier)) : "memory");
+}
+// Copies a box that starts at (column, row) to shared memory, at a multiple of 1024 bytes. What lies
+// outside of the tensor becomes zeroes, and counts.
+VF_DEVICE void copy_tile(void* shared, const TileMap* map, int column, int row, u64* barrier) {
+  VF_HOPPER(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(shared)), "l"(map), "r"(column), "r"(row),
+      "r"(shared_address(barrier)) : "memory");
 }
 VF_DEVICE void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-// Whether the phase of this parity has ended; waits for nothing.
-VF_DEVICE bool barrier_passed(u64* barrier, int parity) {
-  int passed = 0;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  asm volatile(
-      "{.reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2;"
-      "selp.b32 %0, 1, 0, done;}"
-      : "=r"(passed) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-#endif
-  return passed != 0;
 }
 // Waits for the end of the phase of this parity. A fresh barrier is in phase 0: a wait for parity 1
 // passes at once.

@@ -5,7 +5,12 @@
 
 namespace vf {
 
+// A tensor map (CUtensorMap): one of the pools as rows of D elements, read in boxes of a page of one
+// head and 64 elements, written in the 128-byte swizzle. Made by the driver; zeroes if not needed.
+struct alignas(64) TileMap { u64 opaque[16]; };
+
 struct Params {
+  TileMap key_map, value_map;
   // New tokens: row (b, s) of `query` starts at b * query_batch + s * query_row elements and holds
   // heads x D; likewise key and value with kv_heads x D. They may be slices of one packed tensor.
   const void* query;
@@ -22,7 +27,8 @@ struct Params {
   void* rotated;          // workspace: the query after rotation, dense [batch, max_query, heads, D]
   float* partial_out;     // workspace [batch, heads, splits, D], unused if splits is 1
   float* partial_lse;     // workspace [batch, heads, splits]: log2 of the sums of exp2
-  int* arrivals;          // workspace [batch, grid y of decode]: splits that are done
+  int* arrivals;          // workspace [counters]: of each tile of decode, splits that are done; of
+                          // Hopper's prefill, how many blocks of queries are taken
   i64 query_batch, query_row;
   i64 key_batch, key_row;
   i64 value_batch, value_row;
@@ -32,6 +38,7 @@ struct Params {
   int max_pages, page_shift;  // page_size = 1 << page_shift
   int splits;
   int heads_together;         // of prefill, see PrefillBlock
+  int counters;               // of arrivals
   float scale_log2;           // score scale x log2(e) x key_scale: softmax works in base 2
   float key_inverse_scale;    // fp8 pools store key * key_inverse_scale
   float value_inverse_scale;
@@ -58,18 +65,18 @@ struct Splits {
   }
 };
 
-// Which queries a block of prefill takes. Blocks late in a sequence have the most keys and go first, so
+// Which queries number `index` of a row of the batch is. Blocks late in a sequence have the most keys and go first, so
 // that the grid's tail is short; but only `heads_together` heads at a time, whose keys and values the
 // L2 cache can hold.
 struct PrefillBlock {
   int head, queries;  // index among the head's blocks of `rows` queries
 
-  VF_DEVICE PrefillBlock(const Params& p, int rows) {
+  VF_DEVICE PrefillBlock(const Params& p, int rows, int index) {
     const int blocks = ceil_div(p.max_query, rows);
-    const int first = block_x() / (blocks * p.heads_together) * p.heads_together;
+    const int first = index / (blocks * p.heads_together) * p.heads_together;
     const int left = p.heads - first;
     const int heads = left < p.heads_together ? left : p.heads_together;
-    const int index = block_x() - first * blocks;
+    index -= first * blocks;
     head = first + index % heads;
     queries = blocks - 1 - index / heads;
   }

@@ -29,7 +29,7 @@ struct Prefill {
         first_row(block.queries * kRows) {}
 
   VF_DEVICE static void run(const Params& p) {
-    Prefill block(p, PrefillBlock(p, kRows));
+    Prefill block(p, PrefillBlock(p, kRows, block_x()));
     if (block.first_row >= block.length) return;
     Rows rows;
     block.load_queries(rows);

@@ -1,12 +1,13 @@
 // Prefill for sm_90a: the function of prefill.cuh with warpgroup products.
 //
-// Grid as there; a block has two consumer warpgroups of 64 queries each and one producer warpgroup.
-// Keys and values arrive in turn, K0 V0 K1 V1 ..., in tiles of 128 through a ring of BUFFERS with a
-// "full" and an "empty" barrier each. The producer gathers pages with asynchronous copies, so any
-// page size will do, and writes the swizzle that the products read. A consumer keeps its queries and
+// A block stays on its multiprocessor and takes one block of queries after the other, in the order of
+// PrefillBlock, from a counter in device memory. It has two consumer warpgroups of 64 queries each and
+// a producer, one warp. Keys and values arrive in turn, K0 V0 K1 V1 ..., in tiles of 128 through a ring
+// of BUFFERS with a "full" and an "empty" barrier each; the ring goes on from block to block of queries,
+// so that one's end meets the next one's start. The producer asks for tiles by the page, through a
+// tensor map whose swizzle is the one that the products read. A consumer keeps its queries and
 // probabilities in registers; while the tensor cores multiply the probabilities of one tile with its
-// values, it takes the softmax of the next; and the consumers take turns, so that one's softmax meets
-// the other's products (both as FlashAttention-3, https://arxiv.org/abs/2407.08608).
+// values, it takes the softmax of the next (as FlashAttention-3, https://arxiv.org/abs/2407.08608).
 #pragma once
 
 #include "flash.cuh"
@@ -14,7 +15,7 @@
 
 namespace vf {
 
-template <class S, int BUFFERS, bool TURNS>
+template <class S, int BUFFERS>
 struct HopperPrefill {
   using Act = typename S::Act;
   static constexpr int D = S::D;
@@ -24,145 +25,187 @@ struct HopperPrefill {
   static constexpr int kKeys = 128;
   static constexpr int kStrips = kKeys / kStripKeys;
   static constexpr int kBuffers = BUFFERS;
+  static constexpr int kPanels = (D + 63) / 64;
   static constexpr int kPanelBytes = kKeys * 128;  // all keys of a tile, 64 dimensions of them
-  static constexpr int kTileBytes = (D + 63) / 64 * kPanelBytes;
-  static constexpr int kSharedBytes = kBuffers * kTileBytes + (2 * kBuffers + kConsumers) * 8;
+  static constexpr int kTileBytes = kPanels * kPanelBytes;
+  static constexpr int kSharedBytes = kBuffers * kTileBytes + (2 * kBuffers + 10) * 8;
   static_assert(!S::kFp8, "products of 16-bit elements");
   using Rows = Flash<S, 1, kStrips>;
 
-  const Params& p;
-  const int group, lane, b, past, length, head, first_row;
-  u64* const full;
-  u64* const empty;
-  u64* const turn;
+  // Queries that a block takes. `b` is negative behind the last.
+  struct Queries { int b, past, length, head, first_row; };
 
-  VF_DEVICE HopperPrefill(const Params& params, const PrefillBlock& block)
-      : p(params), group(uniform(thread_index() / 128)), lane(thread_index() % 32), b(block_z()),
-        past(p.past_lengths[b]), length(query_length(p, b)), head(block.head),
-        first_row(block.queries * kRows),
-        full(reinterpret_cast<u64*>(shared_memory() + kBuffers * kTileBytes)),
-        empty(full + kBuffers), turn(empty + kBuffers) {}
+  const Params& p;
+  const int group, lane;
+  Queries at;      // those at hand
+  int before = 0;  // units of the ring that came before theirs
+
+  VF_DEVICE HopperPrefill(const Params& params)
+      : p(params), group(uniform(thread_index() / 128)), lane(thread_index() % 32) {}
+
+  // Behind the ring. A pointer each would take the producer's registers.
+  VF_DEVICE static u64* barrier(int i) {
+    return reinterpret_cast<u64*>(shared_memory() + kBuffers * kTileBytes) + i;
+  }
+  VF_DEVICE static u64* full(int buffer) { return barrier(buffer); }
+  VF_DEVICE static u64* empty(int buffer) { return barrier(kBuffers + buffer); }
+  VF_DEVICE static u64* handed(int slot) { return barrier(2 * kBuffers + slot); }
+  VF_DEVICE static u64* taken(int slot) { return barrier(2 * kBuffers + 2 + slot); }
+  // The last values, before those of no token are cleared.
+  VF_DEVICE static u64* landed() { return barrier(2 * kBuffers + 4); }
+  // Which queries are next.
+  VF_DEVICE static Queries* work(int slot) {
+    return reinterpret_cast<Queries*>(barrier(2 * kBuffers + 5)) + slot;
+  }
 
   VF_DEVICE static void run(const Params& p) {
-    HopperPrefill block(p, PrefillBlock(p, kRows));
-    if (block.first_row >= block.length) return;
+    start_next_kernel();
+    HopperPrefill block(p);
     if (thread_index() == 0) {
       for (int i = 0; i < kBuffers; ++i) {
-        barrier_init(&block.full[i], 128);
-        barrier_init(&block.empty[i], kConsumers * 4);
+        barrier_init(full(i), 1);
+        barrier_init(empty(i), kConsumers * 4);
       }
-      for (int i = 0; i < kConsumers; ++i) barrier_init(&block.turn[i], 4);
+      for (int i = 0; i < 2; ++i) {
+        barrier_init(handed(i), 1);
+        barrier_init(taken(i), kConsumers * 4);
+      }
+      barrier_init(landed(), 1);
+      publish_barriers();
     }
-    clear_padding();
     sync_threads();
+    wait_for_previous_kernel();
     if (block.group == kConsumers) {
-      give_registers<24>();
-      block.produce();
+      give_registers<56>();
+      if (thread_index() / 32 == kConsumers * 4) block.produce_all();
     } else {
-      take_registers<240>();
-      block.consume();
+      take_registers<224>();
+      block.consume_all();
+    }
+  }
+
+  VF_DEVICE Queries find_queries(int index) const {
+    const int blocks = ceil_div(p.max_query, kRows) * p.heads, b = index / blocks;
+    if (b >= p.batch) return {-1, 0, 0, 0, 0};
+    const PrefillBlock block(p, kRows, index - b * blocks);
+    return {b, p.past_lengths[b], query_length(p, b), block.head, block.queries * kRows};
+  }
+
+  // The next queries that nobody has. Whoever asks last of all leaves the counter as it was. A grid of
+  // as many blocks as there are of queries needs none.
+  VF_DEVICE int claim(int round) const {
+    const int all = p.batch * ceil_div(p.max_query, kRows) * p.heads;
+    if (grid_x() == all) return round == 0 ? block_x() : all;
+    const int index = count_device(p.arrivals);
+    if (index == all + grid_x() - 1) *p.arrivals = 0;
+    return index;
+  }
+
+  VF_DEVICE void produce_all() {
+    int cuts = 0;
+    for (int round = 0;; ++round) {
+      at = find_queries(shuffle_from(lane == 0 ? claim(round) : 0, 0));
+      const int slot = round % 2;
+      barrier_wait(taken(slot), (round / 2 & 1) ^ 1);
+      if (lane == 0) {
+        *work(slot) = at;
+        barrier_arrive(handed(slot));
+      }
+      if (at.b < 0) return;
+      if (at.first_row < at.length) produce(cuts);
+    }
+  }
+
+  VF_DEVICE void consume_all() {
+    for (int round = 0;; ++round) {
+      const int slot = round % 2;
+      barrier_wait(handed(slot), round / 2 & 1);
+      at = *work(slot);
+      sync_warp();  // all have read
+      if (lane == 0) barrier_arrive(taken(slot));
+      if (at.b < 0) return;
+      if (at.first_row < at.length) consume();
     }
   }
 
   // Tiles of keys that the queries before `row` of this chunk can see.
   VF_DEVICE int tiles_before(int row) const {
-    return ceil_div(past + (row < length ? row : length), kKeys);
+    return ceil_div(at.past + (row < at.length ? row : at.length), kKeys);
   }
 
-  VF_DEVICE void produce() const {
-    const int tiles = tiles_before(first_row + kRows);
-    const int kv_head = head / (p.heads / p.kv_heads);
-    int pending = 0;  // of the newest units, still to be announced
+  VF_DEVICE void produce(int& cuts) {
+    const int tiles = tiles_before(at.first_row + kRows), total = at.past + at.length;
+    const int kv_head = at.head / (p.heads / p.kv_heads), page_size = 1 << p.page_shift;
+    const int* pages = p.block_table + static_cast<i64>(at.b) * p.max_pages;
+    const auto find = [&](int tile) {  // lane i looks up the tile's page i
+      const int first = lane << p.page_shift, key = tile * kKeys + first;
+      return first < kKeys && key < total ? pages[key >> p.page_shift] : 0;
+    };
+    int page = find(0);
     for (int tile = 0; tile < tiles; ++tile) {
-      const int place = find(kv_head, tile * kKeys);
+      const int keys = total - tile * kKeys < kKeys ? total - tile * kKeys : kKeys;
+      const int boxes = ceil_div(keys, page_size);
+      const int row = (page * p.kv_heads + kv_head) << p.page_shift;
+      page = find(tile + 1);
+      int from[kStrips];  // of the boxes, for whoever will ask; not after the wait, where it takes time
+#pragma unroll
+      for (int i = 0; i < kStrips; ++i) from[i] = shuffle_from(row, i);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
-        const int unit = 2 * tile + half, buffer = unit % kBuffers;
-        const int parity = (unit / kBuffers & 1) ^ 1;
-        if (!barrier_passed(&empty[buffer], parity)) {  // rather than wait with news
-          if (pending == 2) announce<1>(unit - 2);
-          if (pending > 0) announce<0>(unit - 1);
-          pending = 0;
-        }
-        barrier_wait(&empty[buffer], parity);
-        copy(half == 0 ? p.key_pool : p.value_pool, place, tile * kKeys,
-             shared_memory() + buffer * kTileBytes);
-        copy_commit();
-        if (pending == 2) announce<2>(unit - 2);
-        pending = pending < 2 ? pending + 1 : 2;
-      }
-    }
-    if (pending == 2) announce<1>(2 * tiles - 2);
-    announce<0>(2 * tiles - 1);
-  }
-
-  // Once all but PENDING copies are there: products may read the unit.
-  template <int PENDING>
-  VF_DEVICE void announce(int unit) const {
-    copy_wait<PENDING>();
-    publish_shared();
-    barrier_arrive(&full[unit % kBuffers]);
-  }
-
-  // Where strip lane % 8 of a tile is: counted in strips from the start of a pool, the same in both.
-  VF_DEVICE int find(int kv_head, int first) const {
-    const int key = first + lane % kStrips * kStripKeys;
-    const int* pages = p.block_table + static_cast<i64>(b) * p.max_pages;
-    const int page = key < past + length ? pages[key >> p.page_shift] : 0;  // else: zeroes
-    return ((page * p.kv_heads + kv_head) << (p.page_shift - 4)) |
-           ((key & ((1 << p.page_shift) - 1)) / kStripKeys);
-  }
-
-  VF_DEVICE void copy(const void* pool, int place, int first, char* to) const {
-    constexpr int kLanes = D <= 64 ? 8 : 16;  // threads that share a row, 16 bytes each
-    constexpr int kStep = 128 / kLanes;       // rows that the warpgroup copies at once
-    // There are 24 registers, and rows that are no power of two long take more of them.
-    [[maybe_unused]] constexpr int kUnrolled = D % 64 == 0 ? kStrips : 2;
-    const int unit = thread_index() % kLanes, row = thread_index() % 128 / kLanes;
-    const int missing = past + length - first - row;
-    const char* from = static_cast<const char*>(pool) + (row * D + unit * 8) * 2;
-    to += unit / 8 * kPanelBytes + row * 128 + ((unit ^ row) & 7) * 16;
-#pragma unroll kUnrolled
-    for (int n = 0; n < kStrips; ++n) {
-      const char* strip = from + static_cast<i64>(shuffle_from(place, n)) * (kStripKeys * D * 2);
+        const int unit = before + 2 * tile + half, buffer = unit % kBuffers;
+        const bool cut = half == 1 && keys < kKeys;
+        char* to = shared_memory() + buffer * kTileBytes;
+        u64* there = cut ? landed() : full(buffer);
+        barrier_wait(empty(buffer), (unit / kBuffers & 1) ^ 1);
+        if (elect_one()) {
+          const TileMap* map = half == 0 ? &p.key_map : &p.value_map;
+          barrier_expect(there, boxes * page_size * 128 * kPanels);
 #pragma unroll
-      for (int i = 0; i < kStripKeys; i += kStep) {
-        if (unit < D / 8) {
-          copy_async<16>(to + (n * kStripKeys + i) * 128, strip + i * D * 2,
-                         n * kStripKeys + i < missing);
+          for (int i = 0; i < kStrips; ++i) {
+            if (i >= boxes) break;
+            char* box = to + i * page_size * 128;
+#pragma unroll
+            for (int panel = 0; panel < kPanels; ++panel) {
+              copy_tile(box + panel * kPanelBytes, map, panel * 64, from[i], there);
+            }
+          }
+        }
+        if (cut) {
+          barrier_wait(landed(), cuts++ & 1);
+          clear(to, keys, full(buffer));
         }
       }
     }
+    before += 2 * tiles;
   }
 
-  // Zeroes for half a step of dimensions if D is no multiple of 16; copies never touch them.
-  VF_DEVICE static void clear_padding() {
-    if constexpr (D % 16 != 0) {
-      constexpr int kUnit = D / 8;
-      for (int i = thread_index(); i < kBuffers * kKeys; i += kThreads) {
-        char* tile = shared_memory() + i / kKeys * kTileBytes + kUnit / 8 * kPanelBytes;
-        const int row = i % kKeys;
-        *reinterpret_cast<u32x4*>(tile + row * 128 + ((kUnit ^ row) & 7) * 16) = {0, 0, 0, 0};
+  // Values of no token become zeroes, 0 x NaN would reach the output; then the tile is announced.
+  VF_DEVICE void clear(char* tile, int keys, u64* announced) const {
+    for (int panel = 0; panel < kPanels; ++panel) {
+      for (int i = keys * 128 + lane * 16; i < kPanelBytes; i += 32 * 16) {
+        *reinterpret_cast<u32x4*>(tile + panel * kPanelBytes + i) = u32x4{0, 0, 0, 0};
       }
-      publish_shared();
     }
+    publish_shared();
+    sync_warp();
+    if (lane == 0) barrier_arrive(announced);
   }
 
   VF_DEVICE int row(int half) const {
-    return first_row + thread_index() / 32 * 16 + half * 8 + lane / 4;
+    return at.first_row + thread_index() / 32 * 16 + half * 8 + lane / 4;
   }
 
   VF_DEVICE void load_queries(Rows& rows) const {
     const bool rotated = p.cos != nullptr;
     const i64 stride = rotated ? static_cast<i64>(p.heads) * D : p.query_row;
     const Act* query = rotated
-        ? static_cast<const Act*>(p.rotated) + static_cast<i64>(b) * p.max_query * stride
-        : static_cast<const Act*>(p.query) + b * p.query_batch;
+        ? static_cast<const Act*>(p.rotated) + static_cast<i64>(at.b) * p.max_query * stride
+        : static_cast<const Act*>(p.query) + at.b * p.query_batch;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int s = row(h);
-      rows.load_query(0, h, s < length ? query + s * stride + static_cast<i64>(head) * D : nullptr,
-                      lane);
+      const Act* from = query + s * stride + static_cast<i64>(at.head) * D;
+      rows.load_query(0, h, s < at.length ? from : nullptr, lane);
     }
   }
 
@@ -189,42 +232,30 @@ struct HopperPrefill {
     products_commit();
   }
 
-  VF_DEVICE void consume() const {
+  VF_DEVICE void consume() {
     Rows rows;
     load_queries(rows);
     Output out;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) out[i / 4][i % 4] = 0.f;
-    const int mine = first_row + group * 64 < length ? tiles_before(first_row + group * 64 + 64) : 0;
+    const int all = tiles_before(at.first_row + kRows);
+    const int first = at.first_row + group * 64, mine = first < at.length ? tiles_before(first + 64) : 0;
     if (mine > 0) attend(rows, out, mine);
-    // What only the other group reads: the producer and the turns wait for both.
-    for (int tile = mine; tile < tiles_before(first_row + kRows); ++tile) {
-      for (int unit = 2 * tile; unit < 2 * tile + 2; ++unit) {
-        wait_full(unit);
-        release(unit);
-      }
-      if (tile > 0) {
-        take_turn(tile);
-        pass_turn();
-      }
+    for (int unit = 2 * mine; unit < 2 * all; ++unit) {  // what only the other group reads
+      wait_full(unit);
+      release(unit);
     }
+    before += 2 * all;
     if (mine > 0) store(rows, out);
   }
 
+  // Units are counted from the first of these queries.
+  VF_DEVICE int buffer(int unit) const { return (before + unit) % kBuffers; }
   VF_DEVICE void wait_full(int unit) const {
-    barrier_wait(&full[unit % kBuffers], unit / kBuffers & 1);
+    barrier_wait(full(buffer(unit)), (before + unit) / kBuffers & 1);
   }
   VF_DEVICE void release(int unit) const {
-    if (lane == 0) barrier_arrive(&empty[unit % kBuffers]);
-  }
-
-  // From tile 1 on, group 0 issues its products for a tile before group 1 does, and group 1 before
-  // group 0 does for the next. The first turn of group 0 waits for nobody.
-  VF_DEVICE void take_turn(int tile) const {
-    if constexpr (TURNS) barrier_wait(&turn[group], (tile & 1) ^ (group == 0 ? 0 : 1));
-  }
-  VF_DEVICE void pass_turn() const {
-    if (TURNS && lane == 0) barrier_arrive(&turn[1 - group]);
+    if (lane == 0) barrier_arrive(empty(buffer(unit)));
   }
 
   VF_DEVICE void attend(Rows& rows, Output& out, int tiles) const {
@@ -234,7 +265,7 @@ struct HopperPrefill {
     float shrink[2];
     wait_full(0);
     products_begin();
-    issue_scores(s, rows, 0);
+    issue_scores(s, rows, buffer(0));
     products_wait<0>();
     products_done(s);
     release(0);
@@ -245,11 +276,9 @@ struct HopperPrefill {
     for (int i = 1; i < tiles; ++i) {
       const int keys = 2 * i, values = 2 * i - 1;  // the tile's scores, its predecessor's output
       wait_full(keys);
-      take_turn(i);
       products_begin();
-      issue_scores(s, rows, keys % kBuffers);
-      issue_output(out, weights, values % kBuffers);
-      pass_turn();
+      issue_scores(s, rows, buffer(keys));
+      issue_output(out, weights, buffer(values));
       products_wait<1>();
       products_done(s);
       release(keys);
@@ -267,7 +296,7 @@ struct HopperPrefill {
     }
     const int last = 2 * tiles - 1;
     products_begin();
-    issue_output(out, weights, last % kBuffers);
+    issue_output(out, weights, buffer(last));
     products_wait<0>();
     products_done(out);
     release(last);
@@ -275,9 +304,9 @@ struct HopperPrefill {
   }
 
   VF_DEVICE void soften(Rows& rows, typename Rows::Scores& scores, float (&shrink)[2], int tile) const {
-    if ((tile + 1) * kKeys - 1 > past + first_row + thread_index() / 32 * 16) {
+    if ((tile + 1) * kKeys - 1 > at.past + at.first_row + thread_index() / 32 * 16) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) rows.mask(scores, 0, h, tile * kKeys, past + row(h), lane);
+      for (int h = 0; h < 2; ++h) rows.mask(scores, 0, h, tile * kKeys, at.past + row(h), lane);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) shrink[h] = rows.soften_row(scores, 0, h, p.scale_log2);
@@ -298,9 +327,9 @@ struct HopperPrefill {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int s = row(h);
-      if (s >= length) continue;
-      Act* to = static_cast<Act*>(p.out) + b * p.out_batch + s * p.out_row +
-                static_cast<i64>(head) * D + 2 * (lane % 4);
+      if (s >= at.length) continue;
+      Act* to = static_cast<Act*>(p.out) + at.b * p.out_batch + s * p.out_row +
+                static_cast<i64>(at.head) * D + 2 * (lane % 4);
       const float factor = p.value_scale / rows.sum[0][h];
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {

@@ -13,7 +13,7 @@ namespace vf {
 constexpr int kStripKeys = 16;
 
 // Act: f16 or bf16, the type of the mma operands. Kv: Act, or e4m3, converted as fragments are made.
-template <class Act_, class Kv_, int D_>
+template <class Act_, class Kv_, int D_, int PITCH = 0>
 struct Strip {
   using Act = Act_;
   using Kv = Kv_;
@@ -24,7 +24,8 @@ struct Strip {
   static constexpr int kRowBytes = D * static_cast<int>(sizeof(Kv));
   static constexpr int kCopy = kRowBytes % 16 == 0 ? 16 : 8;
   static constexpr int kCopies = kRowBytes / kCopy;  // per row
-  static constexpr int kPitch = ((kSteps * static_cast<int>(sizeof(Kv))) | 1) * 16;
+  static constexpr int kPitch =
+      PITCH > 0 ? PITCH : ((kSteps * static_cast<int>(sizeof(Kv))) | 1) * 16;
   static constexpr int kBytes = kStripKeys * kPitch;
   static_assert(D % 8 == 0, "rows are copied in units of 8 elements");
 
@@ -59,8 +60,9 @@ struct Strip {
     return step * 16 + (kFp8 ? 4 * quad + 2 * i : 8 * i + 2 * quad);
   }
 
-  // First of the two outputs that output_pair gives.
-  VF_DEVICE static int out_dim(int step, int i, int quad) { return pair_dim(step, i, quad); }
+  // Where the pair of outputs that output_pair gives lies in a row of sums, and where dimension d does.
+  VF_DEVICE static int pair_slot(int step, int i, int quad) { return pair_dim(step, i, quad); }
+  VF_DEVICE static int slot(int d) { return d; }
 
   // B operands of scores += Q K^T: b[0..1] for keys 0-7, b[2..3] for keys 8-15.
   VF_DEVICE static void key_fragment(u32 (&b)[4], const char* shared, int step, int lane) {

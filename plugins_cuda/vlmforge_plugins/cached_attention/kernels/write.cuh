@@ -56,11 +56,15 @@ struct HeadPair {
 // keys, its values and, if they are to be rotated, its queries.
 template <class Act, class Kv, int D>
 VF_DEVICE void write_token(const Params& p) {
+  wait_for_previous_kernel();  // first, so that what decode reads before its own wait is all there
+  start_next_kernel();
   constexpr int kItems = D / 8;  // per head
   const int b = block_z(), s = block_y();
-  if (p.arrivals != nullptr && block_x() == 0 && s == 0) {  // decode's, of this row
-    const int tiles = p.kv_heads * ceil_div(p.heads / p.kv_heads, 16);
-    for (int i = thread_index(); i < tiles; i += kWriteThreads) p.arrivals[b * tiles + i] = 0;
+  if (block_x() == 0 && s == 0) {  // a share of them
+    const int each = ceil_div(p.counters, p.batch);
+    for (int i = thread_index(); i < each && b * each + i < p.counters; i += kWriteThreads) {
+      p.arrivals[b * each + i] = 0;
+    }
   }
   if (s >= query_length(p, b)) return;
   int item = block_x() * kWriteThreads + thread_index();
