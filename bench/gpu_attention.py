@@ -14,13 +14,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from gpu_timing import Work, copy_bandwidths, matmul_rate, medians, read_bandwidth
 from vlmforge_plugins.cached_attention.config import Config, Sizes
 from vlmforge_plugins.cached_attention.launcher import Kernels, Rows, Scales, Tensors, run
-from vlmforge_plugins.cached_attention.plan import Machine, Plan, Shape, plan
+from vlmforge_plugins.cached_attention.plan import Machine, Plan, Shape, apart, plan
 
 HEADS = 32
 D = 128
 PAGE = 64
 CACHE_BYTES = 512 << 20  # a round reads at least this much: several times any L2
 BUFFER_BYTES = 40 << 30
+POSITIONS = 32768
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -76,6 +77,7 @@ class Stage:
         self.buffer = torch.empty(BUFFER_BYTES // 2, dtype=torch.float16, device="cuda")
         for part in self.buffer.split(1 << 30):
             part.normal_()
+        self.angles = torch.rand(POSITIONS, 64, device="cuda")  # their cosines, and sines
 
     def rounds(self, point: Point) -> list[int]:
         """Byte offsets of disjoint pools (keys, then values) that a round walks through.
@@ -96,7 +98,7 @@ class Stage:
         ordered: bool = False,
         write: bool = False,
     ) -> list[Work]:
-        """Attention; the new tokens are rotated already and, but for `write`, in the pools.
+        """Attention; the new tokens are rotated already and in the pools, or `write` does both.
 
         `change` makes a variant of the plan; `ordered` lays the pages down in order.
         """
@@ -108,7 +110,8 @@ class Stage:
             point.kv_heads,
             point.page_size,
             -(-point.total // point.page_size),
-            rotary=False,
+            rotary=write,
+            positions=POSITIONS,
         )
         chosen = change(plan(shape, sizes, machine))
         if not write:
@@ -144,8 +147,8 @@ class Stage:
             start,
             start + point.pool_bytes,
             pages,
-            0,
-            0,
+            self.angles.data_ptr() if shape.rotary else 0,
+            self.angles.data_ptr() if shape.rotary else 0,
             lengths.data_ptr(),
             0,
             table.data_ptr(),
@@ -174,12 +177,6 @@ class Stage:
 def _sdpa(backend: SDPBackend, q: Any, k: Any, v: Any, causal: bool) -> None:
     with sdpa_kernel(backend):
         scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def apart(chosen: Plan) -> Plan:
-    """The same, each kernel launched when the one in front of it has ended."""
-    launches = tuple(replace(launch, overlaps=False) for launch in chosen.launches)
-    return replace(chosen, launches=launches)
 
 
 def decode_points() -> Iterator[Point]:

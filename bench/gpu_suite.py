@@ -1,11 +1,11 @@
 """Everything about the attention kernels that needs a GPU, in one command of under 10 minutes.
 
-    python3 bench/gpu_suite.py [test] [bench] [tune] [--out out/gpu]
+    python3 bench/gpu_suite.py [test] [grid] [bench] [tune] [--out out/gpu]
 
 Needs python3, numpy, torch, cuda-bindings, and nvcc or NVRTC; not vlmforge's environment, and no
 TensorRT. `test`: the cases of tests/plugins_cuda on the GPU, CUDA graphs, compute-sanitizer.
-`bench`: the kernels against the machine's own ceilings and torch's SDPA, into a JSON file; from it
-gpu_report.py makes plugins_cuda/BENCH.md.
+`grid`: all cases that there are (minutes). `bench`: the kernels against the machine's own ceilings
+and torch's SDPA, into a JSON file; from it gpu_report.py makes plugins_cuda/BENCH.md.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "plugins_cuda"), str(ROOT / "tests"), str(ROOT / "bench")]
 
-import numpy as np  # noqa: E402 - the path comes first
-
-from attention_backends import CudaBackend, addresses, cuda_backend  # noqa: E402
-from attention_cases import Batch, Case, covering, make, verify  # noqa: E402
+from attention_backends import CudaBackend, cuda_backend  # noqa: E402
+from attention_cases import Case, covering, grid  # noqa: E402
+from gpu_checks import (  # noqa: E402
+    GRAPH_CASES,
+    check_cases,
+    check_chain,
+    check_graph,
+    check_narrow,
+)
 from vlmforge_plugins.cached_attention.compile import (  # noqa: E402
     Compiler,
     Nvcc,
@@ -42,10 +46,6 @@ from vlmforge_plugins.cached_attention.config import (  # noqa: E402
     sizes,
     targets,
 )
-from vlmforge_plugins.cached_attention.driver import call  # noqa: E402
-from vlmforge_plugins.cached_attention.launcher import run  # noqa: E402
-from vlmforge_plugins.cached_attention.plan import _decode as decode_launches  # noqa: E402
-from vlmforge_plugins.cached_attention.plan import plan, workspace  # noqa: E402
 from vlmforge_plugins.errors import CompileError  # noqa: E402
 
 
@@ -78,122 +78,6 @@ def best_compiler() -> Compiler:
         return Nvrtc()
 
 
-def check_cases(backend: CudaBackend, cases: Sequence[Case]) -> list[str]:
-    """Runs cases and prints the worst; returns what failed."""
-
-    def judge(case: Case, batch: Batch, after: dict[str, Any]) -> tuple[str, float]:
-        try:
-            return "", verify(batch, after)
-        except AssertionError as error:
-            return f"{case.name}: {error}", float("inf")
-
-    with ThreadPoolExecutor(16) as pool:
-        batches = pool.map(make, cases)
-        verdicts = [
-            pool.submit(judge, case, batch, backend.run(batch))
-            for case, batch in zip(cases, batches, strict=True)
-        ]
-        results = [verdict.result() for verdict in verdicts]
-    failures = [words for words, _ in results if words]
-    worst = max((share for _, share in results if np.isfinite(share)), default=0.0)
-    print(
-        f"  {len(cases)} cases, {len(failures)} failed; worst error {worst:.2f} x naive (limit 2)"
-    )
-    return failures
-
-
-def check_narrow(backend: CudaBackend, cases: Sequence[Case]) -> list[str]:
-    """Decode with narrow blocks, which plans take only for more rows than these cases have."""
-    failures, count = [], 0
-    for case in cases:
-        batch = make(case)
-        if batch.shape.max_query > 1:
-            continue
-        compiled = sizes(case.config, backend.target)
-        chosen = plan(batch.shape, compiled, backend.machine)
-        forced = replace(
-            chosen,
-            splits=1,
-            launches=(chosen.launches[0], *decode_launches(batch.shape, compiled, 1, True)),
-            workspace=workspace(batch.shape, case.head_size, 1),
-        )
-        count += 1
-        try:
-            verify(batch, backend.run_plan(batch, forced, backend.kernels(case.config)))
-        except AssertionError as error:
-            failures.append(f"narrow {case.name}: {error}")
-    print(f"  {count} cases with narrow blocks, {len(failures)} failed")
-    return failures
-
-
-def check_graph(backend: CudaBackend, case: Case) -> list[str]:
-    """A captured call, replayed after the lengths in device memory changed, equals an eager one."""
-    from cuda.bindings import driver
-
-    batch = make(case)
-    shape = replace(
-        batch.shape,
-        max_total=batch.shape.max_pages * case.page_size,
-        positions=batch.shape.max_pages * case.page_size,
-    )
-    chosen = plan(shape, sizes(case.config, backend.target), backend.machine)
-    kernels = backend.kernels(case.config)
-    stream = call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value)
-    arrays = {**batch.arrays, "workspace": np.full(chosen.workspace.size + 256, 255, np.uint8)}
-    at = {name: int(call(driver.cuMemAlloc, array.nbytes)) for name, array in arrays.items()}
-
-    def upload(past: np.ndarray) -> None:
-        for name, array in {**arrays, "past_lengths": past}.items():
-            kept = np.ascontiguousarray(array)
-            call(driver.cuMemcpyHtoD, at[name], kept.ctypes.data, kept.nbytes)
-
-    def enqueue() -> None:
-        run(
-            chosen,
-            addresses(batch, at.__getitem__, at["workspace"]),
-            batch.scales,
-            kernels,
-            int(stream),
-        )
-
-    def output() -> np.ndarray:
-        call(driver.cuStreamSynchronize, stream)
-        out = np.empty_like(batch.arrays["out"])
-        call(driver.cuMemcpyDtoH, out.ctypes.data, at["out"], out.nbytes)
-        return out
-
-    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
-    call(driver.cuStreamBeginCapture, stream, mode)
-    enqueue()
-    graph = call(driver.cuGraphInstantiate, call(driver.cuStreamEndCapture, stream), 0)
-    failures = []
-    for shorter in (0, 1, 17):
-        past = np.maximum(batch.past - shorter, 0).astype(np.int32)
-        outputs = []
-        for launch in (enqueue, lambda: call(driver.cuGraphLaunch, graph, stream)):
-            upload(past)
-            launch()
-            outputs.append(output())
-        if not (outputs[0] == outputs[1]).all():
-            failures.append(f"graph of {case.name} with lengths - {shorter}: replay differs")
-        if shorter == 0:
-            failures += _judged(batch, outputs[1])
-    for pointer in at.values():
-        call(driver.cuMemFree, pointer)
-    return failures
-
-
-def _judged(batch: Batch, out: np.ndarray) -> list[str]:
-    """The outputs that must be there are."""
-    rows = [out[b, :n] for b, n in enumerate(batch.new)]
-    return ["graph: an output is missing"] if any((r == 0xFFFF).any() for r in rows) else []
-
-
-GRAPH_CASES = (
-    Case("decode", "float16", "float16", 128, 4, 4097, 64),
-    Case("decode", "bfloat16", "float8_e4m3fn", 80, 7, 989, 16),
-    Case("chunk", "float16", "float16", 128, 8, 989, 32),
-)
 SANITIZED = (
     Case("decode", "float16", "float16", 128, 4, 989, 64),
     Case("decode", "bfloat16", "float8_e4m3fn", 104, 20, 65, 16),
@@ -241,6 +125,10 @@ def test(backend: CudaBackend, out: Path, strength: int) -> list[str]:
     for case in GRAPH_CASES:
         failures += check_graph(backend, case)
     print(f"  graphs: {len(GRAPH_CASES)} captured and replayed")
+    chained = [c for c in configs() if c.stored == "float8_e4m3fn" or c.activation == "float16"]
+    for config in chained:
+        failures += check_chain(backend, config)
+    print(f"  chains: of {len(chained)} configurations, overlapping and apart")
     return failures + sanitize(out)
 
 
@@ -321,6 +209,9 @@ def main() -> None:
         print(
             "\n".join(failures[:20]), f"\ntested in {time.monotonic() - started:.0f} s", flush=True
         )
+    if "grid" in options.steps:
+        failures += check_cases(backend, list(grid()))
+        print("\n".join(failures[:20]), f"\nwhole grid: {time.monotonic() - started:.0f} s")
     if "tune" in options.steps:
         from gpu_tune import tune
 

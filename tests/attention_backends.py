@@ -71,10 +71,10 @@ def addresses(batch: Batch, at: Callable[[str], int], scratch: int) -> Tensors:
 
 
 @cache
-def host_library(chosen: Sizes) -> ctypes.CDLL:
+def host_library(chosen: Sizes, sources: Path = SOURCES) -> ctypes.CDLL:
     """The kernels' sources compiled by g++; kept by the content of all that goes in."""
     files = [
-        p for folder in (SOURCES, HOST_SOURCES) for p in sorted(folder.iterdir()) if p.is_file()
+        p for folder in (sources, HOST_SOURCES) for p in sorted(folder.iterdir()) if p.is_file()
     ]
     flags = [
         "-std=c++20",
@@ -94,7 +94,7 @@ def host_library(chosen: Sizes) -> ctypes.CDLL:
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)
         beside = library.with_suffix(f".{os.getpid()}")
-        command = ["g++", *flags, f"-I{SOURCES}", f"-I{HOST_SOURCES}"]
+        command = ["g++", *flags, f"-I{sources}", f"-I{HOST_SOURCES}"]
         command += [str(HOST_SOURCES / "kernels.cpp"), "-o", str(beside)]
         subprocess.run(command, check=True)
         beside.rename(library)
@@ -104,12 +104,12 @@ def host_library(chosen: Sizes) -> ctypes.CDLL:
 class HostKernels:
     """The host build behind the interface of `CudaKernels`.
 
-    A kernel that overlaps with the one in front is run as if all of it began first: until a block
+    A kernel that overlaps with the one in front is run as if all of it began first: until a thread
     waits, it finds `written` as it was before that one.
     """
 
-    def __init__(self, chosen: Sizes, direction: int = 1) -> None:
-        self._library = host_library(chosen)
+    def __init__(self, chosen: Sizes, direction: int = 1, sources: Path = SOURCES) -> None:
+        self._library = host_library(chosen, sources)
         self._direction = direction
         self.written: list[NDArray[Any]] = []  # what vf_write may change
         self._before: list[bytes] = []
@@ -136,8 +136,11 @@ class HostKernels:
             self._direction,
         )
         self._library.vf_late(None, None, None, ctypes.c_long(0))
-        problem = {1: "wrote behind its shared memory", 2: "did not wait for the kernel in front"}
-        assert status == 0, f"{launch.kernel}: a block {problem[status]}"
+        problem = {
+            1: "a block wrote behind its shared memory",
+            2: "a thread did not wait for the kernel in front",
+        }
+        assert status == 0, f"{launch.kernel}: {problem[status]}"
 
 
 class HostBackend:

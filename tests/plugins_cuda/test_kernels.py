@@ -18,7 +18,7 @@ from attention_backends import (
 )
 from attention_cases import KINDS, TYPES, Batch, Case, covering, grid, make, verify
 from vlmforge_plugins.cached_attention import plan as planning
-from vlmforge_plugins.cached_attention.compile import Nvrtc, compile_one
+from vlmforge_plugins.cached_attention.compile import SOURCES, Nvrtc, compile_one
 from vlmforge_plugins.cached_attention.config import (
     HEAD_SIZES,
     TARGETS,
@@ -212,6 +212,31 @@ def test_the_verdict_sees_a_wrong_output() -> None:
     after["out"][row, :, 7] = after["out"][row, :, 8]
     with pytest.raises(AssertionError, match="naively"):
         verify(batch, after)
+
+
+@pytest.mark.parametrize(
+    ("wait", "words"),
+    [
+        ("if (key + kStripKeys >= total) wait_for_previous_kernel();", "not finite"),
+        ("    wait_for_previous_kernel();\n", "did not wait"),
+    ],
+    ids=["the newest token", "the end"],
+)
+def test_a_wait_that_is_left_out_is_seen(wait: str, words: str, tmp_path: Path) -> None:
+    """The host build shows what a kernel reads before the one in front has written it."""
+    for path in SOURCES.iterdir():
+        text = path.read_text("utf-8")
+        if path.name == "decode.cuh":
+            assert text.count(wait) == 1
+            text = text.replace(wait, "")
+        (tmp_path / path.name).write_text(text, "utf-8")
+    case = Case("decode", "float16", "float16", 64, 4, 19, 16)
+    batch, compiled = make(case), sizes(case.config, SM_90)
+    chosen = plan(batch.shape, compiled, HostBackend.machine)
+    verify(batch, HostBackend().run_plan(batch, chosen, HostKernels(compiled)))
+    with pytest.raises(AssertionError, match=words):
+        damaged = HostKernels(compiled, sources=tmp_path)
+        verify(batch, HostBackend().run_plan(batch, chosen, damaged))
 
 
 BUILT = sorted({(c.config, c.target) for c in COVERING}, key=str)

@@ -163,13 +163,15 @@ class Sizes:
 
     @property
     def decode_bytes(self) -> int:
-        """Shared memory of a block of decode: the ring, or the merge of its warps if larger."""
+        """Shared memory of a block of decode: the ring, or its warps' merge; rotated queries."""
         steps = -(-self.config.head_size // 16)
         merge = self.decode_warps * 16 * (steps * 16 + 8 + 2) * 4
+        queries = 16 * (self.config.head_size + 20) * 2
         strips = self.decode_warps * self.decode_stages
         if self.decode_bulk:  # and a barrier for each pair of strips
-            return max(strips * 4 * STRIP_KEYS * self.config.head_size, merge) + strips * 8
-        return max(strips * 2 * self.strip_bytes, merge)
+            ring = strips * 4 * STRIP_KEYS * self.config.head_size
+            return max(ring, merge) + queries + strips * 8
+        return max(strips * 2 * self.strip_bytes, merge) + queries
 
     @property
     def decode_registers(self) -> int:

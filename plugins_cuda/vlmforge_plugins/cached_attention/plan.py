@@ -24,8 +24,6 @@ MIN_SPLIT_KEYS = 64  # Splits::kMinKeys
 GRID_LIMIT = 65535  # of a grid's y and z
 CACHE_BYTES = 24 << 20
 NARROW_KEYS = 1024
-NARROW_ROWS = 8
-OVERLAP_KEYS = 16384
 
 
 @dataclass(frozen=True)
@@ -154,6 +152,12 @@ class Plan:
     tiled: bool = False
 
 
+def apart(chosen: Plan) -> Plan:
+    """The same, each kernel launched when the one in front of it has ended; for comparison."""
+    launches = tuple(replace(launch, overlaps=False) for launch in chosen.launches)
+    return replace(chosen, launches=launches)
+
+
 def head_tiles(shape: Shape) -> int:
     """Tensor-core tiles of 16 rows that the query heads of one key head fill in decode."""
     return -(-(shape.heads // shape.kv_heads) // 16)
@@ -214,8 +218,9 @@ def heads_together(shape: Shape, sizes: Sizes) -> int:
 
 
 def workspace(shape: Shape, head_size: int, splits: int) -> Workspace:
-    """Scratch for the rotated queries, for decode's partial results, for what blocks count."""
-    rotated = 2 * shape.batch * shape.max_query * shape.heads * head_size if shape.rotary else 0
+    """Scratch for prefill's rotated queries, decode's partial results, and what blocks count."""
+    rotate = shape.rotary and shape.max_query > 1
+    rotated = 2 * shape.batch * shape.max_query * shape.heads * head_size if rotate else 0
     slots = shape.batch * shape.heads * splits if splits > 1 else 0
     partial_out = _aligned(rotated)
     partial_lse = partial_out + _aligned(4 * slots * head_size)
@@ -263,7 +268,8 @@ def max_workspace(largest: Shape, sizes: Sizes, machine: Machine) -> int:
 
 
 def _write(shape: Shape, sizes: Sizes) -> Launch:
-    heads = 2 * shape.kv_heads + (shape.heads if shape.rotary else 0)
+    rotate = shape.rotary and shape.max_query > 1  # decode rotates its queries itself
+    heads = 2 * shape.kv_heads + (shape.heads if rotate else 0)
     blocks = -(-heads * (sizes.config.head_size // 8) // WRITE_THREADS)
     grid = (blocks, shape.max_query, shape.batch)
     return Launch("vf_write", grid, WRITE_THREADS, overlaps=sizes.overlap)
@@ -272,15 +278,11 @@ def _write(shape: Shape, sizes: Sizes) -> Launch:
 def narrow_blocks(shape: Shape, sizes: Sizes, splits: int, machine: Machine) -> bool:
     """Whether decode takes narrow blocks, so that one's start and merge meet another's reads.
 
-    For more blocks than run at once, if these are soon done, or have much to merge, or little to
-    read: measured on an H200.
+    For more blocks than run at once, if these are soon done: measured on an H200 and an H100.
     """
     blocks = shape.batch * shape.kv_heads * head_tiles(shape)
-    if splits > 1 or blocks <= decode_slots(sizes, machine):
-        return False
-    short = shape.max_total <= NARROW_KEYS
-    tall = shape.heads // shape.kv_heads >= NARROW_ROWS
-    return sizes.narrow_warps < sizes.decode_warps and (short or tall or sizes.config.fp8)
+    many = splits == 1 and blocks > decode_slots(sizes, machine)
+    return many and sizes.narrow_warps < sizes.decode_warps and shape.max_total <= NARROW_KEYS
 
 
 def _decode(shape: Shape, sizes: Sizes, splits: int, narrow: bool = False) -> tuple[Launch, ...]:
@@ -288,10 +290,7 @@ def _decode(shape: Shape, sizes: Sizes, splits: int, narrow: bool = False) -> tu
     if narrow:
         sizes = sizes.narrow
     name = "vf_decode_narrow" if narrow else "vf_decode"
-    # Blocks that read for long are faster in step: neighbours' keys lie in the same page. An early
-    # start of some, worth 2 us, puts them out of it.
-    overlaps = sizes.overlap and split_keys(shape.max_total, splits) <= OVERLAP_KEYS
-    attend = Launch(name, grid, 32 * sizes.decode_warps, sizes.decode_bytes, overlaps)
+    attend = Launch(name, grid, 32 * sizes.decode_warps, sizes.decode_bytes, sizes.overlap)
     if splits == 1 or sizes.fused:
         return (attend,)
     heads = -(-shape.heads // (COMBINE_THREADS // 32))

@@ -44,6 +44,7 @@ struct Fibre {
   void* argument = nullptr;
   std::vector<Copy> copies;    // asynchronous copies not yet made, oldest first
   std::vector<size_t> groups;  // where each committed group of them ends
+  bool waited = false;         // for the kernel in front
 };
 
 using Operation = void (*)(void* const* arguments);  // of all threads that meet
@@ -61,10 +62,10 @@ struct Block {
   int shared_bytes = 0;
   void (*kernel)(const void*) = nullptr;
   const void* params = nullptr;
-  bool waited = false;  // for the kernel in front
+  bool left_early = false;  // a thread that had not waited for the kernel in front
 };
 
-// What the kernel in front writes, when one is launched to overlap: each block finds it as it was, and
+// What the kernel in front writes, when one is launched to overlap: each thread finds it as it was, and
 // as it became from its wait on. So whoever reads too early reads what is not there yet.
 struct Late {
   void* at;
@@ -75,7 +76,14 @@ struct Late {
 
 inline Block block;
 inline std::vector<Late> late;
+inline bool shown = false;  // which of both is in memory
 inline Fibre* self = nullptr;
+
+inline void show(bool after) {
+  if (shown == after) return;
+  shown = after;
+  for (const Late& part : late) std::memcpy(part.at, after ? part.after : part.before, part.bytes);
+}
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers of one stack and restores another's: some 2 ns, which is why this
@@ -95,12 +103,14 @@ vf_switch:
 inline void switch_to(Fibre* to) {
   Fibre* from = self;
   self = to;
+  show(to->waited);
   vf_switch(&from->stack_pointer, to->stack_pointer);
 }
 #else
 inline void switch_to(Fibre* to) {
   Fibre* from = self;
   self = to;
+  show(to->waited);
   swapcontext(&from->context, &to->context);
 }
 #endif
@@ -124,6 +134,7 @@ inline void yield() {
 inline void entry() {
   block.kernel(block.params);
   self->state = State::kDone;
+  if (!self->waited) block.left_early = true;
   ++block.done;
   yield();
   die("a finished thread was resumed");
@@ -133,6 +144,7 @@ inline void start(Fibre& fibre) {
   constexpr size_t kStack = 128 << 10;
   if (fibre.stack.empty()) fibre.stack.resize(kStack);
   fibre.state = State::kReady;
+  fibre.waited = false;
   fibre.copies.clear();
   fibre.groups.clear();
 #if defined(__x86_64__)
@@ -211,19 +223,14 @@ inline void complete_copies(size_t pending) {
 
 // Copies that were asked for before the wait may be made before it: here they are.
 inline void wait_for_previous() {
-  if (late.empty()) return;
+  if (self->waited) return;
   complete_copies(0);
-  block_barrier();
-  if (!block.waited) {
-    block.waited = true;
-    for (const Late& part : late) std::memcpy(part.at, part.after, part.bytes);
-  }
-  block_barrier();
+  self->waited = true;
+  show(true);
 }
 
 inline void run_block(int direction) {
-  block.waited = false;
-  for (const Late& part : late) std::memcpy(part.at, part.before, part.bytes);
+  block.left_early = false;
   block.direction = direction;
   block.done = block.in_block = 0;
   std::memset(block.in_warp, 0, sizeof(block.in_warp));

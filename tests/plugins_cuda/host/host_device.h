@@ -179,12 +179,8 @@ VF_DEVICE void prefetch_l2(const void*) {}
 VF_DEVICE int arrive_device(int* at) { return (*at)++; }
 VF_DEVICE int count_device(int* at) { return (*at)++; }
 
-VF_DEVICE void make_bulk_copies();
 VF_DEVICE void start_next_kernel() {}
-VF_DEVICE void wait_for_previous_kernel() {
-  if (!vf_host::late.empty()) make_bulk_copies();
-  vf_host::wait_for_previous();
-}
+VF_DEVICE void wait_for_previous_kernel() { vf_host::wait_for_previous(); }
 
 VF_DEVICE float exp2_approx(float x) { return std::exp2(x); }
 VF_DEVICE float log2_approx(float x) { return std::log2(x); }

@@ -97,8 +97,9 @@ VF_DEVICE void publish_shared() {}
 struct HostBarrier { unsigned char arrivals, pending; u16 phase; int bytes; };  // still to come
 static_assert(sizeof(HostBarrier) == sizeof(u64));
 
-// Bulk copies not yet made: they are made when somebody waits for their barrier, and no sooner.
-struct BulkCopy { std::function<void()> make; int bytes; u64* barrier; };
+// Bulk copies not yet made: they are made when somebody waits for their barrier, and no sooner; but
+// what they find is what there was when they were asked for.
+struct BulkCopy { std::function<void()> make; int bytes; u64* barrier; bool waited; };
 inline std::vector<BulkCopy> bulk_copies;
 
 VF_DEVICE void end_phase_if_done(HostBarrier* state) {
@@ -126,7 +127,7 @@ VF_DEVICE void copy_bulk(void* shared, const void* global, int bytes, u64* barri
   const auto ends = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
   if ((ends | static_cast<uintptr_t>(bytes)) % 16 != 0) vf_host::die("bulk copy: not aligned");
   const auto make = [=] { std::memcpy(shared, global, static_cast<size_t>(bytes)); };
-  bulk_copies.push_back({make, bytes, barrier});
+  bulk_copies.push_back({make, bytes, barrier, vf_host::self->waited});
 }
 
 // What HostKernels puts in place of a tensor map.
@@ -146,24 +147,25 @@ VF_DEVICE void copy_tile(void* shared, const TileMap* map, int column, int row, 
       else std::memset(to, 0, 16);
     }
   };
-  bulk_copies.push_back({make, static_cast<int>(host.box_rows) * 128, barrier});
+  const int bytes = static_cast<int>(host.box_rows) * 128;
+  bulk_copies.push_back({make, bytes, barrier, vf_host::self->waited});
 }
-// Those of one barrier, or all.
 VF_DEVICE void make_bulk_copies(u64* barrier) {
   for (size_t i = 0; i < bulk_copies.size();) {
     const BulkCopy copy = bulk_copies[i];
-    if (barrier != nullptr && copy.barrier != barrier) {
+    if (copy.barrier != barrier) {
       ++i;
       continue;
     }
     auto* state = reinterpret_cast<HostBarrier*>(copy.barrier);
+    vf_host::show(copy.waited);
     copy.make();
+    vf_host::show(vf_host::self->waited);
     state->bytes -= copy.bytes;
     bulk_copies.erase(bulk_copies.begin() + static_cast<long>(i));
     end_phase_if_done(state);
   }
 }
-VF_DEVICE void make_bulk_copies() { make_bulk_copies(nullptr); }
 VF_DEVICE void barrier_wait(u64* barrier, int parity) {
   const auto* state = reinterpret_cast<const HostBarrier*>(barrier);
   make_bulk_copies(barrier);

@@ -15,8 +15,8 @@ constexpr int kGuard = 256;
 }  // namespace
 
 // Runs a kernel over its grid. Shared memory is exactly `shared_bytes`, poisoned for every block.
-// Returns 0, 1 if a block wrote behind its shared memory, 2 if one ended without waiting for the kernel
-// in front although it overlaps with that.
+// Returns 0, 1 if a block wrote behind its shared memory, 2 if a thread ended without waiting for the
+// kernel in front although it overlaps with that.
 extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x, int grid_y,
                          int grid_z, int threads, int shared_bytes, int direction) {
   auto& block = vf_host::block;
@@ -41,7 +41,7 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
       for (block.x = 0; block.x < grid_x; ++block.x) {
         std::memset(start, kPoison, static_cast<size_t>(shared_bytes) + kGuard);
         vf_host::run_block(direction);
-        if (!vf_host::late.empty() && !block.waited) return 2;
+        if (!vf_host::late.empty() && block.left_early) return 2;
         for (int i = 0; i < kGuard; ++i) {
           if (start[shared_bytes + i] != kPoison) return 1;
         }
@@ -51,10 +51,17 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
   return 0;
 }
 
-// What the kernel in front of the next launch changes, see Late. None: bytes 0.
-extern "C" void vf_late(void* at, const void* before, const void* after, long bytes) {
-  if (bytes == 0) vf_host::late.clear();
-  else vf_host::late.push_back({at, before, after, static_cast<size_t>(bytes)});
+// What the kernel in front of the next launch changes, see Late: of these bytes, the lines of 64 that
+// differ. None: `at` is null.
+extern "C" void vf_late(char* at, const char* before, const char* after, long bytes) {
+  vf_host::show(true);
+  if (at == nullptr) vf_host::late.clear();
+  for (long i = 0; i < bytes; i += 64) {
+    const auto size = static_cast<size_t>(bytes - i < 64 ? bytes - i : 64);
+    if (std::memcmp(before + i, after + i, size) != 0) {
+      vf_host::late.push_back({at + i, before + i, after + i, size});
+    }
+  }
 }
 
 // For the tests of what Python mirrors.

@@ -6,14 +6,15 @@
 // no block-wide barrier; warps, then splits, are merged by their maxima and sums at the end. If FUSED,
 // the block that finishes a row's tile last adds up the splits; else a kernel does, later.
 //
-// Launched to overlap, it reads lengths, table and strips of past tokens while the kernel in front, the
-// write, still runs; what the write makes (queries, the newest token) and what a call before this one
-// may still read (partial results) comes after the wait.
+// Launched to overlap, it attends to past tokens while the kernel in front, the write, still runs: it
+// rotates its queries itself. Who comes to the newest token waits for the write, and all do before they
+// write what a call before this one may still read (partial results).
 #pragma once
 
 #include "bulk_strip.cuh"
 #include "combine.cuh"
 #include "flash.cuh"
+#include "rotary.cuh"
 
 namespace vf {
 
@@ -27,7 +28,9 @@ struct Decode {
   static constexpr int kMergePitch = S::kSteps * 16 + 8;  // rows start in different banks
   static constexpr int kMergeBytes = WARPS * 16 * (kMergePitch + 2) * 4;
   static constexpr int kRingBytes = WARPS * STAGES * kStageBytes;
-  static constexpr int kBarriers = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;  // where
+  static constexpr int kQueries = kRingBytes > kMergeBytes ? kRingBytes : kMergeBytes;  // where
+  static constexpr int kQueryPitch = S::D + 20;  // rows start in different banks
+  static constexpr int kBarriers = kQueries + 16 * kQueryPitch * 2;
   static constexpr int kSharedBytes = kBarriers + (S::kBulk ? WARPS * STAGES * 8 : 0);
 
   static_assert(kSharedBytes >= 16 + Combine::kBytes, "the ring is free when splits are added up");
@@ -55,6 +58,7 @@ struct Decode {
     Decode block(p, ceil_div(p.heads / p.kv_heads, 16));
     Flash<S, 1, 1> flash;
     block.attend(flash, block_x() * splits.keys, min_of((block_x() + 1) * splits.keys, total), total);
+    wait_for_previous_kernel();
     block.merge(flash, splits.count == 1);
     if (FUSED && splits.count > 1) block.combine(splits.count);
   }
@@ -75,11 +79,14 @@ struct Decode {
       }
       sync_warp();
     }
-    // The page of the strip to be copied next is read one strip ahead: a copy waits for no table.
+    // The page of the strip to be copied next is read one strip ahead: a copy waits for no table. The
+    // first is on its way while queries are rotated.
     int page = mine > 0 ? pages[begin >> p.page_shift] : 0;
+    if (p.cos != nullptr) rotate_queries(total - 1);
     const auto copy = [&](int i) {
       if (i < mine) {
         const int key = begin + i * kStride;
+        if (key + kStripKeys >= total) wait_for_previous_kernel();
         char* stage = ring + i % STAGES * kStageBytes;
         const auto* keys = S::find(p.key_pool, p, page, kv_head, key);
         const auto* values = S::find(p.value_pool, p, page, kv_head, key);
@@ -99,17 +106,13 @@ struct Decode {
     if constexpr (!S::kBulk) {
       for (int i = 0; i < 2 * STAGES; ++i) S::clear_padding(ring + i * S::kBytes, lane);
     }
+    // Copies that wait for nobody go first, then the queries.
     const int old = min_of(STAGES - 1, mine - (begin + (mine - 1) * kStride + kStripKeys >= total));
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i) {
-      if (i < old) copy(i);
-    }
-    wait_for_previous_kernel();
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i) {
-      if (i >= old) copy(i);
-    }
+#pragma unroll 1
+    for (int i = 0; i < old; ++i) copy(i);
     load_queries(flash);
+#pragma unroll 1
+    for (int i = old; i < STAGES - 1; ++i) copy(i);
 
     for (int i = 0; i < mine; ++i) {
       if constexpr (S::kBulk) {
@@ -137,15 +140,32 @@ struct Decode {
     flash.finish();
   }
 
+  // The block's first, as they come.
+  VF_DEVICE const Act* queries() const {
+    return static_cast<const Act*>(p.query) + b * p.query_batch + first_head * S::D;
+  }
+  // And rotated.
+  VF_DEVICE Act* rotated() const { return reinterpret_cast<Act*>(shared_memory() + kQueries); }
+
+  VF_DEVICE void rotate_queries(int position) const {
+    constexpr int kItems = S::D / 8;
+    for (int i = thread_index(); i < rows * kItems; i += kThreads) {
+      const int row = i / kItems, d = i % kItems * 4;
+      HeadPair<Act, S::D> pair(queries() + row * S::D, d);
+      pair.rotate(p, position, d);
+      pair.store(rotated() + row * kQueryPitch, d, 1.f);
+    }
+  }
+
   VF_DEVICE void load_queries(Flash<S, 1, 1>& flash) const {
-    const Act* query = p.cos != nullptr
-        ? static_cast<const Act*>(p.rotated) + static_cast<i64>(b) * p.heads * S::D
-        : static_cast<const Act*>(p.query) + b * p.query_batch;
+    const bool rotate = p.cos != nullptr;
+    if (rotate) sync_threads();
+    const Act* query = rotate ? rotated() : queries();
+    const int pitch = rotate ? kQueryPitch : S::D;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = lane / 4 + 8 * h;
-      const Act* from = query + static_cast<i64>(first_head + row) * S::D;
-      flash.load_query(0, h, row < rows ? from : nullptr, lane);
+      flash.load_query(0, h, row < rows ? query + row * pitch : nullptr, lane);
     }
   }
 

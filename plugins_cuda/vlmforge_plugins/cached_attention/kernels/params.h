@@ -24,7 +24,7 @@ struct Params {
   const int* query_lengths; // [batch]; 0 is an inactive row. Null: all have max_query
   const int* block_table;   // [batch, max_pages]
   void* out;              // [batch, max_query, heads, D] by its strides
-  void* rotated;          // workspace: the query after rotation, dense [batch, max_query, heads, D]
+  void* rotated;          // workspace of prefill: the rotated query, dense [batch, max_query, heads, D]
   float* partial_out;     // workspace [batch, heads, splits, D], unused if splits is 1
   float* partial_lse;     // workspace [batch, heads, splits]: log2 of the sums of exp2
   int* arrivals;          // workspace [counters]: of each tile of decode, splits that are done; of
