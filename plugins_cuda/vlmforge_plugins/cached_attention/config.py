@@ -189,7 +189,10 @@ class Sizes:
         """Shared memory of a block of prefill: its stages of keys and values (and barriers)."""
         if self.hopper:
             panels = -(-self.config.head_size // 64)  # of 128 keys x 64 dimensions x 2 bytes
-            return self.buffers * panels * 128 * 128 + 8 * (2 * self.buffers + 10)
+            stages = 4 if self.config.fp8 else 0  # of 128 keys as they lie in the pool
+            barriers = 8 * (2 * self.buffers + 2 * stages + 10)
+            narrow = stages * 128 * self.config.head_size
+            return self.buffers * panels * 128 * 128 + narrow + barriers
         return 4 * PREFILL_STRIPS * self.strip_bytes
 
     @property
@@ -231,14 +234,14 @@ def sizes(config: Config, target: Target) -> Sizes:
     A block of decode that fills a multiprocessor leaves fewer splits to add up than two would.
     """
     large = target.capability == 90
-    special = target.arch == "sm_90a" and not config.fp8
+    special = target.arch == "sm_90a"
     return Sizes(
         config,
         decode_stages=3 if large else 2,
         decode_warps=8 if large else 4,
-        decode_bulk=special and config.head_size % 16 == 0,
+        decode_bulk=special and not config.fp8 and config.head_size % 16 == 0,
         overlap=target.capability >= 90,
         prefill_tiles=2 if config.head_size <= 64 else 1,
         hopper=special and config.head_size >= 64,
-        buffers=8 if config.head_size <= 64 else 6,
+        buffers=8 if config.head_size <= 64 else 5 if config.fp8 else 6,
     )

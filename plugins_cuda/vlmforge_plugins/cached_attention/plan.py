@@ -255,7 +255,7 @@ def plan(shape: Shape, sizes: Sizes, machine: Machine) -> Plan:
         heads_together(shape, sizes),
         (_write(shape, sizes), *attention),
         workspace(shape, head_size, splits),
-        tiled=sizes.hopper and not decode,
+        tiled=sizes.hopper and not sizes.config.fp8 and not decode,
     )
 
 

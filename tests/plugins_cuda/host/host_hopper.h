@@ -123,6 +123,7 @@ VF_DEVICE void barrier_expect(u64* barrier, int bytes) {
   reinterpret_cast<HostBarrier*>(barrier)->bytes += bytes;
   barrier_arrive(barrier);
 }
+template <bool ONCE>
 VF_DEVICE void copy_bulk(void* shared, const void* global, int bytes, u64* barrier) {
   const auto ends = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
   if ((ends | static_cast<uintptr_t>(bytes)) % 16 != 0) vf_host::die("bulk copy: not aligned");

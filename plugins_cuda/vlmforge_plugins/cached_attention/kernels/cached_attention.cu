@@ -42,7 +42,8 @@ using ConfiguredDecode =
     Decode<DecodeStrip, VF_DECODE_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
 using NarrowDecode = Decode<DecodeStrip, VF_NARROW_WARPS, VF_DECODE_STAGES, VF_DECODE_FUSED>;
 #if VF_HOPPER_PREFILL
-using ConfiguredPrefill = HopperPrefill<ConfiguredStrip, VF_HOPPER_BUFFERS>;
+using ConfiguredPrefill = HopperPrefill<Strip<Activation, Activation, VF_HEAD_SIZE>, Stored,
+                                        VF_HOPPER_BUFFERS>;
 #else
 using ConfiguredPrefill = Prefill<ConfiguredStrip, 4, VF_PREFILL_TILES, 4>;
 #endif

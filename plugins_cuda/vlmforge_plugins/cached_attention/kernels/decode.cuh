@@ -96,8 +96,8 @@ struct Decode {
         } else if (elect_one()) {
           u64* barrier = &filled[i % STAGES];
           barrier_expect(barrier, kStageBytes);
-          copy_bulk(stage, keys, S::kBytes, barrier);
-          copy_bulk(stage + S::kBytes, values, S::kBytes, barrier);
+          copy_bulk<true>(stage, keys, S::kBytes, barrier);
+          copy_bulk<true>(stage + S::kBytes, values, S::kBytes, barrier);
         }
         if (i + 1 < mine) page = pages[(key + kStride) >> p.page_shift];
       }

@@ -122,9 +122,16 @@ VF_DEVICE void barrier_expect(u64* barrier, int bytes) {
   VF_HOPPER("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
             "r"(bytes) : "memory");
 }
-// Copies a contiguous run to shared memory; both ends and `bytes` are multiples of 16. The L2 cache need
-// not keep it: it is read once.
+// Copies a contiguous run to shared memory; both ends and `bytes` are multiples of 16. If it is read
+// ONCE, the L2 cache need not keep it.
+template <bool ONCE>
 VF_DEVICE void copy_bulk(void* shared, const void* global, int bytes, u64* barrier) {
+  if constexpr (!ONCE) {
+    VF_HOPPER("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+              ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier))
+              : "memory");
+    return;
+  }
   VF_HOPPER(
       "{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"

@@ -8,14 +8,18 @@
 // tensor map whose swizzle is the one that the products read. A consumer keeps its queries and
 // probabilities in registers; while the tensor cores multiply the probabilities of one tile with its
 // values, it takes the softmax of the next (as FlashAttention-3, https://arxiv.org/abs/2407.08608).
+//
+// Pools of fp8: tiles come as they lie there, and three more warps widen them, each every third.
 #pragma once
 
 #include "flash.cuh"
 #include "hopper.cuh"
+#include "widen_tiles.cuh"
 
 namespace vf {
 
-template <class S, int BUFFERS>
+// S: of 16-bit elements; Kv: what the pools hold.
+template <class S, class Kv, int BUFFERS>
 struct HopperPrefill {
   using Act = typename S::Act;
   static constexpr int D = S::D;
@@ -28,7 +32,12 @@ struct HopperPrefill {
   static constexpr int kPanels = (D + 63) / 64;
   static constexpr int kPanelBytes = kKeys * 128;  // all keys of a tile, 64 dimensions of them
   static constexpr int kTileBytes = kPanels * kPanelBytes;
-  static constexpr int kSharedBytes = kBuffers * kTileBytes + (2 * kBuffers + 10) * 8;
+  static constexpr bool kWidens = !is_same<Kv, Act>::value;
+  static constexpr int kStages = kWidens ? 4 : 0;  // of tiles as they lie in the pool
+  static constexpr int kStageBytes = kKeys * D;
+  static constexpr int kWideners = kWidens ? 3 : 0;  // warps
+  static constexpr int kBarriers = kBuffers * kTileBytes + kStages * kStageBytes;  // where
+  static constexpr int kSharedBytes = kBarriers + (2 * kBuffers + 2 * kStages + 10) * 8;
   static_assert(!S::kFp8, "products of 16-bit elements");
   using Rows = Flash<S, 1, kStrips>;
 
@@ -43,9 +52,9 @@ struct HopperPrefill {
   VF_DEVICE HopperPrefill(const Params& params)
       : p(params), group(uniform(thread_index() / 128)), lane(thread_index() % 32) {}
 
-  // Behind the ring. A pointer each would take the producer's registers.
+  // Behind the rings. A pointer each would take the producer's registers.
   VF_DEVICE static u64* barrier(int i) {
-    return reinterpret_cast<u64*>(shared_memory() + kBuffers * kTileBytes) + i;
+    return reinterpret_cast<u64*>(shared_memory() + kBarriers) + i;
   }
   VF_DEVICE static u64* full(int buffer) { return barrier(buffer); }
   VF_DEVICE static u64* empty(int buffer) { return barrier(kBuffers + buffer); }
@@ -57,6 +66,11 @@ struct HopperPrefill {
   VF_DEVICE static Queries* work(int slot) {
     return reinterpret_cast<Queries*>(barrier(2 * kBuffers + 5)) + slot;
   }
+  // Of the stages of fp8.
+  VF_DEVICE static u64* come(int stage) { return barrier(2 * kBuffers + 10 + stage); }
+  VF_DEVICE static u64* widened(int stage) { return barrier(2 * kBuffers + 10 + kStages + stage); }
+  VF_DEVICE static char* tile(int buffer) { return shared_memory() + buffer * kTileBytes; }
+  VF_DEVICE static char* stage(int i) { return tile(kBuffers) + i * kStageBytes; }
 
   VF_DEVICE static void run(const Params& p) {
     start_next_kernel();
@@ -66,9 +80,13 @@ struct HopperPrefill {
         barrier_init(full(i), 1);
         barrier_init(empty(i), kConsumers * 4);
       }
+      for (int i = 0; i < kStages; ++i) {
+        barrier_init(come(i), 1);
+        barrier_init(widened(i), 1);
+      }
       for (int i = 0; i < 2; ++i) {
         barrier_init(handed(i), 1);
-        barrier_init(taken(i), kConsumers * 4);
+        barrier_init(taken(i), kConsumers * 4 + kWideners);
       }
       barrier_init(landed(), 1);
       publish_barriers();
@@ -78,9 +96,10 @@ struct HopperPrefill {
     if (block.group == kConsumers) {
       give_registers<56>();
       if (thread_index() / 32 == kConsumers * 4) block.produce_all();
+      else if constexpr (kWidens) block.follow([&] { block.widen(); });
     } else {
       take_registers<224>();
-      block.consume_all();
+      block.follow([&] { block.consume(); });
     }
   }
 
@@ -116,7 +135,9 @@ struct HopperPrefill {
     }
   }
 
-  VF_DEVICE void consume_all() {
+  // Does its part for all queries that the producer hands over.
+  template <class Part>
+  VF_DEVICE void follow(const Part& part) {
     for (int round = 0;; ++round) {
       const int slot = round % 2;
       barrier_wait(handed(slot), round / 2 & 1);
@@ -124,7 +145,7 @@ struct HopperPrefill {
       sync_warp();  // all have read
       if (lane == 0) barrier_arrive(taken(slot));
       if (at.b < 0) return;
-      if (at.first_row < at.length) consume();
+      if (at.first_row < at.length) part();
     }
   }
 
@@ -152,43 +173,79 @@ struct HopperPrefill {
       for (int i = 0; i < kStrips; ++i) from[i] = shuffle_from(row, i);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
-        const int unit = before + 2 * tile + half, buffer = unit % kBuffers;
-        const bool cut = half == 1 && keys < kKeys;
-        char* to = shared_memory() + buffer * kTileBytes;
-        u64* there = cut ? landed() : full(buffer);
-        barrier_wait(empty(buffer), (unit / kBuffers & 1) ^ 1);
-        if (elect_one()) {
-          const TileMap* map = half == 0 ? &p.key_map : &p.value_map;
-          barrier_expect(there, boxes * page_size * 128 * kPanels);
-#pragma unroll
-          for (int i = 0; i < kStrips; ++i) {
-            if (i >= boxes) break;
-            char* box = to + i * page_size * 128;
-#pragma unroll
-            for (int panel = 0; panel < kPanels; ++panel) {
-              copy_tile(box + panel * kPanelBytes, map, panel * 64, from[i], there);
-            }
-          }
-        }
-        if (cut) {
-          barrier_wait(landed(), cuts++ & 1);
-          clear(to, keys, full(buffer));
-        }
+        const int unit = before + 2 * tile + half;
+        if constexpr (kWidens) ask_narrow(unit, half, boxes, from);
+        else ask(unit, half, boxes, from, keys, cuts);
       }
     }
     before += 2 * tiles;
   }
 
-  // Values of no token become zeroes, 0 x NaN would reach the output; then the tile is announced.
-  VF_DEVICE void clear(char* tile, int keys, u64* announced) const {
-    for (int panel = 0; panel < kPanels; ++panel) {
-      for (int i = keys * 128 + lane * 16; i < kPanelBytes; i += 32 * 16) {
-        *reinterpret_cast<u32x4*>(tile + panel * kPanelBytes + i) = u32x4{0, 0, 0, 0};
+  // For the boxes of a tile that start at these rows of the pool.
+  VF_DEVICE void ask(int unit, int half, int boxes, const int (&from)[kStrips], int keys, int& cuts) {
+    const int buffer = unit % kBuffers, page_size = 1 << p.page_shift;
+    const bool cut = half == 1 && keys < kKeys;
+    char* to = tile(buffer);
+    u64* there = cut ? landed() : full(buffer);
+    barrier_wait(empty(buffer), (unit / kBuffers & 1) ^ 1);
+    if (elect_one()) {
+      const TileMap* map = half == 0 ? &p.key_map : &p.value_map;
+      barrier_expect(there, boxes * page_size * 128 * kPanels);
+#pragma unroll
+      for (int i = 0; i < kStrips; ++i) {
+        if (i >= boxes) break;
+        char* box = to + i * page_size * 128;
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          copy_tile(box + panel * kPanelBytes, map, panel * 64, from[i], there);
+        }
       }
     }
+    if (cut) {
+      barrier_wait(landed(), cuts++ & 1);
+      announce(buffer, keys);
+    }
+  }
+
+  // A tile that this warp wrote, or of whose `keys` it clears what is none.
+  VF_DEVICE void announce(int buffer, int keys) const {
+    sync_warp();
+    if (keys < kKeys) clear_rows<D, kKeys>(tile(buffer), keys, lane);
     publish_shared();
     sync_warp();
-    if (lane == 0) barrier_arrive(announced);
+    if (lane == 0) barrier_arrive(full(buffer));
+  }
+
+  // The same, as they lie in the pool.
+  VF_DEVICE void ask_narrow(int unit, int half, int boxes, const int (&from)[kStrips]) {
+    const int at = unit % kStages, bytes = D << p.page_shift;
+    barrier_wait(widened(at), (unit / kStages & 1) ^ 1);
+    if (elect_one()) {
+      const char* pool = static_cast<const char*>(half == 0 ? p.key_pool : p.value_pool);
+      barrier_expect(come(at), boxes * bytes);
+#pragma unroll
+      for (int i = 0; i < kStrips; ++i) {
+        if (i >= boxes) break;
+        copy_bulk<false>(stage(at) + i * bytes, pool + static_cast<i64>(from[i]) * D, bytes, come(at));
+      }
+    }
+  }
+
+  // Makes tiles of what comes: each warp of every third.
+  VF_DEVICE void widen() {
+    const int end = before + 2 * tiles_before(at.first_row + kRows), total = at.past + at.length;
+    const int warp = uniform(thread_index() / 32) - (kConsumers * 4 + 1);
+#pragma unroll 1
+    for (int unit = before; unit < end; ++unit) {
+      if (unit % kWideners != warp) continue;
+      const int buffer = unit % kBuffers, from = unit % kStages;
+      barrier_wait(come(from), unit / kStages & 1);
+      barrier_wait(empty(buffer), (unit / kBuffers & 1) ^ 1);
+      widen_tile<S, kKeys>(tile(buffer), stage(from), lane);
+      announce(buffer, total - (unit - before) / 2 * kKeys);
+      if (lane == 0) barrier_arrive(widened(from));
+    }
+    before = end;
   }
 
   VF_DEVICE int row(int half) const {
