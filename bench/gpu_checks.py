@@ -28,13 +28,15 @@ def check_cases(backend: CudaBackend, cases: Sequence[Case]) -> list[str]:
         except AssertionError as error:
             return f"{case.name}: {error}", float("inf")
 
+    results = []
     with ThreadPoolExecutor(16) as pool:
-        batches = pool.map(make, cases)
-        verdicts = [
-            pool.submit(judge, case, batch, backend.run(batch))
-            for case, batch in zip(cases, batches, strict=True)
-        ]
-        results = [verdict.result() for verdict in verdicts]
+        for start in range(0, len(cases), 64):  # so many are in memory at once
+            some = cases[start : start + 64]
+            verdicts = [
+                pool.submit(judge, case, batch, backend.run(batch))
+                for case, batch in zip(some, pool.map(make, some), strict=True)
+            ]
+            results += [verdict.result() for verdict in verdicts]
     failures = [words for words, _ in results if words]
     worst = max((share for _, share in results if np.isfinite(share)), default=0.0)
     print(
