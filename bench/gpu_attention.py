@@ -156,8 +156,11 @@ class Stage:
         )
         return tensors, (query, out, lengths, table, scratch)
 
-    def sdpa(self, point: Point, backend: SDPBackend) -> list[Work]:
-        """torch's attention on dense caches of the same size, which it need not look up."""
+    def sdpa(self, point: Point, backend: SDPBackend, write: bool = False) -> list[Work]:
+        """torch's attention on dense caches of the same size, which it need not look up.
+
+        With `write`, behind a copy of the new keys and values to their places, one kernel.
+        """
         dtype = DTYPES[point.activation]
         size = (point.batch, point.kv_heads, point.total, point.head_size)
         count = point.batch * point.kv_heads * point.total * point.head_size
@@ -169,13 +172,17 @@ class Stage:
         works = []
         for offset in self.rounds(replace(point, stored=point.activation)):
             halves = self.buffer[offset // 2 : offset // 2 + 2 * count].view(dtype)
-            k, v = (halves[i * count : (i + 1) * count].view(size) for i in range(2))
-            works.append(partial(_sdpa, backend, q, k, v, causal))
+            cache = halves.view(2, *size)
+            new = cache[:, :, :, -point.new :].clone() if write else None
+            works.append(partial(_sdpa, backend, q, cache, new, causal))
         return works
 
 
-def _sdpa(backend: SDPBackend, q: Any, k: Any, v: Any, causal: bool) -> None:
+def _sdpa(backend: SDPBackend, q: Any, cache: Any, new: Any, causal: bool) -> None:
+    k, v = cache
     with sdpa_kernel(backend):
+        if new is not None:
+            cache[:, :, :, -new.shape[3] :].copy_(new)
         scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -224,6 +231,8 @@ def measure(
     ):
         if works := stage.sdpa(point, backend):
             contestants[name] = works
+    if point.new == 1:
+        contestants["cudnn with write"] = stage.sdpa(point, SDPBackend.CUDNN_ATTENTION, write=True)
     row = asdict(point) | {"seconds": medians(contestants)}
     return row | {"bytes": point.bytes_moved, "operations": point.operations}
 

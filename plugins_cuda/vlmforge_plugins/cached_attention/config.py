@@ -226,7 +226,7 @@ class Sizes:
 
 
 def sizes(config: Config, target: Target) -> Sizes:
-    """How `config` is compiled for `target`. Measured on an H200; see BENCH.md.
+    """How `config` is compiled for `target`. Measured on an H200 and an H100; see BENCH.md.
 
     Two tiles of queries halve the reads of shared memory per product, but only small heads leave
     the registers for them. Warpgroup products take 16-bit operands from shared memory as they lie;
