@@ -14,7 +14,7 @@ from gpu_timing import Work, medians
 from vlmforge_plugins.cached_attention.compile import Compiler
 from vlmforge_plugins.cached_attention.config import Sizes, Target, sizes
 from vlmforge_plugins.cached_attention.driver import CudaKernels
-from vlmforge_plugins.cached_attention.plan import Launch, Machine, Plan, workspace
+from vlmforge_plugins.cached_attention.plan import Launch, Machine, Plan, apart, workspace
 from vlmforge_plugins.cached_attention.plan import _decode as decode_launches
 
 DECODE = (
@@ -83,7 +83,8 @@ def decode_variants(point: Point, base: Sizes) -> dict[str, Variant]:
         "ordered": Variant(base, ordered=True),
         "warps 8": Variant(replace(base, decode_warps=8)),
         "warps 8, stages 3": Variant(replace(base, decode_warps=8, decode_stages=3)),
-        **{f"stages {n}": Variant(replace(base, decode_stages=n)) for n in (3, 4)},
+        **{f"stages {n}": Variant(replace(base, decode_stages=n)) for n in (2, 3, 4)},
+        **{f"stages {n}, apart": Variant(replace(base, decode_stages=n), apart) for n in (2, 3)},
         **{f"blocks {n}": Variant(replace(base, decode_blocks=n)) for n in (3, 4)},
     }
     splits = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
