@@ -58,11 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `build-engine`; returns the exit status (0, 1 on an error, 130 when interrupted)."""
     values = vars(parser().parse_args(argv))
     events = values.pop("json_events")
-    # A polite kill takes the way of Ctrl-C, so that the half-built engine is cleared away.
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         with ExitStack() as stack:
             progress = stack.enter_context(Progress(events=_open(events, stack)))
+            _end_by_signals(progress)
             refuse_unknown(values["checkpoint"], values["revision"])
             # Imported here: what cannot be built is refused before torch has been loaded.
             from vlmforge_builder.build import BuildOptions, build_engine
@@ -82,9 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    del signum, frame
-    raise KeyboardInterrupt
+def _end_by_signals(progress: Progress) -> None:
+    """A polite kill takes the way of Ctrl-C, so that the half-built engine is cleared away."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        del signum, frame
+        progress.interrupt()
+        raise KeyboardInterrupt
+
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, interrupt)
 
 
 def _open(events: str | None, stack: ExitStack) -> TextIO | None:

@@ -47,6 +47,7 @@ class _State:
     peak_resident: int = 0
     peak_anonymous: int = 0
     spoken: float = 0.0
+    interrupted: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -82,13 +83,26 @@ class Progress:
         """The largest figures seen, sampled 20 times a second."""
         return Memory(self._state.peak_resident, self._state.peak_anonymous)
 
+    def interrupt(self) -> None:
+        """Remember that the build is to end: for a signal's handler, beside its exception.
+
+        A library can lose an exception that strikes while its C code calls Python.
+        """
+        self._state.interrupted = True
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A stage of the build; says when it begins and how long it took."""
+        """A stage of the build; says when it begins and how long it took.
+
+        Raises:
+            KeyboardInterrupt: `interrupt` was called.
+        """
         begin = self.elapsed
         self._state.stage, self._state.done, self._state.total = name, 0, 0
         self._say("begin", name)
         yield
+        if self._state.interrupted:
+            raise KeyboardInterrupt
         self._say("end", f"{name}: {self.elapsed - begin:.1f} s", seconds=self.elapsed - begin)
         self._state.stage = ""
 

@@ -277,6 +277,34 @@ def test_an_interrupted_build_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+LOSING = """
+import os, signal, sys
+from vlmforge_builder import build, cli
+
+def trace(part, traced=build.trace):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigtimedwait([], 5)
+    except KeyboardInterrupt:
+        print("lost", file=sys.stderr)
+    return traced(part)
+
+build.trace = trace
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_an_interrupt_that_a_library_loses_ends_the_build_all_the_same(
+    built: Built, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", LOSING, built.checkpoint, "-o", tmp_path / "it.engine"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.stderr.count("lost") == 1  # it did not go on to the second part
+    assert done.stderr.rstrip().endswith("build-engine: interrupted; nothing was published")
+    assert done.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_killed_build_leaves_no_engine_and_the_next_sweeps(built: Built, tmp_path: Path) -> None:
     engine = tmp_path / "it.engine"
     child = start(built.checkpoint, engine, "trace decoder")
