@@ -215,23 +215,33 @@ def test_the_verdict_sees_a_wrong_output() -> None:
         verify(batch, after)
 
 
+NEWEST = "if (key + kStripKeys >= total) wait_for_previous_kernel();"
+BEFORE_RESULTS = "    wait_for_previous_kernel();\n"
+COMBINED = "block.combine(splits.count);\n"
+
+
 @pytest.mark.parametrize(
-    ("wait", "words"),
+    ("changes", "words"),
     [
-        ("if (key + kStripKeys >= total) wait_for_previous_kernel();", "not finite"),
-        ("    wait_for_previous_kernel();\n", "did not wait"),
+        ({NEWEST: ""}, "not finite"),
+        ({BEFORE_RESULTS: ""}, "did not wait"),
+        ({BEFORE_RESULTS: "", COMBINED: COMBINED + BEFORE_RESULTS}, "not finite"),
     ],
-    ids=["the newest token", "the end"],
+    ids=["the newest token", "the results", "behind the results"],
 )
-def test_a_wait_that_is_left_out_is_seen(wait: str, words: str, tmp_path: Path) -> None:
-    """The host build shows what a kernel reads before the one in front has written it."""
+@pytest.mark.parametrize("length", [19, 989])
+def test_a_wait_that_is_missing_or_late_is_seen(
+    changes: dict[str, str], words: str, length: int, tmp_path: Path
+) -> None:
+    """The host build shows what a kernel reads or writes before the one in front has ended."""
     for path in SOURCES.iterdir():
         text = path.read_text("utf-8")
         if path.name == "decode.cuh":
-            assert text.count(wait) == 1
-            text = text.replace(wait, "")
+            for there, instead in changes.items():
+                assert text.count(there) == 1
+                text = text.replace(there, instead)
         (tmp_path / path.name).write_text(text, "utf-8")
-    case = Case("decode", "float16", "float16", 64, 4, 19, 16)
+    case = Case("decode", "float16", "float16", 64, 4, length, 16)
     batch, compiled = make(case), sizes(case.config, SM_90)
     chosen = plan(batch.shape, compiled, HostBackend.machine)
     verify(batch, HostBackend().run_plan(batch, chosen, HostKernels(compiled)))

@@ -65,13 +65,12 @@ struct Block {
   bool left_early = false;  // a thread that had not waited for the kernel in front
 };
 
-// What the kernel in front writes, when one is launched to overlap: each thread finds it as it was, and
-// as it became from its wait on. So whoever reads too early reads what is not there yet.
+// Memory of a kernel that is launched to overlap, as its threads find it: what the kernel in front
+// writes as it was before, and from a thread's wait on as it became. So whoever reads too early reads
+// what is not there yet, and what is written too early is lost.
 struct Late {
-  void* at;
-  const void* before;
-  const void* after;
-  size_t bytes;
+  char* at;
+  std::vector<char> before, after;
 };
 
 inline Block block;
@@ -82,7 +81,10 @@ inline Fibre* self = nullptr;
 inline void show(bool after) {
   if (shown == after) return;
   shown = after;
-  for (const Late& part : late) std::memcpy(part.at, after ? part.after : part.before, part.bytes);
+  for (Late& part : late) {
+    if (!after) std::memcpy(part.after.data(), part.at, part.after.size());
+    std::memcpy(part.at, (after ? part.after : part.before).data(), part.before.size());
+  }
 }
 
 #if defined(__x86_64__)
@@ -221,11 +223,13 @@ inline void complete_copies(size_t pending) {
   for (size_t& group : groups) group -= end;
 }
 
-// Copies that were asked for before the wait may be made before it: here they are.
+// Copies that were asked for before the wait may be made before it: here they are. All that others can
+// do before theirs is done too, so that memory seldom changes hands.
 inline void wait_for_previous() {
   if (self->waited) return;
   complete_copies(0);
   self->waited = true;
+  pause();
   show(true);
 }
 

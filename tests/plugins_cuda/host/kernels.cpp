@@ -51,16 +51,17 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
   return 0;
 }
 
-// What the kernel in front of the next launch changes, see Late: of these bytes, the lines of 64 that
-// differ. None: `at` is null.
-extern "C" void vf_late(char* at, const char* before, const char* after, long bytes) {
+// What the next launch and the kernel in front of it may write, see Late; `before` is what was there
+// before both. Of large arrays, that the launch only reads, the lines that differ are enough. None: `at`
+// is null.
+extern "C" void vf_late(char* at, const char* before, long bytes, bool only_read) {
   vf_host::show(true);
   if (at == nullptr) vf_host::late.clear();
-  for (long i = 0; i < bytes; i += 64) {
-    const auto size = static_cast<size_t>(bytes - i < 64 ? bytes - i : 64);
-    if (std::memcmp(before + i, after + i, size) != 0) {
-      vf_host::late.push_back({at + i, before + i, after + i, size});
-    }
+  const long line = only_read ? 64 : bytes;
+  for (long i = 0; i < bytes; i += line) {
+    const long size = bytes - i < line ? bytes - i : line;
+    if (only_read && std::memcmp(before + i, at + i, static_cast<size_t>(size)) == 0) continue;
+    vf_host::late.push_back({at + i, {before + i, before + i + size}, {at + i, at + i + size}});
   }
 }
 
