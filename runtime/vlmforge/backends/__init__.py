@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmforge.errors import BackendUnavailableError
+from vlmforge.kv.slots import SlotMove
 from vlmforge.manifest import Manifest
 
 FloatArray = NDArray[np.float32]
@@ -48,39 +49,36 @@ class VisionSession(Protocol):
         """`[n, 3, H, W]` to features `[n, tokens, hidden]`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of equal length that run together. B > 1 is for decoding, one token each.
+
+    Attributes:
+        slots: Where the sequence of each row is; all different.
+        input_ids: int64 `[B, S]`; an id >= vocab_size is row `id - vocab_size` of
+            `image_features`.
+        past_lengths: int64 `[B]`, tokens already in each slot.
+        image_features: `[R, hidden]`, or None when no id refers to one.
+        logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of; K may be 0.
+        rotary_levels: int64 `[B]`, for an engine whose position policy has levels.
+    """
+
+    slots: Sequence[int]
+    input_ids: IntArray
+    past_lengths: IntArray
+    image_features: FloatArray | None
+    logits_indices: IntArray
+    rotary_levels: IntArray | None = None
+
+
 class DecoderSession(Protocol):
     """Runs the decoder part over key/value slots that it owns."""
 
-    def step(
-        self,
-        first_slot: int,
-        input_ids: IntArray,
-        past_lengths: IntArray,
-        image_features: FloatArray | None,
-        logits_indices: IntArray,
-        rotary_levels: IntArray | None = None,
-    ) -> FloatArray:
-        """Run `input_ids` `[B, S]` on the slots `first_slot..first_slot + B`.
+    def step(self, batch: Batch) -> FloatArray:
+        """Run a batch; returns logits `[B, K, vocab_size]` (EngineError: the library failed)."""
 
-        B > 1 is for decoding (S = 1); a prompt is prefilled with B = 1, in chunks if it is long.
-
-        Args:
-            first_slot: Slot of row 0.
-            input_ids: Ids; an id >= vocab_size is row `id - vocab_size` of `image_features`.
-            past_lengths: int64 `[B]`, tokens already in each slot.
-            image_features: `[R, hidden]`, or None when no id refers to one.
-            logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of; K may be 0.
-            rotary_levels: int64 `[B]`, for an engine whose position policy has levels.
-
-        Returns:
-            Logits `[B, K, vocab_size]`.
-        """
-
-    def copy_slot(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first `tokens` tokens of a slot over those of another."""
-
-    def swap_slots(self, first: int, second: int, tokens: int) -> None:
-        """Exchange the first `tokens` tokens of two slots."""
+    def move(self, moves: Sequence[SlotMove]) -> None:
+        """Copy and drop what the cache's bookkeeping asks for, in order."""
 
 
 class Backend(Protocol):

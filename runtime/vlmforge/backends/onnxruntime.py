@@ -1,15 +1,13 @@
 """ONNX Runtime on CPU.
 
 The memory of an engine is its weights once: either packed for the matrix kernels, or mapped from
-the data file as they are. The key/value cache is one buffer per layer that the graph reads and
-writes in place; its pages are touched only as sequences grow.
+the data file as they are. The graph reads and writes the key/value cache in place (`DenseCache`).
 """
 
 from __future__ import annotations
 
-import math
-import mmap
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from vlmforge.backends import DecoderSession, FloatArray, IntArray, LoadOptions, VisionSession
+from vlmforge.backends import Batch, DecoderSession, FloatArray, LoadOptions, VisionSession
+from vlmforge.backends.dense import DenseCache
+from vlmforge.backends.rows import Rows
 from vlmforge.errors import EngineError
+from vlmforge.kv.slots import SlotCopy, SlotDrop, SlotMove
 from vlmforge.manifest import KVLayout, Manifest, Part
 
 PROVIDER = "CPUExecutionProvider"
+_BOUND_LAYOUTS = 256
 
 
 def physical_cores() -> int:
@@ -74,86 +76,85 @@ class _Vision:
         return np.asarray(features, np.float32)
 
 
-def _lazy_zeros(shape: tuple[int, ...]) -> FloatArray:
-    """Zeros whose pages cost memory only once they are written to.
-
-    Huge pages are declined: one token of each head would make two megabytes resident.
-    """
-    memory = mmap.mmap(-1, math.prod(shape) * 4)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(shape)
-
-
 class _Decoder:
     def __init__(self, session: ort.InferenceSession, kv: KVLayout, options: LoadOptions) -> None:
         self._session = session
-        shape = (options.slots, kv.kv_heads, options.capacity, kv.head_dim)
-        names = [f"{kind}.{i}" for kind in ("key", "value") for i in range(kv.layers)]
-        self._caches = {name: _lazy_zeros(shape) for name in names}
+        self._cache = DenseCache(kv, options.slots, options.capacity)
+        self._rows = Rows(options.slots)
         self._hidden = self._feature_width()
-        self._bound: dict[tuple[int, int], dict[str, ort.OrtValue]] = {}
+        self._bound: OrderedDict[tuple[int, int], dict[str, ort.OrtValue]] = OrderedDict()
 
     def _feature_width(self) -> int:
         inputs = {item.name: item for item in self._session.get_inputs()}
         return int(inputs["image_features"].shape[1])
 
-    def _slots(self, first: int, count: int) -> dict[str, ort.OrtValue]:
-        key = (first, count)
-        if key not in self._bound:
-            self._bound[key] = {
-                name: ort.OrtValue.ortvalue_from_numpy(cache[first : first + count])
-                for name, cache in self._caches.items()
-            }
-        return self._bound[key]
+    def move(self, moves: Sequence[SlotMove]) -> None:
+        for move in moves:
+            match move:
+                case SlotCopy():
+                    rows = self._rows.row(move.source), self._rows.row(move.target)
+                    self._cache.copy(*rows, move.tokens)
+                    self._rows.set_tokens(move.target, move.tokens)
+                case SlotDrop():
+                    self._cache.drop(self._rows.row(move.slot), move.tokens)
+                    self._rows.set_tokens(move.slot, move.tokens)
 
-    def step(
-        self,
-        first_slot: int,
-        input_ids: IntArray,
-        past_lengths: IntArray,
-        image_features: FloatArray | None,
-        logits_indices: IntArray,
-        rotary_levels: IntArray | None = None,
-    ) -> FloatArray:
-        binding = self._session.io_binding()
-        if image_features is None:
-            image_features = np.zeros((1, self._hidden), np.float32)
-        feeds = {
-            "input_ids": input_ids,
-            "image_features": image_features,
-            "past_lengths": past_lengths,
-            "logits_indices": logits_indices,
-        }
-        if rotary_levels is not None:
-            feeds["rotary_levels"] = rotary_levels
-        for name, value in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name, cache in self._slots(first_slot, len(input_ids)).items():
-            binding.bind_ortvalue_input(f"past_{name}", cache)
-            binding.bind_ortvalue_output(f"present_{name}", cache)
-        binding.bind_output("logits", "cpu")
+    def step(self, batch: Batch) -> FloatArray:
+        arrangement = self._rows.arrange(batch.slots)
+        for exchange in arrangement.exchanges:
+            self._cache.exchange(exchange.first, exchange.second, exchange.tokens)
+        order = list(arrangement.order)
+        binding = self._bind(batch, order, arrangement.first_row)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise EngineError(
                 "ONNX Runtime failed to run the decoder.",
                 found=str(error).strip().splitlines()[0],
-                expected=f"a step of {input_ids.shape} tokens",
+                expected=f"a step of {batch.input_ids.shape} tokens",
                 fix="vlmforge verify ENGINE; if it fails too, rebuild the engine",
             ) from error
-        # A copy: the array may be a view of memory that goes with the binding.
-        return np.array(binding.get_outputs()[-1].numpy(), np.float32)
+        for slot, past in zip(batch.slots, batch.past_lengths, strict=True):
+            self._rows.set_tokens(slot, int(past) + batch.input_ids.shape[1])
+        # Copied: what comes may be a view of memory that goes with the binding.
+        given = binding.get_outputs()[-1].numpy()
+        logits = np.empty(given.shape, np.float32)
+        logits[order] = given
+        return logits
 
-    def copy_slot(self, source: int, target: int, tokens: int) -> None:
-        for cache in self._caches.values():
-            cache[target, :, :tokens] = cache[source, :, :tokens]
+    def _bind(self, batch: Batch, order: list[int], first_row: int) -> ort.IOBinding:
+        features = batch.image_features
+        if features is None:
+            features = np.zeros((1, self._hidden), np.float32)
+        feeds = {
+            "input_ids": batch.input_ids[order],
+            "image_features": features,
+            "past_lengths": batch.past_lengths[order],
+            "logits_indices": batch.logits_indices[order],
+        }
+        if batch.rotary_levels is not None:
+            feeds["rotary_levels"] = batch.rotary_levels[order]
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name, cache in self._buffers(first_row, len(order)).items():
+            binding.bind_ortvalue_input(f"past_{name}", cache)
+            binding.bind_ortvalue_output(f"present_{name}", cache)
+        binding.bind_output("logits", "cpu")
+        return binding
 
-    def swap_slots(self, first: int, second: int, tokens: int) -> None:
-        for cache in self._caches.values():
-            kept = cache[first, :, :tokens].copy()
-            cache[first, :, :tokens] = cache[second, :, :tokens]
-            cache[second, :, :tokens] = kept
+    def _buffers(self, first: int, count: int) -> dict[str, ort.OrtValue]:
+        """The rows `first .. first + count` of each cache, where they lie."""
+        key = (first, count)
+        if key not in self._bound:
+            self._bound[key] = {
+                name: ort.OrtValue.ortvalue_from_numpy(rows)
+                for name, rows in self._cache.rows(first, count)
+            }
+        self._bound.move_to_end(key)
+        if len(self._bound) > _BOUND_LAYOUTS:
+            self._bound.popitem(last=False)
+        return self._bound[key]
 
 
 @dataclass(frozen=True, slots=True)

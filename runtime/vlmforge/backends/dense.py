@@ -1,0 +1,68 @@
+"""A dense key/value cache in this process's memory: touched where tokens are, given back after."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterator
+
+import numpy as np
+
+from vlmforge.backends import FloatArray
+from vlmforge.manifest import KVLayout
+
+
+class DenseCache:
+    """Per layer, keys and values float32 `[rows, kv_heads, capacity, head_dim]`."""
+
+    def __init__(self, kv: KVLayout, rows: int, capacity: int) -> None:
+        self._shape = (rows, kv.kv_heads, capacity, kv.head_dim)
+        names = [f"{kind}.{i}" for kind in ("key", "value") for i in range(kv.layers)]
+        self._memory = {name: _lazy_memory(math.prod(self._shape) * 4) for name in names}
+        self._arrays = {
+            name: np.frombuffer(memory, np.float32).reshape(self._shape)
+            for name, memory in self._memory.items()
+        }
+
+    def rows(self, first: int, count: int) -> Iterator[tuple[str, FloatArray]]:
+        """Name and `[count, kv_heads, capacity, head_dim]` of each tensor, in place."""
+        for name, array in self._arrays.items():
+            yield name, array[first : first + count]
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` tokens of a row over those of another."""
+        for array in self._arrays.values():
+            array[target, :, :tokens] = array[source, :, :tokens]
+
+    def exchange(self, first: int, second: int, tokens: int) -> None:
+        """The first `tokens` tokens of two rows change places."""
+        for array in self._arrays.values():
+            kept = array[first, :, :tokens].copy()
+            array[first, :, :tokens] = array[second, :, :tokens]
+            array[second, :, :tokens] = kept
+
+    def drop(self, row: int, tokens: int) -> None:
+        """Give the memory behind the first `tokens` tokens of a row back to the system."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        _, heads, capacity, width = self._shape
+        page = mmap.PAGESIZE
+        for head in range(heads):
+            begin = (row * heads + head) * capacity * width * 4
+            start = -(-(begin + tokens * width * 4) // page) * page
+            stop = (begin + capacity * width * 4) // page * page
+            if stop > start:
+                for memory in self._memory.values():
+                    memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+def _lazy_memory(size: int) -> mmap.mmap:
+    """Zeros whose pages cost memory only once they are written to.
+
+    Private, because pages of shared memory stay when they are advised away. Huge pages are
+    declined: one token of each head would make two megabytes resident.
+    """
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory

@@ -1,0 +1,82 @@
+"""Where slots lie in a dense cache, so that the sequences of one step lie side by side.
+
+A graph that reads and writes its cache in place takes one block of rows. Which slot is in which
+row is nobody else's business: before a step, a few rows change places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Rows `first` and `second` change places, as far as their first `tokens` tokens."""
+
+    first: int
+    second: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """After `exchanges`, the slots lie in the rows `first_row, first_row + 1, ...`.
+
+    `order[i]` is the place, in the list that was asked for, of the slot in row `first_row + i`.
+    """
+
+    first_row: int
+    order: tuple[int, ...]
+    exchanges: tuple[Exchange, ...]
+
+
+class Rows:
+    """The permutation of `count` slots, and how many tokens are in each row."""
+
+    def __init__(self, count: int) -> None:
+        self._row_of = list(range(count))
+        self._slot_in = list(range(count))
+        self._tokens = [0] * count  # by row
+
+    def row(self, slot: int) -> int:
+        """Where a slot is now."""
+        return self._row_of[slot]
+
+    def set_tokens(self, slot: int, tokens: int) -> None:
+        """From now on the slot's first `tokens` tokens matter."""
+        self._tokens[self._row_of[slot]] = tokens
+
+    def arrange(self, slots: Sequence[int]) -> Arrangement:
+        """Bring the slots, all different, side by side; as few tokens as possible are moved."""
+        members = {self._row_of[slot] for slot in slots}
+        first = self._cheapest_window(members, len(slots))
+        window = range(first, first + len(slots))
+        guests = [row for row in window if row not in members]
+        away = sorted(members.difference(window))
+        exchanges = tuple(self._exchange(a, b) for a, b in zip(guests, away, strict=True))
+        place = {slot: index for index, slot in enumerate(slots)}
+        return Arrangement(first, tuple(place[self._slot_in[row]] for row in window), exchanges)
+
+    def _cheapest_window(self, members: set[int], length: int) -> int:
+        """The first of `length` rows for which the fewest tokens have to move."""
+
+        def gain(row: int) -> int:
+            # One more for each: of two with nothing in them, the one that is there stays.
+            return self._tokens[row] + 1 if row in members else -self._tokens[row] - 1
+
+        best = total = sum(gain(row) for row in range(length))
+        first = 0
+        for start in range(1, len(self._slot_in) - length + 1):
+            total += gain(start + length - 1) - gain(start - 1)
+            if total > best:
+                best, first = total, start
+        return first
+
+    def _exchange(self, first: int, second: int) -> Exchange:
+        tokens = max(self._tokens[first], self._tokens[second])
+        for values in (self._slot_in, self._tokens):
+            values[first], values[second] = values[second], values[first]
+        for row in (first, second):
+            self._row_of[self._slot_in[row]] = row
+        return Exchange(first, second, tokens)

@@ -1,0 +1,191 @@
+"""A pool of blocks of equal size: shared by content, copied on write, the least recently used go.
+
+After PagedAttention (https://arxiv.org/abs/2309.06180). A full block is found by the hash of
+all tokens up to its end, so sequences that begin alike have their first blocks in common. A block
+that no sequence has any more keeps its content until it is needed for something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vlmforge.kv.cache import NO_KEYS, Keys
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """The first `tokens` tokens of block `source` are to be copied over those of `target`."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class _Sequence:
+    salt: bytes
+    blocks: list[int]
+    digests: list[bytes]  # of its full blocks
+    length: int  # tokens written
+    tail: Keys = field(default_factory=lambda: NO_KEYS)  # keys since the last full block
+
+
+class BlockPool:
+    """A `KVCache` of `blocks` blocks of `block_size` tokens.
+
+    `table(request)` is what an attention kernel reads; `take_copies()` is to be carried out before
+    the next step.
+    """
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        self.blocks, self.block_size = blocks, block_size
+        self._uses = [0] * blocks
+        self._empty = list(range(blocks - 1, -1, -1))  # of no use to anybody; popped from the end
+        self._kept: OrderedDict[int, bytes] = OrderedDict()  # unused, with content; oldest first
+        self._found: dict[bytes, int] = {}  # block by the digest of its content
+        self._digest_of: dict[int, bytes] = {}
+        self._sequences: dict[int, _Sequence] = {}
+        self._copies: list[BlockCopy] = []
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that no sequence has, with or without content."""
+        return len(self._empty) + len(self._kept)
+
+    def table(self, request: int) -> tuple[int, ...]:
+        """The blocks of a sequence, in order."""
+        return tuple(self._sequences[request].blocks)
+
+    def uses(self, block: int) -> int:
+        """How many sequences have the block."""
+        return self._uses[block]
+
+    def take_copies(self) -> tuple[BlockCopy, ...]:
+        """What has to be copied since this was last asked."""
+        copies, self._copies = tuple(self._copies), []
+        return copies
+
+    def fits(self, tokens: int) -> bool:
+        """See `KVCache.fits`."""
+        return self._count(tokens) <= self.blocks
+
+    def begin(self, request: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
+        """See `KVCache.begin`."""
+        # The last token is left to run, because its logits are needed.
+        digests, known = self._match(keys[:-1] if reuse else keys[:0], salt)
+        revived = sum(self._uses[block] == 0 for block in known)
+        if self._count(len(keys)) - len(known) + revived > self.free_blocks:
+            return None
+        for block in known:
+            self._use(block)
+        cached = len(known) * self.block_size
+        self._sequences[request] = _Sequence(salt, known, digests, cached)
+        return cached
+
+    def grow(self, request: int, tokens: int) -> bool:
+        """See `KVCache.grow`."""
+        sequence = self._sequences[request]
+        missing = self._count(tokens) - len(sequence.blocks)
+        splits = self._writes_to_shared(sequence)
+        if max(missing, 0) + splits > self.free_blocks:
+            return False
+        if splits:
+            self._split(sequence)
+        sequence.blocks += [self._take() for _ in range(missing)]
+        return True
+
+    def note(self, request: int, keys: Keys) -> None:
+        """See `KVCache.note`."""
+        sequence = self._sequences[request]
+        sequence.length += len(keys)
+        tail = np.concatenate((sequence.tail, keys))
+        while len(tail) >= self.block_size:
+            block = sequence.blocks[len(sequence.digests)]
+            digest = self._digest(sequence.digests, tail[: self.block_size], sequence.salt)
+            sequence.digests.append(digest)
+            if digest not in self._found:  # another sequence may have computed the same meanwhile
+                self._found[digest], self._digest_of[block] = block, digest
+            tail = tail[self.block_size :]
+        sequence.tail = tail
+
+    def fork(self, parent: int, child: int) -> None:
+        """A second sequence with all that the first has; the last block is copied on writing."""
+        given = self._sequences[parent]
+        for block in given.blocks:
+            self._use(block)
+        self._sequences[child] = _Sequence(
+            given.salt, list(given.blocks), list(given.digests), given.length, given.tail
+        )
+
+    def free(self, request: int, *, valid: bool = True) -> None:
+        """See `KVCache.free`."""
+        sequence = self._sequences.pop(request)
+        # From the end: what others can use longest, the beginning, is given up last.
+        for block in reversed(sequence.blocks):
+            self._uses[block] -= 1
+            if self._uses[block]:
+                continue
+            if not valid:
+                self._forget(block)
+            if digest := self._digest_of.get(block):
+                self._kept[block] = digest
+            else:
+                self._empty.append(block)
+
+    def _count(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def _match(self, keys: Keys, salt: bytes) -> tuple[list[bytes], list[int]]:
+        """Digests and blocks of the longest beginning of `keys` that is there, in whole blocks."""
+        digests: list[bytes] = []
+        blocks: list[int] = []
+        for start in range(0, len(keys) - self.block_size + 1, self.block_size):
+            digest = self._digest(digests, keys[start : start + self.block_size], salt)
+            if digest not in self._found:
+                break
+            digests.append(digest)
+            blocks.append(self._found[digest])
+        return digests, blocks
+
+    def _digest(self, before: list[bytes], keys: Keys, salt: bytes) -> bytes:
+        """Of the last block's own keys and of the digest of all before it."""
+        content = hashlib.blake2b(digest_size=16, key=hashlib.sha256(salt).digest())
+        content.update(before[-1] if before else b"")
+        content.update(np.ascontiguousarray(keys).tobytes())
+        return content.digest()
+
+    def _use(self, block: int) -> None:
+        self._kept.pop(block, None)
+        self._uses[block] += 1
+
+    def _take(self) -> int:
+        """A block for new content; there must be one."""
+        if self._empty:
+            block = self._empty.pop()
+        else:
+            block, _ = self._kept.popitem(last=False)
+            self._forget(block)
+        self._uses[block] = 1
+        return block
+
+    def _forget(self, block: int) -> None:
+        digest = self._digest_of.pop(block, None)
+        if digest is not None:
+            del self._found[digest]
+
+    def _writes_to_shared(self, sequence: _Sequence) -> bool:
+        """Whether the next token goes into a block that another sequence has too."""
+        index, offset = divmod(sequence.length, self.block_size)
+        return offset > 0 and self._uses[sequence.blocks[index]] > 1
+
+    def _split(self, sequence: _Sequence) -> None:
+        index, offset = divmod(sequence.length, self.block_size)
+        shared = sequence.blocks[index]
+        own = self._take()
+        self._uses[shared] -= 1
+        sequence.blocks[index] = own
+        self._copies.append(BlockCopy(shared, own, offset))

@@ -1,0 +1,56 @@
+"""What the scheduler asks of a key/value cache, whatever it is stored in.
+
+Content is told by keys, one for each token: a text token's key is its id, an image row's key is
+derived from the image's content, so equal placeholders of different images never match.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Keys = NDArray[np.int64]
+NO_KEYS: Keys = np.empty(0, np.int64)
+
+
+class KVCache(Protocol):
+    """Bookkeeping of keys and values; sequences are named by their requests' ids."""
+
+    def begin(self, request: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
+        """Take in a sequence that is to hold `keys`.
+
+        Args:
+            request: Its id, not in the cache.
+            keys: Of all tokens that it has so far, at least one.
+            salt: Tokens of sequences with another salt are never reused: their keys and values
+                differ, or must not be told from their speed.
+            reuse: False runs every token anew, because the logits after each are wanted.
+
+        Returns:
+            How many of its first tokens are there already, fewer than `len(keys)`; or None while
+            there is no room for it: nothing was changed.
+        """
+
+    def grow(self, request: int, tokens: int) -> bool:
+        """Make room for `tokens` tokens in all; False when there is none: nothing was changed."""
+
+    def note(self, request: int, keys: Keys) -> None:
+        """The next `len(keys)` tokens have been written; room for them was made before."""
+
+    def free(self, request: int, *, valid: bool = True) -> None:
+        """The sequence ends. Its tokens are kept for others until room is needed.
+
+        `valid=False` forgets them: after an error it is unknown what was written.
+        """
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens could ever be held, with nothing beside it."""
+
+
+def common_prefix(first: Keys, second: Keys) -> int:
+    """Number of equal elements at the beginning."""
+    length = min(len(first), len(second))
+    differs = np.flatnonzero(first[:length] != second[:length])
+    return int(differs[0]) if len(differs) else length

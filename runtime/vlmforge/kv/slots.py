@@ -1,0 +1,180 @@
+"""Dense slots: one sequence each, with room for a whole window; what an ended one leaves is kept.
+
+Memory is touched only where tokens are, so what counts is not the slots but the blocks of tokens
+in them: those are bounded by a budget, and the least recently used leftovers go first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vlmforge.kv.cache import NO_KEYS, Keys, common_prefix
+
+
+@dataclass(frozen=True, slots=True)
+class SlotCopy:
+    """The first `tokens` tokens of slot `source` are to be copied over those of `target`."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotDrop:
+    """What slot `slot` holds from token `tokens` on is of no use: its memory may go back."""
+
+    slot: int
+    tokens: int
+
+
+SlotMove = SlotCopy | SlotDrop
+
+
+@dataclass(slots=True)
+class _Slot:
+    owner: int | None = None
+    keys: Keys = field(default_factory=lambda: NO_KEYS)
+    salt: bytes = b""
+    room: int = 0  # blocks that are accounted for
+    last_used: int = 0
+
+
+class SlotCache:
+    """A `KVCache` of `slots` slots of `capacity` tokens, that may touch `budget` blocks in all.
+
+    `slot(request)` is where a sequence is; `take_moves()` is to be carried out, in order, before
+    the next step. With `reuse=False` nothing is kept.
+    """
+
+    def __init__(
+        self, slots: int, capacity: int, *, budget: int, block_size: int = 64, reuse: bool = True
+    ) -> None:
+        self._slots = [_Slot() for _ in range(slots)]
+        self._capacity, self._budget, self._block_size = capacity, budget, block_size
+        self._reuse = reuse
+        self._place: dict[int, int] = {}
+        self._moves: list[SlotMove] = []
+        self._clock = 0
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that are touched, by sequences and by what ended ones left."""
+        return sum(slot.room for slot in self._slots)
+
+    @property
+    def held_blocks(self) -> int:
+        """Blocks of the sequences that are there."""
+        return sum(slot.room for slot in self._slots if slot.owner is not None)
+
+    def slot(self, request: int) -> int:
+        """Where a sequence is."""
+        return self._place[request]
+
+    def take_moves(self) -> tuple[SlotMove, ...]:
+        """What is to be moved since this was last asked."""
+        moves, self._moves = tuple(self._moves), []
+        return moves
+
+    def fits(self, tokens: int) -> bool:
+        """See `KVCache.fits`."""
+        return tokens <= self._capacity and self._count(tokens) <= self._budget
+
+    def begin(self, request: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
+        """See `KVCache.begin`."""
+        if len(self._place) == len(self._slots):
+            return None
+        # The last token is left to run, because its logits are needed.
+        reuse = reuse and self._reuse
+        source, cached = self._longest_prefix(keys[:-1] if reuse else keys[:0], salt)
+        takes_over = source is not None and self._goes_on(source, cached)
+        target = source if takes_over and source is not None else self._oldest(source)
+        if self._count(len(keys)) > self._budget - self.held_blocks:
+            return None
+        if source is None or cached == 0:
+            cached = 0
+        elif source != target:
+            self._moves.append(SlotCopy(source, target, cached))
+        slot = self._slots[target]
+        slot.owner, slot.keys, slot.salt = request, keys[:cached], salt
+        slot.room = max(slot.room, self._count(cached))
+        self._place[request] = target
+        self._trim(target, cached)
+        self._evict()
+        return cached
+
+    def grow(self, request: int, tokens: int) -> bool:
+        """See `KVCache.grow`."""
+        slot = self._slots[self._place[request]]
+        wanted = self._count(tokens)
+        if tokens > self._capacity or wanted - slot.room > self._budget - self.held_blocks:
+            return False
+        slot.room = max(slot.room, wanted)
+        self._evict()
+        return True
+
+    def note(self, request: int, keys: Keys) -> None:
+        """See `KVCache.note`."""
+        slot = self._slots[self._place[request]]
+        slot.keys = np.concatenate((slot.keys, keys))
+
+    def free(self, request: int, *, valid: bool = True) -> None:
+        """See `KVCache.free`."""
+        index = self._place.pop(request)
+        slot = self._slots[index]
+        slot.owner = None
+        self._clock += 1
+        slot.last_used = self._clock
+        self._trim(index, len(slot.keys) if valid and self._reuse else 0)
+
+    def _count(self, tokens: int) -> int:
+        return -(-tokens // self._block_size)
+
+    def _trim(self, index: int, tokens: int) -> None:
+        """Keep the first `tokens` tokens of a slot and the blocks that they are in."""
+        slot = self._slots[index]
+        slot.keys = slot.keys[:tokens]
+        if slot.room > self._count(tokens):
+            slot.room = self._count(tokens)
+            self._moves.append(SlotDrop(index, tokens))
+
+    def _evict(self) -> None:
+        """Forget leftovers, the oldest first, until the budget holds."""
+        over = self.used_blocks - self._budget
+        while over > 0:
+            index = min(
+                (i for i, slot in enumerate(self._slots) if slot.owner is None and slot.room),
+                key=lambda i: self._slots[i].last_used,
+            )
+            over -= self._slots[index].room
+            self._trim(index, 0)
+
+    def _longest_prefix(self, keys: Keys, salt: bytes) -> tuple[int | None, int]:
+        """The slot that shares the most first tokens with `keys`, a free one between equals."""
+        best, best_length = None, 0
+        for index, slot in enumerate(self._slots):
+            length = common_prefix(slot.keys, keys) if slot.salt == salt else 0
+            free_instead = (
+                length == best_length > 0
+                and slot.owner is None
+                and (best is not None and self._slots[best].owner is not None)
+            )
+            if length > best_length or free_instead:
+                best, best_length = index, length
+        return best, best_length
+
+    def _goes_on(self, source: int, cached: int) -> bool:
+        """Whether a prompt continues what a free slot keeps, and may thus take it over.
+
+        One that shares only the beginning, such as a system prompt, must not wipe out the rest.
+        """
+        slot = self._slots[source]
+        return slot.owner is None and 2 * cached >= len(slot.keys)
+
+    def _oldest(self, spared: int | None) -> int:
+        """The free slot that was used least recently; `spared` only if there is no other."""
+        free = [i for i, slot in enumerate(self._slots) if slot.owner is None]
+        others = [i for i in free if i != spared] or free
+        return min(others, key=lambda i: self._slots[i].last_used)

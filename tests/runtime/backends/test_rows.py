@@ -1,0 +1,43 @@
+"""Slots of one step lie side by side, and every slot keeps its content on the way."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmforge.backends.rows import Rows
+
+
+@given(st.data(), st.integers(1, 9))
+def test_every_arrangement_is_whole(data: st.DataObject, count: int) -> None:
+    rows = Rows(count)
+    content = [f"slot {i}" for i in range(count)]  # by row
+    for _ in range(data.draw(st.integers(1, 12))):
+        slot = data.draw(st.integers(0, count - 1))
+        rows.set_tokens(slot, data.draw(st.integers(0, 20)))
+        asked = data.draw(st.lists(st.integers(0, count - 1), min_size=1, unique=True))
+        arrangement = rows.arrange(asked)
+        for exchange in arrangement.exchanges:
+            a, b = exchange.first, exchange.second
+            content[a], content[b] = content[b], content[a]
+        for index, place in enumerate(arrangement.order):
+            row = arrangement.first_row + index
+            assert content[row] == f"slot {asked[place]}"
+            assert rows.row(asked[place]) == row
+        assert all(content[rows.row(slot)] == f"slot {slot}" for slot in range(count))
+        assert sorted(arrangement.order) == list(range(len(asked)))
+
+
+def test_what_lies_side_by_side_stays() -> None:
+    rows = Rows(6)
+    arrangement = rows.arrange([4, 2, 3])
+    assert (arrangement.first_row, arrangement.order, arrangement.exchanges) == (2, (1, 2, 0), ())
+
+
+def test_the_fewest_tokens_are_moved() -> None:
+    """A short sequence joins the long ones, wherever they are."""
+    rows = Rows(8)
+    for slot, tokens in ((5, 900), (6, 800), (0, 3), (7, 0)):
+        rows.set_tokens(slot, tokens)
+    (exchange,) = rows.arrange([0, 5, 6]).exchanges
+    assert exchange.tokens == 3

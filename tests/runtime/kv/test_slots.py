@@ -1,0 +1,139 @@
+"""Slots: a budget that is never passed, prefixes as by brute force, content that stays whole."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from vlmforge.kv.slots import SlotCache, SlotCopy, SlotDrop
+
+SLOTS, CAPACITY, BLOCK, BUDGET = 4, 24, 4, 11
+
+
+class Slots(RuleBasedStateMachine):
+    """Sequences that begin, grow and end; the content of every slot is kept in a list beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = SlotCache(SLOTS, CAPACITY, budget=BUDGET, block_size=BLOCK)
+        self.content: dict[int, list[int]] = {}
+        self.stored: list[list[int]] = [[] for _ in range(SLOTS)]
+        self.next_id = 0
+
+    @rule(keys=st.lists(st.integers(0, 1), min_size=1, max_size=CAPACITY), reuse=st.booleans())
+    def begin(self, keys: list[int], reuse: bool) -> None:
+        before = [list(stored) for stored in self.stored]
+        held = self.cache.held_blocks
+        cached = self.cache.begin(self.next_id, np.array(keys), salt=b"", reuse=reuse)
+        if cached is None:
+            assert len(self.content) == SLOTS or held + -(-len(keys) // BLOCK) > BUDGET
+            assert not self.cache.take_moves()
+            return
+        self.carry_out()
+        best = max(_common(stored, keys[:-1]) for stored in before) if reuse else 0
+        assert cached == best
+        assert self.stored[self.cache.slot(self.next_id)][:cached] == keys[:cached]
+        self.content[self.next_id] = keys[:cached]
+        self.next_id += 1
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=9))
+    def grow(self, data: st.DataObject, more: list[int]) -> None:
+        request = data.draw(st.sampled_from(sorted(self.content)))
+        written = self.content[request]
+        if not self.cache.grow(request, len(written) + len(more)):
+            assert not self.cache.take_moves()
+            return
+        self.carry_out()
+        written += more
+        self.stored[self.cache.slot(request)] = list(written)
+        self.cache.note(request, np.array(more))
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data(), valid=st.booleans())
+    def end(self, data: st.DataObject, valid: bool) -> None:
+        request = data.draw(st.sampled_from(sorted(self.content)))
+        self.cache.free(request, valid=valid)
+        self.carry_out()
+        del self.content[request]
+
+    def carry_out(self) -> None:
+        for move in self.cache.take_moves():
+            match move:
+                case SlotCopy():
+                    self.stored[move.target] = self.stored[move.source][: move.tokens]
+                case SlotDrop():
+                    self.stored[move.slot] = self.stored[move.slot][: move.tokens]
+
+    @invariant()
+    def the_budget_holds_and_the_content_is_whole(self) -> None:
+        assert self.cache.held_blocks <= self.cache.used_blocks <= BUDGET
+        touched = sum(-(-len(stored) // BLOCK) for stored in self.stored)
+        assert touched <= self.cache.used_blocks
+        for request, written in self.content.items():
+            assert self.stored[self.cache.slot(request)][: len(written)] == written
+        places = [self.cache.slot(request) for request in self.content]
+        assert len(set(places)) == len(places)
+
+
+TestSlots = Slots.TestCase
+TestSlots.settings = settings(max_examples=200, stateful_step_count=40)
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    length = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def sequence(cache: SlotCache, request: int, keys: list[int], *, salt: bytes = b"") -> int:
+    cached = cache.begin(request, np.array(keys), salt=salt, reuse=True)
+    assert cached is not None
+    assert cache.grow(request, len(keys))
+    cache.note(request, np.array(keys[cached:]))
+    return cached
+
+
+def test_a_conversation_goes_on_in_its_own_slot() -> None:
+    cache = SlotCache(2, 100, budget=50)
+    sequence(cache, 0, [1, 2, 3])
+    cache.free(0)
+    first = cache.take_moves()
+    assert sequence(cache, 1, [1, 2, 3, 4, 5]) == 3
+    assert not [move for move in (*first, *cache.take_moves()) if isinstance(move, SlotCopy)]
+
+
+def test_a_shared_beginning_is_copied_and_the_rest_is_kept() -> None:
+    cache = SlotCache(2, 100, budget=50)
+    sequence(cache, 0, [7, 7, *range(10)])
+    cache.free(0)
+    assert sequence(cache, 1, [7, 7, 99]) == 2
+    cache.free(1)
+    assert sequence(cache, 2, [7, 7, *range(10), 11]) == 12
+
+
+def test_another_salt_shares_nothing() -> None:
+    cache = SlotCache(2, 100, budget=50)
+    sequence(cache, 0, [1, 2, 3], salt=b"a")
+    cache.free(0)
+    assert sequence(cache, 1, [1, 2, 3], salt=b"b") == 0
+
+
+def test_without_reuse_nothing_is_kept() -> None:
+    cache = SlotCache(2, 100, budget=50, reuse=False)
+    sequence(cache, 0, [1, 2, 3])
+    cache.free(0)
+    assert cache.used_blocks == 0
+    assert sequence(cache, 1, [1, 2, 3]) == 0
+
+
+def test_what_was_written_by_a_step_that_failed_is_forgotten() -> None:
+    cache = SlotCache(2, 100, budget=50)
+    sequence(cache, 0, [1, 2, 3])
+    cache.free(0, valid=False)
+    assert sequence(cache, 1, [1, 2, 3]) == 0

@@ -1,0 +1,84 @@
+"""A stand-in for a decoder: token ids in the place of keys and values, in slots or in blocks.
+
+The next token is a hash of all content that a sequence has in its store, so that a single wrong,
+missing or foreign token changes everything after it. What was never written is poison.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmforge.kv.blocks import BlockPool
+from vlmforge.kv.slots import SlotCache, SlotCopy
+
+VOCAB = 97
+POISON = -7
+
+
+def next_token(content: NDArray[np.int64]) -> int:
+    return zlib.crc32(content.astype(np.int64).tobytes()) % VOCAB
+
+
+def alone(prompt: list[int], count: int) -> list[int]:
+    """What a sequence generates when nothing else runs."""
+    content = list(prompt)
+    for _ in range(count):
+        content.append(next_token(np.array(content)))
+    return content[len(prompt) :]
+
+
+class Store(Protocol):
+    """Where a cache's tokens are."""
+
+    def move(self) -> None:
+        """Carry out what the cache asks for."""
+
+    def write(self, request: int, start: int, ids: list[int]) -> None: ...
+
+    def read(self, request: int, length: int) -> NDArray[np.int64]: ...
+
+
+class SlotStore:
+    def __init__(self, cache: SlotCache, slots: int, capacity: int) -> None:
+        self._cache = cache
+        self._tokens = np.full((slots, capacity), POISON, np.int64)
+
+    def move(self) -> None:
+        for move in self._cache.take_moves():
+            if isinstance(move, SlotCopy):
+                kept = self._tokens[move.source, : move.tokens].copy()
+                self._tokens[move.target, : move.tokens] = kept
+            else:
+                self._tokens[move.slot, move.tokens :] = POISON
+
+    def write(self, request: int, start: int, ids: list[int]) -> None:
+        self._tokens[self._cache.slot(request), start : start + len(ids)] = ids
+
+    def read(self, request: int, length: int) -> NDArray[np.int64]:
+        return self._tokens[self._cache.slot(request), :length]
+
+
+class BlockStore:
+    def __init__(self, cache: BlockPool) -> None:
+        self._cache = cache
+        self._tokens = np.full((cache.blocks, cache.block_size), POISON, np.int64)
+
+    def move(self) -> None:
+        for copy in self._cache.take_copies():
+            self._tokens[copy.target] = POISON
+            self._tokens[copy.target, : copy.tokens] = self._tokens[copy.source, : copy.tokens]
+
+    def write(self, request: int, start: int, ids: list[int]) -> None:
+        table = self._cache.table(request)
+        for offset, token in enumerate(ids, start):
+            block = table[offset // self._cache.block_size]
+            assert self._cache.uses(block) == 1  # what others have is never written to
+            self._tokens[block, offset % self._cache.block_size] = token
+
+    def read(self, request: int, length: int) -> NDArray[np.int64]:
+        rows = self._tokens[list(self._cache.table(request))]
+        return rows.reshape(-1)[:length]
