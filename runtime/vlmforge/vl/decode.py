@@ -70,6 +70,17 @@ def decode_image(data: bytes, *, name: str, limits: ImageLimits = DEFAULT_LIMITS
     Raises:
         ImageError: empty, not an image, truncated, damaged, or over a limit.
     """
+    image = open_header(data, name=name, limits=limits)
+    load_pixels(image, name=name)
+    return upright(image)
+
+
+def open_header(data: bytes, *, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Read the header of `data` and check it against `limits`; no pixel is decoded.
+
+    Raises:
+        ImageError: empty, not an image, a damaged header, or over a limit.
+    """
     check_byte_count(len(data), name=name, limits=limits)
     if not data:
         raise ImageError(
@@ -80,8 +91,7 @@ def decode_image(data: bytes, *, name: str, limits: ImageLimits = DEFAULT_LIMITS
         )
     image = _open(data, name)
     check_size(image.size, name=name, limits=limits)
-    load_pixels(image, name=name)
-    return upright(image)
+    return image
 
 
 def check_byte_count(count: int, *, name: str, limits: ImageLimits) -> None:
@@ -213,7 +223,8 @@ def _damaged(name: str, found: str) -> ImageError:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        value = image.getexif().get(_ORIENTATION_TAG)
+        # Not the PNG reader's own `getexif`: it decodes the pixels to look behind them.
+        value = Image.Image.getexif(image).get(_ORIENTATION_TAG)
     except _BAD_METADATA:
         return 1
     return value if isinstance(value, int) else 1
