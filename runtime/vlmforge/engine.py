@@ -19,6 +19,7 @@ from vlmforge.backends import (
 )
 from vlmforge.bundle import Bundle
 from vlmforge.features import PreparedImage, features_digest, prepare, row_keys
+from vlmforge.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.manifest import Manifest
 from vlmforge.prompt.choice import ActiveTemplate
 from vlmforge.prompt.history import newest_turns
@@ -60,6 +61,7 @@ class Engine:
     vision: VisionSession
     decoder: DecoderSession
     options: LoadOptions
+    limits: ImageLimits = DEFAULT_LIMITS
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -96,14 +98,24 @@ class Engine:
         return self.manifest.decode.tokens_per_image if rows is None else len(rows)
 
     def open_image(self, source: ImageSource) -> OpenedImage:
-        """The image with its header read (ImageError otherwise); itself if it was opened before."""
-        return source if isinstance(source, OpenedImage) else open_image(source)
+        """The image with its header read, within `limits` (ImageError otherwise).
 
-    def opened(self, conversation: Conversation) -> Conversation:
-        """The conversation with its images opened, each under the name that it was given by."""
+        One that was opened before is itself.
+        """
+        if isinstance(source, OpenedImage):
+            return source
+        return open_image(source, limits=self.limits)
+
+    def opened(self, conversation: Conversation, *, but_pillow: bool = False) -> Conversation:
+        """The conversation with its images opened, each under the name that it was given by.
+
+        `but_pillow` leaves Pillow images as they are.
+        """
 
         def block(given: Text | Image) -> Text | Image:
             if isinstance(given, Text):
+                return given
+            if but_pillow and isinstance(given.source, PIL.Image.Image):
                 return given
             return Image(self.open_image(given.source), given_name(given))
 

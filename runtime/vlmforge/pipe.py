@@ -157,7 +157,8 @@ class Pipeline:
         do_preprocess: bool,
     ) -> Iterator[Response]:
         self._intake.check()
-        asked = session.with_prompt(self._engine.opened(parse_prompt(prompt)))
+        opened = self._engine.opened(parse_prompt(prompt), but_pillow=True)  # files: read once
+        asked = session.with_prompt(opened)
         whole = Response(session_id=session.session_id)
         configs = one_for_each(gen_config, 1)
         with closing(self._events(Prompts((asked,), True), configs, do_preprocess)) as events:
