@@ -7,13 +7,14 @@ missing or foreign token changes everything after it. What was never written is 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmforge.kv.blocks import BlockPool
-from vlmforge.kv.slots import SlotCache, SlotCopy
+from vlmforge.kv.cache import Copy, Move
 
 VOCAB = 97
 POISON = -7
@@ -34,32 +35,31 @@ def alone(prompt: list[int], count: int) -> list[int]:
 class Store(Protocol):
     """Where a cache's tokens are."""
 
-    def move(self) -> None:
+    def move(self, moves: Sequence[Move]) -> None:
         """Carry out what the cache asks for."""
 
-    def write(self, request: int, start: int, ids: list[int]) -> None: ...
+    def write(self, place: tuple[int, ...], start: int, ids: Sequence[int]) -> None: ...
 
-    def read(self, request: int, length: int) -> NDArray[np.int64]: ...
+    def read(self, place: tuple[int, ...], length: int) -> NDArray[np.int64]: ...
 
 
 class SlotStore:
-    def __init__(self, cache: SlotCache, slots: int, capacity: int) -> None:
-        self._cache = cache
+    def __init__(self, slots: int, capacity: int) -> None:
         self._tokens = np.full((slots, capacity), POISON, np.int64)
 
-    def move(self) -> None:
-        for move in self._cache.take_moves():
-            if isinstance(move, SlotCopy):
+    def move(self, moves: Sequence[Move]) -> None:
+        for move in moves:
+            if isinstance(move, Copy):
                 kept = self._tokens[move.source, : move.tokens].copy()
                 self._tokens[move.target, : move.tokens] = kept
             else:
-                self._tokens[move.slot, move.tokens :] = POISON
+                self._tokens[move.place, move.tokens :] = POISON
 
-    def write(self, request: int, start: int, ids: list[int]) -> None:
-        self._tokens[self._cache.slot(request), start : start + len(ids)] = ids
+    def write(self, place: tuple[int, ...], start: int, ids: Sequence[int]) -> None:
+        self._tokens[place[0], start : start + len(ids)] = ids
 
-    def read(self, request: int, length: int) -> NDArray[np.int64]:
-        return self._tokens[self._cache.slot(request), :length]
+    def read(self, place: tuple[int, ...], length: int) -> NDArray[np.int64]:
+        return self._tokens[place[0], :length]
 
 
 class BlockStore:
@@ -67,18 +67,17 @@ class BlockStore:
         self._cache = cache
         self._tokens = np.full((cache.blocks, cache.block_size), POISON, np.int64)
 
-    def move(self) -> None:
-        for copy in self._cache.take_copies():
+    def move(self, moves: Sequence[Move]) -> None:
+        for copy in moves:
+            assert isinstance(copy, Copy)
             self._tokens[copy.target] = POISON
             self._tokens[copy.target, : copy.tokens] = self._tokens[copy.source, : copy.tokens]
 
-    def write(self, request: int, start: int, ids: list[int]) -> None:
-        table = self._cache.table(request)
+    def write(self, place: tuple[int, ...], start: int, ids: Sequence[int]) -> None:
         for offset, token in enumerate(ids, start):
-            block = table[offset // self._cache.block_size]
+            block = place[offset // self._cache.block_size]
             assert self._cache.uses(block) == 1  # what others have is never written to
             self._tokens[block, offset % self._cache.block_size] = token
 
-    def read(self, request: int, length: int) -> NDArray[np.int64]:
-        rows = self._tokens[list(self._cache.table(request))]
-        return rows.reshape(-1)[:length]
+    def read(self, place: tuple[int, ...], length: int) -> NDArray[np.int64]:
+        return self._tokens[list(place)].reshape(-1)[:length]

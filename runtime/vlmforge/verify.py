@@ -84,11 +84,11 @@ def conversation(case: GoldenCase, folder: Path) -> Conversation:
 def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
     """The values of every stage; pixels and features are sampled evenly, to keep goldens small."""
     prompt = conversation(case, folder)
-    images = [engine.prepare_image(load_image(image.source)) for image in prompt.images]
+    images = [engine.prepare_image(engine.open_image(i.source).decode()) for i in prompt.images]
     features, _ = FeatureCache(engine.vision.encode, batch=1).get(images)
     rendered = engine.render(prompt)
-    given = engine.decoder_input(rendered, images, features)
-    logits = engine.prefill(0, given, 0, len(given.ids))[0]
+    given = engine.decoder_input(rendered, features)
+    logits = engine.prefill(0, given, 0, logits="last")[0]
     return {
         "pixels": _sample([image.pixel_values for image in images]),
         "tokens": np.array(rendered.token_ids, np.int64),
@@ -101,7 +101,8 @@ def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
 def _greedy(engine: Engine, given: DecoderInput, logits: NDArray[np.float32]) -> NDArray[np.int64]:
     tokens, length, levels = [int(logits.argmax())], len(given.ids), np.array([given.rotary_level])
     while len(tokens) < GREEDY_TOKENS:
-        step = engine.decode(np.array(tokens[-1:]), np.array([length + len(tokens) - 1]), levels)
+        done = np.array([length + len(tokens) - 1])
+        step = engine.decode((0,), np.array(tokens[-1:]), done, levels)
         tokens.append(int(step[0].argmax()))
     return np.array(tokens, np.int64)
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmforge.errors import BackendUnavailableError
-from vlmforge.kv.slots import SlotMove
+from vlmforge.kv.cache import Move
 from vlmforge.manifest import Manifest
 
 FloatArray = NDArray[np.float32]
@@ -29,6 +29,9 @@ class LoadOptions:
     Attributes:
         slots: Sequences that the key/value cache holds.
         capacity: Tokens that each of them may hold.
+        budget: Blocks of `block_size` tokens that all of them together may hold; None: no limit
+            but their capacity.
+        block_size: Tokens of a block, by which the cache's memory is counted.
         threads: Threads of arithmetic; None: one for each physical core.
         pack: True copies the weights into the layout that matrix products read fastest: batches
             decode about twice as fast, but loading takes longer. False maps them from the file:
@@ -40,6 +43,14 @@ class LoadOptions:
     capacity: int
     threads: int | None = None
     pack: bool = True
+    budget: int | None = None
+    block_size: int = 64
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that the sequences may hold."""
+        most = self.slots * -(-self.capacity // self.block_size)
+        return most if self.budget is None else min(most, self.budget)
 
 
 class VisionSession(Protocol):
@@ -50,7 +61,7 @@ class VisionSession(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class DecoderBatch:
     """Rows of equal length that run together. B > 1 is for decoding, one token each.
 
     Attributes:
@@ -74,11 +85,11 @@ class Batch:
 class DecoderSession(Protocol):
     """Runs the decoder part over key/value slots that it owns."""
 
-    def step(self, batch: Batch) -> FloatArray:
+    def step(self, batch: DecoderBatch) -> FloatArray:
         """Run a batch; returns logits `[B, K, vocab_size]` (EngineError: the library failed)."""
 
-    def move(self, moves: Sequence[SlotMove]) -> None:
-        """Copy and drop what the cache's bookkeeping asks for, in order."""
+    def move(self, move: Move) -> None:
+        """Copy or drop what the cache's bookkeeping asks for."""
 
 
 class Backend(Protocol):

@@ -18,6 +18,7 @@ class DenseCache:
     def __init__(self, kv: KVLayout, rows: int, capacity: int) -> None:
         self._shape = (rows, kv.kv_heads, capacity, kv.head_dim)
         names = [f"{kind}.{i}" for kind in ("key", "value") for i in range(kv.layers)]
+        self._scratch = np.empty((capacity, kv.head_dim), np.float32)
         self._memory = {name: _lazy_memory(math.prod(self._shape) * 4) for name in names}
         self._arrays = {
             name: np.frombuffer(memory, np.float32).reshape(self._shape)
@@ -35,11 +36,16 @@ class DenseCache:
             array[target, :, :tokens] = array[source, :, :tokens]
 
     def exchange(self, first: int, second: int, tokens: int) -> None:
-        """The first `tokens` tokens of two rows change places."""
+        """The first `tokens` tokens of two rows change places.
+
+        Needs no memory of its own, so that it cannot fail halfway.
+        """
+        kept = self._scratch[:tokens]
         for array in self._arrays.values():
-            kept = array[first, :, :tokens].copy()
-            array[first, :, :tokens] = array[second, :, :tokens]
-            array[second, :, :tokens] = kept
+            for a, b in zip(array[first, :, :tokens], array[second, :, :tokens], strict=True):
+                kept[:] = a
+                a[:] = b
+                b[:] = kept
 
     def drop(self, row: int, tokens: int) -> None:
         """Give the memory behind the first `tokens` tokens of a row back to the system."""

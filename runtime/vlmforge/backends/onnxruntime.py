@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from vlmforge.backends import Batch, DecoderSession, FloatArray, LoadOptions, VisionSession
+from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, LoadOptions, VisionSession
 from vlmforge.backends.dense import DenseCache
 from vlmforge.backends.rows import Rows
 from vlmforge.errors import EngineError
-from vlmforge.kv.slots import SlotCopy, SlotDrop, SlotMove
+from vlmforge.kv.cache import Copy, Move
 from vlmforge.manifest import KVLayout, Manifest, Part
 
 PROVIDER = "CPUExecutionProvider"
@@ -88,18 +88,16 @@ class _Decoder:
         inputs = {item.name: item for item in self._session.get_inputs()}
         return int(inputs["image_features"].shape[1])
 
-    def move(self, moves: Sequence[SlotMove]) -> None:
-        for move in moves:
-            match move:
-                case SlotCopy():
-                    rows = self._rows.row(move.source), self._rows.row(move.target)
-                    self._cache.copy(*rows, move.tokens)
-                    self._rows.set_tokens(move.target, move.tokens)
-                case SlotDrop():
-                    self._cache.drop(self._rows.row(move.slot), move.tokens)
-                    self._rows.set_tokens(move.slot, move.tokens)
+    def move(self, move: Move) -> None:
+        """See `DecoderSession.move`."""
+        if isinstance(move, Copy):
+            self._cache.copy(self._rows.row(move.source), self._rows.row(move.target), move.tokens)
+            self._rows.set_tokens(move.target, move.tokens)
+        else:
+            self._cache.drop(self._rows.row(move.place), move.tokens)
+            self._rows.set_tokens(move.place, move.tokens)
 
-    def step(self, batch: Batch) -> FloatArray:
+    def step(self, batch: DecoderBatch) -> FloatArray:
         arrangement = self._rows.arrange(batch.slots)
         for exchange in arrangement.exchanges:
             self._cache.exchange(exchange.first, exchange.second, exchange.tokens)
@@ -122,7 +120,7 @@ class _Decoder:
         logits[order] = given
         return logits
 
-    def _bind(self, batch: Batch, order: list[int], first_row: int) -> ort.IOBinding:
+    def _bind(self, batch: DecoderBatch, order: list[int], first_row: int) -> ort.IOBinding:
         features = batch.image_features
         if features is None:
             features = np.zeros((1, self._hidden), np.float32)

@@ -13,16 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlmforge.kv.cache import NO_KEYS, Keys
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
-    """The first `tokens` tokens of block `source` are to be copied over those of `target`."""
-
-    source: int
-    target: int
-    tokens: int
+from vlmforge.kv.cache import NO_KEYS, Copy, Keys, Move
 
 
 @dataclass(slots=True)
@@ -35,11 +26,7 @@ class _Sequence:
 
 
 class BlockPool:
-    """A `KVCache` of `blocks` blocks of `block_size` tokens.
-
-    `table(request)` is what an attention kernel reads; `take_copies()` is to be carried out before
-    the next step.
-    """
+    """A `KVCache` of `blocks` blocks of `block_size` tokens."""
 
     def __init__(self, blocks: int, block_size: int) -> None:
         self.blocks, self.block_size = blocks, block_size
@@ -49,23 +36,23 @@ class BlockPool:
         self._found: dict[bytes, int] = {}  # block by the digest of its content
         self._digest_of: dict[int, bytes] = {}
         self._sequences: dict[int, _Sequence] = {}
-        self._copies: list[BlockCopy] = []
+        self._copies: list[Move] = []
 
     @property
     def free_blocks(self) -> int:
         """Blocks that no sequence has, with or without content."""
         return len(self._empty) + len(self._kept)
 
-    def table(self, request: int) -> tuple[int, ...]:
-        """The blocks of a sequence, in order."""
-        return tuple(self._sequences[request].blocks)
+    def place(self, sequence: int) -> tuple[int, ...]:
+        """See `KVCache.place`."""
+        return tuple(self._sequences[sequence].blocks)
 
     def uses(self, block: int) -> int:
         """How many sequences have the block."""
         return self._uses[block]
 
-    def take_copies(self) -> tuple[BlockCopy, ...]:
-        """What has to be copied since this was last asked."""
+    def take_moves(self) -> tuple[Move, ...]:
+        """See `KVCache.take_moves`."""
         copies, self._copies = tuple(self._copies), []
         return copies
 
@@ -73,7 +60,7 @@ class BlockPool:
         """See `KVCache.fits`."""
         return self._count(tokens) <= self.blocks
 
-    def begin(self, request: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
+    def begin(self, sequence: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
         """See `KVCache.begin`."""
         # The last token is left to run, because its logits are needed.
         digests, known = self._match(keys[:-1] if reuse else keys[:0], salt)
@@ -83,34 +70,34 @@ class BlockPool:
         for block in known:
             self._use(block)
         cached = len(known) * self.block_size
-        self._sequences[request] = _Sequence(salt, known, digests, cached)
+        self._sequences[sequence] = _Sequence(salt, known, digests, cached)
         return cached
 
-    def grow(self, request: int, tokens: int) -> bool:
+    def grow(self, sequence: int, tokens: int) -> bool:
         """See `KVCache.grow`."""
-        sequence = self._sequences[request]
-        missing = self._count(tokens) - len(sequence.blocks)
-        splits = self._writes_to_shared(sequence)
+        held = self._sequences[sequence]
+        missing = self._count(tokens) - len(held.blocks)
+        splits = self._writes_to_shared(held)
         if max(missing, 0) + splits > self.free_blocks:
             return False
         if splits:
-            self._split(sequence)
-        sequence.blocks += [self._take() for _ in range(missing)]
+            self._split(held)
+        held.blocks += [self._take() for _ in range(missing)]
         return True
 
-    def note(self, request: int, keys: Keys) -> None:
+    def note(self, sequence: int, keys: Keys) -> None:
         """See `KVCache.note`."""
-        sequence = self._sequences[request]
-        sequence.length += len(keys)
-        tail = np.concatenate((sequence.tail, keys))
+        held = self._sequences[sequence]
+        held.length += len(keys)
+        tail = np.concatenate((held.tail, keys))
         while len(tail) >= self.block_size:
-            block = sequence.blocks[len(sequence.digests)]
-            digest = self._digest(sequence.digests, tail[: self.block_size], sequence.salt)
-            sequence.digests.append(digest)
+            block = held.blocks[len(held.digests)]
+            digest = self._digest(held.digests, tail[: self.block_size], held.salt)
+            held.digests.append(digest)
             if digest not in self._found:  # another sequence may have computed the same meanwhile
                 self._found[digest], self._digest_of[block] = block, digest
             tail = tail[self.block_size :]
-        sequence.tail = tail
+        held.tail = tail
 
     def fork(self, parent: int, child: int) -> None:
         """A second sequence with all that the first has; the last block is copied on writing."""
@@ -121,11 +108,11 @@ class BlockPool:
             given.salt, list(given.blocks), list(given.digests), given.length, given.tail
         )
 
-    def free(self, request: int, *, valid: bool = True) -> None:
+    def free(self, sequence: int, *, valid: bool = True) -> None:
         """See `KVCache.free`."""
-        sequence = self._sequences.pop(request)
+        held = self._sequences.pop(sequence)
         # From the end: what others can use longest, the beginning, is given up last.
-        for block in reversed(sequence.blocks):
+        for block in reversed(held.blocks):
             self._uses[block] -= 1
             if self._uses[block]:
                 continue
@@ -188,4 +175,4 @@ class BlockPool:
         own = self._take()
         self._uses[shared] -= 1
         sequence.blocks[index] = own
-        self._copies.append(BlockCopy(shared, own, offset))
+        self._copies.append(Copy(shared, own, offset))

@@ -6,6 +6,7 @@ derived from the image's content, so equal placeholders of different images neve
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,14 +16,35 @@ Keys = NDArray[np.int64]
 NO_KEYS: Keys = np.empty(0, np.int64)
 
 
-class KVCache(Protocol):
-    """Bookkeeping of keys and values; sequences are named by their requests' ids."""
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The first `tokens` tokens of place `source` are to be copied over those of `target`."""
 
-    def begin(self, request: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """What place `place` holds from token `tokens` on is of no use: its memory may go back."""
+
+    place: int
+    tokens: int
+
+
+Move = Copy | Drop
+"""Of slots or of blocks, whatever the cache is made of."""
+
+
+class KVCache(Protocol):
+    """Bookkeeping of keys and values; sequences are named by their ids."""
+
+    def begin(self, sequence: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
         """Take in a sequence that is to hold `keys`.
 
         Args:
-            request: Its id, not in the cache.
+            sequence: Its id, not in the cache.
             keys: Of all tokens that it has so far, at least one.
             salt: Tokens of sequences with another salt are never reused: their keys and values
                 differ, or must not be told from their speed.
@@ -33,17 +55,23 @@ class KVCache(Protocol):
             there is no room for it: nothing was changed.
         """
 
-    def grow(self, request: int, tokens: int) -> bool:
+    def grow(self, sequence: int, tokens: int) -> bool:
         """Make room for `tokens` tokens in all; False when there is none: nothing was changed."""
 
-    def note(self, request: int, keys: Keys) -> None:
+    def note(self, sequence: int, keys: Keys) -> None:
         """The next `len(keys)` tokens have been written; room for them was made before."""
 
-    def free(self, request: int, *, valid: bool = True) -> None:
+    def free(self, sequence: int, *, valid: bool = True) -> None:
         """The sequence ends. Its tokens are kept for others until room is needed.
 
         `valid=False` forgets them: after an error it is unknown what was written.
         """
+
+    def place(self, sequence: int) -> tuple[int, ...]:
+        """Where a sequence is: its slot, or its blocks in order."""
+
+    def take_moves(self) -> tuple[Move, ...]:
+        """What is to be done, in order and before the next step, since this was last asked."""
 
     def fits(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens could ever be held, with nothing beside it."""

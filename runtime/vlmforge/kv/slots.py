@@ -10,27 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlmforge.kv.cache import NO_KEYS, Keys, common_prefix
-
-
-@dataclass(frozen=True, slots=True)
-class SlotCopy:
-    """The first `tokens` tokens of slot `source` are to be copied over those of `target`."""
-
-    source: int
-    target: int
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class SlotDrop:
-    """What slot `slot` holds from token `tokens` on is of no use: its memory may go back."""
-
-    slot: int
-    tokens: int
-
-
-SlotMove = SlotCopy | SlotDrop
+from vlmforge.kv.cache import NO_KEYS, Copy, Drop, Keys, Move, common_prefix
 
 
 @dataclass(slots=True)
@@ -45,8 +25,7 @@ class _Slot:
 class SlotCache:
     """A `KVCache` of `slots` slots of `capacity` tokens, that may touch `budget` blocks in all.
 
-    `slot(request)` is where a sequence is; `take_moves()` is to be carried out, in order, before
-    the next step. With `reuse=False` nothing is kept.
+    With `reuse=False` nothing is kept.
     """
 
     def __init__(
@@ -56,7 +35,7 @@ class SlotCache:
         self._capacity, self._budget, self._block_size = capacity, budget, block_size
         self._reuse = reuse
         self._place: dict[int, int] = {}
-        self._moves: list[SlotMove] = []
+        self._moves: list[Move] = []
         self._clock = 0
 
     @property
@@ -69,12 +48,12 @@ class SlotCache:
         """Blocks of the sequences that are there."""
         return sum(slot.room for slot in self._slots if slot.owner is not None)
 
-    def slot(self, request: int) -> int:
-        """Where a sequence is."""
-        return self._place[request]
+    def place(self, sequence: int) -> tuple[int, ...]:
+        """See `KVCache.place`."""
+        return (self._place[sequence],)
 
-    def take_moves(self) -> tuple[SlotMove, ...]:
-        """What is to be moved since this was last asked."""
+    def take_moves(self) -> tuple[Move, ...]:
+        """See `KVCache.take_moves`."""
         moves, self._moves = tuple(self._moves), []
         return moves
 
@@ -82,7 +61,7 @@ class SlotCache:
         """See `KVCache.fits`."""
         return tokens <= self._capacity and self._count(tokens) <= self._budget
 
-    def begin(self, request: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
+    def begin(self, sequence: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
         """See `KVCache.begin`."""
         if len(self._place) == len(self._slots):
             return None
@@ -96,18 +75,18 @@ class SlotCache:
         if source is None or cached == 0:
             cached = 0
         elif source != target:
-            self._moves.append(SlotCopy(source, target, cached))
+            self._moves.append(Copy(source, target, cached))
         slot = self._slots[target]
-        slot.owner, slot.keys, slot.salt = request, keys[:cached], salt
+        slot.owner, slot.keys, slot.salt = sequence, keys[:cached], salt
         slot.room = max(slot.room, self._count(cached))
-        self._place[request] = target
+        self._place[sequence] = target
         self._trim(target, cached)
         self._evict()
         return cached
 
-    def grow(self, request: int, tokens: int) -> bool:
+    def grow(self, sequence: int, tokens: int) -> bool:
         """See `KVCache.grow`."""
-        slot = self._slots[self._place[request]]
+        slot = self._slots[self._place[sequence]]
         wanted = self._count(tokens)
         if tokens > self._capacity or wanted - slot.room > self._budget - self.held_blocks:
             return False
@@ -115,14 +94,14 @@ class SlotCache:
         self._evict()
         return True
 
-    def note(self, request: int, keys: Keys) -> None:
+    def note(self, sequence: int, keys: Keys) -> None:
         """See `KVCache.note`."""
-        slot = self._slots[self._place[request]]
+        slot = self._slots[self._place[sequence]]
         slot.keys = np.concatenate((slot.keys, keys))
 
-    def free(self, request: int, *, valid: bool = True) -> None:
+    def free(self, sequence: int, *, valid: bool = True) -> None:
         """See `KVCache.free`."""
-        index = self._place.pop(request)
+        index = self._place.pop(sequence)
         slot = self._slots[index]
         slot.owner = None
         self._clock += 1
@@ -138,7 +117,7 @@ class SlotCache:
         slot.keys = slot.keys[:tokens]
         if slot.room > self._count(tokens):
             slot.room = self._count(tokens)
-            self._moves.append(SlotDrop(index, tokens))
+            self._moves.append(Drop(index, tokens))
 
     def _evict(self) -> None:
         """Forget leftovers, the oldest first, until the budget holds."""

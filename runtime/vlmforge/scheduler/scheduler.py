@@ -1,6 +1,6 @@
 """Which tokens run next. No threads, no arrays of numbers, no devices: state in, `Step` out.
 
-Continuous batching: while requests decode, the prompt of one more is run in chunks beside them.
+Continuous batching: while sequences decode, the prompt of one more is run in chunks beside them.
 Higher priorities go first; within one, first come, first served. When the cache is full, whoever
 would be served last gives up its place and is computed again later, generated tokens included.
 """
@@ -11,131 +11,140 @@ import bisect
 from collections.abc import Iterator
 
 from vlmforge.kv.cache import KVCache
-from vlmforge.scheduler.request import Request, Row, State, Step, StepResult
+from vlmforge.scheduler.sequence import Logits, Row, State, Step, StepResult, TokenSequence
 
 
 class Scheduler:
-    """Plans steps of at most `rows` requests; prompts run `chunk` tokens at a time."""
+    """Plans steps of at most `rows` sequences; prompts run `chunk` tokens at a time."""
 
     def __init__(self, cache: KVCache, *, rows: int, chunk: int) -> None:
         self._cache, self._rows, self._chunk = cache, rows, chunk
-        self._waiting: list[Request] = []  # in the order in which they will be served
-        self._running: list[Request] = []  # likewise
+        self._waiting: list[TokenSequence] = []  # in the order in which they will be served
+        self._running: list[TokenSequence] = []  # likewise
 
     @property
-    def waiting(self) -> tuple[Request, ...]:
-        """Requests without a place, next first."""
+    def waiting(self) -> tuple[TokenSequence, ...]:
+        """Sequences without a place, next first."""
         return tuple(self._waiting)
 
     @property
-    def running(self) -> tuple[Request, ...]:
-        """Requests with a place, first served first."""
+    def running(self) -> tuple[TokenSequence, ...]:
+        """Sequences with a place, first served first."""
         return tuple(self._running)
 
-    def add(self, request: Request) -> None:
-        """Take in a request; ids grow, so that the older of two has the smaller one."""
-        bisect.insort(self._waiting, request, key=_order)
+    def add(self, sequence: TokenSequence) -> None:
+        """Take in a sequence; ids grow, so that the older of two has the smaller one."""
+        bisect.insort(self._waiting, sequence, key=_order)
 
-    def remove(self, request: Request, *, valid: bool = True) -> None:
-        """End a request wherever it is; its place is free at once. More than once does nothing.
+    def remove(self, sequence: TokenSequence, *, valid: bool = True) -> None:
+        """End a sequence wherever it is; its place is free at once. More than once does nothing.
 
         `valid=False` says that what its last row wrote is unknown.
         """
-        if request.state is State.RUNNING:
-            self._running.remove(request)
-            self._cache.free(request.id, valid=valid)
-        elif request.state is State.WAITING:
-            self._waiting.remove(request)
-        request.state = State.ENDED
+        if sequence.state is State.RUNNING:
+            self._running.remove(sequence)
+            self._cache.free(sequence.id, valid=valid)
+        elif sequence.state is State.WAITING:
+            self._waiting.remove(sequence)
+        sequence.state = State.ENDED
 
     def schedule(self) -> Step | None:
         """The next step; None when there is nothing to do.
 
-        A request that is waiting and fits never makes it None: see `KVCache.fits`.
+        A sequence that is waiting and fits never makes it None: see `KVCache.fits`.
         """
-        rows = list(self._decode_rows())
+        decoding = list(self._grown())
         prefill = self._prefill_row()
-        there = {request.id for request in self._running}  # some made room for others just now
-        decode = tuple(row for row in rows if row.request in there)
-        return Step(prefill, decode) if prefill or decode else None
+        # Some made room for the prompt just now, and one may have come back as the prompt.
+        prompt = None if prefill is None else prefill.sequence
+        there = [s for s in decoding if s.state is State.RUNNING and s.id != prompt]
+        decode = [s for s in there if s.decoding]
+        if prefill is None and not decode:
+            return None
+        rows = tuple(self._row(s, s.computed, len(s.tokens), "last") for s in decode)
+        return Step(self._cache.take_moves(), prefill, rows)
 
     def update(self, step: Step, result: StepResult) -> None:
-        """Note what a step did. Requests that ended meanwhile are passed over."""
-        by_id = {request.id: request for request in self._running}
-        failed = set(result.failed)
+        """Note what a step did. Sequences that ended meanwhile are passed over."""
+        running = {sequence.id: sequence for sequence in self._running}
+        for name in result.failed & running.keys():
+            self.remove(running.pop(name), valid=False)
         for row in step.rows:
-            request = by_id.get(row.request)
-            if request is None:
+            sequence = running.get(row.sequence)
+            if sequence is None:
                 continue
-            if row.request in failed:
-                self.remove(request, valid=False)
-                continue
-            self._cache.note(request.id, request.keys[row.start : row.stop])
-            request.computed = row.stop
-            if row.request in result.tokens:
-                token = result.tokens[row.request]
+            self._cache.note(sequence.id, sequence.keys[row.start : row.stop])
+            sequence.computed = row.stop
+            if row.sequence in result.tokens:
+                token = result.tokens[row.sequence]
                 if token is None:
-                    self.remove(request)
+                    self.remove(sequence)
                 else:
-                    request.append(token)
+                    sequence.append(token)
 
-    def _decode_rows(self) -> Iterator[Row]:
-        # The last served may lose its place to any before it, so the list can shrink on the way.
-        for request in list(self._running):
-            if request.state is not State.RUNNING or not request.decoding:
-                continue
-            while not self._cache.grow(request.id, len(request.tokens)):
-                victim = self._running[-1]
-                self._preempt(victim)
-                if victim is request:
-                    break
-            if request.state is State.RUNNING:
-                yield Row(request.id, request.computed, len(request.tokens), "last")
+    def _grown(self) -> Iterator[TokenSequence]:
+        """The sequences that decode, with room for one token more."""
+        # Who comes last may lose its place to any before it, so the list shrinks on the way.
+        for sequence in list(self._running):
+            there = sequence.state is State.RUNNING and sequence.decoding
+            if there and self._make_room(sequence, len(sequence.tokens)):
+                yield sequence
 
     def _prefill_row(self) -> Row | None:
-        request = next((r for r in self._running if not r.decoding), None) or self._admit()
-        if request is None:
+        sequence = next((s for s in self._running if not s.decoding), None) or self._admit()
+        if sequence is None:
             return None
-        start = request.computed
-        stop = min(start + self._chunk, len(request.tokens))
-        while not self._cache.grow(request.id, stop):
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is request:
-                return None
-        every = request.fresh and start < request.prompt_length
-        last = stop == len(request.tokens)
-        return Row(request.id, start, stop, "all" if every else "last" if last else "none")
+        start = sequence.computed
+        stop = min(start + self._chunk, len(sequence.tokens))
+        if not self._make_room(sequence, stop):
+            return None
+        logits: Logits = "last" if stop == len(sequence.tokens) else "none"
+        if sequence.fresh and not sequence.begun:
+            logits = "all"
+        return self._row(sequence, start, stop, logits)
 
-    def _admit(self) -> Request | None:
-        """Give the next waiting request a place, if there is room or somebody must make it."""
+    def _row(self, sequence: TokenSequence, start: int, stop: int, logits: Logits) -> Row:
+        tokens = tuple(sequence.tokens[start:stop])
+        return Row(sequence.id, tokens, start, self._cache.place(sequence.id), logits)
+
+    def _make_room(self, sequence: TokenSequence, tokens: int) -> bool:
+        """Room for `tokens` tokens, if need be of those served later; False: it lost its own."""
+        while not self._cache.grow(sequence.id, tokens):
+            last = self._running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return False
+        return True
+
+    def _admit(self) -> TokenSequence | None:
+        """Give the next waiting sequence a place, if there is room or somebody must make it."""
         if not self._waiting:
             return None
-        request = self._waiting[0]
-        while (cached := self._begin(request)) is None:
+        sequence = self._waiting[0]
+        while (cached := self._begin(sequence)) is None:
             last = self._running[-1] if self._running else None
-            if last is None or last.priority >= request.priority:
+            if last is None or last.priority >= sequence.priority:
                 return None
             self._preempt(last)
-        self._waiting.remove(request)
-        request.state, request.computed, request.cached = State.RUNNING, cached, cached
-        bisect.insort(self._running, request, key=_order)
-        return request
+        self._waiting.remove(sequence)
+        sequence.state, sequence.computed, sequence.cached = State.RUNNING, cached, cached
+        bisect.insort(self._running, sequence, key=_order)
+        return sequence
 
-    def _begin(self, request: Request) -> int | None:
+    def _begin(self, sequence: TokenSequence) -> int | None:
         if len(self._running) >= self._rows:
             return None
         return self._cache.begin(
-            request.id, request.keys, salt=request.salt, reuse=not request.fresh
+            sequence.id, sequence.keys, salt=sequence.salt, reuse=not sequence.fresh
         )
 
-    def _preempt(self, request: Request) -> None:
-        self._running.remove(request)
-        self._cache.free(request.id)
-        request.state, request.computed = State.WAITING, 0
-        request.preempted += 1
-        bisect.insort(self._waiting, request, key=_order)
+    def _preempt(self, sequence: TokenSequence) -> None:
+        self._running.remove(sequence)
+        self._cache.free(sequence.id)
+        sequence.state, sequence.computed = State.WAITING, 0
+        sequence.preempted += 1
+        bisect.insort(self._waiting, sequence, key=_order)
 
 
-def _order(request: Request) -> tuple[int, int]:
-    return -request.priority, request.id
+def _order(sequence: TokenSequence) -> tuple[int, int]:
+    return -sequence.priority, sequence.id

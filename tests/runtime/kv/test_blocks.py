@@ -44,11 +44,11 @@ class Pool(RuleBasedStateMachine):
         written = self.content[request]
         if not self.pool.grow(request, len(written) + len(more)):
             return
-        for copy in self.pool.take_copies():
+        for copy in self.pool.take_moves():
             for place in range(copy.tokens):
                 self.stored[copy.target, place] = self.stored[copy.source, place]
         for token in more:
-            block = self.pool.table(request)[len(written) // BLOCK]
+            block = self.pool.place(request)[len(written) // BLOCK]
             assert self.pool.uses(block) == 1
             written.append(token)
             self.stored[block, (len(written) - 1) % BLOCK] = tuple(written)
@@ -73,14 +73,14 @@ class Pool(RuleBasedStateMachine):
 
     def check(self, request: int) -> None:
         """What its blocks hold is what was written to it."""
-        written, table = self.content[request], self.pool.table(request)
+        written, blocks = self.content[request], self.pool.place(request)
         for place in range(len(written)):
-            held = self.stored[table[place // BLOCK], place % BLOCK]
+            held = self.stored[blocks[place // BLOCK], place % BLOCK]
             assert held == tuple(written[: place + 1])
 
     @invariant()
     def every_block_is_accounted_for(self) -> None:
-        uses = Counter(block for request in self.content for block in self.pool.table(request))
+        uses = Counter(block for request in self.content for block in self.pool.place(request))
         assert all(self.pool.uses(block) == uses[block] for block in range(self.pool.blocks))
         assert self.pool.free_blocks == self.pool.blocks - len(uses)
 
@@ -101,9 +101,7 @@ def test_prefixes_are_found_as_by_brute_force(past: list[list[int]], asked: list
         pool.note(request, np.array(keys[cached:]))
         if request % 2:
             pool.free(request)
-    common = max(
-        sum(1 for n in range(1, len(asked) + 1) if asked[:n] == keys[:n]) for keys in past
-    )
+    common = max(sum(1 for n in range(1, len(asked) + 1) if asked[:n] == keys[:n]) for keys in past)
     expected = min(common, len(asked) - 1) // BLOCK * BLOCK
     assert pool.begin(99, np.array(asked), salt=b"", reuse=True) == expected
     assert pool.begin(98, np.array(asked), salt=b"other", reuse=True) == 0
@@ -134,12 +132,12 @@ def test_a_forked_sequence_shares_until_it_writes() -> None:
     pool.grow(0, 6)
     pool.note(0, keys)
     pool.fork(0, 1)
-    assert pool.table(0) == pool.table(1)
+    assert pool.place(0) == pool.place(1)
     assert pool.free_blocks == 1
     assert pool.grow(1, 7)
-    (copy,) = pool.take_copies()
-    assert (copy.source, copy.target, copy.tokens) == (pool.table(0)[1], pool.table(1)[1], 2)
-    assert pool.table(0)[0] == pool.table(1)[0]
+    (copy,) = pool.take_moves()
+    assert (copy.source, copy.target, copy.tokens) == (pool.place(0)[1], pool.place(1)[1], 2)
+    assert pool.place(0)[0] == pool.place(1)[0]
     assert pool.grow(0, 7)
-    assert not pool.take_copies()
+    assert not pool.take_moves()
     assert not pool.grow(1, 9)  # the pool is full

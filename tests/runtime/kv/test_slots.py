@@ -7,7 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vlmforge.kv.slots import SlotCache, SlotCopy, SlotDrop
+from vlmforge.kv.cache import Copy, Drop
+from vlmforge.kv.slots import SlotCache
 
 SLOTS, CAPACITY, BLOCK, BUDGET = 4, 24, 4, 11
 
@@ -34,7 +35,7 @@ class Slots(RuleBasedStateMachine):
         self.carry_out()
         best = max(_common(stored, keys[:-1]) for stored in before) if reuse else 0
         assert cached == best
-        assert self.stored[self.cache.slot(self.next_id)][:cached] == keys[:cached]
+        assert self.stored[self.cache.place(self.next_id)[0]][:cached] == keys[:cached]
         self.content[self.next_id] = keys[:cached]
         self.next_id += 1
 
@@ -48,7 +49,7 @@ class Slots(RuleBasedStateMachine):
             return
         self.carry_out()
         written += more
-        self.stored[self.cache.slot(request)] = list(written)
+        self.stored[self.cache.place(request)[0]] = list(written)
         self.cache.note(request, np.array(more))
 
     @precondition(lambda self: self.content)
@@ -62,10 +63,10 @@ class Slots(RuleBasedStateMachine):
     def carry_out(self) -> None:
         for move in self.cache.take_moves():
             match move:
-                case SlotCopy():
+                case Copy():
                     self.stored[move.target] = self.stored[move.source][: move.tokens]
-                case SlotDrop():
-                    self.stored[move.slot] = self.stored[move.slot][: move.tokens]
+                case Drop():
+                    self.stored[move.place] = self.stored[move.place][: move.tokens]
 
     @invariant()
     def the_budget_holds_and_the_content_is_whole(self) -> None:
@@ -73,8 +74,8 @@ class Slots(RuleBasedStateMachine):
         touched = sum(-(-len(stored) // BLOCK) for stored in self.stored)
         assert touched <= self.cache.used_blocks
         for request, written in self.content.items():
-            assert self.stored[self.cache.slot(request)][: len(written)] == written
-        places = [self.cache.slot(request) for request in self.content]
+            assert self.stored[self.cache.place(request)[0]][: len(written)] == written
+        places = [self.cache.place(request)[0] for request in self.content]
         assert len(set(places)) == len(places)
 
 
@@ -105,7 +106,7 @@ def test_a_conversation_goes_on_in_its_own_slot() -> None:
     cache.free(0)
     first = cache.take_moves()
     assert sequence(cache, 1, [1, 2, 3, 4, 5]) == 3
-    assert not [move for move in (*first, *cache.take_moves()) if isinstance(move, SlotCopy)]
+    assert not [move for move in (*first, *cache.take_moves()) if isinstance(move, Copy)]
 
 
 def test_a_shared_beginning_is_copied_and_the_rest_is_kept() -> None:

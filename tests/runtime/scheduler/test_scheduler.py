@@ -1,4 +1,4 @@
-"""Generated histories: whatever runs beside a request, its tokens are those that it has alone."""
+"""Generated histories: whatever runs beside a sequence, its tokens are those that it has alone."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from token_store import BlockStore, SlotStore, Store, alone, next_token
 
+from token_store import BlockStore, SlotStore, Store, alone, next_token
 from vlmforge.kv.blocks import BlockPool
 from vlmforge.kv.cache import KVCache
 from vlmforge.kv.slots import SlotCache
-from vlmforge.scheduler.request import Request, State, Step, StepResult
 from vlmforge.scheduler.scheduler import Scheduler
+from vlmforge.scheduler.sequence import State, Step, StepResult, TokenSequence
 
 LONGEST = 72
 
 
 @dataclass
 class Asked:
-    """A request of a history: when it comes, and when it is cancelled, in steps."""
+    """A sequence of a history: when it comes, and when it is cancelled, in steps."""
 
     prompt: list[int]
     count: int
@@ -37,46 +37,51 @@ class World:
     scheduler: Scheduler
     cache: KVCache
     store: Store
-    requests: dict[int, Request] = field(default_factory=dict)
+    sequences: dict[int, TokenSequence] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
     log: list[Step] = field(default_factory=list)
 
-    def add(self, asked: Asked) -> Request:
-        request = Request(
-            len(self.requests), list(asked.prompt), np.array(asked.prompt), asked.salt, asked.priority
+    def add(self, asked: Asked) -> TokenSequence:
+        sequence = TokenSequence(
+            len(self.sequences),
+            list(asked.prompt),
+            np.array(asked.prompt),
+            asked.salt,
+            asked.priority,
         )
-        self.requests[request.id], self.counts[request.id] = request, asked.count
-        self.scheduler.add(request)
-        return request
+        self.sequences[sequence.id], self.counts[sequence.id] = sequence, asked.count
+        self.scheduler.add(sequence)
+        return sequence
 
     def step(self, fail: frozenset[int] = frozenset()) -> bool:
         step = self.scheduler.schedule()
         if step is None:
             return False
         self.log.append(step)
-        self.store.move()
+        self.store.move(step.moves)
         tokens: dict[int, int | None] = {}
         for row in step.rows:
-            request = self.requests[row.request]
-            self.store.write(row.request, row.start, request.tokens[row.start : row.stop])
-            if row.logits == "none" or row.request in fail:
+            sequence = self.sequences[row.sequence]
+            assert list(row.tokens) == sequence.tokens[row.start : row.stop]
+            self.store.write(row.place, row.start, row.tokens)
+            if row.logits == "none" or row.sequence in fail:
                 continue
-            left = self.counts[row.request] - (len(request.tokens) - request.prompt_length)
-            token = next_token(self.store.read(row.request, row.stop))
+            left = self.counts[row.sequence] - (len(sequence.tokens) - sequence.prompt_length)
+            token = next_token(self.store.read(row.place, row.stop))
             if left == 1:
-                request.append(token)  # it is part of the answer, and will not be run
-            tokens[row.request] = None if left == 1 else token
-        failed = [row.request for row in step.rows if row.request in fail]
-        self.scheduler.update(step, StepResult(tokens, failed))
+                sequence.append(token)  # it is part of the answer, and will not be run
+            tokens[row.sequence] = None if left == 1 else token
+        failed = [row.sequence for row in step.rows if row.sequence in fail]
+        self.scheduler.update(step, StepResult(tokens, frozenset(failed)))
         return True
 
-    def answer(self, request: Request) -> list[int]:
-        return request.tokens[request.prompt_length :]
+    def answer(self, sequence: TokenSequence) -> list[int]:
+        return sequence.tokens[sequence.prompt_length :]
 
 
 def slots(rows: int, budget: int, block: int, *, reuse: bool = True) -> tuple[KVCache, Store]:
     cache = SlotCache(rows, LONGEST, budget=budget, block_size=block, reuse=reuse)
-    return cache, SlotStore(cache, rows, LONGEST)
+    return cache, SlotStore(rows, LONGEST)
 
 
 def blocks(_: int, budget: int, block: int, *, reuse: bool = True) -> tuple[KVCache, Store]:
@@ -95,7 +100,7 @@ ASKED = st.builds(
     st.integers(0, 2),
     st.sampled_from([b"", b"salt"]),
 )
-# As few blocks as can hold the longest request: who comes last loses its place all the time.
+# As few blocks as can hold the longest sequence: who comes last loses its place all the time.
 SIZES = st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 9), st.integers(1, 50))
 
 
@@ -106,23 +111,23 @@ def test_histories(history: list[Asked], sizes: tuple[int, int, int, int], make:
     cache, store = make(rows, -(-LONGEST // block) + spare, block)  # type: ignore[operator]
     world = World(Scheduler(cache, rows=rows, chunk=chunk), cache, store)
     coming = sorted(history, key=lambda asked: asked.arrival)
-    placed: list[tuple[Asked, Request]] = []
+    placed: list[tuple[Asked, TokenSequence]] = []
     time = 0
     while coming or world.scheduler.running or world.scheduler.waiting:
         while coming and coming[0].arrival <= time:
             asked = coming.pop(0)
             placed.append((asked, world.add(asked)))
-        for asked, request in placed:
+        for asked, sequence in placed:
             if asked.cancelled is not None and asked.cancelled <= time:
-                world.scheduler.remove(request)
+                world.scheduler.remove(sequence)
         busy = world.scheduler.running or world.scheduler.waiting
         assert world.step() or not busy
         time += 1
         assert time < 20_000
-    for asked, request in placed:
-        assert request.state is State.ENDED
+    for asked, sequence in placed:
+        assert sequence.state is State.ENDED
         whole = alone(asked.prompt, asked.count)
-        answer = world.answer(request)
+        answer = world.answer(sequence)
         assert answer == whole[: len(answer)]
         assert answer == whole or asked.cancelled is not None
 
@@ -135,14 +140,14 @@ def test_what_fails_takes_nobody_along(
     cache, store = make(3, 30, 4)  # type: ignore[operator]
     world = World(Scheduler(cache, rows=3, chunk=7), cache, store)
     placed = [(asked, world.add(asked)) for asked in history]
-    bad = data.draw(st.sets(st.sampled_from([request.id for _, request in placed])))
+    bad = data.draw(st.sets(st.sampled_from([sequence.id for _, sequence in placed])))
     when = data.draw(st.integers(0, 20))
     while world.scheduler.running or world.scheduler.waiting:
         assert world.step(frozenset(bad) if len(world.log) >= when else frozenset())
-    for asked, request in placed:
-        answer = world.answer(request)
+    for asked, sequence in placed:
+        answer = world.answer(sequence)
         whole = alone(asked.prompt, asked.count)
-        assert answer == whole or (request.id in bad and answer == whole[: len(answer)])
+        assert answer == whole or (sequence.id in bad and answer == whole[: len(answer)])
 
 
 def test_first_come_first_served_within_a_priority() -> None:
@@ -152,7 +157,9 @@ def test_first_come_first_served_within_a_priority() -> None:
         world.add(Asked([1, 2], 2, priority=priority))
     ended: list[int] = []
     while world.step():
-        ended += [i for i, r in world.requests.items() if r.state is State.ENDED and i not in ended]
+        ended += [
+            i for i, r in world.sequences.items() if r.state is State.ENDED and i not in ended
+        ]
     assert ended == [1, 3, 0, 2]
 
 
@@ -172,7 +179,7 @@ def test_a_higher_priority_takes_a_place_and_gives_it_back() -> None:
     assert world.answer(high) == alone([2, 2], 3)
 
 
-def test_what_a_preempted_request_had_is_found_again() -> None:
+def test_what_a_preempted_sequence_had_is_found_again() -> None:
     """Its own tokens are the first thing that it can reuse, if nobody needed the room."""
     cache, store = slots(2, 100, 8)
     world = World(Scheduler(cache, rows=1, chunk=8), cache, store)

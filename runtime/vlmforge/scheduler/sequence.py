@@ -1,19 +1,19 @@
-"""A request, and what one step does for it."""
+"""A sequence of tokens that is being run, and what one step does for it."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from vlmforge.kv.cache import Keys
+from vlmforge.kv.cache import Keys, Move
 
 
 class State(enum.Enum):
-    """Where a request is: it begins WAITING, and may go back to it when room is short."""
+    """Where a sequence is: it begins WAITING, and may go back to it when room is short."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -21,15 +21,15 @@ class State(enum.Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Request:
-    """All that changes about a request, in one place.
+class TokenSequence:
+    """All that changes about the tokens of a request, in one place.
 
     Attributes:
         id: Unique in its scheduler.
         tokens: Ids of the prompt and, behind them, of what was generated; an id >= vocab_size is a
             row of the images' features.
         keys: int64, what identifies each token's content (see `kv.cache`).
-        salt: Requests with another salt share nothing in the cache.
+        salt: Sequences with another salt share nothing in the cache.
         priority: Higher goes first.
         fresh: The whole prompt is run, because the logits after each of its tokens are wanted.
         computed: Tokens whose keys and values are in the cache.
@@ -54,9 +54,14 @@ class Request:
         self.prompt_length = len(self.tokens)
 
     @property
+    def begun(self) -> bool:
+        """Whether a token of the answer is there."""
+        return len(self.tokens) > self.prompt_length
+
+    @property
     def decoding(self) -> bool:
         """Whether nothing but its newest token is left to run."""
-        return self.computed == len(self.tokens) - 1 and self.computed >= self.prompt_length
+        return self.begun and self.computed == len(self.tokens) - 1
 
     def append(self, token: int) -> None:
         """A token was generated."""
@@ -69,18 +74,39 @@ Logits = Literal["none", "last", "all"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Tokens `start .. stop` of a request are run; `logits` says after which they are wanted."""
+    """What a step runs of one sequence.
 
-    request: int
+    Attributes:
+        sequence: Its id.
+        tokens: Their ids; an id >= vocab_size is a row of the images' features.
+        start: Tokens of the sequence that come before them.
+        place: Where the cache has it (see `KVCache.place`).
+        logits: After which of the tokens they are wanted.
+    """
+
+    sequence: int
+    tokens: tuple[int, ...]
     start: int
-    stop: int
+    place: tuple[int, ...]
     logits: Logits
+
+    @property
+    def stop(self) -> int:
+        """Tokens of the sequence that are in the cache afterwards."""
+        return self.start + len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is done next: a part of a prompt, if any, and one token of each that decodes."""
+    """What is done next; plain data, that can be logged, replayed and sent.
 
+    Attributes:
+        moves: Done first, in order: what the cache's bookkeeping asks of its storage.
+        prefill: A part of a prompt.
+        decode: One token of each sequence that has its prompt behind it.
+    """
+
+    moves: tuple[Move, ...]
     prefill: Row | None
     decode: tuple[Row, ...]
 
@@ -95,11 +121,10 @@ class StepResult:
     """What came of a step.
 
     Attributes:
-        tokens: The next token by request, or None where the answer is complete. Requests whose row
-            wanted no logits are not in it.
-        failed: Requests whose row was not run, or whose answer ended with an error; what their
-            rows wrote is unknown.
+        tokens: The next token by sequence, or None where its answer is complete. Sequences whose
+            row wanted no logits are not in it.
+        failed: Sequences whose content in the cache is unknown now. They need not have had a row.
     """
 
-    tokens: dict[int, int | None]
-    failed: Sequence[int] = ()
+    tokens: Mapping[int, int | None]
+    failed: frozenset[int] = frozenset()

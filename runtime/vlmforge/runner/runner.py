@@ -1,0 +1,222 @@
+"""Steps to tokens: arrays for the decoder, features for the images, logits to whoever chooses.
+
+Whatever is raised by a call that is made here, by the engine, a cache or a caller's own function,
+ends the sequences that the call was made for, and no others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from vlmforge.backends import FloatArray
+from vlmforge.engine import DecoderInput, Engine
+from vlmforge.errors import EngineStepError, as_ours
+from vlmforge.features import FeatureCache, PreparedImage
+from vlmforge.kv.cache import Copy
+from vlmforge.runner.job import Job, PrefillFacts
+from vlmforge.scheduler.sequence import Row, Step, StepResult
+
+logger = logging.getLogger("vlmforge")
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class _Active:
+    """A job that has a place, or has lost it for a while."""
+
+    job: Job
+    images: list[PreparedImage | None]  # let go once their features are here
+    features: list[FloatArray | None]  # by image span
+    admitted: float
+    cached: int
+    given: DecoderInput | None = None
+    encode: float = 0.0
+    cached_images: int = 0
+    begun: bool = False
+    prompt_logits: list[FloatArray] = field(default_factory=list)
+
+    @property
+    def input(self) -> DecoderInput:
+        assert self.given is not None
+        return self.given
+
+
+class Runner:
+    """Runs the steps of one engine. One thread."""
+
+    def __init__(self, engine: Engine, features: FeatureCache) -> None:
+        self._engine, self._features = engine, features
+        self._active: dict[int, _Active] = {}
+
+    def begin(self, sequence: int, job: Job, cached: int) -> None:
+        """A job has got its place, for the first time; `cached` of its tokens are there."""
+        spans = job.prompt.image_spans
+        images: list[PreparedImage | None] = [job.images[span.image] for span in spans]
+        self._active[sequence] = _Active(
+            job, images, [None] * len(spans), time.perf_counter(), cached
+        )
+        job.images = ()
+        job.let_go()
+
+    def has(self, sequence: int) -> bool:
+        """Whether the job has begun and has not ended."""
+        return sequence in self._active
+
+    def end(self, sequence: int) -> None:
+        """Forget a job."""
+        self._active.pop(sequence, None)
+
+    def run(self, step: Step, ahead: Iterable[PreparedImage] = ()) -> StepResult:
+        """Run a step; raises nothing: what goes wrong ends the jobs that it concerns.
+
+        Args:
+            step: What the scheduler planned.
+            ahead: Images that will be asked for next, to fill up a run of the vision part.
+        """
+        work = _Work(self._engine, self._features, self._active)
+        work.move(step)
+        if step.prefill is not None:
+            work.prefill(step.prefill, ahead)
+        work.decode(step.decode)
+        return StepResult(work.tokens, frozenset(work.failed))
+
+
+@dataclass(slots=True)
+class _Work:
+    """One step."""
+
+    engine: Engine
+    cache: FeatureCache
+    active: dict[int, _Active]
+    tokens: dict[int, int | None] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
+
+    def move(self, step: Step) -> None:
+        for move in step.moves:
+            try:
+                self.engine.decoder.move(move)
+            except BaseException as error:
+                if isinstance(move, Copy):
+                    self._lose([row for row in step.rows if move.target in row.place], error)
+                else:  # memory that did not go back; its content is of no use anyway
+                    logger.warning("the cache's memory could not be given back", exc_info=True)
+
+    def prefill(self, row: Row, ahead: Iterable[PreparedImage]) -> None:
+        if row.sequence in self.failed:
+            return
+        active = self.active[row.sequence]
+        if not self._attempt([row], lambda: self._encode(active, row, ahead)):
+            return
+        logits = self._attempt([row], lambda: self._run_prompt(active, row))
+        if logits is None:
+            return
+        if row.logits == "all":
+            active.prompt_logits = active.prompt_logits if row.start else []
+            active.prompt_logits.append(logits)
+        if row.logits == "none" or not self._ends_prompt(active, row):
+            return
+        if active.begun or self._begin(row.sequence, active):
+            self._accept(row.sequence, logits[-1])
+
+    def decode(self, rows: Sequence[Row]) -> None:
+        rows = [row for row in rows if row.sequence not in self.failed]
+        if not rows:
+            return
+        logits = self._attempt(rows, lambda: self._run_tokens(rows))
+        if logits is None:
+            return
+        for row, values in zip(rows, logits, strict=True):
+            self._accept(row.sequence, values)
+
+    def _ends_prompt(self, active: _Active, row: Row) -> bool:
+        return row.logits == "last" or row.stop == len(active.job.prompt.token_ids)
+
+    def _encode(self, active: _Active, row: Row, ahead: Iterable[PreparedImage]) -> bool:
+        """Have the features of all images whose tokens are not in the cache; True."""
+        begun, spans = time.perf_counter(), active.job.prompt.image_spans
+        needed = [
+            index
+            for index, span in enumerate(spans)
+            if span.start + span.length > row.start and active.features[index] is None
+        ]
+        images = [image for index in needed if (image := active.images[index]) is not None]
+        found, known = self.cache.get(images, list(ahead)) if images else ([], 0)
+        for index, features in zip(needed, found, strict=True):
+            active.features[index], active.images[index] = features, None
+        if active.given is None:
+            active.cached_images = known + len(spans) - len(needed)
+        if needed or active.given is None:
+            active.given = self.engine.decoder_input(active.job.prompt, active.features)
+        active.encode += time.perf_counter() - begun
+        return True
+
+    def _run_prompt(self, active: _Active, row: Row) -> FloatArray:
+        # Behind the prompt are tokens that were generated before the sequence lost its place.
+        prompt = active.input.ids[row.start : row.stop]
+        ids = np.concatenate((prompt, np.array(row.tokens[len(prompt) :], np.int64)))
+        chunk = dataclasses.replace(active.input, ids=ids)
+        logits = self.engine.prefill(row.place[0], chunk, row.start, logits=row.logits)
+        if not len(logits) and row.logits != "none":
+            raise ValueError("the decoder gave no logits for the end of a prompt")
+        return logits
+
+    def _run_tokens(self, rows: Sequence[Row]) -> FloatArray:
+        tokens = np.array([row.tokens[0] for row in rows], np.int64)
+        lengths = np.array([row.start for row in rows], np.int64)
+        levels = [self.active[row.sequence].input.rotary_level for row in rows]
+        slots = [row.place[0] for row in rows]
+        logits = self.engine.decode(slots, tokens, lengths, np.array(levels, np.int64))
+        if len(logits) != len(rows):
+            raise ValueError(f"the decoder gave {len(logits)} rows for {len(rows)} sequences")
+        return logits
+
+    def _begin(self, sequence: int, active: _Active) -> bool:
+        rows, active.prompt_logits = active.prompt_logits, []
+        facts = PrefillFacts(
+            queue=active.admitted - active.job.submitted,
+            encode=active.encode,
+            prefill=time.perf_counter() - active.admitted - active.encode,
+            cached_tokens=active.cached,
+            cached_images=active.cached_images,
+            prompt_logits=np.concatenate(rows) if rows else None,
+        )
+        try:
+            active.job.generation.begin(facts)
+        except BaseException as error:  # noqa: BLE001 - ends this sequence, whatever it is
+            self._end(sequence, as_ours(error))
+            return False
+        active.begun = True
+        return True
+
+    def _accept(self, sequence: int, logits: FloatArray) -> None:
+        try:
+            token = self.active[sequence].job.generation.accept(logits)
+            self.tokens[sequence] = None if token is None else int(token)
+        except BaseException as error:  # noqa: BLE001 - a logits processor may raise anything
+            self._end(sequence, error)
+
+    def _attempt(self, rows: Sequence[Row], call: Callable[[], T]) -> T | None:
+        """What `call` gives. If it raises, these rows fail; None then."""
+        try:
+            return call()
+        except BaseException as error:  # noqa: BLE001 - handed to the callers that it concerns
+            self._lose(rows, error)
+            return None
+
+    def _lose(self, rows: Sequence[Row], error: BaseException) -> None:
+        """Nobody knows what these sequences have in the cache: they end."""
+        for row in rows:
+            self.failed.add(row.sequence)
+            self.active[row.sequence].job.fail(EngineStepError.of(error))
+
+    def _end(self, sequence: int, error: BaseException) -> None:
+        """The answer ends with an error; what is in the cache is whole."""
+        self.tokens[sequence] = None
+        self.active[sequence].job.fail(error)

@@ -1,0 +1,181 @@
+"""The worker: one thread owns the decoder and runs what callers submit.
+
+Callers talk to it through an inbox, so nothing that it works on is shared. When it ends, for
+whatever reason, everybody who waits for it is told, and everybody who comes later is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from vlmforge import lifetime
+from vlmforge.backends import FloatArray
+from vlmforge.engine import Engine
+from vlmforge.errors import CancelledError, PipelineError, VlmforgeError
+from vlmforge.features import FeatureCache
+from vlmforge.runner.job import Job
+from vlmforge.scheduler.jobs import Jobs
+
+logger = logging.getLogger("vlmforge")
+
+
+class Loop:
+    """Runs jobs on an engine, at most `engine.options.slots` of them at once."""
+
+    def __init__(
+        self, engine: Engine, features: FeatureCache, *, chunk: int, reuse_prefixes: bool
+    ) -> None:
+        self._engine, self._features = engine, features
+        self._jobs = Jobs(engine, features, chunk=chunk, reuse_prefixes=reuse_prefixes)
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._refusal: Callable[[], VlmforgeError] | None = None
+        self._stopping = False
+        self._forks = lifetime.fork_count()
+        self._thread = threading.Thread(target=self._work, name="vlmforge", daemon=True)
+        self._thread.start()
+        lifetime.watch(self)
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a child of the one that has the worker."""
+        return self._forks != lifetime.fork_count()
+
+    def known_features(self, digest: bytes) -> FloatArray | None:
+        """Features of an image that was encoded before, if they are kept. From any thread."""
+        return self._features.known(digest)
+
+    def check(self) -> None:
+        """Refuse a caller who would wait for ever, or for nothing.
+
+        Raises:
+            PipelineError: in a forked child, from the worker's own thread, or the worker died.
+            CancelledError: once the loop is closed.
+        """
+        self.check_process()
+        if threading.current_thread() is self._thread:
+            raise _called_by_itself()
+        if self._refusal is not None:
+            raise self._refusal()
+
+    def check_process(self) -> None:
+        """PipelineError in a forked child."""
+        if self.forked:
+            raise _forked()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job (see `check`)."""
+        self.check()
+        with self._lock:
+            if self._refusal is not None:
+                raise self._refusal()
+            self._inbox.put(job)
+
+    def cancel(self, job: Job) -> None:
+        """End a job at its next step; its generation fails with `CancelledError`."""
+        job.cancelled.set()
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the worker look at what was cancelled."""
+        if not self.forked:
+            self._inbox.put(None)
+
+    def stop(self) -> None:
+        """Have the worker cancel what is in flight and end, without waiting for it.
+
+        Takes no lock: a garbage collector may call it anywhere.
+        """
+        self._stopping = True
+        self.wake()
+
+    def close(self) -> None:
+        """Cancel what is in flight and end the worker. May be called more than once."""
+        if self.forked:
+            return
+        self.stop()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    end = close
+
+    def abandon(self) -> None:
+        """See `lifetime.Owner`. Where the engine is freed, libraries wait for their threads."""
+        lifetime.keep_for_ever(self._engine)
+
+    def _work(self) -> None:
+        refusal: Callable[[], VlmforgeError] = closed
+        try:
+            while self._receive():
+                self._jobs.step()
+        except BaseException as error:  # told to every caller, now and later
+            logger.critical("the worker of a pipeline died", exc_info=True)
+            refusal = _Died(error)
+        with self._lock:
+            self._refusal = refusal
+        self._take(block=False)  # nothing comes behind these
+        self._jobs.fail_all(refusal)
+
+    def _receive(self) -> bool:
+        """Take what callers sent, waiting when there is nothing to do; False at the end."""
+        self._take(block=self._jobs.idle)
+        return not self._stopping
+
+    def _take(self, *, block: bool) -> None:
+        while True:
+            try:
+                job = self._inbox.get(block)
+            except queue.Empty:
+                return
+            block = False
+            if job is not None:
+                self._jobs.add(job)
+
+
+class _Died:
+    """Makes the error of each caller of a worker that is no more."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __call__(self) -> VlmforgeError:
+        refusal = PipelineError(
+            "The pipeline's worker has died; it answers no more requests.",
+            found=f"{type(self._error).__name__}: {self._error}",
+            expected="a worker that outlives every request",
+            fix="make a new pipeline: pipeline(ENGINE); and please report this",
+        )
+        refusal.__cause__ = self._error
+        return refusal
+
+
+def closed() -> CancelledError:
+    """What ends the requests of a pipeline that is closed."""
+    return CancelledError(
+        "The pipeline is closed.",
+        found="a request to a closed pipeline",
+        expected="requests before close(), inside the with block",
+        fix="make a new one: pipeline(ENGINE)",
+    )
+
+
+def _forked() -> PipelineError:
+    return PipelineError(
+        "The pipeline was made before this process was forked.",
+        found="a call in a child of the process that made it: its threads are not there",
+        expected="calls in the process that made the pipeline",
+        fix="make the pipeline after the fork, in the child (gunicorn: without --preload; "
+        "multiprocessing: in the worker's initializer, or with the start method 'spawn')",
+    )
+
+
+def _called_by_itself() -> PipelineError:
+    return PipelineError(
+        "The pipeline was called by a function that it is calling.",
+        found="a call from inside a logits processor: the answer would wait for itself",
+        expected="calls from threads of your own",
+        fix="ask before the request, or use a second pipeline inside the processor",
+    )
