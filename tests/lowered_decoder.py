@@ -14,7 +14,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from conftest import DATA, HF
-from vlmforge.backends import FloatArray, IntArray
+from vlmforge.backends import DecoderBatch, FloatArray
+from vlmforge.kv.cache import Copy, Move
 from vlmforge_builder.checkpoint.config import read_config
 from vlmforge_builder.export import Traced, trace
 from vlmforge_builder.ops import DOMAIN, VERSION
@@ -82,24 +83,18 @@ class _Decoder:
     def cache_names(self) -> list[str]:
         return [name for name in self._inputs if name.startswith("past_") and "." in name]
 
-    def _feeds(
-        self,
-        input_ids: IntArray,
-        past_lengths: IntArray,
-        image_features: FloatArray | None,
-        logits_indices: IntArray,
-        rotary_levels: IntArray | None,
-    ) -> dict[str, NDArray[Any]]:
-        if image_features is None:
-            image_features = np.zeros((1, self._inputs["image_features"].shape[1]), np.float32)
+    def _feeds(self, batch: DecoderBatch) -> dict[str, NDArray[Any]]:
+        features = batch.image_features
+        if features is None:
+            features = np.zeros((1, self._inputs["image_features"].shape[1]), np.float32)
         feeds: dict[str, NDArray[Any]] = {
-            "input_ids": input_ids,
-            "past_lengths": past_lengths,
-            "image_features": image_features,
-            "logits_indices": logits_indices,
+            "input_ids": batch.input_ids,
+            "past_lengths": batch.past_lengths,
+            "image_features": features,
+            "logits_indices": batch.logits_indices,
         }
-        if rotary_levels is not None:
-            feeds["rotary_levels"] = rotary_levels
+        if batch.rotary_levels is not None:
+            feeds["rotary_levels"] = batch.rotary_levels
         return feeds
 
     def _run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, FloatArray]:
@@ -118,29 +113,20 @@ class NativeDecoder(_Decoder):
             assert held == capacity
             self._caches[name] = np.zeros((slots, kv_heads, capacity, head_dim), np.float32)
 
-    def step(
-        self,
-        first_slot: int,
-        input_ids: IntArray,
-        past_lengths: IntArray,
-        image_features: FloatArray | None,
-        logits_indices: IntArray,
-        rotary_levels: IntArray | None = None,
-    ) -> FloatArray:
-        rows = slice(first_slot, first_slot + len(input_ids))
-        feeds = self._feeds(input_ids, past_lengths, image_features, logits_indices, rotary_levels)
+    def step(self, batch: DecoderBatch) -> FloatArray:
+        rows = list(batch.slots)
+        feeds = self._feeds(batch)
         results = self._run({**feeds, **{k: v[rows] for k, v in self._caches.items()}})
         for name, cache in self._caches.items():
             cache[rows] = results[name.replace("past_", "present_")]
         return results["logits"]
 
-    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+    def move(self, move: Move) -> None:
         for cache in self._caches.values():
-            cache[target, :, :tokens] = cache[source, :, :tokens]
-
-    def swap_slots(self, first: int, second: int, tokens: int) -> None:
-        for cache in self._caches.values():
-            cache[[first, second], :, :tokens] = cache[[second, first], :, :tokens]
+            if isinstance(move, Copy):
+                cache[move.target, :, : move.tokens] = cache[move.source, :, : move.tokens]
+            else:
+                cache[move.place, :, move.tokens :] = 0  # the graph multiplies it by zero
 
 
 class PagedDecoder(_Decoder):
@@ -162,29 +148,18 @@ class PagedDecoder(_Decoder):
             assert shape[2] == PAGE_SIZE
             self._caches[name] = np.full(shape, np.nan, np.float32)
 
-    def step(
-        self,
-        first_slot: int,
-        input_ids: IntArray,
-        past_lengths: IntArray,
-        image_features: FloatArray | None,
-        logits_indices: IntArray,
-        rotary_levels: IntArray | None = None,
-    ) -> FloatArray:
-        batch, tokens = input_ids.shape
-        needed = -(-(int(past_lengths.max()) + tokens) // PAGE_SIZE)
-        feeds = self._feeds(input_ids, past_lengths, image_features, logits_indices, rotary_levels)
-        feeds["query_lengths"] = np.full(batch, tokens, np.int32)
-        feeds["block_table"] = self._table[first_slot : first_slot + batch, :needed]
+    def step(self, batch: DecoderBatch) -> FloatArray:
+        rows, tokens = batch.input_ids.shape
+        needed = -(-(int(batch.past_lengths.max()) + tokens) // PAGE_SIZE)
+        feeds = self._feeds(batch)
+        feeds["query_lengths"] = np.full(rows, tokens, np.int32)
+        feeds["block_table"] = self._table[list(batch.slots), :needed]
         results = self._run({**feeds, **self._caches})
         self._caches = {k: results[k.replace("past_", "present_")] for k in self._caches}
         return results["logits"]
 
-    def copy_slot(self, source: int, target: int, tokens: int) -> None:
-        pages = -(-tokens // PAGE_SIZE)
-        for cache in self._caches.values():
-            cache[self._table[target, :pages]] = cache[self._table[source, :pages]]
-
-    def swap_slots(self, first: int, second: int, tokens: int) -> None:
-        del tokens
-        self._table[[first, second]] = self._table[[second, first]]
+    def move(self, move: Move) -> None:
+        if isinstance(move, Copy):
+            pages = -(-move.tokens // PAGE_SIZE)
+            for cache in self._caches.values():
+                cache[self._table[move.target, :pages]] = cache[self._table[move.source, :pages]]

@@ -330,6 +330,4 @@ def run(
     """Logits of every position, from these ids and pixel values."""
     features = [engine.vision.encode(values) for values in pixels]
     features = [values.reshape(-1, values.shape[-1]) for values in features]
-    images = [engine.prepare_image(image) for image in case.images]
-    prompt = engine.decoder_input(rendered, images, features)
-    return engine.prefill(0, prompt, 0, len(prompt.ids), every=True)
+    return engine.prefill(0, engine.decoder_input(rendered, features), 0, logits="all")
