@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError
@@ -133,7 +134,8 @@ def _vision_part(geometry: Geometry, names: Names) -> PartSpec:
     tower, width = geometry.tower, geometry.decoder.hidden_size
     return PartSpec(
         name="vision",
-        module=lambda: VisionEncoder(
+        module=partial(
+            VisionEncoder,
             tower,
             outputs=width,
             projector_act=geometry.projector_act,

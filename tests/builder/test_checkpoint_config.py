@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmforge.errors import CheckpointError
@@ -77,7 +77,6 @@ def test_git_lfs_pointer(tmp_path: Path) -> None:
     assert caught.value.fix == f"run 'git lfs pull' in {tmp_path}"
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text(), _JSON))
 def test_objects_are_read_whole(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     path = _write(tmp_path_factory.mktemp("json"), json.dumps(value).encode())
@@ -156,7 +155,6 @@ def test_wrong_type(getter: str, value: object, found: str) -> None:
         assert len(caught.value.found) <= 80
 
 
-@settings(deadline=None)
 @given(_JSON, st.sampled_from(["int", "float", "str", "bool"]))
 def test_getters_return_their_type_or_refuse(value: object, getter: str) -> None:
     kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}[getter]

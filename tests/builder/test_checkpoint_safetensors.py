@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -61,7 +61,6 @@ def _entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, obje
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         st.text(min_size=1).filter(lambda name: name != "__metadata__"),
@@ -86,7 +85,6 @@ def test_reads_what_the_library_wrote(
         assert _bits(values) == _bits(tensor)
 
 
-@settings(deadline=None)
 @given(pad=st.integers(0, 16))
 def test_data_at_any_alignment(tmp_path_factory: pytest.TempPathFactory, pad: int) -> None:
     """Old writers did not pad the header."""
@@ -122,7 +120,6 @@ _VALUE = (
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), _FIELD, _VALUE), max_size=2), st.integers(-3, 3))
 @example([("c", "data_offsets", [12, 16])], 0)  # overlap
 @example([("c", "data_offsets", [17, 21])], 1)  # hole
@@ -148,7 +145,6 @@ def test_refuses_exactly_what_the_library_refuses(
     }
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=64))
 def test_any_bytes_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: bytes

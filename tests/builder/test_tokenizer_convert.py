@@ -177,7 +177,7 @@ def converted(kind: Kind) -> tuple[ConvertedTokenizer, TextTokenizer, ReferenceT
     return made, text_tokenizer(made), reference
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(st.sampled_from(KINDS), TEXTS)
 def test_converted_tokenizers_encode_as_the_original(kind: Kind, text: str) -> None:
     # See `token_texts`: where the proof does not look.
@@ -195,7 +195,7 @@ def test_added_tokens_keep_their_ids(kind: Kind) -> None:
 
 
 # <0x20> is left out: its space, at the beginning, is stripped as that of a piece is.
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.booleans(), st.lists(st.sampled_from([*range(3, 35), *range(36, 420)]), max_size=20))
 def test_decoding_is_that_of_the_original(dummy_prefix: bool, ids: list[int]) -> None:
     _, tokenizer, _ = converted(Kind(dummy_prefix=dummy_prefix))

@@ -214,7 +214,7 @@ TYPED = st.lists(
     st.none() | TYPED,
     st.integers(1, 900),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_conversation_within_any_window(
     pipe: Pipeline, turns: list[tuple[str, int, str]], query: str, system: str | None, window: int
 ) -> None:

@@ -185,7 +185,7 @@ def test_the_first_frame_of_an_animation() -> None:
     st.sampled_from(["RGBA", "LA", "PA"]),
     st.tuples(*[st.integers(0, 255)] * 3),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_alpha_is_composited(seed: int, mode: str, background: tuple[int, int, int]) -> None:
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (5, 6, 4), dtype=np.uint8))
@@ -311,7 +311,7 @@ def test_a_one_bit_png() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(FORMATS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_altered_bytes_give_an_image_or_a_typed_error(seed: int, image_format: str) -> None:
     rng = np.random.default_rng(seed)

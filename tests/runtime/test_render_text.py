@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -184,7 +184,6 @@ def dialogues(draw: st.DrawFn) -> list[Message]:
     return turns[: len(turns) - draw(st.integers(0, 1))]
 
 
-@settings(deadline=None)
 @given(dialogues())
 def test_ids_are_those_of_the_published_tokenizer_for_the_rendered_text(
     turns: Sequence[Message],
@@ -200,7 +199,6 @@ def published_tokenizer() -> Tokenizer:
     return Tokenizer.from_str(HF_JSON)
 
 
-@settings(deadline=None)
 @given(dialogues())
 def test_ids_are_those_of_the_chunks_between_the_images(turns: Sequence[Message]) -> None:
     setup = original_setup()
@@ -213,7 +211,6 @@ def test_ids_are_those_of_the_chunks_between_the_images(turns: Sequence[Message]
 
 
 @pytest.mark.parametrize("make", [hf_setup, original_setup])
-@settings(deadline=None)
 @given(turns=dialogues(), more=QUESTIONS)
 def test_what_precedes_an_image_does_not_change_with_later_turns(
     make: Any, turns: list[Message], more: Message

@@ -134,7 +134,7 @@ REQUESTS = st.lists(
 
 
 @given(REQUESTS, st.integers(1, 5), st.integers(1, 50), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_sequences_do_not_disturb_each_other(
     requests: list[tuple[list[int], int]], slots: int, chunk: int, reuse: bool
 ) -> None:
@@ -152,7 +152,7 @@ def test_sequences_do_not_disturb_each_other(
 
 
 @given(REQUESTS, st.integers(2, 4), st.integers(1, 9), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_cancelled_sequence_leaves_the_others_alone(
     requests: list[tuple[list[int], int]], slots: int, chunk: int, data: st.DataObject
 ) -> None:

@@ -116,7 +116,7 @@ class SlotsMatchTheModel(RuleBasedStateMachine):
 
 
 TestSlots = SlotsMatchTheModel.TestCase
-TestSlots.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
+TestSlots.settings = settings(max_examples=300, stateful_step_count=30)
 
 
 class Served:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from vlmforge.errors import UnsupportedModelError
 from vlmforge.vl.preprocess import ImagePolicy
@@ -76,7 +77,7 @@ def vision_part(tower: VisionConfig, resampler: ResamplerConfig) -> PartSpec:
     """Tower, resampler and projection as a part."""
     return PartSpec(
         name="vision",
-        module=lambda: ResampledEncoder(tower, resampler),
+        module=partial(ResampledEncoder, tower, resampler),
         inputs=(TensorArg("pixel_values", ("images", 3, tower.image_size, tower.image_size)),),
         outputs=("image_features",),
         weights={
