@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,15 @@ settings.register_profile("house", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("house")
 # Seconds after which something hangs, on however slow a machine.
 HANGS = 600.0
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Returns as soon as `holds`: what comes late is no failure, only what never comes."""
+    end = time.monotonic() + HANGS
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
 
 DATA = Path(__file__).parent / "data"
 IMAGES = DATA / "images"

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import HF
+from conftest import HANGS, HF, wait_until
 from vlmforge.bundle import open_bundle
 from vlmforge.errors import BuildError, EngineError
 from vlmforge.manifest import MANIFEST_FILE, load_manifest
@@ -211,22 +212,50 @@ def test_events_on_stdout(
     assert any("up to date" in text for text in texts)
 
 
-def test_a_stage_speaks_at_least_every_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+def watched(monkeypatch: pytest.MonkeyPatch, heartbeat: float) -> list[None]:
+    """Sets the heartbeat; the list grows by one whenever the watch looks at the memory."""
+    looks: list[None] = []
+    now = progress.memory_now
+
+    def counted() -> progress.Memory:
+        looks.append(None)
+        return now()
+
+    monkeypatch.setattr(progress, "HEARTBEAT_S", heartbeat)
+    monkeypatch.setattr(progress, "memory_now", counted)
+    return looks
+
+
+def wait_for_looks(looks: list[None], count: int) -> None:
+    before = len(looks)
+    wait_until(lambda: len(looks) >= before + count)
+
+
+def test_a_stage_is_silent_until_the_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     assert progress.HEARTBEAT_S == 5.0
-    monkeypatch.setattr(progress, "HEARTBEAT_S", 0.4)
+    looks, events = watched(monkeypatch, heartbeat=2 * HANGS), io.StringIO()
+    with Progress(text=io.StringIO(), events=events) as spoken, spoken.stage("write"):
+        wait_for_looks(looks, 4)
+    rows = [json.loads(line) for line in events.getvalue().splitlines()]
+    assert [row["event"] for row in rows] == ["begin", "end"]
+
+
+def test_a_stage_speaks_at_every_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = watched(monkeypatch, heartbeat=0.4)
     said, events = io.StringIO(), io.StringIO()
     with Progress(text=said, events=events) as spoken:
         with spoken.stage("write"):
             spoken.report(3, 4)
-            time.sleep(1.5)
-        time.sleep(0.6)  # between stages there is nothing to tell
+            wait_until(lambda: events.getvalue().count("heartbeat") >= 2)
+        monkeypatch.setattr(progress, "HEARTBEAT_S", 0.0)
+        wait_for_looks(looks, 4)  # between stages there is nothing to tell
     rows = [json.loads(line) for line in events.getvalue().splitlines()]
     kinds = [row["event"] for row in rows]
     assert kinds[0] == "begin"
     assert kinds[-1] == "end"
     beats = rows[1:-1]
     assert {row["event"] for row in beats} == {"heartbeat"}
-    assert len(beats) >= 2
+    assert all(b["elapsed_s"] - a["elapsed_s"] > 0.25 for a, b in pairwise(rows[:-1]))
     assert {row["text"] for row in beats} == {"write 75% ..."}
     assert {(row["done_bytes"], row["total_bytes"]) for row in beats} == {(3, 4)}
     assert len(said.getvalue().splitlines()) == len(rows)
@@ -268,7 +297,7 @@ def test_an_interrupted_build_leaves_nothing(
     child = start(built.checkpoint, tmp_path / "it.engine", "trace vision")
     assert leftovers(tmp_path) == [f".it.engine.building-{child.pid}"]
     child.send_signal(sent)
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=HANGS)
     # Python ends by the signal where it struck in code that a library ran from C, although it was
     # handled since; a shell says 130 of both.
     assert child.returncode in (130, -signal.SIGINT)
@@ -298,7 +327,7 @@ def test_an_interrupt_that_a_library_loses_ends_the_build_all_the_same(
     built: Built, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-c", LOSING, built.checkpoint, "-o", tmp_path / "it.engine"]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=HANGS, check=False)
     assert done.stderr.count("lost") == 1  # it did not go on to the second part
     assert done.stderr.rstrip().endswith("build-engine: interrupted; nothing was published")
     assert done.returncode == 130
@@ -309,7 +338,7 @@ def test_a_killed_build_leaves_no_engine_and_the_next_sweeps(built: Built, tmp_p
     engine = tmp_path / "it.engine"
     child = start(built.checkpoint, engine, "trace decoder")
     child.kill()
-    child.communicate(timeout=60)
+    child.communicate(timeout=HANGS)
     assert leftovers(tmp_path) == [f".it.engine.building-{child.pid}"]
     assert not engine.exists()
     other = tmp_path / f".other.engine.building-{child.pid}"

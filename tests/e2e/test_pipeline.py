@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import HF, IMAGES
+from conftest import HANGS, HF, IMAGES
 from vlmforge import (
     ChatTemplateConfig,
     EngineConfig,
@@ -227,20 +227,26 @@ def test_many_threads(pipe: Pipeline) -> None:
 def test_closing_ends_those_who_wait(hf_engine: Path) -> None:
     pipe = pipeline(hf_engine, backend_config=EngineConfig(max_batch_size=1))
     outcomes: list[object] = []
+    begun = threading.Event()
+
+    def note(seen: list[int], logits: np.ndarray) -> np.ndarray:
+        begun.set()
+        return logits
 
     def call() -> None:
+        config = plain(900, logits_processors=[note])
         try:
-            outcomes.append(pipe("a long one", gen_config=plain(900)).finish_reason)  # type: ignore[union-attr]
+            outcomes.append(pipe("a long one", gen_config=config).finish_reason)  # type: ignore[union-attr]
         except CancelledError as error:
             outcomes.append(error)
 
     threads = [threading.Thread(target=call) for _ in range(3)]
     for thread in threads:
         thread.start()
-    time.sleep(0.05)
+    assert begun.wait(HANGS)
     pipe.close()
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=HANGS)
     assert not any(thread.is_alive() for thread in threads)
     assert len(outcomes) == 3
     with pytest.raises(CancelledError, match="closed"):
