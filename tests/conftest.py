@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -55,10 +56,19 @@ def _private_cache(shared: Path) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _few_threads() -> None:
-    """One thread for each worker: they share the cores already, and threads that wait spin."""
+def _few_threads() -> Iterator[None]:
+    """One thread for each worker: they share the cores already, and threads that wait spin.
+
+    Unless a test asks for more by `EngineConfig(threads=...)`; builds that are processes of their
+    own choose as users' do.
+    """
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+    # Its records are for torch's own tools; here pytest would keep and format thousands of them.
+    logging.getLogger("torch.__trace").propagate = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlmforge.backends.onnxruntime.physical_cores", lambda: 1)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,7 @@ CHECKPOINTS = {
     "yi_vl": 32,
 }
 SESSION = 640
+TINY = PRESETS["tiny"]
 
 
 class Build(Protocol):
@@ -208,9 +210,10 @@ def test_a_cache_in_fp8(build: Build, kernels: Path) -> None:
 
 
 def test_a_plan_is_smaller_by_what_quantised_weights_save(build: Build, tmp_path: Path) -> None:
-    """A decoder of 41 M parameters; what the compiler adds does not hang on how they are stored."""
-    write_checkpoint(tmp_path / "60m", PRESETS["60m"])
-    engines = [build(str(tmp_path / "60m"), "plugin", "float16", w) for w in ("", "int4")]
+    """A decoder of 12 M parameters; what the compiler adds does not hang on how they are stored."""
+    text = replace(TINY.text, hidden=384, intermediate=1024, layers=7, heads=6, kv_heads=6)
+    write_checkpoint(tmp_path / "12m", replace(TINY, text=text))
+    engines = [build(str(tmp_path / "12m"), "native", "float16", w) for w in ("", "int4")]
     parts = [load_manifest(engine).part("decoder") for engine in engines]
     whole, quantised = ((e / p.file).stat().st_size for e, p in zip(engines, parts, strict=True))
     assert parts[1].weight_bytes < 0.28 * parts[0].weight_bytes
