@@ -142,7 +142,7 @@ def load_pixels(image: Image.Image, *, name: str, quoted: bool = True) -> None:
     except VlmforgeError:
         raise
     except Exception as error:  # Decoders of untrusted bytes raise nearly anything.
-        if _is_closed(image):
+        if _is_closed(image, error):
             raise ImageError(
                 f"{name} was closed before its pixels were read.",
                 found=f"a closed {type(image).__name__}",
@@ -152,7 +152,9 @@ def load_pixels(image: Image.Image, *, name: str, quoted: bool = True) -> None:
         raise _damaged(name, str(error) if quoted else "pixels that do not decode") from error
 
 
-def _is_closed(image: Image.Image) -> bool:
+def _is_closed(image: Image.Image, error: Exception) -> bool:
+    if isinstance(error, ValueError) and "closed" in str(error):
+        return True
     if not isinstance(image, ImageFile.ImageFile):
         return True  # An image in memory fails to load only when it was closed.
     file: IO[bytes] | None = image.fp
