@@ -30,6 +30,7 @@ _C_DECODERS = frozenset({"zip", "jpeg", "gif", "raw"})
 _PIECES = 64
 _SMALLEST_PIECE = 256
 _LEAST_PASS = 1 << 16
+_PLAIN_PPM = (b"P1", b"P2", b"P3")  # numbers as text: the last one may end where the file does
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +175,7 @@ class _Feed(io.BytesIO):
         self._name, self._cancelled = name, cancelled
         self._seconds = limits.decode_s
         self._end = time.monotonic() + limits.decode_s
+        self._reads_on = data[:2] in _PLAIN_PPM
 
     def read(self, size: int | None = -1, /) -> bytes:
         if self._cancelled is not None and self._cancelled():
@@ -186,7 +188,7 @@ class _Feed(io.BytesIO):
                 fix="make it smaller, or save it as PNG or as a JPEG that is not progressive",
             )
         chunk = super().read(size)
-        if not chunk and size is not None and size > 0:
+        if not chunk and size is not None and size > 0 and not self._reads_on:
             raise OSError("the file ends before its pixels do")
         return chunk
 

@@ -203,15 +203,19 @@ def _from_file(path: str, limits: ImageLimits, *, name: str | None = None) -> Op
 
 
 def _file_url_path(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.netloc.lower() not in ("", "localhost"):
+    try:
+        parts = urlsplit(url)
+        host, path = parts.netloc, unquote(parts.path)
+    except ValueError:  # a bracket that is not closed
+        host, path = shown(url[len("file://") :]), ""
+    if host.lower() not in ("", "localhost"):
         raise ImageError(
             "A file:// URL names another machine.",
-            found=f"host {parts.netloc!r}",
+            found=f"host {host!r}",
             expected="file:///absolute/path",
             fix="write three slashes after file:",
         )
-    return unquote(parts.path)
+    return path
 
 
 def _from_array(array: NDArray[Any], limits: ImageLimits) -> OpenedImage:

@@ -56,6 +56,8 @@ def described(path: str) -> str:
 
 def shown(text: str) -> str:
     """`text`, cut to a length that fits a message."""
+    if not text:
+        return "an empty text"
     return text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "..."
 
 
