@@ -64,8 +64,9 @@ def test_digests_tell_contents_apart() -> None:
     two.putpalette([3, 2, 1])
     clear = one.copy()
     clear.info["transparency"] = 0
-    turned = PHOTO.copy()
+    turned, flipped_by_tag = PHOTO.copy(), PHOTO.copy()
     turned.getexif()[0x0112] = 6
+    flipped_by_tag.getexif()[0x0112] = 2
     sources = [
         encoded(PHOTO),
         encoded(PHOTO, exif=EXIF),
@@ -81,6 +82,7 @@ def test_digests_tell_contents_apart() -> None:
         two,
         clear,
         turned,
+        flipped_by_tag,
     ]
     digests = [open_image(source).digest for source in sources]
     assert len(set(digests)) == len(sources)
@@ -170,6 +172,45 @@ def test_a_loaded_image_may_be_closed_behind_us(tmp_path: Path) -> None:
         lazy = Image.open(file)
         opened = open_image(lazy)
         np.testing.assert_array_equal(np.asarray(opened.decode()), PIXELS)
+
+
+def test_one_image_in_two_prompts_is_loaded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads in Pillow's reader of one image read each other's bytes."""
+    path = tmp_path / "photo.bmp"
+    path.write_bytes(encoded(PHOTO, "BMP"))
+    lazy, load = Image.open(path), ImageFile.ImageFile.load
+    inside, second = [0], threading.Event()
+
+    def watched(image: ImageFile.ImageFile) -> object:
+        inside[0] += 1
+        if inside[0] == 2:
+            second.set()
+        second.wait(0.2)  # time for the other one to come in, if it may
+        found = load(image)
+        inside[0] -= 1
+        return found
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", watched)
+    opened = [open_image(lazy) for _ in range(2)]
+    threads = [threading.Thread(target=image.decode) for image in opened]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not second.is_set()
+    np.testing.assert_array_equal(np.asarray(lazy), PIXELS)
+
+
+def test_an_image_that_does_not_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", no_memory)
+    with pytest.raises(ImageError, match="does not fit the memory") as caught:
+        load_image(encoded(PHOTO))
+    assert caught.value.found == "17 x 11 pixels of mode RGB"
 
 
 # --- lanes ---------------------------------------------------------------------------------------

@@ -135,13 +135,20 @@ def load_pixels(image: Image.Image, *, name: str, quoted: bool = True) -> None:
     """Decode the pixels of an opened image in place.
 
     Raises:
-        ImageError: the pixels are not whole, or the image was closed.
+        ImageError: the pixels are not whole or too many, or the image was closed.
         CancelledError: the one who feeds the decoder said so.
     """
     try:
         image.load()
     except VlmforgeError:
         raise
+    except MemoryError as error:
+        raise ImageError(
+            f"{name} does not fit the memory.",
+            found=f"{image.width} x {image.height} pixels of mode {image.mode}",
+            expected="memory for all its pixels at once",
+            fix="make it smaller, or free memory",
+        ) from error
     except Exception as error:  # Decoders of untrusted bytes raise nearly anything.
         if _is_closed(image, error):
             raise ImageError(
@@ -150,7 +157,8 @@ def load_pixels(image: Image.Image, *, name: str, quoted: bool = True) -> None:
                 expected="an image that is loaded, or whose file is open",
                 fix="call image.load() before its file is closed, or pass the path",
             ) from error
-        raise _damaged(name, str(error) if quoted else "pixels that do not decode") from error
+        found = str(error) or type(error).__name__
+        raise _damaged(name, found if quoted else "pixels that do not decode") from error
 
 
 def _is_closed(image: Image.Image, error: Exception) -> bool:
