@@ -19,6 +19,7 @@ from vlmforge.backends import (
 )
 from vlmforge.bundle import Bundle
 from vlmforge.features import PreparedImage, prepare, row_keys
+from vlmforge.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.manifest import Manifest
 from vlmforge.prompt.choice import ActiveTemplate
 from vlmforge.prompt.history import newest_turns
@@ -26,8 +27,8 @@ from vlmforge.prompt.messages import Conversation, ImageSource
 from vlmforge.prompt.render import RenderedPrompt, marked_tokenizer_json, render_prompt
 from vlmforge.slots import Keys
 from vlmforge.text import TextTokenizer
-from vlmforge.vl import load_image
 from vlmforge.vl.decode import Colour, upright_size
+from vlmforge.vl.load import OpenedImage, open_image
 from vlmforge.vl.preprocess import preprocess
 from vlmforge.vl.tiling import token_rows
 
@@ -59,6 +60,7 @@ class Engine:
     vision: VisionSession
     decoder: DecoderSession
     options: LoadOptions
+    limits: ImageLimits = DEFAULT_LIMITS
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -74,15 +76,19 @@ class Engine:
         return prepare(pixel_values, token_rows(upright_size(image), tiling))
 
     def image_tokens(self, image: ImageSource) -> int:
-        """Tokens that an image takes; it is loaded only if that depends on its size.
+        """Tokens that an image takes; it is opened only if that depends on its size.
 
         Raises:
-            ImageError: it had to be loaded, and cannot be.
+            ImageError: it had to be opened, and cannot be.
         """
         tiling = self.manifest.image.tiling
         if tiling is None:
             return self.manifest.decode.tokens_per_image
-        return len(token_rows(upright_size(load_image(image)), tiling))
+        return len(token_rows(self.open_image(image).size, tiling))
+
+    def open_image(self, source: ImageSource) -> OpenedImage:
+        """An image with its header read, within `limits` (ImageError otherwise)."""
+        return open_image(source, limits=self.limits)
 
     def render(self, conversation: Conversation, *, do_preprocess: bool = True) -> RenderedPrompt:
         """The prompt's text, ids and image spans; the vision part is not run.

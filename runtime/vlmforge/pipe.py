@@ -35,8 +35,6 @@ from vlmforge.prompt.render import RenderedPrompt
 from vlmforge.response import Response, Stopwatch
 from vlmforge.scheduler import Job, Scheduler
 from vlmforge.session import Session
-from vlmforge.vl import load_image
-from vlmforge.vl.decode import upright_size
 
 
 class Pipeline:
@@ -160,7 +158,7 @@ class Pipeline:
         do_preprocess: bool,
     ) -> Iterator[Response]:
         # Loaded once, so that later turns neither fetch nor decode the images again.
-        asked = session.with_prompt(_load(parse_prompt(prompt)))
+        asked = session.with_prompt(self._load(parse_prompt(prompt)))
         whole = Response(session_id=session.session_id)
         configs = one_for_each(gen_config, 1)
         for event in self._events(Prompts((asked,), single=True), configs, do_preprocess):
@@ -311,7 +309,7 @@ class Pipeline:
         watch = Stopwatch()
         given = len(conversation.images)
         with watch.stage("load"):
-            conversation = _load(self._engine.kept(conversation, do_preprocess=do_preprocess))
+            conversation = self._load(self._engine.kept(conversation, do_preprocess=do_preprocess))
         with watch.stage("preprocess"):
             images = [self._prepare(image) for image in conversation.images]
             rendered = self._engine.render(conversation, do_preprocess=do_preprocess)
@@ -335,10 +333,13 @@ class Pipeline:
         box_format, images = self._engine.manifest.prompt.box_format, loaded.images
         if box_format is None or not images:
             return None
-        return Grounding(box_format, upright_size(load_image(images[-1].source)), given - 1)
+        return Grounding(box_format, self._engine.open_image(images[-1].source).size, given - 1)
 
     def _prepare(self, image: Image) -> PreparedImage:
-        return self._engine.prepare_image(load_image(image.source))
+        return self._engine.prepare_image(self._engine.open_image(image.source).decode())
+
+    def _load(self, conversation: Conversation) -> Conversation:
+        return _loaded(conversation, self._engine)
 
     def _budget(self, rendered: RenderedPrompt, asked: int | None) -> int:
         """Tokens that may be generated: what was asked for (None: all), cut to what fits."""
@@ -351,12 +352,12 @@ class Pipeline:
         return min(requested, window - prompt)
 
 
-def _load(conversation: Conversation) -> Conversation:
+def _loaded(conversation: Conversation, engine: Engine) -> Conversation:
     """The conversation with its images loaded (ImageError names the one that fails)."""
 
     def loaded(message: Message) -> Message:
         blocks = tuple(
-            Image(load_image(block.source), given_name(block))
+            Image(engine.open_image(block.source).decode(), given_name(block))
             if isinstance(block, Image)
             else block
             for block in message.blocks
