@@ -98,7 +98,9 @@ class FlagOrFolder:
         """See `Rule`."""
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        return isinstance(value, bool) or (isinstance(value, str) and Path(value).is_dir())
+        if isinstance(value, bool):
+            return True
+        return isinstance(value, str) and value != "" and Path(value).is_dir()
 
     def __str__(self) -> str:
         return "True, False or the path of a folder that is there"
