@@ -7,7 +7,6 @@ import sys
 import textwrap
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -174,16 +173,21 @@ def test_leaving_python_while_an_engine_runs_is_no_abort(hf_engine: Path) -> Non
     assert done.returncode == 0, done.stderr
 
 
+def of_pipelines() -> set[threading.Thread]:
+    """Threads of pipelines; those that decode are the process's."""
+    return {t for t in threading.enumerate() if t.name in ("vlmforge", "vlmforge-prepare")}
+
+
 @pytest.fixture
-def threads() -> Iterator[set[threading.Thread]]:
-    yield set(threading.enumerate())
+def threads() -> set[threading.Thread]:
+    return of_pipelines()
 
 
 def ended(before: set[threading.Thread]) -> bool:
     """Whether every thread that began since then ends."""
-    for thread in set(threading.enumerate()) - before:
+    for thread in of_pipelines() - before:
         thread.join(HANG_S)
-    return not set(threading.enumerate()) - before
+    return not of_pipelines() - before
 
 
 def dropped(*, asked: bool) -> tuple[weakref.ref[Pipeline], weakref.ref[Parts]]:
