@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from conftest import DATA, HF
 from vlmforge.backends import FloatArray, IntArray
+from vlmforge.ort import ort
 from vlmforge_builder.checkpoint.config import read_config
 from vlmforge_builder.export import Traced, trace
 from vlmforge_builder.ops import DOMAIN, VERSION

@@ -30,3 +30,26 @@ def child_environment(libraries: Path | None) -> dict[str, str]:
         places = (str(libraries), environment.get("LD_LIBRARY_PATH", ""))
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(p for p in places if p)
     return environment
+
+
+# What libraries read, once, when they are imported. The second also leaves names and versions of
+# other software out of the hub client's requests, and a list of programs that it would fetch.
+TELEMETRY_SWITCHES = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
+
+
+def telemetry_allowed() -> bool:
+    """Whether libraries may report to their makers, as each is set up to; off unless asked for."""
+    return os.environ.get("VLMFORGE_ALLOW_TELEMETRY", "") == "1"
+
+
+def refuse_telemetry() -> tuple[str, ...]:
+    """Switch telemetry off for libraries not imported yet, here and in child processes.
+
+    Returns:
+        The switches that were not set so already; none where telemetry is allowed.
+    """
+    if telemetry_allowed():
+        return ()
+    turned = tuple(name for name in TELEMETRY_SWITCHES if os.environ.get(name) != "1")
+    os.environ.update(dict.fromkeys(TELEMETRY_SWITCHES, "1"))
+    return turned

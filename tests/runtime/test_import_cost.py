@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import cache
@@ -38,7 +39,8 @@ def loaded(modules: str) -> frozenset[str]:
         else ("import sys\nprint(*sys.modules)")
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    quiet = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True, check=True)
     return frozenset(done.stdout.split())
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from vlmforge.backends import DecoderSession, FloatArray, IntArray, LoadOptions, VisionSession
 from vlmforge.errors import EngineError
 from vlmforge.manifest import KVLayout, Manifest, Part
+from vlmforge.ort import ort
 
 PROVIDER = "CPUExecutionProvider"
 
