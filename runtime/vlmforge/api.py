@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -12,14 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlmforge.backends import LoadOptions
 from vlmforge.build_cache import engine_for
-from vlmforge.bundle import Bundle, open_bundle
+from vlmforge.bundle import open_bundle
 from vlmforge.config import ChatTemplateConfig, EngineConfig, VisionConfig
 from vlmforge.engine import Engine, load_engine
-from vlmforge.errors import BackendUnavailableError, ConfigError
+from vlmforge.errors import ConfigError
 from vlmforge.features import FeatureCache
+from vlmforge.limits import available_memory
 from vlmforge.manifest import Manifest
+from vlmforge.memory import load_options
 from vlmforge.pipe import Pipeline
 from vlmforge.prompt.choice import choose_template
 from vlmforge.scheduler import Scheduler
@@ -27,8 +27,6 @@ from vlmforge.scheduler import Scheduler
 logger = logging.getLogger("vlmforge")
 
 _FEATURE_CACHE_BYTES = 128 << 20
-# Weights are packed (copied) only when they leave this share of the free memory to the cache.
-_PACK_SHARE = 0.7
 
 
 def pipeline(
@@ -84,7 +82,7 @@ def _load(folder: Path, config: EngineConfig, template: ChatTemplateConfig | Non
     bundle = open_bundle(folder)
     manifest = bundle.manifest
     _check_parallel(config, manifest)
-    options = _load_options(bundle, config)
+    options = load_options(bundle, config, _available_memory())
     frozen = bundle.text(manifest.prompt.template_file)
     return load_engine(bundle, choose_template(manifest.prompt, frozen, template), options)
 
@@ -159,48 +157,6 @@ def _check_parallel(config: EngineConfig, manifest: Manifest) -> None:
         )
 
 
-def _load_options(bundle: Bundle, config: EngineConfig) -> LoadOptions:
-    """Slots and window that fit the memory; exact arithmetic, so that nothing dies of it later."""
-    manifest = bundle.manifest
-    capacity = config.session_len or manifest.decode.session_len
-    if capacity > manifest.decode.session_len:
-        raise ConfigError(
-            "session_len is larger than the engine's window.",
-            found=f"session_len={capacity}",
-            expected=f"at most {manifest.decode.session_len}",
-            fix=f"build-engine {manifest.provenance.source} -o {bundle.folder} "
-            f"--session-len {capacity} --force",
-        )
-    weights = sum(part.loaded_bytes for part in manifest.parts)
-    free = _available_memory()
-    pack = weights <= _PACK_SHARE * free
-    if not pack:
-        logger.warning(
-            "the weights take %.1f GB of %.1f GB of free memory: they are mapped from the file "
-            "instead of packed, which is slower for batches",
-            weights / 1e9,
-            free / 1e9,
-        )
-    wanted = config.max_batch_size or manifest.decode.max_batch_size
-    budget = config.cache_max_entry_count * max(free - weights, 0.1 * free)
-    fitting = int(budget // (capacity * manifest.kv.bytes_per_token))
-    if fitting < 1:
-        raise BackendUnavailableError(
-            "The key/value cache of one sequence does not fit the memory.",
-            found=f"{budget / 1e9:.2f} GB for the cache",
-            expected=f"{capacity * manifest.kv.bytes_per_token / 1e9:.2f} GB for {capacity} tokens",
-            fix="EngineConfig(session_len=...) with a smaller window, or free memory",
-        )
-    if fitting < wanted:
-        logger.warning("memory for %d of %d sequences at once; others wait", fitting, wanted)
-    return LoadOptions(min(wanted, fitting), capacity, config.threads, pack)
-
-
 def _available_memory() -> float:
-    """Bytes that can be used without swapping; the disk's size stands in where nobody says."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return float(shutil.disk_usage("/").total)
-    rows = dict(line.split(":", 1) for line in lines)
-    return float(rows["MemAvailable"].split()[0]) * 1024
+    """Bytes that this process may still take, whoever limits it."""
+    return float(available_memory().bytes)
