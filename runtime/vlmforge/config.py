@@ -53,8 +53,9 @@ class EngineConfig:
             memory is touched only where tokens are.
         num_tokens_per_iter, max_prefill_iters: Accepted: `max_prefill_token_num` alone sets the
             rhythm of prefill.
-        async_, enable_metrics, cache_checkpoint_interval, cache_prompt_boundary_skip: Accepted:
-            they tune machinery that is not here; answers do not depend on them.
+        async_, enable_metrics, cache_checkpoint_interval, cache_prompt_boundary_skip,
+            moe_a2a_backend: Accepted: they tune machinery that is not here; answers do not depend
+            on them.
         tp, quant_policy, rope_scaling_factor, use_logn_attn and the others: Only their defaults;
             `REFUSALS` says why, and what to do.
 
@@ -106,6 +107,8 @@ class EngineConfig:
     communicator: str = "nccl"
     hf_overrides: Mapping[str, object] | None = None
     enable_metrics: bool = True
+    gemm_input_dtype: str | None = None
+    moe_a2a_backend: str = "auto"
 
     def __post_init__(self) -> None:
         self.validate()
@@ -137,10 +140,11 @@ RULES: Mapping[str, Rule] = {
     "cache_prompt_boundary_skip": Int(0),
     "async_": Int(0, 1),
     "enable_metrics": Flag(),
+    "moe_a2a_backend": Text(),
 }
 
-_ONE_PROCESS = "an engine runs in one process on one machine"
-_START_MORE = "start one pipeline for each machine or device and share the prompts among them"
+ONE_PROCESS = "an engine runs in one process on one machine"
+START_MORE = "start one pipeline for each machine or device and share the prompts among them"
 _NOT_SHARDED = Refusal(
     (1,),
     "tensor parallelism needs a shard of the weights for each rank, and this runtime has engines "
@@ -150,25 +154,25 @@ _NOT_SHARDED = Refusal(
 _REBUILD = "change config.json of the checkpoint and build the engine again: build-engine"
 _CACHE_MODES = "the cache has no such modes"
 _CACHE_SWITCH = "use enable_prefix_caching=True or False"
-_ONE_RANK = dataclasses.replace(_NOT_SHARDED, neutral=(None, 1))
-_ONE_REPLICA = Refusal((None, 1), _ONE_PROCESS, _START_MORE)
+ONE_RANK = dataclasses.replace(_NOT_SHARDED, neutral=(None, 1))
+ONE_REPLICA = Refusal((None, 1), ONE_PROCESS, START_MORE)
 
 REFUSALS: Mapping[str, Refusal] = {
     "tp": _NOT_SHARDED,
     "cp": _NOT_SHARDED,
     "ep": _NOT_SHARDED,
-    "device_num": _ONE_RANK,
-    "attn_tp_size": _ONE_RANK,
-    "attn_cp_size": _ONE_RANK,
-    "mlp_tp_size": _ONE_RANK,
-    "dp": _ONE_REPLICA,
-    "attn_dp_size": _ONE_REPLICA,
-    "mlp_dp_size": _ONE_REPLICA,
-    "outer_dp_size": _ONE_REPLICA,
-    "nnodes": _ONE_REPLICA,
-    "node_rank": Refusal((0,), _ONE_PROCESS, _START_MORE),
-    "dist_init_addr": Refusal((None,), _ONE_PROCESS, _START_MORE),
-    "devices": Refusal((None,), _ONE_PROCESS, _START_MORE),
+    "device_num": ONE_RANK,
+    "attn_tp_size": ONE_RANK,
+    "attn_cp_size": ONE_RANK,
+    "mlp_tp_size": ONE_RANK,
+    "dp": ONE_REPLICA,
+    "attn_dp_size": ONE_REPLICA,
+    "mlp_dp_size": ONE_REPLICA,
+    "outer_dp_size": ONE_REPLICA,
+    "nnodes": ONE_REPLICA,
+    "node_rank": Refusal((0,), ONE_PROCESS, START_MORE),
+    "dist_init_addr": Refusal((None,), ONE_PROCESS, START_MORE),
+    "devices": Refusal((None,), ONE_PROCESS, START_MORE),
     "communicator": Refusal(("nccl",), "one rank has nobody to talk to", "leave it out"),
     "model_format": Refusal(
         (None, "hf"),
@@ -190,6 +194,11 @@ REFUSALS: Mapping[str, Refusal] = {
         (None,),
         "the hub's own cache is used",
         "set HF_HOME, or download the checkpoint yourself and give its folder",
+    ),
+    "gemm_input_dtype": Refusal(
+        (None,),
+        "the number format of matrix products is compiled into the engine",
+        "leave it out; build-engine --dtype and --weights choose how weights are stored",
     ),
     "cache_prompt": Refusal(("auto",), _CACHE_MODES, _CACHE_SWITCH),
     "cache_generation": Refusal(("auto",), _CACHE_MODES, _CACHE_SWITCH),

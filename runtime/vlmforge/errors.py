@@ -15,6 +15,7 @@
     |   |-- EngineIntegrityError                ... a file is missing, short or altered
     |   `-- BackendUnavailableError             ... or this machine lacks its backend
     |-- BuildError                              a build failed; nothing was published
+    |-- NotSupportedError        (NotImplementedError)  a name that is here only to say so
     `-- CancelledError                          the request was cancelled, or the pipeline closed
 
 Each says what was found, what was expected and what to do next, in words a user can act on.
@@ -128,6 +129,12 @@ class BuildError(VlmforgeError):
     """A build failed. Nothing was published."""
 
     code = "build_failed"
+
+
+class NotSupportedError(VlmforgeError, NotImplementedError):
+    """A name that older programs import and that does nothing here."""
+
+    code = "not_supported"
 
 
 class CancelledError(VlmforgeError):

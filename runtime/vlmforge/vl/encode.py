@@ -5,16 +5,33 @@ from __future__ import annotations
 import base64
 import io
 
-from PIL import Image
-
+from vlmforge.errors import ImageError
 from vlmforge.vl.decode import to_rgb, upright
+from vlmforge.vl.load import ImageSource, load_image
 
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 
 
-def encode_image_base64(image: Image.Image) -> str:
-    """Base64 of `image` as PNG: upright, lossless; modes that PNG lacks are converted to RGB."""
-    image = upright(image) if image.mode in _PNG_MODES else to_rgb(image)
+def encode_image_base64(image: ImageSource, format: str = "PNG") -> str:  # noqa: A002
+    """Base64 of an image file, upright.
+
+    Args:
+        image: Whatever `load_image` takes.
+        format: "PNG" is lossless; modes that it lacks are converted to RGB. "JPEG" is RGB always,
+            and not what was put in.
+
+    Raises:
+        ImageError: not an image, or another format.
+    """
+    if format not in ("PNG", "JPEG"):
+        raise ImageError(
+            "Images are not encoded in this format.",
+            found=f"format={format!r}",
+            expected="'PNG' or 'JPEG'",
+            fix="leave format out",
+        )
+    loaded = load_image(image)
+    png = format == "PNG" and loaded.mode in _PNG_MODES
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    (upright(loaded) if png else to_rgb(loaded)).save(buffer, format=format)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
