@@ -174,6 +174,9 @@ class OnnxRuntimeBackend:
             _session(folder / part.file, part, options, manifest.dtype), manifest.kv, options
         )
 
+    def check(self) -> None:
+        """See `Backend.check`: importing the library was the check."""
+
     def versions(self) -> Sequence[tuple[str, str]]:
         """See `Backend.versions`."""
         return (("onnxruntime", ort.__version__),)

@@ -203,8 +203,6 @@ def _lines() -> Lines:
 
 
 def _take_any_bytes() -> None:
-    """Names of files are bytes: what is no text on the way in or out must not end the chat."""
+    """Names of files are bytes: one that is no text must not end the chat."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
