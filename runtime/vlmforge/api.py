@@ -44,7 +44,8 @@ def pipeline(
             built from it once, by a child process, and kept in the cache directory.
         backend_config: Window, batch size, threads and more.
         chat_template_config: Replaces the engine's chat template, or parts of it.
-        vision_config: Views in one run of the vision part, and what is behind transparent images.
+        vision_config: Views in one run of the vision part, what is behind transparent images,
+            and which images may be read.
         log_level: Level of the logger "vlmforge".
         **kwargs: Fields of `EngineConfig` or `ChatTemplateConfig`, as older programs pass them.
 
@@ -57,11 +58,13 @@ def pipeline(
     config, template_config = _apply(kwargs, backend_config or EngineConfig(), chat_template_config)
     config.validate()
     vision = vision_config or VisionConfig()
+    vision.validate()
     folder = engine_for(str(model_path), _build_options(config))
     with _patience(f"vlmforge: checking and loading {folder} ..."):
         engine = _load(folder, config, template_config)
     if vision.background is not None:
         engine = engine.on_background(vision.background)
+    engine = dataclasses.replace(engine, limits=vision.image_limits())
     manifest = engine.manifest
     image_bytes = manifest.decode.tokens_per_image * manifest.decode.hidden_size * 4
     features = FeatureCache(

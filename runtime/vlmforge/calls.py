@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmforge.errors import ConfigError, VlmforgeError
+from vlmforge.errors import ConfigError, as_ours
 from vlmforge.generation import GenerationConfig
 from vlmforge.response import Response
 
@@ -68,8 +68,9 @@ def refuse_adapter(name: str | None) -> None:
         )
 
 
-def error_response(index: int, error: VlmforgeError) -> Response:
+def error_response(index: int, error: Exception) -> Response:
     """What stands in a list for an item that failed."""
+    error = as_ours(error)
     return Response(
         index=index,
         session_id=index,

@@ -18,6 +18,7 @@ from vlmforge.errors import ConfigError
 from vlmforge.field_rules import (
     Choice,
     Flag,
+    FlagOrFolder,
     Int,
     ListOf,
     Number,
@@ -28,6 +29,7 @@ from vlmforge.field_rules import (
     check_fields,
     check_refusals,
 )
+from vlmforge.image_limits import DEFAULT_FORMATS, FORMATS, ImageLimits
 
 UNNAMED_TEMPLATE = "custom"
 """`model_name` of a template whose JSON has none."""
@@ -220,6 +222,12 @@ class VisionConfig:
         background: Colour (red, green, blue; 0 to 255) on which transparent images are composited.
             None: what the engine's image policy says. Published models were trained on images whose
             transparency was left out of account, so their engines do that too.
+        local_files: Whether images may be named by paths and `file://` URLs. True: all files that
+            this process can read. A folder: only files that are in it when links are followed.
+            False: none. Prompts from others, such as a server's, need False or a folder.
+        image_formats: Those that are read, as the bytes say: of "PNG", "JPEG", "WEBP", "GIF",
+            "BMP" (uncompressed), and "TIFF", "AVIF", "PPM", "QOI". The last four are not read
+            unless asked for: a small file of theirs can cost much time.
 
     Raises:
         ConfigError: a field of a wrong type or out of range.
@@ -228,6 +236,9 @@ class VisionConfig:
     max_batch_size: int = 1
     thread_safe: bool = False
     background: tuple[int, int, int] | None = None
+    _: KW_ONLY
+    local_files: bool | str | os.PathLike[str] = True
+    image_formats: Sequence[str] = DEFAULT_FORMATS
 
     def __post_init__(self) -> None:
         self.validate()
@@ -239,8 +250,16 @@ class VisionConfig:
             "max_batch_size": Int(1),
             "thread_safe": Flag(),
             "background": colour,
+            "local_files": FlagOrFolder(),
+            "image_formats": ListOf(Choice(FORMATS)),
         }
         check_fields(self, rules)
+
+    def image_limits(self) -> ImageLimits:
+        """What the images of prompts may be and may cost."""
+        files = self.local_files
+        folder = files if isinstance(files, bool) else Path(files).absolute()
+        return ImageLimits(formats=tuple(self.image_formats), local_files=folder)
 
 
 VisonConfig = VisionConfig

@@ -18,18 +18,20 @@ from vlmforge.backends import (
     load_backend,
 )
 from vlmforge.bundle import Bundle
-from vlmforge.features import PreparedImage, prepare, row_keys
+from vlmforge.features import PreparedImage, features_digest, prepare, row_keys
+from vlmforge.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.manifest import Manifest
 from vlmforge.prompt.choice import ActiveTemplate
 from vlmforge.prompt.history import newest_turns
-from vlmforge.prompt.messages import Conversation, ImageSource
+from vlmforge.prompt.messages import Conversation, Image, ImageSource, Message, Text
+from vlmforge.prompt.names import given_name
 from vlmforge.prompt.render import RenderedPrompt, marked_tokenizer_json, render_prompt
 from vlmforge.slots import Keys
 from vlmforge.text import TextTokenizer
-from vlmforge.vl import load_image
 from vlmforge.vl.decode import Colour, upright_size
+from vlmforge.vl.load import OpenedImage, open_image
 from vlmforge.vl.preprocess import preprocess
-from vlmforge.vl.tiling import token_rows
+from vlmforge.vl.tiling import Rows, token_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Engine:
     vision: VisionSession
     decoder: DecoderSession
     options: LoadOptions
+    limits: ImageLimits = DEFAULT_LIMITS
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -66,23 +69,64 @@ class Engine:
         manifest = dataclasses.replace(self.manifest, image=image)
         return dataclasses.replace(self, manifest=manifest)
 
-    def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:
-        """Preprocess by the engine's image policy (ImageError otherwise)."""
-        pixel_values, tiling = preprocess(image, self.manifest.image), self.manifest.image.tiling
-        if tiling is None:
-            return prepare(pixel_values)
-        return prepare(pixel_values, token_rows(upright_size(image), tiling))
+    def prepare_image(self, image: PIL.Image.Image, digest: bytes | None = None) -> PreparedImage:
+        """Preprocess by the engine's image policy (ImageError otherwise).
+
+        `digest` identifies the image's content; None: its pixel values do.
+        """
+        rows = self._image_rows(upright_size(image))
+        return prepare(preprocess(image, self.manifest.image), rows, digest)
+
+    def features_digest(self, image: OpenedImage) -> bytes:
+        """What `prepare_image(image.decode(), image.digest)` would have as its digest."""
+        return features_digest(image.digest, self._image_rows(image.size))
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether the number of an image's tokens depends on its size."""
+        return self.manifest.image.tiling is not None
 
     def image_tokens(self, image: ImageSource) -> int:
-        """Tokens that an image takes; it is loaded only if that depends on its size.
+        """Tokens that an image takes; its header is read only if that depends on its size.
 
         Raises:
-            ImageError: it had to be loaded, and cannot be.
+            ImageError: it had to be opened, and cannot be.
         """
-        tiling = self.manifest.image.tiling
-        if tiling is None:
+        if not self.needs_sizes:
             return self.manifest.decode.tokens_per_image
-        return len(token_rows(upright_size(load_image(image)), tiling))
+        rows = self._image_rows(self.open_image(image).size)
+        return self.manifest.decode.tokens_per_image if rows is None else len(rows)
+
+    def open_image(self, source: ImageSource) -> OpenedImage:
+        """The image with its header read, within `limits` (ImageError otherwise).
+
+        One that was opened before is itself.
+        """
+        if isinstance(source, OpenedImage):
+            return source
+        return open_image(source, limits=self.limits)
+
+    def opened(self, conversation: Conversation, *, but_pillow: bool = False) -> Conversation:
+        """The conversation with its images opened, each under the name that it was given by.
+
+        `but_pillow` leaves Pillow images as they are.
+        """
+
+        def block(given: Text | Image) -> Text | Image:
+            if isinstance(given, Text):
+                return given
+            if but_pillow and isinstance(given.source, PIL.Image.Image):
+                return given
+            return Image(self.open_image(given.source), given_name(given))
+
+        return Conversation(
+            tuple(Message(m.role, tuple(map(block, m.blocks))) for m in conversation.messages)
+        )
+
+    def _image_rows(self, size: tuple[int, int]) -> Rows | None:
+        """The rows that become the tokens of an image of this size; None: all, in order."""
+        tiling = self.manifest.image.tiling
+        return None if tiling is None else token_rows(size, tiling)
 
     def render(self, conversation: Conversation, *, do_preprocess: bool = True) -> RenderedPrompt:
         """The prompt's text, ids and image spans; the vision part is not run.
@@ -91,14 +135,25 @@ class Engine:
             PromptError: the messages cannot be rendered.
             ImageError: see `image_tokens`.
         """
-        return self._render(self.kept(conversation, do_preprocess=do_preprocess), do_preprocess)
+        return self.fitted(conversation, do_preprocess=do_preprocess)[1]
 
-    def kept(self, conversation: Conversation, *, do_preprocess: bool = True) -> Conversation:
-        """The conversation without the turns that the engine's policy leaves out of its prompt."""
+    def fitted(
+        self, conversation: Conversation, *, do_preprocess: bool = True
+    ) -> tuple[Conversation, RenderedPrompt]:
+        """The conversation without the turns that the engine's policy leaves out, and its prompt.
+
+        Raises: see `render`.
+        """
+        if self.needs_sizes:
+            conversation = self.opened(conversation)  # once, not once for each rendering
+        rendered = self._render(conversation, do_preprocess)
         window = self.manifest.prompt.history_window
         if window is None or not do_preprocess or len(conversation.messages) < 2:
-            return conversation
-        return newest_turns(conversation, self._render(conversation, do_preprocess), window)
+            return conversation, rendered
+        kept = newest_turns(conversation, rendered, window)
+        if kept is not conversation:
+            rendered = self._render(kept, do_preprocess)
+        return kept, rendered
 
     def _render(self, conversation: Conversation, do_preprocess: bool) -> RenderedPrompt:
         return render_prompt(
@@ -110,24 +165,42 @@ class Engine:
             preprocess=do_preprocess,
         )
 
+    def keys(self, rendered: RenderedPrompt, images: Sequence[PreparedImage]) -> Keys:
+        """int64 `[tokens]`, what identifies each token's content; no image need be encoded."""
+        keys = np.array(rendered.token_ids, np.int64)
+        for span in rendered.image_spans:
+            place = slice(span.start, span.start + span.length)
+            keys[place] = row_keys(images[span.image], span.length)
+        return keys
+
+    def rotary_level(self, tokens: int) -> int:
+        """The level of a sequence whose prompt has that many tokens (see `PositionPolicy`)."""
+        return self.manifest.decode.positions.level(tokens)
+
     def decoder_input(
         self,
         rendered: RenderedPrompt,
         images: Sequence[PreparedImage],
-        features: Sequence[FloatArray],
+        features: Sequence[FloatArray | None],
     ) -> DecoderInput:
-        """Point the image positions of a prompt at the rows of its images' features."""
+        """Point the image positions of a prompt at the rows of its images' features.
+
+        `features` are None of images whose tokens will not be run: they are in the cache.
+        """
         ids = np.array(rendered.token_ids, np.int64)
-        keys = ids.copy()
         row = 0
-        for span in rendered.image_spans:
-            place = slice(span.start, span.start + span.length)
-            rows = np.arange(row, row + span.length, dtype=np.int64)
-            ids[place] = self.manifest.decode.vocab_size + rows
-            keys[place] = row_keys(images[span.image], span.length)
-            row += span.length
-        level = self.manifest.decode.positions.level(len(ids))
-        return DecoderInput(ids, keys, np.concatenate(features) if features else None, level)
+        for span, known in zip(rendered.image_spans, features, strict=True):
+            if known is not None:
+                rows = np.arange(row, row + span.length, dtype=np.int64)
+                ids[span.start : span.start + span.length] = self.manifest.decode.vocab_size + rows
+                row += span.length
+        found = [rows for rows in features if rows is not None]
+        return DecoderInput(
+            ids,
+            self.keys(rendered, images),
+            np.concatenate(found) if found else None,
+            self.rotary_level(len(ids)),
+        )
 
     def prefill(
         self, slot: int, prompt: DecoderInput, start: int, stop: int, *, every: bool = False

@@ -13,9 +13,13 @@
     |-- EngineError                             the engine directory cannot be used
     |   |-- EngineFormatError                   ... its manifest is not of our schema
     |   |-- EngineIntegrityError                ... a file is missing, short or altered
-    |   `-- BackendUnavailableError             ... or this machine lacks its backend
+    |   |-- BackendUnavailableError             ... or this machine lacks its backend
+    |   `-- EngineStepError                     ... or it failed while it ran
     |-- BuildError                              a build failed; nothing was published
     |-- NotSupportedError        (NotImplementedError)  a name that is here only to say so
+    |-- PipelineError                           the pipeline cannot serve this caller: it was made
+    |                                           before a fork, or is called by its own callback
+    |-- InternalError                           what is not ours ended a request: a callback, a bug
     `-- CancelledError                          the request was cancelled, or the pipeline closed
 
 Each says what was found, what was expected and what to do next, in words a user can act on.
@@ -125,6 +129,28 @@ class BackendUnavailableError(EngineError):
     code = "backend_unavailable"
 
 
+class EngineStepError(EngineError):
+    """The engine failed while it ran a request; what was raised there is the cause."""
+
+    code = "engine_step"
+
+    @classmethod
+    def of(cls, error: BaseException) -> EngineStepError:
+        """One for each request that `error` ends: no two callers raise the same object."""
+        if isinstance(error, VlmforgeError):
+            found = cls(error.summary, found=error.found, expected=error.expected, fix=error.fix)
+        else:
+            found = cls(
+                "The engine failed while it ran this request.",
+                found=_one_line(error),
+                expected="a step that ends",
+                fix="send the request again; if memory was short, with a smaller max_batch_size or "
+                "window. If it fails again: vlmforge verify ENGINE",
+            )
+        found.__cause__ = error
+        return found
+
+
 class BuildError(VlmforgeError):
     """A build failed. Nothing was published."""
 
@@ -135,6 +161,31 @@ class NotSupportedError(VlmforgeError, NotImplementedError):
     """A name that older programs import and that does nothing here."""
 
     code = "not_supported"
+
+
+class PipelineError(VlmforgeError):
+    """The pipeline cannot serve this caller here; the message says what can."""
+
+    code = "pipeline_unusable"
+
+
+class InternalError(VlmforgeError):
+    """A request was ended by an exception that is none of ours; that one is the cause."""
+
+    code = "internal_error"
+
+    @classmethod
+    def of(cls, error: BaseException) -> InternalError:
+        """`error` as one of ours."""
+        found = cls(
+            "A request was ended by an exception that is not one of vlmforge's.",
+            found=_one_line(error),
+            expected="a VlmforgeError, or none",
+            fix="mend the logits processor if it comes from there (the cause's traceback says so); "
+            "else please report it",
+        )
+        found.__cause__ = error
+        return found
 
 
 class CancelledError(VlmforgeError):
@@ -178,3 +229,18 @@ class ContextLengthError(VlmforgeError, ValueError):
             fix="send fewer or shorter turns or fewer images, or use an engine built with a larger "
             "--session-len",
         )
+
+
+def as_exception(error: BaseException) -> Exception:
+    """The error as it may reach a caller: one that would end the caller's thread is wrapped."""
+    return error if isinstance(error, Exception) else InternalError.of(error)
+
+
+def as_ours(error: BaseException) -> VlmforgeError:
+    """The error as one with a code."""
+    return error if isinstance(error, VlmforgeError) else InternalError.of(error)
+
+
+def _one_line(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -16,29 +16,48 @@ from vlmforge.vl.tiling import Rows
 Encoder = Callable[[FloatArray], FloatArray]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class PreparedImage:
     """An image, preprocessed.
 
     Attributes:
-        pixel_values: `[views, 3, H, W]`.
-        digest: Identifies the image's features: made of pixel values and rows.
+        pixel_values: `[views, 3, H, W]`; without views where the features are known.
+        digest: Identifies the image's features: made of its content and rows.
         rows: int64 `[tokens]`, which rows of all its views become tokens; None: all, in order.
+        features: `[tokens, hidden]` of an image that was encoded before; None: to be encoded.
     """
 
     pixel_values: FloatArray
     digest: bytes
     rows: Rows | None = None
+    features: FloatArray | None = None
 
 
-def prepare(pixel_values: FloatArray, rows: Rows | None = None) -> PreparedImage:
-    """Attach the digest that identifies an image by its content."""
-    content = hashlib.blake2b(repr(pixel_values.shape).encode(), digest_size=16)
-    content.update(pixel_values.tobytes())
-    if rows is not None:
-        # Pictures of one colour and of different sizes can have equal pixels and other rows.
-        content.update(rows.tobytes())
-    return PreparedImage(pixel_values, content.digest(), rows)
+_NO_VIEWS: FloatArray = np.empty((0, 3, 0, 0), np.float32)
+
+
+def prepare(
+    pixel_values: FloatArray, rows: Rows | None = None, digest: bytes | None = None
+) -> PreparedImage:
+    """Attach the digest that identifies an image by its content: `digest`, or the pixel values'."""
+    if digest is None:
+        content = hashlib.blake2b(repr(pixel_values.shape).encode(), digest_size=16)
+        content.update(pixel_values.tobytes())
+        digest = content.digest()
+    return PreparedImage(pixel_values, features_digest(digest, rows), rows)
+
+
+def encoded(digest: bytes, features: FloatArray) -> PreparedImage:
+    """An image whose `features` are known by its `features_digest`: it needs no pixels."""
+    return PreparedImage(_NO_VIEWS, digest, None, features)
+
+
+def features_digest(content: bytes, rows: Rows | None) -> bytes:
+    """16 bytes that identify an image's features on one engine, by its content and its rows."""
+    if rows is None:
+        return content
+    # Pictures of one colour and of different sizes can have equal pixels and other rows.
+    return hashlib.blake2b(content + rows.tobytes(), digest_size=16).digest()
 
 
 def row_keys(image: PreparedImage, length: int) -> Keys:
@@ -50,6 +69,8 @@ def row_keys(image: PreparedImage, length: int) -> Keys:
 class FeatureCache:
     """Features of the images seen last, at most `capacity` of them (least recently used go).
 
+    One thread calls `get`; any may call `known`.
+
     Args:
         encode: Views `[n, 3, H, W]` to their rows `[n, rows, hidden]`.
         batch: Views in one run of `encode`.
@@ -60,23 +81,31 @@ class FeatureCache:
         self._encode, self._batch, self._capacity = encode, batch, capacity
         self._features: OrderedDict[bytes, FloatArray] = OrderedDict()
 
+    def known(self, digest: bytes) -> FloatArray | None:
+        """Features `[tokens, hidden]` that are kept; None if they are not."""
+        return self._features.get(digest)
+
     def get(
         self, images: Sequence[PreparedImage], ahead: Sequence[PreparedImage] = ()
     ) -> tuple[list[FloatArray], int]:
         """Features `[tokens, hidden]` of each image, and how many were known already.
 
         The views of all unknown images are run together, at most `batch` at once; images that will
-        be asked for next (`ahead`) fill up the last run if all their views fit in.
+        be asked for next (`ahead`) fill up the last run if all their views fit in. When a run with
+        such images fails, the images that are needed are run without them.
         """
+        for image in images:
+            if image.features is not None:
+                self._features.setdefault(image.digest, image.features)
         known = sum(image.digest in self._features for image in images)
         unknown = self._unknown(images)
-        spare = -sum(len(image.pixel_values) for image in unknown) % self._batch
-        chosen = {image.digest for image in unknown}
-        for image in self._unknown(ahead) if spare else ():
-            if image.digest not in chosen and len(image.pixel_values) <= spare:
-                unknown.append(image)
-                spare -= len(image.pixel_values)
-        self._run(unknown)
+        fillers = self._fillers(unknown, ahead)
+        try:
+            self._run(unknown + fillers)
+        except Exception:
+            if not fillers:
+                raise
+            self._run(self._unknown(images))
         found = []
         for image in images:
             self._features.move_to_end(image.digest)
@@ -84,6 +113,17 @@ class FeatureCache:
         while len(self._features) > self._capacity:
             self._features.popitem(last=False)
         return found, known
+
+    def _fillers(
+        self, unknown: list[PreparedImage], ahead: Sequence[PreparedImage]
+    ) -> list[PreparedImage]:
+        spare = -sum(len(image.pixel_values) for image in unknown) % self._batch
+        chosen, fillers = {image.digest for image in unknown}, list[PreparedImage]()
+        for image in self._unknown(ahead) if spare else ():
+            if image.digest not in chosen and 0 < len(image.pixel_values) <= spare:
+                fillers.append(image)
+                spare -= len(image.pixel_values)
+        return fillers
 
     def _unknown(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:
         found = {image.digest: image for image in images if image.digest not in self._features}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -86,6 +88,20 @@ class Flag:
 
     def __str__(self) -> str:
         return "True or False"
+
+
+@dataclass(frozen=True, slots=True)
+class FlagOrFolder:
+    """A bool, or the path of a folder that exists."""
+
+    def admits(self, value: object) -> bool:
+        """See `Rule`."""
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        return isinstance(value, bool) or (isinstance(value, str) and Path(value).is_dir())
+
+    def __str__(self) -> str:
+        return "True, False or the path of a folder that is there"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from vlmforge.backends import FloatArray
+from vlmforge.batch import PrefillFacts
 from vlmforge.boxes import Grounding, parse_boxes
 from vlmforge.engine import Engine
-from vlmforge.errors import CancelledError
+from vlmforge.errors import CancelledError, as_exception
 from vlmforge.generation import GenerationPlan
 from vlmforge.prompt.render import RenderedPrompt
-from vlmforge.response import FinishReason, Response, Stopwatch
+from vlmforge.request import Request
+from vlmforge.response import FinishReason, Response
 from vlmforge.sampling import Sampler, mean_cross_entropy
-from vlmforge.scheduler import PrefillFacts
 from vlmforge.stopping import NgramCounter, StopScanner
 from vlmforge.text import IncrementalDetokenizer
 
-Sink = Callable[[Response | None, Exception | None], None]
-
 
 class TokenGenerator:
-    """Follows one request from its first logits to its end (see `scheduler.Generation`).
+    """Follows one request from its first logits to its end (see `batch.Generation`).
 
     Args:
         engine: For its tokenizer and vocabulary.
         plan: How to generate.
         prompt: What was sent.
         budget: Tokens that may be generated, > 0.
-        watch: Has been running since the request began.
-        sink: Gets each new piece as a `Response`, or the error that ends the request.
-        index: Place of the prompt in its call.
+        request: Gets each new piece as a `Response`, or the error that ends it.
         grounding: What boxes in the text refer to; None where there are none to be read.
     """
 
@@ -41,14 +36,12 @@ class TokenGenerator:
         plan: GenerationPlan,
         prompt: RenderedPrompt,
         budget: int,
-        watch: Stopwatch,
-        sink: Sink,
-        index: int,
+        request: Request,
         grounding: Grounding | None = None,
     ) -> None:
         vocab = engine.manifest.decode.vocab_size
         self._plan, self._prompt, self._budget = plan, prompt, budget
-        self._watch, self._sink, self._index = watch, sink, index
+        self._request, self._watch = request, request.watch
         self._grounding, self._text = grounding, ""
         self._text_ids = _text_ids(prompt)
         self._sampler = Sampler(plan.sampling, vocab, [i for i in self._text_ids if i is not None])
@@ -63,7 +56,7 @@ class TokenGenerator:
         self._logprobs: list[dict[int, float]] = []
         self._logits: list[FloatArray] = []
         self._facts: PrefillFacts | None = None
-        watch.switch("queue")
+        self._watch.switch("queue")
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -72,7 +65,7 @@ class TokenGenerator:
 
     def begin(self, facts: PrefillFacts) -> None:
         """See `Generation`."""
-        self._facts = facts
+        self._facts, self._request.begun = facts, True
         self._watch.split({"encode": facts.encode, "prefill": facts.prefill})
         self._watch.switch("decode")
         if self._plan.output_logits == "all" and facts.prompt_logits is not None:
@@ -108,9 +101,11 @@ class TokenGenerator:
     def fail(self, error: Exception) -> None:
         """See `Generation`. A cancelled request ends with what it has, as "abort"."""
         if isinstance(error, CancelledError) and self._facts is not None:
-            self._end("abort", self._flush())
-        else:
-            self._sink(None, error)
+            try:
+                self._end("abort", self._flush())
+            except BaseException as broken:  # noqa: BLE001 - the caller gets it, or the next line's
+                error = as_exception(broken)
+        self._request.send(None, error)  # nothing, once it has ended
 
     def _flush(self) -> str:
         """The text that was held back; it may complete a stop word."""
@@ -132,15 +127,15 @@ class TokenGenerator:
             text=text,
             generate_token_len=kept,
             input_token_len=len(self._prompt.token_ids),
-            session_id=self._index,
+            session_id=self._request.index,
             finish_reason=reason,
             token_ids=self._ids[first : self._sent],
             logprobs=self._logprobs[first : self._sent] or None,
-            index=self._index,
+            index=self._request.index,
         )
         if reason is not None:
             self._complete(piece)
-        self._sink(piece, None)
+        self._request.send(piece, None)
 
     def _complete(self, piece: Response) -> None:
         facts = self._facts

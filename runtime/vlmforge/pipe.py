@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import queue
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import suppress
+import weakref
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 
-from vlmforge.boxes import Grounding
 from vlmforge.calls import (
     Event,
     GenConfigs,
@@ -18,41 +18,34 @@ from vlmforge.calls import (
     refuse_adapter,
 )
 from vlmforge.engine import Engine
-from vlmforge.errors import ConfigError, ContextLengthError, TokenLedger, VlmforgeError
-from vlmforge.features import PreparedImage
-from vlmforge.generate import TokenGenerator
-from vlmforge.generation import GenerationConfig, TokenFacts
-from vlmforge.prompt.messages import (
-    Conversation,
-    Image,
-    Message,
-    Prompts,
-    parse_prompt,
-    parse_prompts,
-)
-from vlmforge.prompt.names import given_name
+from vlmforge.errors import ConfigError, VlmforgeError
+from vlmforge.generation import GenerationConfig
+from vlmforge.intake import Intake
+from vlmforge.prepare import Preparation
+from vlmforge.prompt.messages import Prompts, parse_prompt, parse_prompts
 from vlmforge.prompt.render import RenderedPrompt
-from vlmforge.response import Response, Stopwatch
-from vlmforge.scheduler import Job, Scheduler
+from vlmforge.request import Request
+from vlmforge.response import Response
+from vlmforge.scheduler import Scheduler
 from vlmforge.session import Session
-from vlmforge.vl import load_image
-from vlmforge.vl.decode import upright_size
 
 
 class Pipeline:
-    """Serves one engine. Thread-safe. Made by `pipeline(...)`; close it, or use it in a `with`."""
+    """Serves one engine. Thread-safe. Made by `pipeline(...)`.
+
+    Close it, or use it in a `with`. One that is dropped frees its engine too, and one that is left
+    open when the interpreter ends is closed then. A process that is forked from the one that made
+    it cannot use it (PipelineError), nor can a logits processor that it is calling.
+    """
 
     def __init__(self, engine: Engine, scheduler: Scheduler) -> None:
         self._engine = engine
-        self._scheduler = scheduler
-        self._facts = TokenFacts(
-            vocab_size=engine.manifest.decode.vocab_size,
-            eos_ids=engine.manifest.decode.eos_ids,
-            template_stop_words=engine.template.stop_words,
-            special_tokens=engine.tokenizer.special_tokens,
-            encode=engine.tokenizer.encode,
-        )
-        self._jobs: dict[int, Job] = {}  # by session id, for stop_session
+        self._ahead = 2 * engine.options.slots
+        preparation = Preparation(engine, scheduler.known_features)
+        self._intake = Intake(preparation.job, scheduler, ahead=self._ahead)
+        self._requests: dict[int, set[Request]] = {}  # of `generate`, by session id
+        # No thread holds the pipeline: once nobody does, they end, and the engine goes with them.
+        weakref.finalize(self, self._intake.stop).atexit = False
 
     # --- calls -------------------------------------------------------------------------------
 
@@ -78,23 +71,26 @@ class Pipeline:
             becomes a response with `finish_reason='error'` and its siblings go on.
 
         Raises:
-            VlmforgeError: a single prompt fails, or a configuration is out of range.
+            VlmforgeError: a single prompt fails, a configuration is out of range, or the pipeline
+                cannot be used here.
+            Exception: what a logits processor of a single prompt raised, as it is. In a list it is
+                an error response.
         """
         parsed = parse_prompts(prompts)
         configs = one_for_each(gen_config, len(parsed.items))
         refuse_adapter(adapter_name)
         responses = [Response(index=i, session_id=i) for i in range(len(parsed.items))]
         done = 0
-        for event in self._events(parsed, configs, do_preprocess):
-            if event.error is not None:
-                if parsed.single or not isinstance(event.error, VlmforgeError):
-                    raise event.error
-                responses[event.index] = error_response(event.index, event.error)
-            elif event.delta is not None:
-                responses[event.index].extend(event.delta)
-            if event.last:
-                done += 1
-                if use_tqdm:
+        with closing(self._events(parsed, configs, do_preprocess)) as events:
+            for event in events:
+                if event.error is not None:
+                    if parsed.single:
+                        raise event.error
+                    responses[event.index] = error_response(event.index, event.error)
+                elif event.delta is not None:
+                    responses[event.index].extend(event.delta)
+                done += event.last
+                if use_tqdm and event.last:
                     print(f"\r{done}/{len(responses)} prompts", end="", file=sys.stderr, flush=True)
         if use_tqdm:
             print(file=sys.stderr)
@@ -117,13 +113,14 @@ class Pipeline:
         parsed = parse_prompts(prompts)
         configs = one_for_each(gen_config, len(parsed.items))
         refuse_adapter(adapter_name)
-        for event in self._events(parsed, configs, do_preprocess):
-            if event.delta is not None:
-                yield event.delta
-            elif event.error is not None:
-                if parsed.single or not isinstance(event.error, VlmforgeError):
-                    raise event.error
-                yield error_response(event.index, event.error)
+        with closing(self._events(parsed, configs, do_preprocess)) as events:
+            for event in events:
+                if event.delta is not None:
+                    yield event.delta
+                elif event.error is not None:
+                    if parsed.single:
+                        raise event.error
+                    yield error_response(event.index, event.error)
 
     def chat(
         self,
@@ -159,17 +156,19 @@ class Pipeline:
         gen_config: GenerationConfig | None,
         do_preprocess: bool,
     ) -> Iterator[Response]:
-        # Loaded once, so that later turns neither fetch nor decode the images again.
-        asked = session.with_prompt(_load(parse_prompt(prompt)))
+        self._intake.check()
+        opened = self._engine.opened(parse_prompt(prompt), but_pillow=True)  # files: read once
+        asked = session.with_prompt(opened)
         whole = Response(session_id=session.session_id)
         configs = one_for_each(gen_config, 1)
-        for event in self._events(Prompts((asked,), single=True), configs, do_preprocess):
-            if event.error is not None:
-                raise event.error
-            if event.delta is not None:
-                event.delta.session_id = session.session_id
-                whole.extend(event.delta)
-                yield event.delta
+        with closing(self._events(Prompts((asked,), True), configs, do_preprocess)) as events:
+            for event in events:
+                if event.error is not None:
+                    raise event.error
+                if event.delta is not None:
+                    event.delta.session_id = session.session_id
+                    whole.extend(event.delta)
+                    yield event.delta
         session.gen_config = gen_config
         session.finish_turn(prompt, asked, whole)
 
@@ -188,10 +187,13 @@ class Pipeline:
         """Answer one prompt without blocking the event loop.
 
         Yields pieces, or with `stream_response=False` one whole. Leaving the loop early cancels
-        the request. Sessions are stateless: send the whole conversation.
+        the request, and so does cancelling the task, also while images are still loading.
+        Sessions are stateless: send the whole conversation. Requests may share a `session_id`:
+        `stop_session` then stops all of them.
 
         Raises:
-            VlmforgeError: the prompt fails.
+            VlmforgeError: the prompt fails, or the pipeline cannot be used here.
+            Exception: what a logits processor raised, as it is.
         """
         import asyncio  # not at the top: it would be a sixth of the time of `import vlmforge`
 
@@ -209,11 +211,11 @@ class Pipeline:
             with suppress(RuntimeError):  # the loop is gone, and with it who would read this
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        conversation, config = parse_prompt(messages), one_for_each(gen_config, 1)[0]
-        job = await asyncio.to_thread(self._submit, conversation, config, 0, do_preprocess, sink)
-        self._jobs[session_id] = job
+        config = one_for_each(gen_config, 1)[0]
+        request = Request(parse_prompt(messages), config, sink, do_preprocess=do_preprocess)
         whole = Response()
-        try:
+        with self._known_as(session_id, request):
+            self._intake.submit(request)
             while True:
                 event = await events.get()
                 if event.error is not None:
@@ -224,9 +226,6 @@ class Pipeline:
                         yield gen_out(event.delta if stream_response else whole, whole)
                 if event.last:
                     return
-        finally:
-            self._scheduler.cancel(job)
-            self._jobs.pop(session_id, None)
 
     # --- looking without running -------------------------------------------------------------
 
@@ -248,18 +247,21 @@ class Pipeline:
         return Session()
 
     async def stop_session(self, session_id: int) -> None:
-        """Cancel the request that `generate` runs for this session, if there is one."""
-        job = self._jobs.get(session_id)
-        if job is not None:
-            self._scheduler.cancel(job)
+        """Cancel every request that `generate` runs for this session, if there are any.
+
+        What was generated is kept and ends with `finish_reason='abort'`; a request that has not
+        begun to be answered raises `CancelledError`.
+        """
+        for request in list(self._requests.get(session_id, ())):
+            self._intake.cancel(request)
 
     async def end_session(self, session_id: int) -> None:
         """As `stop_session`: nothing else is kept for a session."""
         await self.stop_session(session_id)
 
     def close(self) -> None:
-        """Cancel what is in flight and end the worker thread."""
-        self._scheduler.close()
+        """Cancel what is in flight and end the worker thread. May be called more than once."""
+        self._intake.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -271,96 +273,52 @@ class Pipeline:
 
     def _events(
         self, prompts: Prompts, configs: Sequence[GenerationConfig], do_preprocess: bool
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Events of all items as they come.
 
-        No more items are prepared ahead than the engine can take soon, so a long list of images
-        needs no more memory than a short one. An abandoned iterator cancels its jobs.
+        No more items are under way than the engine can take soon, so a long list of images needs
+        no more memory than a short one. An abandoned iterator cancels its requests.
         """
+        self._intake.check()
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        window = 2 * self._engine.options.slots
         waiting = list(enumerate(zip(prompts.items, configs, strict=True)))[::-1]
-        jobs: dict[int, Job] = {}
+        requests: dict[int, Request] = {}
         try:
-            while waiting or jobs:
-                while waiting and len(jobs) < window:
+            while waiting or requests:
+                while waiting and len(requests) < self._ahead:
                     index, (item, config) = waiting.pop()
                     try:
                         if isinstance(item, Exception):
                             raise item
-                        jobs[index] = self._submit(item, config, index, do_preprocess, events.put)
+                        request = Request(item, config, events.put, index, do_preprocess)
+                        requests[index] = request
+                        self._intake.submit(request)
                     except VlmforgeError as error:
+                        requests.pop(index, None)
                         yield Event(index, error=error)
-                if jobs:
-                    event = events.get()
+                if requests:
+                    event = self._next(events)
                     if event.last:
-                        del jobs[event.index]
+                        del requests[event.index]
                     yield event
         finally:
-            for job in jobs.values():
-                self._scheduler.cancel(job)
+            for request in requests.values():
+                self._intake.cancel(request)
 
-    def _submit(
-        self,
-        conversation: Conversation,
-        config: GenerationConfig,
-        index: int,
-        do_preprocess: bool,
-        sink: Callable[[Event], None],
-    ) -> Job:
-        watch = Stopwatch()
-        given = len(conversation.images)
-        with watch.stage("load"):
-            conversation = _load(self._engine.kept(conversation, do_preprocess=do_preprocess))
-        with watch.stage("preprocess"):
-            images = [self._prepare(image) for image in conversation.images]
-            rendered = self._engine.render(conversation, do_preprocess=do_preprocess)
-        plan = config.resolved(self._facts)
-        generator = TokenGenerator(
-            self._engine,
-            plan,
-            rendered,
-            self._budget(rendered, plan.max_new_tokens),
-            watch,
-            lambda delta, error: sink(Event(index, delta, error)),
-            index,
-            self._grounding(conversation, given),
-        )
-        job = Job(rendered, images, generator)
-        self._scheduler.submit(job)
-        return job
+    def _next(self, events: queue.SimpleQueue[Event]) -> Event:
+        """The next event; a process that was forked while one was awaited gets no more of them."""
+        self._intake.check_process()
+        return events.get()
 
-    def _grounding(self, loaded: Conversation, given: int) -> Grounding | None:
-        """`loaded` is what is left of a conversation with `given` images: the latest of them."""
-        box_format, images = self._engine.manifest.prompt.box_format, loaded.images
-        if box_format is None or not images:
-            return None
-        return Grounding(box_format, upright_size(load_image(images[-1].source)), given - 1)
-
-    def _prepare(self, image: Image) -> PreparedImage:
-        return self._engine.prepare_image(load_image(image.source))
-
-    def _budget(self, rendered: RenderedPrompt, asked: int | None) -> int:
-        """Tokens that may be generated: what was asked for (None: all), cut to what fits."""
-        window, prompt = self._engine.options.capacity, len(rendered.token_ids)
-        requested = max(1, window - prompt) if asked is None else asked
-        if prompt >= window:
-            raise ContextLengthError(
-                TokenLedger(rendered.text_tokens, rendered.image_tokens, requested, window)
-            )
-        return min(requested, window - prompt)
-
-
-def _load(conversation: Conversation) -> Conversation:
-    """The conversation with its images loaded (ImageError names the one that fails)."""
-
-    def loaded(message: Message) -> Message:
-        blocks = tuple(
-            Image(load_image(block.source), given_name(block))
-            if isinstance(block, Image)
-            else block
-            for block in message.blocks
-        )
-        return Message(message.role, blocks)
-
-    return Conversation(tuple(loaded(message) for message in conversation.messages))
+    @contextmanager
+    def _known_as(self, session_id: int, request: Request) -> Iterator[None]:
+        """The request can be stopped by the id of its session; what leaves the block cancels it."""
+        self._requests.setdefault(session_id, set()).add(request)
+        try:
+            yield
+        finally:
+            self._intake.cancel(request)
+            others = self._requests[session_id]
+            others.discard(request)
+            if not others:
+                del self._requests[session_id]

@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
+import PIL.Image
+
 from vlmforge.generation import GenerationConfig
-from vlmforge.prompt.messages import Conversation, Message, Text
+from vlmforge.prompt.messages import Conversation, Image, Message, Text
+from vlmforge.prompt.names import given_name
 from vlmforge.response import Response
+from vlmforge.vl.load import open_image
 
 _ids = itertools.count()
 
@@ -22,7 +26,7 @@ class Session:
         response: The answer to it.
         history: Pairs of prompt as given and text of the answer, one for each finished turn.
         gen_config: The generation config of the last turn.
-        turns: The conversation so far, with its images loaded.
+        turns: The conversation so far, with its images opened: later turns read no file again.
     """
 
     session_id: int = field(default_factory=lambda: next(_ids))
@@ -41,7 +45,7 @@ class Session:
         answer = Message("assistant", (Text(response.text),))
         self.prompt, self.response = prompt, response
         self.history.append((prompt, response.text))
-        self.turns = Conversation((*asked.messages, answer))
+        self.turns = Conversation((*map(_kept, asked.messages), answer))
 
     def reset(self) -> None:
         """Forget all turns."""
@@ -55,6 +59,19 @@ class Session:
     def __repr__(self) -> str:
         turns = [f"USER:\n{_text(prompt)}\nASSISTANT:\n{text}\n" for prompt, text in self.history]
         return "\n".join([f"Session(id={self.session_id})", *turns])
+
+
+def _kept(message: Message) -> Message:
+    """The message with Pillow images copied: their owner may draw on them before the next turn."""
+    return Message(
+        message.role,
+        tuple(
+            Image(open_image(block.source.copy()), given_name(block))
+            if isinstance(block, Image) and isinstance(block.source, PIL.Image.Image)
+            else block
+            for block in message.blocks
+        ),
+    )
 
 
 def _text(prompt: object) -> str:

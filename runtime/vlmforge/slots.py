@@ -60,14 +60,17 @@ class SlotTable:
         At least the prompt's last token is left to run, because its logits are needed. `fresh`
         reuses nothing, so that the whole prompt is run.
         Tokens of a sequence with another `salt` are never reused: their keys and values differ.
+        When moving data fails, the error is passed on, no sequence is placed, and no slot without
+        one remembers anything that may be half moved.
         """
         target = self.active
         source, cached = self._longest_prefix(keys[:0] if fresh else keys[:-1], salt)
         place = source if self._goes_on(source, cached) else self._least_recently_used()
         self.exchange(place, target)
-        if place != source:
-            self._copy(place if source == target else source, target, cached)
         slot = self._slots[target]
+        if place != source:
+            slot.keys = _NO_KEYS
+            self._copy(place if source == target else source, target, cached)
         slot.keys, slot.salt = keys[:cached], salt
         self._touch(slot)
         self.active += 1
@@ -79,29 +82,43 @@ class SlotTable:
         slot.keys = np.concatenate((slot.keys, keys))
 
     def release(self, index: int) -> int | None:
-        """Give up a slot. The last active sequence moves into it; returns that one's old slot."""
-        self._touch(self._slots[index])
+        """Give up a slot. The last active sequence moves into it; returns that one's old slot.
+
+        When the move fails, the error is passed on and nothing was given up (see `exchange`).
+        """
         last = self.active - 1
-        self.active = last
-        if index == last:
-            return None
         self.exchange(index, last)
-        return last
+        self._touch(self._slots[last])
+        self.active = last
+        return None if index == last else last
 
     def exchange(self, first: int, second: int) -> None:
-        """Two slots change places, with all that was noted for them."""
+        """Two slots change places, with all that was noted for them.
+
+        When moving the data fails, the error is passed on and both are forgotten: nobody knows
+        what is in them.
+        """
         if first == second:
             return
         slots = self._slots
         tokens = max(len(slots[first].keys), len(slots[second].keys))
         if tokens:
-            self._swap(first, second, tokens)
+            try:
+                self._swap(first, second, tokens)
+            except BaseException:
+                self.forget(first)
+                self.forget(second)
+                raise
         slots[first], slots[second] = slots[second], slots[first]
 
+    def forget(self, index: int) -> None:
+        """What is in the slot is of no use to anybody: a step failed on it."""
+        self._slots[index].keys = _NO_KEYS
+
     def reset(self) -> None:
-        """Forget everything: after an error the content of the slots is unknown."""
-        for slot in self._slots:
-            slot.keys = _NO_KEYS
+        """Forget everything."""
+        for index in range(len(self._slots)):
+            self.forget(index)
         self.active = 0
 
     def _longest_prefix(self, keys: Keys, salt: int) -> tuple[int, int]:

@@ -84,7 +84,7 @@ def conversation(case: GoldenCase, folder: Path) -> Conversation:
 def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
     """The values of every stage; pixels and features are sampled evenly, to keep goldens small."""
     prompt = conversation(case, folder)
-    images = [engine.prepare_image(load_image(image.source)) for image in prompt.images]
+    images = [engine.prepare_image(engine.open_image(i.source).decode()) for i in prompt.images]
     features, _ = FeatureCache(engine.vision.encode, batch=1).get(images)
     rendered = engine.render(prompt)
     given = engine.decoder_input(rendered, images, features)

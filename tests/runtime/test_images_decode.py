@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from vlmforge.errors import ImageError
+from vlmforge.image_limits import FORMATS, ImageLimits
 from vlmforge.vl import encode_image_base64
-from vlmforge.vl.decode import FORMATS, ImageLimits, decode_image, to_rgb
+from vlmforge.vl.decode import decode_image, to_rgb
 
 RNG = np.random.default_rng(7)
 PIXELS = RNG.integers(0, 256, (23, 37, 3), dtype=np.uint8)

@@ -13,8 +13,8 @@ import pytest
 
 from image_server import PIXELS, Network, Server, png
 from vlmforge.errors import ImageError, ImageFetchError
+from vlmforge.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl import load_image
-from vlmforge.vl.decode import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.fetch import fetch_bytes, is_public, shown_url
 
 PUBLIC = "93.184.216.34"

@@ -65,6 +65,12 @@ class FakeEngine:
         self.decoder = Cache(slots)
         self.options = SimpleNamespace(slots=slots)
 
+    def keys(self, prompt: RenderedPrompt, *_: object) -> IntArray:
+        return np.array(prompt.token_ids, np.int64)
+
+    def rotary_level(self, tokens: int) -> int:
+        return level(tokens)
+
     def decoder_input(self, prompt: RenderedPrompt, *_: object) -> DecoderInput:
         ids = np.array(prompt.token_ids, np.int64)
         return DecoderInput(ids, ids.copy(), None, level(len(ids)))
@@ -116,7 +122,7 @@ class Collect:
 
 
 def scheduler(slots: int, chunk: int, *, reuse: bool) -> Scheduler:
-    features = SimpleNamespace(get=lambda images, ahead: ([], 0))
+    features = SimpleNamespace(get=lambda images, ahead: ([], 0), known=lambda digest: None)
     engine = FakeEngine(slots)
     return Scheduler(engine, features, chunk=chunk, reuse_prefixes=reuse)  # type: ignore[arg-type]
 

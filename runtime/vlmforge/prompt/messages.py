@@ -12,8 +12,11 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from vlmforge.errors import PromptError
+from vlmforge.vl.load import OpenedImage
 
-ImageSource: TypeAlias = PIL.Image.Image | NDArray[Any] | os.PathLike[str] | bytes | str
+ImageSource: TypeAlias = (
+    PIL.Image.Image | NDArray[Any] | os.PathLike[str] | bytes | str | OpenedImage
+)
 ROLES = ("system", "user", "assistant")
 _FORMS = (
     "'text', ('text', image), ('text', [image, ...]), a list of these, OpenAI messages "
@@ -30,7 +33,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A block that is an image: anything that `load_image` takes.
+    """A block that is an image: anything that `load_image` takes, or an image that is open.
 
     `name` is the path or URL that it was loaded from, where `source` is that no more.
     """

@@ -6,8 +6,9 @@ import base64
 import io
 
 from vlmforge.errors import ImageError
-from vlmforge.vl.decode import to_rgb, upright
+from vlmforge.vl.decode import to_rgb
 from vlmforge.vl.load import ImageSource, load_image
+from vlmforge.vl.orientation import of_image, turned
 
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 
@@ -31,7 +32,8 @@ def encode_image_base64(image: ImageSource, format: str = "PNG") -> str:  # noqa
             fix="leave format out",
         )
     loaded = load_image(image)
-    png = format == "PNG" and loaded.mode in _PNG_MODES
+    keep = format == "PNG" and loaded.mode in _PNG_MODES
+    upright = turned(loaded, of_image(loaded)) if keep else to_rgb(loaded)
     buffer = io.BytesIO()
-    (upright(loaded) if png else to_rgb(loaded)).save(buffer, format=format)
+    upright.save(buffer, format=format)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

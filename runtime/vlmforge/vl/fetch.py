@@ -21,7 +21,7 @@ from typing import Any, cast
 from urllib.parse import quote, urljoin, urlsplit
 
 from vlmforge.errors import ImageFetchError
-from vlmforge.vl.decode import ImageLimits
+from vlmforge.image_limits import ImageLimits
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CHUNK = 1 << 16
