@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import shlex
 import signal
 import sys
@@ -84,14 +85,14 @@ def _key(path: str, options: Mapping[str, str]) -> str:
     digest = hashlib.sha256(f"{__version__}\n{sorted(options.items())}".encode())
     folder = Path(path)
     if folder.is_dir():
-        digest.update(str(folder.resolve()).encode())
+        digest.update(os.fsencode(folder.resolve()))
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             stat = file.stat()
             digest.update(
-                f"{file.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode()
+                os.fsencode(f"{file.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n")
             )
     else:
-        digest.update(path.encode())
+        digest.update(os.fsencode(path))
     return digest.hexdigest()[:16]
 
 

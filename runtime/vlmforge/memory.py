@@ -8,7 +8,8 @@ from vlmforge.backends import LoadOptions
 from vlmforge.bundle import Bundle
 from vlmforge.config import EngineConfig
 from vlmforge.errors import BackendUnavailableError, ConfigError
-from vlmforge.limits import available_memory
+from vlmforge.field_rules import shown
+from vlmforge.limits import available_cpus, available_memory
 
 logger = logging.getLogger("vlmforge")
 
@@ -49,7 +50,20 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
         raise _too_small(budget, capacity, capacity * manifest.kv.bytes_per_token)
     if fitting < wanted:
         logger.warning("memory for %d of %d sequences at once; others wait", fitting, wanted)
-    return LoadOptions(min(wanted, fitting), capacity, config.threads, pack)
+    return LoadOptions(min(wanted, fitting), capacity, _threads(config.threads), pack)
+
+
+def _threads(asked: int | None) -> int | None:
+    """No more threads than processors: they would wait for each other, turn about."""
+    cpus = available_cpus()
+    if asked is None or asked <= cpus:
+        return asked
+    logger.warning(
+        "threads=%s: this process may use %d processors, so it gets as many threads",
+        shown(asked),
+        cpus,
+    )
+    return cpus
 
 
 def _too_small(budget: float, capacity: int, needed: int) -> BackendUnavailableError:

@@ -79,6 +79,7 @@ def test_a_field_that_tunes_other_machinery_is_accepted() -> None:
 
 
 COLOUR = "a list of 3 whose every item is an integer in [0, 255] or None"
+REVISION = "a non-empty string without NUL and lone surrogates or None"
 WRONG: list[tuple[Callable[..., object], str, object, str]] = [
     (EngineConfig, "tp", 0, "a positive integer"),
     (EngineConfig, "tp", True, "a positive integer"),
@@ -92,7 +93,7 @@ WRONG: list[tuple[Callable[..., object], str, object, str]] = [
     (EngineConfig, "cache_block_seq_len", 0, "a positive integer"),
     (EngineConfig, "cache_chunk_size", -2, "an integer >= -1"),
     (EngineConfig, "enable_prefix_caching", 1, "True or False"),
-    (EngineConfig, "revision", "", "a non-empty string or None"),
+    *((EngineConfig, "revision", value, REVISION) for value in ("", "a\0b", "\ud800")),
     (EngineConfig, "max_prefill_token_num", 0, "a positive integer"),
     (EngineConfig, "num_tokens_per_iter", -1, "a non-negative integer"),
     (EngineConfig, "max_prefill_iters", 0, "a positive integer"),
