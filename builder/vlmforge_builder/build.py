@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,17 +26,17 @@ from vlmforge.manifest import (
 )
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.fingerprint import fingerprint
-from vlmforge_builder.checkpoint.source import resolve_checkpoint
+from vlmforge_builder.checkpoint.source import checkpoint_name, resolve_checkpoint
 from vlmforge_builder.dtypes import BITS, DTYPE_NAMES
 from vlmforge_builder.export import trace
 from vlmforge_builder.goldens import record_goldens
 from vlmforge_builder.image_policy import choose_image_policy
 from vlmforge_builder.progress import Progress
-from vlmforge_builder.publish import list_files, staging
+from vlmforge_builder.publish import list_files, sole_build, staging
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.recognise import recognise
 from vlmforge_builder.targets import CompileJob, Settings, load_target
-from vlmforge_builder.templates import choose_template
+from vlmforge_builder.templates import choose_template, template_name
 
 _BUILD_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tokenizers")
 _BUILD_LOG = "build.log.jsonl"
@@ -46,7 +46,8 @@ _BUILD_LOG = "build.log.jsonl"
 class BuildOptions:
     """What `build-engine` was asked for.
 
-    `session_len=None` is what the model was trained for; `revision` is of a hub id.
+    `session_len=None` is what the model was trained for; `revision` is of a hub id; `wait` is for
+    another build of the same output, which is an error otherwise.
     """
 
     checkpoint: str
@@ -64,12 +65,16 @@ class BuildOptions:
     attention: str | None = None
     compute_capability: str | None = None
     force: bool = False
+    wait: bool = False
 
     def recorded(self) -> dict[str, str]:
-        """The options that shape the engine, as text."""
-        names = ("target", "dtype", "weights", "session_len", "max_batch_size", "vision_tower")
-        policies = ("chat_template", "image_policy", "kv_dtype", "attention", "compute_capability")
-        return {name: str(getattr(self, name)) for name in (*names, *policies)}
+        """The options that shape the engine, as text. Of files and folders the names, not where."""
+        names = ("target", "dtype", "weights", "session_len", "max_batch_size")
+        policies = ("image_policy", "kv_dtype", "attention", "compute_capability")
+        values = {name: str(getattr(self, name)) for name in (*names, *policies)}
+        tower = None if self.vision_tower is None else checkpoint_name(self.vision_tower)
+        template = None if self.chat_template is None else template_name(self.chat_template)
+        return values | {"vision_tower": str(tower), "chat_template": str(template)}
 
     def settings(self, session_len: int) -> Settings:
         """What the target is to know of them."""
@@ -106,8 +111,26 @@ def build_engine(options: BuildOptions, progress: Progress) -> Path:
     with progress.stage("read the checkpoint"):
         source = _read(options, progress)
     if _is_current(options, source):
-        progress.note(f"{options.output} is up to date; --force builds it again")
-        return options.output
+        return _up_to_date(options, progress)
+    with sole_build(options.output, _waiting(options, progress)):
+        if _is_current(options, source):
+            return _up_to_date(options, progress)
+        _write(source, options, progress)
+    return options.output
+
+
+def _up_to_date(options: BuildOptions, progress: Progress) -> Path:
+    progress.note(f"{options.output} is up to date; --force builds it again")
+    return options.output
+
+
+def _waiting(options: BuildOptions, progress: Progress) -> Callable[[str], None] | None:
+    if not options.wait:
+        return None
+    return lambda holder: progress.note(f"waiting for another build of it: {holder}")
+
+
+def _write(source: _Source, options: BuildOptions, progress: Progress) -> None:
     with staging(options.output) as folder:
         parts = _compile(source.spec, options, folder, progress)
         manifest = _describe(source, options, parts)
@@ -123,7 +146,6 @@ def build_engine(options: BuildOptions, progress: Progress) -> Path:
         (folder / MANIFEST_FILE).write_text(dump_manifest(manifest), "utf-8")
     size = sum(entry.size for entry in files)
     progress.note(f"built {options.output}: {len(files) + 1} files, {size / 1e9:.2f} GB")
-    return options.output
 
 
 def _check(options: BuildOptions) -> None:
@@ -256,7 +278,7 @@ def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -
         files=(),
         provenance=Provenance(
             built_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            source=options.checkpoint,
+            source=checkpoint_name(options.checkpoint),
             source_fingerprint=source.fingerprint,
             recipe=source.recipe,
             architecture=spec.architecture,

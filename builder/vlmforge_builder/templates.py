@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from vlmforge.config import ChatTemplateConfig
 from vlmforge.prompt.choice import choose_template as choose
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec
+from vlmforge_builder.weights import sha256
 
 
 def choose_template(spec: ModelSpec, wanted: str | None) -> ModelSpec:
@@ -28,3 +30,11 @@ def choose_template(spec: ModelSpec, wanted: str | None) -> ModelSpec:
             spec.prompt, template_name=active.name, stop_words=active.stop_words
         ),
     )
+
+
+def template_name(wanted: str) -> str:
+    """How `wanted` is recorded: what it is, but of a file its name and what is in it."""
+    path = Path(wanted)
+    if wanted.lstrip().startswith("{") or not path.is_file():
+        return wanted
+    return f"{path.name} sha256:{sha256(path)}"

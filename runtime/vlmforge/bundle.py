@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmforge import env
-from vlmforge.errors import EngineFormatError, EngineIntegrityError
+from vlmforge.errors import ConfigError, EngineFormatError, EngineIntegrityError
 from vlmforge.manifest import FileEntry, Manifest, load_manifest
 
 
@@ -119,7 +119,7 @@ def _stamp_path(bundle: Bundle) -> Path | None:
         digest.update(f"{entry}{stat.st_ino}{stat.st_mtime_ns}{stat.st_ctime_ns}".encode())
     try:
         return env.cache_dir() / "verified" / digest.hexdigest()
-    except RuntimeError:  # no home directory
+    except ConfigError:  # no home directory
         return None
 
 

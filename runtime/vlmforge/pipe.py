@@ -8,6 +8,7 @@ import weakref
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 
+from vlmforge.arguments import check_call
 from vlmforge.calls import (
     Event,
     GenConfigs,
@@ -76,6 +77,7 @@ class Pipeline:
             Exception: what a logits processor of a single prompt raised, as it is. In a list it is
                 an error response.
         """
+        check_call("pipe", do_preprocess=do_preprocess, use_tqdm=use_tqdm)
         parsed = parse_prompts(prompts)
         configs = one_for_each(gen_config, len(parsed.items))
         refuse_adapter(adapter_name)
@@ -110,6 +112,7 @@ class Pipeline:
         Each piece is a `Response` with the new text and ids only; `index` says of which prompt.
         The last piece of a prompt has a `finish_reason` and the timings.
         """
+        check_call("stream_infer", do_preprocess=do_preprocess)
         parsed = parse_prompts(prompts)
         configs = one_for_each(gen_config, len(parsed.items))
         refuse_adapter(adapter_name)
@@ -140,6 +143,12 @@ class Pipeline:
         Raises:
             VlmforgeError: the turn fails; the session is as before.
         """
+        check_call(
+            "chat",
+            session=session,
+            stream_response=stream_response,
+            do_preprocess=do_preprocess,
+        )
         refuse_adapter(adapter_name)
         session = Session() if session is None else session
         pieces = self._turn(prompt, session, gen_config, do_preprocess)
@@ -198,6 +207,15 @@ class Pipeline:
         import asyncio  # not at the top: it would be a sixth of the time of `import vlmforge`
 
         refuse_adapter(adapter_name)
+        check_call(
+            "generate",
+            session_id=session_id,
+            stream_response=stream_response,
+            sequence_start=sequence_start,
+            sequence_end=sequence_end,
+            step=step,
+            do_preprocess=do_preprocess,
+        )
         if not (sequence_start and sequence_end and step == 0):
             raise ConfigError(
                 "generate() keeps no state between calls.",
@@ -234,6 +252,7 @@ class Pipeline:
 
         Images are loaded only where their sizes decide how many tokens they take.
         """
+        check_call("render", do_preprocess=do_preprocess)
         return self._engine.render(parse_prompt(prompt), do_preprocess=do_preprocess)
 
     def count_tokens(self, prompt: object, do_preprocess: bool = True) -> int:
@@ -252,6 +271,7 @@ class Pipeline:
         What was generated is kept and ends with `finish_reason='abort'`; a request that has not
         begun to be answered raises `CancelledError`.
         """
+        check_call("stop_session", session_id=session_id)
         for request in list(self._requests.get(session_id, ())):
             self._intake.cancel(request)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +30,7 @@ from dense_attention import (
     session,
 )
 from vlmforge.errors import BuildError
+from vlmforge.ort import ort
 from vlmforge_builder.ops import DOMAIN
 from vlmforge_builder.passes.lower_cached_attention import lower_cached_attention
 from vlmforge_builder.passes.store_weights import store_weights

@@ -108,6 +108,16 @@ def test_safetensors_are_fetched_without_the_pickles_beside_them(
     ]
 
 
+def test_the_hub_is_asked_for_the_checkpoint_and_told_of_nothing_else(
+    fetch: Fetch, hub: HubServer
+) -> None:
+    fetch("org/both", AGENT="someone", HF_HUB_DISABLE_TELEMETRY="0")
+    assert hub.requests
+    for _, path in hub.requests:
+        assert path.startswith(("/api/models/org/both", "/org/both/resolve/", "/lfs/org/both/"))
+    assert all("torch" not in agent and "agent/" not in agent for agent in hub.agents)
+
+
 def test_pickles_are_fetched_where_there_is_nothing_else(fetch: Fetch, hub: HubServer) -> None:
     assert _contents(fetch("org/pickle")) == _wanted("org/pickle")
     assert "modeling_custom.py" not in hub.downloaded()

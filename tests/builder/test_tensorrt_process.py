@@ -160,14 +160,14 @@ def test_a_library_that_is_not_installed() -> None:
     check_installed(TENSORRT_RTX)
 
 
-def test_the_name_that_the_parser_asks_for() -> None:
-    with library_path(TENSORRT_RTX) as folder:
+def test_the_name_that_the_parser_asks_for(tmp_path: Path) -> None:
+    with library_path(TENSORRT_RTX, tmp_path) as folder:
         assert folder is not None
         (link,) = folder.iterdir()
         assert link.name == "libtensorrt_rtx.so"
         assert link.resolve().name.startswith("libtensorrt_rtx.so.1")
     assert not folder.exists()
-    with library_path(TENSORRT) as folder:
+    with library_path(TENSORRT, tmp_path) as folder:
         assert folder is None
 
 

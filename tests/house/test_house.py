@@ -225,6 +225,33 @@ def test_the_environment_is_read_in_one_place() -> None:
     assert found == {"runtime/vlmforge/env.py"}
 
 
+# In code and in the text of programs that code starts; words about the library are fine.
+_IMPORTS_ORT = re.compile(
+    r"^\s*(?:import|from)\s+onnxruntime\b|^\s*import .*,\s*onnxruntime\b"
+    r"|(?:import_module|__import__|find_spec)\(\s*['\"]onnxruntime\b",
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        *(("import onnxruntime as ort", True), ("import os, onnxruntime", True)),
+        *(("    from onnxruntime.capi import x", True), ("import_module('onnxruntime')", True)),
+        *(("from vlmforge.ort import ort", False), ("# onnxruntime is imported later", False)),
+        ("from vlmforge.backends.onnxruntime import BACKEND", False),
+    ],
+)
+def test_what_counts_as_importing_onnx_runtime(code: str, found: bool) -> None:
+    assert bool(_IMPORTS_ORT.search(code)) is found
+
+
+def test_onnx_runtime_is_imported_in_one_place_which_switches_its_telemetry_off() -> None:
+    about_it = {name_of(Path(__file__)), "tests/runtime/test_telemetry.py"}
+    found = {name_of(path) for path in python_files() if _IMPORTS_ORT.search(path.read_text())}
+    assert found - about_it == {"runtime/vlmforge/ort.py"}
+
+
 def test_no_test_is_skipped_or_expected_to_fail() -> None:
     quiet = ("skip", "skipif", "xfail", "importorskip", "skipTest", "SkipTest")
     found = [

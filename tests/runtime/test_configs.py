@@ -22,6 +22,7 @@ from vlmforge.config import (
     VisonConfig,
 )
 from vlmforge.errors import ConfigError
+from vlmforge.pytorch_config import PYTORCH_REFUSALS, PYTORCH_RULES, PytorchEngineConfig
 
 FIELDS_OF_0_4_2 = """model_name model_format tp session_len max_batch_size cache_max_entry_count
 cache_block_seq_len enable_prefix_caching quant_policy rope_scaling_factor use_logn_attn
@@ -29,7 +30,7 @@ download_dir revision max_prefill_token_num num_tokens_per_iter max_prefill_iter
 ADDED_SINCE = """cache_chunk_size dtype dp cp ep device_num attn_tp_size attn_cp_size attn_dp_size
 mlp_tp_size mlp_dp_size outer_dp_size nnodes node_rank dist_init_addr devices
 cache_checkpoint_interval cache_prompt cache_prompt_boundary_skip cache_generation async_ empty_init
-language_model_only communicator hf_overrides enable_metrics"""
+language_model_only communicator hf_overrides enable_metrics gemm_input_dtype moe_a2a_backend"""
 PARTS = ("system", "meta_instruction", "eosys", "user", "eoh", "assistant", "eoa", "separator")
 
 
@@ -43,6 +44,8 @@ def test_engine_config_has_the_fields_of_both_versions_and_ours() -> None:
 
 def test_every_field_is_checked_or_refused() -> None:
     assert set(module.RULES) | set(module.REFUSALS) == set(names(EngineConfig))
+    pytorch = {*PYTORCH_RULES, *PYTORCH_REFUSALS}
+    assert {*module.RULES, *module.REFUSALS, *pytorch} == set(names(PytorchEngineConfig))
     rules, refusals = module.TEMPLATE_RULES, module.TEMPLATE_REFUSALS
     assert set(rules) | set(refusals) == set(names(ChatTemplateConfig))
 
@@ -81,6 +84,7 @@ FORMATS = (
     "'PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'AVIF', 'PPM', 'QOI'"
 )
 COLOUR = "a list of 3 whose every item is an integer in [0, 255] or None"
+REVISION = "a non-empty string without NUL and lone surrogates or None"
 WRONG: list[tuple[Callable[..., object], str, object, str]] = [
     (EngineConfig, "tp", 0, "a positive integer"),
     (EngineConfig, "tp", True, "a positive integer"),
@@ -94,7 +98,7 @@ WRONG: list[tuple[Callable[..., object], str, object, str]] = [
     (EngineConfig, "cache_block_seq_len", 0, "a positive integer"),
     (EngineConfig, "cache_chunk_size", -2, "an integer >= -1"),
     (EngineConfig, "enable_prefix_caching", 1, "True or False"),
-    (EngineConfig, "revision", "", "a non-empty string or None"),
+    *((EngineConfig, "revision", value, REVISION) for value in ("", "a\0b", "\ud800")),
     (EngineConfig, "max_prefill_token_num", 0, "a positive integer"),
     (EngineConfig, "num_tokens_per_iter", -1, "a non-negative integer"),
     (EngineConfig, "max_prefill_iters", 0, "a positive integer"),
@@ -171,6 +175,7 @@ REFUSED: list[tuple[str, object, str, str]] = [
     ("cache_generation", "all", "no such modes", "enable_prefix_caching"),
     ("empty_init", True, "with its weights", "leave it out"),
     ("language_model_only", True, "both parts", "leave it out"),
+    ("gemm_input_dtype", "fp8", "compiled into the engine", "build-engine --dtype"),
 ]
 
 

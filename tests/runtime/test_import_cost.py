@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import cache
@@ -18,7 +19,7 @@ OF_A_BUILD = (
     *("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece"),
     *("huggingface_hub", "vlmforge_builder", "vlmforge_recipes", "vlmforge_plugins"),
 )
-LATER = ("onnxruntime", "tokenizers")
+LATER = ("onnxruntime", "tokenizers", "prompt_toolkit")
 HEAVY = (
     *("multiprocessing", "http", "urllib.request", "email", "xml", "html", "unittest", "pydoc"),
     *("doctest", "pdb", "sqlite3", "ctypes", "tkinter", "curses", "distutils", "setuptools"),
@@ -38,7 +39,8 @@ def loaded(modules: str) -> frozenset[str]:
         else ("import sys\nprint(*sys.modules)")
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    quiet = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True, check=True)
     return frozenset(done.stdout.split())
 
 
@@ -70,6 +72,10 @@ def test_nothing_heavy_is_added() -> None:
 def test_the_command_line_costs_as_little() -> None:
     names = loaded("vlmforge.cli")
     assert below(names, (*OF_A_BUILD, *LATER)) == []
+
+
+def test_a_chat_in_a_pipe_loads_no_line_editor() -> None:
+    assert below(loaded("vlmforge.cli.chat"), LATER) == []
 
 
 def test_every_public_name_is_there() -> None:

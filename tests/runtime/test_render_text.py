@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -140,6 +141,34 @@ def test_text_with_our_marks_is_refused(setup: Setup, mark: str, preprocess: boo
 def pieces_of_marks() -> list[str]:
     parts = [mark[a:b] for mark in (MARK, TYPED) for a in range(3) for b in range(a + 1, 4)]
     return [part for part in parts if len(part) < 3]
+
+
+# The content of the first message, in jinja.
+_CONTENT = "messages[0].content[0].text"
+
+
+@pytest.mark.parametrize("borders", [None, ("<s>",)])
+@pytest.mark.parametrize(
+    ("expression", "found"),
+    [
+        ("raise_exception('no: ' + CONTENT)", "TemplateError: no: a <image> b <image>"),
+        ("raise_exception(CONTENT | tojson(ensure_ascii=True))", "a <image> b <image>"),
+        ("{}[CONTENT].x", "no attribute 'a <image> b <image>'"),
+    ],
+)
+def test_an_error_of_a_template_shows_what_was_written(
+    expression: str, found: str, borders: tuple[str, ...] | None
+) -> None:
+    setup, expression = hf_setup(), expression.replace("CONTENT", _CONTENT)
+    setup = dataclasses.replace(
+        setup,
+        policy=dataclasses.replace(setup.policy, content_tokens=borders),
+        template=ActiveTemplate("quoting", f"{{{{ {expression} }}}}", ()),
+    )
+    # One placeholder is typed and one is the image's place.
+    error = setup.refusal(user(f"a <image> b {IMAGE_TOKEN}", PHOTO))
+    assert found in error.found
+    assert not re.search(r"[\ue000-\uf8ff]|\\u", str(error))
 
 
 @pytest.mark.parametrize("piece", pieces_of_marks(), ids=ascii)

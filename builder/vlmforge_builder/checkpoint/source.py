@@ -22,6 +22,7 @@ from vlmforge.errors import CheckpointError, VlmforgeError
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 # Not `*.bin`: repositories hold other copies of the weights under other names.
 _PICKLES = ("pytorch_model*.bin", "*/pytorch_model*.bin")
+_SET_CACHE = "set HF_HOME to a folder that can be written to, then run it again"
 _TEXTS = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
 
 
@@ -71,6 +72,16 @@ def fetch_config(spec: str | Path, *, revision: str | None = None) -> Path:
         return _download_config(str(spec), revision)
 
 
+def checkpoint_name(spec: str | Path) -> str:
+    """What an engine calls the checkpoint `spec`: a folder's name, but not where that is; a hub id.
+
+    A name that is not text is spelled with escapes.
+    """
+    path = Path(spec)
+    name = path.resolve().name if path.is_dir() else str(spec)
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _local(spec: str | Path, revision: str | None) -> Path | None:
     """`spec` as a folder; None if it is a hub id."""
     path = Path(spec)
@@ -90,6 +101,7 @@ def _local(spec: str | Path, revision: str | None) -> Path | None:
 
 @contextmanager
 def _explained(hub_id: str, revision: str | None) -> Iterator[None]:
+    _check_cache(hub_id)
     try:
         yield
     except VlmforgeError:
@@ -97,6 +109,17 @@ def _explained(hub_id: str, revision: str | None) -> Iterator[None]:
     except Exception as error:
         # The client lets the exceptions of its HTTP library through; which one differs by version.
         raise _explain(hub_id, revision, error) from error
+
+
+def _check_cache(hub_id: str) -> None:
+    """The client would make a folder called `~` in the working directory."""
+    if constants.HF_HUB_CACHE.startswith("~"):
+        raise CheckpointError(
+            f"There is no place to download {hub_id} to: this user has no home directory.",
+            found=f"the hub's cache directory {constants.HF_HUB_CACHE}",
+            expected="a folder that can be written to",
+            fix=_SET_CACHE,
+        )
 
 
 def _download_config(hub_id: str, revision: str | None) -> Path:
@@ -176,6 +199,8 @@ def _reason(hub_id: str, revision: str | None, error: Exception) -> tuple[str, s
             case OSError(errno=errno.ENOSPC):
                 fix = "free space, or set HF_HOME to a larger disk; what was fetched is kept"
                 return f"no space left on the disk of {constants.HF_HUB_CACHE}", fix
+            case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS):
+                return f"{link.strerror}: {link.filename or constants.HF_HUB_CACHE}", _SET_CACHE
     last = list(_chain(error))[-1]
     text = (str(last).splitlines() or [""])[0]
     return f"{type(last).__name__}: {text}", again

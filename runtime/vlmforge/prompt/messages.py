@@ -13,6 +13,7 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from vlmforge.errors import PromptError
+from vlmforge.field_rules import shown
 from vlmforge.vl.load import OpenedImage
 
 ImageSource: TypeAlias = (
@@ -261,5 +262,5 @@ def _describe(value: object) -> str:
         more = ", ..." if len(value) > 4 else ""
         brackets = "()" if isinstance(value, tuple) else "[]"
         return f"{brackets[0]}{inside}{more}{brackets[1]} of length {len(value)}"
-    text = " ".join(repr(value).split())
+    text = " ".join(shown(value).split())
     return f"{type(value).__name__} {text[:80]}{'...' if len(text) > 80 else ''}"

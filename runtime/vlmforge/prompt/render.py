@@ -147,14 +147,18 @@ def _mismatch(what: str, tokens: int, images: int, *, optional: bool) -> PromptE
 def _apply(conversation: Conversation, policy: PromptPolicy, template: ActiveTemplate) -> str:
     messages = [_template_message(message, policy) for message in conversation.messages]
     last = conversation.messages[-1].role if conversation.messages else "user"
-    text = render_template(
-        template.jinja,
-        messages,
-        bos_token=policy.bos_token,
-        eos_token=policy.eos_token,
-        add_generation_prompt=last != "assistant",
-        content_marks=_borders(policy),
-    )
+    try:
+        text = render_template(
+            template.jinja,
+            messages,
+            bos_token=policy.bos_token,
+            eos_token=policy.eos_token,
+            add_generation_prompt=last != "assistant",
+            content_marks=_borders(policy),
+        )
+    except PromptError as error:  # templates may quote what they were given
+        error.found = marks.as_written(error.found, policy.image_placeholder)
+        raise
     return text.replace(policy.image_placeholder, marks.IMAGE)
 
 
