@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
-OUT    := out
+OUT    ?= out
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
