@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
-OUT    := out
+# Without a home pip would make its cache in a folder called "~".
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q $(if $(HOME),,--no-cache-dir)
+OUT    ?= out
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help

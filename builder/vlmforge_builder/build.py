@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -174,6 +175,20 @@ def _check(options: BuildOptions) -> None:
             fix="--weights int4",
         )
     target.check(options.settings(options.session_len or 1))
+    _check_scratch()
+
+
+def _check_scratch() -> None:
+    """torch writes temporary files while it traces."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise BuildError(
+            "There is no place for temporary files, which a build needs.",
+            found=str(error.strerror),
+            expected="a folder that can be written to",
+            fix="set TMPDIR to one",
+        ) from error
 
 
 def _read(options: BuildOptions, progress: Progress) -> _Source:

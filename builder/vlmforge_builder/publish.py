@@ -12,7 +12,7 @@ from pathlib import Path
 from vlmforge.errors import BuildError
 from vlmforge.manifest import MANIFEST_FILE, FileEntry
 from vlmforge.ownership import HeldError, sole_owner
-from vlmforge_builder.weights import sha256
+from vlmforge_builder.checkpoint.fingerprint import sha256
 
 _MARK = ".building-"
 _OLD = "-old"

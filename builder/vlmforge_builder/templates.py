@@ -7,8 +7,8 @@ from pathlib import Path
 
 from vlmforge.config import ChatTemplateConfig
 from vlmforge.prompt.choice import choose_template as choose
+from vlmforge_builder.checkpoint.fingerprint import sha256
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec
-from vlmforge_builder.weights import sha256
 
 
 def choose_template(spec: ModelSpec, wanted: str | None) -> ModelSpec:

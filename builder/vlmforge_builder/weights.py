@@ -5,7 +5,6 @@ Nothing here holds more than one parameter in memory.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,9 +219,3 @@ def _check_finite(name: str, weight: Weight, values: Tensor) -> None:
             expected="finite numbers",
             fix="download the checkpoint again; if it is whole, use --dtype float32 or bfloat16",
         )
-
-
-def sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

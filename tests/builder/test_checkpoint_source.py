@@ -186,6 +186,8 @@ def test_hub_out_of_reach(fetch: Fetch) -> None:
     [
         (OSError(errno.ENOSPC, "No space left"), "no space left on the disk of ", "free space"),
         (RuntimeError("odd\nmore"), "RuntimeError: odd", "check the connection and HF_ENDPOINT"),
+        (PermissionError(errno.EACCES, "Denied", "/kept"), "Denied: /kept", "set HF_HOME to"),
+        (OSError(errno.EROFS, "Read-only", "/kept"), "Read-only: /kept", "set HF_HOME to"),
     ],
 )
 def test_failures_while_fetching(
@@ -195,6 +197,7 @@ def test_failures_while_fetching(
         raise failure
 
     monkeypatch.setattr(source, "snapshot_download", fail)
+    monkeypatch.setattr(source.constants, "HF_HUB_CACHE", "/kept")
     with pytest.raises(CheckpointError) as caught:
         resolve_checkpoint("org/name")
     assert found in caught.value.found
@@ -238,3 +241,13 @@ def test_file_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         resolve_checkpoint(str(path))
     assert caught.value.found == f"a file at {path}"
+
+
+def test_no_home_to_download_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client would make a folder called `~` where we are."""
+    monkeypatch.setattr(source.constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    monkeypatch.setattr(source, "snapshot_download", lambda *_, **__: pytest.fail("it downloads"))
+    for fetch in (resolve_checkpoint, source.fetch_config):
+        with pytest.raises(CheckpointError, match="no place to download org/name") as caught:
+            fetch("org/name")
+        assert caught.value.fix.startswith("set HF_HOME to a folder")

@@ -312,5 +312,6 @@ def test_a_checkpoint_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_build_that_fails_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["GPT9"]}', "utf-8")
-    with pytest.raises(BuildError, match="status 1"):
+    with pytest.raises(BuildError, match=r"failed: UnsupportedModelError: ") as caught:
         pipeline(tmp_path)
+    assert "GPT9" in caught.value.found

@@ -12,7 +12,15 @@ from vlmforge.errors import BackendUnavailableError
 from vlmforge.limits import available_cpus, available_memory
 from vlmforge.version import __version__
 
-_RUNTIME = ("numpy", "pillow", "tokenizers", "jinja2", "onnxruntime")
+_RUNTIME = (
+    "numpy",
+    "pillow",
+    "tokenizers",
+    "jinja2",
+    "onnxruntime",
+    "filelock",
+    "prompt-toolkit",
+)
 _BUILD = (
     "torch",
     "onnx",
