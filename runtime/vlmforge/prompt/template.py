@@ -112,6 +112,7 @@ def render_template(
         raise PromptError(
             "The chat template cannot render these messages.",
             found=describe_fault(error),
-            expected="roles in an order that the template allows (usually user, assistant, ...)",
-            fix="reorder the messages, or choose a template: ChatTemplateConfig(model_name=...)",
+            expected="contents that the template can write, and "
+            "roles in an order that the template allows (usually user, assistant, ...)",
+            fix="change the messages, or choose a template: ChatTemplateConfig(model_name=...)",
         ) from error
