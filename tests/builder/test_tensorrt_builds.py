@@ -10,6 +10,7 @@ from typing import Protocol
 import pytest
 
 from conftest import DATA
+from damage import edit_json
 from vlmforge import pipeline
 from vlmforge.cli import main
 from vlmforge.errors import BackendUnavailableError
@@ -260,7 +261,7 @@ def test_a_damaged_plan_and_a_false_description(
     assert "vision.plan" in capsys.readouterr().err
     plan.write_bytes(content)
     text = (engine / "engine.json").read_text("utf-8")
-    (engine / "engine.json").write_text(text.replace('"page_size": null', '"page_size": 64'))
+    edit_json("engine.json", **{"kv.page_size": 64})(engine)
     assert main(["verify", str(engine), "--static"]) == 1
     assert "FAIL decoder  caches" in capsys.readouterr().out
     (engine / "engine.json").write_text(text)

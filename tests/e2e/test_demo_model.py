@@ -25,6 +25,7 @@ from vlmforge.engine import DecoderInput, Engine
 from vlmforge.evaluation.cases import Case, held_out_cases
 from vlmforge.evaluation.evaluate import Report, evaluate
 from vlmforge.features import PreparedImage
+from vlmforge.manifest import manifest_digest
 from vlmforge.prompt.render import RenderedPrompt
 from vlmforge.verify import verify
 from vlmforge.vl.preprocess import preprocess
@@ -250,6 +251,7 @@ def _altered(engine: Path, folder: Path, change: Callable[[dict[str, object]], N
     shutil.copytree(engine, folder)
     manifest = json.loads((folder / "engine.json").read_text("utf-8"))
     change(manifest["image"])
+    manifest["digest"] = manifest_digest(manifest)
     (folder / "engine.json").write_text(json.dumps(manifest), "utf-8")
     return folder
 

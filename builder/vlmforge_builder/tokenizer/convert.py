@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from vlmforge.errors import TokenizerError
+from vlmforge.errors import EngineFormatError, TokenizerError
+from vlmforge.tokenizer_file import load_tokenizer, parse_tokenizer
 from vlmforge_builder.tokenizer.added_tokens import (
     declared_roles,
     declared_tokens,
@@ -179,11 +180,13 @@ def _generation_ids(files: TokenizerFiles, key: str) -> tuple[int, ...]:
 
 def _load(source: Path, data: bytes) -> Tokenizer:
     try:
-        return _plain(Tokenizer.from_str(data.decode()))
-    except Exception as error:  # the library raises bare Exception
-        raise damaged(
-            source, str(error), "a tokenizer in the format of the tokenizers library"
-        ) from error
+        text = data.decode()
+        parse_tokenizer(text)
+        return load_tokenizer(text)
+    except EngineFormatError as error:
+        raise damaged(source, error.found, error.expected) from error
+    except UnicodeDecodeError as error:
+        raise damaged(source, str(error), "text in UTF-8") from error
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:

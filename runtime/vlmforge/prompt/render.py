@@ -16,6 +16,7 @@ from vlmforge.prompt.messages import Conversation, Image, Message
 from vlmforge.prompt.names import name_ids, refuse_spelled, spelled_name
 from vlmforge.prompt.pieces import Encoded, TextEncoder, encode_chunks, without_borders
 from vlmforge.prompt.template import render_template
+from vlmforge.tokenizer_file import parse_tokenizer
 from vlmforge.vl.constants import IMAGE_TOKEN
 
 __all__ = ["ImageSpan", "RenderedPrompt", "TextEncoder", "marked_tokenizer_json", "render_prompt"]
@@ -60,10 +61,14 @@ class RenderedPrompt:
 
 
 def marked_tokenizer_json(tokenizer_json: str, policy: PromptPolicy) -> str:
-    """The tokenizer in which only our mark, never typed text, is the image placeholder's token."""
+    """The tokenizer in which only our mark, never typed text, is the image placeholder's token.
+
+    Raises:
+        EngineFormatError: it is no tokenizer.
+    """
     if policy.image_splice != "inline_token":
         return tokenizer_json
-    data = json.loads(tokenizer_json)
+    data = parse_tokenizer(tokenizer_json)
     for token in data["added_tokens"]:
         if token["content"] == policy.image_placeholder:
             token["content"] = marks.IMAGE
