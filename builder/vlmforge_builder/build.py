@@ -24,6 +24,7 @@ from vlmforge.manifest import (
     dump_manifest,
     load_manifest,
 )
+from vlmforge_builder.checkpoint.altered import refuse_altered
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.fingerprint import fingerprint
 from vlmforge_builder.checkpoint.source import resolve_checkpoint
@@ -37,6 +38,7 @@ from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.recognise import recognise
 from vlmforge_builder.targets import CompileJob, Settings, load_target
 from vlmforge_builder.templates import choose_template
+from vlmforge_builder.tensor_check import check_tensors
 
 _BUILD_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tokenizers")
 _BUILD_LOG = "build.log.jsonl"
@@ -58,6 +60,7 @@ class BuildOptions:
     session_len: int | None = None
     max_batch_size: int = 8
     vision_tower: str | None = None
+    tower_weights: str | None = None
     chat_template: str | None = None
     image_policy: str | None = None
     kv_dtype: str | None = None
@@ -67,9 +70,10 @@ class BuildOptions:
 
     def recorded(self) -> dict[str, str]:
         """The options that shape the engine, as text."""
-        names = ("target", "dtype", "weights", "session_len", "max_batch_size", "vision_tower")
+        names = ("target", "dtype", "weights", "session_len", "max_batch_size")
+        towers = ("vision_tower", "tower_weights")
         policies = ("chat_template", "image_policy", "kv_dtype", "attention", "compute_capability")
-        return {name: str(getattr(self, name)) for name in (*names, *policies)}
+        return {name: str(getattr(self, name)) for name in (*names, *towers, *policies)}
 
     def settings(self, session_len: int) -> Settings:
         """What the target is to know of them."""
@@ -168,9 +172,12 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
         RecipeOptions(
             options.session_len,
             options.vision_tower,
-            lambda name: resolve_checkpoint(name, progress=progress.note),
+            lambda name: resolve_checkpoint(name, progress=progress.note, check=refuse_altered),
+            progress.note,
+            options.tower_weights,
         ),
     )
+    check_tensors(spec, progress.note)
     spec = choose_template(spec, options.chat_template)
     spec = choose_image_policy(spec, options.image_policy)
     progress.note(f"{recipe.name} ({spec.architecture}); tokenizer {spec.tokenizer_proof}")

@@ -22,6 +22,11 @@ class ResizedGrid:
     key: str
     rows: int
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return (self.key,)
+
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""
         expect(store, self.key, (self.rows**2, shape[1]))
@@ -52,6 +57,11 @@ class PerHead:
     heads: int
     parts: int = 3
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return (self.key,)
+
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""
         expect(store, self.key, shape[::-1])
@@ -71,6 +81,11 @@ class Rows:
     key: str
     start: int
     total: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return (self.key,)
 
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""
