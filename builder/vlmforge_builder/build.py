@@ -27,6 +27,7 @@ from vlmforge.manifest import (
 from vlmforge_builder.checkpoint.altered import refuse_altered
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.fingerprint import fingerprint
+from vlmforge_builder.checkpoint.limits import POSITIONS
 from vlmforge_builder.checkpoint.source import resolve_checkpoint
 from vlmforge_builder.dtypes import BITS, DTYPE_NAMES
 from vlmforge_builder.export import trace
@@ -132,13 +133,13 @@ def build_engine(options: BuildOptions, progress: Progress) -> Path:
 
 def _check(options: BuildOptions) -> None:
     target = load_target(options.target)
-    limits = {"session_len": options.session_len, "max_batch_size": options.max_batch_size}
-    for name, value in limits.items():
-        if value is not None and value < 1:
+    numbers = {"session_len": options.session_len, "max_batch_size": options.max_batch_size}
+    for name, value in numbers.items():
+        if value is not None and value not in POSITIONS:
             raise ConfigError(
                 f"{name} is out of range.",
                 found=str(value),
-                expected="a positive integer",
+                expected=f"a whole number from 1 to {POSITIONS[-1]}",
                 fix=f"--{name.replace('_', '-')} 8",
             )
     if options.dtype not in DTYPE_NAMES:

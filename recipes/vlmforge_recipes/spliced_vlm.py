@@ -80,20 +80,7 @@ def assemble(
     `unused`: see `ModelSpec`.
     """
     decoder, tower = geometry.decoder, geometry.tower
-    if tokenizer.vocab_size > decoder.vocab_size:
-        raise CheckpointError(
-            "The tokenizer has more tokens than the decoder.",
-            found=f"{tokenizer.vocab_size} tokens, vocab_size {decoder.vocab_size}",
-            expected="at most vocab_size tokens",
-            fix="check that the tokenizer files belong to this checkpoint",
-        )
-    if any(token >= decoder.vocab_size for token in tokenizer.eos_ids):
-        raise CheckpointError(
-            "A token that should end answers is none of the decoder's.",
-            found=f"eos_token_id {list(tokenizer.eos_ids)}, vocab_size {decoder.vocab_size}",
-            expected="ids below vocab_size",
-            fix="check generation_config.json and config.json against the published ones",
-        )
+    _check_tokens(decoder, tokenizer)
     return ModelSpec(
         architecture=geometry.architecture,
         parts=(
@@ -134,6 +121,23 @@ def assemble(
         positions=ABSOLUTE,
         unused=unused,
     )
+
+
+def _check_tokens(decoder: DecoderConfig, tokenizer: ConvertedTokenizer) -> None:
+    if tokenizer.vocab_size > decoder.vocab_size:
+        raise CheckpointError(
+            "The tokenizer has more tokens than the decoder.",
+            found=f"{tokenizer.vocab_size} tokens, vocab_size {decoder.vocab_size}",
+            expected="at most vocab_size tokens",
+            fix="check that the tokenizer files belong to this checkpoint",
+        )
+    if any(token >= decoder.vocab_size for token in tokenizer.eos_ids):
+        raise CheckpointError(
+            "A token that should end answers is none of the decoder's.",
+            found=f"eos_token_id {list(tokenizer.eos_ids)}, vocab_size {decoder.vocab_size}",
+            expected="ids below vocab_size",
+            fix="check generation_config.json and config.json against the published ones",
+        )
 
 
 def _vision_part(geometry: Geometry, names: Names) -> PartSpec:
