@@ -149,6 +149,13 @@ def _check(options: BuildOptions) -> None:
             expected="one of: " + ", ".join(DTYPE_NAMES),
             fix="--dtype float32",
         )
+    if options.tower_weights not in (None, "checkpoint", "stock"):
+        raise ConfigError(
+            "A vision tower of this kind is not known.",
+            found=f"--tower-weights {options.tower_weights}",
+            expected="checkpoint or stock; or none, for what config.json says",
+            fix="--tower-weights checkpoint",
+        )
     if options.weights not in (None, *BITS):
         raise ConfigError(
             "Weights of this kind are not known.",

@@ -129,7 +129,10 @@ class Recipe(Protocol):
         """
 
     def load(self, checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
-        """Understand a checkpoint; no tensor's values are read (CheckpointError otherwise)."""
+        """Understand a checkpoint (CheckpointError otherwise).
+
+        No tensor's values are read, but to tell whether two that should be the same are.
+        """
 
 
 def installed_recipes() -> tuple[Recipe, ...]:

@@ -41,7 +41,7 @@ def choose_tower(
     is stored.
 
     Raises:
-        CheckpointError: the tower should be inside, and is not.
+        CheckpointError: the tower should be inside, and is not; or two have the same names.
     """
     stored = [name for name in own.names() if name.startswith(_INSIDE)]
     reason = _fine_tuned(config)
@@ -55,6 +55,7 @@ def choose_tower(
         )
         return ChosenTower(own, _INSIDE, ())
     stock = open_store(folder, options.note)
+    _refuse_clash(own, stock, config, folder)
     if options.tower_weights is None:
         _warn_of_another(own, stored, stock, folder, options)
     joined = JoinedStore((own, stock))
@@ -96,6 +97,17 @@ def _warn_of_another(
             "stock ends this warning"
         )
         return
+
+
+def _refuse_clash(own: TensorStore, stock: TensorStore, config: ConfigReader, folder: Path) -> None:
+    for name in own.names():
+        if name.startswith(_STOCK) and name in stock:
+            raise CheckpointError(
+                f"{config.file.parent} and its vision tower store tensors of the same names.",
+                found=f"{name} in {own.info(name).file} and in {folder}",
+                expected=f"a tower inside the checkpoint under {_INSIDE}*",
+                fix="save the checkpoint again with the code that it was trained with",
+            )
 
 
 def _not_inside(config: ConfigReader, reason: str) -> CheckpointError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import DATA
@@ -137,6 +137,15 @@ def test_a_tower_that_should_be_inside(
     assert found in caught.value.found
     assert "--tower-weights stock" in caught.value.fix
     assert torch.equal(load(checkpoint, weights="stock")[0], stock(tmp_path, name))
+
+
+def test_two_towers_of_the_same_names(tmp_path: Path, name: str) -> None:
+    checkpoint = made(tmp_path, name, None)
+    tensors = load_file(checkpoint / "model.safetensors")
+    save_file(tensors | {PATCH: stock(tmp_path, name)}, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match="store tensors of the same names") as caught:
+        load(checkpoint)
+    assert PATCH in caught.value.found
 
 
 @pytest.mark.parametrize("family", ["llava_1_5_hf", "llava_next_mistral_hf", "qwen_vl_chat"])

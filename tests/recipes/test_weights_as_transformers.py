@@ -118,6 +118,21 @@ def test_no_head_is_stored(tmp_path: Path, top: bool, text: bool) -> None:
     assert torch.equal(head_of(spec), tensors[EMBEDDING].float())
 
 
+NEWER = {HEAD: "lm_head.weight", EMBEDDING: "model.language_model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_one_tensor_under_two_of_its_names(tmp_path: Path, name: str) -> None:
+    """A folder of a mixture of versions: the same value is one tensor, another is refused."""
+    folder, tensors = copy_of(HF, tmp_path / "it", top=False, text=False)
+    rewrite(folder, tensors | {NEWER[name]: tensors[name].clone()})
+    assert torch.equal(head_of(load(folder)[0]), tensors[HEAD].float())
+    rewrite(folder, tensors | {NEWER[name]: tensors[name] * 2})
+    with pytest.raises(TensorError, match="under two of its names") as caught:
+        load(folder)
+    assert caught.value.found == f"{name} and {NEWER[name]}"
+
+
 @pytest.mark.parametrize("name", ["yi_vl", "qwen_vl_chat", "llava_v1_5_liuhaotian"])
 def test_the_other_families_use_a_stored_head_too(tmp_path: Path, name: str) -> None:
     shutil.copytree(DATA / name, tmp_path / name)

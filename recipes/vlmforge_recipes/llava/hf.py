@@ -13,6 +13,7 @@ from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint import limits
+from vlmforge_builder.checkpoint.compare import same_values
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.checkpoint.store import TensorStore, open_store
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
@@ -167,6 +168,7 @@ def _names(
     tied = any(place.bool("tie_word_embeddings", default=False) for place in places)
 
     def named(prefixes: tuple[str, ...], name: str) -> str:
+        _refuse_two(store, checkpoint, tuple(prefix + name for prefix in prefixes))
         for prefix in prefixes:
             if prefix + name in store:
                 return prefix
@@ -177,13 +179,15 @@ def _names(
             fix="check that config.json belongs to these weight files",
         )
 
+    heads = tuple(f"{prefix}weight" for prefix in _HEAD)
+    _refuse_two(store, checkpoint, heads)
     projector = named(_PROJECTOR, "linear_1.weight")
     text = named(_TEXT, "embed_tokens.weight")
     return Names(
         text,
         choose_head(
             store,
-            tuple(f"{prefix}weight" for prefix in _HEAD),
+            heads,
             f"{text}embed_tokens.weight",
             tied=tied,
             note=options.note,
@@ -192,6 +196,19 @@ def _names(
         (f"{projector}linear_1", f"{projector}linear_2"),
         newline=named(_NEWLINE, "image_newline") + "image_newline" if newline else None,
     )
+
+
+def _refuse_two(store: TensorStore, checkpoint: Path, names: tuple[str, ...]) -> None:
+    """Refuse one tensor under two of its names with other values."""
+    first, *others = [name for name in names if name in store] or [""]
+    for other in others:
+        if not same_values(store, first, store, other):
+            raise TensorError(
+                f"{checkpoint} stores a tensor under two of its names, with other values.",
+                found=f"{first} and {other}",
+                expected="one of them",
+                fix="save the checkpoint again with one version of transformers",
+            )
 
 
 def _template(
