@@ -25,8 +25,10 @@ from vlmforge.manifest import (
     dump_manifest,
     load_manifest,
 )
+from vlmforge_builder.checkpoint.altered import refuse_altered
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.fingerprint import fingerprint
+from vlmforge_builder.checkpoint.limits import POSITIONS
 from vlmforge_builder.checkpoint.source import checkpoint_name, resolve_checkpoint
 from vlmforge_builder.dtypes import BITS, DTYPE_NAMES
 from vlmforge_builder.export import trace
@@ -38,6 +40,7 @@ from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.recognise import recognise
 from vlmforge_builder.targets import CompileJob, Settings, load_target
 from vlmforge_builder.templates import choose_template, template_name
+from vlmforge_builder.tensor_check import check_tensors
 
 _BUILD_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tokenizers")
 _BUILD_LOG = "build.log.jsonl"
@@ -60,6 +63,7 @@ class BuildOptions:
     session_len: int | None = None
     max_batch_size: int = 8
     vision_tower: str | None = None
+    tower_weights: str | None = None
     chat_template: str | None = None
     image_policy: str | None = None
     kv_dtype: str | None = None
@@ -70,7 +74,7 @@ class BuildOptions:
 
     def recorded(self) -> dict[str, str]:
         """The options that shape the engine, as text. Of files and folders the names, not where."""
-        names = ("target", "dtype", "weights", "session_len", "max_batch_size")
+        names = ("target", "dtype", "weights", "session_len", "max_batch_size", "tower_weights")
         policies = ("image_policy", "kv_dtype", "attention", "compute_capability")
         values = {name: str(getattr(self, name)) for name in (*names, *policies)}
         tower = None if self.vision_tower is None else checkpoint_name(self.vision_tower)
@@ -151,13 +155,13 @@ def _write(source: _Source, options: BuildOptions, progress: Progress) -> None:
 
 def _check(options: BuildOptions) -> None:
     target = load_target(options.target)
-    limits = {"session_len": options.session_len, "max_batch_size": options.max_batch_size}
-    for name, value in limits.items():
-        if value is not None and value < 1:
+    numbers = {"session_len": options.session_len, "max_batch_size": options.max_batch_size}
+    for name, value in numbers.items():
+        if value is not None and value not in POSITIONS:
             raise ConfigError(
                 f"{name} is out of range.",
                 found=str(value),
-                expected="a positive integer",
+                expected=f"a whole number from 1 to {POSITIONS[-1]}",
                 fix=f"--{name.replace('_', '-')} 8",
             )
     if options.dtype not in DTYPE_NAMES:
@@ -166,6 +170,13 @@ def _check(options: BuildOptions) -> None:
             found=repr(options.dtype),
             expected="one of: " + ", ".join(DTYPE_NAMES),
             fix="--dtype float32",
+        )
+    if options.tower_weights not in (None, "checkpoint", "stock"):
+        raise ConfigError(
+            "A vision tower of this kind is not known.",
+            found=f"--tower-weights {options.tower_weights}",
+            expected="checkpoint or stock; or none, for what config.json says",
+            fix="--tower-weights checkpoint",
         )
     if options.weights not in (None, *BITS):
         raise ConfigError(
@@ -205,9 +216,12 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
         RecipeOptions(
             options.session_len,
             options.vision_tower,
-            lambda name: resolve_checkpoint(name, progress=progress.note),
+            lambda name: resolve_checkpoint(name, progress=progress.note, check=refuse_altered),
+            progress.note,
+            options.tower_weights,
         ),
     )
+    check_tensors(spec, progress.note)
     spec = choose_template(spec, options.chat_template)
     spec = choose_image_policy(spec, options.image_policy)
     progress.note(f"{recipe.name} ({spec.architecture}); tokenizer {spec.tokenizer_proof}")

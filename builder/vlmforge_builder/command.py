@@ -27,6 +27,10 @@ _WEIGHTS_HELP = (
     "quantise the decoder's weights: int8 or int4, in blocks of 128 with a scale each; the rest "
     "is stored as --dtype says (default: all of it)"
 )
+_TOWER_HELP = (
+    "which vision tower to use where a checkpoint stores one and names another: its own, or the "
+    "one that it names (default: as its config.json says)"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--session-len", type=int, metavar="N", help="tokens that one conversation may hold")
     add("--max-batch-size", type=int, default=8, metavar="N", help="sequences at once (default 8)")
     add("--vision-tower", metavar="PATH_OR_ID", help="where the vision tower is, if not inside")
+    add("--tower-weights", choices=("checkpoint", "stock"), help=_TOWER_HELP)
     add("--chat-template", metavar="NAME_OR_JSON", help="a name, JSON text or a .json file")
     add("--image-policy", metavar="NAME", help="another official preprocessing of the model")
     add("--kv-dtype", choices=KV_DTYPES, help="key/value cache of a GPU engine; default: --dtype")

@@ -26,6 +26,10 @@ _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "i
 class Weight(Protocol):
     """The values of one parameter."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The checkpoint's tensors that it is made of."""
+
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """The values in their stored dtype, of the parameter's `shape` (TensorError otherwise)."""
 
@@ -35,6 +39,11 @@ class Stored:
     """A tensor of the checkpoint, as it is."""
 
     key: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return (self.key,)
 
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""
@@ -52,6 +61,11 @@ class Transposed:
     keys: tuple[str, ...]
     widths: tuple[int, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return self.keys
+
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""
         for key, width in zip(self.keys, self.widths, strict=True):
@@ -66,6 +80,11 @@ class Stacked:
     keys: tuple[str, ...]
     widths: tuple[int, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return self.keys
+
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""
         del shape
@@ -79,6 +98,11 @@ class Computed:
     """Values that follow from the configuration; kept in fp32 whatever the engine's dtype."""
 
     compute: Callable[[], Tensor]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return ()
 
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
+# Of a mean or a deviation, in which pixels are 0 to 1 or 0 to 255.
+_LARGEST = 1e4
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
@@ -42,13 +46,13 @@ def read_image_policy(folder: Path, *, image_size: int, pad_to_square: bool) -> 
             fix="check that the file belongs to this checkpoint",
         )
     mean = _triple(config, "image_mean", _MEAN)
-    resample = config.int("resample", 3)
+    resample = config.int("resample", 3, within=range(len(_RESAMPLE)))
     return ImagePolicy(
         name="pad_square" if pad_to_square else "center_crop",
         shortest_edge=_size(config, "size", ("shortest_edge",), image_size)[0],
         crop=crop,
-        resample=_RESAMPLE.get(resample, str(resample)),
-        rescale_factor=config.float("rescale_factor", 1 / 255),
+        resample=_RESAMPLE[resample],
+        rescale_factor=config.float("rescale_factor", 1 / 255, within=limits.SCALE),
         mean=mean,
         std=_triple(config, "image_std", _STD),
         background=None,  # the originals' `convert("RGB")`
@@ -77,8 +81,9 @@ def _size(config: ConfigReader, key: str, names: tuple[str, ...], default: int) 
     value = config.get(key)
     if isinstance(value, dict):
         section = config.section(key)
-        return tuple(section.int(name) for name in names)
-    return (config.int(key, default),) * len(names)
+        return tuple(section.int(name, within=limits.PIXELS) for name in names)
+    number = config.opt_int(key, within=limits.PIXELS)
+    return (default if number is None else number,) * len(names)
 
 
 def _triple(
@@ -87,12 +92,19 @@ def _triple(
     value = config.get(key)
     if value is None:
         return default
-    numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+    least = math.ulp(0.0) if key == "image_std" else -math.inf  # it is divided by
+    numbers = isinstance(value, list) and all(
+        isinstance(item, int | float)
+        and not isinstance(item, bool)
+        and abs(item) < _LARGEST
+        and item >= least
+        for item in value
+    )
     if not isinstance(value, list) or not numbers or len(value) != 3:
         raise CheckpointError(
             f"{config.file} has a wrong {key}.",
             found=repr(value)[:80],
-            expected="three numbers",
+            expected="three numbers (of image_std: above 0)",
             fix="check the file against the published one",
         )
     first, second, third = (float(item) for item in value)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vlmforge.errors import CheckpointError, TensorError
+from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
 from vlmforge_builder.checkpoint.safetensors_file import read_safetensors
 
 _DTYPES = (
@@ -210,6 +210,15 @@ def test_words_about_a_damaged_entry(
     assert caught.value.summary == f"The entry of tensor c in {path} is wrong."
     assert found in caught.value.found
     assert caught.value.expected.startswith(expected)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2"])
+def test_numbers_of_less_than_a_byte_are_quantised(tmp_path: Path, dtype: str) -> None:
+    text = json.dumps({"a.weight": _entry(dtype, [4], 0, 2)}).encode()
+    path = _write(tmp_path / "x.safetensors", text, b"12")
+    with pytest.raises(UnsupportedModelError, match="quantised already") as caught:
+        read_safetensors(path)
+    assert f"the tensor a.weight in {path} is of {dtype}" in caught.value.found
 
 
 def test_file_that_shrinks_after_it_was_examined(tmp_path: Path) -> None:

@@ -41,6 +41,13 @@ _SHARDS = {f"pytorch_model-0000{i}-of-00002.bin": b"b" * 5000 for i in (1, 2)}
 _REPOS = {
     "org/both": {**_FILES, **_BOTH, **_SHARDS, "tower/pytorch_model.bin": b"t" * 5000},
     "org/pickle": {**_FILES, **_SHARDS, "pytorch_model.bin.index.json": b"{}"},
+    "org/others": {
+        **_FILES,
+        **_SHARDS,
+        "pytorch_model.bin.index.json": b"{}",
+        "consolidated.safetensors": b"c" * 5000,
+        "other.safetensors": b"o" * 5000,
+    },
     "org/gated": {**_FILES, **_BOTH},
     "org/forbidden": {**_FILES, **_BOTH},
 }
@@ -121,6 +128,15 @@ def test_the_hub_is_asked_for_the_checkpoint_and_told_of_nothing_else(
 def test_pickles_are_fetched_where_there_is_nothing_else(fetch: Fetch, hub: HubServer) -> None:
     assert _contents(fetch("org/pickle")) == _wanted("org/pickle")
     assert "modeling_custom.py" not in hub.downloaded()
+
+
+def test_other_safetensors_do_not_stand_for_the_pickles(fetch: Fetch, hub: HubServer) -> None:
+    """`open_store` and transformers read the pickles then; one file more costs less than one less.
+
+    The weights by the names of the code that trained them are never fetched.
+    """
+    assert _contents(fetch("org/others")) == _wanted("org/others", "consolidated.safetensors")
+    assert "consolidated.safetensors" not in hub.downloaded()
 
 
 def test_second_time_and_offline_nothing_is_fetched(fetch: Fetch, hub: HubServer) -> None:

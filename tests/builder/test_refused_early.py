@@ -34,7 +34,25 @@ FILES = {
     "vit/config.json": b"{}",
     "vit/model.safetensors": b"w" * 5000,
 }
-REPOS = {"org/other": OTHER, "org/variant": VARIANT, "org/nothing": None}
+# Of a family that we know; what is beside it, or in it, says that its weights are not plain.
+KNOWN = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+QUANTISED = {**KNOWN, "quantization_config": {"quant_method": "fp8"}}
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+BESIDE = {
+    "org/gptq": {"quantize_config.json": b"{}"},
+    "org/adapter": {
+        "adapter_config.json": json.dumps(ADAPTER).encode(),
+        "adapter_model.safetensors": b"w" * 5000,
+    },
+}
+REPOS = {
+    "org/other": OTHER,
+    "org/variant": VARIANT,
+    "org/nothing": None,
+    "org/quantised": QUANTISED,
+    "org/gptq": KNOWN,
+    "org/adapter": KNOWN,
+}
 
 Build = Callable[[str], subprocess.CompletedProcess[str]]
 
@@ -42,7 +60,9 @@ Build = Callable[[str], subprocess.CompletedProcess[str]]
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[HubServer]:
     for repo, config in REPOS.items():
-        files = FILES if config is None else {**FILES, "config.json": json.dumps(config).encode()}
+        files = {**FILES, **BESIDE.get(repo, {})}
+        if config is not None:
+            files["config.json"] = json.dumps(config).encode()
         for name, content in files.items():
             path = tmp_path / "repos" / repo / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,22 +92,30 @@ def contents_asked_for(hub: HubServer) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("repo", "found"),
+    ("repo", "kind", "found"),
     [
-        ("org/other", "architectures ['Qwen9VLForConditionalGeneration'], model_type 'qwen9_vl'"),
-        ("org/variant", "text_config.model_type 'gemma9'"),
+        (
+            "org/other",
+            "UnsupportedModelError",
+            "architectures ['Qwen9VLForConditionalGeneration'], model_type 'qwen9_vl'",
+        ),
+        ("org/variant", "UnsupportedModelError", "text_config.model_type 'gemma9'"),
+        ("org/quantised", "UnsupportedModelError", "fp8: quantization_config in"),
+        ("org/gptq", "UnsupportedModelError", "gptq: "),
+        ("org/adapter", "CheckpointError", "LORA of org/base (adapter_config.json)"),
     ],
 )
-def test_only_the_config_is_asked_for(
-    build: Build, hub: HubServer, tmp_path: Path, repo: str, found: str
+def test_only_what_tells_of_the_model_is_asked_for(
+    build: Build, hub: HubServer, tmp_path: Path, repo: str, kind: str, found: str
 ) -> None:
     done = build(repo)
     assert done.returncode == 1
-    assert "UnsupportedModelError" in done.stderr
+    assert kind in done.stderr
     assert f"found:    {found}" in done.stderr
     assert "Traceback" not in done.stderr
-    assert set(contents_asked_for(hub)) == {"config.json"}
-    assert hub.downloaded() == {"config.json"}
+    small = {name for name in BESIDE.get(repo, {}) if name.endswith(".json")}
+    assert set(contents_asked_for(hub)) == {"config.json", *small}
+    assert hub.downloaded() == {"config.json", *small}
     assert not (tmp_path / "it.engine").exists()
 
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vlmforge.errors import ImageFetchError
-from vlmforge.vl.decode import ImageLimits
+from vlmforge.image_limits import ImageLimits
 from vlmforge.vl.fetch import fetch_bytes
 
 LIMITS = ImageLimits(max_bytes=1000, timeout_s=20, max_redirects=2)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError
+from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
 
@@ -21,7 +22,7 @@ def with_end_ids(
     is asked last: the fast one of v1.6 34B calls another token its end.
 
     Raises:
-        CheckpointError: an id that is no whole number.
+        CheckpointError: an id that is no whole number, or out of range.
     """
     places = [text]
     if (path := checkpoint / "generation_config.json").exists():
@@ -35,7 +36,7 @@ def with_end_ids(
 def _ids(config: ConfigReader) -> tuple[int, ...]:
     value = config.get(_KEY)
     ids = value if isinstance(value, list) else [value]
-    if not ids or not all(type(token) is int and token >= 0 for token in ids):
+    if not ids or not all(type(token) is int and token in limits.TOKEN for token in ids):
         raise CheckpointError(
             f"{config.file} has a wrong {_KEY}.",
             found=repr(value)[:80],

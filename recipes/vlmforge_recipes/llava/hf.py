@@ -12,12 +12,14 @@ from pathlib import Path
 from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.vision import VisionConfig
+from vlmforge_builder.checkpoint import limits
+from vlmforge_builder.checkpoint.compare import same_values
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.checkpoint.store import TensorStore, open_store
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
 from vlmforge_recipes.clip_images import find_processor, read_image_policy
-from vlmforge_recipes.clip_tower import read_tower_config
+from vlmforge_recipes.clip_tower import read_tower_config, unused_in_tower
 from vlmforge_recipes.llama_decoder import TEXT_DEFAULTS, read_decoder_config, trained_length
 from vlmforge_recipes.llava.anyres import hf_tiling
 from vlmforge_recipes.llava.end_ids import with_end_ids
@@ -28,7 +30,9 @@ from vlmforge_recipes.llava.templates import (
     TEMPLATES,
     original_template,
 )
+from vlmforge_recipes.output_head import choose_head
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
+from vlmforge_recipes.tower_choice import refuse_tower_options
 
 # What the names of each part begin with: as published, and as transformers 4.5x and 5.x save them.
 # They do not change together, so each is looked for by itself.
@@ -59,9 +63,11 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
     """Understand a checkpoint of this layout (CheckpointError otherwise)."""
     text, kind = _text(config), _kind(config)
     _check(config)
+    refuse_tower_options(options)
     tower = _tower(config)
     image = _image_policy(checkpoint, config, tower)
-    store = open_store(checkpoint)
+    store = open_store(checkpoint, options.note)
+    names = _names(store, checkpoint, config, options, newline=image.tiling is not None)
     tokenizer = with_end_ids(convert_tokenizer(checkpoint), checkpoint, text)
     return assemble(
         Geometry(
@@ -71,7 +77,7 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
             config.str("projector_hidden_act", "gelu"),
             layout_of(config) or "",
         ),
-        _names(store, checkpoint, config, newline=image.tiling is not None),
+        names,
         store,
         image,
         tokenizer,
@@ -84,15 +90,20 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
         ),
         options,
         extra_files=(),
+        unused=unused_in_tower(_vision(config), tower, prefix=names.vision),
     )
+
+
+def _vision(config: ConfigReader) -> ConfigReader:
+    if config.has("vision_config"):
+        return config.section("vision_config")
+    return ConfigReader(_DEFAULT_TOWER, config.file)
 
 
 def _tower(config: ConfigReader) -> VisionConfig:
     features = _features(config)
     return read_tower_config(
-        config.section("vision_config")
-        if config.has("vision_config")
-        else ConfigReader(_DEFAULT_TOWER, config.file),
+        _vision(config),
         feature_layer=features.layer,
         keep_class_token=features.keep_class_token,
     )
@@ -140,14 +151,24 @@ def _features(config: ConfigReader) -> _Features:
     if strategy not in ("default", "full"):
         found = f"vision_feature_select_strategy {strategy!r}"
         raise _unsupported(config, found, "'default' or 'full'")
-    return _Features(config.int("vision_feature_layer", -2), strategy == "full")
+    layer = config.int("vision_feature_layer", -2, within=limits.FEATURE_LAYER)
+    return _Features(layer, strategy == "full")
 
 
-def _names(store: TensorStore, checkpoint: Path, config: ConfigReader, *, newline: bool) -> Names:
+def _names(
+    store: TensorStore,
+    checkpoint: Path,
+    config: ConfigReader,
+    options: RecipeOptions,
+    *,
+    newline: bool,
+) -> Names:
+    # Either place counts: transformers 5 saves it at the top, before it was the text model's.
     places = (config, _text(config))
     tied = any(place.bool("tie_word_embeddings", default=False) for place in places)
 
     def named(prefixes: tuple[str, ...], name: str) -> str:
+        _refuse_two(store, checkpoint, tuple(prefix + name for prefix in prefixes))
         for prefix in prefixes:
             if prefix + name in store:
                 return prefix
@@ -158,16 +179,36 @@ def _names(store: TensorStore, checkpoint: Path, config: ConfigReader, *, newlin
             fix="check that config.json belongs to these weight files",
         )
 
+    heads = tuple(f"{prefix}weight" for prefix in _HEAD)
+    _refuse_two(store, checkpoint, heads)
     projector = named(_PROJECTOR, "linear_1.weight")
     text = named(_TEXT, "embed_tokens.weight")
-    names = Names(
+    return Names(
         text,
-        "" if tied else named(_HEAD, "weight") + "weight",
+        choose_head(
+            store,
+            heads,
+            f"{text}embed_tokens.weight",
+            tied=tied,
+            note=options.note,
+        ),
         named(_VISION, "embeddings.class_embedding"),
         (f"{projector}linear_1", f"{projector}linear_2"),
         newline=named(_NEWLINE, "image_newline") + "image_newline" if newline else None,
     )
-    return names.tied() if tied else names
+
+
+def _refuse_two(store: TensorStore, checkpoint: Path, names: tuple[str, ...]) -> None:
+    """Refuse one tensor under two of its names with other values."""
+    first, *others = [name for name in names if name in store] or [""]
+    for other in others:
+        if not same_values(store, first, store, other):
+            raise TensorError(
+                f"{checkpoint} stores a tensor under two of its names, with other values.",
+                found=f"{first} and {other}",
+                expected="one of them",
+                fix="save the checkpoint again with one version of transformers",
+            )
 
 
 def _template(
@@ -187,8 +228,10 @@ def _template(
 
 
 def _image_token(config: ConfigReader, tokenizer: ConvertedTokenizer) -> int:
-    named = config.opt_int("image_token_index")
-    token = named if named is not None else config.opt_int("image_token_id")
+    named = config.opt_int("image_token_index", within=limits.TOKEN)
+    if named is None:
+        named = config.opt_int("image_token_id", within=limits.TOKEN)
+    token = named
     if token is None:
         token = 32000  # the default of both configuration classes
     known = tokenizer.token_id(PLACEHOLDER)

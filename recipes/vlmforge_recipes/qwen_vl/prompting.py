@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlmforge.manifest import ImageSpelling, PromptPolicy, TemplateParts
+from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.tokenizer.byte_bpe import SpecialTokens, convert_byte_bpe, expect_ids
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
@@ -64,7 +65,7 @@ def read_tokenizer(checkpoint: Path, visual: ConfigReader) -> ConvertedTokenizer
     """
     path = checkpoint / VOCABULARY
     found = convert_byte_bpe(path, _SPECIALS) if path.exists() else convert_tokenizer(checkpoint)
-    start = visual.int("image_start_id")
+    start = visual.int("image_start_id", within=limits.TOKEN)
     expected = {text: start + i for i, text in enumerate(_IMAGE)}
     expect_ids(found, expected, visual.file)
     return found
@@ -81,7 +82,7 @@ def prompt_policy(
     checkpoint: Path, visual: ConfigReader, tokenizer: ConvertedTokenizer
 ) -> PromptPolicy:
     """The policy of the original's `chat`."""
-    start = visual.int("image_start_id")
+    start = visual.int("image_start_id", within=limits.TOKEN)
     return PromptPolicy(
         template_name=DEFAULT,
         template_file="chat_template.jinja",
@@ -108,6 +109,8 @@ def _history_window(checkpoint: Path, tokenizer: ConvertedTokenizer) -> int:
     The original counts up to the end of the last answer; the head of the question follows.
     """
     path = checkpoint / "generation_config.json"
-    window = read_config(path).int("max_window_size", 6144) if path.exists() else 6144
+    window = 6144
+    if path.exists():
+        window = read_config(path).int("max_window_size", window, within=limits.POSITIONS)
     head = tokenizer.encode("\n" + TEMPLATES[DEFAULT].user)
     return window + len(head)
