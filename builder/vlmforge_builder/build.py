@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +47,7 @@ class BuildOptions:
     """What `build-engine` was asked for.
 
     `session_len=None` is what the model was trained for; `revision` is of a hub id.
+    `ignore_config_key` are configuration keys that are left out though no recipe knows them.
     """
 
     checkpoint: str
@@ -63,13 +64,17 @@ class BuildOptions:
     kv_dtype: str | None = None
     attention: str | None = None
     compute_capability: str | None = None
+    ignore_config_key: Sequence[str] = ()
     force: bool = False
 
     def recorded(self) -> dict[str, str]:
         """The options that shape the engine, as text."""
         names = ("target", "dtype", "weights", "session_len", "max_batch_size", "vision_tower")
         policies = ("chat_template", "image_policy", "kv_dtype", "attention", "compute_capability")
-        return {name: str(getattr(self, name)) for name in (*names, *policies)}
+        recorded = {name: str(getattr(self, name)) for name in (*names, *policies)}
+        if self.ignore_config_key:
+            recorded["ignore_config_key"] = ", ".join(sorted(self.ignore_config_key))
+        return recorded
 
     def settings(self, session_len: int) -> Settings:
         """What the target is to know of them."""
@@ -159,9 +164,9 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
         options.checkpoint,
         revision=options.revision,
         progress=progress.note,
-        check=recognise,
+        check=lambda folder: recognise(folder, options.ignore_config_key),
     )
-    config, recipe = recognise(folder)
+    config, recipe = recognise(folder, options.ignore_config_key)
     spec = recipe.load(
         folder,
         config,

@@ -26,6 +26,10 @@ _WEIGHTS_HELP = (
     "quantise the decoder's weights: int8 or int4, in blocks of 128 with a scale each; the rest "
     "is stored as --dtype says (default: all of it)"
 )
+_IGNORE_HELP = (
+    "leave out a configuration key that is unknown, or that changes how to ask and not the model; "
+    "may be given several times"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--kv-dtype", choices=KV_DTYPES, help="key/value cache of a GPU engine; default: --dtype")
     add("--attention", metavar="KIND", help="of a GPU engine: plugin (default) or native")
     add("--compute-capability", metavar="X.Y", help="compile for this GPU; default: the target's")
+    add("--ignore-config-key", action="append", default=[], metavar="KEY", help=_IGNORE_HELP)
     add("--force", action="store_true", help="replace an engine that is there")
     add("--json-events", metavar="FILE", help="write progress as JSON lines; - is stdout")
     return arguments
@@ -62,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             progress = stack.enter_context(Progress(events=_open(events, stack)))
             _end_by_signals(progress)
-            refuse_unknown(values["checkpoint"], values["revision"])
+            refuse_unknown(values["checkpoint"], values["revision"], values["ignore_config_key"])
             # Imported here: what cannot be built is refused before torch has been loaded.
             from vlmforge_builder.build import BuildOptions, build_engine
 

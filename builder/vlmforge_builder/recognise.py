@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
@@ -9,17 +10,20 @@ from vlmforge_builder.checkpoint.source import fetch_config
 from vlmforge_builder.recipe import Recipe, find_recipe
 
 
-def recognise(folder: Path) -> tuple[ConfigReader, Recipe]:
+def recognise(folder: Path, ignored: Iterable[str] = ()) -> tuple[ConfigReader, Recipe]:
     """The configuration of the checkpoint in `folder`, and its recipe.
 
+    `ignored` are the keys of `--ignore-config-key`.
+
     Raises:
-        CheckpointError: no config.json, or one of a family that no recipe knows.
+        CheckpointError: no config.json, or one of a family that no recipe knows; a key of it that
+            is refused, or that no table of the recipe knows.
     """
-    config = read_config(folder / "config.json")
+    config = read_config(folder / "config.json", ignored=frozenset(ignored))
     return config, find_recipe(config)
 
 
-def refuse_unknown(checkpoint: str, revision: str | None) -> None:
+def refuse_unknown(checkpoint: str, revision: str | None, ignored: Iterable[str]) -> None:
     """Refuse a checkpoint of an unknown family; of a hub id no more than config.json is fetched.
 
     For before the libraries of a build are loaded, which takes longer than this.
@@ -27,4 +31,4 @@ def refuse_unknown(checkpoint: str, revision: str | None) -> None:
     Raises:
         CheckpointError: as `resolve_checkpoint` and `recognise`.
     """
-    recognise(fetch_config(checkpoint, revision=revision))
+    recognise(fetch_config(checkpoint, revision=revision), ignored)

@@ -59,9 +59,9 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def read_config(path: Path) -> ConfigReader:
+def read_config(path: Path, *, ignored: frozenset[str] = frozenset()) -> ConfigReader:
     """A reader of the JSON object in a file (errors as `read_json`)."""
-    return ConfigReader(read_json(path), path)
+    return ConfigReader(read_json(path), path, ignored=ignored)
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
@@ -108,6 +108,8 @@ def _kind(value: object) -> str:
 class ConfigReader:
     """Typed access to the values of one JSON object; `place` is its dotted place in `file`.
 
+    `ignored` are the keys that the user wants unknown values of left out (`check_keys`).
+
     A key whose value is null counts as absent. The getters raise CheckpointError where a key
     without default is absent, or a value is of another type, naming file and dotted key.
     """
@@ -115,6 +117,7 @@ class ConfigReader:
     values: Mapping[builtins.str, object]
     file: Path
     place: builtins.str = ""
+    ignored: frozenset[builtins.str] = frozenset()
 
     def has(self, key: builtins.str) -> builtins.bool:
         """Whether the key is there and not null."""
@@ -180,7 +183,9 @@ class ConfigReader:
         value = self.values.get(key)
         if not isinstance(value, dict):
             raise self._wrong(key, value, "an object")
-        return ConfigReader(cast("dict[str, object]", value), self.file, self._dotted(key))
+        return ConfigReader(
+            cast("dict[str, object]", value), self.file, self._dotted(key), self.ignored
+        )
 
     def _required(
         self, key: builtins.str, value: T | None, default: T | None, expected: builtins.str

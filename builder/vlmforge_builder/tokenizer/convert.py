@@ -35,9 +35,8 @@ class ConvertedTokenizer:
         json: Its bytes. It is used without adding special tokens: `add_bos` says if BOS is due.
         bos_id, bos_token: The begin token, or None and "".
         add_bos: The original puts BOS before every prompt.
-        eos_ids: The tokenizer's end token, then those of generation_config.json.
+        eos_ids: The tokenizer's end token, if it has one.
         eos_token: The tokenizer's end token, or "".
-        pad_id, unk_id: Or None.
         special_ids: Tokens that decoding leaves out, ascending.
         vocab_size: Largest id + 1.
         proof: What the original was compared on.
@@ -49,8 +48,6 @@ class ConvertedTokenizer:
     add_bos: bool
     eos_ids: tuple[int, ...]
     eos_token: str
-    pad_id: int | None
-    unk_id: int | None
     special_ids: tuple[int, ...]
     vocab_size: int
     proof: TokenizerProof
@@ -151,30 +148,18 @@ def _described(
 ) -> ConvertedTokenizer:
     ids = {role: tokenizer.token_to_id(text) for role, text in roles.items()}
     bos_id, eos_id = ids.get("bos"), ids.get("eos")
-    eos_ids = () if eos_id is None else (eos_id,)
-    pads = _generation_ids(files, "pad_token_id")
     added = json.loads(data).get("added_tokens", [])
     return ConvertedTokenizer(
         json=data,
         bos_id=bos_id,
         bos_token="" if bos_id is None else roles["bos"],
         add_bos=add_bos,
-        eos_ids=tuple(dict.fromkeys((*eos_ids, *_generation_ids(files, "eos_token_id")))),
+        eos_ids=() if eos_id is None else (eos_id,),
         eos_token="" if eos_id is None else roles["eos"],
-        pad_id=ids["pad"] if ids.get("pad") is not None else next(iter(pads), None),
-        unk_id=ids.get("unk"),
         special_ids=tuple(sorted(token["id"] for token in added if token["special"])),
         vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         proof=proof,
     )
-
-
-def _generation_ids(files: TokenizerFiles, key: str) -> tuple[int, ...]:
-    value = files.generation.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise damaged(files.folder / "generation_config.json", f"{key} {value!r}", "token ids")
-    return tuple(ids)
 
 
 def _load(source: Path, data: bytes) -> Tokenizer:

@@ -10,15 +10,18 @@ from pathlib import Path
 
 from vlmforge.prompt.template import jinja_from_parts
 from vlmforge.vl.preprocess import ImagePolicy
-from vlmforge_builder.checkpoint.config import ConfigReader, read_config
+from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.store import JoinedStore, open_store
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import convert_tokenizer
-from vlmforge_recipes.clip_images import read_image_policy
-from vlmforge_recipes.clip_tower import read_tower_config
+from vlmforge_recipes.clip_images import find_tower_processor, read_image_policy
+from vlmforge_recipes.clip_tower import read_tower_folder
+from vlmforge_recipes.config_keys import check_files
+from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 from vlmforge_recipes.tower_folder import find_tower
+from vlmforge_recipes.yi_vl.keys import TABLES
 from vlmforge_recipes.yi_vl.layout import ARCHITECTURE, check
 from vlmforge_recipes.yi_vl.templates import DEFAULT, PLACEHOLDER, TEMPLATES
 
@@ -39,14 +42,13 @@ _NAMES = Names(
 def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
     """Understand a checkpoint (CheckpointError otherwise)."""
     check(config)
+    check_files(checkpoint, TABLES, config)
     folder = find_tower(checkpoint, config.str("mm_vision_tower"), options)
-    tower_config = read_config(folder / "config.json")
-    vision = (
-        tower_config.section("vision_config") if tower_config.has("vision_config") else tower_config
-    )
     decoder = read_decoder_config(config, session_len=options.session_len)
-    tower = read_tower_config(
-        vision,
+    tower = read_tower_folder(
+        folder,
+        TABLES,
+        config,
         feature_layer=config.int("mm_vision_select_layer", -2),
         keep_class_token=config.str("mm_vision_select_feature", "patch") == "cls_patch",
     )
@@ -58,7 +60,7 @@ def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> Mode
         _NAMES.tied() if tied else _NAMES,
         JoinedStore((open_store(checkpoint), open_store(folder))),
         image,
-        convert_tokenizer(checkpoint),
+        with_end_ids(convert_tokenizer(checkpoint), checkpoint, config),
         Prompting(
             ChatTemplate(DEFAULT, template, TEMPLATES[DEFAULT].stop_words),
             PLACEHOLDER,
@@ -80,8 +82,9 @@ def _images(
     `single_inference.py` and `openai_api.py` pad to a square if the config says so; `cli.py` never
     does.
     """
+    processor = find_tower_processor(folder, TABLES, config)
     pads, crops = (
-        read_image_policy(folder, image_size=size, pad_to_square=pad) for pad in (True, False)
+        read_image_policy(processor, image_size=size, pad_to_square=pad) for pad in (True, False)
     )
     if config.str("image_aspect_ratio", "square") == "pad":
         return pads, (crops,)
