@@ -308,7 +308,7 @@ def check_files(
     check_keys(config, tables)
     model = (checkpoint / "tokenizer.model").is_file()
     given = (checkpoint / "tokenizer.json").is_file() and not (prefer_model and model)
-    tokenizer = _JSON if given or not model else _MODEL
+    tokenizer = _JSON if given else _MODEL if model else ""
     places = {
         "generation_config.json": "",
         "chat_template.json": "",

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from vlmforge.errors import TokenizerError
+from vlmforge_builder.tokenizer.added_tokens import AddedToken as Token
 from vlmforge_builder.tokenizer.added_tokens import (
     declared_roles,
     declared_tokens,
+    named_tokens,
     read_added_tokens,
 )
 from vlmforge_builder.tokenizer.corpus import PROOF_CORPUS, piece_texts, token_texts
@@ -24,6 +26,12 @@ from vlmforge_builder.tokenizer.sentencepiece_bpe import (
     SentencePieceModel,
     read_sentencepiece,
     sentencepiece_json,
+)
+
+_TRAITS = ("lstrip", "rstrip", "normalized", "special")
+_SAVE_AGAIN = (
+    "save the tokenizer again with transformers: AutoTokenizer.from_pretrained("
+    "folder).save_pretrained(folder)"
 )
 
 
@@ -125,9 +133,12 @@ def _given(files: TokenizerFiles, path: Path) -> ConvertedTokenizer:
     data = path.read_bytes()
     tokenizer = _load(path, data)
     _check_ids(files, path, data, tokenizer)
+    data = _overlay(files, path, data, tokenizer)
     texts = (*PROOF_CORPUS, *token_texts(_special_texts(data)))
     encode = _encoder(tokenizer)
-    from_file = _encoder(_plain(Tokenizer.from_file(str(path))))
+    again = Tokenizer.from_file(str(path))
+    _overlay(files, path, path.read_bytes(), again)
+    from_file = _encoder(_plain(again))
     proof = prove(encode, from_file, texts, oracle=f"the given {path.name}", file=path)
     proof = replace(proof, differing=_differing(files, encode, texts))
     roles = declared_roles(files)
@@ -208,9 +219,38 @@ def _check_ids(files: TokenizerFiles, path: Path, data: bytes, tokenizer: Tokeni
                 f"{path} and the files beside it disagree about an added token.",
                 found=f"{text!r} is {'unknown' if found is None else found}",
                 expected=f"{text!r} as {index}",
-                fix="save the tokenizer again with transformers: AutoTokenizer.from_pretrained("
-                "folder).save_pretrained(folder)",
+                fix=_SAVE_AGAIN,
             )
+
+
+def _overlay(files: TokenizerFiles, path: Path, data: bytes, tokenizer: Tokenizer) -> bytes:
+    """Give `tokenizer` the traits that tokenizer_config.json says its added tokens have.
+
+    Returns its JSON: `data` itself where they agree, as files that were saved together do.
+    """
+    stored = {token["content"]: token for token in json.loads(data).get("added_tokens", [])}
+    described = declared_tokens(files) if files.config.get("added_tokens_decoder") else []
+    traits = {token.text: _traits(token) for token in described}
+    for text in named_tokens(files):
+        if tokenizer.token_to_id(text) is None:
+            raise TokenizerError(
+                f"{path} lacks a special token that the files beside it name.",
+                found=f"{text!r}, which it does not know",
+                expected="every token that has a role, or is called special",
+                fix=_SAVE_AGAIN,
+            )
+        traits[text] = {**traits.get(text, stored.get(text, {})), "special": True}
+    changed = [
+        AddedToken(text, **{name: wanted[name] for name in _TRAITS if name in wanted})
+        for text, wanted in traits.items()
+        if any(stored.get(text, {}).get(name) != value for name, value in wanted.items())
+    ]
+    tokenizer.add_tokens(changed)
+    return tokenizer.to_str().encode() if changed else data
+
+
+def _traits(token: Token) -> dict[str, bool]:
+    return {name: getattr(token, name) for name in _TRAITS}
 
 
 def _differing(files: TokenizerFiles, encode: Encode, texts: Iterable[str]) -> int | None:

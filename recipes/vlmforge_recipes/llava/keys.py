@@ -146,3 +146,13 @@ LAYOUTS: Mapping[tuple[str, str], tuple[KeyTable, ...]] = {
     (ORIGINAL_MISTRAL, "mistral"): _original("mistral"),
 }
 """By architecture and kind of decoder."""
+
+DOCUMENTED: Mapping[str, tuple[KeyTable, ...]] = {
+    "LLaVA v1.5 of transformers, Llama": LAYOUTS[HF, "llama"],
+    "LLaVA v1.5 of transformers, Mistral": LAYOUTS[HF, "mistral"],
+    "LLaVA v1.6 of transformers, Llama": LAYOUTS[HF_ANYRES, "llama"],
+    "LLaVA v1.6 of transformers, Mistral": LAYOUTS[HF_ANYRES, "mistral"],
+    "original LLaVA, Llama": LAYOUTS[ORIGINAL, "llama"],
+    "original LLaVA, Mistral": LAYOUTS[ORIGINAL_MISTRAL, "mistral"],
+}
+"""By the layout's name in docs/checkpoints.md."""

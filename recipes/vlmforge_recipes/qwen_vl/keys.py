@@ -6,6 +6,8 @@ Sources: `configuration_qwen.py`, `modeling_qwen.py`, `visual.py`, `tokenization
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vlmforge_builder.checkpoint.keys import KeyTable, honoured, refused, unused
 from vlmforge_recipes.config_keys import DECODER_GENERAL, GENERATION, tokenizer_table
 
@@ -51,11 +53,27 @@ _TOKENIZER = (
     *unused("the original writes its own conversations", "chat_template"),
     *_THIS_CODE,
 )  # fmt: skip
+# The original's tokenizer has its special tokens in its code.
+_RANKS = (
+    *unused("the original's code says it",
+            "bos_token eos_token unk_token pad_token sep_token cls_token mask_token"),
+    *refused("more special tokens",
+             "additional_special_tokens added_tokens_decoder extra_special_tokens", [], {}),
+    *unused("of batches and of cutting texts, which are not done here",
+            "padding_side truncation_side model_max_length"),
+    *unused("of other tokenizers", "add_bos_token add_eos_token add_prefix_space legacy "
+            "clean_up_tokenization_spaces spaces_between_special_tokens split_special_tokens"),
+    *unused("notes of where the file came from", "name_or_path _commit_hash backend is_local"),
+)  # fmt: skip
 
 TABLES: tuple[KeyTable, ...] = (
     KeyTable("config.json", "", _TOP),
     KeyTable("config.json", "visual", _VISUAL),
     KeyTable("generation_config.json", "", (*_CHAT, *GENERATION.keys)),
+    KeyTable("tokenizer_config.json", "", (*_TOKENIZER, *_RANKS)),
     tokenizer_table(_TOKENIZER, from_json=True),
 )
 """Of its one layout."""
+
+DOCUMENTED: Mapping[str, tuple[KeyTable, ...]] = {"Qwen-VL-Chat": TABLES}
+"""By the layout's name in docs/checkpoints.md."""

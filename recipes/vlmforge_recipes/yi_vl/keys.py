@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vlmforge_builder.checkpoint.keys import KeyTable, honoured, refused, unused
 from vlmforge_recipes.config_keys import (
     CODE,
@@ -44,3 +46,6 @@ TABLES: tuple[KeyTable, ...] = (
     tokenizer_table(WRITTEN_TEMPLATE, from_json=False),
 )
 """Of its one layout."""
+
+DOCUMENTED: Mapping[str, tuple[KeyTable, ...]] = {"Yi-VL": TABLES}
+"""By the layout's name in docs/checkpoints.md."""

@@ -76,7 +76,10 @@ def render_template(
     add_generation_prompt: bool,
     content_marks: tuple[str, str] = ("", ""),
 ) -> str:
-    """Render messages (`role`, `content`: list of `{'type': ...}`) to the prompt's text.
+    """Render messages to the prompt's text.
+
+    A message has a `role` and a `content`: a list of `{'type': ...}`, or a string where that is
+    what the template takes (`prompt.content`).
 
     Templates made by `jinja_from_parts` write `content_marks` around every content.
 
@@ -102,6 +105,7 @@ def render_template(
         raise PromptError(
             "The chat template cannot render these messages.",
             found=f"{type(error).__name__}: {error}",
-            expected="roles in an order that the template allows (usually user, assistant, ...)",
-            fix="reorder the messages, or choose a template: ChatTemplateConfig(model_name=...)",
+            expected="contents that the template can write, and "
+            "roles in an order that the template allows (usually user, assistant, ...)",
+            fix="change the messages, or choose a template: ChatTemplateConfig(model_name=...)",
         ) from error
