@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests/data"
 IMAGES = DATA / "images"
 HF = DATA / "llava_1_5_hf"
 ORIGINAL = DATA / "llava_v1_5_liuhaotian"

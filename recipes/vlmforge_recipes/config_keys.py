@@ -272,7 +272,7 @@ _FROM_MODEL = (
     *refused("changes the text of answers",
              "clean_up_tokenization_spaces spaces_between_special_tokens", False),
     *refused("special tokens in prompts are text", "split_special_tokens do_lower_case", False),
-    *refused("more special tokens", "extra_special_tokens image_token", {}),
+    *honoured("must be added tokens", "image_token extra_special_tokens"),
     *CODE,
 )  # fmt: skip
 _JSON, _MODEL = "with a tokenizer.json", "with a tokenizer.model"

@@ -38,6 +38,10 @@ TEXT_DEFAULTS: Mapping[str, TextDefaults] = {
 }
 
 
+# In the order in which transformers takes one of them.
+_ROPE = ("rope_scaling", "rope_parameters")
+
+
 def read_decoder_config(
     text: ConfigReader, *, session_len: int | None, kind: str = "llama"
 ) -> DecoderConfig:
@@ -49,8 +53,8 @@ def read_decoder_config(
         kind: A key of `TEXT_DEFAULTS`.
 
     Raises:
-        UnsupportedModelError: scaled rotary positions, biases, another activation, or a sequence
-            that is longer than the attention's sliding window.
+        UnsupportedModelError: scaled rotary positions, another activation, or a sequence that is
+            longer than the attention's sliding window.
     """
     defaults = TEXT_DEFAULTS[kind]
     heads = text.int("num_attention_heads", 32)
@@ -98,22 +102,21 @@ def _sliding_window(text: ConfigReader, defaults: TextDefaults) -> int | None:
 
 def _rope_theta(text: ConfigReader) -> float:
     # transformers 5 writes {"rope_theta": ..., "rope_type": ...}; before it was a plain key.
-    if text.has("rope_parameters") and text.get("rope_parameters") is not None:
-        return text.section("rope_parameters").float("rope_theta", 10000.0)
-    return text.float("rope_theta", 10000.0)
+    plain = text.float("rope_theta", 10000.0)
+    for key in _ROPE:
+        if text.get(key):
+            return text.section(key).float("rope_theta", plain)
+    return plain
 
 
 def _refuse_variants(text: ConfigReader) -> None:
-    for key in ("rope_scaling", "rope_parameters"):
+    for key in _ROPE:
         if text.get(key) is None:
             continue
         scaling = text.section(key)
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         if kind != "default":
             raise _unsupported(text, f"{key} of type {kind!r}", "plain rotary positions")
-    for key in ("attention_bias", "mlp_bias"):
-        if text.bool(key, default=False):
-            raise _unsupported(text, f"{key} true", "projections without bias")
     act = text.str("hidden_act", "silu")
     if act not in ACTIVATIONS:
         raise _unsupported(text, f"hidden_act {act!r}", "one of: " + ", ".join(sorted(ACTIVATIONS)))

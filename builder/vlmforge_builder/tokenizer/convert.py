@@ -109,6 +109,9 @@ def _converted(
     if files.config_flag("add_eos_token", default=False):
         raise _adds_more(files.folder / "tokenizer_config.json", "add_eos_token true")
     added = read_added_tokens(files, model.pieces)
+    for text in named_tokens(files):
+        if all(token.text != text for token in added.tokens):
+            raise _lacks(model.file, text)
     data = sentencepiece_json(model, added, legacy=legacy, invalid_bytes=invalid_bytes)
     tokenizer = _load(model.file, data)
     texts = (*PROOF_CORPUS, *token_texts(_special_texts(data)))
@@ -233,12 +236,7 @@ def _overlay(files: TokenizerFiles, path: Path, data: bytes, tokenizer: Tokenize
     traits = {token.text: _traits(token) for token in described}
     for text in named_tokens(files):
         if tokenizer.token_to_id(text) is None:
-            raise TokenizerError(
-                f"{path} lacks a special token that the files beside it name.",
-                found=f"{text!r}, which it does not know",
-                expected="every token that has a role, or is called special",
-                fix=_SAVE_AGAIN,
-            )
+            raise _lacks(path, text)
         traits[text] = {**traits.get(text, stored.get(text, {})), "special": True}
     changed = [
         AddedToken(text, **{name: wanted[name] for name in _TRAITS if name in wanted})
@@ -247,6 +245,15 @@ def _overlay(files: TokenizerFiles, path: Path, data: bytes, tokenizer: Tokenize
     ]
     tokenizer.add_tokens(changed)
     return tokenizer.to_str().encode() if changed else data
+
+
+def _lacks(path: Path, text: str) -> TokenizerError:
+    return TokenizerError(
+        f"{path} lacks a special token that the files beside it name.",
+        found=f"{text!r}, which it does not know",
+        expected="every token that has a role, or is called special",
+        fix=_SAVE_AGAIN,
+    )
 
 
 def _traits(token: Token) -> dict[str, bool]:
