@@ -11,14 +11,14 @@ from vlmforge_builder.checkpoint.config import read_json, refuse_pointer
 _KEY = "chat_template"
 _LEGACY = "chat_template.json"
 _TEXT = "chat_template.jinja"
-_MORE = "chat_templates"
+_MORE = "additional_chat_templates"
 
 
 def read_chat_template(folder: Path) -> str | None:
     """The checkpoint's template as jinja text; None where it has none.
 
     The places are asked in the order of `ProcessorMixin.get_processor_dict` of transformers:
-    processor_config.json, chat_template.json, chat_template.jinja (with chat_templates/*.jinja);
+    processor_config.json, chat_template.json, chat_template.jinja (and additional_chat_templates);
     then tokenizer_config.json. Of several named templates the one called "default" is taken.
 
     Raises:
@@ -34,11 +34,12 @@ def read_chat_template(folder: Path) -> str | None:
 def _places(folder: Path) -> Iterator[tuple[Path, object]]:
     yield _from_json(folder / "processor_config.json")
     legacy = folder / _LEGACY
-    files = _files(folder)
+    more = sorted((folder / _MORE).glob("*.jinja"))
     if legacy.exists():
-        if files.keys() - {"default"}:
-            raise _conflict(folder, sorted(files.keys() - {"default"}))
+        if more:
+            raise _conflict(folder, [path.name for path in more])
         yield _legacy(legacy)
+    files = _files(folder, more)
     yield folder / (_TEXT if "default" in files else _MORE), files or None
     yield _from_json(folder / "tokenizer_config.json")
 
@@ -54,9 +55,9 @@ def _legacy(path: Path) -> tuple[Path, object]:
     return path, value
 
 
-def _files(folder: Path) -> dict[str, object]:
+def _files(folder: Path, more: list[Path]) -> dict[str, object]:
     """The templates that are files of their own, by name."""
-    paths = {path.stem: path for path in sorted((folder / _MORE).glob("*.jinja"))}
+    paths = {path.stem: path for path in more}
     if (folder / _TEXT).exists():
         paths["default"] = folder / _TEXT
     return {name: _text(path) for name, path in paths.items()}
