@@ -31,7 +31,8 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests/data"
 IMAGES = DATA / "images"
 HF = DATA / "llava_1_5_hf"
 ORIGINAL = DATA / "llava_v1_5_liuhaotian"

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,7 +51,8 @@ class BuildOptions:
     """What `build-engine` was asked for.
 
     `session_len=None` is what the model was trained for; `revision` is of a hub id; `wait` is for
-    another build of the same output, which is an error otherwise.
+    another build of the same output, which is an error otherwise. `ignore_config_key` are
+    configuration keys that are left out though no recipe knows them.
     """
 
     checkpoint: str
@@ -69,6 +70,7 @@ class BuildOptions:
     kv_dtype: str | None = None
     attention: str | None = None
     compute_capability: str | None = None
+    ignore_config_key: Sequence[str] = ()
     force: bool = False
     wait: bool = False
 
@@ -79,6 +81,8 @@ class BuildOptions:
         values = {name: str(getattr(self, name)) for name in (*names, *policies)}
         tower = None if self.vision_tower is None else checkpoint_name(self.vision_tower)
         template = None if self.chat_template is None else template_name(self.chat_template)
+        if self.ignore_config_key:
+            values["ignore_config_key"] = ", ".join(sorted(self.ignore_config_key))
         return values | {"vision_tower": str(tower), "chat_template": str(template)}
 
     def settings(self, session_len: int) -> Settings:
@@ -207,9 +211,9 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
         options.checkpoint,
         revision=options.revision,
         progress=progress.note,
-        check=recognise,
+        check=lambda folder: recognise(folder, options.ignore_config_key),
     )
-    config, recipe = recognise(folder)
+    config, recipe = recognise(folder, options.ignore_config_key)
     spec = recipe.load(
         folder,
         config,

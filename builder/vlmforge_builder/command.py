@@ -27,6 +27,10 @@ _WEIGHTS_HELP = (
     "quantise the decoder's weights: int8 or int4, in blocks of 128 with a scale each; the rest "
     "is stored as --dtype says (default: all of it)"
 )
+_IGNORE_HELP = (
+    "leave out a configuration key that is unknown, or that changes how to ask and not the model; "
+    "may be given several times"
+)
 _TOWER_HELP = (
     "which vision tower to use where a checkpoint stores one and names another: its own, or the "
     "one that it names (default: as its config.json says)"
@@ -55,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--kv-dtype", choices=KV_DTYPES, help="key/value cache of a GPU engine; default: --dtype")
     add("--attention", metavar="KIND", help="of a GPU engine: plugin (default) or native")
     add("--compute-capability", metavar="X.Y", help="compile for this GPU; default: the target's")
+    add("--ignore-config-key", action="append", default=[], metavar="KEY", help=_IGNORE_HELP)
     add("--force", action="store_true", help="replace an engine that is there")
     add("--wait", action="store_true", help="wait for another build of the same output")
     add("--until-eof", action="store_true", help="end when standard input does: for programs")
@@ -89,7 +94,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def _build(values: Mapping[str, Any], progress: Progress) -> None:
-    refuse_unknown(values["checkpoint"], values["revision"])
+    refuse_unknown(values["checkpoint"], values["revision"], values["ignore_config_key"])
     # Imported here: what cannot be built is refused before torch has been loaded.
     from vlmforge_builder.build import BuildOptions, build_engine
 

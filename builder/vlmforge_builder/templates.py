@@ -6,7 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from vlmforge.config import ChatTemplateConfig
+from vlmforge.errors import CheckpointError, PromptError
 from vlmforge.prompt.choice import choose_template as choose
+from vlmforge.prompt.content import check_writes_users
 from vlmforge_builder.checkpoint.fingerprint import sha256
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec
 
@@ -16,8 +18,10 @@ def choose_template(spec: ModelSpec, wanted: str | None) -> ModelSpec:
 
     Raises:
         ConfigError: no such template, or JSON that is not a `ChatTemplateConfig`.
+        CheckpointError: none is wanted, and the checkpoint's own writes no message of a user.
     """
     if wanted is None:
+        _check_own(spec)
         return spec
     known = wanted == spec.template.name or wanted in spec.prompt.templates
     is_json = not known and (wanted.lstrip().startswith("{") or wanted.endswith(".json"))
@@ -38,3 +42,15 @@ def template_name(wanted: str) -> str:
     if wanted.lstrip().startswith("{") or not path.is_file():
         return wanted
     return f"{path.name} sha256:{sha256(path)}"
+
+
+def _check_own(spec: ModelSpec) -> None:
+    try:
+        check_writes_users(spec.template.jinja, spec.prompt.bos_token, spec.prompt.eos_token)
+    except PromptError as error:
+        raise CheckpointError(
+            f"The chat template {spec.template.name!r} of the checkpoint cannot be used.",
+            found=f"{error.found}, for one message of a user",
+            expected="a template that takes its content as a list of blocks, or as a string",
+            fix="--chat-template NAME: " + ", ".join(sorted(spec.prompt.templates)),
+        ) from error

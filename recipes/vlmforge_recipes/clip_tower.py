@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.blocks.layers import ACTIVATIONS
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint import limits
-from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_builder.checkpoint.config import ConfigReader, read_config
+from vlmforge_builder.checkpoint.keys import KeyTable, check_keys
 from vlmforge_builder.weights import Stacked, Stored, Transposed, Weight
+from vlmforge_recipes.config_keys import TOWER
 
 # What a checkpoint of the whole published model stores beside its tower.
 WHOLE_MODEL = (
@@ -79,6 +83,44 @@ def check_tower(vision: ConfigReader, config: VisionConfig) -> None:
             expected=expected,
             fix=f"check {vision.file.name} against the published one",
         )
+
+
+def tower_section(folder: Path) -> ConfigReader:
+    """The tower's own part of the config.json in its folder."""
+    whole = read_config(folder / "config.json")
+    return whole.section("vision_config") if whole.has("vision_config") else whole
+
+
+def read_tower_folder(
+    folder: Path,
+    tables: Iterable[KeyTable],
+    config: ConfigReader,
+    *,
+    feature_layer: int,
+    keep_class_token: bool,
+) -> VisionConfig:
+    """As `read_tower_config`, of a tower in a folder of its own, its keys checked.
+
+    `config` is that of the checkpoint, whose projector is made for features of `mm_hidden_size`.
+
+    Raises:
+        CheckpointError: a key that is unknown or refused, or features of another size.
+    """
+    reader = read_config(folder / "config.json", ignored=config.ignored)
+    check_keys(reader, tables, TOWER)
+    tower = read_tower_config(
+        tower_section(folder),
+        feature_layer=feature_layer,
+        keep_class_token=keep_class_token,
+    )
+    if config.int("mm_hidden_size", tower.hidden_size) != tower.hidden_size:
+        raise CheckpointError(
+            f"{config.file} does not fit the vision tower.",
+            found=f"mm_hidden_size {config.int('mm_hidden_size')}",
+            expected=f"{tower.hidden_size}, the hidden_size of {reader.file}",
+            fix="check that mm_vision_tower is the tower of this checkpoint",
+        )
+    return tower
 
 
 def _unsupported(vision: ConfigReader, found: str, expected: str) -> UnsupportedModelError:

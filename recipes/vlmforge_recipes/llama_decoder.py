@@ -39,6 +39,10 @@ TEXT_DEFAULTS: Mapping[str, TextDefaults] = {
 }
 
 
+# In the order in which transformers takes one of them.
+_ROPE = ("rope_scaling", "rope_parameters")
+
+
 def read_decoder_config(
     text: ConfigReader, *, session_len: int | None, kind: str = "llama"
 ) -> DecoderConfig:
@@ -51,8 +55,8 @@ def read_decoder_config(
 
     Raises:
         CheckpointError: a number out of its range, or sizes that do not divide.
-        UnsupportedModelError: scaled rotary positions, biases, another activation, or a sequence
-            that is longer than the attention's sliding window.
+        UnsupportedModelError: scaled rotary positions, another activation, or a sequence that is
+            longer than the attention's sliding window.
     """
     defaults = TEXT_DEFAULTS[kind]
     heads = text.int("num_attention_heads", 32, within=limits.HEADS)
@@ -125,24 +129,21 @@ def _sliding_window(text: ConfigReader, defaults: TextDefaults) -> int | None:
 
 def _rope_theta(text: ConfigReader) -> float:
     # transformers 5 writes {"rope_theta": ..., "rope_type": ...}; before it was a plain key.
-    if text.has("rope_parameters") and text.get("rope_parameters") is not None:
-        return text.section("rope_parameters").float(
-            "rope_theta", 10000.0, within=limits.ROTARY_BASE
-        )
-    return text.float("rope_theta", 10000.0, within=limits.ROTARY_BASE)
+    plain = text.float("rope_theta", 10000.0, within=limits.ROTARY_BASE)
+    for key in _ROPE:
+        if text.get(key):
+            return text.section(key).float("rope_theta", plain, within=limits.ROTARY_BASE)
+    return plain
 
 
 def _refuse_variants(text: ConfigReader) -> None:
-    for key in ("rope_scaling", "rope_parameters"):
+    for key in _ROPE:
         if text.get(key) is None:
             continue
         scaling = text.section(key)
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         if kind != "default":
             raise _unsupported(text, f"{key} of type {kind!r}", "plain rotary positions")
-    for key in ("attention_bias", "mlp_bias"):
-        if text.bool(key, default=False):
-            raise _unsupported(text, f"{key} true", "projections without bias")
     act = text.str("hidden_act", "silu")
     if act not in ACTIVATIONS:
         raise _unsupported(text, f"hidden_act {act!r}", "one of: " + ", ".join(sorted(ACTIVATIONS)))

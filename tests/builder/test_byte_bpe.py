@@ -30,7 +30,7 @@ from vlmforge_builder.tokenizer.byte_bpe_reference import ByteReference, split_t
 GOLDEN = DATA / "qwen_vl_chat"
 VOCABULARY = GOLDEN / "checkpoint" / "qwen.tiktoken"
 ALL = (*CONTROL, *IMAGE_ST)
-SPECIALS = SpecialTokens(ALL, frozenset((*CONTROL, *IMAGE_ST[6:])), ALL[:3], ALL[0])
+SPECIALS = SpecialTokens(ALL, frozenset((*CONTROL, *IMAGE_ST[6:])), ALL[:3])
 TEXTS = st.text(
     st.one_of(
         st.sampled_from(
@@ -122,7 +122,7 @@ def test_drawn_vocabularies(tmp_path: Path, seed: int) -> None:
     ranks = drawn_ranks(seed, 290)
     lines = random.Random(seed).sample(list(ranks.items()), len(ranks))
     path = write(tmp_path / "some.tiktoken", lines)
-    small = SpecialTokens(("<end>", "<x>"), frozenset(("<end>",)), ("<end>",), "<end>")
+    small = SpecialTokens(("<end>", "<x>"), frozenset(("<end>",)), ("<end>",))
     made = convert_byte_bpe(path, small)
     assert (made.eos_ids, made.vocab_size, made.special_ids) == ((290,), 292, (290,))
     assert made.token_id("<x>") == 291

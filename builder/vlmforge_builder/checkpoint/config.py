@@ -66,9 +66,9 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def read_config(path: Path) -> ConfigReader:
+def read_config(path: Path, *, ignored: frozenset[str] = frozenset()) -> ConfigReader:
     """A reader of the JSON object in a file (errors as `read_json`)."""
-    return ConfigReader(read_json(path), path)
+    return ConfigReader(read_json(path), path, ignored=ignored)
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
@@ -120,6 +120,8 @@ def _spelled(within: range) -> str:
 class ConfigReader:
     """Typed access to the values of one JSON object; `place` is its dotted place in `file`.
 
+    `ignored` are the keys that the user wants unknown values of left out (`check_keys`).
+
     A key whose value is null counts as absent, but for `int` and `float`: no published class means
     anything by a null where it has a default that is a number. The getters raise CheckpointError
     where a key without default is absent, or a value is of another type or out of its range, naming
@@ -129,6 +131,7 @@ class ConfigReader:
     values: Mapping[builtins.str, object]
     file: Path
     place: builtins.str = ""
+    ignored: frozenset[builtins.str] = frozenset()
 
     def has(self, key: builtins.str) -> builtins.bool:
         """Whether the key is there and not null."""
@@ -218,7 +221,9 @@ class ConfigReader:
         value = self.values.get(key)
         if not isinstance(value, dict):
             raise self._wrong(key, value, "an object")
-        return ConfigReader(cast("dict[str, object]", value), self.file, self._dotted(key))
+        return ConfigReader(
+            cast("dict[str, object]", value), self.file, self._dotted(key), self.ignored
+        )
 
     def _required(
         self, key: builtins.str, value: T | None, default: T | None, expected: builtins.str

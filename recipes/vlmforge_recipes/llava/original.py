@@ -13,15 +13,18 @@ from vlmforge.errors import UnsupportedModelError
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint import limits
-from vlmforge_builder.checkpoint.config import ConfigReader, read_config
+from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_builder.checkpoint.keys import KeyTable, check_keys
 from vlmforge_builder.checkpoint.store import TensorStore, open_store
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
-from vlmforge_recipes.clip_images import read_image_policy
-from vlmforge_recipes.clip_tower import read_tower_config, unused_in_tower
+from vlmforge_recipes.clip_images import find_tower_processor, read_image_policy
+from vlmforge_recipes.clip_tower import read_tower_folder, tower_section, unused_in_tower
+from vlmforge_recipes.config_keys import check_files
+from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
 from vlmforge_recipes.llava.anyres import MERGES, PINPOINTS, original_tiling
-from vlmforge_recipes.llava.end_ids import with_end_ids
+from vlmforge_recipes.llava.keys import LAYOUTS
 from vlmforge_recipes.llava.layout import ORIGINAL_MISTRAL, layout_of
 from vlmforge_recipes.llava.templates import PLACEHOLDER, TEMPLATES, original_template
 from vlmforge_recipes.output_head import choose_head
@@ -37,11 +40,11 @@ _NEWLINE = "model.image_newline"
 def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
     """Understand a checkpoint of this layout (CheckpointError otherwise)."""
     _check(config)
+    check_files(checkpoint, _tables(config), config, prefer_model=_kind(config) != "mistral")
     # Before anything else is fetched: a folder without weights is no checkpoint.
     own = open_store(checkpoint, options.note)
     folder = find_tower(checkpoint, config.str("mm_vision_tower"), options)
-    vision = _vision(folder)
-    tower = _tower(config, vision)
+    tower = _tower(config, folder)
     image = _image_policy(config, folder, tower)
     kind, trained = _kind(config), _trained(config)
     decoder = read_decoder_config(config, session_len=options.session_len or trained, kind=kind)
@@ -65,7 +68,7 @@ def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions
         # Stored and not used where images are not in lines.
         unused=(
             *chosen.unused,
-            *unused_in_tower(vision, tower, prefix=chosen.prefix),
+            *unused_in_tower(tower_section(folder), tower, prefix=chosen.prefix),
             re.escape(_NEWLINE),
         ),
     )
@@ -82,14 +85,15 @@ def _trained(config: ConfigReader) -> int:
     return length if cut is None else min(length, cut)
 
 
-def _vision(folder: Path) -> ConfigReader:
-    tower = read_config(folder / "config.json")
-    return tower.section("vision_config") if tower.has("vision_config") else tower
+def _tables(config: ConfigReader) -> tuple[KeyTable, ...]:
+    return LAYOUTS[layout_of(config) or "", _kind(config)]
 
 
-def _tower(config: ConfigReader, vision: ConfigReader) -> VisionConfig:
-    return read_tower_config(
-        vision,
+def _tower(config: ConfigReader, folder: Path) -> VisionConfig:
+    return read_tower_folder(
+        folder,
+        _tables(config),
+        config,
         feature_layer=config.int("mm_vision_select_layer", -2, within=limits.FEATURE_LAYER),
         keep_class_token=config.str("mm_vision_select_feature", "patch") == "cls_patch",
     )
@@ -97,7 +101,12 @@ def _tower(config: ConfigReader, vision: ConfigReader) -> VisionConfig:
 
 def _image_policy(config: ConfigReader, folder: Path, tower: VisionConfig) -> ImagePolicy:
     aspect = config.str("image_aspect_ratio", "square")
-    policy = read_image_policy(folder, image_size=tower.image_size, pad_to_square=aspect == "pad")
+    policy = read_image_policy(
+        find_tower_processor(folder, _tables(config), config),
+        image_size=tower.image_size,
+        pad_to_square=aspect == "pad",
+        tiled=aspect == "anyres",
+    )
     return original_tiling(policy, tower, config) if aspect == "anyres" else policy
 
 
@@ -153,9 +162,7 @@ def _check(config: ConfigReader) -> None:
             raise _unsupported(config, f"{key} {value!r}", " or ".join(repr(v) for v in values))
     if config.str("image_aspect_ratio", "square") == "anyres" and not config.has(PINPOINTS):
         raise _unsupported(config, f"image_aspect_ratio 'anyres' without {PINPOINTS}", PINPOINTS)
-    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
-        if config.bool(key, default=False):
-            raise _unsupported(config, f"{key} true", "false")
+    check_keys(config, _tables(config))
 
 
 def _unsupported(config: ConfigReader, found: str, expected: str) -> UnsupportedModelError:

@@ -15,6 +15,7 @@ from vlmforge_builder.checkpoint.store import open_store
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
 from vlmforge_recipes.cached_decoder import cached_decoder_part
+from vlmforge_recipes.config_keys import check_files
 from vlmforge_recipes.output_head import choose_head
 from vlmforge_recipes.qwen_vl.decoder import (
     EMBEDDING,
@@ -22,6 +23,7 @@ from vlmforge_recipes.qwen_vl.decoder import (
     longest,
     read_decoder_config,
 )
+from vlmforge_recipes.qwen_vl.keys import TABLES
 from vlmforge_recipes.qwen_vl.layout import ARCHITECTURE, check
 from vlmforge_recipes.qwen_vl.prompting import (
     DEFAULT,
@@ -45,6 +47,7 @@ def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> Mode
     """Understand a checkpoint (CheckpointError otherwise)."""
     check(config)
     refuse_tower_options(options)
+    check_files(checkpoint, TABLES, config)
     visual = config.section("visual")
     decoder = read_decoder_config(config, session_len=options.session_len)
     tower, resampler = read_tower_config(visual), read_resampler_config(visual)
@@ -76,7 +79,7 @@ def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> Mode
         kv=KVLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, "float32", None),
         vocab_size=decoder.vocab_size,
         hidden_size=decoder.hidden_size,
-        eos_ids=stop_ids(tokenizer),
+        eos_ids=stop_ids(checkpoint, tokenizer),
         tokens_per_image=resampler.queries,
         session_len=decoder.max_positions,
         trained_len=longest(config),

@@ -14,6 +14,7 @@ from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.tokenizer.byte_bpe import SpecialTokens, convert_byte_bpe, expect_ids
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
+from vlmforge_recipes.end_ids import generation_end_ids
 
 DEFAULT = "qwen"
 VOCABULARY = "qwen.tiktoken"
@@ -32,7 +33,6 @@ _SPECIALS = SpecialTokens(
     texts=(*_CONTROL, *_MARKUP, *_IMAGE),
     hidden=frozenset((*_CONTROL, *_IMAGE)),
     stops=("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
-    pad="<|endoftext|>",
 )
 # In the text of a message the original knows the markup and the image's tokens. What is typed
 # between <img> and </img> it opens; here that takes an image that comes with the text.
@@ -71,11 +71,15 @@ def read_tokenizer(checkpoint: Path, visual: ConfigReader) -> ConvertedTokenizer
     return found
 
 
-def stop_ids(tokenizer: ConvertedTokenizer) -> tuple[int, ...]:
-    """Ids that end an answer, whatever the tokenizer's own end token is."""
-    named = [tokenizer.token_id(text) for text in _SPECIALS.stops]
+def stop_ids(checkpoint: Path, tokenizer: ConvertedTokenizer) -> tuple[int, ...]:
+    """Ids that end an answer: the chat's stop words, and the end of generation_config.json.
+
+    Where that names none, or the original would never stop, the tokenizer's own end token.
+    """
+    ends = generation_end_ids(checkpoint) or tokenizer.eos_ids
+    named = [tokenizer.token_id(text) for text in _SPECIALS.stops[1:]]
     known = [index for index in named if index is not None]
-    return tuple(dict.fromkeys((*known, *tokenizer.eos_ids)))
+    return tuple(dict.fromkeys((*ends[:1], *known, *ends)))
 
 
 def prompt_policy(

@@ -76,7 +76,10 @@ def render_template(
     add_generation_prompt: bool,
     content_marks: tuple[str, str] = ("", ""),
 ) -> str:
-    """Render messages (`role`, `content`: list of `{'type': ...}`) to the prompt's text.
+    """Render messages to the prompt's text.
+
+    A message has a `role` and a `content`: a list of `{'type': ...}`, or a string where that is
+    what the template takes (`prompt.content`).
 
     Templates made by `jinja_from_parts` write `content_marks` around every content.
 

@@ -14,26 +14,33 @@ _KEY = "eos_token_id"
 
 
 def with_end_ids(
-    tokenizer: ConvertedTokenizer, checkpoint: Path, text: ConfigReader
+    tokenizer: ConvertedTokenizer, checkpoint: Path, *configs: ConfigReader
 ) -> ConvertedTokenizer:
-    """The tokenizer with the ids at which `generate` stops in both layouts.
+    """The tokenizer with the ids at which `generate` of the original stops.
 
-    They are those of generation_config.json, or else of the decoder's configuration. The tokenizer
-    is asked last: the fast one of v1.6 34B calls another token its end.
+    They are those of generation_config.json, or else of the first of `configs` that has any. The
+    tokenizer is asked last: the fast one of LLaVA v1.6 34B calls another token its end.
 
     Raises:
         CheckpointError: an id that is no whole number, or out of range.
     """
-    places = [text]
-    if (path := checkpoint / "generation_config.json").exists():
-        places.insert(0, read_config(path))
-    for place in places:
-        if place.has(_KEY):
-            return dataclasses.replace(tokenizer, eos_ids=_ids(place))
-    return tokenizer
+    ids = next((ids for place in (*_generation(checkpoint), *configs) if (ids := _ids(place))), ())
+    return dataclasses.replace(tokenizer, eos_ids=ids) if ids else tokenizer
+
+
+def generation_end_ids(checkpoint: Path) -> tuple[int, ...]:
+    """Those of generation_config.json; empty where it has none (errors as `with_end_ids`)."""
+    return next((_ids(place) for place in _generation(checkpoint)), ())
+
+
+def _generation(checkpoint: Path) -> tuple[ConfigReader, ...]:
+    path = checkpoint / "generation_config.json"
+    return (read_config(path),) if path.exists() else ()
 
 
 def _ids(config: ConfigReader) -> tuple[int, ...]:
+    if not config.has(_KEY):
+        return ()
     value = config.get(_KEY)
     ids = value if isinstance(value, list) else [value]
     if not ids or not all(type(token) is int and token in limits.TOKEN for token in ids):
