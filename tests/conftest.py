@@ -161,6 +161,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, value in getattr(report, "user_properties", ()):
             if name == "cpu_seconds":
                 costs[report.nodeid] += value
+    if not costs:
+        return
     terminalreporter.section(f"the {_SHOWN} of {len(costs)} tests that cost most")
     for name, seconds in costs.most_common(_SHOWN):
         terminalreporter.line(f"{seconds:7.1f} s  {name}")
