@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from vlmforge.config import ChatTemplateConfig
 from vlmforge.prompt.choice import choose_template as choose
+from vlmforge.template_config import ChatTemplateConfig
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec
 from vlmforge_builder.weights import sha256
 
