@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from vlmforge.config import ChatTemplateConfig
 from vlmforge.errors import CheckpointError, PromptError
 from vlmforge.prompt.choice import choose_template as choose
 from vlmforge.prompt.content import check_writes_users
+from vlmforge.template_config import ChatTemplateConfig
 from vlmforge_builder.checkpoint.fingerprint import sha256
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec
 

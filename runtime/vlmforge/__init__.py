@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from vlmforge.api import pipeline
     from vlmforge.boxes import Box
     from vlmforge.config import (
-        ChatTemplateConfig,
         EngineConfig,
         TurbomindEngineConfig,
         VisionConfig,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from vlmforge.pytorch_config import PytorchEngineConfig
     from vlmforge.response import Response
     from vlmforge.session import Session
+    from vlmforge.template_config import ChatTemplateConfig
 
 __all__ = [
     "pipeline",
@@ -71,7 +71,7 @@ _MODULES = {
     "PytorchEngineConfig": "pytorch_config",
     "VisionConfig": "config",
     "VisonConfig": "config",
-    "ChatTemplateConfig": "config",
+    "ChatTemplateConfig": "template_config",
     "Response": "response",
     "Box": "boxes",
     "Session": "session",

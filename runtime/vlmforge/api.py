@@ -15,7 +15,7 @@ from vlmforge import env
 from vlmforge.arguments import path_text
 from vlmforge.build_cache import engine_for
 from vlmforge.bundle import open_bundle
-from vlmforge.config import MAX_CHUNK, ChatTemplateConfig, EngineConfig, VisionConfig
+from vlmforge.config import MAX_CHUNK, EngineConfig, VisionConfig
 from vlmforge.engine import Engine, load_engine
 from vlmforge.errors import ConfigError
 from vlmforge.features import FeatureCache
@@ -26,13 +26,11 @@ from vlmforge.memory import load_options
 from vlmforge.pipe import Pipeline
 from vlmforge.prompt.choice import choose_template
 from vlmforge.scheduler import Scheduler
+from vlmforge.template_config import ChatTemplateConfig
 
 logger = logging.getLogger("vlmforge")
 
 _FEATURE_CACHE_BYTES = 128 << 20
-_ENGINE = OrNone(Instance(EngineConfig, "an EngineConfig"))
-_TEMPLATE = OrNone(Instance(ChatTemplateConfig, "a ChatTemplateConfig"))
-_VISION = OrNone(Instance(VisionConfig, "a VisionConfig"))
 
 
 def pipeline(
@@ -64,12 +62,7 @@ def pipeline(
     """
     _set_level(log_level)
     path = path_text(model_path)
-    for name, given, rule in (
-        ("backend_config", backend_config, _ENGINE),
-        ("chat_template_config", chat_template_config, _TEMPLATE),
-        ("vision_config", vision_config, _VISION),
-    ):
-        check_value(f"pipeline(): {name}", name, given, rule)
+    _check_kinds(backend_config, chat_template_config, vision_config)
     config, template_config = _apply(kwargs, backend_config or EngineConfig(), chat_template_config)
     config.validate()
     if template_config is not None:
@@ -101,6 +94,15 @@ def serve(engine: Engine, config: EngineConfig, vision: VisionConfig) -> Pipelin
         reuse_prefixes=config.enable_prefix_caching,
     )
     return Pipeline(engine, scheduler)
+
+
+def _check_kinds(engine: object, template: object, vision: object) -> None:
+    for name, given, kind, words in (
+        ("backend_config", engine, EngineConfig, "an EngineConfig"),
+        ("chat_template_config", template, ChatTemplateConfig, "a ChatTemplateConfig"),
+        ("vision_config", vision, VisionConfig, "a VisionConfig"),
+    ):
+        check_value(f"pipeline(): {name}", name, given, OrNone(Instance(kind, words)))
 
 
 def _load(

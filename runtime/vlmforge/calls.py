@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlmforge.arguments import check_call
 from vlmforge.errors import ConfigError, as_ours
 from vlmforge.field_rules import shown
 from vlmforge.generation import GenerationConfig
@@ -71,6 +72,18 @@ def refuse_adapter(name: str | None) -> None:
             found=f"adapter_name={shown(name)}",
             expected="None",
             fix="merge the adapter into the checkpoint and build an engine of that",
+        )
+
+
+def refuse_state(sequence_start: bool, sequence_end: bool, step: int) -> None:
+    """ConfigError for a sequence that is to go on after the call, or has begun before it."""
+    check_call("generate", sequence_start=sequence_start, sequence_end=sequence_end, step=step)
+    if not (sequence_start and sequence_end and step == 0):
+        raise ConfigError(
+            "generate() keeps no state between calls.",
+            found=f"sequence_start={sequence_start}, sequence_end={sequence_end}, step={step}",
+            expected="sequence_start=True, sequence_end=True, step=0",
+            fix="send the whole conversation as OpenAI messages, or use chat()",
         )
 
 

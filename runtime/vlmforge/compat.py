@@ -35,7 +35,7 @@ _WORKING: Mapping[str, Mapping[str, str]] = {
         "PytorchEngineConfig": "vlmforge.pytorch_config",
         "VisionConfig": "vlmforge.config",
         "VisonConfig": "vlmforge.config",
-        "ChatTemplateConfig": "vlmforge.config",
+        "ChatTemplateConfig": "vlmforge.template_config",
         "__version__": "vlmforge.compat",
         "version_info": "vlmforge.compat",
     },
@@ -50,7 +50,7 @@ _WORKING: Mapping[str, Mapping[str, str]] = {
         "Response": "vlmforge.response",
         "LogitsProcessor": "vlmforge.sampling",
     },
-    "model": {"ChatTemplateConfig": "vlmforge.config"},
+    "model": {"ChatTemplateConfig": "vlmforge.template_config"},
     "tokenizer": {},
     "version": {
         "__version__": "vlmforge.compat",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -250,7 +251,19 @@ def _same(value: object, neutral: object) -> bool:
     return isinstance(value, type(neutral)) and value == neutral
 
 
-_SHORT = reprlib.Repr()
+class _Short(reprlib.Repr):
+    def repr_dict(self, x: dict[object, object], level: int) -> str:
+        """In the order that it has; the base class sorts."""
+        if level <= 0:
+            return "{...}"
+        shown_items = [
+            f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}"
+            for key, value in itertools.islice(x.items(), self.maxdict)
+        ]
+        return f"{{{', '.join(shown_items + ['...'] * (len(x) > self.maxdict))}}}"
+
+
+_SHORT = _Short()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 500
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 20
 

@@ -17,9 +17,10 @@ from vlmforge.calls import (
     gen_out,
     one_for_each,
     refuse_adapter,
+    refuse_state,
 )
 from vlmforge.engine import Engine
-from vlmforge.errors import ConfigError, VlmforgeError
+from vlmforge.errors import VlmforgeError
 from vlmforge.generation import GenerationConfig
 from vlmforge.intake import Intake
 from vlmforge.prepare import Preparation
@@ -211,18 +212,9 @@ class Pipeline:
             "generate",
             session_id=session_id,
             stream_response=stream_response,
-            sequence_start=sequence_start,
-            sequence_end=sequence_end,
-            step=step,
             do_preprocess=do_preprocess,
         )
-        if not (sequence_start and sequence_end and step == 0):
-            raise ConfigError(
-                "generate() keeps no state between calls.",
-                found=f"sequence_start={sequence_start}, sequence_end={sequence_end}, step={step}",
-                expected="sequence_start=True, sequence_end=True, step=0",
-                fix="send the whole conversation as OpenAI messages, or use chat()",
-            )
+        refuse_state(sequence_start, sequence_end, step)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def sink(event: Event) -> None:

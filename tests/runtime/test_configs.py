@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmforge import config as module
+from vlmforge import template_config
 from vlmforge.config import (
-    ChatTemplateConfig,
     EngineConfig,
     TurbomindEngineConfig,
     VisionConfig,
@@ -23,6 +23,7 @@ from vlmforge.config import (
 )
 from vlmforge.errors import ConfigError
 from vlmforge.pytorch_config import PYTORCH_REFUSALS, PYTORCH_RULES, PytorchEngineConfig
+from vlmforge.template_config import ChatTemplateConfig
 
 FIELDS_OF_0_4_2 = """model_name model_format tp session_len max_batch_size cache_max_entry_count
 cache_block_seq_len enable_prefix_caching quant_policy rope_scaling_factor use_logn_attn
@@ -46,7 +47,7 @@ def test_every_field_is_checked_or_refused() -> None:
     assert set(module.RULES) | set(module.REFUSALS) == set(names(EngineConfig))
     pytorch = {*PYTORCH_RULES, *PYTORCH_REFUSALS}
     assert {*module.RULES, *module.REFUSALS, *pytorch} == set(names(PytorchEngineConfig))
-    rules, refusals = module.TEMPLATE_RULES, module.TEMPLATE_REFUSALS
+    rules, refusals = template_config.RULES, template_config.REFUSALS
     assert set(rules) | set(refusals) == set(names(ChatTemplateConfig))
 
 
@@ -270,7 +271,7 @@ def test_a_file_reads_back_the_same(tmp_path: Path, as_path: bool) -> None:
 
 def test_a_template_without_a_name_gets_the_same_one_each_time() -> None:
     first = ChatTemplateConfig.from_json('{"user": "U: "}')
-    assert first == ChatTemplateConfig(module.UNNAMED_TEMPLATE, user="U: ")
+    assert first == ChatTemplateConfig(template_config.UNNAMED_TEMPLATE, user="U: ")
     assert ChatTemplateConfig.from_json('{"user": "U: "}') == first
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vlmforge
+import vlmforge.errors
 
 OURS = "vlmforge.api, vlmforge.vl, vlmforge.compat"
 # What a deployment has loaded anyway as soon as it answers.
@@ -81,6 +82,13 @@ def test_a_chat_in_a_pipe_loads_no_line_editor() -> None:
 def test_every_public_name_is_there() -> None:
     assert all(hasattr(vlmforge, name) for name in vlmforge.__all__)
     assert len(set(vlmforge.__all__)) == len(vlmforge.__all__)
+
+
+def test_errors_are_exported_at_the_top() -> None:
+    names = [name for name in vlmforge.__all__ if name.endswith("Error")]
+    assert {"VlmforgeError", "ConfigError", "PromptError", "ImageError", "EngineError"} <= {*names}
+    for name in names:
+        assert getattr(vlmforge, name) is getattr(vlmforge.errors, name)
 
 
 def test_the_cost_can_be_measured() -> None:
