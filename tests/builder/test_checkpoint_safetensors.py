@@ -193,7 +193,7 @@ def test_words_about_a_damaged_file(
 @pytest.mark.parametrize(
     ("entry", "found", "expected"),
     [
-        (_entry("F4", [4], 16, 20), "dtype 'F4'", "one of BOOL, U8, "),
+        (_entry("F5", [4], 16, 20), "dtype 'F5'", "one of BOOL, U8, "),
         (_entry("U8", [-4], 16, 20), "'shape': [-4]", "dtype, shape and data_offsets"),
         (_entry("U8", [4], 16, 19), "data_offsets [16, 19]", "4 bytes for uint8 (4,)"),
         (_entry("U8", [4], 12, 16), "its data begins at 12", "at 16: tensors follow each other"),
