@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from conftest import DATA, HF
 from vlmforge.backends import FloatArray, IntArray
-from vlmforge_builder import build
 from vlmforge.ort import ort
+from vlmforge_builder import build
 from vlmforge_builder.checkpoint.config import read_config
 from vlmforge_builder.export import Traced
 from vlmforge_builder.ops import DOMAIN, VERSION

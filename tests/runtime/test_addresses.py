@@ -12,8 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vlmforge.errors import ImageFetchError
-from vlmforge.vl.addresses import is_public, resolve
 from vlmforge.image_limits import ImageLimits
+from vlmforge.vl.addresses import is_public, resolve
 from vlmforge.vl.fetch import fetch_bytes
 
 # IANA IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890, 8190 and later), column "Globally
