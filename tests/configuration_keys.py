@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -199,6 +200,8 @@ def _comparable(value: object) -> object:
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         return (value.__qualname__, _comparable(cells))
+    if isinstance(value, partial):
+        return (value.func.__qualname__, _comparable(value.args), _comparable(value.keywords))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return (type(value).__name__, _comparable(fields))
