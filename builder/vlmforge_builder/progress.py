@@ -31,7 +31,7 @@ class Memory:
 def memory_now() -> Memory:
     """Read from the operating system; zeros where it does not publish them."""
     try:
-        text = Path("/proc/self/status").read_text("ascii")
+        text = Path("/proc/self/status").read_text("ascii", errors="replace")
     except OSError:
         return Memory(0, 0)
     rows = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)

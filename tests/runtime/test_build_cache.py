@@ -83,6 +83,7 @@ class End(BaseException): pass
 def end(*_): raise End
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, end)
+signal.alarm(300)  # if nothing else ends it
 lock = FileLock("lock")
 lock.acquire()
 try:
