@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +62,15 @@ def open_bundle(folder: Path) -> Bundle:
     return bundle
 
 
-def check_sizes(bundle: Bundle) -> None:
-    """Compare the size of every file with the manifest; costs next to nothing.
+def check_sizes(bundle: Bundle, only: Collection[str] | None = None) -> None:
+    """Compare the size of every file, or of those named, with the manifest; costs next to nothing.
 
     Raises:
         EngineIntegrityError: a file is missing, no regular file, or of another size; names it.
     """
     for entry in bundle.manifest.files:
+        if only is not None and entry.path not in only:
+            continue
         path = bundle.folder / entry.path
         try:
             size = regular_size(path)

@@ -255,7 +255,8 @@ def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) 
         vision = backend.load_vision(bundle.folder, manifest, options)
         decoder = backend.load_decoder(bundle.folder, manifest, options)
     finally:
-        check_sizes(bundle)  # names the file, where a backend would say that it cannot load
+        # It names the file, where a backend would say that it cannot load a part.
+        check_sizes(bundle, [name for part in manifest.parts for name in (part.file, *part.data)])
     return Engine(
         manifest=manifest,
         tokenizer=TextTokenizer(text),

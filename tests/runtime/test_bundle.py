@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from sample_manifest import MANIFEST, PARTS, with_files
+from vlmforge.backends import LoadOptions
 from vlmforge.bundle import check_hashes, check_sizes, open_bundle
-from vlmforge.errors import EngineFormatError, EngineIntegrityError
+from vlmforge.engine import load_engine
+from vlmforge.errors import EngineError, EngineFormatError, EngineIntegrityError
 from vlmforge.manifest import MANIFEST_FILE, FileEntry, Manifest, dump_manifest
+from vlmforge.prompt.choice import ActiveTemplate
 
 NAMES = (
     *("vision.onnx", "vision.data", "decoder.rank0.onnx", "decoder.rank0.data"),
@@ -215,4 +218,29 @@ def test_a_file_that_was_cut_since_it_was_opened_is_named(engine: Path) -> None:
         EngineIntegrityError, match=r"decoder\.rank0\.data is not the file"
     ) as caught:
         check_sizes(bundle)
+    assert caught.value.found == "3 bytes"
+
+
+TOKENIZER = Path(__file__).parents[1] / "data/llava_1_5_hf/checkpoint/tokenizer.json"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_that_is_cut_while_it_is_loaded_is_named(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    (engine / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+    describe(engine, with_files(tuple(entry(engine, name) for name in NAMES)))
+    bundle = open_bundle(engine)
+
+    class Cutting:
+        def load_vision(self, folder: Path, *_: object) -> None:
+            os.truncate(folder / "vision.data", 3)
+
+        def load_decoder(self, *_: object) -> None:
+            if fails:
+                raise EngineError("cannot load")
+
+    monkeypatch.setattr("vlmforge.engine.load_backend", lambda name: Cutting())
+    with pytest.raises(EngineIntegrityError, match=r"vision\.data is not the file") as caught:
+        load_engine(bundle, ActiveTemplate("plain", "", ()), LoadOptions(slots=1, capacity=8))
     assert caught.value.found == "3 bytes"
