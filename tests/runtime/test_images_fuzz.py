@@ -199,3 +199,33 @@ def test_the_seeds_are_images(image_format: str) -> None:
         expected.load()
         mode = open_image(data, limits=LIMITS).decode().mode
         assert mode == expected.mode or (mode, expected.mode) == ("I;16", "I")
+
+
+def pixels_by_pillow(data: bytes) -> np.ndarray | None:
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (OSError, SyntaxError, ValueError, IndexError, EOFError):
+        return None
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_file_without_its_end_is_whole_where_it_is_to_pillow(image_format: str) -> None:
+    for data in SEEDS[image_format]:
+        if data == run_length_bmp(20, 9):
+            continue
+        for cut in range(len(data) - 24, len(data)):
+            expected = pixels_by_pillow(data[:cut])
+            try:
+                image = open_image(data[:cut], limits=LIMITS).decode()
+            except ImageError:
+                assert expected is None
+            else:
+                if expected is None:  # cut in a chunk behind the pixels, which nothing needs
+                    assert image_format == "PNG"
+                    continue
+                upright = image.size == expected.shape[1::-1]
+                turned = expected if upright else np.rot90(expected, -1)
+                np.testing.assert_array_equal(np.asarray(image), turned)
