@@ -109,7 +109,7 @@ def test_exif_is_read_as_pillow_reads_it(value: int, order: str, more: dict[int,
 
 
 @given(st.data())
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_no_exif_breaks_its_reader(data: st.DataObject) -> None:
     exif = bytearray(exif_of(6))
     for _ in range(data.draw(st.integers(1, 6))):

@@ -252,10 +252,12 @@ def test_a_cancelled_caller_does_not_wait_for_its_decoder(monkeypatch: pytest.Mo
     caller.start()
     gate.entered.acquire()
     cancelled.set()
-    caller.join()  # although its decoder stands still
-    assert gate.inside == 1
-    assert errors[0].found == "a request that was cancelled"
+    caller.join(60)  # although its decoder stands still
+    left, inside = caller.is_alive(), gate.inside
     gate.open.set()
+    assert not left
+    assert inside == 1
+    assert errors[0].found == "a request that was cancelled"
     assert opened.decode(lambda: False).size == (17, 11)
 
 
@@ -273,9 +275,11 @@ def test_few_images_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         gate.entered.acquire()
     waiting = threading.Event()
     waiting.set()
-    with pytest.raises(CancelledError):  # one that has no lane yet can be cancelled too
-        opened.decode(waiting.is_set)
-    gate.open.set()
+    try:
+        with pytest.raises(CancelledError):  # one that has no lane yet can be cancelled too
+            opened.decode(waiting.is_set)
+    finally:
+        gate.open.set()
     for caller in callers:
         caller.join()
     assert gate.most == lanes.LANES
@@ -293,6 +297,6 @@ def test_a_forked_process_has_lanes_of_its_own() -> None:
     opened.decode(lambda: False)  # the threads of this process are there
     child = os.fork()
     if child == 0:
-        signal.alarm(120)  # a child that hangs must not stay
+        signal.alarm(30)  # a child that hangs must not stay
         os._exit(0 if opened.decode(lambda: False).size == (17, 11) else 1)
     assert os.waitpid(child, 0)[1] == 0

@@ -126,6 +126,28 @@ def test_the_colours_of_a_jpeg_are_kept(mode: str, options: dict[str, object]) -
     np.testing.assert_array_equal(np.asarray(image), np.asarray(reference))
 
 
+def with_components(jpeg: bytes, names: bytes) -> bytes:
+    """A JPEG of three components under other names, in its frame and its scan."""
+    data = bytearray(jpeg)
+    frame, scan = jpeg.index(b"\xff\xc0"), scans_of(jpeg)[0]
+    for i, name in enumerate(names):
+        data[frame + 10 + 3 * i] = data[scan + 5 + 2 * i] = name
+    return bytes(data)
+
+
+def test_jfif_and_adobe_decide_what_components_are() -> None:
+    """JFIF says YCbCr whatever their names are, Adobe's transform 0 says RGB."""
+    usual, kept = (encoded(SMOOTH, "JPEG", keep_rgb=kept, quality=95) for kept in (False, True))
+    adobe = jpeg_segment(0xEE, b"Adobe\0\x64\0\0\0\0\0")
+    assert b"JFIF" in usual and b"JFIF" not in kept
+    for data, reference in (
+        (with_components(usual, b"RGB"), usual),
+        (with_components(kept[:2] + adobe + kept[2:], b"\1\2\3"), kept),
+    ):
+        expected = np.asarray(Image.open(io.BytesIO(reference)))
+        np.testing.assert_array_equal(np.asarray(decode_image(data, name="photo")), expected)
+
+
 def test_fill_bytes_without_end_are_refused() -> None:
     data = encoded(PHOTO, "JPEG")
     assert decode_image(data[:-2] + b"\xff" * 4000 + b"\xff\xd9", name="photo").size == PHOTO.size
@@ -175,6 +197,19 @@ def test_texts_and_profiles_of_a_png_are_not_inflated(monkeypatch: pytest.Monkey
     data = encoded(PHOTO)
     data = data[:33] + b"".join(chunks) * 20 + data[33:]
     np.testing.assert_array_equal(np.asarray(decode_image(data, name="photo")), PIXELS)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "GIF"])
+def test_decoders_get_nothing_that_is_no_pixel(image_format: str) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "SECOND"
+    options = {"comment": b"FIRST", "exif": exif, "icc_profile": b"THIRD" * 20}
+    data = encoded(PHOTO, image_format, **options)
+    assert b"FIRST" in data or b"SECOND" in data
+    kept = containers.CONTAINERS[image_format](data).data
+    assert not any(word in kept for word in (b"FIRST", b"SECOND", b"THIRD", b"iCCP"))
+    expected = Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(np.asarray(decode_image(data, name="p")), np.asarray(expected))
 
 
 def comment(blocks: int) -> bytes:

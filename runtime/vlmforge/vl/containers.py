@@ -21,6 +21,7 @@ MAX_PARTS = 1 << 17
 """Chunks, segments or blocks that are looked at: 64 MiB of parts of 512 bytes."""
 
 _MAX_TEXT = 1 << 20
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 
 class DamagedError(ValueError):
@@ -93,7 +94,7 @@ class _PngOrientation:
 
     def look(self, kind: bytes, payload: bytes) -> None:
         """Remember a chunk that says it."""
-        keyword = payload[:100].partition(b"\0")[0]
+        keyword = payload[:100].partition(b"\0")[0] if kind in _PNG_TEXTS else b""
         if kind == b"eXIf" and self._exif is None:
             self._exif = payload
         elif keyword == b"Raw profile type exif" and self._profile is None:

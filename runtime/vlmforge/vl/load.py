@@ -72,7 +72,7 @@ class OpenedImage:
 
 
 def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """Load an image in its own mode, upright.
+    """Load an image in its own mode, upright: the first frame, without colour profile and comments.
 
     Args:
         source: A path, an `http(s)://`, `file://` or `data:` URL, an encoded file as bytes, a
