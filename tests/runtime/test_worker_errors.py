@@ -6,7 +6,6 @@ The table `SEAMS` has every call that the worker makes; a test compares it with 
 from __future__ import annotations
 
 import ast
-import asyncio
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,17 +15,13 @@ import pytest
 
 import vlmforge.batch
 from stand_in import Parts, answered, plain, png, stand_in
-from vlmforge import GenerationConfig, Pipeline, Response
+from vlmforge import Pipeline, Response
 from vlmforge.backends import FloatArray
 from vlmforge.engine import Engine
 from vlmforge.errors import (
-    CancelledError,
     EngineError,
     EngineStepError,
-    InternalError,
     PipelineError,
-    PromptError,
-    VlmforgeError,
 )
 from vlmforge.features import FeatureCache
 from vlmforge.generate import TokenGenerator
@@ -265,90 +260,6 @@ def test_a_single_caller_gets_the_typed_error_and_its_cause() -> None:
         assert caught.value.__cause__ is cause
         assert caught.value.found == "RuntimeError: bad_alloc"
         assert answered(lambda: whole(pipe("text", plain(3)))).generate_token_len == 3
-
-
-def processor(raised: BaseException) -> GenerationConfig:
-    def raises(_: list[int], logits: Logits) -> Logits:
-        raise raised
-
-    return plain(logits_processors=[raises])
-
-
-@pytest.mark.parametrize("error", [RuntimeError("mine"), MemoryError(), PromptError("odd")])
-def test_what_a_processor_raises_is_raised_as_it_is(pipe: Pipeline, error: Exception) -> None:
-    with pytest.raises(type(error)) as caught:
-        answered(lambda: pipe("a", processor(error)))
-    assert caught.value is error
-
-
-@pytest.mark.parametrize(
-    "error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), Unheard()], ids=repr
-)
-def test_what_would_end_a_thread_is_an_error_of_the_request(
-    pipe: Pipeline, alone: list[list[int]], error: BaseException
-) -> None:
-    with pytest.raises(InternalError) as caught:
-        answered(lambda: pipe("a", processor(error)))
-    assert caught.value.__cause__ is error
-    assert type(error).__name__ in caught.value.found
-    assert "logits processor" in caught.value.fix
-    check_alive(pipe, alone)
-
-
-def test_in_a_list_a_processor_ends_its_own_item(pipe: Pipeline, alone: list[list[int]]) -> None:
-    configs = [*CONFIGS]
-    configs[1] = processor(ValueError("mine"))
-    responses = answered(lambda: pipe(PROMPTS, configs))
-    assert isinstance(responses, list)
-    assert [r.finish_reason == "error" for r in responses] == [i == 1 for i in range(5)]
-    assert responses[1].error_code == "internal_error"
-    assert "ValueError: mine" in str(responses[1].error_message)
-    assert [r.token_ids for i, r in enumerate(responses) if i != 1] == alone[:1] + alone[2:]
-
-
-CALLS: dict[str, Callable[[Pipeline], object]] = {
-    "call": lambda pipe: pipe("again"),
-    "list": lambda pipe: pipe(["again", "and again"]),
-    "stream": lambda pipe: list(pipe.stream_infer("again")),
-    "chat": lambda pipe: pipe.chat("again"),
-    "generate": lambda pipe: asyncio.run(_first(pipe)),
-}
-
-
-async def _first(pipe: Pipeline) -> object:
-    return await anext(aiter(pipe.generate("again")))
-
-
-@pytest.mark.parametrize("how", CALLS)
-def test_a_call_from_inside_the_pipeline_is_refused_at_once(pipe: Pipeline, how: str) -> None:
-    raised: list[BaseException] = []
-
-    def calls(_: list[int], logits: Logits) -> Logits:
-        try:
-            CALLS[how](pipe)
-        except VlmforgeError as error:
-            raised.append(error)
-        return logits
-
-    answer = answered(lambda: pipe("a", plain(1, logits_processors=[calls])))
-    assert whole(answer).generate_token_len == 1
-    (error,) = raised
-    assert isinstance(error, PipelineError)
-    assert "logits processor" in error.found
-    assert error.fix
-
-
-def test_a_processor_may_close_the_pipeline() -> None:
-    with stand_in() as pipe:
-
-        def closes(_: list[int], logits: Logits) -> Logits:
-            pipe.close()
-            return logits
-
-        answer = answered(lambda: whole(pipe("a", plain(9, logits_processors=[closes]))))
-        assert answer.finish_reason == "abort"
-        with pytest.raises(CancelledError, match="closed"):
-            pipe("a")
 
 
 def test_an_end_that_cannot_be_reported_does_not_harm_others(
