@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,11 +13,15 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from conftest import HF
 from hub_server import HubServer
 from vlmforge.errors import UnsupportedModelError
 from vlmforge.families import installed_families
+from vlmforge_builder.build import BuildOptions
 from vlmforge_builder.checkpoint.config import ConfigReader
-from vlmforge_builder.recipe import find_recipe
+from vlmforge_builder.command import parser
+from vlmforge_builder.recipe import RecipeOptions, find_recipe
+from vlmforge_builder.recognise import recognise
 
 OTHER = {"architectures": ["Qwen9VLForConditionalGeneration"], "model_type": "qwen9_vl"}
 # Of a family that we know; its text model is one that the recipe does not.
@@ -150,3 +155,51 @@ def test_what_is_supported_is_named() -> None:
     for card in installed_families():
         for row in card.rows:
             assert f"{row.model} ({row.recognised_by})" in error.expected
+
+
+# --- configuration keys ------------------------------------------------------------------------
+
+
+def _recognised(tmp_path: Path, ignored: tuple[str, ...], **changes: object) -> None:
+    config = json.loads((HF / "checkpoint/config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | changes), "utf-8")
+    recognise(tmp_path, ignored)
+
+
+def test_an_unknown_key_is_refused_from_config_json_alone(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        _recognised(tmp_path, (), my_learning_rate=0.1)
+    assert caught.value.summary.endswith("has a key that is not known: my_learning_rate.")
+    assert caught.value.found == "my_learning_rate: 0.1"
+    assert caught.value.fix.endswith("--ignore-config-key my_learning_rate")
+    with pytest.raises(UnsupportedModelError, match=r"not known: text_config\.my_rate"):
+        _recognised(tmp_path, ("rate",), text_config={"model_type": "llama", "my_rate": 1})
+
+
+@pytest.mark.parametrize("name", ["my_rate", "text_config.my_rate"])
+def test_an_unknown_key_can_be_left_out(tmp_path: Path, name: str) -> None:
+    _recognised(tmp_path, (name,), text_config={"model_type": "llama", "my_rate": 1})
+
+
+def test_the_option_reaches_the_build_and_is_recorded() -> None:
+    arguments = ["c", "-o", "e", "--ignore-config-key", "b", "--ignore-config-key", "a"]
+    values = vars(parser().parse_args(arguments))
+    values.pop("json_events"), values.pop("until_eof")
+    assert BuildOptions(**values).recorded()["ignore_config_key"] == "a, b"
+    assert "ignore_config_key" not in BuildOptions("c", Path("e")).recorded()
+
+
+def test_what_changes_greedy_answers_says_how_to_have_it(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(HF / "checkpoint", checkpoint)
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": 2, "repetition_penalty": 1.2}), "utf-8")
+    config, recipe = recognise(checkpoint)
+    with pytest.raises(UnsupportedModelError) as caught:
+        recipe.load(checkpoint, config, RecipeOptions(None, None, Path))
+    assert caught.value.fix == (
+        "build-engine ... --ignore-config-key repetition_penalty, and in each call "
+        "GenerationConfig(repetition_penalty=...)"
+    )
+    config, recipe = recognise(checkpoint, ["repetition_penalty"])
+    assert recipe.load(checkpoint, config, RecipeOptions(None, None, Path)).eos_ids == (2,)
