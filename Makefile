@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
-OUT    := out
+# Without a home pip would make its cache in a folder called "~".
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q $(if $(HOME),,--no-cache-dir)
+OUT    ?= out
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt bench bench-large bench-tiny precision train plugins test-kernels-full test-gpu bench-gpu clean
+.PHONY: help demo test test-nightly mutants check fmt bench bench-large bench-tiny precision train plugins test-gpu bench-gpu clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -25,6 +26,12 @@ demo: $(STAMP) ## build an engine from the trained demo model and ask it about t
 
 test: $(STAMP) ## run the tests (all cores)
 	@$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+test-nightly: $(STAMP) ## the grids of which `make test` takes a part: every kernel, binary and plan (hours)
+	@$(BIN)/python -m pytest -q -n auto -m nightly
+
+mutants: $(STAMP) ## plant known faults, one after the other: does the suite notice each? (minutes)
+	@$(BIN)/python scripts/mutants.py
 
 check: $(STAMP) ## ruff, ruff format, mypy --strict and the import rules
 	@$(BIN)/ruff check .
@@ -53,9 +60,6 @@ train: $(STAMP) ## train the demo model again, into out/train (40 minutes on 2 c
 
 plugins: $(STAMP) ## compile the attention kernels for every GPU with nvcc (engines use NVRTC instead)
 	@$(BIN)/python -m vlmforge_plugins.cached_attention.compile --compiler nvcc --out $(OUT)/plugins
-
-test-kernels-full: $(STAMP) ## the kernels' whole grid on the CPU, and every binary compiled (hours)
-	@$(BIN)/python -m pytest -q -n auto -m full tests/plugins_cuda
 
 test-gpu: ## kernels, CUDA graphs and compute-sanitizer on a GPU; needs torch and cuda-bindings
 	@$(PYTHON) bench/gpu_suite.py test --out $(OUT)/gpu

@@ -6,6 +6,7 @@ python bench/import_cost.py --runs 15
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -17,13 +18,16 @@ SUBJECTS = {
     # What the first use of `pipeline` loads as well.
     "vlmforge, all of it": f"vlmforge.api, vlmforge.backends.onnxruntime, {LIBRARIES}",
 }
+# As when vlmforge imports it: without its telemetry, which costs time and writes to HOME.
+QUIET = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
 PROGRAM = "from time import perf_counter as now; t = now(); import {}; print(now() - t)"
 
 
 def seconds(modules: str) -> float:
     """Seconds that importing `modules` takes in a fresh interpreter."""
     command = [sys.executable, "-c", PROGRAM.format(modules)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, env=QUIET, capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 def measure(runs: int) -> dict[str, float]:

@@ -74,6 +74,12 @@ class Case:
         return next(t for t in TARGETS if t.name == ("sm_90" if self.seed % 3 else "sm_89"))
 
     @property
+    def work(self) -> int:
+        """Products that the longest row takes, about."""
+        queries = {"decode": 1, "chunk": 70, "prefill": self.length}[self.kind]
+        return queries * self.length * self.heads * self.head_size
+
+    @property
     def kv_heads(self) -> int:
         return 1 if self.length > 1000 or self.group > 8 else 2
 
@@ -97,21 +103,33 @@ def _key(case: Case) -> tuple[Any, ...]:
 def covering(strength: int) -> list[Case]:
     """Few cases in which any `strength` axes take every combination of values. Deterministic.
 
-    Greedy: of a fixed pseudo-random sample of the grid, the case that covers most of what is open.
+    Greedy: of a fixed pseudo-random sample of the grid, the case that covers most of what is open;
+    of several the one whose kernels are built already, and that is run soonest.
     """
     cases = list(grid())
     axes = list(combinations(range(6), strength))
     tuples = [[(a, tuple(key[i] for i in a)) for a in axes] for key in map(_key, cases)]
     missing = {t for ts in tuples for t in ts}
     random = np.random.default_rng(5)
-    chosen = []
+    chosen: list[Case] = []
+    built: set[tuple[Config, str]] = set()
+
+    def worth(i: int) -> tuple[int, bool, int]:
+        case = cases[i]
+        return (
+            sum(t in missing for t in tuples[i]),
+            (case.config, case.target.name) in built,
+            -case.work,
+        )
+
     while missing:
-        sample = random.choice(len(cases), 400, replace=False)
-        best = max(sample, key=lambda i: sum(t in missing for t in tuples[i]))
+        sample = random.choice(len(cases), 1600, replace=False)
+        best = max(sample, key=worth)
         gain = [t for t in tuples[best] if t in missing]
         if not gain:
             best = next(i for i, ts in enumerate(tuples) if missing.intersection(ts))
         chosen.append(cases[best])
+        built.add((cases[best].config, cases[best].target.name))
         missing.difference_update(tuples[best])
     return chosen
 

@@ -1,17 +1,38 @@
-"""What tests share: engines built once for a run, and a pipeline's environment."""
+"""What tests share: engines built once for a run, their environment, and what a test costs."""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
-DATA = Path(__file__).parent / "data"
+# No test judges time: a busy machine would fail it. Hypothesis does so in two places.
+settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")
+# Seconds after which something hangs, on however slow a machine.
+HANGS = 600.0
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Returns as soon as `holds`: what comes late is no failure, only what never comes."""
+    end = time.monotonic() + HANGS
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests/data"
 IMAGES = DATA / "images"
 HF = DATA / "llava_1_5_hf"
 ORIGINAL = DATA / "llava_v1_5_liuhaotian"
@@ -31,7 +52,37 @@ def _private_cache(shared: Path) -> Iterator[None]:
     """Nothing that tests build or remember goes to the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLMFORGE_CACHE", str(shared / "cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")  # of child processes, see `_few_threads`
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> Iterator[None]:
+    """One thread for each worker: they share the cores already, and threads that wait spin.
+
+    Unless a test asks for more by `EngineConfig(threads=...)`; builds that are processes of their
+    own choose as users' do.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    # Its records are for torch's own tools; here pytest would keep and format thousands of them.
+    logging.getLogger("torch.__trace").propagate = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlmforge.backends.onnxruntime.physical_cores", lambda: 1)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kept_traces(shared: Path) -> None:
+    """Builds in this process trace equal parts once for the whole run."""
+    if "vlmforge_builder.build" in sys.modules:
+        _keep_traces(shared)
+
+
+def _keep_traces(shared: Path) -> None:
+    from traces import remember_traces
+
+    remember_traces(shared / "traces")
 
 
 def run_build(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -41,11 +92,18 @@ def run_build(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def build_once(engine: Path, *arguments: object) -> Path:
-    """Build unless another worker of this run did."""
+    """What `build-engine` would build, in this process, unless another worker of this run did."""
+    from vlmforge_builder.build import BuildOptions, build_engine
+    from vlmforge_builder.cli import parser
+    from vlmforge_builder.progress import Progress
+
+    _keep_traces(Path(os.environ["VLMFORGE_CACHE"]).parent)
+    values = vars(parser().parse_args([*map(str, arguments), "-o", str(engine)]))
+    del values["json_events"]
     with FileLock(f"{engine}.lock"):
         if not engine.exists():
-            done = run_build(*arguments, "-o", engine)
-            assert done.returncode == 0, done.stderr
+            with Progress(text=io.StringIO()) as progress:
+                build_engine(BuildOptions(**values), progress)
     return engine
 
 
@@ -69,3 +127,43 @@ def hf_engine(shared: Path) -> Path:
 def original_engine(shared: Path) -> Path:
     """The engine of the golden checkpoint in the original layout."""
     return golden_engine(shared, ORIGINAL.name)
+
+
+# --- what a test costs --------------------------------------------------------------------------
+
+_SHOWN = 15
+_spent = [0.0]
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended; a busy machine does not change them."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def pytest_runtest_logstart() -> None:
+    _spent[0] = _cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    report = yield
+    now = _cpu_seconds()
+    report.user_properties = [*report.user_properties, ("cpu_seconds", now - _spent[0])]
+    _spent[0] = now
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The tests that cost most, with what was set up for them, in seconds of CPU time."""
+    costs: Counter[str] = Counter()
+    for report in (report for kind in terminalreporter.stats.values() for report in kind):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "cpu_seconds":
+                costs[report.nodeid] += value
+    if not costs:
+        return
+    terminalreporter.section(f"the {_SHOWN} of {len(costs)} tests that cost most")
+    for name, seconds in costs.most_common(_SHOWN):
+        terminalreporter.line(f"{seconds:7.1f} s  {name}")
+    terminalreporter.line(f"{costs.total():7.1f} s of CPU time in all, without imports")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.numpy import load_file, save_file
 
+from vlmforge.manifest import MANIFEST_FILE, manifest_digest
+
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 BINS = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
 NORM = "language_model.model.norm.weight"
@@ -35,6 +37,8 @@ def edit_json(name: str, **values: Any) -> Damage:
                 del table[key]
             else:
                 table[key] = value
+        if name == MANIFEST_FILE:  # the change is meant, not an accident
+            data["digest"] = manifest_digest(data)
         path.write_text(json.dumps(data), "utf-8")
 
     return damage

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 
+from vlmforge.ort import ort
 from vlmforge_builder.export import OPSET
 from vlmforge_builder.ops import DOMAIN, VERSION, functions
 

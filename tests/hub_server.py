@@ -27,6 +27,7 @@ class HubServer(ThreadingHTTPServer):
 
     Attributes:
         requests: (method, path) of every request.
+        agents: The `User-Agent` of every request.
         gated: Repositories whose files are refused with 403; their lists of files are public.
         forbidden: Repositories that are refused with a bare 403, by a token without the right.
         cut: Names of files whose next download breaks off in the middle.
@@ -46,6 +47,7 @@ class HubServer(ThreadingHTTPServer):
         self.repos = dict(repos)
         self.gated, self.forbidden, self.cut = gated, forbidden, set(cut)
         self.requests: list[tuple[str, str]] = []
+        self.agents: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
         # Another host than the hub, as in real life: the client stops its HEAD there.
         self.content_url = f"http://localhost:{self.server_port}"
@@ -88,6 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> None:
         self.server.requests.append((self.command, self.path))
+        self.server.agents.append(self.headers.get("User-Agent", ""))
         url = urlsplit(self.path)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         match parts:

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from conftest import DATA, HF
 from vlmforge.backends import DecoderBatch, FloatArray
 from vlmforge.kv.cache import Copy, Move
+from vlmforge.ort import ort
+from vlmforge_builder import build
 from vlmforge_builder.checkpoint.config import read_config
-from vlmforge_builder.export import Traced, trace
+from vlmforge_builder.export import Traced
 from vlmforge_builder.ops import DOMAIN, VERSION
 from vlmforge_builder.paged_bodies import paged_functions
 from vlmforge_builder.passes.native_attention import native_attention
@@ -42,7 +43,7 @@ def part_of(spec: ModelSpec, name: str) -> PartSpec:
 
 def filled(spec: ModelSpec, part: PartSpec) -> ir.Model:
     """The traced part with its weights in float32."""
-    traced: Traced = trace(part)
+    traced: Traced = build.trace(part)  # kept by `traces.py`
     for name, shape in traced.shapes.items():
         values = part.weights[name].read(spec.store, shape).float().contiguous().numpy()
         traced.model.graph.initializers[name].const_value = ir.tensor(values, name=name)

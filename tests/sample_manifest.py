@@ -7,18 +7,22 @@ import dataclasses
 from vlmforge.manifest import (
     SCHEMA_VERSION,
     DecodePolicy,
+    DimRange,
     FileEntry,
+    ImageSpelling,
     KVLayout,
     Manifest,
     ParallelLayout,
     Part,
+    Profile,
     PromptPolicy,
     Provenance,
     TemplateParts,
     TensorSpec,
 )
-from vlmforge.positions import ABSOLUTE
+from vlmforge.positions import ABSOLUTE, PositionPolicy
 from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge.vl.tiling import Tiling
 
 TEMPLATE = TemplateParts(
     system="",
@@ -97,6 +101,37 @@ MANIFEST = Manifest(
     files=(),
     provenance=Provenance("2024-01-01", "checkpoint", "0" * 64, "sample", "Sample", {}, {}),
 )
+
+RICH = dataclasses.replace(
+    MANIFEST,
+    quantisation="int4",
+    parts=(
+        dataclasses.replace(
+            PARTS[0],
+            profiles=(Profile("encode", {"images": DimRange(1, 1, 8)}),),
+            layers="vision.layers.json",
+            aliases={"features": "pixel_values"},
+        ),
+        dataclasses.replace(PARTS[1], outputs=PARTS[0].outputs),
+    ),
+    image=dataclasses.replace(
+        IMAGE,
+        name="anyres",
+        tiling=Tiling(8, ((8, 16), (16, 16)), (0, 0, 0), 2, 5, "unpadded_lines", "down"),
+    ),
+    prompt=dataclasses.replace(
+        PROMPT,
+        image_splice="named_span",
+        spelling=ImageSpelling("<img>", "</img>", 5, 6, 10, "image"),
+        content_tokens=("<img>",),
+        history_window=5,
+        box_format="ref_box_1000",
+    ),
+    decode=dataclasses.replace(MANIFEST.decode, positions=PositionPolicy("dynamic_ntk", 2048, 3)),
+    files=(FileEntry("vision.data", 3, "0" * 64),),
+    provenance=dataclasses.replace(MANIFEST.provenance, options={"a": "b"}, versions={"c": "1"}),
+)
+"""A manifest that has all that there can be."""
 
 
 def with_files(entries: tuple[FileEntry, ...]) -> Manifest:

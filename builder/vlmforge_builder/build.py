@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,19 +25,22 @@ from vlmforge.manifest import (
     dump_manifest,
     load_manifest,
 )
+from vlmforge_builder.checkpoint.altered import refuse_altered
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.fingerprint import fingerprint
-from vlmforge_builder.checkpoint.source import resolve_checkpoint
+from vlmforge_builder.checkpoint.limits import POSITIONS
+from vlmforge_builder.checkpoint.source import checkpoint_name, resolve_checkpoint
 from vlmforge_builder.dtypes import BITS, DTYPE_NAMES
 from vlmforge_builder.export import trace
 from vlmforge_builder.goldens import record_goldens
 from vlmforge_builder.image_policy import choose_image_policy
 from vlmforge_builder.progress import Progress
-from vlmforge_builder.publish import list_files, staging
+from vlmforge_builder.publish import list_files, sole_build, staging
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.recognise import recognise
 from vlmforge_builder.targets import CompileJob, Settings, load_target
-from vlmforge_builder.templates import choose_template
+from vlmforge_builder.templates import choose_template, template_name
+from vlmforge_builder.tensor_check import check_tensors
 
 _BUILD_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tokenizers")
 _BUILD_LOG = "build.log.jsonl"
@@ -46,7 +50,9 @@ _BUILD_LOG = "build.log.jsonl"
 class BuildOptions:
     """What `build-engine` was asked for.
 
-    `session_len=None` is what the model was trained for; `revision` is of a hub id.
+    `session_len=None` is what the model was trained for; `revision` is of a hub id; `wait` is for
+    another build of the same output, which is an error otherwise. `ignore_config_key` are
+    configuration keys that are left out though no recipe knows them.
     """
 
     checkpoint: str
@@ -58,18 +64,26 @@ class BuildOptions:
     session_len: int | None = None
     max_batch_size: int = 8
     vision_tower: str | None = None
+    tower_weights: str | None = None
     chat_template: str | None = None
     image_policy: str | None = None
     kv_dtype: str | None = None
     attention: str | None = None
     compute_capability: str | None = None
+    ignore_config_key: Sequence[str] = ()
     force: bool = False
+    wait: bool = False
 
     def recorded(self) -> dict[str, str]:
-        """The options that shape the engine, as text."""
-        names = ("target", "dtype", "weights", "session_len", "max_batch_size", "vision_tower")
-        policies = ("chat_template", "image_policy", "kv_dtype", "attention", "compute_capability")
-        return {name: str(getattr(self, name)) for name in (*names, *policies)}
+        """The options that shape the engine, as text. Of files and folders the names, not where."""
+        names = ("target", "dtype", "weights", "session_len", "max_batch_size", "tower_weights")
+        policies = ("image_policy", "kv_dtype", "attention", "compute_capability")
+        values = {name: str(getattr(self, name)) for name in (*names, *policies)}
+        tower = None if self.vision_tower is None else checkpoint_name(self.vision_tower)
+        template = None if self.chat_template is None else template_name(self.chat_template)
+        if self.ignore_config_key:
+            values["ignore_config_key"] = ", ".join(sorted(self.ignore_config_key))
+        return values | {"vision_tower": str(tower), "chat_template": str(template)}
 
     def settings(self, session_len: int) -> Settings:
         """What the target is to know of them."""
@@ -106,8 +120,26 @@ def build_engine(options: BuildOptions, progress: Progress) -> Path:
     with progress.stage("read the checkpoint"):
         source = _read(options, progress)
     if _is_current(options, source):
-        progress.note(f"{options.output} is up to date; --force builds it again")
-        return options.output
+        return _up_to_date(options, progress)
+    with sole_build(options.output, _waiting(options, progress)):
+        if _is_current(options, source):
+            return _up_to_date(options, progress)
+        _write(source, options, progress)
+    return options.output
+
+
+def _up_to_date(options: BuildOptions, progress: Progress) -> Path:
+    progress.note(f"{options.output} is up to date; --force builds it again")
+    return options.output
+
+
+def _waiting(options: BuildOptions, progress: Progress) -> Callable[[str], None] | None:
+    if not options.wait:
+        return None
+    return lambda holder: progress.note(f"waiting for another build of it: {holder}")
+
+
+def _write(source: _Source, options: BuildOptions, progress: Progress) -> None:
     with staging(options.output) as folder:
         parts = _compile(source.spec, options, folder, progress)
         manifest = _describe(source, options, parts)
@@ -123,18 +155,17 @@ def build_engine(options: BuildOptions, progress: Progress) -> Path:
         (folder / MANIFEST_FILE).write_text(dump_manifest(manifest), "utf-8")
     size = sum(entry.size for entry in files)
     progress.note(f"built {options.output}: {len(files) + 1} files, {size / 1e9:.2f} GB")
-    return options.output
 
 
 def _check(options: BuildOptions) -> None:
     target = load_target(options.target)
-    limits = {"session_len": options.session_len, "max_batch_size": options.max_batch_size}
-    for name, value in limits.items():
-        if value is not None and value < 1:
+    numbers = {"session_len": options.session_len, "max_batch_size": options.max_batch_size}
+    for name, value in numbers.items():
+        if value is not None and value not in POSITIONS:
             raise ConfigError(
                 f"{name} is out of range.",
                 found=str(value),
-                expected="a positive integer",
+                expected=f"a whole number from 1 to {POSITIONS[-1]}",
                 fix=f"--{name.replace('_', '-')} 8",
             )
     if options.dtype not in DTYPE_NAMES:
@@ -144,6 +175,13 @@ def _check(options: BuildOptions) -> None:
             expected="one of: " + ", ".join(DTYPE_NAMES),
             fix="--dtype float32",
         )
+    if options.tower_weights not in (None, "checkpoint", "stock"):
+        raise ConfigError(
+            "A vision tower of this kind is not known.",
+            found=f"--tower-weights {options.tower_weights}",
+            expected="checkpoint or stock; or none, for what config.json says",
+            fix="--tower-weights checkpoint",
+        )
     if options.weights not in (None, *BITS):
         raise ConfigError(
             "Weights of this kind are not known.",
@@ -152,6 +190,20 @@ def _check(options: BuildOptions) -> None:
             fix="--weights int4",
         )
     target.check(options.settings(options.session_len or 1))
+    _check_scratch()
+
+
+def _check_scratch() -> None:
+    """torch writes temporary files while it traces."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise BuildError(
+            "There is no place for temporary files, which a build needs.",
+            found=str(error.strerror),
+            expected="a folder that can be written to",
+            fix="set TMPDIR to one",
+        ) from error
 
 
 def _read(options: BuildOptions, progress: Progress) -> _Source:
@@ -159,18 +211,21 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
         options.checkpoint,
         revision=options.revision,
         progress=progress.note,
-        check=recognise,
+        check=lambda folder: recognise(folder, options.ignore_config_key),
     )
-    config, recipe = recognise(folder)
+    config, recipe = recognise(folder, options.ignore_config_key)
     spec = recipe.load(
         folder,
         config,
         RecipeOptions(
             options.session_len,
             options.vision_tower,
-            lambda name: resolve_checkpoint(name, progress=progress.note),
+            lambda name: resolve_checkpoint(name, progress=progress.note, check=refuse_altered),
+            progress.note,
+            options.tower_weights,
         ),
     )
+    check_tensors(spec, progress.note)
     spec = choose_template(spec, options.chat_template)
     spec = choose_image_policy(spec, options.image_policy)
     progress.note(f"{recipe.name} ({spec.architecture}); tokenizer {spec.tokenizer_proof}")
@@ -256,7 +311,7 @@ def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -
         files=(),
         provenance=Provenance(
             built_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            source=options.checkpoint,
+            source=checkpoint_name(options.checkpoint),
             source_fingerprint=source.fingerprint,
             recipe=source.recipe,
             architecture=spec.architecture,

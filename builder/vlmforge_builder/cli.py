@@ -1,109 +1,67 @@
-"""`build-engine`: the command line of the builder."""
+"""`build-engine`: the way in, and every way out of it.
+
+Nothing is imported here that takes time: an interrupt is to be understood from the first moment.
+"""
 
 from __future__ import annotations
 
-import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
-from pathlib import Path
-from types import FrameType
-from typing import TextIO
+from contextlib import suppress
 
-from vlmforge.errors import ConfigError, VlmforgeError
-from vlmforge_builder.dtypes import BITS, DTYPE_NAMES, KV_DTYPES
-from vlmforge_builder.progress import Progress
-from vlmforge_builder.recognise import refuse_unknown
-from vlmforge_builder.targets import TARGETS
-
-_DTYPE_HELP = (
-    "how weights are stored. ONNX Runtime's CPU provider has no 16-bit matrix kernels: with "
-    "float16 or bfloat16 the files are half as big, and each weight is widened to float32 once "
-    "at load; arithmetic is float32 in any case (default: float32)"
-)
-_WEIGHTS_HELP = (
-    "quantise the decoder's weights: int8 or int4, in blocks of 128 with a scale each; the rest "
-    "is stored as --dtype says (default: all of it)"
-)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The arguments of `build-engine`."""
-    arguments = argparse.ArgumentParser(
-        prog="build-engine",
-        description="Compile a vision-language checkpoint into a self-contained engine directory.",
-    )
-    add = arguments.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a folder, or a hub id such as org/name")
-    add("-o", "--output", required=True, type=Path, metavar="ENGINE", help="where to write it")
-    add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    add("--target", default="onnxruntime", choices=TARGETS, help="what runs it")
-    add("--dtype", default="float32", choices=DTYPE_NAMES, help=_DTYPE_HELP)
-    add("--weights", choices=BITS, metavar="KIND", help=_WEIGHTS_HELP)
-    add("--session-len", type=int, metavar="N", help="tokens that one conversation may hold")
-    add("--max-batch-size", type=int, default=8, metavar="N", help="sequences at once (default 8)")
-    add("--vision-tower", metavar="PATH_OR_ID", help="where the vision tower is, if not inside")
-    add("--chat-template", metavar="NAME_OR_JSON", help="a name, JSON text or a .json file")
-    add("--image-policy", metavar="NAME", help="another official preprocessing of the model")
-    add("--kv-dtype", choices=KV_DTYPES, help="key/value cache of a GPU engine; default: --dtype")
-    add("--attention", metavar="KIND", help="of a GPU engine: plugin (default) or native")
-    add("--compute-capability", metavar="X.Y", help="compile for this GPU; default: the target's")
-    add("--force", action="store_true", help="replace an engine that is there")
-    add("--json-events", metavar="FILE", help="write progress as JSON lines; - is stdout")
-    return arguments
+_INTERRUPTED = "build-engine: interrupted; nothing was published"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `build-engine`; returns the exit status (0, 1 on an error, 130 when interrupted)."""
-    values = vars(parser().parse_args(argv))
-    events = values.pop("json_events")
-    try:
-        with ExitStack() as stack:
-            progress = stack.enter_context(Progress(events=_open(events, stack)))
-            _end_by_signals(progress)
-            refuse_unknown(values["checkpoint"], values["revision"])
-            # Imported here: what cannot be built is refused before torch has been loaded.
-            from vlmforge_builder.build import BuildOptions, build_engine
+    """Run `build-engine`; returns the exit status.
 
-            build_engine(BuildOptions(**values), progress)
-            peak = progress.peak
-            progress.note(
-                f"done in {progress.elapsed:.1f} s; peak memory {peak.anonymous / 2**20:.0f} MiB "
-                f"anonymous, {peak.resident / 2**20:.0f} MiB resident with mapped files"
-            )
+    0; 1 on an error; 130 and 143 when SIGINT and SIGTERM ended it; 141 when nobody reads any more.
+    """
+    try:
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, _end_at_once)
+        return _run(argv)
+    except KeyboardInterrupt as interrupt:
+        _last_words(_INTERRUPTED)
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+    except BrokenPipeError:
+        _leave_pipes()
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from vlmforge.errors import VlmforgeError
+    from vlmforge_builder.command import run
+
+    try:
+        run(argv)
     except VlmforgeError as error:
-        print(f"build-engine: {type(error).__name__}: {error}", file=sys.stderr)
+        _last_words(f"build-engine: {type(error).__name__}: {error}")
         return 1
-    except KeyboardInterrupt:
-        print("build-engine: interrupted; nothing was published", file=sys.stderr)
-        return 130
     return 0
 
 
-def _end_by_signals(progress: Progress) -> None:
-    """A polite kill takes the way of Ctrl-C, so that the half-built engine is cleared away."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        del signum, frame
-        progress.interrupt()
-        raise KeyboardInterrupt
-
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, interrupt)
+def _end_at_once(signum: int, frame: object) -> None:
+    """While nothing has been made that must be cleared up: an import cannot lose this."""
+    del frame
+    # Not print(): it cannot be entered again from within itself.
+    with suppress(OSError):
+        os.write(2, f"{_INTERRUPTED}\n".encode())
+    os._exit(128 + signum)
 
 
-def _open(events: str | None, stack: ExitStack) -> TextIO | None:
-    if events is None:
-        return None
-    if events == "-":
-        return sys.stdout
+def _last_words(text: str) -> None:
     try:
-        return stack.enter_context(Path(events).open("w", encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"The file for the JSON events cannot be written: {events}",
-            found=str(error.strerror),
-            expected="a path in a folder that can be written to",
-            fix="--json-events events.jsonl",
-        ) from error
+        if sys.stderr is not None:
+            print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _leave_pipes()
+
+
+def _leave_pipes() -> None:
+    """Python flushes at its end: into nothing, rather than into a pipe that nobody reads."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nothing, descriptor)

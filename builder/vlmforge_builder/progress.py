@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
+
+from vlmforge.errors import VlmforgeError
 
 HEARTBEAT_S = 5.0
 _SAMPLE_S = 0.05
@@ -28,7 +31,7 @@ class Memory:
 def memory_now() -> Memory:
     """Read from the operating system; zeros where it does not publish them."""
     try:
-        text = Path("/proc/self/status").read_text("ascii")
+        text = Path("/proc/self/status").read_text("ascii", errors="replace")
     except OSError:
         return Memory(0, 0)
     rows = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
@@ -39,6 +42,14 @@ def memory_now() -> Memory:
     return Memory(kib("VmRSS"), kib("RssAnon"))
 
 
+class Interrupted(KeyboardInterrupt):
+    """The build was told to end, by Ctrl-C or by a polite kill.
+
+    A class of its own: where a plain KeyboardInterrupt passes through code that C ran, Python ends
+    by SIGINT afterwards, whatever status is returned.
+    """
+
+
 @dataclass(slots=True)
 class _State:
     stage: str = ""
@@ -47,7 +58,7 @@ class _State:
     peak_resident: int = 0
     peak_anonymous: int = 0
     spoken: float = 0.0
-    interrupted: bool = False
+    signal: int | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -58,6 +69,7 @@ class Progress:
     """
 
     def __init__(self, text: TextIO | None = None, events: TextIO | None = None) -> None:
+        # None where a service has closed it; print() would then take standard output.
         self._text = sys.stderr if text is None else text
         self._events = events
         self._start = time.monotonic()
@@ -83,26 +95,36 @@ class Progress:
         """The largest figures seen, sampled 20 times a second."""
         return Memory(self._state.peak_resident, self._state.peak_anonymous)
 
-    def interrupt(self) -> None:
-        """Remember that the build is to end: for a signal's handler, beside its exception.
+    @property
+    def signal(self) -> int | None:
+        """The signal that told the build to end."""
+        return self._state.signal
 
-        A library can lose an exception that strikes while its C code calls Python.
+    def interrupt(self, signum: int) -> None:
+        """End the build: for a signal's handler.
+
+        It is remembered as well: a library can lose an exception that strikes while its C code
+        calls Python.
+
+        Raises:
+            Interrupted: always.
         """
-        self._state.interrupted = True
+        self._state.signal = signum
+        raise Interrupted(signum)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """A stage of the build; says when it begins and how long it took.
 
         Raises:
-            KeyboardInterrupt: `interrupt` was called.
+            Interrupted: `interrupt` was called.
         """
         begin = self.elapsed
         self._state.stage, self._state.done, self._state.total = name, 0, 0
         self._say("begin", name)
         yield
-        if self._state.interrupted:
-            raise KeyboardInterrupt
+        if self._state.signal is not None:
+            raise Interrupted(self._state.signal)
         self._say("end", f"{name}: {self.elapsed - begin:.1f} s", seconds=self.elapsed - begin)
         self._state.stage = ""
 
@@ -114,6 +136,12 @@ class Progress:
         """A decision or a warning that the user should see."""
         self._say("note", text)
 
+    def fail(self, kind: str, error: VlmforgeError) -> None:
+        """The error that ends the build, as an event only: for people it is printed at the end."""
+        parts = {"summary": error.summary, "found": error.found}
+        parts |= {"expected": error.expected, "fix": error.fix}
+        self._write({"event": "error", "error": kind, **parts})
+
     def _watch(self) -> None:
         while not self._stop.wait(_SAMPLE_S):
             now, state = memory_now(), self._state
@@ -121,16 +149,18 @@ class Progress:
             state.peak_anonymous = max(state.peak_anonymous, now.anonymous)
             if state.stage and self.elapsed - state.spoken >= HEARTBEAT_S - 2 * _SAMPLE_S:
                 share = f" {100 * state.done // state.total}%" if state.total else ""
-                self._say("heartbeat", f"{state.stage}{share} ...")
+                try:
+                    self._say("heartbeat", f"{state.stage}{share} ...")
+                except OSError:
+                    state.spoken = math.inf  # nobody listens; the next stage ends the build by it
 
     def _say(self, event: str, text: str, seconds: float | None = None) -> None:
         state = self._state
         with state.lock:
             state.spoken = self.elapsed
             peak = f"peak {state.peak_anonymous / _MIB:.0f} MiB"
-            print(f"[{self.elapsed:7.1f} s | {peak}] {text}", file=self._text, flush=True)
-            if self._events is None:
-                return
+            if self._text is not None:
+                print(f"[{self.elapsed:7.1f} s | {peak}] {text}", file=self._text, flush=True)
             row = {
                 "event": event,
                 "stage": state.stage,
@@ -142,4 +172,9 @@ class Progress:
                 "peak_rss_bytes": state.peak_resident,
                 "peak_anonymous_bytes": state.peak_anonymous,
             }
-            print(json.dumps(row, ensure_ascii=False), file=self._events, flush=True)
+            self._write(row)
+
+    def _write(self, row: Mapping[str, object]) -> None:
+        # In ASCII: the name of a file need not be text that an encoding has.
+        if self._events is not None:
+            print(json.dumps(row), file=self._events, flush=True)

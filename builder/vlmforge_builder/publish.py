@@ -1,43 +1,68 @@
-"""Write an engine beside its place, then rename it there: all of it or nothing."""
+"""Write an engine beside its place, then rename it there: all of it or nothing, one at a time."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from vlmforge.errors import BuildError
 from vlmforge.manifest import MANIFEST_FILE, FileEntry
-from vlmforge_builder.weights import sha256
+from vlmforge.ownership import HeldError, sole_owner
+from vlmforge_builder.checkpoint.fingerprint import sha256
 
 _MARK = ".building-"
+_OLD = "-old"
+_LOCK = ".building.lock"
+
+
+@contextmanager
+def sole_build(target: Path, on_wait: Callable[[str], None] | None) -> Iterator[None]:
+    """The right to build `target`, which nobody else has meanwhile, in no container.
+
+    Args:
+        target: Where the engine will be.
+        on_wait: Gets the other build's name if there is one, which is then waited for; None: it is
+            an error.
+
+    Raises:
+        BuildError: another build has it, or its folder cannot be written to.
+    """
+    target = _absolute(target)
+    lock = target.with_name(f".{target.name}{_LOCK}")
+    with _explained(target):
+        _refuse_foreign(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _entered(sole_owner(lock, on_wait), target):
+            _sweep(target)
+            yield
+    except HeldError as held:
+        raise BuildError(
+            f"Another build is writing {target}.",
+            found=str(held),
+            expected="one build of an output at a time",
+            fix="wait for it to end, which --wait does, or choose another -o",
+        ) from None
 
 
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
     """An empty folder beside `target`, renamed to it at the end and removed on any failure.
 
-    Folders that a killed build left behind are removed first. An engine that is there already is
-    replaced only once the new one is whole.
+    Within `sole_build`. An engine that is there already is replaced only once the new one is whole.
 
     Raises:
         BuildError: `target` cannot be written to, or is something that is not an engine.
     """
-    _refuse_foreign(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        folder = target.parent / f".{target.name}{_MARK}{os.getpid()}"
+    target = _absolute(target)
+    folder = target.with_name(f".{target.name}{_MARK}{secrets.token_hex(8)}")
+    with _explained(target):
+        _refuse_foreign(target)
         folder.mkdir()
-    except OSError as error:
-        raise BuildError(
-            f"The engine cannot be written to {target}.",
-            found=str(error),
-            expected="a place that can be written to",
-            fix="choose another -o, or free space and permissions there",
-        ) from error
     try:
         yield folder
         _rename(folder, target)
@@ -51,6 +76,33 @@ def staging(target: Path) -> Iterator[Path]:
                 fix="free space there, or choose another -o",
             ) from error
         raise
+
+
+def _absolute(target: Path) -> Path:
+    """Its one path: every way to it takes the same lock, and what a link leads to is replaced."""
+    return Path(os.path.realpath(target))
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(
+            f"The engine cannot be written to {target}.",
+            found=str(error),
+            expected="a place that can be written to, on a file system that has locks",
+            fix="choose another -o, or free space and permissions there",
+        ) from error
+
+
+@contextmanager
+def _entered(context: AbstractContextManager[None], target: Path) -> Iterator[None]:
+    """Explains what goes wrong at the entry, and not what does within."""
+    with ExitStack() as stack:
+        with _explained(target):
+            stack.enter_context(context)
+        yield
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -69,11 +121,10 @@ def _refuse_foreign(target: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    for folder in target.parent.glob(f".{target.name}{_MARK}*"):
-        pid, _, kind = folder.name.partition(_MARK)[2].partition("-")
-        if Path(f"/proc/{pid}").exists():
-            continue
-        if kind == "old" and not target.exists():
+    """Clear away what dead builds of `target` left: all there is, as no other has the lock."""
+    left = [p for p in target.parent.iterdir() if p.name.startswith(f".{target.name}{_MARK}")]
+    for folder in left:
+        if folder.name.endswith(_OLD) and not target.exists():
             folder.rename(target)  # the crash came between the two renames
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -85,7 +136,7 @@ def _rename(folder: Path, target: Path) -> None:
     if not target.exists():
         folder.rename(target)
         return
-    old = folder.with_name(f"{folder.name}-old")
+    old = folder.with_name(f"{folder.name}{_OLD}")
     target.rename(old)
     try:
         folder.rename(target)

@@ -22,6 +22,11 @@ class ResizedGrid:
     key: str
     rows: int
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return (self.key,)
+
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""
         expect(store, self.key, (self.rows**2, shape[1]))
@@ -35,6 +40,8 @@ class ResizedGrid:
             )
         if target == self.rows:
             return table
+        if table.is_meta:  # no values to resize; torch takes long to find the shape
+            return table.new_empty(shape)
         grid = table.float().reshape(1, self.rows, self.rows, -1).permute(0, 3, 1, 2)
         resized = F.interpolate(grid, size=(target, target), mode="bicubic", align_corners=False)
         return resized.permute(0, 2, 3, 1).flatten(0, 2)
@@ -51,6 +58,11 @@ class PerHead:
     key: str
     heads: int
     parts: int = 3
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return (self.key,)
 
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""
@@ -71,6 +83,11 @@ class Rows:
     key: str
     start: int
     total: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return (self.key,)
 
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""

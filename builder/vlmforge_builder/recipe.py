@@ -70,11 +70,17 @@ class ChatTemplate:
 
 @dataclass(frozen=True, slots=True)
 class RecipeOptions:
-    """The options of `build-engine` that a recipe needs."""
+    """The options of `build-engine` that a recipe needs.
+
+    `note` is told what was chosen where a checkpoint leaves a choice; `tower_weights` chooses
+    between a tower inside the checkpoint ("checkpoint") and the one that it names ("stock").
+    """
 
     session_len: int | None
     vision_tower: str | None
     fetch: Callable[[str], Path]
+    note: Callable[[str], None] = lambda text: None
+    tower_weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,9 @@ class ModelSpec:
     """A checkpoint, understood: parts to export and policies to store.
 
     `positions` is what the decoder needs to know of a sequence beside its tokens; `other_images`
-    are what else users of the original may preprocess images by, beside `image`.
+    are what else users of the original may preprocess images by, beside `image`. `unused` are
+    regular expressions of the names of stored tensors that no part reads and that cannot matter:
+    any others are refused (`tensor_check`).
     """
 
     architecture: str
@@ -103,6 +111,7 @@ class ModelSpec:
     source_files: tuple[Path, ...]
     positions: PositionPolicy
     other_images: tuple[ImagePolicy, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 class Recipe(Protocol):
@@ -120,7 +129,10 @@ class Recipe(Protocol):
         """
 
     def load(self, checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
-        """Understand a checkpoint; no tensor's values are read (CheckpointError otherwise)."""
+        """Understand a checkpoint (CheckpointError otherwise).
+
+        No tensor's values are read, but to tell whether two that should be the same are.
+        """
 
 
 def installed_recipes() -> tuple[Recipe, ...]:

@@ -5,7 +5,6 @@ Nothing here holds more than one parameter in memory.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,10 @@ _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "i
 class Weight(Protocol):
     """The values of one parameter."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The checkpoint's tensors that it is made of."""
+
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """The values in their stored dtype, of the parameter's `shape` (TensorError otherwise)."""
 
@@ -36,6 +39,11 @@ class Stored:
     """A tensor of the checkpoint, as it is."""
 
     key: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return (self.key,)
 
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""
@@ -53,6 +61,11 @@ class Transposed:
     keys: tuple[str, ...]
     widths: tuple[int, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return self.keys
+
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""
         for key, width in zip(self.keys, self.widths, strict=True):
@@ -67,6 +80,11 @@ class Stacked:
     keys: tuple[str, ...]
     widths: tuple[int, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return self.keys
+
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""
         del shape
@@ -80,6 +98,11 @@ class Computed:
     """Values that follow from the configuration; kept in fp32 whatever the engine's dtype."""
 
     compute: Callable[[], Tensor]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Weight.names`."""
+        return ()
 
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """See `Weight.read`."""
@@ -220,9 +243,3 @@ def _check_finite(name: str, weight: Weight, values: Tensor) -> None:
             expected="finite numbers",
             fix="download the checkpoint again; if it is whole, use --dtype float32 or bfloat16",
         )
-
-
-def sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

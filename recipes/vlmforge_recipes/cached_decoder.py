@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from vlmforge_builder.blocks.decoder import Decoder, DecoderConfig
 from vlmforge_builder.recipe import PartSpec, TensorArg
@@ -24,7 +25,7 @@ def cached_decoder_part(config: DecoderConfig, weights: Mapping[str, Weight]) ->
     )
     return PartSpec(
         name="decoder",
-        module=lambda: Decoder(config),
+        module=partial(Decoder, config),
         inputs=(
             TensorArg("input_ids", ("batch", "tokens"), "int64"),
             TensorArg("image_features", ("rows", config.hidden_size)),

@@ -1,99 +1,224 @@
-"""The CLIP image processor's configuration as an image policy."""
+"""The image processors of CLIP and LLaVA: their configuration as an image policy.
+
+Sources: `CLIPImageProcessor`, `LlavaImageProcessor` and `LlavaNextImageProcessor` of transformers.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
+from vlmforge_builder.checkpoint.keys import KeyTable, check_keys
+from vlmforge_recipes.config_keys import LLAVA_TYPES, PREPROCESSOR, PROCESSOR, TOWER
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+# Of a mean or a deviation, in which pixels are 0 to 1 or 0 to 255.
+_LARGEST = 1e4
+# The classes' own size and crop, for a file that says none.
+_DEFAULT_SIZE = 224
 
 
-def read_image_policy(folder: Path, *, image_size: int, pad_to_square: bool) -> ImagePolicy:
-    """The policy of `preprocessor_config.json` (or `processor_config.json` of transformers 5).
+def read_image_policy(
+    config: ConfigReader, *, image_size: int, pad_to_square: bool, tiled: bool = False
+) -> ImagePolicy:
+    """The policy of an image processor's configuration.
 
-    `pad_to_square` puts the image on a square of the mean's colour first, as the original LLaVA
-    code does (`expand2square` in `llava/mm_utils.py`).
+    Args:
+        config: See `find_processor`.
+        image_size: Side of what the tower takes.
+        pad_to_square: Put the image on a square of the mean's colour first, as the original LLaVA
+            code does (`expand2square` in `llava/mm_utils.py`), and `LlavaImageProcessor` with
+            `do_pad`.
+        tiled: Only tiles of that side reach the steps, which leave their size as it is.
 
     Raises:
-        CheckpointError: no such file, or a crop that is not the tower's image size.
-        UnsupportedModelError: one of the steps is switched off.
+        CheckpointError: sizes that are none, or do not end in the tower's image size.
+        UnsupportedModelError: steps that cannot be taken, or an unknown filter.
     """
-    config = find_processor(folder)
-    for step in _STEPS:
-        if not config.bool(step, default=True):
-            raise UnsupportedModelError(
-                f"The image processor of {config.file} leaves a step out.",
-                found=f"{step}: false",
-                expected=", ".join(_STEPS) + " true",
-                fix="check the file against the published one",
-            )
-    crop = _size(config, "crop_size", ("height", "width"), image_size)
-    if crop != (image_size, image_size):
-        raise CheckpointError(
-            f"The image processor of {config.file} does not fit the vision tower.",
-            found=f"crop_size {crop}",
-            expected=f"({image_size}, {image_size}), the tower's image_size",
-            fix="check that the file belongs to this checkpoint",
-        )
-    mean = _triple(config, "image_mean", _MEAN)
-    resample = config.int("resample", 3)
-    return ImagePolicy(
-        name="pad_square" if pad_to_square else "center_crop",
-        shortest_edge=_size(config, "size", ("shortest_edge",), image_size)[0],
-        crop=crop,
-        resample=_RESAMPLE.get(resample, str(resample)),
-        rescale_factor=config.float("rescale_factor", 1 / 255),
+    pads = pad_to_square or _llava_pads(config)
+    edge, box = _size(config)
+    crop = _box(config, "crop_size") or (_DEFAULT_SIZE, _DEFAULT_SIZE)
+    resizes = config.bool("do_resize", default=True)
+    crops = config.bool("do_center_crop", default=True)
+    if not tiled:
+        _check_steps(config, resizes=resizes, fixed=crops or box is not None or pads)
+    target = (image_size, image_size)
+    ends = [crop] if crops or tiled else []
+    ends += [box] if box is not None else [(edge, edge)] if tiled or not crops else []
+    for end in ends:
+        if end != target:
+            raise _no_fit(config, f"size {box or edge}, crop_size {crop}", image_size)
+    mean, std = _triple(config, "image_mean", _MEAN), _triple(config, "image_std", _STD)
+    policy = ImagePolicy(
+        name="pad_square" if pads else "center_crop" if box is None else "stretch",
+        shortest_edge=edge if box is None else image_size,
+        crop=target,
+        resample=_resample(config),
+        rescale_factor=config.float("rescale_factor", 1 / 255, within=limits.SCALE),
         mean=mean,
-        std=_triple(config, "image_std", _STD),
+        std=std,
         background=None,  # the originals' `convert("RGB")`
         pad_fill=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
         tiling=None,
     )
+    return _without_skipped(config, policy)
 
 
-def find_processor(folder: Path) -> ConfigReader:
-    """The image processor's configuration (CheckpointError when there is none)."""
-    plain, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
-    if plain.exists():
-        return read_config(plain)
-    if nested.exists() and (config := read_config(nested)).has("image_processor"):
-        return config.section("image_processor")
+def _without_skipped(config: ConfigReader, policy: ImagePolicy) -> ImagePolicy:
+    """What the steps on values are left out of has neutral numbers for them."""
+    if not config.bool("do_rescale", default=True):
+        policy = dataclasses.replace(policy, rescale_factor=1.0)
+    if not config.bool("do_normalize", default=True):
+        policy = dataclasses.replace(policy, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return policy
+
+
+def find_processor(folder: Path, tables: Iterable[KeyTable], config: ConfigReader) -> ConfigReader:
+    """The image processor's configuration of a checkpoint, its keys checked.
+
+    transformers reads the section of processor_config.json first, where there is one. `config` is
+    the checkpoint's configuration.
+
+    Raises:
+        CheckpointError: there is none, or a key that is unknown or refused.
+    """
+    return _processor(folder, tables, config, (PROCESSOR, PREPROCESSOR), "")
+
+
+def find_tower_processor(
+    folder: Path, tables: Iterable[KeyTable], config: ConfigReader
+) -> ConfigReader:
+    """The same of a vision tower's own folder, which the originals' older transformers read."""
+    return _processor(folder, tables, config, (PREPROCESSOR,), TOWER)
+
+
+def _processor(
+    folder: Path,
+    tables: Iterable[KeyTable],
+    config: ConfigReader,
+    names: tuple[str, ...],
+    when: str,
+) -> ConfigReader:
+    for name in names:
+        if not (folder / name).exists():
+            continue
+        found = read_config(folder / name, ignored=config.ignored)
+        check_keys(found, tables, when)
+        if name == PREPROCESSOR:
+            return found
+        if found.has("image_processor"):
+            return found.section("image_processor")
     raise CheckpointError(
         f"{folder} has no configuration of its image processor.",
-        found="neither preprocessor_config.json nor an image_processor in processor_config.json",
-        expected="preprocessor_config.json",
+        found=f"no {PREPROCESSOR}"
+        + (f", and no image_processor in {PROCESSOR}" if PROCESSOR in names else ""),
+        expected=PREPROCESSOR,
         fix="download it from where the checkpoint was published",
     )
 
 
-def _size(config: ConfigReader, key: str, names: tuple[str, ...], default: int) -> tuple[int, ...]:
-    """A size given as a number (all `names` alike) or as an object with `names`."""
-    value = config.get(key)
+def _llava_pads(config: ConfigReader) -> bool:
+    """CLIP's processor pads nothing that is cropped, the tiles' pads batches; this one images."""
+    named = config.opt_str("image_processor_type")
+    if named is None and config.has("feature_extractor_type"):
+        return False
+    return (named is None or named in LLAVA_TYPES) and config.bool("do_pad", default=False)
+
+
+def _check_steps(config: ConfigReader, *, resizes: bool, fixed: bool) -> None:
+    for ok, found in ((resizes, "do_resize: false"), (fixed, "do_center_crop: false")):
+        if not ok:
+            raise UnsupportedModelError(
+                f"The image processor of {config.file} leaves a step out.",
+                found=found,
+                expected="images that all reach the vision tower in its own size",
+                fix="check the file against the published one",
+            )
+
+
+def _size(config: ConfigReader) -> tuple[int, tuple[int, int] | None]:
+    """The shortest edge that images are resized to, or a height and width for all."""
+    value = config.get("size")
+    if value is None or isinstance(value, int):
+        return config.int("size", _DEFAULT_SIZE, within=limits.PIXELS), None
     if isinstance(value, dict):
-        section = config.section(key)
-        return tuple(section.int(name) for name in names)
-    return (config.int(key, default),) * len(names)
+        given = {name for name, length in value.items() if length is not None}
+        if given == {"shortest_edge"}:
+            return config.section("size").int("shortest_edge", within=limits.PIXELS), None
+    box = _box(config, "size")
+    assert box is not None
+    return box[0], box
+
+
+def _box(config: ConfigReader, key: str) -> tuple[int, int] | None:
+    """Height and width, given as a number for both, as a list or as an object; None: absent."""
+    value = config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        given = {name: length for name, length in value.items() if length is not None}
+        pair = [given.pop("height", None), given.pop("width", None)]
+        pair += given.values()
+    else:
+        pair = value if isinstance(value, list) else [value, value]
+    if len(pair) != 2 or not all(_is_side(length) for length in pair):
+        forms = '336, {"height": 336, "width": 336}'
+        raise _wrong(config, key, forms + (' or {"shortest_edge": 336}' if key == "size" else ""))
+    return pair[0], pair[1]
+
+
+def _is_side(length: object) -> bool:
+    return type(length) is int and length in limits.PIXELS
+
+
+def _resample(config: ConfigReader) -> str:
+    number = config.int("resample", 3, within=limits.TOKEN)
+    if number not in _RESAMPLE:
+        raise UnsupportedModelError(
+            f"The image processor of {config.file} resizes by an unknown filter.",
+            found=f"resample: {number}",
+            expected=", ".join(f"{known} ({name})" for known, name in _RESAMPLE.items()),
+            fix="check the file against the published one",
+        )
+    return _RESAMPLE[number]
 
 
 def _triple(
     config: ConfigReader, key: str, default: tuple[float, float, float]
 ) -> tuple[float, float, float]:
+    """A number for each channel, or one for all."""
     value = config.get(key)
     if value is None:
         return default
-    numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
-    if not isinstance(value, list) or not numbers or len(value) != 3:
-        raise CheckpointError(
-            f"{config.file} has a wrong {key}.",
-            found=repr(value)[:80],
-            expected="three numbers",
-            fix="check the file against the published one",
-        )
-    first, second, third = (float(item) for item in value)
-    return first, second, third
+    items = value if isinstance(value, list) else [value] * 3
+    numbers = [float(item) for item in items if type(item) is int or type(item) is float]
+    least = math.ulp(0.0) if key == "image_std" else -_LARGEST  # it is divided by
+    if len(items) != 3 or len(numbers) != 3 or not all(least <= n < _LARGEST for n in numbers):
+        raise _wrong(config, key, "three numbers (of image_std: above 0)")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _wrong(config: ConfigReader, key: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{config.file} has a wrong {key}.",
+        found=repr(config.get(key))[:80],
+        expected=expected,
+        fix="check the file against the published one",
+    )
+
+
+def _no_fit(config: ConfigReader, found: str, image_size: int) -> CheckpointError:
+    return CheckpointError(
+        f"The image processor of {config.file} does not fit the vision tower.",
+        found=found,
+        expected=f"images of {image_size} x {image_size}, the tower's image_size",
+        fix="check that the file belongs to this checkpoint",
+    )

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from vlmforge.errors import UnsupportedModelError
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.blocks.layers import ACTIVATIONS
 from vlmforge_builder.blocks.vision import VisionConfig
-from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_builder.checkpoint import limits
+from vlmforge_builder.checkpoint.config import ConfigReader, read_config
+from vlmforge_builder.checkpoint.keys import KeyTable, check_keys
 from vlmforge_builder.weights import Stacked, Stored, Transposed, Weight
+from vlmforge_recipes.config_keys import TOWER
+
+# What a checkpoint of the whole published model stores beside its tower.
+WHOLE_MODEL = (
+    r"text_model\..*",
+    r"text_projection\.weight",
+    r"visual_projection\.weight",
+    "logit_scale",
+)
 
 
 def read_tower_config(
@@ -21,9 +36,10 @@ def read_tower_config(
         keep_class_token: Whether the class token's feature is used too.
 
     Raises:
+        CheckpointError: a number out of its range, or sizes that do not fit each other.
         UnsupportedModelError: another activation, or a feature layer that does not exist.
     """
-    total = vision.int("num_hidden_layers", 12)
+    total = tower_layers(vision)
     layers = feature_layer if feature_layer >= 0 else total + 1 + feature_layer
     act = vision.str("hidden_act", "quick_gelu")
     if act not in ACTIVATIONS:
@@ -31,17 +47,80 @@ def read_tower_config(
     if not 0 <= layers <= total:
         expected = f"an index into {total + 1} hidden states"
         raise _unsupported(vision, f"feature layer {feature_layer}", expected)
-    return VisionConfig(
-        image_size=vision.int("image_size", 224),
-        patch_size=vision.int("patch_size", 32),
-        hidden_size=vision.int("hidden_size", 768),
-        intermediate_size=vision.int("intermediate_size", 3072),
+    config = VisionConfig(
+        image_size=vision.int("image_size", 224, within=limits.PIXELS),
+        patch_size=vision.int("patch_size", 32, within=limits.PATCH),
+        hidden_size=vision.int("hidden_size", 768, within=limits.WIDTH),
+        intermediate_size=vision.int("intermediate_size", 3072, within=limits.WIDTH),
         layers=layers,
-        heads=vision.int("num_attention_heads", 12),
-        norm_eps=vision.float("layer_norm_eps", 1e-5),
+        heads=vision.int("num_attention_heads", 12, within=limits.HEADS),
+        norm_eps=vision.float("layer_norm_eps", 1e-5, within=limits.EPSILON),
         activation=act,
         keep_class_token=keep_class_token,
     )
+    check_tower(vision, config)
+    return config
+
+
+def tower_layers(vision: ConfigReader) -> int:
+    """Layers of the tower, those that do not run included."""
+    return vision.int("num_hidden_layers", 12, within=limits.LAYERS)
+
+
+def check_tower(vision: ConfigReader, config: VisionConfig) -> None:
+    """Refuse sizes that do not fit each other (CheckpointError)."""
+    found, expected = "", ""
+    if config.hidden_size % config.heads:
+        found = f"a width of {config.hidden_size} in {config.heads} heads"
+        expected = "heads of one width, side by side"
+    elif config.patches < 1:
+        found = f"image_size {config.image_size}, patch_size {config.patch_size}"
+        expected = "at least one patch in an image"
+    if found:
+        raise CheckpointError(
+            f"The vision tower of {vision.file} does not fit itself.",
+            found=found,
+            expected=expected,
+            fix=f"check {vision.file.name} against the published one",
+        )
+
+
+def tower_section(folder: Path) -> ConfigReader:
+    """The tower's own part of the config.json in its folder."""
+    whole = read_config(folder / "config.json")
+    return whole.section("vision_config") if whole.has("vision_config") else whole
+
+
+def read_tower_folder(
+    folder: Path,
+    tables: Iterable[KeyTable],
+    config: ConfigReader,
+    *,
+    feature_layer: int,
+    keep_class_token: bool,
+) -> VisionConfig:
+    """As `read_tower_config`, of a tower in a folder of its own, its keys checked.
+
+    `config` is that of the checkpoint, whose projector is made for features of `mm_hidden_size`.
+
+    Raises:
+        CheckpointError: a key that is unknown or refused, or features of another size.
+    """
+    reader = read_config(folder / "config.json", ignored=config.ignored)
+    check_keys(reader, tables, TOWER)
+    tower = read_tower_config(
+        tower_section(folder),
+        feature_layer=feature_layer,
+        keep_class_token=keep_class_token,
+    )
+    if config.int("mm_hidden_size", tower.hidden_size) != tower.hidden_size:
+        raise CheckpointError(
+            f"{config.file} does not fit the vision tower.",
+            found=f"mm_hidden_size {config.int('mm_hidden_size')}",
+            expected=f"{tower.hidden_size}, the hidden_size of {reader.file}",
+            fix="check that mm_vision_tower is the tower of this checkpoint",
+        )
+    return tower
 
 
 def _unsupported(vision: ConfigReader, found: str, expected: str) -> UnsupportedModelError:
@@ -66,6 +145,18 @@ def tower_weights(config: VisionConfig, *, ours: str, prefix: str) -> dict[str, 
     for i in range(config.layers):
         weights |= _layer_weights(config, f"{ours}layers.{i}.", f"{prefix}encoder.layers.{i}.")
     return weights
+
+
+def unused_in_tower(vision: ConfigReader, config: VisionConfig, *, prefix: str) -> tuple[str, ...]:
+    """Patterns of the names of stored tensors that a tower of this depth does not read.
+
+    They are of the layers behind the feature layer and of what is behind the layers; of layers that
+    the configuration does not tell of there must be none.
+    """
+    start = re.escape(prefix)
+    behind = "|".join(str(i) for i in range(config.layers, tower_layers(vision)))
+    layers = (rf"{start}encoder\.layers\.({behind})\..*",) if behind else ()
+    return (rf"{start}post_layernorm\.(weight|bias)", *layers)
 
 
 def norm(ours: str, theirs: str) -> dict[str, Weight]:

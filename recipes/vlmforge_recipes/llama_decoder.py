@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vlmforge.errors import UnsupportedModelError
+from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.blocks.decoder import DecoderConfig, rotary_tables
 from vlmforge_builder.blocks.layers import ACTIVATIONS
+from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.recipe import PartSpec
 from vlmforge_builder.weights import Computed, Stored, Transposed, Weight
@@ -38,6 +39,10 @@ TEXT_DEFAULTS: Mapping[str, TextDefaults] = {
 }
 
 
+# In the order in which transformers takes one of them.
+_ROPE = ("rope_scaling", "rope_parameters")
+
+
 def read_decoder_config(
     text: ConfigReader, *, session_len: int | None, kind: str = "llama"
 ) -> DecoderConfig:
@@ -49,12 +54,13 @@ def read_decoder_config(
         kind: A key of `TEXT_DEFAULTS`.
 
     Raises:
-        UnsupportedModelError: scaled rotary positions, biases, another activation, or a sequence
-            that is longer than the attention's sliding window.
+        CheckpointError: a number out of its range, or sizes that do not divide.
+        UnsupportedModelError: scaled rotary positions, another activation, or a sequence that is
+            longer than the attention's sliding window.
     """
     defaults = TEXT_DEFAULTS[kind]
-    heads = text.int("num_attention_heads", 32)
-    hidden = text.int("hidden_size", 4096)
+    heads = text.int("num_attention_heads", 32, within=limits.HEADS)
+    hidden = text.int("hidden_size", 4096, within=limits.WIDTH)
     _refuse_variants(text)
     max_positions = session_len or trained_length(text, kind=kind)
     window = _sliding_window(text, defaults)
@@ -62,14 +68,16 @@ def read_decoder_config(
         found = f"sliding_window {window} and a session_len of {max_positions}"
         raise _unsupported(text, found, f"a session_len of at most {window}")
     return DecoderConfig(
-        vocab_size=text.int("vocab_size", 32000),
+        vocab_size=text.int("vocab_size", 32000, within=limits.VOCABULARY),
         hidden_size=hidden,
-        intermediate_size=text.int("intermediate_size", defaults.intermediate_size),
-        layers=text.int("num_hidden_layers", 32),
+        intermediate_size=text.int(
+            "intermediate_size", defaults.intermediate_size, within=limits.WIDTH
+        ),
+        layers=text.int("num_hidden_layers", 32, within=limits.LAYERS),
         heads=heads,
-        kv_heads=_kv_heads(text, defaults) or heads,
-        head_dim=text.opt_int("head_dim") or hidden // heads,
-        norm_eps=text.float("rms_norm_eps", 1e-6),
+        kv_heads=_kv_heads(text, defaults, heads),
+        head_dim=_head_dim(text, hidden, heads),
+        norm_eps=text.float("rms_norm_eps", 1e-6, within=limits.EPSILON),
         rope_theta=_rope_theta(text),
         activation=text.str("hidden_act", "silu"),
         max_positions=max_positions,
@@ -79,41 +87,63 @@ def read_decoder_config(
 def trained_length(text: ConfigReader, *, kind: str = "llama") -> int:
     """Tokens of the longest sequence that the model was trained for, and can attend to."""
     defaults = TEXT_DEFAULTS[kind]
-    length = text.int("max_position_embeddings", defaults.max_positions)
+    length = text.int("max_position_embeddings", defaults.max_positions, within=limits.POSITIONS)
     return min(length, _sliding_window(text, defaults) or length)
 
 
-def _kv_heads(text: ConfigReader, defaults: TextDefaults) -> int | None:
+def _kv_heads(text: ConfigReader, defaults: TextDefaults, heads: int) -> int:
     # A null means as many as heads, an absent key the default.
-    if "num_key_value_heads" in text.values:
-        return text.opt_int("num_key_value_heads")
-    return defaults.kv_heads
+    key, found = "num_key_value_heads", defaults.kv_heads
+    if key in text.values:
+        found = text.opt_int(key, within=limits.HEADS)
+    kv_heads = heads if found is None else found
+    if heads % kv_heads:
+        raise _unfit(text, f"{key} {kv_heads}", f"a divisor of num_attention_heads {heads}")
+    return kv_heads
+
+
+def _head_dim(text: ConfigReader, hidden: int, heads: int) -> int:
+    named = text.opt_int("head_dim", within=limits.HEAD_DIM)
+    if named is not None:
+        return named
+    if hidden % heads or hidden // heads not in limits.HEAD_DIM:
+        found = f"hidden_size {hidden} and num_attention_heads {heads}"
+        raise _unfit(text, found, "heads of one even width, side by side in hidden_size")
+    return hidden // heads
+
+
+def _unfit(text: ConfigReader, found: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{text.file} does not fit itself.",
+        found=found,
+        expected=expected,
+        fix=f"check {text.file.name} against the published one",
+    )
 
 
 def _sliding_window(text: ConfigReader, defaults: TextDefaults) -> int | None:
     if defaults.sliding_window is None or "sliding_window" not in text.values:
         return defaults.sliding_window
-    return text.opt_int("sliding_window")
+    return text.opt_int("sliding_window", within=limits.UNBOUNDED)
 
 
 def _rope_theta(text: ConfigReader) -> float:
     # transformers 5 writes {"rope_theta": ..., "rope_type": ...}; before it was a plain key.
-    if text.has("rope_parameters") and text.get("rope_parameters") is not None:
-        return text.section("rope_parameters").float("rope_theta", 10000.0)
-    return text.float("rope_theta", 10000.0)
+    plain = text.float("rope_theta", 10000.0, within=limits.ROTARY_BASE)
+    for key in _ROPE:
+        if text.get(key):
+            return text.section(key).float("rope_theta", plain, within=limits.ROTARY_BASE)
+    return plain
 
 
 def _refuse_variants(text: ConfigReader) -> None:
-    for key in ("rope_scaling", "rope_parameters"):
+    for key in _ROPE:
         if text.get(key) is None:
             continue
         scaling = text.section(key)
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         if kind != "default":
             raise _unsupported(text, f"{key} of type {kind!r}", "plain rotary positions")
-    for key in ("attention_bias", "mlp_bias"):
-        if text.bool(key, default=False):
-            raise _unsupported(text, f"{key} true", "projections without bias")
     act = text.str("hidden_act", "silu")
     if act not in ACTIVATIONS:
         raise _unsupported(text, f"hidden_act {act!r}", "one of: " + ", ".join(sorted(ACTIVATIONS)))

@@ -5,9 +5,9 @@ A vision tower, a projector and a decoder become parts and policies.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError
@@ -52,10 +52,6 @@ class Names:
     projector_norms: tuple[str, ...] = ()
     newline: str | None = None
 
-    def tied(self) -> Names:
-        """The output projection is the embedding."""
-        return dataclasses.replace(self, head=f"{self.text}embed_tokens.weight")
-
 
 @dataclass(frozen=True, slots=True)
 class Prompting:
@@ -78,16 +74,14 @@ def assemble(
     options: RecipeOptions,
     *,
     extra_files: tuple[Path, ...],
+    unused: tuple[str, ...],
 ) -> ModelSpec:
-    """Put parts and policies together; `extra_files` are inputs outside the checkpoint's folder."""
+    """Put parts and policies together; `extra_files` are inputs outside the checkpoint's folder.
+
+    `unused`: see `ModelSpec`.
+    """
     decoder, tower = geometry.decoder, geometry.tower
-    if tokenizer.vocab_size > decoder.vocab_size:
-        raise CheckpointError(
-            "The tokenizer has more tokens than the decoder.",
-            found=f"{tokenizer.vocab_size} tokens, vocab_size {decoder.vocab_size}",
-            expected="at most vocab_size tokens",
-            fix="check that the tokenizer files belong to this checkpoint",
-        )
+    _check_tokens(decoder, tokenizer)
     return ModelSpec(
         architecture=geometry.architecture,
         parts=(
@@ -126,14 +120,33 @@ def assemble(
         trained_len=geometry.trained_len,
         source_files=extra_files,
         positions=ABSOLUTE,
+        unused=unused,
     )
+
+
+def _check_tokens(decoder: DecoderConfig, tokenizer: ConvertedTokenizer) -> None:
+    if tokenizer.vocab_size > decoder.vocab_size:
+        raise CheckpointError(
+            "The tokenizer has more tokens than the decoder.",
+            found=f"{tokenizer.vocab_size} tokens, vocab_size {decoder.vocab_size}",
+            expected="at most vocab_size tokens",
+            fix="check that the tokenizer files belong to this checkpoint",
+        )
+    if any(token >= decoder.vocab_size for token in tokenizer.eos_ids):
+        raise CheckpointError(
+            "A token that should end answers is none of the decoder's.",
+            found=f"eos_token_id {list(tokenizer.eos_ids)}, vocab_size {decoder.vocab_size}",
+            expected="ids below vocab_size",
+            fix="check generation_config.json and config.json against the published ones",
+        )
 
 
 def _vision_part(geometry: Geometry, names: Names) -> PartSpec:
     tower, width = geometry.tower, geometry.decoder.hidden_size
     return PartSpec(
         name="vision",
-        module=lambda: VisionEncoder(
+        module=partial(
+            VisionEncoder,
             tower,
             outputs=width,
             projector_act=geometry.projector_act,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError
+from vlmforge_builder.checkpoint.altered import refuse_altered
 from vlmforge_builder.recipe import RecipeOptions
 
 
@@ -16,8 +17,14 @@ def find_tower(checkpoint: Path, named: str, options: RecipeOptions) -> Path:
     checkpoint was trained is looked for inside by its last two folders.
 
     Raises:
-        CheckpointError: it is nowhere; lists the places.
+        CheckpointError: it is nowhere, and lists the places; or its weights are quantised.
     """
+    folder = _find(checkpoint, named, options)
+    refuse_altered(folder)
+    return folder
+
+
+def _find(checkpoint: Path, named: str, options: RecipeOptions) -> Path:
     if options.vision_tower is not None:
         return options.fetch(options.vision_tower)
     bases = (checkpoint, checkpoint.parent, checkpoint.parent.parent, Path.cwd())

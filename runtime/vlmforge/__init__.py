@@ -14,16 +14,28 @@ if TYPE_CHECKING:
     from vlmforge.api import pipeline
     from vlmforge.boxes import Box
     from vlmforge.config import (
-        ChatTemplateConfig,
         EngineConfig,
         TurbomindEngineConfig,
         VisionConfig,
         VisonConfig,
     )
+    from vlmforge.errors import (
+        BuildError,
+        CancelledError,
+        CheckpointError,
+        ConfigError,
+        ContextLengthError,
+        EngineError,
+        ImageError,
+        PromptError,
+        VlmforgeError,
+    )
     from vlmforge.generation import GenerationConfig
     from vlmforge.pipe import Pipeline
+    from vlmforge.pytorch_config import PytorchEngineConfig
     from vlmforge.response import Response
     from vlmforge.session import Session
+    from vlmforge.template_config import ChatTemplateConfig
 
 __all__ = [
     "pipeline",
@@ -31,12 +43,22 @@ __all__ = [
     "GenerationConfig",
     "EngineConfig",
     "TurbomindEngineConfig",
+    "PytorchEngineConfig",
     "VisionConfig",
     "VisonConfig",
     "ChatTemplateConfig",
     "Response",
     "Box",
     "Session",
+    "VlmforgeError",
+    "ConfigError",
+    "PromptError",
+    "ContextLengthError",
+    "ImageError",
+    "CheckpointError",
+    "EngineError",
+    "BuildError",
+    "CancelledError",
     "__version__",
 ]
 
@@ -46,12 +68,22 @@ _MODULES = {
     "GenerationConfig": "generation",
     "EngineConfig": "config",
     "TurbomindEngineConfig": "config",
+    "PytorchEngineConfig": "pytorch_config",
     "VisionConfig": "config",
     "VisonConfig": "config",
-    "ChatTemplateConfig": "config",
+    "ChatTemplateConfig": "template_config",
     "Response": "response",
     "Box": "boxes",
     "Session": "session",
+    "VlmforgeError": "errors",
+    "ConfigError": "errors",
+    "PromptError": "errors",
+    "ContextLengthError": "errors",
+    "ImageError": "errors",
+    "CheckpointError": "errors",
+    "EngineError": "errors",
+    "BuildError": "errors",
+    "CancelledError": "errors",
 }
 
 

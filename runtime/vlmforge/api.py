@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -12,23 +11,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlmforge.backends import LoadOptions
+from vlmforge import env
+from vlmforge.arguments import path_text
 from vlmforge.build_cache import engine_for
-from vlmforge.bundle import Bundle, open_bundle
-from vlmforge.config import ChatTemplateConfig, EngineConfig, VisionConfig
+from vlmforge.bundle import open_bundle
+from vlmforge.config import MAX_CHUNK, EngineConfig, VisionConfig
 from vlmforge.engine import Engine, load_engine
-from vlmforge.errors import BackendUnavailableError, ConfigError
+from vlmforge.errors import ConfigError
 from vlmforge.features import FeatureCache
+from vlmforge.field_rules import Instance, OrNone, check_value, shown
+from vlmforge.limits import available_memory
 from vlmforge.manifest import Manifest
+from vlmforge.memory import load_options
 from vlmforge.pipe import Pipeline
 from vlmforge.prompt.choice import choose_template
 from vlmforge.scheduler.loop import Loop
+from vlmforge.template_config import ChatTemplateConfig
 
 logger = logging.getLogger("vlmforge")
 
 _FEATURE_CACHE_BYTES = 128 << 20
-# Weights are packed (copied) only when they leave this share of the free memory to the cache.
-_PACK_SHARE = 0.7
 
 
 def pipeline(
@@ -49,7 +51,9 @@ def pipeline(
         vision_config: Views in one run of the vision part, what is behind transparent images,
             and which images may be read.
         log_level: Level of the logger "vlmforge".
-        **kwargs: Fields of `EngineConfig` or `ChatTemplateConfig`, as older programs pass them.
+        **kwargs: Fields of `EngineConfig` or `ChatTemplateConfig`, as older programs pass them;
+            `model_name` chooses the template if no `chat_template_config` does. Others are refused
+            but for `trust_remote_code`, which may be anything: no code of a checkpoint is run.
 
     Raises:
         EngineError: the engine cannot be used here.
@@ -57,16 +61,25 @@ def pipeline(
         ConfigError: a configuration is out of range or asks for what the engine does not have.
     """
     _set_level(log_level)
+    path = path_text(model_path)
+    _check_kinds(backend_config, chat_template_config, vision_config)
     config, template_config = _apply(kwargs, backend_config or EngineConfig(), chat_template_config)
     config.validate()
+    if template_config is not None:
+        template_config.validate()
     vision = vision_config or VisionConfig()
     vision.validate()
-    folder = engine_for(str(model_path), _build_options(config))
+    folder = engine_for(path, _build_options(config))
     with _patience(f"vlmforge: checking and loading {folder} ..."):
-        engine = _load(folder, config, template_config)
+        engine = _load(folder, config, template_config, finished=folder == env.expanded(path))
     if vision.background is not None:
         engine = engine.on_background(vision.background)
     engine = dataclasses.replace(engine, limits=vision.image_limits())
+    return serve(engine, config, vision)
+
+
+def serve(engine: Engine, config: EngineConfig, vision: VisionConfig) -> Pipeline:
+    """A pipeline for an engine that is loaded already."""
     manifest = engine.manifest
     image_bytes = manifest.decode.tokens_per_image * manifest.decode.hidden_size * 4
     features = FeatureCache(
@@ -77,17 +90,31 @@ def pipeline(
     loop = Loop(
         engine,
         features,
-        chunk=min(config.max_prefill_token_num, 512),
+        chunk=_chunk(config.max_prefill_token_num),
         reuse_prefixes=config.enable_prefix_caching,
     )
     return Pipeline(engine, loop)
 
 
-def _load(folder: Path, config: EngineConfig, template: ChatTemplateConfig | None) -> Engine:
+def _check_kinds(engine: object, template: object, vision: object) -> None:
+    for name, given, kind, words in (
+        ("backend_config", engine, EngineConfig, "an EngineConfig"),
+        ("chat_template_config", template, ChatTemplateConfig, "a ChatTemplateConfig"),
+        ("vision_config", vision, VisionConfig, "a VisionConfig"),
+    ):
+        check_value(f"pipeline(): {name}", name, given, OrNone(Instance(kind, words)))
+
+
+def _load(
+    folder: Path, config: EngineConfig, template: ChatTemplateConfig | None, *, finished: bool
+) -> Engine:
+    """`finished`: it was not built for this call."""
     bundle = open_bundle(folder)
     manifest = bundle.manifest
+    if finished:
+        _check_finished(config, manifest)
     _check_parallel(config, manifest)
-    options = _load_options(bundle, config)
+    options = load_options(bundle, config, _available_memory())
     frozen = bundle.text(manifest.prompt.template_file)
     return load_engine(bundle, choose_template(manifest.prompt, frozen, template), options)
 
@@ -104,11 +131,22 @@ def _patience(text: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _set_level(level: str) -> None:
-    if level not in logging.getLevelNamesMapping():
+def _chunk(asked: int) -> int:
+    if asked > MAX_CHUNK:
+        logger.warning(
+            "max_prefill_token_num=%s: %d tokens are run at once, to keep memory in bounds; "
+            "answers do not depend on it",
+            shown(asked),
+            MAX_CHUNK,
+        )
+    return min(int(asked), MAX_CHUNK)
+
+
+def _set_level(level: object) -> None:
+    if not isinstance(level, str) or level not in logging.getLevelNamesMapping():
         raise ConfigError(
             "log_level is not known.",
-            found=repr(level),
+            found=f"log_level={shown(level)}",
             expected=", ".join(logging.getLevelNamesMapping()),
             fix="log_level='WARNING'",
         )
@@ -124,7 +162,8 @@ def _apply(
     value: Any
     for name, value in kwargs.items():
         if name == "model_name":
-            template = ChatTemplateConfig(str(value)) if template is None else template
+            if template is None and value is not None:
+                template = ChatTemplateConfig(value)
         elif name in engine_fields:
             config = dataclasses.replace(config, **{name: value})
         elif name in template_fields and template is not None:
@@ -133,7 +172,7 @@ def _apply(
             # Nothing is ever executed from a checkpoint, so that one may say what it likes.
             raise ConfigError(
                 f"pipeline() has no argument {name!r}.",
-                found=f"{name}={value!r}",
+                found=f"{name}={shown(value)}",
                 expected="backend_config, chat_template_config, vision_config, log_level, or a "
                 "field of EngineConfig",
                 fix="remove it",
@@ -152,6 +191,24 @@ def _build_options(config: EngineConfig) -> dict[str, str]:
     return {name: str(value) for name, value in options.items() if value is not None}
 
 
+def _check_finished(config: EngineConfig, manifest: Manifest) -> None:
+    """ConfigError for what a finished engine was built otherwise than."""
+    if config.dtype not in ("auto", manifest.dtype):
+        raise ConfigError(
+            "The engine's weights are stored in another dtype than was asked for.",
+            found=f"dtype={config.dtype!r}",
+            expected=f"'auto' or {manifest.dtype!r}, which the engine is",
+            fix=f"leave dtype out, or build-engine CHECKPOINT -o ENGINE --dtype {config.dtype}",
+        )
+    if config.revision is not None:
+        raise ConfigError(
+            "A finished engine has no revisions.",
+            found=f"revision={shown(config.revision)}",
+            expected=f"none: the engine was built of {manifest.provenance.source}",
+            fix="leave revision out, or build-engine HUB_ID -o ENGINE --revision REVISION",
+        )
+
+
 def _check_parallel(config: EngineConfig, manifest: Manifest) -> None:
     if config.tp != manifest.parallel.tp:
         raise ConfigError(
@@ -162,48 +219,6 @@ def _check_parallel(config: EngineConfig, manifest: Manifest) -> None:
         )
 
 
-def _load_options(bundle: Bundle, config: EngineConfig) -> LoadOptions:
-    """Slots and window that fit the memory; exact arithmetic, so that nothing dies of it later."""
-    manifest = bundle.manifest
-    capacity = config.session_len or manifest.decode.session_len
-    if capacity > manifest.decode.session_len:
-        raise ConfigError(
-            "session_len is larger than the engine's window.",
-            found=f"session_len={capacity}",
-            expected=f"at most {manifest.decode.session_len}",
-            fix=f"build-engine {manifest.provenance.source} -o {bundle.folder} "
-            f"--session-len {capacity} --force",
-        )
-    weights = sum(part.loaded_bytes for part in manifest.parts)
-    free = _available_memory()
-    pack = weights <= _PACK_SHARE * free
-    if not pack:
-        logger.warning(
-            "the weights take %.1f GB of %.1f GB of free memory: they are mapped from the file "
-            "instead of packed, which is slower for batches",
-            weights / 1e9,
-            free / 1e9,
-        )
-    wanted = config.max_batch_size or manifest.decode.max_batch_size
-    budget = config.cache_max_entry_count * max(free - weights, 0.1 * free)
-    fitting = int(budget // (capacity * manifest.kv.bytes_per_token))
-    if fitting < 1:
-        raise BackendUnavailableError(
-            "The key/value cache of one sequence does not fit the memory.",
-            found=f"{budget / 1e9:.2f} GB for the cache",
-            expected=f"{capacity * manifest.kv.bytes_per_token / 1e9:.2f} GB for {capacity} tokens",
-            fix="EngineConfig(session_len=...) with a smaller window, or free memory",
-        )
-    if fitting < wanted:
-        logger.warning("memory for %d of %d sequences at once; others wait", fitting, wanted)
-    return LoadOptions(min(wanted, fitting), capacity, config.threads, pack)
-
-
 def _available_memory() -> float:
-    """Bytes that can be used without swapping; the disk's size stands in where nobody says."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return float(shutil.disk_usage("/").total)
-    rows = dict(line.split(":", 1) for line in lines)
-    return float(rows["MemAvailable"].split()[0]) * 1024
+    """Bytes that this process may still take, whoever limits it."""
+    return float(available_memory().bytes)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmforge import env
-from vlmforge.errors import EngineFormatError, EngineIntegrityError
+from vlmforge.errors import ConfigError, EngineFormatError, EngineIntegrityError
 from vlmforge.manifest import FileEntry, Manifest, load_manifest
+from vlmforge.regular_file import read_regular, regular_size
+
+_MOST_TEXT = 1 << 28
+_AGAIN = "copy the engine again, or rebuild it: build-engine CHECKPOINT -o ENGINE --force"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +26,17 @@ class Bundle:
     manifest: Manifest
 
     def text(self, name: str) -> str:
-        """The text of a file of the engine."""
-        return (self.folder / name).read_text("utf-8")
+        """The text of a file of the engine (EngineIntegrityError: it has none)."""
+        path = self.folder / name
+        try:
+            return read_regular(path, _MOST_TEXT).decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise EngineIntegrityError(
+                f"{path} cannot be read.",
+                found=getattr(error, "strerror", None) or str(error),
+                expected="a text file that build-engine wrote",
+                fix=_AGAIN,
+            ) from None
 
 
 def open_bundle(folder: Path) -> Bundle:
@@ -37,8 +52,7 @@ def open_bundle(folder: Path) -> Bundle:
     """
     bundle = Bundle(folder, load_manifest(folder))
     _check_listed(bundle.manifest)
-    for entry in bundle.manifest.files:
-        _check_size(folder, entry)
+    check_sizes(bundle)
     stamp = _stamp_path(bundle)
     if stamp is not None and _is_remembered(stamp):
         return bundle
@@ -48,14 +62,31 @@ def open_bundle(folder: Path) -> Bundle:
     return bundle
 
 
+def check_sizes(bundle: Bundle, only: Collection[str] | None = None) -> None:
+    """Compare the size of every file, or of those named, with the manifest; costs next to nothing.
+
+    Raises:
+        EngineIntegrityError: a file is missing, no regular file, or of another size; names it.
+    """
+    for entry in bundle.manifest.files:
+        if only is not None and entry.path not in only:
+            continue
+        path = bundle.folder / entry.path
+        try:
+            size = regular_size(path)
+        except OSError as error:
+            raise _altered(path, str(error.strerror), entry) from None
+        if size != entry.size:
+            raise _altered(path, f"{size} bytes", entry)
+
+
 def check_hashes(bundle: Bundle) -> None:
-    """Compare the sha256 of every file with the manifest (EngineIntegrityError otherwise)."""
+    """Compare the size and sha256 of every file with the manifest (EngineIntegrityError)."""
+    check_sizes(bundle)
+    files = bundle.manifest.files
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for entry, found in zip(
-            bundle.manifest.files,
-            pool.map(lambda e: _sha256(bundle.folder / e.path), bundle.manifest.files),
-            strict=True,
-        ):
+        hashes = pool.map(lambda entry: _sha256(bundle.folder / entry.path, entry), files)
+        for entry, found in zip(files, hashes, strict=True):
             if found != entry.sha256:
                 raise _altered(bundle.folder / entry.path, f"sha256 {found}", entry)
 
@@ -74,52 +105,36 @@ def _check_listed(manifest: Manifest) -> None:
         )
 
 
-def _check_size(folder: Path, entry: FileEntry) -> None:
-    path = _inside(folder, entry.path)
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise _altered(path, str(error.strerror), entry) from None
-    if size != entry.size:
-        raise _altered(path, f"{size} bytes", entry)
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The path of a file of the manifest, which may not lead out of the engine."""
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise EngineFormatError(
-            "The manifest names a file outside the engine.",
-            found=repr(name),
-            expected="paths relative to the engine directory",
-            fix="do not use this engine; rebuild it with build-engine",
-        )
-    return folder / path
-
-
 def _altered(path: Path, found: str, entry: FileEntry) -> EngineIntegrityError:
     return EngineIntegrityError(
         f"{path} is not the file that was built.",
         found=found,
         expected=f"{entry.size} bytes, sha256 {entry.sha256}",
-        fix="copy the engine again, or rebuild it: build-engine CHECKPOINT -o ENGINE --force",
+        fix=_AGAIN,
     )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path, entry: FileEntry) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _altered(path, str(error.strerror), entry) from None
 
 
 def _stamp_path(bundle: Bundle) -> Path | None:
     """Where the success of a check is remembered; None without a usable cache directory."""
-    digest = hashlib.sha256(str(bundle.folder.resolve()).encode())
+    digest = hashlib.sha256(os.fsencode(bundle.folder.resolve()))
     for entry in bundle.manifest.files:
-        stat = (bundle.folder / entry.path).stat()
+        path = bundle.folder / entry.path
+        try:
+            stat = path.stat()
+        except OSError as error:  # it was there a moment ago
+            raise _altered(path, str(error.strerror), entry) from None
         digest.update(f"{entry}{stat.st_ino}{stat.st_mtime_ns}{stat.st_ctime_ns}".encode())
     try:
         return env.cache_dir() / "verified" / digest.hexdigest()
-    except RuntimeError:  # no home directory
+    except ConfigError:  # no home directory
         return None
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlmforge.arguments import check_call
 from vlmforge.errors import ConfigError, as_ours
+from vlmforge.field_rules import shown
 from vlmforge.generation import GenerationConfig
 from vlmforge.response import Response
 
@@ -45,16 +47,21 @@ def one_for_each(given: GenConfigs, count: int) -> list[GenerationConfig]:
     """A config for each of `count` prompts (ConfigError when that many were not given)."""
     if given is None or isinstance(given, GenerationConfig):
         given = [given] * count
-    if not isinstance(given, Sequence) or len(given) != count:
-        raise ConfigError(
-            "gen_config does not fit the prompts.",
-            found=f"{type(given).__name__} of {len(given)}"
-            if isinstance(given, Sequence)
-            else type(given).__name__,
-            expected=f"a GenerationConfig, or a list of {count} of them",
-            fix="give one for all, or one for each prompt",
-        )
+    if not isinstance(given, list | tuple) or len(given) != count:
+        raise _misfit(f"gen_config={shown(given)}", count)
+    for config in given:
+        if not isinstance(config, GenerationConfig | None):
+            raise _misfit(f"{shown(config)} in the list gen_config", count)
     return [config if config is not None else GenerationConfig() for config in given]
+
+
+def _misfit(found: str, count: int) -> ConfigError:
+    return ConfigError(
+        "gen_config does not fit the prompts.",
+        found=found,
+        expected=f"a GenerationConfig, or a list of {count} of them",
+        fix="give one for all, or one for each prompt",
+    )
 
 
 def refuse_adapter(name: str | None) -> None:
@@ -62,9 +69,21 @@ def refuse_adapter(name: str | None) -> None:
     if name is not None:
         raise ConfigError(
             "Adapters are not supported.",
-            found=f"adapter_name={name!r}",
+            found=f"adapter_name={shown(name)}",
             expected="None",
             fix="merge the adapter into the checkpoint and build an engine of that",
+        )
+
+
+def refuse_state(sequence_start: bool, sequence_end: bool, step: int) -> None:
+    """ConfigError for a sequence that is to go on after the call, or has begun before it."""
+    check_call("generate", sequence_start=sequence_start, sequence_end=sequence_end, step=step)
+    if not (sequence_start and sequence_end and step == 0):
+        raise ConfigError(
+            "generate() keeps no state between calls.",
+            found=f"sequence_start={sequence_start}, sequence_end={sequence_end}, step={step}",
+            expected="sequence_start=True, sequence_end=True, step=0",
+            fix="send the whole conversation as OpenAI messages, or use chat()",
         )
 
 

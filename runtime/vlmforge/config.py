@@ -1,4 +1,4 @@
-"""What a pipeline is made with: `EngineConfig`, `VisionConfig`, `ChatTemplateConfig`.
+"""What a pipeline is made with: `EngineConfig`, `VisionConfig`.
 
 The fields are those of LMDeploy v0.4.2 and of its present version. A field that this runtime
 cannot honour is refused when it is set, with what to do instead; none is ignored in silence.
@@ -7,14 +7,11 @@ cannot honour is refused when it is set, with what to do instead; none is ignore
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
-from vlmforge.errors import ConfigError
 from vlmforge.field_rules import (
     Choice,
     Flag,
@@ -31,8 +28,7 @@ from vlmforge.field_rules import (
 )
 from vlmforge.image_limits import DEFAULT_FORMATS, FORMATS, ImageLimits
 
-UNNAMED_TEMPLATE = "custom"
-"""`model_name` of a template whose JSON has none."""
+MAX_CHUNK = 512  # attention keeps a score for each of them, each head and each token before
 
 
 @dataclass(slots=True)
@@ -47,16 +43,19 @@ class EngineConfig:
         enable_prefix_caching: Reuse the cache of prompts that begin alike, images included. The
             answers are the same without; it only costs time.
         max_prefill_token_num: Tokens of a prompt that are run at once, between the others' steps.
-        dtype: Of the weights when a checkpoint is built; an engine has its own.
-        revision: Of a checkpoint on the hub.
-        threads: Of arithmetic; None: one for each physical core.
+            More than 512 is 512, with a warning: memory would grow with it, answers do not change.
+        dtype: Of the weights when a checkpoint is built. An engine has its own; another is refused.
+        revision: Of a checkpoint on the hub; refused for an engine.
+        threads: Of arithmetic; None: one for each physical core that this process may use. More
+            than processors is as many as those, with a warning.
         model_name: Accepted for older programs. The template is chosen by `ChatTemplateConfig`.
         cache_block_seq_len, cache_chunk_size: Accepted: the cache is not made of blocks, and its
             memory is touched only where tokens are.
         num_tokens_per_iter, max_prefill_iters: Accepted: `max_prefill_token_num` alone sets the
             rhythm of prefill.
-        async_, enable_metrics, cache_checkpoint_interval, cache_prompt_boundary_skip: Accepted:
-            they tune machinery that is not here; answers do not depend on them.
+        async_, enable_metrics, cache_checkpoint_interval, cache_prompt_boundary_skip,
+            moe_a2a_backend: Accepted: they tune machinery that is not here; answers do not depend
+            on them.
         tp, quant_policy, rope_scaling_factor, use_logn_attn and the others: Only their defaults;
             `REFUSALS` says why, and what to do.
 
@@ -79,7 +78,7 @@ class EngineConfig:
     use_logn_attn: bool = False
     download_dir: str | None = None
     revision: str | None = None
-    max_prefill_token_num: int = 8192
+    max_prefill_token_num: int = MAX_CHUNK
     num_tokens_per_iter: int = 0
     max_prefill_iters: int = 1
     dtype: str = "auto"
@@ -108,6 +107,8 @@ class EngineConfig:
     communicator: str = "nccl"
     hf_overrides: Mapping[str, object] | None = None
     enable_metrics: bool = True
+    gemm_input_dtype: str | None = None
+    moe_a2a_backend: str = "auto"
 
     def __post_init__(self) -> None:
         self.validate()
@@ -129,7 +130,7 @@ RULES: Mapping[str, Rule] = {
     "cache_block_seq_len": Int(1),
     "cache_chunk_size": Int(-1),
     "enable_prefix_caching": Flag(),
-    "revision": OrNone(Text(empty=False)),
+    "revision": OrNone(Text(empty=False, argument=True)),
     "max_prefill_token_num": Int(1),
     "num_tokens_per_iter": Int(0),
     "max_prefill_iters": Int(1),
@@ -139,10 +140,11 @@ RULES: Mapping[str, Rule] = {
     "cache_prompt_boundary_skip": Int(0),
     "async_": Int(0, 1),
     "enable_metrics": Flag(),
+    "moe_a2a_backend": Text(),
 }
 
-_ONE_PROCESS = "an engine runs in one process on one machine"
-_START_MORE = "start one pipeline for each machine or device and share the prompts among them"
+ONE_PROCESS = "an engine runs in one process on one machine"
+START_MORE = "start one pipeline for each machine or device and share the prompts among them"
 _NOT_SHARDED = Refusal(
     (1,),
     "tensor parallelism needs a shard of the weights for each rank, and this runtime has engines "
@@ -152,25 +154,25 @@ _NOT_SHARDED = Refusal(
 _REBUILD = "change config.json of the checkpoint and build the engine again: build-engine"
 _CACHE_MODES = "the cache has no such modes"
 _CACHE_SWITCH = "use enable_prefix_caching=True or False"
-_ONE_RANK = dataclasses.replace(_NOT_SHARDED, neutral=(None, 1))
-_ONE_REPLICA = Refusal((None, 1), _ONE_PROCESS, _START_MORE)
+ONE_RANK = dataclasses.replace(_NOT_SHARDED, neutral=(None, 1))
+ONE_REPLICA = Refusal((None, 1), ONE_PROCESS, START_MORE)
 
 REFUSALS: Mapping[str, Refusal] = {
     "tp": _NOT_SHARDED,
     "cp": _NOT_SHARDED,
     "ep": _NOT_SHARDED,
-    "device_num": _ONE_RANK,
-    "attn_tp_size": _ONE_RANK,
-    "attn_cp_size": _ONE_RANK,
-    "mlp_tp_size": _ONE_RANK,
-    "dp": _ONE_REPLICA,
-    "attn_dp_size": _ONE_REPLICA,
-    "mlp_dp_size": _ONE_REPLICA,
-    "outer_dp_size": _ONE_REPLICA,
-    "nnodes": _ONE_REPLICA,
-    "node_rank": Refusal((0,), _ONE_PROCESS, _START_MORE),
-    "dist_init_addr": Refusal((None,), _ONE_PROCESS, _START_MORE),
-    "devices": Refusal((None,), _ONE_PROCESS, _START_MORE),
+    "device_num": ONE_RANK,
+    "attn_tp_size": ONE_RANK,
+    "attn_cp_size": ONE_RANK,
+    "mlp_tp_size": ONE_RANK,
+    "dp": ONE_REPLICA,
+    "attn_dp_size": ONE_REPLICA,
+    "mlp_dp_size": ONE_REPLICA,
+    "outer_dp_size": ONE_REPLICA,
+    "nnodes": ONE_REPLICA,
+    "node_rank": Refusal((0,), ONE_PROCESS, START_MORE),
+    "dist_init_addr": Refusal((None,), ONE_PROCESS, START_MORE),
+    "devices": Refusal((None,), ONE_PROCESS, START_MORE),
     "communicator": Refusal(("nccl",), "one rank has nobody to talk to", "leave it out"),
     "model_format": Refusal(
         (None, "hf"),
@@ -192,6 +194,11 @@ REFUSALS: Mapping[str, Refusal] = {
         (None,),
         "the hub's own cache is used",
         "set HF_HOME, or download the checkpoint yourself and give its folder",
+    ),
+    "gemm_input_dtype": Refusal(
+        (None,),
+        "the number format of matrix products is compiled into the engine",
+        "leave it out; build-engine --dtype and --weights choose how weights are stored",
     ),
     "cache_prompt": Refusal(("auto",), _CACHE_MODES, _CACHE_SWITCH),
     "cache_generation": Refusal(("auto",), _CACHE_MODES, _CACHE_SWITCH),
@@ -254,123 +261,3 @@ class VisionConfig:
 
 
 VisonConfig = VisionConfig
-
-
-@dataclass(slots=True)
-class ChatTemplateConfig:
-    """A chat template by its name, its parts, or both. It only holds them.
-
-    A part that is None keeps the named template's value; an empty one replaces it. The layout is
-    `{system}{meta_instruction}{eosys}{user}{question}{eoh}{assistant}{answer}{eoa}{separator}...`.
-
-    Attributes:
-        model_name: Name of a template that the engine has, or of your own if you give its parts.
-        capability: "completion" and "infilling" send prompts as they are; "chat" and "python" put
-            the template around them.
-        stop_words: Texts that end an answer.
-        tool, eotool, model_path: Not supported; refused when set.
-
-    Raises:
-        ConfigError: a field of a wrong type, or not supported.
-    """
-
-    model_name: str
-    system: str | None = None
-    meta_instruction: str | None = None
-    eosys: str | None = None
-    user: str | None = None
-    eoh: str | None = None
-    assistant: str | None = None
-    eoa: str | None = None
-    separator: str | None = None
-    capability: str | None = None
-    stop_words: Sequence[str] | None = None
-    _: KW_ONLY
-    tool: str | None = None
-    eotool: str | None = None
-    model_path: str | None = None
-
-    def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self) -> None:
-        """Check all fields (ConfigError: field, value found, values expected)."""
-        check_fields(self, TEMPLATE_RULES)
-        check_refusals(self, TEMPLATE_REFUSALS)
-
-    def to_json(self, file_path: str | os.PathLike[str] | None = None) -> str:
-        """All fields as JSON text, also written to `file_path` if given."""
-        text = json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=4)
-        if file_path is not None:
-            Path(file_path).write_text(text, "utf-8")
-        return text
-
-    @classmethod
-    def from_json(cls, file_or_string: str | os.PathLike[str]) -> ChatTemplateConfig:
-        """The config of a JSON file or of JSON text, which begins with "{".
-
-        Without `model_name` it is called `UNNAMED_TEMPLATE`.
-
-        Raises:
-            ConfigError: no such file, not a JSON object, or a field that is unknown or wrong.
-        """
-        values = _json_object(file_or_string)
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ConfigError(
-                "A chat template's JSON has a field that we do not know.",
-                found=unknown[0],
-                expected=", ".join(known),
-                fix="remove it",
-            )
-        return cls(**{"model_name": UNNAMED_TEMPLATE, **values})
-
-
-TEMPLATE_RULES: Mapping[str, Rule] = {
-    "model_name": Text(empty=False),
-    "system": OrNone(Text()),
-    "meta_instruction": OrNone(Text()),
-    "eosys": OrNone(Text()),
-    "user": OrNone(Text()),
-    "eoh": OrNone(Text()),
-    "assistant": OrNone(Text()),
-    "eoa": OrNone(Text()),
-    "separator": OrNone(Text()),
-    "capability": OrNone(Choice(("completion", "infilling", "chat", "python"))),
-    "stop_words": OrNone(ListOf(Text(empty=False))),
-}
-
-_NO_TOOLS = Refusal(
-    (None,), "messages have no tool role here", "put the tool's answer into a user message"
-)
-TEMPLATE_REFUSALS: Mapping[str, Refusal] = {
-    "tool": _NO_TOOLS,
-    "eotool": _NO_TOOLS,
-    "model_path": Refusal(
-        (None,),
-        "the template of a checkpoint is frozen into its engine",
-        "build-engine CHECKPOINT -o ENGINE, and leave model_path out",
-    ),
-}
-
-
-def _json_object(file_or_string: str | os.PathLike[str]) -> dict[str, Any]:
-    text = os.fspath(file_or_string)
-    try:
-        if not text.lstrip().startswith("{"):
-            text = Path(text).read_text("utf-8")
-        values = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise _not_json(file_or_string, f"{type(error).__name__}: {error}") from error
-    if not isinstance(values, dict):
-        raise _not_json(file_or_string, f"JSON of type {type(values).__name__}")
-    return values
-
-
-def _not_json(given: str | os.PathLike[str], found: str) -> ConfigError:
-    return ConfigError(
-        f"Not a chat template's JSON: {os.fspath(given)[:60]!r}.",
-        found=found,
-        expected='a path to a JSON file, or JSON text such as {"model_name": "...", "user": "..."}',
-        fix="ChatTemplateConfig(...).to_json() writes it",
-    )

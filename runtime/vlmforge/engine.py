@@ -19,7 +19,7 @@ from vlmforge.backends import (
     VisionSession,
     load_backend,
 )
-from vlmforge.bundle import Bundle
+from vlmforge.bundle import Bundle, check_sizes
 from vlmforge.features import PreparedImage, features_digest, prepare, row_keys
 from vlmforge.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.kv.cache import Keys
@@ -241,15 +241,25 @@ class Engine:
 
 
 def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) -> Engine:
-    """Load the parts of an engine directory (EngineError otherwise)."""
+    """Load the parts of an engine directory (EngineError otherwise).
+
+    Parts may be mapped, so that a file which is cut later ends the process: sizes are compared once
+    more when all are loaded, and when one cannot be.
+    """
     manifest = bundle.manifest
     backend = load_backend(manifest.backend)
     text = marked_tokenizer_json(bundle.text(manifest.tokenizer_file), manifest.prompt)
+    try:
+        vision = backend.load_vision(bundle.folder, manifest, options)
+        decoder = backend.load_decoder(bundle.folder, manifest, options)
+    finally:
+        # It names the file, where a backend would say that it cannot load a part.
+        check_sizes(bundle, [name for part in manifest.parts for name in (part.file, *part.data)])
     return Engine(
         manifest=manifest,
         tokenizer=TextTokenizer(text),
         template=template,
-        vision=backend.load_vision(bundle.folder, manifest, options),
-        decoder=backend.load_decoder(bundle.folder, manifest, options),
+        vision=vision,
+        decoder=decoder,
         options=options,
     )

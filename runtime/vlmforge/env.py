@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from vlmforge.errors import ConfigError
+
 
 def private_urls_allowed() -> bool:
     """Whether image URLs may lead to private and loopback addresses."""
@@ -13,11 +15,52 @@ def private_urls_allowed() -> bool:
 
 
 def cache_dir() -> Path:
-    """Where engines that `pipeline(<checkpoint>)` builds are kept, and compiled kernels."""
+    """Where engines that `pipeline(<checkpoint>)` builds are kept, and compiled kernels.
+
+    Raises:
+        ConfigError: nothing says where, and this user has no home directory.
+    """
     if root := os.environ.get("VLMFORGE_CACHE"):
-        return Path(root)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "vlmforge"
+        return expanded(root)
+    return _caches() / "vlmforge"
+
+
+def writable_cache(name: str) -> Path | None:
+    """The folder `name` of the cache, made if need be; None where that cannot be written to."""
+    try:
+        folder = cache_dir() / name
+        folder.mkdir(parents=True, exist_ok=True)
+    except (ConfigError, OSError):
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def _caches() -> Path:
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return expanded(root)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        raise ConfigError(
+            "There is no place to keep engines and kernels: this user has no home directory.",
+            found=f"no HOME, and no entry for user {os.getuid()} in the list of users",
+            expected="a cache directory",
+            fix="set the environment variable VLMFORGE_CACHE (or HOME) to a folder that can be "
+            "written to, or build-engine CHECKPOINT -o ENGINE and pipeline('ENGINE')",
+        ) from None
+
+
+def expanded(path: str) -> Path:
+    """`path` with the home directory in place of `~` or `~user` (ConfigError: there is none)."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{path} names a home directory that is not known.",
+            found="no HOME, or no such user",
+            expected="a path whose ~ stands for a folder",
+            fix="write the path out, or set HOME",
+        ) from None
 
 
 def child_environment(libraries: Path | None) -> dict[str, str]:
@@ -30,3 +73,26 @@ def child_environment(libraries: Path | None) -> dict[str, str]:
         places = (str(libraries), environment.get("LD_LIBRARY_PATH", ""))
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(p for p in places if p)
     return environment
+
+
+# What libraries read, once, when they are imported. The second also leaves names and versions of
+# other software out of the hub client's requests, and a list of programs that it would fetch.
+TELEMETRY_SWITCHES = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
+
+
+def telemetry_allowed() -> bool:
+    """Whether libraries may report to their makers, as each is set up to; off unless asked for."""
+    return os.environ.get("VLMFORGE_ALLOW_TELEMETRY", "") == "1"
+
+
+def refuse_telemetry() -> tuple[str, ...]:
+    """Switch telemetry off for libraries not imported yet, here and in child processes.
+
+    Returns:
+        The switches that were not set so already; none where telemetry is allowed.
+    """
+    if telemetry_allowed():
+        return ()
+    turned = tuple(name for name in TELEMETRY_SWITCHES if os.environ.get(name) != "1")
+    os.environ.update(dict.fromkeys(TELEMETRY_SWITCHES, "1"))
+    return turned

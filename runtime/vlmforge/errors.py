@@ -16,6 +16,7 @@
     |   |-- BackendUnavailableError             ... or this machine lacks its backend
     |   `-- EngineStepError                     ... or it failed while it ran
     |-- BuildError                              a build failed; nothing was published
+    |-- NotSupportedError        (NotImplementedError)  a name that is here only to say so
     |-- PipelineError                           the pipeline cannot serve this caller: it was made
     |                                           before a fork, or is called by its own callback
     |-- InternalError                           what is not ours ended a request: a callback, a bug
@@ -154,6 +155,12 @@ class BuildError(VlmforgeError):
     """A build failed. Nothing was published."""
 
     code = "build_failed"
+
+
+class NotSupportedError(VlmforgeError, NotImplementedError):
+    """A name that older programs import and that does nothing here."""
+
+    code = "not_supported"
 
 
 class PipelineError(VlmforgeError):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import re
+import reprlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from vlmforge.errors import ConfigError
+
+_MOST = 2**64 - 1
 
 
 class Rule(Protocol):
@@ -38,7 +42,7 @@ class OrNone:
 
 @dataclass(frozen=True, slots=True)
 class Int:
-    """An integer (not a bool) in `[low, high]`."""
+    """An integer (not a bool) in `[low, high]`; without `high`, of at most 64 bits."""
 
     low: int
     high: int | None = None
@@ -47,7 +51,7 @@ class Int:
         """See `Rule`."""
         if not isinstance(value, int | np.integer) or isinstance(value, bool):
             return False
-        return self.low <= int(value) and (self.high is None or int(value) <= self.high)
+        return self.low <= int(value) <= (_MOST if self.high is None else self.high)
 
     def __str__(self) -> str:
         if self.high is not None:
@@ -69,8 +73,9 @@ class Number:
         """See `Rule`."""
         if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
             return False
-        in_range = self.low <= value <= min(self.high, sys.float_info.max)
-        return bool(in_range and not (self.above and value == self.low))
+        number = value if isinstance(value, int) else float(value)
+        in_range = self.low <= number <= min(self.high, sys.float_info.max)
+        return in_range and not (self.above and number == self.low)
 
     def __str__(self) -> str:
         if self.high == math.inf:
@@ -98,7 +103,8 @@ class FlagOrFolder:
         """See `Rule`."""
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        return isinstance(value, bool) or (isinstance(value, str) and Path(value).is_dir())
+        # Not pathlib's, which raises for paths that no system takes.
+        return isinstance(value, bool) or (isinstance(value, str) and os.path.isdir(value))  # noqa: PTH112
 
     def __str__(self) -> str:
         return "True, False or the path of a folder that is there"
@@ -106,16 +112,20 @@ class FlagOrFolder:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A string, `empty` ones included."""
+    """A string, `empty` ones included; `argument`: such as programs can be called with."""
 
     empty: bool = True
+    argument: bool = False
 
     def admits(self, value: object) -> bool:
         """See `Rule`."""
-        return isinstance(value, str) and (self.empty or value != "")
+        if not isinstance(value, str) or not (self.empty or value):
+            return False
+        return not self.argument or not re.search("[\0\ud800-\udfff]", value)
 
     def __str__(self) -> str:
-        return "a string" if self.empty else "a non-empty string"
+        kind = "a string" if self.empty else "a non-empty string"
+        return kind + (" without NUL and lone surrogates" if self.argument else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +176,18 @@ class Function:
 
 
 @dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells sessions apart."""
+
+    def admits(self, value: object) -> bool:
+        """See `Rule`."""
+        return isinstance(value, int | str)
+
+    def __str__(self) -> str:
+        return "an integer or a string"
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """Why a field can hold only the values `neutral`, and what to do instead."""
 
@@ -174,27 +196,81 @@ class Refusal:
     instead: str
 
 
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """An object of a class."""
+
+    kind: type
+    words: str
+
+    def admits(self, value: object) -> bool:
+        """See `Rule`."""
+        return isinstance(value, self.kind)
+
+    def __str__(self) -> str:
+        return self.words
+
+
 def check_fields(config: object, rules: Mapping[str, Rule]) -> None:
     """Check the fields named in `rules` (ConfigError: field, value found, values expected)."""
     for name, rule in rules.items():
-        value = getattr(config, name)
-        if not rule.admits(value):
-            raise ConfigError(
-                f"{type(config).__name__}: {name} must be {rule}.",
-                found=f"{name}={value!r}",
-                expected=str(rule),
-                fix=f"set {name} to such a value, or leave it out for its default",
-            )
+        check_value(f"{type(config).__name__}: {name}", name, getattr(config, name), rule)
+
+
+def check_value(what: str, name: str, value: object, rule: Rule) -> None:
+    """ConfigError for a value that `rule` does not admit; `what` names it in a sentence."""
+    if not rule.admits(value):
+        raise ConfigError(
+            f"{what} must be {rule}.",
+            found=f"{name}={shown(value)}",
+            expected=str(rule),
+            fix=f"set {name} to such a value, or leave it out for its default",
+        )
 
 
 def check_refusals(config: object, refusals: Mapping[str, Refusal]) -> None:
     """Refuse what cannot be honoured (ConfigError: field, reason, what to do instead)."""
     for name, refusal in refusals.items():
         value = getattr(config, name)
-        if value not in refusal.neutral:
+        if not any(_same(value, neutral) for neutral in refusal.neutral):
             raise ConfigError(
                 f"{type(config).__name__}: {name} is not supported: {refusal.reason}.",
-                found=f"{name}={value!r}",
+                found=f"{name}={shown(value)}",
                 expected=" or ".join(f"{name}={neutral!r}" for neutral in refusal.neutral),
                 fix=refusal.instead,
             )
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Equal and of a kind: 1 is not True here, and arrays are not asked whether they are 1."""
+    if neutral is None or isinstance(neutral, bool):
+        return value is neutral
+    if isinstance(neutral, int | float):
+        numbers = (int, float, np.integer, np.floating)
+        return isinstance(value, numbers) and not isinstance(value, bool) and value == neutral
+    return isinstance(value, type(neutral)) and value == neutral
+
+
+class _Short(reprlib.Repr):
+    def repr_dict(self, x: dict[object, object], level: int) -> str:
+        """In the order that it has; the base class sorts."""
+        if level <= 0:
+            return "{...}"
+        shown_items = [
+            f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}"
+            for key, value in itertools.islice(x.items(), self.maxdict)
+        ]
+        return f"{{{', '.join(shown_items + ['...'] * (len(x) > self.maxdict))}}}"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 500
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 20
+
+
+def shown(value: object) -> str:
+    """The value in an error's words: as `repr`, cut if that is long, whatever its own does."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # a number with more digits than Python writes
+        return f"<{type(value).__name__}>"

@@ -106,7 +106,7 @@ class GenerationConfig:
         repetition_ngram_size, repetition_ngram_threshold: End the answer when its last `size`
             tokens have occurred `threshold` times in it; 0 and 0 is never.
         response_format, output_last_hidden_state, with_cache, preserve_cache, migration_request,
-            return_routed_experts: Not supported; refused when set.
+            return_routed_experts, logprob_start_len: Not supported; refused when set.
 
     Raises:
         ConfigError: a field of a wrong type, out of range, or not supported.
@@ -143,6 +143,7 @@ class GenerationConfig:
     return_routed_experts: bool = False
     repetition_ngram_size: int = 0
     repetition_ngram_threshold: int = 0
+    logprob_start_len: int = -1
 
     def __post_init__(self) -> None:
         self.validate()
@@ -245,6 +246,11 @@ REFUSALS: Mapping[str, Refusal] = {
     ),
     "return_routed_experts": Refusal(
         (False, None), "engines do not report the routing of experts", "leave it out"
+    ),
+    "logprob_start_len": Refusal(
+        (-1,),
+        "log-probabilities are those of the answer's tokens",
+        "use output_logits='all', or return_ppl=True for the mean over the prompt",
     ),
 }
 

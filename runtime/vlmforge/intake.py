@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from vlmforge import lifetime
-from vlmforge.errors import PipelineError
+from vlmforge.errors import PipelineError, as_ours
 from vlmforge.request import Request, cancelled
 from vlmforge.runner.job import Job
 from vlmforge.scheduler.loop import Loop, closed
@@ -177,7 +177,7 @@ class Lane:
                 self._loop.submit(job)
                 handed = True
         except BaseException as error:  # noqa: BLE001 - ends this request, whatever it is
-            request.fail(error)
+            request.fail(as_ours(error))
         with self._lock:
             self._preparing.discard(request)
         if not handed:

@@ -5,14 +5,16 @@ A plan itself can only be read on a machine that can run it.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmforge.errors import EngineFormatError
-from vlmforge.schema import from_json
+from vlmforge.regular_file import read_regular
+from vlmforge.schema import from_json, parse_json
+
+_MOST_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,8 @@ class LayerReport:
 def read_layers(path: Path) -> LayerReport:
     """Read a report (EngineFormatError: it is not one)."""
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = parse_json(read_regular(path, _MOST_BYTES).decode("utf-8"))
+    except (OSError, ValueError) as error:
         raise EngineFormatError(
             f"The layer report {path.name} cannot be read.",
             found=str(error),

@@ -5,18 +5,30 @@ The runtime branches on the policies named here and never on a model's name.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-from vlmforge.errors import EngineFormatError
+from vlmforge.errors import EngineFormatError, EngineIntegrityError
 from vlmforge.positions import PositionPolicy
-from vlmforge.schema import from_json, to_json
+from vlmforge.regular_file import read_regular
+from vlmforge.schema import data_json, from_json, parse_json, to_data
 from vlmforge.vl.preprocess import ImagePolicy
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""What build-engine writes.
+
+1 is read too: it differs in having no digest, so that nothing tells if its values were changed.
+"""
 MANIFEST_FILE = "engine.json"
+
+_WITHOUT_DIGEST = 1
+_READ = (_WITHOUT_DIGEST, SCHEMA_VERSION)
+_DIGEST = "digest"
+_MOST_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,21 +279,51 @@ class Manifest:
         )
 
 
+def manifest_digest(data: Mapping[str, object]) -> str:
+    """sha256, in hex, of all values of a manifest but its digest, however they are laid out."""
+    rest = {key: value for key, value in data.items() if key != _DIGEST}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
 def dump_manifest(manifest: Manifest) -> str:
-    """The text of `engine.json`."""
-    return to_json(manifest)
+    """The text of `engine.json`, with a digest of all that it says."""
+    data = cast("dict[str, object]", to_data(manifest))
+    if manifest.schema_version > _WITHOUT_DIGEST:
+        data[_DIGEST] = manifest_digest(data)
+    return data_json(data)
 
 
 def load_manifest(folder: Path) -> Manifest:
     """Read and check `engine.json` of an engine directory; its files are not looked at.
 
     Raises:
-        EngineFormatError: no manifest, not JSON, another schema version, or a key that is unknown,
-            missing or of a wrong type.
+        EngineFormatError: no manifest, not JSON, another schema version, a key that is unknown,
+            missing, twice there or of a wrong type, or a value out of range.
+        EngineIntegrityError: its digest is not that of its values.
     """
+    from vlmforge.manifest_rules import check_manifest  # it needs the classes above
+
     path = folder / MANIFEST_FILE
+    data = _read(folder, path)
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or version not in _READ or type(version) is not int:
+        raise EngineFormatError(
+            f"{path} is of another schema version.",
+            found=f"schema_version {version!r}"[:100],
+            expected=" or ".join(f"schema_version {known}" for known in _READ),
+            fix="rebuild the engine with the build-engine of this version",
+        )
+    if version > _WITHOUT_DIGEST:
+        _check_digest(path, data)
+    manifest = from_json(Manifest, data, MANIFEST_FILE)
+    check_manifest(manifest)
+    return manifest
+
+
+def _read(folder: Path, path: Path) -> object:
     try:
-        data = json.loads(path.read_text("utf-8"))
+        return parse_json(read_regular(path, _MOST_BYTES).decode("utf-8"))
     except OSError as error:
         raise EngineFormatError(
             f"{folder} is not an engine directory.",
@@ -289,19 +331,22 @@ def load_manifest(folder: Path) -> Manifest:
             expected=f"a folder that build-engine wrote, with {MANIFEST_FILE}",
             fix=f"build-engine CHECKPOINT -o {folder}",
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:  # of a path with NUL too
         raise EngineFormatError(
             f"{path} is not JSON.",
-            found=str(error),
+            found=str(error)[:200],
             expected="the manifest that build-engine wrote",
             fix="copy the engine again, or rebuild it with build-engine",
         ) from None
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION or type(version) is not int:
-        raise EngineFormatError(
-            f"{path} is of another schema version.",
-            found=f"schema_version {version!r}",
-            expected=f"schema_version {SCHEMA_VERSION}",
-            fix="rebuild the engine with the build-engine of this version",
+
+
+def _check_digest(path: Path, data: dict[str, object]) -> None:
+    """Take the digest out of `data` and compare it with the rest."""
+    stated, found = data.pop(_DIGEST, None), manifest_digest(data)
+    if stated != found:
+        raise EngineIntegrityError(
+            f"{path} is not the manifest that was built.",
+            found=f"values of the digest {found}",
+            expected=f"digest {stated}"[:100] if stated else "a digest of them",
+            fix="copy the engine again, or rebuild it: build-engine CHECKPOINT -o ENGINE --force",
         )
-    return from_json(Manifest, data, MANIFEST_FILE)

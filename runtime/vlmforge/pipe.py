@@ -8,6 +8,7 @@ import weakref
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 
+from vlmforge.arguments import check_call
 from vlmforge.calls import (
     Event,
     GenConfigs,
@@ -16,9 +17,10 @@ from vlmforge.calls import (
     gen_out,
     one_for_each,
     refuse_adapter,
+    refuse_state,
 )
 from vlmforge.engine import Engine
-from vlmforge.errors import ConfigError, VlmforgeError
+from vlmforge.errors import VlmforgeError
 from vlmforge.generation import GenerationConfig
 from vlmforge.intake import Intake
 from vlmforge.prepare import Preparation
@@ -76,6 +78,7 @@ class Pipeline:
             Exception: what a logits processor of a single prompt raised, as it is. In a list it is
                 an error response.
         """
+        check_call("pipe", do_preprocess=do_preprocess, use_tqdm=use_tqdm)
         parsed = parse_prompts(prompts)
         configs = one_for_each(gen_config, len(parsed.items))
         refuse_adapter(adapter_name)
@@ -110,6 +113,7 @@ class Pipeline:
         Each piece is a `Response` with the new text and ids only; `index` says of which prompt.
         The last piece of a prompt has a `finish_reason` and the timings.
         """
+        check_call("stream_infer", do_preprocess=do_preprocess)
         parsed = parse_prompts(prompts)
         configs = one_for_each(gen_config, len(parsed.items))
         refuse_adapter(adapter_name)
@@ -140,6 +144,12 @@ class Pipeline:
         Raises:
             VlmforgeError: the turn fails; the session is as before.
         """
+        check_call(
+            "chat",
+            session=session,
+            stream_response=stream_response,
+            do_preprocess=do_preprocess,
+        )
         refuse_adapter(adapter_name)
         session = Session() if session is None else session
         pieces = self._turn(prompt, session, gen_config, do_preprocess)
@@ -198,13 +208,13 @@ class Pipeline:
         import asyncio  # not at the top: it would be a sixth of the time of `import vlmforge`
 
         refuse_adapter(adapter_name)
-        if not (sequence_start and sequence_end and step == 0):
-            raise ConfigError(
-                "generate() keeps no state between calls.",
-                found=f"sequence_start={sequence_start}, sequence_end={sequence_end}, step={step}",
-                expected="sequence_start=True, sequence_end=True, step=0",
-                fix="send the whole conversation as OpenAI messages, or use chat()",
-            )
+        check_call(
+            "generate",
+            session_id=session_id,
+            stream_response=stream_response,
+            do_preprocess=do_preprocess,
+        )
+        refuse_state(sequence_start, sequence_end, step)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def sink(event: Event) -> None:
@@ -234,6 +244,7 @@ class Pipeline:
 
         Images are loaded only where their sizes decide how many tokens they take.
         """
+        check_call("render", do_preprocess=do_preprocess)
         return self._engine.render(parse_prompt(prompt), do_preprocess=do_preprocess)
 
     def count_tokens(self, prompt: object, do_preprocess: bool = True) -> int:
@@ -252,6 +263,7 @@ class Pipeline:
         What was generated is kept and ends with `finish_reason='abort'`; a request that has not
         begun to be answered raises `CancelledError`.
         """
+        check_call("stop_session", session_id=session_id)
         for request in list(self._requests.get(session_id, ())):
             self._intake.cancel(request)
 

@@ -11,7 +11,9 @@ import json
 import math
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from vlmforge.errors import EngineFormatError
@@ -24,7 +26,40 @@ def to_json(value: object) -> str:
 
     Fields keep their order, keys of mappings are sorted. ValueError on a float that is not finite.
     """
-    return json.dumps(_encode(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return data_json(to_data(value))
+
+
+def to_data(value: object) -> object:
+    """`value` as what `json.dumps` takes; see `to_json`."""
+    return _encode(value)
+
+
+def data_json(data: object) -> str:
+    """The text of `to_data`'s result (ValueError on a float that is not finite)."""
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parse_json(text: str) -> object:
+    """Parse JSON as RFC 8259 has it: no NaN and no infinity, and no key twice in an object.
+
+    ValueError: `text` is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice[:60]!a} twice in one object")
+    return table
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name}, which JSON does not have")
 
 
 def from_json(cls: type[T], data: object, where: str) -> T:
@@ -57,6 +92,8 @@ def _decode(kind: Any, data: object, where: str) -> object:
     if origin is Mapping:
         table = _expect(dict, data, where)
         value_kind = typing.get_args(kind)[1]
+        for key in table:
+            _check_text(key, where)
         return {key: _decode(value_kind, item, f"{where}.{key}") for key, item in table.items()}
     if kind is float:
         return _decode_float(data, where)
@@ -65,7 +102,7 @@ def _decode(kind: Any, data: object, where: str) -> object:
 
 def _decode_dataclass(cls: type, data: object, where: str) -> object:
     table = _expect(dict, data, where)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     if unknown := sorted(set(table) - set(names)):
         raise _mismatch(where, f"unknown key {unknown[0]!r}", f"only the keys {', '.join(names)}")
@@ -74,11 +111,16 @@ def _decode_dataclass(cls: type, data: object, where: str) -> object:
     return cls(**{name: _decode(hints[name], table[name], f"{where}.{name}") for name in names})
 
 
+@lru_cache(maxsize=64)
+def _hints(cls: type) -> Mapping[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _decode_union(kind: Any, data: object, where: str) -> object:
     options = typing.get_args(kind)
     plain = (str, int, bool, types.NoneType)
     if type(data) in options and type(data) in plain:
-        return data
+        return _expect(type(data), data, where)
     # At most one option needs decoding: `X | None` with a dataclass, a tuple, a float ...
     for option in options:
         if option not in plain:
@@ -113,11 +155,25 @@ def _expect(kind: type[T], data: object, where: str) -> T:
     # `type() is`, not isinstance: JSON's true must not pass as the integer 1.
     if type(data) is not kind:
         raise _mistyped(data, kind.__name__, where)
+    if isinstance(data, str):
+        _check_text(data, where)
     return data
 
 
+def _check_text(text: str, where: str) -> None:
+    """JSON can spell halves of characters, which nothing can write or send on."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"{text[error.start]!a} at position {error.start}"
+        raise _mismatch(where, found, "text that can be written as UTF-8") from None
+
+
 def _mistyped(data: object, expected: str, where: str) -> EngineFormatError:
-    shown = json.dumps(data, ensure_ascii=False, default=str)[:60]
+    try:
+        shown = json.dumps(data, default=str)[:60]
+    except RecursionError:
+        shown = "nested deeply"
     return _mismatch(where, f"{type(data).__name__} {shown}", expected)
 
 

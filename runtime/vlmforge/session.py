@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import PIL.Image
 
+from vlmforge.field_rules import Identity, Instance, Rule, check_fields
 from vlmforge.generation import GenerationConfig
 from vlmforge.prompt.messages import Conversation, Image, Message, Text
 from vlmforge.prompt.names import given_name
@@ -14,6 +16,13 @@ from vlmforge.response import Response
 from vlmforge.vl.load import open_image
 
 _ids = itertools.count()
+
+
+_RULES: Mapping[str, Rule] = {
+    "session_id": Identity(),
+    "history": Instance(list, "a list"),
+    "turns": Instance(Conversation, "a Conversation"),
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +44,9 @@ class Session:
     history: list[tuple[object, str]] = field(default_factory=list)
     gen_config: GenerationConfig | None = None
     turns: Conversation = field(default_factory=lambda: Conversation(()))
+
+    def __post_init__(self) -> None:
+        check_fields(self, _RULES)
 
     def with_prompt(self, prompt: Conversation) -> Conversation:
         """The conversation so far, followed by a new prompt."""

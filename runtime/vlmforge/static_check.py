@@ -83,6 +83,8 @@ def _caches(bundle: Bundle, part: Part) -> Finding:
 
 
 def _fits(spec: TensorSpec, kv: KVLayout) -> bool:
+    if len(spec.shape) != 4:
+        return False
     _, heads, tokens, head_dim = spec.shape
     paged = kv.page_size is None or tokens == kv.page_size
     return (spec.dtype, heads, head_dim) == (kv.dtype, kv.kv_heads, kv.head_dim) and paged

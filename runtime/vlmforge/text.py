@@ -7,12 +7,16 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmforge.errors import EngineFormatError, PromptError
+from vlmforge.tokenizer_file import load_tokenizer, parse_tokenizer, raise_unless_fault
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+MAX_CHARACTERS = 1 << 22
+"""The longest text that is split into tokens: far beyond every window, and seconds of work."""
 
 KEEP_VALID_BYTES = "keep_valid"
 """Value of `invalid_run` in a ByteFallback decoder: see `TextTokenizer.join`."""
@@ -40,9 +44,9 @@ class TextTokenizer:
     """
 
     def __init__(self, tokenizer_json: str) -> None:
-        data = _parse(tokenizer_json)
+        data = parse_tokenizer(tokenizer_json)
         self._json = tokenizer_json
-        self._tokenizer = _load(tokenizer_json)
+        self._tokenizer = load_tokenizer(tokenizer_json)
         self._limited: dict[frozenset[str], Tokenizer] = {}
         self.special_tokens: Mapping[str, int] = MappingProxyType(
             {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
@@ -63,7 +67,7 @@ class TextTokenizer:
         """Ids of `text`: special tokens in it are recognised, none is added.
 
         Raises:
-            PromptError: the text has a lone surrogate.
+            PromptError: the text has a lone surrogate, or is too long, or the tokenizer fails.
         """
         return _encode(self._tokenizer, text)
 
@@ -71,7 +75,7 @@ class TextTokenizer:
         """Ids of `text`, whatever looks like a special token in it taken as ordinary text.
 
         Raises:
-            PromptError: the text has a lone surrogate.
+            PromptError: the text has a lone surrogate, or is too long, or the tokenizer fails.
         """
         return self.encode_only(text, ())
 
@@ -79,7 +83,7 @@ class TextTokenizer:
         """Ids of `text` in which no other special or added tokens than `tokens` are recognised.
 
         Raises:
-            PromptError: the text has a lone surrogate.
+            PromptError: the text has a lone surrogate, or is too long, or the tokenizer fails.
         """
         known = frozenset(tokens)
         if known not in self._limited:
@@ -113,14 +117,14 @@ class TextTokenizer:
 
     def id_token(self, token_id: int) -> str | None:
         """Spelling of a token (not its text), None beyond the vocabulary."""
-        return self._tokenizer.id_to_token(token_id)
+        return self._tokenizer.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
 
     def tokens(self, ids: Iterable[int], *, skip_special_tokens: bool) -> list[_Token]:
         """The tokens of `ids` that may have text."""
         found = []
         for token_id in map(int, ids):
             special = token_id in self._special_ids
-            spelling = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
+            spelling = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
             if spelling is not None and not (special and skip_special_tokens):
                 found.append(_Token(spelling, special))
         return found
@@ -135,7 +139,19 @@ class TextTokenizer:
         if self._keep_valid:
             tokens = _mend_bytes(tokens)
         decoder = self._tokenizer.decoder
-        return decoder.decode(list(tokens)) if decoder is not None else " ".join(tokens)
+        if decoder is None:
+            return " ".join(tokens)
+        try:
+            text: str = decoder.decode(list(tokens))
+        except BaseException as error:
+            raise_unless_fault(error)
+            raise EngineFormatError(
+                "The engine's tokenizer cannot make text of its tokens.",
+                found=f"{error}, of {list(tokens[:5])!a}",
+                expected="a decoder in tokenizer.json that takes all tokens",
+                fix="build the engine again from a checkpoint with its published tokenizer",
+            ) from error
+        return text
 
     def _segments(self, tokens: Sequence[_Token]) -> Iterable[tuple[str, bool]]:
         """Special tokens, and the runs of text between them: (text, is special)."""
@@ -154,10 +170,10 @@ class TextTokenizer:
         return self.join([*before, *run])[len(self.join(before)) :] if run else ""
 
     def _limited_to(self, known: frozenset[str]) -> Tokenizer:
-        data = _parse(self._json)
+        data = parse_tokenizer(self._json)
         for token in data["added_tokens"]:
             token["special"] = token["content"] not in known
-        tokenizer = _load(json.dumps(data, ensure_ascii=False))
+        tokenizer = load_tokenizer(json.dumps(data, ensure_ascii=False))
         tokenizer.encode_special_tokens = True
         return tokenizer
 
@@ -295,40 +311,24 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
             expected="text that can be written as UTF-8",
             fix="decode the text with errors='replace' where it is read",
         ) from None
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    if len(text) > MAX_CHARACTERS:
+        raise PromptError(
+            "The text is too long to be split into tokens.",
+            found=f"{len(text)} characters",
+            expected=f"at most {MAX_CHARACTERS}",
+            fix="send a shorter text",
+        )
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+        raise_unless_fault(error)
+        raise PromptError(
+            "The engine's tokenizer fails on this text.",
+            found=f"{error}, on {len(text)} characters that begin with {text[:40]!a}",
+            expected="ids of its tokens",
+            fix="change the text; if it fails on others too, build the engine again",
+        ) from error
     return ids
-
-
-def _parse(tokenizer_json: str) -> dict[str, Any]:
-    try:
-        data = json.loads(tokenizer_json)
-    except ValueError as error:
-        raise _unusable(str(error)) from error
-    if not isinstance(data, dict) or not isinstance(data.setdefault("added_tokens", []), list):
-        raise _unusable(f"a {type(data).__name__} without a list of added_tokens")
-    return data
-
-
-def _load(tokenizer_json: str) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the library raises bare Exception
-        raise _unusable(str(error)) from error
-    # A tokenizer saved while these were on would cut and pad every prompt.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _unusable(found: str) -> EngineFormatError:
-    return EngineFormatError(
-        "tokenizer.json cannot be read.",
-        found=found,
-        expected="a tokenizer in the format of the tokenizers library",
-        fix="build the engine again, and check that the tokenizers package is of a recent version",
-    )
 
 
 def _byte_fallback(decoder: object) -> Mapping[str, object] | None:
@@ -337,5 +337,6 @@ def _byte_fallback(decoder: object) -> Mapping[str, object] | None:
         return None
     if decoder.get("type") == "ByteFallback":
         return decoder
-    steps = decoder.get("decoders") or ()
-    return next((found for step in steps if (found := _byte_fallback(step)) is not None), None)
+    steps = decoder.get("decoders")
+    nested = steps if isinstance(steps, list) else []
+    return next((found for step in nested if (found := _byte_fallback(step)) is not None), None)

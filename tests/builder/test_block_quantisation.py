@@ -57,7 +57,7 @@ def by_block(scales: torch.Tensor, blocks: Blocks) -> Array:
     return np.asarray(array.T if blocks.axis else array)[..., None]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(matrices, all_blocks, st.sampled_from(["float32", "float16", "bfloat16"]))
 def test_every_weight_is_near_its_number(values: torch.Tensor, blocks: Blocks, dtype: str) -> None:
     numbers, scales = quantise(values, blocks, dtype)
@@ -89,7 +89,7 @@ def test_fewer_bits_choose_finer_steps_than_the_largest_weight_asks_for() -> Non
     assert np.square(error).sum() < 0.8 * np.square(coarse).sum()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), all_blocks)
 def test_numbers_times_a_scale_come_back(seed: int, blocks: Blocks) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +30,7 @@ from dense_attention import (
     session,
 )
 from vlmforge.errors import BuildError
+from vlmforge.ort import ort
 from vlmforge_builder.ops import DOMAIN
 from vlmforge_builder.passes.lower_cached_attention import lower_cached_attention
 from vlmforge_builder.passes.store_weights import store_weights
@@ -65,7 +65,7 @@ decodes = st.builds(
     tokens=st.just(1),
     **heads,
 )
-thorough = settings(max_examples=40, deadline=None)
+thorough = settings(max_examples=40)
 
 
 @given(ragged | decodes)
@@ -103,7 +103,7 @@ def split_node(inputs: Arrays, order: Sequence[str]) -> list[onnx.NodeProto]:
     [(PROJECTIONS, True), (("key", "query", "value"), False), (("query", "value", "key"), False)],
 )
 @given(shape=prefills | decodes)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_projections_of_one_split(order: tuple[str, ...], packed: bool, shape: Shape) -> None:
     separate = shape.inputs()
     expected = reference(shape, separate)
@@ -116,7 +116,7 @@ def test_projections_of_one_split(order: tuple[str, ...], packed: bool, shape: S
 
 
 @given(prefills | decodes)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_layers_share_the_lengths(shape: Shape) -> None:
     inputs = shape.inputs()
     second = replace(shape, seed=shape.seed + 1).inputs()

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vlmforge.errors import CheckpointError, TensorError
+from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
 from vlmforge_builder.checkpoint.safetensors_file import read_safetensors
 
 _DTYPES = (
@@ -61,7 +61,6 @@ def _entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, obje
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         st.text(min_size=1).filter(lambda name: name != "__metadata__"),
@@ -86,7 +85,6 @@ def test_reads_what_the_library_wrote(
         assert _bits(values) == _bits(tensor)
 
 
-@settings(deadline=None)
 @given(pad=st.integers(0, 16))
 def test_data_at_any_alignment(tmp_path_factory: pytest.TempPathFactory, pad: int) -> None:
     """Old writers did not pad the header."""
@@ -122,7 +120,6 @@ _VALUE = (
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), _FIELD, _VALUE), max_size=2), st.integers(-3, 3))
 @example([("c", "data_offsets", [12, 16])], 0)  # overlap
 @example([("c", "data_offsets", [17, 21])], 1)  # hole
@@ -148,7 +145,6 @@ def test_refuses_exactly_what_the_library_refuses(
     }
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=64))
 def test_any_bytes_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
@@ -197,7 +193,7 @@ def test_words_about_a_damaged_file(
 @pytest.mark.parametrize(
     ("entry", "found", "expected"),
     [
-        (_entry("F4", [4], 16, 20), "dtype 'F4'", "one of BOOL, U8, "),
+        (_entry("F5", [4], 16, 20), "dtype 'F5'", "one of BOOL, U8, "),
         (_entry("U8", [-4], 16, 20), "'shape': [-4]", "dtype, shape and data_offsets"),
         (_entry("U8", [4], 16, 19), "data_offsets [16, 19]", "4 bytes for uint8 (4,)"),
         (_entry("U8", [4], 12, 16), "its data begins at 12", "at 16: tensors follow each other"),
@@ -214,6 +210,15 @@ def test_words_about_a_damaged_entry(
     assert caught.value.summary == f"The entry of tensor c in {path} is wrong."
     assert found in caught.value.found
     assert caught.value.expected.startswith(expected)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2"])
+def test_numbers_of_less_than_a_byte_are_quantised(tmp_path: Path, dtype: str) -> None:
+    text = json.dumps({"a.weight": _entry(dtype, [4], 0, 2)}).encode()
+    path = _write(tmp_path / "x.safetensors", text, b"12")
+    with pytest.raises(UnsupportedModelError, match="quantised already") as caught:
+        read_safetensors(path)
+    assert f"the tensor a.weight in {path} is of {dtype}" in caught.value.found
 
 
 def test_file_that_shrinks_after_it_was_examined(tmp_path: Path) -> None:

@@ -41,6 +41,13 @@ _SHARDS = {f"pytorch_model-0000{i}-of-00002.bin": b"b" * 5000 for i in (1, 2)}
 _REPOS = {
     "org/both": {**_FILES, **_BOTH, **_SHARDS, "tower/pytorch_model.bin": b"t" * 5000},
     "org/pickle": {**_FILES, **_SHARDS, "pytorch_model.bin.index.json": b"{}"},
+    "org/others": {
+        **_FILES,
+        **_SHARDS,
+        "pytorch_model.bin.index.json": b"{}",
+        "consolidated.safetensors": b"c" * 5000,
+        "other.safetensors": b"o" * 5000,
+    },
     "org/gated": {**_FILES, **_BOTH},
     "org/forbidden": {**_FILES, **_BOTH},
 }
@@ -108,9 +115,28 @@ def test_safetensors_are_fetched_without_the_pickles_beside_them(
     ]
 
 
+def test_the_hub_is_asked_for_the_checkpoint_and_told_of_nothing_else(
+    fetch: Fetch, hub: HubServer
+) -> None:
+    fetch("org/both", AGENT="someone", HF_HUB_DISABLE_TELEMETRY="0")
+    assert hub.requests
+    for _, path in hub.requests:
+        assert path.startswith(("/api/models/org/both", "/org/both/resolve/", "/lfs/org/both/"))
+    assert all("torch" not in agent and "agent/" not in agent for agent in hub.agents)
+
+
 def test_pickles_are_fetched_where_there_is_nothing_else(fetch: Fetch, hub: HubServer) -> None:
     assert _contents(fetch("org/pickle")) == _wanted("org/pickle")
     assert "modeling_custom.py" not in hub.downloaded()
+
+
+def test_other_safetensors_do_not_stand_for_the_pickles(fetch: Fetch, hub: HubServer) -> None:
+    """`open_store` and transformers read the pickles then; one file more costs less than one less.
+
+    The weights by the names of the code that trained them are never fetched.
+    """
+    assert _contents(fetch("org/others")) == _wanted("org/others", "consolidated.safetensors")
+    assert "consolidated.safetensors" not in hub.downloaded()
 
 
 def test_second_time_and_offline_nothing_is_fetched(fetch: Fetch, hub: HubServer) -> None:
@@ -176,6 +202,8 @@ def test_hub_out_of_reach(fetch: Fetch) -> None:
     [
         (OSError(errno.ENOSPC, "No space left"), "no space left on the disk of ", "free space"),
         (RuntimeError("odd\nmore"), "RuntimeError: odd", "check the connection and HF_ENDPOINT"),
+        (PermissionError(errno.EACCES, "Denied", "/kept"), "Denied: /kept", "set HF_HOME to"),
+        (OSError(errno.EROFS, "Read-only", "/kept"), "Read-only: /kept", "set HF_HOME to"),
     ],
 )
 def test_failures_while_fetching(
@@ -185,6 +213,7 @@ def test_failures_while_fetching(
         raise failure
 
     monkeypatch.setattr(source, "snapshot_download", fail)
+    monkeypatch.setattr(source.constants, "HF_HUB_CACHE", "/kept")
     with pytest.raises(CheckpointError) as caught:
         resolve_checkpoint("org/name")
     assert found in caught.value.found
@@ -228,3 +257,13 @@ def test_file_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         resolve_checkpoint(str(path))
     assert caught.value.found == f"a file at {path}"
+
+
+def test_no_home_to_download_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client would make a folder called `~` where we are."""
+    monkeypatch.setattr(source.constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    monkeypatch.setattr(source, "snapshot_download", lambda *_, **__: pytest.fail("it downloads"))
+    for fetch in (resolve_checkpoint, source.fetch_config):
+        with pytest.raises(CheckpointError, match="no place to download org/name") as caught:
+            fetch("org/name")
+        assert caught.value.fix.startswith("set HF_HOME to a folder")

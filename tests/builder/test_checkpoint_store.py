@@ -81,13 +81,14 @@ def test_index_decides_which_shard_wins(tmp_path: Path, suffix: str) -> None:
     assert torch.equal(store.read("a"), _A)
 
 
-def test_first_kind_of_weights_wins(tmp_path: Path) -> None:
+def test_first_kind_of_weights_wins_and_the_others_are_told(tmp_path: Path) -> None:
+    """The order is that of transformers (see `test_weights_as_transformers.py`)."""
     order = (
         "other.safetensors",
-        "pytorch_model.bin",
         "pytorch_model.bin.index.json",
-        "model.safetensors",
+        "pytorch_model.bin",
         "model.safetensors.index.json",
+        "model.safetensors",
     )
     for value, name in enumerate(order):
         if name.endswith(".json"):
@@ -97,16 +98,42 @@ def test_first_kind_of_weights_wins(tmp_path: Path) -> None:
         else:
             _save(tmp_path / name, x=torch.tensor([float(value)]))
         # "shard.safetensors" sorts behind "other.safetensors".
-        assert _values(open_store(tmp_path)) == {"x": [value]}
+        notes: list[str] = []
+        assert _values(open_store(tmp_path, notes.append)) == {"x": [value]}
+        left_out = order[1:value][::-1]
+        if left_out:
+            (note,) = notes
+            assert note.startswith(f"warning: {tmp_path} holds weights more than once: {name} is")
+            assert f"; {', '.join(left_out)} and" in note
+        else:
+            assert notes == []
 
 
-def test_without_an_index_the_first_file_by_name_wins(tmp_path: Path) -> None:
-    _save(tmp_path / "b.safetensors", x=-_A, y=_B)
+def test_files_without_an_index_are_one_checkpoint(tmp_path: Path) -> None:
+    _save(tmp_path / "b.safetensors", x=_A, y=_B)
     _save(tmp_path / "a.safetensors", x=_A)
+    _save(tmp_path / "consolidated.safetensors", x=-_A)
     _save(tmp_path / "training.bin", z=_B)
     store = open_store(tmp_path)
     assert store.names() == ("x", "y")
-    assert torch.equal(store.read("x"), _A)
+    assert store.info("x").file.name == "a.safetensors"
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").unlink()
+    assert torch.equal(open_store(tmp_path).read("x"), -_A)
+
+
+@pytest.mark.parametrize(
+    "other", [-_A, _A.bfloat16(), _A.flatten()], ids=["sign", "dtype", "shape"]
+)
+def test_two_values_of_a_tensor_without_an_index_are_refused(
+    tmp_path: Path, other: torch.Tensor
+) -> None:
+    _save(tmp_path / "a.safetensors", x=_A)
+    _save(tmp_path / "b.safetensors", x=other)
+    error = _refusal(tmp_path)
+    assert isinstance(error, TensorError)
+    assert error.summary == f"{tmp_path} holds the tensor x with two values, and no index."
+    assert error.found == "a.safetensors and b.safetensors"
 
 
 @pytest.mark.parametrize("suffix", _SUFFIXES)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -66,7 +66,6 @@ def test_views_strides_parameters_and_empty_tensors(tmp_path: Path) -> None:
         assert torch.equal(read, value.detach())
 
 
-@settings(deadline=None)
 @given(
     st.permutations(range(3)),
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 2)), min_size=3, max_size=3),
@@ -223,7 +222,6 @@ def test_record_that_is_too_short(tmp_path: Path, good: bytes) -> None:
     assert error.expected.startswith("160 bytes at offset ")
 
 
-@settings(deadline=None)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_cut_off_anywhere(
     tmp_path_factory: pytest.TempPathFactory, good: bytes, share: float
@@ -233,7 +231,6 @@ def test_cut_off_anywhere(
     assert _refusal(path).fix
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_damaged_anywhere(
     tmp_path_factory: pytest.TempPathFactory, good: bytes, data: st.DataObject

@@ -63,7 +63,7 @@ def run(model: ir.Model, inputs: Arrays) -> list[Array]:
     return list(made.run(None, inputs))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes)
 def test_the_lowering_equals_the_body_and_the_reference(shape: Shape) -> None:
     inputs = shape.inputs()

@@ -60,7 +60,7 @@ def randomised(module: nn.Module, seed: int) -> Any:
     images=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_it_is_torchs_attention(
     heads: int, head_dim: int, queries: int, patches: int, images: int, seed: int
 ) -> None:

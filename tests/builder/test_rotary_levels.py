@@ -57,7 +57,7 @@ def turned(x: torch.Tensor, place: int, level: int) -> np.ndarray:
     st.booleans(),
     st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_rows_of_a_step(
     sequences: list[tuple[int, int]], tokens: int, log_scaled: bool, seed: int
 ) -> None:

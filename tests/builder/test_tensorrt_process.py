@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
+import tempfile
 import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from conftest import DATA
 from vlmforge.errors import BuildError, ConfigError
@@ -138,6 +142,57 @@ def test_a_process_that_dies(tmp_path: Path, flavour: Flavour, death: str) -> No
     assert ("free memory" in error.fix) == (death == "killed by SIGKILL")
 
 
+# A library that never comes back to Python, in a process that has a lock.
+SPINS = (
+    "import signal; signal.alarm(300); "  # if nothing else ends it
+    "from filelock import FileLock; lock = FileLock('lock'); lock.acquire(); "
+    "config.progress_monitor.step_complete('Building', 2); sum(iter(int, 1))"
+)
+CALLER = """
+import sys
+from pathlib import Path
+sys.path[:0] = ["."]
+from vlmforge_builder.tensorrt.flavours import Flavour
+from vlmforge_builder.tensorrt.job import CompileRequest
+from vlmforge_builder.tensorrt.process import run_compiler
+flavour = Flavour("made_up", "made_up_library", "made-up", "made_up_libraries", None, ())
+request = CompileRequest(
+    "made_up_library", "part.onnx", "part.plan", "part.layers.json", (), None, None, "."
+)
+run_compiler(flavour, request, lambda done, steps: print(done, flush=True))
+"""
+
+
+@pytest.mark.parametrize("death", [signal.SIGTERM, signal.SIGKILL])
+def test_the_process_ends_with_the_build(tmp_path: Path, death: signal.Signals) -> None:
+    library(tmp_path, SPINS)
+    command = [sys.executable, "-c", CALLER]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as build:
+        assert build.stdout is not None
+        assert [build.stdout.readline(), build.stdout.readline()] == ["2\n", "3\n"]
+        build.send_signal(death)
+    with FileLock(tmp_path / "lock").acquire(timeout=120):
+        assert not (tmp_path / "part.plan").read_bytes()
+
+
+def test_words_of_a_library_that_are_no_text(tmp_path: Path, flavour: Flavour) -> None:
+    library(tmp_path, "os.write(1, b'\\xff\\n'); os.write(2, b'\\xfe\\n'); os._exit(3)")
+    with pytest.raises(BuildError, match=r"died") as caught:
+        run_compiler(flavour, request(tmp_path), lambda *_: None)
+    assert caught.value.found.startswith("exit status 3")
+    assert caught.value.found.endswith("\ufffd")
+
+
+def test_no_temporary_directory_is_needed(
+    tmp_path: Path, flavour: Flavour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library(tmp_path, "return writer.write(b'plan') == 4")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    run_compiler(flavour, request(tmp_path), lambda *_: None)
+    assert (tmp_path / "part.plan").exists()
+
+
 def test_a_graph_that_is_refused(tmp_path: Path, flavour: Flavour) -> None:
     library(tmp_path, "pass", parses=False)
     with pytest.raises(BuildError, match=r"refused the part 'part' \(parse\)") as caught:
@@ -160,14 +215,14 @@ def test_a_library_that_is_not_installed() -> None:
     check_installed(TENSORRT_RTX)
 
 
-def test_the_name_that_the_parser_asks_for() -> None:
-    with library_path(TENSORRT_RTX) as folder:
+def test_the_name_that_the_parser_asks_for(tmp_path: Path) -> None:
+    with library_path(TENSORRT_RTX, tmp_path) as folder:
         assert folder is not None
         (link,) = folder.iterdir()
         assert link.name == "libtensorrt_rtx.so"
         assert link.resolve().name.startswith("libtensorrt_rtx.so.1")
     assert not folder.exists()
-    with library_path(TENSORRT) as folder:
+    with library_path(TENSORRT, tmp_path) as folder:
         assert folder is None
 
 

@@ -77,7 +77,7 @@ def _as_theirs(tokens: tuple[AddedToken, ...]) -> dict[int, Any]:
     }
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(TEXTS, st.booleans(), st.booleans(), st.booleans())
 def test_the_reference_encodes_as_transformers_does(
     text: str, legacy: bool, dummy_prefix: bool, strip: bool

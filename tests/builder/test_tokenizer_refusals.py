@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from sentencepiece_models import edited, given_folder, given_json, trained, write_checkpoint
 from vlmforge.errors import TokenizerError
 from vlmforge_builder.tokenizer.convert import convert_tokenizer
 from vlmforge_builder.tokenizer.corpus import overlapping_texts
+from vlmforge_builder.tokenizer.proof import prove
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -155,3 +158,35 @@ def test_a_foreign_tokenizer_model_beside_tokenizer_json_does_not_matter(tmp_pat
         shutil.copy(source / name, tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\n")
     assert convert_tokenizer(tmp_path).proof.differing is None
+
+
+def test_a_long_run_of_spaces_costs_no_square(tmp_path: Path) -> None:
+    """With a square of the run's length this test would not end: 10 ** 11 steps."""
+    (tmp_path / "tokenizer.model").write_bytes(trained(remove_extra_whitespaces=True))
+    data = json.loads(convert_tokenizer(tmp_path).json)
+    pattern = data["normalizer"]["normalizers"][-1]["pattern"]["Regex"]
+    last = normalizers.Replace(Regex(pattern), "")
+    run = "\u2581" * 300_000
+    assert last.normalize_str(run + "x") == run + "x"
+    assert last.normalize_str("x" + run[:5]) == "x"
+
+
+@pytest.mark.parametrize("expression", ["(a+)+$", "((", ""])
+def test_expressions_that_nobody_knows_are_refused(tmp_path: Path, expression: str) -> None:
+    pattern = {"Regex": expression}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    folder = given_folder(tmp_path, {**given_json(), "pre_tokenizer": split})
+    assert f"the unknown regular expression {expression!r}" in refusal(folder)
+
+
+def test_a_tokenizer_that_panics_in_its_proof_is_refused() -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text).ids
+        return ids
+
+    with pytest.raises(TokenizerError, match="fails on a text") as caught:
+        prove(encode, encode, ["a" * 40 + "b"], oracle="itself", file=Path("tokenizer.json"))
+    assert "retry-limit-in-match" in caught.value.found

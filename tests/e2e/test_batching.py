@@ -55,7 +55,7 @@ def test_the_singles_are_of_use(singles: list[list[int]]) -> None:
     "fields",
     [
         {"max_batch_size": 8},
-        {"max_batch_size": 2},
+        {"max_batch_size": 2, "threads": 2},
         {"max_batch_size": 1},
         {"max_batch_size": 3, "enable_prefix_caching": False},
         {"max_batch_size": 8, "max_prefill_token_num": 37, "vision": 4},

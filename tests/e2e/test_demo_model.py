@@ -25,6 +25,7 @@ from vlmforge.engine import DecoderInput, Engine
 from vlmforge.evaluation.cases import Case, held_out_cases
 from vlmforge.evaluation.evaluate import Report, evaluate
 from vlmforge.features import PreparedImage
+from vlmforge.manifest import manifest_digest
 from vlmforge.prompt.render import RenderedPrompt
 from vlmforge.verify import verify
 from vlmforge.vl.preprocess import preprocess
@@ -68,18 +69,27 @@ def test_the_checkpoint_is_small() -> None:
     assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*")) <= LIMIT_BYTES
 
 
-def test_the_engine_passes_the_gate(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = main(["eval", str(engine), "--limit", "1300", *GATE])
+def often(few: int, many: int) -> pytest.MarkDecorator:
+    """`count` cases: a few each time, many at night. Cases of all kinds come in turn."""
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.nightly)])
+
+
+@often(390, 1300)
+def test_the_engine_passes_the_gate(
+    engine: Path, capsys: pytest.CaptureFixture[str], count: int
+) -> None:
+    status = main(["eval", str(engine), "--limit", str(count), *GATE])
     printed = capsys.readouterr()
     assert status == 0, printed.out + printed.err
     assert "95 % interval" in printed.out
     assert "tokens/s" in printed.out
 
 
+@often(130, 390)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_engines_of_16_bits_pass_it_too(dtype: str, shared: Path) -> None:
+def test_engines_of_16_bits_pass_it_too(dtype: str, shared: Path, count: int) -> None:
     built = build_once(shared / f"demo.{dtype}.engine", CHECKPOINT, "--dtype", dtype)
-    assert main(["eval", str(built), "--limit", "390", "--minimum", "all=94"]) == 0
+    assert main(["eval", str(built), "--limit", str(count), "--minimum", "all=94"]) == 0
 
 
 def test_an_unreached_minimum_fails_and_a_wrong_one_is_refused(
@@ -121,12 +131,13 @@ def test_training_saw_pixels_exactly_as_the_engine_makes_them(pipe: Pipeline) ->
     assert pipe._engine.manifest.image == IMAGE_POLICY
 
 
-def test_a_batch_gives_what_single_calls_give(pipe: Pipeline) -> None:
+@often(39, 130)
+def test_a_batch_gives_what_single_calls_give(pipe: Pipeline, count: int) -> None:
     """Sequences of different lengths end at different steps and move between slots."""
-    prompts = [_messages(case) for case in held_out_cases(130, seed=1)]
+    prompts = [_messages(case) for case in held_out_cases(count, seed=1)]
     config = GenerationConfig(max_new_tokens=96)
     single = [pipe(prompt, gen_config=config).token_ids for prompt in prompts]
-    for size in (2, 3, 8, 130):
+    for size in (2, 3, 8, count):
         for start in range(0, len(prompts), size):
             replies = pipe(prompts[start : start + size], gen_config=config)
             assert [reply.token_ids for reply in replies] == single[start : start + size], size
@@ -205,8 +216,9 @@ def in_torch() -> Torch:
     return Torch(tower, projector, decoder, CLIPImageProcessorPil(size=size, crop_size=crop))
 
 
-def test_every_greedy_token_of_200_cases_is_that_of_torch(pipe: Pipeline, in_torch: Torch) -> None:
-    cases = list(held_out_cases(200, seed=1))
+@often(65, 200)
+def test_every_greedy_token_is_that_of_torch(pipe: Pipeline, in_torch: Torch, count: int) -> None:
+    cases = list(held_out_cases(count, seed=1))
     prompts = [_messages(case) for case in cases]
     replies = pipe(prompts, gen_config=GenerationConfig(max_new_tokens=96))
     with torch.inference_mode():
@@ -239,6 +251,7 @@ def _altered(engine: Path, folder: Path, change: Callable[[dict[str, object]], N
     shutil.copytree(engine, folder)
     manifest = json.loads((folder / "engine.json").read_text("utf-8"))
     change(manifest["image"])
+    manifest["digest"] = manifest_digest(manifest)
     (folder / "engine.json").write_text(json.dumps(manifest), "utf-8")
     return folder
 

@@ -98,7 +98,7 @@ def test_a_build_executes_nothing(checkpoint: Path, marker: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert not marker.exists()
     assert not any(path.suffix == ".py" for path in engine.rglob("*"))
-    assert open_bundle(engine).manifest.provenance.source == "."
+    assert open_bundle(engine).manifest.provenance.source == checkpoint.name
 
 
 def test_a_pipeline_on_a_checkpoint_executes_nothing(checkpoint: Path, marker: Path) -> None:

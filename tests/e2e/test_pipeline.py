@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import HF, IMAGES
+from conftest import HANGS, HF, IMAGES
 from vlmforge import (
     ChatTemplateConfig,
     EngineConfig,
@@ -227,20 +228,26 @@ def test_many_threads(pipe: Pipeline) -> None:
 def test_closing_ends_those_who_wait(hf_engine: Path) -> None:
     pipe = pipeline(hf_engine, backend_config=EngineConfig(max_batch_size=1))
     outcomes: list[object] = []
+    begun = threading.Event()
+
+    def note(seen: list[int], logits: np.ndarray) -> np.ndarray:
+        begun.set()
+        return logits
 
     def call() -> None:
+        config = plain(900, logits_processors=[note])
         try:
-            outcomes.append(pipe("a long one", gen_config=plain(900)).finish_reason)  # type: ignore[union-attr]
+            outcomes.append(pipe("a long one", gen_config=config).finish_reason)  # type: ignore[union-attr]
         except CancelledError as error:
             outcomes.append(error)
 
     threads = [threading.Thread(target=call) for _ in range(3)]
     for thread in threads:
         thread.start()
-    time.sleep(0.05)
+    assert begun.wait(HANGS)
     pipe.close()
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=HANGS)
     assert not any(thread.is_alive() for thread in threads)
     assert len(outcomes) == 3
     with pytest.raises(CancelledError, match="closed"):
@@ -272,6 +279,25 @@ def test_vision_batches_change_nothing(hf_engine: Path) -> None:
     assert answers[0] == answers[1]
 
 
+def test_a_pipeline_opens_only_the_images_that_it_may(hf_engine: Path, tmp_path: Path) -> None:
+    inside = tmp_path / "photo.png"
+    inside.write_bytes(Path(PHOTO).read_bytes())
+    jpeg = io.BytesIO()
+    load_image(PHOTO).save(jpeg, "JPEG")
+    vision = VisionConfig(local_files=tmp_path, image_formats=["PNG"])
+    with pipeline(hf_engine, vision_config=vision) as pipe:
+        images = (str(inside), PHOTO, f"file://{PHOTO}", "/proc/self/environ", jpeg.getvalue())
+        answers = pipe([("look", image) for image in images], gen_config=plain(1))
+        assert isinstance(answers, list)
+        assert answers[0].finish_reason == "length"
+        for answer in answers[1:4]:
+            assert answer.finish_reason == "error"
+            assert "outside of the folder" in str(answer.error_message)
+        assert "a JPEG file" in str(answers[4].error_message)
+        with pytest.raises(ImageError, match="outside of the folder"):
+            pipe.chat(("look", PHOTO))
+
+
 def test_a_checkpoint_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLMFORGE_CACHE", str(tmp_path / "cache"))
     config = EngineConfig(session_len=512)
@@ -286,5 +312,6 @@ def test_a_checkpoint_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_build_that_fails_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["GPT9"]}', "utf-8")
-    with pytest.raises(BuildError, match="status 1"):
+    with pytest.raises(BuildError, match=r"failed: UnsupportedModelError: ") as caught:
         pipeline(tmp_path)
+    assert "GPT9" in caught.value.found

@@ -27,14 +27,14 @@ import pytest
 from PIL import Image
 
 import vlmforge.cli
-import vlmforge_builder.cli
+import vlmforge_builder.command
 from conftest import IMAGES
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
-PARSERS = {"build-engine": vlmforge_builder.cli.parser, "vlmforge": vlmforge.cli.parser}
+PARSERS = {"build-engine": vlmforge_builder.command.parser, "vlmforge": vlmforge.cli.parser}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 

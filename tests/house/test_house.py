@@ -16,8 +16,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import vlmforge_recipes
+from conftest import HANGS
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
@@ -223,6 +225,33 @@ def test_the_environment_is_read_in_one_place() -> None:
     assert found == {"runtime/vlmforge/env.py"}
 
 
+# In code and in the text of programs that code starts; words about the library are fine.
+_IMPORTS_ORT = re.compile(
+    r"^\s*(?:import|from)\s+onnxruntime\b|^\s*import .*,\s*onnxruntime\b"
+    r"|(?:import_module|__import__|find_spec)\(\s*['\"]onnxruntime\b",
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        *(("import onnxruntime as ort", True), ("import os, onnxruntime", True)),
+        *(("    from onnxruntime.capi import x", True), ("import_module('onnxruntime')", True)),
+        *(("from vlmforge.ort import ort", False), ("# onnxruntime is imported later", False)),
+        ("from vlmforge.backends.onnxruntime import BACKEND", False),
+    ],
+)
+def test_what_counts_as_importing_onnx_runtime(code: str, found: bool) -> None:
+    assert bool(_IMPORTS_ORT.search(code)) is found
+
+
+def test_onnx_runtime_is_imported_in_one_place_which_switches_its_telemetry_off() -> None:
+    about_it = {name_of(Path(__file__)), "tests/runtime/test_telemetry.py"}
+    found = {name_of(path) for path in python_files() if _IMPORTS_ORT.search(path.read_text())}
+    assert found - about_it == {"runtime/vlmforge/ort.py"}
+
+
 def test_no_test_is_skipped_or_expected_to_fail() -> None:
     quiet = ("skip", "skipif", "xfail", "importorskip", "skipTest", "SkipTest")
     found = [
@@ -232,6 +261,63 @@ def test_no_test_is_skipped_or_expected_to_fail() -> None:
         if isinstance(node, ast.Attribute) and node.attr in quiet
     ]
     assert found == []
+
+
+CLOCKS = ("perf_counter", "monotonic", "process_time", "thread_time", "perf_counter_ns")
+# Measures, and compares only what must hold on any machine: parts with their sum.
+MEASURES = {"tests/conftest.py", "tests/e2e/test_pipeline.py"}
+
+
+def judges_time(node: ast.AST) -> str | None:
+    """What of this node hangs on the machine's speed."""
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "time":
+        return node.attr if node.attr in CLOCKS else None
+    if not isinstance(node, ast.Call):
+        return None
+    name = ast.unparse(node.func)
+    for keyword in node.keywords:
+        value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+        if keyword.arg == "deadline" and value is not None:
+            return f"deadline={value}"
+        if keyword.arg == "timeout" and isinstance(value, int | float) and value < HANGS:
+            return f"{name}(timeout={value})"
+    if name.endswith(".join") and any(isinstance(a, ast.Constant) for a in node.args):
+        value = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
+        return f"join({value})" if isinstance(value, int | float) else None
+    return None
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("assert time.perf_counter() - start < 1", "perf_counter"),
+        ("settings(deadline=200)", "deadline=200"),
+        ("child.communicate(timeout=5)", "child.communicate(timeout=5)"),
+        ("thread.join(2.5)", "join(2.5)"),
+        ("settings(deadline=None)", None),
+        ("child.communicate(timeout=HANGS)", None),
+        ("', '.join('ab')", None),
+        ("thread.join()", None),
+    ],
+)
+def test_what_counts_as_judging_time(code: str, found: str | None) -> None:
+    assert next(filter(None, map(judges_time, ast.walk(ast.parse(code)))), None) == found
+
+
+def test_no_test_judges_time() -> None:
+    found = [
+        f"{name_of(path)}:{getattr(node, 'lineno', 0)} {why}"
+        for path in python_files("tests")
+        if name_of(path) not in MEASURES
+        for node in ast.walk(tree(path))
+        if (why := judges_time(node))
+    ]
+    assert found == []
+
+
+def test_no_property_has_a_time_limit() -> None:
+    assert settings().deadline is None
+    assert HealthCheck.too_slow in settings().suppress_health_check
 
 
 def test_files_of_tests_have_names_of_their_own() -> None:

@@ -6,7 +6,6 @@ import re
 import subprocess
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -38,12 +37,35 @@ KERNELS = {"vf_write", "vf_decode", "vf_decode_narrow", "vf_combine", "vf_prefil
 CONFIG = Config(128, "float16", "float16")
 TARGET = {target.name: target for target in TARGETS}
 SHIPPED = [(config, target) for config in configs() for target in targets(config)]
-# All that differ in more than the scheduling of instructions; the rest are left to nightly runs.
-QUICK = [
-    (config, target)
-    for i, (config, target) in enumerate(SHIPPED)
-    if target.name == "sm_90" or (target.name == "sm_80" and i % 2) or i % 7 == 0
+# Whose producer is read below, on Hopper.
+PRODUCERS = [
+    Config(head_size, *types)
+    for types in (
+        ("float16", "float16"),
+        ("float16", "float8_e4m3fn"),
+        ("bfloat16", "float8_e4m3fn"),
+    )
+    for head_size in HEAD_SIZES
+    if head_size >= 64
 ]
+
+
+def quick() -> list[tuple[Config, Target]]:
+    """Every configuration once, on Hopper or one of the others in turn; of the largest heads both.
+
+    Mostly what other tests compile too; the rest is left to nightly runs.
+    """
+    hopper = [(config, TARGET["sm_90"]) for config in PRODUCERS]
+    others = [c for c in configs() if c not in PRODUCERS or c.head_size == max(HEAD_SIZES)]
+    turns = [
+        (config, fitting[i % len(fitting)])
+        for i, config in enumerate(others)
+        if (fitting := [t for t in targets(config) if t.name != "sm_90"])
+    ]
+    return [*hopper, *turns]
+
+
+QUICK = quick()
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +75,8 @@ def nvrtc() -> Nvrtc:
 
 @pytest.fixture(scope="session")
 def cache(shared: Path) -> Path:
-    return shared / "kernels"
+    """Where builds keep what they compile, too."""
+    return shared / "cache" / "kernels"
 
 
 def _check_report(config: Config, target: Target, nvrtc: Nvrtc, cache: Path) -> None:
@@ -78,7 +101,7 @@ def test_nothing_spills(config: Config, target: Target, nvrtc: Nvrtc, cache: Pat
     _check_report(config, target, nvrtc, cache)
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.parametrize(("config", "target"), SHIPPED, ids=lambda x: x.name)
 def test_nothing_spills_anywhere(config: Config, target: Target, nvrtc: Nvrtc, cache: Path) -> None:
     _check_report(config, target, nvrtc, cache)
@@ -170,21 +193,15 @@ def reached(code: str, start: str) -> str:
     return "\n".join(lines[at] for at in sorted(seen))
 
 
-@pytest.mark.parametrize("head_size", [size for size in HEAD_SIZES if size >= 64])
-@pytest.mark.parametrize(
-    "types",
-    [("float16", "float16"), ("float16", "float8_e4m3fn"), ("bfloat16", "float8_e4m3fn")],
-    ids="-".join,
-)
+@pytest.mark.parametrize("config", PRODUCERS, ids=lambda x: x.name)
 def test_the_producer_keeps_to_its_registers(
-    head_size: int, types: tuple[Any, Any], nvrtc: Nvrtc, cache: Path, tmp_path: Path
+    config: Config, nvrtc: Nvrtc, cache: Path, tmp_path: Path
 ) -> None:
     """It gave all but 56 away, as did who widens fp8. The assembler's figure does not show this.
 
     Nor may a descriptor of memory, 64 bits, start at an odd register: an illegal instruction, met
     when copies carried a cache policy.
     """
-    config = Config(head_size, *types)
     code = machine_code(compile_one(config, TARGET["sm_90"], nvrtc, cache), tmp_path)
     producer = reached(code["vf_prefill"], "USETMAXREG.DEALLOC.CTAPOOL 0x38")
     assert "HGMMA" not in producer

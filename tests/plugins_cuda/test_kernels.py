@@ -59,7 +59,7 @@ def test_kernels(case: Case, backend: Backend) -> None:
     verify(batch, backend.run(batch))
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("types", TYPES, ids="-".join)
 @pytest.mark.parametrize("kind", KINDS)

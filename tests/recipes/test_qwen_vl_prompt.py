@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import os
+import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +159,29 @@ def test_images_that_are_not_well_spelled(
         assert words in error.fix
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a <img>x.png", "'<img>x.png'"),
+        ("<img>x.png</img> a", "'<img>x.png</img> a'"),
+        ("<img>" + "x" * 80, f"'<img>{'x' * 55}'"),
+    ],
+)
+def test_a_refusal_shows_what_was_written_and_no_more(
+    pipe: Pipeline, text: str, found: str
+) -> None:
+    talk = [{"role": role, "content": text} for role in ("user", "assistant", "user")]
+    for prompt in (text, talk, [{"role": "system", "content": text}, *talk[:1]]):
+        error = refusal(pipe, prompt)
+        assert error.found == found
+        assert not re.search("[\ue000-\uf8ff]", str(error))
+
+
+def test_what_begins_in_one_message_does_not_end_in_another(pipe: Pipeline) -> None:
+    talk = [{"role": "user", "content": "<img>x"}, {"role": "assistant", "content": "y</img>"}]
+    assert "begins an image and does not end it" in str(refusal(pipe, talk))
+
+
 def test_a_path_that_is_too_long(pipe: Pipeline) -> None:
     error = refusal(pipe, ("q", LONG + "p"))
     assert error.found.startswith("255 bytes: 'pppp")
@@ -215,7 +239,7 @@ TYPED = st.lists(
     st.none() | TYPED,
     st.integers(1, 900),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_conversation_within_any_window(
     pipe: Pipeline, turns: list[tuple[str, int, str]], query: str, system: str | None, window: int
 ) -> None:

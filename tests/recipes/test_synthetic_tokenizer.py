@@ -40,14 +40,13 @@ WORDS = st.lists(
 ).map("".join)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(LINES | WORDS, min_size=1, max_size=3))
 def test_tokenizer_json_equals_sentencepiece(chunks: list[str]) -> None:
     _, fast = tokenizers()
     assert fast.encode("<image>".join(chunks)).ids == slow_ids(chunks)
 
 
-@settings(deadline=None)
 @given(WORDS)
 def test_tokenizer_json_gives_the_text_back(text: str) -> None:
     _, fast = tokenizers()

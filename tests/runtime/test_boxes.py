@@ -98,7 +98,7 @@ words = st.text(st.characters(codec="utf-8", exclude_characters="<>"), min_size=
     st.lists(st.tuples(st.none() | words, corners, words), max_size=6),
     st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_written_boxes_are_read(
     written: list[tuple[str | None, tuple[int, ...], str]], size: tuple[int, int]
 ) -> None:
@@ -113,7 +113,7 @@ def test_written_boxes_are_read(
 
 
 @given(st.lists(st.sampled_from(["<box>", "</box>", "<ref>", "</ref>", ONE, "(1,2)", ",", "a"])))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_is_read(pieces: list[str]) -> None:
     """As many boxes as are whole, each inside the image."""
     text = "".join(pieces)
@@ -173,7 +173,7 @@ def test_words_share_a_colour_and_are_written_once() -> None:
     st.tuples(*[st.integers(-5, 70)] * 4),
     st.none() | st.text(max_size=8),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_anything_can_be_drawn(
     font: ImageFont.ImageFont | None,
     size: tuple[int, int],

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from sample_manifest import MANIFEST, PARTS, with_files
-from vlmforge.bundle import check_hashes, open_bundle
-from vlmforge.errors import EngineFormatError, EngineIntegrityError
+from vlmforge.backends import LoadOptions
+from vlmforge.bundle import check_hashes, check_sizes, open_bundle
+from vlmforge.engine import load_engine
+from vlmforge.errors import EngineError, EngineFormatError, EngineIntegrityError
 from vlmforge.manifest import MANIFEST_FILE, FileEntry, Manifest, dump_manifest
+from vlmforge.prompt.choice import ActiveTemplate
 
 NAMES = (
     *("vision.onnx", "vision.data", "decoder.rank0.onnx", "decoder.rank0.data"),
@@ -139,7 +142,7 @@ def test_no_file_may_lie_outside(engine: Path, name: str) -> None:
     describe(engine, with_files(files))
     with pytest.raises(EngineFormatError) as caught:
         open_bundle(engine)
-    assert caught.value.summary == "The manifest names a file outside the engine."
+    assert caught.value.summary == "engine.json.files[7].path must be a path inside the engine."
     assert caught.value.found == repr(name)
 
 
@@ -167,5 +170,77 @@ def test_no_file_is_used_that_was_not_checked(engine: Path, use: str, name: str)
     describe(engine, dataclasses.replace(UNLISTED[use](name), files=files))
     with pytest.raises(EngineFormatError) as caught:
         open_bundle(engine)
-    assert caught.value.summary == "The manifest uses a file that it does not list."
+    inside = name == "unlisted"
+    unlisted, outside = "uses a file that it does not list", "must be a path inside the engine"
+    assert (unlisted if inside else outside) in caught.value.summary
     assert caught.value.found == repr(name)
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_what_is_no_file_is_not_read(engine: Path, name: str) -> None:
+    path = engine / name
+    path.unlink()
+    for make in (
+        lambda: path.mkdir(),
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/zero"),
+    ):
+        make()
+        with pytest.raises(EngineIntegrityError) as caught:
+            open_bundle(engine)
+        assert caught.value.found == "not a regular file"
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_folder_of_links_is_an_engine(engine: Path) -> None:
+    """As download caches keep it: the sha256 says what is behind a link."""
+    (engine.parent / "blob").write_bytes((engine / "vision.data").read_bytes())
+    (engine / "vision.data").unlink()
+    (engine / "vision.data").symlink_to(engine.parent / "blob")
+    assert open_bundle(engine).folder == engine
+
+
+def test_a_text_that_is_none_is_named(engine: Path) -> None:
+    bundle = open_bundle(engine)
+    (engine / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(EngineIntegrityError, match=r"chat_template\.jinja cannot be read"):
+        bundle.text("chat_template.jinja")
+    with pytest.raises(EngineIntegrityError, match="goldens cannot be read") as caught:
+        bundle.text("goldens")
+    assert caught.value.found == "not a regular file"
+
+
+def test_a_file_that_was_cut_since_it_was_opened_is_named(engine: Path) -> None:
+    bundle = open_bundle(engine)
+    check_sizes(bundle)
+    os.truncate(engine / "decoder.rank0.data", 3)
+    with pytest.raises(
+        EngineIntegrityError, match=r"decoder\.rank0\.data is not the file"
+    ) as caught:
+        check_sizes(bundle)
+    assert caught.value.found == "3 bytes"
+
+
+TOKENIZER = Path(__file__).parents[1] / "data/llava_1_5_hf/checkpoint/tokenizer.json"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_that_is_cut_while_it_is_loaded_is_named(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    (engine / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+    describe(engine, with_files(tuple(entry(engine, name) for name in NAMES)))
+    bundle = open_bundle(engine)
+
+    class Cutting:
+        def load_vision(self, folder: Path, *_: object) -> None:
+            os.truncate(folder / "vision.data", 3)
+
+        def load_decoder(self, *_: object) -> None:
+            if fails:
+                raise EngineError("cannot load")
+
+    monkeypatch.setattr("vlmforge.engine.load_backend", lambda name: Cutting())
+    with pytest.raises(EngineIntegrityError, match=r"vision\.data is not the file") as caught:
+        load_engine(bundle, ActiveTemplate("plain", "", ()), LoadOptions(slots=1, capacity=8))
+    assert caught.value.found == "3 bytes"

@@ -125,6 +125,25 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert "missing  ->  pip install 'vlmforge[build]'" in out
 
 
+def test_doctor_calls_ready_what_can_run_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_driver(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("vlmforge.backends.tensorrt.ctypes.CDLL", no_driver)
+    assert main(["doctor"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    version = importlib.metadata.version("tensorrt-rtx")
+    assert f"cannot run here (tensorrt_rtx {version}): no driver: libcuda" in rows["tensorrt_rtx"]
+    assert "--target onnxruntime" in rows["tensorrt_rtx"]
+    assert "no module tensorrt" in rows["tensorrt"]
+    assert "ready" not in rows["tensorrt_rtx"] + rows["tensorrt"]
+    monkeypatch.setattr("vlmforge.backends.tensorrt.ctypes.CDLL", lambda _: None)
+    assert main(["doctor"]) == 0
+    assert "ready: tensorrt_rtx" not in capsys.readouterr().out  # nor where there is a GPU: not yet
+
+
 @pytest.fixture
 def talk(
     hf_engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

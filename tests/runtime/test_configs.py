@@ -14,14 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmforge import config as module
+from vlmforge import template_config
 from vlmforge.config import (
-    ChatTemplateConfig,
     EngineConfig,
     TurbomindEngineConfig,
     VisionConfig,
     VisonConfig,
 )
 from vlmforge.errors import ConfigError
+from vlmforge.pytorch_config import PYTORCH_REFUSALS, PYTORCH_RULES, PytorchEngineConfig
+from vlmforge.template_config import ChatTemplateConfig
 
 FIELDS_OF_0_4_2 = """model_name model_format tp session_len max_batch_size cache_max_entry_count
 cache_block_seq_len enable_prefix_caching quant_policy rope_scaling_factor use_logn_attn
@@ -29,7 +31,7 @@ download_dir revision max_prefill_token_num num_tokens_per_iter max_prefill_iter
 ADDED_SINCE = """cache_chunk_size dtype dp cp ep device_num attn_tp_size attn_cp_size attn_dp_size
 mlp_tp_size mlp_dp_size outer_dp_size nnodes node_rank dist_init_addr devices
 cache_checkpoint_interval cache_prompt cache_prompt_boundary_skip cache_generation async_ empty_init
-language_model_only communicator hf_overrides enable_metrics"""
+language_model_only communicator hf_overrides enable_metrics gemm_input_dtype moe_a2a_backend"""
 PARTS = ("system", "meta_instruction", "eosys", "user", "eoh", "assistant", "eoa", "separator")
 
 
@@ -43,7 +45,9 @@ def test_engine_config_has_the_fields_of_both_versions_and_ours() -> None:
 
 def test_every_field_is_checked_or_refused() -> None:
     assert set(module.RULES) | set(module.REFUSALS) == set(names(EngineConfig))
-    rules, refusals = module.TEMPLATE_RULES, module.TEMPLATE_REFUSALS
+    pytorch = {*PYTORCH_RULES, *PYTORCH_REFUSALS}
+    assert {*module.RULES, *module.REFUSALS, *pytorch} == set(names(PytorchEngineConfig))
+    rules, refusals = template_config.RULES, template_config.REFUSALS
     assert set(rules) | set(refusals) == set(names(ChatTemplateConfig))
 
 
@@ -75,7 +79,13 @@ def test_a_field_that_tunes_other_machinery_is_accepted() -> None:
     )
 
 
+FOLDER = "True, False or the path of a folder that is there"
+FORMATS = (
+    "a list whose every item is one of "
+    "'PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'AVIF', 'PPM', 'QOI'"
+)
 COLOUR = "a list of 3 whose every item is an integer in [0, 255] or None"
+REVISION = "a non-empty string without NUL and lone surrogates or None"
 WRONG: list[tuple[Callable[..., object], str, object, str]] = [
     (EngineConfig, "tp", 0, "a positive integer"),
     (EngineConfig, "tp", True, "a positive integer"),
@@ -89,7 +99,7 @@ WRONG: list[tuple[Callable[..., object], str, object, str]] = [
     (EngineConfig, "cache_block_seq_len", 0, "a positive integer"),
     (EngineConfig, "cache_chunk_size", -2, "an integer >= -1"),
     (EngineConfig, "enable_prefix_caching", 1, "True or False"),
-    (EngineConfig, "revision", "", "a non-empty string or None"),
+    *((EngineConfig, "revision", value, REVISION) for value in ("", "a\0b", "\ud800")),
     (EngineConfig, "max_prefill_token_num", 0, "a positive integer"),
     (EngineConfig, "num_tokens_per_iter", -1, "a non-negative integer"),
     (EngineConfig, "max_prefill_iters", 0, "a positive integer"),
@@ -100,6 +110,8 @@ WRONG: list[tuple[Callable[..., object], str, object, str]] = [
     (VisionConfig, "max_batch_size", 0, "a positive integer"),
     (VisionConfig, "max_batch_size", None, "a positive integer"),
     (VisionConfig, "thread_safe", "yes", "True or False"),
+    *((VisionConfig, "local_files", value, FOLDER) for value in (None, 1, "", "/no/folder", b"/")),
+    *((VisionConfig, "image_formats", value, FORMATS) for value in ("PNG", ["EPS"], ["png"], 3)),
     *((VisionConfig, "background", value, COLOUR) for value in ((9, 9), (0, 0, 256), "white")),
     (ChatTemplateConfig, "model_name", "", "a non-empty string"),
     (ChatTemplateConfig, "model_name", None, "a non-empty string"),
@@ -164,6 +176,7 @@ REFUSED: list[tuple[str, object, str, str]] = [
     ("cache_generation", "all", "no such modes", "enable_prefix_caching"),
     ("empty_init", True, "with its weights", "leave it out"),
     ("language_model_only", True, "both parts", "leave it out"),
+    ("gemm_input_dtype", "fp8", "compiled into the engine", "build-engine --dtype"),
 ]
 
 
@@ -258,7 +271,7 @@ def test_a_file_reads_back_the_same(tmp_path: Path, as_path: bool) -> None:
 
 def test_a_template_without_a_name_gets_the_same_one_each_time() -> None:
     first = ChatTemplateConfig.from_json('{"user": "U: "}')
-    assert first == ChatTemplateConfig(module.UNNAMED_TEMPLATE, user="U: ")
+    assert first == ChatTemplateConfig(template_config.UNNAMED_TEMPLATE, user="U: ")
     assert ChatTemplateConfig.from_json('{"user": "U: "}') == first
 
 

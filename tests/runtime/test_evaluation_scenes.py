@@ -38,7 +38,7 @@ def test_the_combinations_of_training_and_test_scenes_are_disjoint() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_training_shows_no_held_out_scene(seed: int) -> None:
     scenes, turns = training_conversation(rng(seed), turns=5)
     assert not any(scene.held_out for scene in scenes)
@@ -46,7 +46,7 @@ def test_training_shows_no_held_out_scene(seed: int) -> None:
 
 
 @given(SEEDS, st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_things_stand_apart_and_in_reading_order(seed: int, held_out: bool) -> None:
     cells = [thing.cell for thing in random_scene(rng(seed), held_out=held_out).things]
     assert cells == sorted(set(cells))
@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_cases_and_another_one_others() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_picture_shows_each_thing_in_its_place(seed: int) -> None:
     """A part of its place has its colour: checked by hue, not by how it was drawn."""
     generator = rng(seed)
@@ -88,7 +88,7 @@ def test_a_picture_shows_each_thing_in_its_place(seed: int) -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_answers_are_true(seed: int) -> None:
     """Every kind of question against a reading of the scene that shares no code with it."""
     generator = rng(seed)
@@ -165,7 +165,7 @@ def test_colours_of_a_shape_in_two_pictures() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_follow_up_cannot_be_answered_alone(seed: int) -> None:
     generator = rng(seed)
     scene = random_scene(generator, held_out=False)

@@ -55,6 +55,7 @@ ORIGINAL: dict[str, object] = {
     "return_routed_experts": False,
     "repetition_ngram_size": 0,
     "repetition_ngram_threshold": 0,
+    "logprob_start_len": -1,
 }
 
 
@@ -174,6 +175,7 @@ def test_a_value_assigned_later_is_checked_when_a_request_uses_it(
         ("preserve_cache", True, "leave it out"),
         ("migration_request", object(), "the engine itself"),
         ("return_routed_experts", True, "leave it out"),
+        ("logprob_start_len", 0, "output_logits='all'"),
     ],
 )
 def test_what_is_not_supported_is_refused_with_what_to_do(
@@ -187,7 +189,7 @@ def test_what_is_not_supported_is_refused_with_what_to_do(
 
 
 def test_all_refusals_are_tried_above() -> None:
-    assert len(REFUSALS) == 7
+    assert len(REFUSALS) == 8
 
 
 @pytest.mark.parametrize(

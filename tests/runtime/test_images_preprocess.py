@@ -119,7 +119,7 @@ def test_the_policy_is_that_of_the_golden_checkpoint() -> None:
 )
 @example(size=(1, 1), mode="RGB", edge=24, crop=(24, 24), resample="bicubic", seed=0)
 @example(size=(90, 31), mode="RGB", edge=24, crop=(33, 20), resample="bicubic", seed=0)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_center_crop_is_the_original(
     size: tuple[int, int],
     mode: str,
@@ -141,7 +141,7 @@ def test_center_crop_is_the_original(
 )
 @example(size=(1, 1), mode="RGB", crop=(24, 24), seed=0)
 @example(size=(90, 1), mode="L", crop=(33, 20), seed=0)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_stretch_resizes_the_whole_image(
     size: tuple[int, int], mode: str, crop: tuple[int, int], seed: int
 ) -> None:
@@ -162,7 +162,7 @@ def test_stretch_resizes_the_whole_image(
     seed=st.integers(0, 2**32 - 1),
 )
 @example(size=(1, 1), mode="RGB", edge=24, crop=24, resample="bicubic", seed=0)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_pad_square_is_the_original(
     size: tuple[int, int], mode: str, edge: int, crop: int, resample: str, seed: int
 ) -> None:
@@ -259,7 +259,7 @@ def anyres_of_the_original(image: Image.Image, policy: ImagePolicy) -> np.ndarra
 @example(size=(4000, 1), mode="RGB", seed=0)
 @example(size=(56, 28), mode="RGB", seed=0)
 @example(size=(57, 27), mode="LA", seed=0)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_anyres_is_the_original(size: tuple[int, int], mode: str, seed: int) -> None:
     image = noise(*size, seed).convert("RGBA" if mode == "RGBA" else "RGB").convert(mode)
     policy = dataclasses.replace(ANYRES, background=None)
@@ -270,7 +270,7 @@ def test_anyres_is_the_original(size: tuple[int, int], mode: str, seed: int) -> 
 
 
 @given(size=st.tuples(st.integers(1, 300), st.integers(1, 300)), seed=st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_anyres_is_that_of_transformers(size: tuple[int, int], seed: int) -> None:
     image = noise(*size, seed)
     np.testing.assert_allclose(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import cache
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vlmforge
+import vlmforge.errors
 
 OURS = "vlmforge.api, vlmforge.vl, vlmforge.compat"
 # What a deployment has loaded anyway as soon as it answers.
@@ -18,7 +20,7 @@ OF_A_BUILD = (
     *("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece"),
     *("huggingface_hub", "vlmforge_builder", "vlmforge_recipes", "vlmforge_plugins"),
 )
-LATER = ("onnxruntime", "tokenizers")
+LATER = ("onnxruntime", "tokenizers", "prompt_toolkit")
 HEAVY = (
     *("multiprocessing", "http", "urllib.request", "email", "xml", "html", "unittest", "pydoc"),
     *("doctest", "pdb", "sqlite3", "ctypes", "tkinter", "curses", "distutils", "setuptools"),
@@ -38,7 +40,8 @@ def loaded(modules: str) -> frozenset[str]:
         else ("import sys\nprint(*sys.modules)")
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    quiet = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True, check=True)
     return frozenset(done.stdout.split())
 
 
@@ -72,9 +75,20 @@ def test_the_command_line_costs_as_little() -> None:
     assert below(names, (*OF_A_BUILD, *LATER)) == []
 
 
+def test_a_chat_in_a_pipe_loads_no_line_editor() -> None:
+    assert below(loaded("vlmforge.cli.chat"), LATER) == []
+
+
 def test_every_public_name_is_there() -> None:
     assert all(hasattr(vlmforge, name) for name in vlmforge.__all__)
     assert len(set(vlmforge.__all__)) == len(vlmforge.__all__)
+
+
+def test_errors_are_exported_at_the_top() -> None:
+    names = [name for name in vlmforge.__all__ if name.endswith("Error")]
+    assert {"VlmforgeError", "ConfigError", "PromptError", "ImageError", "EngineError"} <= {*names}
+    for name in names:
+        assert getattr(vlmforge, name) is getattr(vlmforge.errors, name)
 
 
 def test_the_cost_can_be_measured() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -142,6 +143,34 @@ def pieces_of_marks() -> list[str]:
     return [part for part in parts if len(part) < 3]
 
 
+# The content of the first message, in jinja.
+_CONTENT = "messages[0].content[0].text"
+
+
+@pytest.mark.parametrize("borders", [None, ("<s>",)])
+@pytest.mark.parametrize(
+    ("expression", "found"),
+    [
+        ("raise_exception('no: ' + CONTENT)", "TemplateError: no: a <image> b <image>"),
+        ("raise_exception(CONTENT | tojson(ensure_ascii=True))", "a <image> b <image>"),
+        ("{}[CONTENT].x", "no attribute 'a <image> b <image>'"),
+    ],
+)
+def test_an_error_of_a_template_shows_what_was_written(
+    expression: str, found: str, borders: tuple[str, ...] | None
+) -> None:
+    setup, expression = hf_setup(), expression.replace("CONTENT", _CONTENT)
+    setup = dataclasses.replace(
+        setup,
+        policy=dataclasses.replace(setup.policy, content_tokens=borders),
+        template=ActiveTemplate("quoting", f"{{{{ {expression} }}}}", ()),
+    )
+    # One placeholder is typed and one is the image's place.
+    error = setup.refusal(user(f"a <image> b {IMAGE_TOKEN}", PHOTO))
+    assert found in error.found
+    assert not re.search(r"[\ue000-\uf8ff]|\\u", str(error))
+
+
 @pytest.mark.parametrize("piece", pieces_of_marks(), ids=ascii)
 def test_a_part_of_a_mark_beside_an_image_stays_where_it_is(setup: Setup, piece: str) -> None:
     rendered = setup.render(user(f"{piece}{IMAGE_TOKEN}{piece}<image>{piece}", PHOTO))
@@ -184,7 +213,6 @@ def dialogues(draw: st.DrawFn) -> list[Message]:
     return turns[: len(turns) - draw(st.integers(0, 1))]
 
 
-@settings(deadline=None)
 @given(dialogues())
 def test_ids_are_those_of_the_published_tokenizer_for_the_rendered_text(
     turns: Sequence[Message],
@@ -200,7 +228,6 @@ def published_tokenizer() -> Tokenizer:
     return Tokenizer.from_str(HF_JSON)
 
 
-@settings(deadline=None)
 @given(dialogues())
 def test_ids_are_those_of_the_chunks_between_the_images(turns: Sequence[Message]) -> None:
     setup = original_setup()
@@ -213,7 +240,6 @@ def test_ids_are_those_of_the_chunks_between_the_images(turns: Sequence[Message]
 
 
 @pytest.mark.parametrize("make", [hf_setup, original_setup])
-@settings(deadline=None)
 @given(turns=dialogues(), more=QUESTIONS)
 def test_what_precedes_an_image_does_not_change_with_later_turns(
     make: Any, turns: list[Message], more: Message

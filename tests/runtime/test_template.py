@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -253,7 +253,6 @@ def test_the_published_template_marks_the_assistants_words() -> None:
     assert "{% generation %}" in PUBLISHED
 
 
-@settings(deadline=None)
 @given(TURNS.filter(bool), st.booleans())
 def test_the_published_template_gives_what_transformers_gives(
     tokenizer: PreTrainedTokenizerFast, turns: list[Turn], generation: bool

@@ -133,7 +133,7 @@ def test_what_is_no_tokenizer_is_refused(text: str) -> None:
 # --- decoding -----------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 641), max_size=30), st.booleans())
 def test_decoding_is_that_of_transformers(ids: list[int], skip: bool) -> None:
     theirs = _transformers().decode(
@@ -204,7 +204,7 @@ INTERESTING = [
 IDS = st.lists(st.sampled_from(INTERESTING) | st.integers(0, 720), max_size=40)
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(max_examples=1000)
 @given(
     st.sampled_from(KINDS),
     IDS,

@@ -196,7 +196,7 @@ def test_boxes_cover_the_canvas_once(canvas: Size) -> None:
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_padded_lines_hold_every_row_once(width: int, height: int) -> None:
     lines = dataclasses.replace(TINY, merge="lines", view_rows=4)
     rows = token_rows((width, height), lines)

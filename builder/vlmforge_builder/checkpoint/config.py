@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from vlmforge.errors import CheckpointError
+from vlmforge_builder.checkpoint.limits import Span
 
 T = TypeVar("T")
+
+# What an engine's files can hold.
+_ANY_INT = range(-(1 << 63), 1 << 63)
+_ANY_FLOAT: Span = (-math.inf, math.inf)
 
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 _LFS_POINTER = b"version https://git-lfs"
@@ -54,14 +59,16 @@ def read_json(path: Path) -> dict[str, object]:
         raise _malformed(path, f"a byte at offset {error.start} that is not UTF-8") from error
     except RecursionError as error:
         raise _malformed(path, "values nested too deeply") from error
+    except ValueError as error:  # Python's limit on the digits of a number
+        raise _malformed(path, "a number of thousands of digits") from error
     if not isinstance(value, dict):
         raise _malformed(path, f"{_kind(value)} at the top", "a JSON object at the top")
     return value
 
 
-def read_config(path: Path) -> ConfigReader:
+def read_config(path: Path, *, ignored: frozenset[str] = frozenset()) -> ConfigReader:
     """A reader of the JSON object in a file (errors as `read_json`)."""
-    return ConfigReader(read_json(path), path)
+    return ConfigReader(read_json(path), path, ignored=ignored)
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
@@ -104,17 +111,27 @@ def _kind(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)[:80]
 
 
+def _spelled(within: range) -> str:
+    kind = "a whole number" if within.step == 1 else "an even number"
+    return f"{kind} from {within[0]} to {within[-1]}"
+
+
 @dataclass(frozen=True, slots=True)
 class ConfigReader:
     """Typed access to the values of one JSON object; `place` is its dotted place in `file`.
 
-    A key whose value is null counts as absent. The getters raise CheckpointError where a key
-    without default is absent, or a value is of another type, naming file and dotted key.
+    `ignored` are the keys that the user wants unknown values of left out (`check_keys`).
+
+    A key whose value is null counts as absent, but for `int` and `float`: no published class means
+    anything by a null where it has a default that is a number. The getters raise CheckpointError
+    where a key without default is absent, or a value is of another type or out of its range, naming
+    file and dotted key.
     """
 
     values: Mapping[builtins.str, object]
     file: Path
     place: builtins.str = ""
+    ignored: frozenset[builtins.str] = frozenset()
 
     def has(self, key: builtins.str) -> builtins.bool:
         """Whether the key is there and not null."""
@@ -124,13 +141,29 @@ class ConfigReader:
         """The value as it is; None where absent."""
         return self.values.get(key)
 
-    def int(self, key: builtins.str, default: builtins.int | None = None) -> builtins.int:
-        """A whole number; true and 1.0 are not."""
-        return self._required(key, self.opt_int(key), default, "a whole number")
+    def int(
+        self,
+        key: builtins.str,
+        default: builtins.int | None = None,
+        *,
+        within: range = _ANY_INT,
+    ) -> builtins.int:
+        """A whole number in the range; true and 1.0 are not."""
+        if key in self.values:
+            default = None
+        return self._required(key, self.opt_int(key, within=within), default, "a whole number")
 
-    def float(self, key: builtins.str, default: builtins.float | None = None) -> builtins.float:
-        """A finite number, whole or not."""
-        return self._required(key, self.opt_float(key), default, "a number")
+    def float(
+        self,
+        key: builtins.str,
+        default: builtins.float | None = None,
+        *,
+        within: Span = _ANY_FLOAT,
+    ) -> builtins.float:
+        """A finite number in the range, whole or not."""
+        if key in self.values:
+            default = None
+        return self._required(key, self.opt_float(key, within=within), default, "a number")
 
     def str(self, key: builtins.str, default: builtins.str | None = None) -> builtins.str:
         """A string."""
@@ -140,26 +173,34 @@ class ConfigReader:
         """True or false; 0, 1 and strings are not."""
         return self._required(key, self.opt_bool(key), default, "true or false")
 
-    def opt_int(self, key: builtins.str) -> builtins.int | None:
-        """As `int`; None where absent."""
-        value = self.values.get(key)
-        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-            return value
-        raise self._wrong(key, value, "a whole number")
-
-    def opt_float(self, key: builtins.str) -> builtins.float | None:
-        """As `float`; None where absent."""
+    def opt_int(self, key: builtins.str, *, within: range = _ANY_INT) -> builtins.int | None:
+        """As `int`; None where absent or null."""
         value = self.values.get(key)
         if value is None:
             return None
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except OverflowError:
-                number = math.inf
-            if math.isfinite(number):
-                return number
-        raise self._wrong(key, value, "a finite number")
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self._wrong(key, value, "a whole number")
+        if value not in within:
+            raise self._wrong(key, value, _spelled(within))
+        return value
+
+    def opt_float(self, key: builtins.str, *, within: Span = _ANY_FLOAT) -> builtins.float | None:
+        """As `float`; None where absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise self._wrong(key, value, "a finite number")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        least, most = within
+        if not math.isfinite(number):
+            raise self._wrong(key, value, "a finite number")
+        if not least <= number <= most:
+            raise self._wrong(key, value, f"a number from {least:g} to {most:g}")
+        return number
 
     def opt_str(self, key: builtins.str) -> builtins.str | None:
         """As `str`; None where absent."""
@@ -180,7 +221,9 @@ class ConfigReader:
         value = self.values.get(key)
         if not isinstance(value, dict):
             raise self._wrong(key, value, "an object")
-        return ConfigReader(cast("dict[str, object]", value), self.file, self._dotted(key))
+        return ConfigReader(
+            cast("dict[str, object]", value), self.file, self._dotted(key), self.ignored
+        )
 
     def _required(
         self, key: builtins.str, value: T | None, default: T | None, expected: builtins.str

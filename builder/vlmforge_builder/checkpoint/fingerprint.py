@@ -45,3 +45,9 @@ def _identity(path: Path) -> tuple[int, str]:
             expected="a readable file",
             fix="check that it exists and its permissions",
         ) from error
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError, TensorError
+from vlmforge_builder.checkpoint.altered import quantised
 from vlmforge_builder.checkpoint.config import refuse_pointer
 from vlmforge_builder.checkpoint.mapped import (
     MappedTensor,
@@ -34,12 +35,17 @@ _DTYPES: Mapping[str, str] = {
     "I64": "int64",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
     "F16": "float16",
     "BF16": "bfloat16",
     "F32": "float32",
     "F64": "float64",
     "C64": "complex64",
 }
+# Less than a byte a number: of quantised weights only.
+_PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 
 
 def read_safetensors(path: Path) -> dict[str, MappedTensor]:
@@ -47,7 +53,7 @@ def read_safetensors(path: Path) -> dict[str, MappedTensor]:
 
     Raises:
         CheckpointError: the file is cut off, or its header is not of the format; a TensorError
-            where one tensor's entry is wrong.
+            where one tensor's entry is wrong; an UnsupportedModelError where it is quantised.
     """
     refuse_pointer(path)
     header, data_start = _read_header(path)
@@ -115,6 +121,8 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> MappedTens
 def _dtype(path: Path, name: str, stored: object) -> str:
     if isinstance(stored, str) and stored in _DTYPES:
         return _DTYPES[stored]
+    if stored in _PACKED:
+        raise quantised(f"the tensor {name} in {path} is of {stored}", None)
     raise _bad_entry(path, name, f"dtype {stored!r}", "one of " + ", ".join(_DTYPES))
 
 

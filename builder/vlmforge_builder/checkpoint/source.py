@@ -18,11 +18,17 @@ from huggingface_hub.errors import (
 )
 
 from vlmforge.errors import CheckpointError, VlmforgeError
+from vlmforge_builder.checkpoint.altered import MARKERS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 # Not `*.bin`: repositories hold other copies of the weights under other names.
 _PICKLES = ("pytorch_model*.bin", "*/pytorch_model*.bin")
+_SET_CACHE = "set HF_HOME to a folder that can be written to, then run it again"
 _TEXTS = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+# What tells of the model and of its weights before any of them is fetched.
+_TELLING = ("config.json", *MARKERS)
+# The same weights again, by the names of the code that trained them.
+_NEVER = ("consolidated*.safetensors", "*/consolidated*.safetensors")
 
 
 def resolve_checkpoint(
@@ -42,8 +48,8 @@ def resolve_checkpoint(
         spec: A folder, or a hub id such as "org/name".
         revision: Branch, tag or commit on the hub ("main" by default).
         progress: Gets a line when a download begins.
-        check: Gets the folder when nothing but config.json has been downloaded. What it raises ends
-            the download.
+        check: Gets the folder when nothing but config.json and the small files that tell of the
+            weights have been downloaded. What it raises ends the download.
 
     Raises:
         CheckpointError: neither, or the hub refused, is out of reach, or the disk is full.
@@ -59,7 +65,7 @@ def resolve_checkpoint(
 
 
 def fetch_config(spec: str | Path, *, revision: str | None = None) -> Path:
-    """A folder with the checkpoint's config.json; of a hub id nothing else is downloaded.
+    """A folder with the checkpoint's config.json and `MARKERS`; nothing else is downloaded.
 
     Raises:
         CheckpointError: as `resolve_checkpoint`.
@@ -69,6 +75,16 @@ def fetch_config(spec: str | Path, *, revision: str | None = None) -> Path:
         return folder
     with _explained(str(spec), revision):
         return _download_config(str(spec), revision)
+
+
+def checkpoint_name(spec: str | Path) -> str:
+    """What an engine calls the checkpoint `spec`: a folder's name, but not where that is; a hub id.
+
+    A name that is not text is spelled with escapes.
+    """
+    path = Path(spec)
+    name = path.resolve().name if path.is_dir() else str(spec)
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _local(spec: str | Path, revision: str | None) -> Path | None:
@@ -90,6 +106,7 @@ def _local(spec: str | Path, revision: str | None) -> Path | None:
 
 @contextmanager
 def _explained(hub_id: str, revision: str | None) -> Iterator[None]:
+    _check_cache(hub_id)
     try:
         yield
     except VlmforgeError:
@@ -99,8 +116,19 @@ def _explained(hub_id: str, revision: str | None) -> Iterator[None]:
         raise _explain(hub_id, revision, error) from error
 
 
+def _check_cache(hub_id: str) -> None:
+    """The client would make a folder called `~` in the working directory."""
+    if constants.HF_HUB_CACHE.startswith("~"):
+        raise CheckpointError(
+            f"There is no place to download {hub_id} to: this user has no home directory.",
+            found=f"the hub's cache directory {constants.HF_HUB_CACHE}",
+            expected="a folder that can be written to",
+            fix=_SET_CACHE,
+        )
+
+
 def _download_config(hub_id: str, revision: str | None) -> Path:
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["config.json"]))
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_TELLING)))
 
 
 def _download(hub_id: str, revision: str | None, check: Callable[[Path], object] | None) -> Path:
@@ -109,20 +137,23 @@ def _download(hub_id: str, revision: str | None, check: Callable[[Path], object]
         check(folder)
     patterns = [*_TEXTS, "*.safetensors"]
     # The snapshot's folder is named by its commit, so these calls fetch from the same one.
-    snapshot_download(hub_id, revision=folder.name, allow_patterns=patterns)
+    snapshot_download(
+        hub_id, revision=folder.name, allow_patterns=patterns, ignore_patterns=list(_NEVER)
+    )
     snapshot_download(
         hub_id,
         revision=folder.name,
         allow_patterns=[*patterns, *_PICKLES],
-        ignore_patterns=_superseded(folder),
+        ignore_patterns=[*_NEVER, *_superseded(folder)],
     )
     return folder
 
 
 def _superseded(folder: Path) -> list[str]:
-    """Patterns of the `.bin` weights in folders that have safetensors."""
-    with_safetensors = {path.parent.relative_to(folder) for path in folder.rglob("*.safetensors")}
-    return [str(place / "pytorch_model*.bin") for place in sorted(with_safetensors)]
+    """Patterns of the `.bin` weights in folders whose safetensors are read before them."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    places = {path.parent.relative_to(folder) for name in names for path in folder.rglob(name)}
+    return [str(place / "pytorch_model*.bin") for place in sorted(places)]
 
 
 def _no_such(path: Path) -> CheckpointError:
@@ -176,6 +207,8 @@ def _reason(hub_id: str, revision: str | None, error: Exception) -> tuple[str, s
             case OSError(errno=errno.ENOSPC):
                 fix = "free space, or set HF_HOME to a larger disk; what was fetched is kept"
                 return f"no space left on the disk of {constants.HF_HUB_CACHE}", fix
+            case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS):
+                return f"{link.strerror}: {link.filename or constants.HF_HUB_CACHE}", _SET_CACHE
     last = list(_chain(error))[-1]
     text = (str(last).splitlines() or [""])[0]
     return f"{type(last).__name__}: {text}", again

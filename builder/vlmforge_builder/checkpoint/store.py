@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from vlmforge.errors import CheckpointError, TensorError
@@ -27,7 +28,12 @@ __all__ = [
     "expect",
 ]
 
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_KINDS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _SUFFIXES = (".safetensors", ".bin")
 
 
@@ -167,30 +173,57 @@ def _missing(name: str, names: Iterable[str]) -> TensorError:
     )
 
 
-def open_store(folder: Path) -> TensorStore:
+def open_store(folder: Path, note: Callable[[str], None] = lambda text: None) -> TensorStore:
     """The tensors of a folder; headers are read and checked, values are not.
 
-    Taken is the first of these that exists: `model.safetensors.index.json`, `model.safetensors`,
-    `pytorch_model.bin.index.json`, `pytorch_model.bin`, every `*.safetensors`. An index decides
-    which shard a tensor is read from, whatever else the shards repeat. Among files without an
-    index, the first in the order of their names wins.
+    Taken is the first of these that exists: `model.safetensors`, `model.safetensors.index.json`,
+    `pytorch_model.bin`, `pytorch_model.bin.index.json` (the order of `from_pretrained` of
+    transformers), every `*.safetensors`. An index decides which shard a tensor is read from,
+    whatever else the shards repeat.
+
+    Args:
+        folder: Where the files are.
+        note: Gets a warning where there are other weights beside those that are taken.
 
     Raises:
         CheckpointError: no weights (says what is there instead), a missing shard, a file that is
-            cut off, damaged, a Git LFS pointer, or would run code.
+            cut off, damaged, a Git LFS pointer, or would run code; files without an index that
+            hold one tensor with several values.
     """
-    for single in _SINGLE:
-        if (index := folder / f"{single}.index.json").exists():
-            return FileStore(_read_index(index))
-        if (path := folder / single).exists():
-            return FileStore(_read_file(path))
+    kinds = [folder / name for name in _KINDS if (folder / name).exists()]
+    if not kinds:
+        return FileStore(_read_unindexed(folder))
+    taken, others = kinds[0], [path.name for path in kinds[1:]]
+    if others:
+        note(
+            f"warning: {folder} holds weights more than once: {taken.name} is used, as "
+            f"transformers does; {', '.join(others)} and what it names are left out"
+        )
+    return FileStore(_read_index(taken) if taken.suffix == ".json" else _read_file(taken))
+
+
+def _read_unindexed(folder: Path) -> dict[str, MappedTensor]:
+    paths = sorted(folder.glob("*.safetensors"))
+    # The same weights again, by the names of the code that trained them.
+    paths = [path for path in paths if not path.name.startswith("consolidated")] or paths
     tensors: dict[str, MappedTensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in paths:
         for name, tensor in _read_file(path).items():
-            tensors.setdefault(name, tensor)
+            if not _equal(tensors.setdefault(name, tensor), tensor):
+                raise TensorError(
+                    f"{folder} holds the tensor {name} with two values, and no index.",
+                    found=f"{tensors[name].info.file.name} and {path.name}",
+                    expected="model.safetensors, or an index that says which file it is in",
+                    fix="remove the files that do not belong to the checkpoint",
+                )
     if not tensors:
         raise _no_weights(folder)
-    return FileStore(tensors)
+    return tensors
+
+
+def _equal(first: MappedTensor, second: MappedTensor) -> bool:
+    same = (first.info.dtype, first.info.shape) == (second.info.dtype, second.info.shape)
+    return first is second or (same and torch.equal(first.read(), second.read()))
 
 
 def _read_file(path: Path) -> dict[str, MappedTensor]:
@@ -248,5 +281,6 @@ def _no_weights(folder: Path) -> CheckpointError:
         f"{folder} has no weights.",
         found=shown or ("an empty folder" if folder.is_dir() else "no such folder"),
         expected="model.safetensors or pytorch_model.bin, or their shards with an index",
-        fix="download the weight files too, or point to the folder that has them",
+        fix="download the weight files too, or point to the folder that has them; an adapter or a "
+        "projector alone (mm_projector.bin) is not a model: merge it into its own first",
     )

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from vlmforge.env import cache_dir
+from vlmforge.env import writable_cache
 from vlmforge.errors import ConfigError
 from vlmforge.manifest import DimRange, KVLayout, Part, Profile
 from vlmforge_builder.block_quantisation import InBlocks
@@ -161,7 +161,8 @@ class TensorRTTarget:
                 ),
                 capability=capability_name(self.flavour, job.settings.compute_capability),
                 kernels=kernels,
-                cache=str(cache_dir() / "kernels"),
+                # Without a cache they are compiled again the next time.
+                cache=str(writable_cache("kernels") or Path(scratch) / "kernels"),
             )
             compiled = run_compiler(
                 self.flavour, request, lambda done, steps: job.report(steps + done, 2 * steps)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import importlib
 import json
 import resource
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vlmforge.layer_report import Layer, LayerOutput, LayerReport
+from vlmforge.lifeline import end_with_parent
 from vlmforge.schema import from_json, to_json
 from vlmforge_builder.tensorrt.job import CompileRequest
 from vlmforge_plugins.cached_attention.compile import Compiler, Nvcc, Nvrtc, compile_set
@@ -27,6 +29,8 @@ from vlmforge_plugins.errors import CompileError, PluginError
 
 def main(argv: list[str]) -> int:
     """Compile the request in the file `argv[0]`; 1 when the library refuses the graph."""
+    # Not SIGTERM: there is nothing to clear up, and the library may hold it back for minutes.
+    end_with_parent(signal.SIGKILL)
     request = from_json(CompileRequest, json.loads(Path(argv[0]).read_text("utf-8")), argv[0])
     module = importlib.import_module(request.module)
     try:

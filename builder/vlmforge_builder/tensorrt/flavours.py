@@ -87,8 +87,10 @@ def capability_name(flavour: Flavour, wanted: str | None) -> str | None:
 
 
 @contextmanager
-def library_path(flavour: Flavour) -> Iterator[Path | None]:
+def library_path(flavour: Flavour, scratch: Path) -> Iterator[Path | None]:
     """A folder for LD_LIBRARY_PATH that gives the library the name its parser opens it by.
+
+    It is made in `scratch`.
 
     Without it TensorRT-RTX 1.7 ends the process as soon as a graph has a plugin.
     """
@@ -98,6 +100,6 @@ def library_path(flavour: Flavour) -> Iterator[Path | None]:
     if flavour.linked is None or not files:
         yield None
         return
-    with TemporaryDirectory(prefix="vlmforge-") as folder:
+    with TemporaryDirectory(prefix="libraries-", dir=scratch) as folder:
         (Path(folder) / flavour.linked).symlink_to(files[0])
         yield Path(folder)

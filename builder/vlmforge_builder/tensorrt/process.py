@@ -49,22 +49,28 @@ def run_compiler(
             at, and the last lines of its log.
     """
     heard = _Heard()
-    with TemporaryDirectory(prefix="vlmforge-") as scratch, library_path(flavour) as libraries:
+    beside = Path(request.graph).parent  # which can be written to, as /tmp need not be
+    with (
+        TemporaryDirectory(prefix="compile-", dir=beside) as scratch,
+        library_path(flavour, Path(scratch)) as libraries,
+    ):
         told, log = Path(scratch) / "request.json", Path(scratch) / "log"
         told.write_text(to_json(request), "utf-8")
         with log.open("wb") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", _PROGRAM, str(told)],
+            command = [sys.executable, "-m", _PROGRAM, str(told)]
+            with subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # its end ends the child: see vlmforge.lifeline
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=child_environment(libraries),
-                text=True,
-            )
-            try:
-                _listen(process, heard, report)
-            finally:
-                process.kill()
-                process.wait()
+                encoding="utf-8",
+                errors="replace",
+            ) as process:
+                try:
+                    _listen(process, heard, report)
+                finally:
+                    process.kill()
         words = log.read_text("utf-8", errors="replace").splitlines()
     # Once it has said so the plan is whole, whatever the library does to the process at its end.
     if heard.compiled is not None:

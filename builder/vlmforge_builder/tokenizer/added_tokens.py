@@ -16,6 +16,7 @@ from vlmforge_builder.tokenizer.files import TokenizerFiles
 
 # In the order in which transformers gives ids to those that the model lacks.
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_TRAITS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 _DEFAULTS = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 
 
@@ -28,6 +29,7 @@ class AddedToken:
         id: Its id.
         special: Left out of decoded text.
         lstrip, rstrip: Takes the white space before / after it along.
+        normalized: Looked for in normalised text; only in a tokenizer.json.
     """
 
     text: str
@@ -35,6 +37,7 @@ class AddedToken:
     special: bool = False
     lstrip: bool = False
     rstrip: bool = False
+    normalized: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,7 @@ def read_added_tokens(files: TokenizerFiles, pieces: Mapping[str, int]) -> Added
     """
     roles = {**_DEFAULTS, **_given_roles(files)}
     texts = {role: text for role in _ROLES if (text := roles.get(role)) is not None}
-    extra = _settings(files).get("additional_special_tokens") or ()
-    named = list(dict.fromkeys([*texts.values(), *(_text(files, token) for token in extra)]))
+    named = list(dict.fromkeys([*texts.values(), *_additional(files)]))
     tokens = declared_tokens(files)
     tokens += _missing(named, tokens, pieces)
     tokens = [replace(token, special=token.special or token.text in named) for token in tokens]
@@ -72,8 +74,7 @@ def read_added_tokens(files: TokenizerFiles, pieces: Mapping[str, int]) -> Added
 
 def declared_tokens(files: TokenizerFiles) -> list[AddedToken]:
     """The added tokens to which the files give an id (TokenizerError if not understood)."""
-    described = files.config.get("added_tokens_decoder")
-    if described:
+    if described := _decoder(files):
         return [_described(files, index, token) for index, token in described.items()]
     return [AddedToken(text, _index(files, index)) for text, index in files.added.items()]
 
@@ -83,8 +84,38 @@ def declared_roles(files: TokenizerFiles) -> dict[str, str]:
     return {role: text for role, text in _given_roles(files).items() if text is not None}
 
 
+def named_tokens(files: TokenizerFiles) -> tuple[str, ...]:
+    """Texts of all tokens that the files call special (TokenizerError if not understood).
+
+    transformers makes each of them a special token, known to a tokenizer.json or not.
+    """
+    extra = files.config.get("extra_special_tokens") or ()
+    named = extra.values() if isinstance(extra, dict) else extra
+    if not isinstance(extra, dict | list | tuple):
+        raise _not_understood(files, f"extra_special_tokens {extra!r}", "an object or a list")
+    models = {name: files.config[name] for name in ("image_token",) if files.config.get(name)}
+    texts = [*declared_roles(files).values(), *_additional(files)]
+    return tuple(dict.fromkeys([*texts, *(_text(files, t) for t in (*named, *models.values()))]))
+
+
+def _additional(files: TokenizerFiles) -> list[str]:
+    key = "additional_special_tokens"
+    tokens = _settings(files).get(key) or []
+    if not isinstance(tokens, list):
+        raise _not_understood(files, f"{key} {tokens!r}", "a list of tokens")
+    return [_text(files, token) for token in tokens]
+
+
+def _decoder(files: TokenizerFiles) -> Mapping[str, object]:
+    described = files.config.get("added_tokens_decoder") or {}
+    if not isinstance(described, dict):
+        found = f"added_tokens_decoder {type(described).__name__}"
+        raise _not_understood(files, found, "an object of tokens by id")
+    return described
+
+
 def _settings(files: TokenizerFiles) -> Mapping[str, Any]:
-    if files.config.get("added_tokens_decoder"):
+    if _decoder(files):
         return files.config
     return {**files.config, **files.special_map}
 
@@ -113,14 +144,21 @@ def _described(files: TokenizerFiles, index: str, token: object) -> AddedToken:
     if not index.isascii() or not index.isdigit():
         raise _not_understood(files, f"id {index!r} of {text!r}", "a whole number >= 0 as id")
     traits = token if isinstance(token, dict) else {}
+    for name, value in traits.items():
+        if name not in _TRAITS and name not in ("content", "__type"):
+            expected = "tokens with " + ", ".join(_TRAITS)
+            raise _not_understood(files, f"{text!r} with {name}", expected)
+        if name in _TRAITS and not isinstance(value, bool):
+            raise _not_understood(files, f"{name} {value!r} of {text!r}", "true or false")
     if traits.get("single_word"):
         raise _not_understood(files, f"{text!r} with single_word", "tokens without single_word")
     return AddedToken(
         text,
         int(index),
-        special=bool(traits.get("special")),
-        lstrip=bool(traits.get("lstrip")),
-        rstrip=bool(traits.get("rstrip")),
+        special=traits.get("special", False),
+        lstrip=traits.get("lstrip", False),
+        rstrip=traits.get("rstrip", False),
+        normalized=traits.get("normalized", not traits.get("special", False)),
     )
 
 

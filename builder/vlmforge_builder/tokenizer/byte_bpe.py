@@ -41,13 +41,11 @@ class SpecialTokens:
         texts: All of them; the first has the id after the last rank.
         hidden: Those that decoded text leaves out.
         stops: Those that end an answer; the first is the end token.
-        pad: The padding token.
     """
 
     texts: Sequence[str]
     hidden: frozenset[str]
     stops: Sequence[str]
-    pad: str
 
 
 def convert_byte_bpe(path: Path, specials: SpecialTokens) -> ConvertedTokenizer:
@@ -77,8 +75,6 @@ def convert_byte_bpe(path: Path, specials: SpecialTokens) -> ConvertedTokenizer:
         add_bos=False,
         eos_ids=tuple(ids[text] for text in specials.stops),
         eos_token=specials.stops[0],
-        pad_id=ids[specials.pad],
-        unk_id=None,
         special_ids=tuple(ids[text] for text in specials.texts if text in specials.hidden),
         vocab_size=len(ranks) + len(ids),
         proof=proof,

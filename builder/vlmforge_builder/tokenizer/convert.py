@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
-from vlmforge.errors import TokenizerError
+from vlmforge.errors import EngineFormatError, TokenizerError
+from vlmforge.tokenizer_file import load_tokenizer, parse_tokenizer
+from vlmforge_builder.tokenizer.added_tokens import AddedToken as Token
 from vlmforge_builder.tokenizer.added_tokens import (
     declared_roles,
     declared_tokens,
+    named_tokens,
     read_added_tokens,
 )
 from vlmforge_builder.tokenizer.corpus import PROOF_CORPUS, piece_texts, token_texts
@@ -26,6 +29,12 @@ from vlmforge_builder.tokenizer.sentencepiece_bpe import (
     sentencepiece_json,
 )
 
+_TRAITS = ("lstrip", "rstrip", "normalized", "special")
+_SAVE_AGAIN = (
+    "save the tokenizer again with transformers: AutoTokenizer.from_pretrained("
+    "folder).save_pretrained(folder)"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ConvertedTokenizer:
@@ -35,9 +44,8 @@ class ConvertedTokenizer:
         json: Its bytes. It is used without adding special tokens: `add_bos` says if BOS is due.
         bos_id, bos_token: The begin token, or None and "".
         add_bos: The original puts BOS before every prompt.
-        eos_ids: The tokenizer's end token, then those of generation_config.json.
+        eos_ids: The tokenizer's end token, if it has one.
         eos_token: The tokenizer's end token, or "".
-        pad_id, unk_id: Or None.
         special_ids: Tokens that decoding leaves out, ascending.
         vocab_size: Largest id + 1.
         proof: What the original was compared on.
@@ -49,8 +57,6 @@ class ConvertedTokenizer:
     add_bos: bool
     eos_ids: tuple[int, ...]
     eos_token: str
-    pad_id: int | None
-    unk_id: int | None
     special_ids: tuple[int, ...]
     vocab_size: int
     proof: TokenizerProof
@@ -104,6 +110,9 @@ def _converted(
     if files.config_flag("add_eos_token", default=False):
         raise _adds_more(files.folder / "tokenizer_config.json", "add_eos_token true")
     added = read_added_tokens(files, model.pieces)
+    for text in named_tokens(files):
+        if all(token.text != text for token in added.tokens):
+            raise _lacks(model.file, text)
     data = sentencepiece_json(model, added, legacy=legacy, invalid_bytes=invalid_bytes)
     tokenizer = _load(model.file, data)
     texts = (*PROOF_CORPUS, *token_texts(_special_texts(data)))
@@ -128,9 +137,12 @@ def _given(files: TokenizerFiles, path: Path) -> ConvertedTokenizer:
     data = path.read_bytes()
     tokenizer = _load(path, data)
     _check_ids(files, path, data, tokenizer)
+    data = _overlay(files, path, data, tokenizer)
     texts = (*PROOF_CORPUS, *token_texts(_special_texts(data)))
     encode = _encoder(tokenizer)
-    from_file = _encoder(_plain(Tokenizer.from_file(str(path))))
+    again = Tokenizer.from_file(str(path))
+    _overlay(files, path, path.read_bytes(), again)
+    from_file = _encoder(_plain(again))
     proof = prove(encode, from_file, texts, oracle=f"the given {path.name}", file=path)
     proof = replace(proof, differing=_differing(files, encode, texts))
     roles = declared_roles(files)
@@ -151,39 +163,29 @@ def _described(
 ) -> ConvertedTokenizer:
     ids = {role: tokenizer.token_to_id(text) for role, text in roles.items()}
     bos_id, eos_id = ids.get("bos"), ids.get("eos")
-    eos_ids = () if eos_id is None else (eos_id,)
-    pads = _generation_ids(files, "pad_token_id")
     added = json.loads(data).get("added_tokens", [])
     return ConvertedTokenizer(
         json=data,
         bos_id=bos_id,
         bos_token="" if bos_id is None else roles["bos"],
         add_bos=add_bos,
-        eos_ids=tuple(dict.fromkeys((*eos_ids, *_generation_ids(files, "eos_token_id")))),
+        eos_ids=() if eos_id is None else (eos_id,),
         eos_token="" if eos_id is None else roles["eos"],
-        pad_id=ids["pad"] if ids.get("pad") is not None else next(iter(pads), None),
-        unk_id=ids.get("unk"),
         special_ids=tuple(sorted(token["id"] for token in added if token["special"])),
         vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         proof=proof,
     )
 
 
-def _generation_ids(files: TokenizerFiles, key: str) -> tuple[int, ...]:
-    value = files.generation.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise damaged(files.folder / "generation_config.json", f"{key} {value!r}", "token ids")
-    return tuple(ids)
-
-
 def _load(source: Path, data: bytes) -> Tokenizer:
     try:
-        return _plain(Tokenizer.from_str(data.decode()))
-    except Exception as error:  # the library raises bare Exception
-        raise damaged(
-            source, str(error), "a tokenizer in the format of the tokenizers library"
-        ) from error
+        text = data.decode()
+        parse_tokenizer(text)
+        return load_tokenizer(text)
+    except EngineFormatError as error:
+        raise damaged(source, error.found, error.expected) from error
+    except UnicodeDecodeError as error:
+        raise damaged(source, str(error), "text in UTF-8") from error
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
@@ -223,9 +225,42 @@ def _check_ids(files: TokenizerFiles, path: Path, data: bytes, tokenizer: Tokeni
                 f"{path} and the files beside it disagree about an added token.",
                 found=f"{text!r} is {'unknown' if found is None else found}",
                 expected=f"{text!r} as {index}",
-                fix="save the tokenizer again with transformers: AutoTokenizer.from_pretrained("
-                "folder).save_pretrained(folder)",
+                fix=_SAVE_AGAIN,
             )
+
+
+def _overlay(files: TokenizerFiles, path: Path, data: bytes, tokenizer: Tokenizer) -> bytes:
+    """Give `tokenizer` the traits that tokenizer_config.json says its added tokens have.
+
+    Returns its JSON: `data` itself where they agree, as files that were saved together do.
+    """
+    stored = {token["content"]: token for token in json.loads(data).get("added_tokens", [])}
+    described = declared_tokens(files) if files.config.get("added_tokens_decoder") else []
+    traits = {token.text: _traits(token) for token in described}
+    for text in named_tokens(files):
+        if tokenizer.token_to_id(text) is None:
+            raise _lacks(path, text)
+        traits[text] = {**traits.get(text, stored.get(text, {})), "special": True}
+    changed = [
+        AddedToken(text, **{name: wanted[name] for name in _TRAITS if name in wanted})
+        for text, wanted in traits.items()
+        if any(stored.get(text, {}).get(name) != value for name, value in wanted.items())
+    ]
+    tokenizer.add_tokens(changed)
+    return tokenizer.to_str().encode() if changed else data
+
+
+def _lacks(path: Path, text: str) -> TokenizerError:
+    return TokenizerError(
+        f"{path} lacks a special token that the files beside it name.",
+        found=f"{text!r}, which it does not know",
+        expected="every token that has a role, or is called special",
+        fix=_SAVE_AGAIN,
+    )
+
+
+def _traits(token: Token) -> dict[str, bool]:
+    return {name: getattr(token, name) for name in _TRAITS}
 
 
 def _differing(files: TokenizerFiles, encode: Encode, texts: Iterable[str]) -> int | None:

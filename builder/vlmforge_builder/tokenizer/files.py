@@ -20,8 +20,8 @@ class TokenizerFiles:
         folder: The checkpoint.
         tokenizer_json: Path of `tokenizer.json`, or None.
         sentencepiece: Path of `tokenizer.model`, or None.
-        config, special_map, added, generation: `tokenizer_config.json`, `special_tokens_map.json`,
-            `added_tokens.json`, `generation_config.json`; empty where there is none.
+        config, special_map, added: `tokenizer_config.json`, `special_tokens_map.json`,
+            `added_tokens.json`; empty where there is none.
     """
 
     folder: Path
@@ -30,7 +30,6 @@ class TokenizerFiles:
     config: dict[str, Any]
     special_map: dict[str, Any]
     added: dict[str, Any]
-    generation: dict[str, Any]
 
     def config_flag(self, key: str, *, default: bool) -> bool:
         """A boolean of `tokenizer_config.json`; absent or null is the default."""
@@ -68,7 +67,6 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         config=_optional_object(folder / "tokenizer_config.json"),
         special_map=_optional_object(folder / "special_tokens_map.json"),
         added=_optional_object(folder / "added_tokens.json"),
-        generation=_optional_object(folder / "generation_config.json"),
     )
 
 

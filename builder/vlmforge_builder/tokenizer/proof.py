@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from vlmforge.errors import TokenizerError
+from vlmforge.tokenizer_file import raise_unless_fault
 
 Encode: TypeAlias = Callable[[str], list[int]]
 _AROUND = 5
@@ -42,16 +43,30 @@ def prove(
     """Compare two tokenizers.
 
     Raises:
-        TokenizerError: they differ; names the text and the ids around the first difference.
+        TokenizerError: they differ; names the text and the ids around the first difference. Or ours
+            fails on a text.
     """
     count = tokens = 0
     for text in texts:
-        ours, theirs = encode(text), reference(text)
+        ours, theirs = _encoded(encode, text, file), reference(text)
         if ours != theirs:
             raise _mismatch(text, ours, theirs, oracle, file)
         count += 1
         tokens += len(ours)
     return TokenizerProof(oracle, count, tokens)
+
+
+def _encoded(encode: Encode, text: str, file: Path) -> list[int]:
+    try:
+        return encode(text)
+    except BaseException as error:
+        raise_unless_fault(error)
+        raise TokenizerError(
+            f"The tokenizer.json made from {file} fails on a text.",
+            found=f"{error}, on {text[:60]!a}",
+            expected="ids of its tokens",
+            fix="put a tokenizer.json made by the model's authors into the folder",
+        ) from error
 
 
 def _mismatch(

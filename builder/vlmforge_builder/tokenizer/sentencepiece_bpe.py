@@ -223,7 +223,8 @@ def _normalizer(model: SentencePieceModel, *, prefix: bool) -> dict[str, object]
         steps.append({"type": "Prepend", "prepend": _SPACE})
     steps.append(_replace({"String": " "}, _SPACE))
     if model.strip_spaces:
-        steps.append(_replace({"Regex": _SPACE + r"+\z"}, ""))
+        # Looking behind, a run is tried at its start only: a long one would cost its square.
+        steps.append(_replace({"Regex": rf"(?<!{_SPACE}){_SPACE}+\z"}, ""))
     return {"type": "Sequence", "normalizers": steps}
 
 

@@ -82,7 +82,7 @@ class Config:
                 found=f"head size {self.head_size}",
                 expected=f"one of {', '.join(map(str, HEAD_SIZES))}",
                 fix="build with --attention native, or add the size to HEAD_SIZES and run "
-                "`make test-kernels-full`",
+                "`make test-nightly`",
             )
         if self.activation not in ("float16", "bfloat16"):
             raise UnsupportedError(

@@ -14,6 +14,7 @@ from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge.vl.tiling import Size, Tiling
 from vlmforge_builder.blocks.vision import VisionConfig
+from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
 
 PINPOINTS = "image_grid_pinpoints"
@@ -108,7 +109,7 @@ def _pinpoints(config: ConfigReader, value: object) -> tuple[Size, ...]:
             raise _wrong(config, value) from None
     pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in _items(value)]
     if not pairs or not all(
-        len(pair) == 2 and all(type(length) is int and length > 0 for length in pair)
+        len(pair) == 2 and all(type(length) is int and length in limits.PIXELS for length in pair)
         for pair in pairs
     ):
         raise _wrong(config, value)

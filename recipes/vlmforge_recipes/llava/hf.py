@@ -11,16 +11,23 @@ from pathlib import Path
 
 from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
 from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge_builder.blocks.layers import ACTIVATIONS
 from vlmforge_builder.blocks.vision import VisionConfig
+from vlmforge_builder.checkpoint import limits
+from vlmforge_builder.checkpoint.chat_template import read_chat_template
+from vlmforge_builder.checkpoint.compare import same_values
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
+from vlmforge_builder.checkpoint.keys import KeyTable, check_keys
 from vlmforge_builder.checkpoint.store import TensorStore, open_store
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
 from vlmforge_recipes.clip_images import find_processor, read_image_policy
-from vlmforge_recipes.clip_tower import read_tower_config
+from vlmforge_recipes.clip_tower import read_tower_config, unused_in_tower
+from vlmforge_recipes.config_keys import PROCESSOR, check_files
+from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.llama_decoder import TEXT_DEFAULTS, read_decoder_config, trained_length
 from vlmforge_recipes.llava.anyres import hf_tiling
-from vlmforge_recipes.llava.end_ids import with_end_ids
+from vlmforge_recipes.llava.keys import LAYOUTS
 from vlmforge_recipes.llava.layout import HF_ANYRES, layout_of
 from vlmforge_recipes.llava.templates import (
     PLACEHOLDER,
@@ -28,7 +35,9 @@ from vlmforge_recipes.llava.templates import (
     TEMPLATES,
     original_template,
 )
+from vlmforge_recipes.output_head import choose_head
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
+from vlmforge_recipes.tower_choice import refuse_tower_options
 
 # What the names of each part begin with: as published, and as transformers 4.5x and 5.x save them.
 # They do not change together, so each is looked for by itself.
@@ -59,10 +68,13 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
     """Understand a checkpoint of this layout (CheckpointError otherwise)."""
     text, kind = _text(config), _kind(config)
     _check(config)
+    refuse_tower_options(options)
+    check_files(checkpoint, _tables(config), config)
     tower = _tower(config)
     image = _image_policy(checkpoint, config, tower)
-    store = open_store(checkpoint)
-    tokenizer = with_end_ids(convert_tokenizer(checkpoint), checkpoint, text)
+    store = open_store(checkpoint, options.note)
+    names = _names(store, checkpoint, config, options, newline=image.tiling is not None)
+    tokenizer = with_end_ids(convert_tokenizer(checkpoint), checkpoint, config, text)
     return assemble(
         Geometry(
             read_decoder_config(text, session_len=options.session_len, kind=kind),
@@ -71,7 +83,7 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
             config.str("projector_hidden_act", "gelu"),
             layout_of(config) or "",
         ),
-        _names(store, checkpoint, config, newline=image.tiling is not None),
+        names,
         store,
         image,
         tokenizer,
@@ -84,25 +96,55 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
         ),
         options,
         extra_files=(),
+        unused=unused_in_tower(_vision(config), tower, prefix=names.vision),
     )
+
+
+def _vision(config: ConfigReader) -> ConfigReader:
+    if config.has("vision_config"):
+        return config.section("vision_config")
+    return ConfigReader(_DEFAULT_TOWER, config.file)
 
 
 def _tower(config: ConfigReader) -> VisionConfig:
     features = _features(config)
     return read_tower_config(
-        config.section("vision_config")
-        if config.has("vision_config")
-        else ConfigReader(_DEFAULT_TOWER, config.file),
+        _vision(config),
         feature_layer=features.layer,
         keep_class_token=features.keep_class_token,
     )
 
 
 def _image_policy(checkpoint: Path, config: ConfigReader, tower: VisionConfig) -> ImagePolicy:
-    policy = read_image_policy(checkpoint, image_size=tower.image_size, pad_to_square=False)
-    if layout_of(config) != HF_ANYRES:
-        return policy
-    return hf_tiling(policy, tower, config, find_processor(checkpoint))
+    processor = find_processor(checkpoint, _tables(config), config)
+    tiled = layout_of(config) == HF_ANYRES
+    policy = read_image_policy(
+        processor, image_size=tower.image_size, pad_to_square=False, tiled=tiled
+    )
+    if (path := checkpoint / PROCESSOR).exists():
+        _check_counts(read_config(path), config, tower)
+    return hf_tiling(policy, tower, config, processor) if tiled else policy
+
+
+def _check_counts(processor: ConfigReader, config: ConfigReader, tower: VisionConfig) -> None:
+    """The processor of transformers counts an image's tokens by numbers of its own."""
+    patch = processor.int("patch_size", tower.patch_size)
+    more = processor.int("num_additional_image_tokens", 1)
+    strategy = processor.str("vision_feature_select_strategy", _strategy(config))
+    side = tower.image_size // patch if patch > 0 else 0
+    tokens = side**2 + more - (strategy == "default")
+    if (side, tokens) != (tower.image_size // tower.patch_size, tower.tokens):
+        raise CheckpointError(
+            f"{processor.file} does not fit the vision tower.",
+            found=f"patch_size {patch}, num_additional_image_tokens {more} and "
+            f"vision_feature_select_strategy {strategy!r}: {tokens} tokens an image",
+            expected=f"{tower.tokens} tokens, patches of {tower.patch_size}",
+            fix="check that the file belongs to this checkpoint",
+        )
+
+
+def _tables(config: ConfigReader) -> tuple[KeyTable, ...]:
+    return LAYOUTS[layout_of(config) or "", _kind(config)]
 
 
 def _kind(config: ConfigReader) -> str:
@@ -113,15 +155,10 @@ def _check(config: ConfigReader) -> None:
     if (kind := _kind(config)) not in TEXT_DEFAULTS:
         expected = " or ".join(repr(name) for name in TEXT_DEFAULTS)
         raise _unsupported(config, f"text_config.model_type {kind!r}", expected)
-    if not config.bool("multimodal_projector_bias", default=True):
-        raise _unsupported(config, "multimodal_projector_bias false", "true")
-    tower = (
-        config.section("vision_config").str("model_type", "clip_vision_model")
-        if (config.has("vision_config"))
-        else "clip_vision_model"
-    )
-    if tower != "clip_vision_model":
-        raise _unsupported(config, f"vision_config.model_type {tower!r}", "'clip_vision_model'")
+    if (act := config.str("projector_hidden_act", "gelu")) not in ACTIVATIONS:
+        expected = ", ".join(sorted(ACTIVATIONS))
+        raise _unsupported(config, f"projector_hidden_act {act!r}", expected)
+    check_keys(config, _tables(config))
 
 
 def _unsupported(config: ConfigReader, found: str, expected: str) -> UnsupportedModelError:
@@ -136,18 +173,32 @@ def _unsupported(config: ConfigReader, found: str, expected: str) -> Unsupported
 def _features(config: ConfigReader) -> _Features:
     if isinstance(config.get("vision_feature_layer"), list):
         raise _unsupported(config, "several vision_feature_layer", "one, such as -2")
-    strategy = config.str("vision_feature_select_strategy", "default")
+    strategy = _strategy(config)
     if strategy not in ("default", "full"):
         found = f"vision_feature_select_strategy {strategy!r}"
         raise _unsupported(config, found, "'default' or 'full'")
-    return _Features(config.int("vision_feature_layer", -2), strategy == "full")
+    layer = config.int("vision_feature_layer", -2, within=limits.FEATURE_LAYER)
+    return _Features(layer, strategy == "full")
 
 
-def _names(store: TensorStore, checkpoint: Path, config: ConfigReader, *, newline: bool) -> Names:
+def _strategy(config: ConfigReader) -> str:
+    return config.str("vision_feature_select_strategy", "default")
+
+
+def _names(
+    store: TensorStore,
+    checkpoint: Path,
+    config: ConfigReader,
+    options: RecipeOptions,
+    *,
+    newline: bool,
+) -> Names:
+    # Either place counts: transformers 5 saves it at the top, before it was the text model's.
     places = (config, _text(config))
     tied = any(place.bool("tie_word_embeddings", default=False) for place in places)
 
     def named(prefixes: tuple[str, ...], name: str) -> str:
+        _refuse_two(store, checkpoint, tuple(prefix + name for prefix in prefixes))
         for prefix in prefixes:
             if prefix + name in store:
                 return prefix
@@ -158,44 +209,61 @@ def _names(store: TensorStore, checkpoint: Path, config: ConfigReader, *, newlin
             fix="check that config.json belongs to these weight files",
         )
 
+    heads = tuple(f"{prefix}weight" for prefix in _HEAD)
+    _refuse_two(store, checkpoint, heads)
     projector = named(_PROJECTOR, "linear_1.weight")
     text = named(_TEXT, "embed_tokens.weight")
-    names = Names(
+    return Names(
         text,
-        "" if tied else named(_HEAD, "weight") + "weight",
+        choose_head(
+            store,
+            heads,
+            f"{text}embed_tokens.weight",
+            tied=tied,
+            note=options.note,
+        ),
         named(_VISION, "embeddings.class_embedding"),
         (f"{projector}linear_1", f"{projector}linear_2"),
         newline=named(_NEWLINE, "image_newline") + "image_newline" if newline else None,
     )
-    return names.tied() if tied else names
+
+
+def _refuse_two(store: TensorStore, checkpoint: Path, names: tuple[str, ...]) -> None:
+    """Refuse one tensor under two of its names with other values."""
+    first, *others = [name for name in names if name in store] or [""]
+    for other in others:
+        if not same_values(store, first, store, other):
+            raise TensorError(
+                f"{checkpoint} stores a tensor under two of its names, with other values.",
+                found=f"{first} and {other}",
+                expected="one of them",
+                fix="save the checkpoint again with one version of transformers",
+            )
 
 
 def _template(
     checkpoint: Path, config: ConfigReader, tokenizer: ConvertedTokenizer
 ) -> ChatTemplate:
-    """The checkpoint's own template, where transformers looks for it, in that order."""
-    plain = checkpoint / "chat_template.jinja"
-    if plain.exists():
-        return ChatTemplate("checkpoint", plain.read_text("utf-8"), ())
-    for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
-        path = checkpoint / name
-        if path.exists() and isinstance(text := read_config(path).get("chat_template"), str):
-            return ChatTemplate("checkpoint", text, ())
+    """The checkpoint's own template, or the one that was published without a file."""
+    if (text := read_chat_template(checkpoint)) is not None:
+        return ChatTemplate("checkpoint", text, ())
     if layout_of(config) == HF_ANYRES:
         return original_template(_kind(config), tokenizer)
     return ChatTemplate("llava-hf", PUBLISHED_HF_TEMPLATE, ())
 
 
 def _image_token(config: ConfigReader, tokenizer: ConvertedTokenizer) -> int:
-    named = config.opt_int("image_token_index")
-    token = named if named is not None else config.opt_int("image_token_id")
-    if token is None:
-        token = 32000  # the default of both configuration classes
+    # Two names of one key; 32000 is the default of both configuration classes.
+    keys = ("image_token_index", "image_token_id")
+    named = [config.opt_int(key, within=limits.TOKEN) for key in keys]
+    given = [token for token in named if token is not None] or [32000]
+    token = given[0]
     known = tokenizer.token_id(PLACEHOLDER)
-    if known != token:
+    if any(known != token for token in given):
         raise CheckpointError(
             f"{config.file} and the tokenizer disagree about the image token.",
-            found=f"image_token_index {token}, but {PLACEHOLDER!r} is token {known}",
+            found=f"image_token_index {' and '.join(map(str, given))}, but {PLACEHOLDER!r} is "
+            f"token {known}",
             expected="one id",
             fix="check that the tokenizer files belong to this checkpoint",
         )

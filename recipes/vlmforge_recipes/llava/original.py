@@ -6,45 +6,54 @@ configuration.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from vlmforge.errors import UnsupportedModelError
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.vision import VisionConfig
-from vlmforge_builder.checkpoint.config import ConfigReader, read_config
-from vlmforge_builder.checkpoint.store import JoinedStore, TensorStore, open_store
+from vlmforge_builder.checkpoint import limits
+from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_builder.checkpoint.keys import KeyTable, check_keys
+from vlmforge_builder.checkpoint.store import TensorStore, open_store
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
-from vlmforge_recipes.clip_images import read_image_policy
-from vlmforge_recipes.clip_tower import read_tower_config
+from vlmforge_recipes.clip_images import find_tower_processor, read_image_policy
+from vlmforge_recipes.clip_tower import read_tower_folder, tower_section, unused_in_tower
+from vlmforge_recipes.config_keys import check_files
+from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
 from vlmforge_recipes.llava.anyres import MERGES, PINPOINTS, original_tiling
-from vlmforge_recipes.llava.end_ids import with_end_ids
+from vlmforge_recipes.llava.keys import LAYOUTS
 from vlmforge_recipes.llava.layout import ORIGINAL_MISTRAL, layout_of
 from vlmforge_recipes.llava.templates import PLACEHOLDER, TEMPLATES, original_template
+from vlmforge_recipes.output_head import choose_head
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
+from vlmforge_recipes.tower_choice import ChosenTower, choose_tower
 from vlmforge_recipes.tower_folder import find_tower
 
 # The id that the original code puts where an image goes (`IMAGE_TOKEN_INDEX`).
 _IMAGE_TOKEN_INDEX = -200
-_TOWER_KEYS = ("vision_model.", "model.vision_tower.vision_tower.vision_model.")
 _NEWLINE = "model.image_newline"
 
 
 def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
     """Understand a checkpoint of this layout (CheckpointError otherwise)."""
     _check(config)
+    check_files(checkpoint, _tables(config), config, prefer_model=_kind(config) != "mistral")
+    # Before anything else is fetched: a folder without weights is no checkpoint.
+    own = open_store(checkpoint, options.note)
     folder = find_tower(checkpoint, config.str("mm_vision_tower"), options)
     tower = _tower(config, folder)
     image = _image_policy(config, folder, tower)
     kind, trained = _kind(config), _trained(config)
     decoder = read_decoder_config(config, session_len=options.session_len or trained, kind=kind)
-    store, names = _tensors(checkpoint, config, folder, newline=_has_newline(image))
+    chosen = choose_tower(own, config, folder, options)
     tokenizer = _tokenizer(checkpoint, config)
     return assemble(
         Geometry(decoder, tower, trained, "gelu", layout_of(config) or ""),
-        names,
-        store,
+        _names(own, config, chosen, options, newline=_has_newline(image)),
+        chosen.store,
         image,
         tokenizer,
         Prompting(
@@ -56,6 +65,12 @@ def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions
         ),
         options,
         extra_files=(folder,),
+        # Stored and not used where images are not in lines.
+        unused=(
+            *chosen.unused,
+            *unused_in_tower(tower_section(folder), tower, prefix=chosen.prefix),
+            re.escape(_NEWLINE),
+        ),
     )
 
 
@@ -66,21 +81,32 @@ def _kind(config: ConfigReader) -> str:
 def _trained(config: ConfigReader) -> int:
     """The original cuts longer prompts at `tokenizer_model_max_length`; here it is the window."""
     length = trained_length(config, kind=_kind(config))
-    return min(length, config.opt_int("tokenizer_model_max_length") or length)
+    cut = config.opt_int("tokenizer_model_max_length", within=limits.UNBOUNDED)
+    return length if cut is None else min(length, cut)
+
+
+def _tables(config: ConfigReader) -> tuple[KeyTable, ...]:
+    return LAYOUTS[layout_of(config) or "", _kind(config)]
 
 
 def _tower(config: ConfigReader, folder: Path) -> VisionConfig:
-    tower = read_config(folder / "config.json")
-    return read_tower_config(
-        tower.section("vision_config") if tower.has("vision_config") else tower,
-        feature_layer=config.int("mm_vision_select_layer", -2),
+    return read_tower_folder(
+        folder,
+        _tables(config),
+        config,
+        feature_layer=config.int("mm_vision_select_layer", -2, within=limits.FEATURE_LAYER),
         keep_class_token=config.str("mm_vision_select_feature", "patch") == "cls_patch",
     )
 
 
 def _image_policy(config: ConfigReader, folder: Path, tower: VisionConfig) -> ImagePolicy:
     aspect = config.str("image_aspect_ratio", "square")
-    policy = read_image_policy(folder, image_size=tower.image_size, pad_to_square=aspect == "pad")
+    policy = read_image_policy(
+        find_tower_processor(folder, _tables(config), config),
+        image_size=tower.image_size,
+        pad_to_square=aspect == "pad",
+        tiled=aspect == "anyres",
+    )
     return original_tiling(policy, tower, config) if aspect == "anyres" else policy
 
 
@@ -88,25 +114,28 @@ def _has_newline(image: ImagePolicy) -> bool:
     return image.tiling is not None and image.tiling.merge == MERGES["spatial_unpad"]
 
 
-def _tensors(
-    checkpoint: Path, config: ConfigReader, folder: Path, *, newline: bool
-) -> tuple[TensorStore, Names]:
-    own = open_store(checkpoint)
-    # The original fills the tower from the checkpoint only if it was fine-tuned; shards may repeat
-    # the stock one.
-    inside = f"{_TOWER_KEYS[1]}embeddings.class_embedding" in own and config.bool(
-        "unfreeze_mm_vision_tower", default=False
+def _names(
+    own: TensorStore,
+    config: ConfigReader,
+    tower: ChosenTower,
+    options: RecipeOptions,
+    *,
+    newline: bool,
+) -> Names:
+    head = choose_head(
+        own,
+        ("lm_head.weight",),
+        "model.embed_tokens.weight",
+        tied=config.bool("tie_word_embeddings", default=False),
+        note=options.note,
     )
-    names = Names(
+    return Names(
         "model.",
-        "lm_head.weight",
-        _TOWER_KEYS[1] if inside else _TOWER_KEYS[0],
+        head,
+        tower.prefix,
         ("model.mm_projector.0", "model.mm_projector.2"),
         newline=_NEWLINE if newline else None,
     )
-    if config.bool("tie_word_embeddings", default=False):
-        names = names.tied()
-    return own if inside else JoinedStore((own, open_store(folder))), names
 
 
 def _tokenizer(checkpoint: Path, config: ConfigReader) -> ConvertedTokenizer:
@@ -133,9 +162,7 @@ def _check(config: ConfigReader) -> None:
             raise _unsupported(config, f"{key} {value!r}", " or ".join(repr(v) for v in values))
     if config.str("image_aspect_ratio", "square") == "anyres" and not config.has(PINPOINTS):
         raise _unsupported(config, f"image_aspect_ratio 'anyres' without {PINPOINTS}", PINPOINTS)
-    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
-        if config.bool(key, default=False):
-            raise _unsupported(config, f"{key} true", "false")
+    check_keys(config, _tables(config))
 
 
 def _unsupported(config: ConfigReader, found: str, expected: str) -> UnsupportedModelError:

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from vlmforge_builder.blocks.decoder import DecoderConfig
 from vlmforge_builder.blocks.long_context import LongContext, level_tables, log_scales
+from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.weights import Computed, Stacked, Stored, Transposed, Weight
 
 _PREFIX = "transformer."
+EMBEDDING = f"{_PREFIX}wte.weight"
+# The width of both branches of an MLP together.
+_BRANCHES = range(2, limits.WIDTH.stop)
 
 
 def read_decoder_config(config: ConfigReader, *, session_len: int | None) -> DecoderConfig:
     """Geometry; absent keys have the defaults of the original `QWenConfig`."""
-    heads, hidden = config.int("num_attention_heads", 32), config.int("hidden_size", 4096)
+    heads = config.int("num_attention_heads", 32, within=limits.HEADS)
+    hidden = config.int("hidden_size", 4096, within=limits.WIDTH)
     return DecoderConfig(
-        vocab_size=config.int("vocab_size", 151936),
+        vocab_size=config.int("vocab_size", 151936, within=limits.VOCABULARY),
         hidden_size=hidden,
         # The original halves it: this is the width of both branches together.
-        intermediate_size=config.int("intermediate_size", 22016) // 2,
-        layers=config.int("num_hidden_layers", 32),
+        intermediate_size=config.int("intermediate_size", 22016, within=_BRANCHES) // 2,
+        layers=config.int("num_hidden_layers", 32, within=limits.LAYERS),
         heads=heads,
         kv_heads=heads,
-        head_dim=config.int("kv_channels", 128),
-        norm_eps=config.float("layer_norm_epsilon", 1e-6),
-        rope_theta=config.float("rotary_emb_base", 10000),
+        head_dim=config.int("kv_channels", 128, within=limits.HEAD_DIM),
+        norm_eps=config.float("layer_norm_epsilon", 1e-6, within=limits.EPSILON),
+        rope_theta=config.float("rotary_emb_base", 10000, within=limits.ROTARY_BASE),
         activation="silu",
         max_positions=session_len or longest(config),
         qkv_bias=True,
         long_context=LongContext(
-            trained_length=config.int("seq_length", 2048),
+            trained_length=config.int("seq_length", 2048, within=limits.POSITIONS),
             dynamic_ntk=config.bool("use_dynamic_ntk", default=True),
             log_scaled=config.bool("use_logn_attn", default=True),
         ),
@@ -37,19 +42,16 @@ def read_decoder_config(config: ConfigReader, *, session_len: int | None) -> Dec
 
 def longest(config: ConfigReader) -> int:
     """Tokens of the longest sequence that the model is published for."""
-    return config.int("max_position_embeddings", 8192)
+    return config.int("max_position_embeddings", 8192, within=limits.POSITIONS)
 
 
-def decoder_weights(config: DecoderConfig, *, tied: bool) -> dict[str, Weight]:
-    """Where the values of the decoder's parameters are."""
-    embedding = f"{_PREFIX}wte.weight"
+def decoder_weights(config: DecoderConfig, *, head: str) -> dict[str, Weight]:
+    """Where the values of the decoder's parameters are; `head` is the output projection's name."""
     weights: dict[str, Weight] = {
-        "embed": Stored(embedding),
+        "embed": Stored(EMBEDDING),
         **_position_weights(config),
         "norm.weight": Stored(f"{_PREFIX}ln_f.weight"),
-        "lm_head.weight": Transposed(
-            (embedding if tied else "lm_head.weight",), (config.vocab_size,)
-        ),
+        "lm_head.weight": Transposed((head,), (config.vocab_size,)),
     }
     for i in range(config.layers):
         weights |= _layer_weights(config, f"layers.{i}.", f"{_PREFIX}h.{i}.")

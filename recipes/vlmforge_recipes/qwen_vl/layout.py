@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from vlmforge.errors import UnsupportedModelError
+from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_builder.checkpoint.keys import check_keys
+from vlmforge_recipes.qwen_vl.keys import TABLES
 
 ARCHITECTURE = "QWenLMHeadModel"
 
@@ -20,16 +23,10 @@ def check(config: ConfigReader) -> None:
     """Refuse what the original code can be configured to but was never published as.
 
     Raises:
-        UnsupportedModelError: such a variant, or quantised weights.
+        UnsupportedModelError: such a variant.
     """
-    if config.has("quantization_config"):
-        raise _unsupported(config, "a quantization_config", "weights that are not quantised")
-    for key in ("no_bias", "scale_attn_weights"):
-        if not config.bool(key, default=True):
-            raise _unsupported(config, f"{key} false", "true")
-    if (share := config.float("rotary_pct", 1.0)) != 1.0:
-        raise _unsupported(config, f"rotary_pct {share}", "1.0")
-    if (length := config.int("seq_length", 2048)) < 2:
+    check_keys(config, TABLES)
+    if (length := config.int("seq_length", 2048, within=limits.POSITIONS)) < 2:
         raise _unsupported(config, f"seq_length {length}", "at least 2")
 
 

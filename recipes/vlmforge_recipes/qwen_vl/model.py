@@ -15,7 +15,15 @@ from vlmforge_builder.checkpoint.store import open_store
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
 from vlmforge_recipes.cached_decoder import cached_decoder_part
-from vlmforge_recipes.qwen_vl.decoder import decoder_weights, longest, read_decoder_config
+from vlmforge_recipes.config_keys import check_files
+from vlmforge_recipes.output_head import choose_head
+from vlmforge_recipes.qwen_vl.decoder import (
+    EMBEDDING,
+    decoder_weights,
+    longest,
+    read_decoder_config,
+)
+from vlmforge_recipes.qwen_vl.keys import TABLES
 from vlmforge_recipes.qwen_vl.layout import ARCHITECTURE, check
 from vlmforge_recipes.qwen_vl.prompting import (
     DEFAULT,
@@ -32,25 +40,35 @@ from vlmforge_recipes.qwen_vl.vision import (
     read_tower_config,
     vision_part,
 )
+from vlmforge_recipes.tower_choice import refuse_tower_options
 
 
 def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
     """Understand a checkpoint (CheckpointError otherwise)."""
     check(config)
+    refuse_tower_options(options)
+    check_files(checkpoint, TABLES, config)
     visual = config.section("visual")
     decoder = read_decoder_config(config, session_len=options.session_len)
     tower, resampler = read_tower_config(visual), read_resampler_config(visual)
     tokenizer = read_tokenizer(checkpoint, visual)
     _check_sizes(config, decoder, resampler, tokenizer)
     template = TEMPLATES[DEFAULT]
-    tied = config.bool("tie_word_embeddings", default=False)
+    store = open_store(checkpoint, options.note)
+    head = choose_head(
+        store,
+        ("lm_head.weight",),
+        EMBEDDING,
+        tied=config.bool("tie_word_embeddings", default=False),
+        note=options.note,
+    )
     return ModelSpec(
         architecture=ARCHITECTURE,
         parts=(
             vision_part(tower, resampler),
-            cached_decoder_part(decoder, decoder_weights(decoder, tied=tied)),
+            cached_decoder_part(decoder, decoder_weights(decoder, head=head)),
         ),
-        store=open_store(checkpoint),
+        store=store,
         image=image_policy(tower),
         template=ChatTemplate(
             DEFAULT, jinja_from_parts(template, PLACEHOLDER, IMAGE_LINE), template.stop_words
@@ -61,7 +79,7 @@ def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> Mode
         kv=KVLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, "float32", None),
         vocab_size=decoder.vocab_size,
         hidden_size=decoder.hidden_size,
-        eos_ids=stop_ids(tokenizer),
+        eos_ids=stop_ids(checkpoint, tokenizer),
         tokens_per_image=resampler.queries,
         session_len=decoder.max_positions,
         trained_len=longest(config),

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlmforge.manifest import ImageSpelling, PromptPolicy, TemplateParts
+from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.tokenizer.byte_bpe import SpecialTokens, convert_byte_bpe, expect_ids
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
+from vlmforge_recipes.end_ids import generation_end_ids
 
 DEFAULT = "qwen"
 VOCABULARY = "qwen.tiktoken"
@@ -31,7 +33,6 @@ _SPECIALS = SpecialTokens(
     texts=(*_CONTROL, *_MARKUP, *_IMAGE),
     hidden=frozenset((*_CONTROL, *_IMAGE)),
     stops=("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
-    pad="<|endoftext|>",
 )
 # In the text of a message the original knows the markup and the image's tokens. What is typed
 # between <img> and </img> it opens; here that takes an image that comes with the text.
@@ -64,24 +65,28 @@ def read_tokenizer(checkpoint: Path, visual: ConfigReader) -> ConvertedTokenizer
     """
     path = checkpoint / VOCABULARY
     found = convert_byte_bpe(path, _SPECIALS) if path.exists() else convert_tokenizer(checkpoint)
-    start = visual.int("image_start_id")
+    start = visual.int("image_start_id", within=limits.TOKEN)
     expected = {text: start + i for i, text in enumerate(_IMAGE)}
     expect_ids(found, expected, visual.file)
     return found
 
 
-def stop_ids(tokenizer: ConvertedTokenizer) -> tuple[int, ...]:
-    """Ids that end an answer, whatever the tokenizer's own end token is."""
-    named = [tokenizer.token_id(text) for text in _SPECIALS.stops]
+def stop_ids(checkpoint: Path, tokenizer: ConvertedTokenizer) -> tuple[int, ...]:
+    """Ids that end an answer: the chat's stop words, and the end of generation_config.json.
+
+    Where that names none, or the original would never stop, the tokenizer's own end token.
+    """
+    ends = generation_end_ids(checkpoint) or tokenizer.eos_ids
+    named = [tokenizer.token_id(text) for text in _SPECIALS.stops[1:]]
     known = [index for index in named if index is not None]
-    return tuple(dict.fromkeys((*known, *tokenizer.eos_ids)))
+    return tuple(dict.fromkeys((*ends[:1], *known, *ends)))
 
 
 def prompt_policy(
     checkpoint: Path, visual: ConfigReader, tokenizer: ConvertedTokenizer
 ) -> PromptPolicy:
     """The policy of the original's `chat`."""
-    start = visual.int("image_start_id")
+    start = visual.int("image_start_id", within=limits.TOKEN)
     return PromptPolicy(
         template_name=DEFAULT,
         template_file="chat_template.jinja",
@@ -108,6 +113,8 @@ def _history_window(checkpoint: Path, tokenizer: ConvertedTokenizer) -> int:
     The original counts up to the end of the last answer; the head of the question follows.
     """
     path = checkpoint / "generation_config.json"
-    window = read_config(path).int("max_window_size", 6144) if path.exists() else 6144
+    window = 6144
+    if path.exists():
+        window = read_config(path).int("max_window_size", window, within=limits.POSITIONS)
     head = tokenizer.encode("\n" + TEMPLATES[DEFAULT].user)
     return window + len(head)

@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from vlmforge.errors import UnsupportedModelError
 from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.resampler import ResampledEncoder, ResamplerConfig
 from vlmforge_builder.blocks.vision import VisionConfig
+from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.rearranged_weights import PerHead, ResizedGrid, Rows
 from vlmforge_builder.recipe import PartSpec, TensorArg
 from vlmforge_builder.weights import Stored, Transposed, Weight
-from vlmforge_recipes.clip_tower import linear, norm
+from vlmforge_recipes.clip_tower import check_tower, linear, norm
 
 _PREFIX = "transformer.visual."
 # The tables of positions are of 16 x 16 places, whatever the image's size.
 _GRID = 16
 _NORM_EPS = 1e-6
 _RESAMPLER_HEAD_DIM = 128
+_RESAMPLER_WIDTHS = range(_RESAMPLER_HEAD_DIM, limits.WIDTH.stop, _RESAMPLER_HEAD_DIM)
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def read_tower_config(visual: ConfigReader) -> VisionConfig:
     """Geometry of the tower from the section `visual`."""
-    width = visual.int("width")
-    return VisionConfig(
-        image_size=visual.int("image_size"),
-        patch_size=visual.int("patch_size"),
+    width = visual.int("width", within=limits.WIDTH)
+    config = VisionConfig(
+        image_size=visual.int("image_size", within=limits.PIXELS),
+        patch_size=visual.int("patch_size", within=limits.PATCH),
         hidden_size=width,
-        intermediate_size=int(width * visual.float("mlp_ratio")),
-        layers=visual.int("layers"),
-        heads=visual.int("heads"),
+        intermediate_size=int(width * visual.float("mlp_ratio", within=limits.RATIO)),
+        layers=visual.int("layers", within=limits.LAYERS),
+        heads=visual.int("heads", within=limits.HEADS),
         norm_eps=_NORM_EPS,
         activation="gelu",
         keep_class_token=False,
     )
+    check_tower(visual, config)
+    return config
 
 
 def read_resampler_config(visual: ConfigReader) -> ResamplerConfig:
@@ -45,7 +50,8 @@ def read_resampler_config(visual: ConfigReader) -> ResamplerConfig:
     Raises:
         UnsupportedModelError: another number of queries than its table of positions has places.
     """
-    queries, width = visual.int("n_queries", 256), visual.int("output_dim", 512)
+    queries = visual.int("n_queries", 256, within=limits.WIDTH)
+    width = visual.int("output_dim", 512, within=_RESAMPLER_WIDTHS)
     if queries != _GRID**2:
         raise UnsupportedModelError(
             f"The resampler of {visual.file} is a variant that is not supported.",
@@ -76,7 +82,7 @@ def vision_part(tower: VisionConfig, resampler: ResamplerConfig) -> PartSpec:
     """Tower, resampler and projection as a part."""
     return PartSpec(
         name="vision",
-        module=lambda: ResampledEncoder(tower, resampler),
+        module=partial(ResampledEncoder, tower, resampler),
         inputs=(TensorArg("pixel_values", ("images", 3, tower.image_size, tower.image_size)),),
         outputs=("image_features",),
         weights={

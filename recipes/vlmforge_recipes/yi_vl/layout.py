@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vlmforge.errors import UnsupportedModelError
 from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_builder.checkpoint.keys import check_keys
+from vlmforge_recipes.yi_vl.keys import TABLES
 
 ARCHITECTURE = "LlavaLlamaForCausalLM"
 _KNOWN = {
@@ -30,9 +32,7 @@ def check(config: ConfigReader) -> None:
         value = config.str(key, values[0])
         if value not in values:
             raise _unsupported(config, f"{key} {value!r}", " or ".join(map(repr, values)))
-    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
-        if config.bool(key, default=False):
-            raise _unsupported(config, f"{key} true", "false")
+    check_keys(config, TABLES)
 
 
 def _unsupported(config: ConfigReader, found: str, expected: str) -> UnsupportedModelError:

@@ -1,6 +1,7 @@
 """A checkpoint of the family: its decoder in shards, its vision tower in a folder inside.
 
-The shards repeat the tower; the original code loads that of the folder, and so do we.
+The shards repeat the tower; the original code loads that of the folder, and so do we, with a
+warning where they differ.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ from pathlib import Path
 
 from vlmforge.prompt.template import jinja_from_parts
 from vlmforge.vl.preprocess import ImagePolicy
-from vlmforge_builder.checkpoint.config import ConfigReader, read_config
-from vlmforge_builder.checkpoint.store import JoinedStore, open_store
+from vlmforge_builder.checkpoint import limits
+from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_builder.checkpoint.store import open_store
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import convert_tokenizer
-from vlmforge_recipes.clip_images import read_image_policy
-from vlmforge_recipes.clip_tower import read_tower_config
+from vlmforge_recipes.clip_images import find_tower_processor, read_image_policy
+from vlmforge_recipes.clip_tower import read_tower_folder, tower_section, unused_in_tower
+from vlmforge_recipes.config_keys import check_files
+from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
+from vlmforge_recipes.output_head import choose_head
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
+from vlmforge_recipes.tower_choice import choose_tower
 from vlmforge_recipes.tower_folder import find_tower
+from vlmforge_recipes.yi_vl.keys import TABLES
 from vlmforge_recipes.yi_vl.layout import ARCHITECTURE, check
 from vlmforge_recipes.yi_vl.templates import DEFAULT, PLACEHOLDER, TEMPLATES
 
@@ -39,26 +46,33 @@ _NAMES = Names(
 def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
     """Understand a checkpoint (CheckpointError otherwise)."""
     check(config)
+    check_files(checkpoint, TABLES, config)
+    own = open_store(checkpoint, options.note)
     folder = find_tower(checkpoint, config.str("mm_vision_tower"), options)
-    tower_config = read_config(folder / "config.json")
-    vision = (
-        tower_config.section("vision_config") if tower_config.has("vision_config") else tower_config
-    )
     decoder = read_decoder_config(config, session_len=options.session_len)
-    tower = read_tower_config(
-        vision,
-        feature_layer=config.int("mm_vision_select_layer", -2),
+    tower = read_tower_folder(
+        folder,
+        TABLES,
+        config,
+        feature_layer=config.int("mm_vision_select_layer", -2, within=limits.FEATURE_LAYER),
         keep_class_token=config.str("mm_vision_select_feature", "patch") == "cls_patch",
     )
-    tied = config.bool("tie_word_embeddings", default=False)
+    chosen = choose_tower(own, config, folder, options)
+    head = choose_head(
+        own,
+        ("lm_head.weight",),
+        "model.embed_tokens.weight",
+        tied=config.bool("tie_word_embeddings", default=False),
+        note=options.note,
+    )
     template = jinja_from_parts(TEMPLATES[DEFAULT], PLACEHOLDER)
     image, others = _images(config, folder, tower.image_size)
     spec = assemble(
         Geometry(decoder, tower, trained_length(config), "gelu", ARCHITECTURE, _PROJECTOR_NORM_EPS),
-        _NAMES.tied() if tied else _NAMES,
-        JoinedStore((open_store(checkpoint), open_store(folder))),
+        dataclasses.replace(_NAMES, head=head, vision=chosen.prefix),
+        chosen.store,
         image,
-        convert_tokenizer(checkpoint),
+        with_end_ids(convert_tokenizer(checkpoint), checkpoint, config),
         Prompting(
             ChatTemplate(DEFAULT, template, TEMPLATES[DEFAULT].stop_words),
             PLACEHOLDER,
@@ -68,6 +82,10 @@ def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> Mode
         ),
         options,
         extra_files=(folder,),
+        unused=(
+            *chosen.unused,
+            *unused_in_tower(tower_section(folder), tower, prefix=chosen.prefix),
+        ),
     )
     return dataclasses.replace(spec, other_images=others)
 
@@ -80,8 +98,9 @@ def _images(
     `single_inference.py` and `openai_api.py` pad to a square if the config says so; `cli.py` never
     does.
     """
+    processor = find_tower_processor(folder, TABLES, config)
     pads, crops = (
-        read_image_policy(folder, image_size=size, pad_to_square=pad) for pad in (True, False)
+        read_image_policy(processor, image_size=size, pad_to_square=pad) for pad in (True, False)
     )
     if config.str("image_aspect_ratio", "square") == "pad":
         return pads, (crops,)

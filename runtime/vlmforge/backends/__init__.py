@@ -103,6 +103,9 @@ class Backend(Protocol):
     ) -> DecoderSession:
         """Load the part "decoder" and make its key/value slots (EngineError otherwise)."""
 
+    def check(self) -> None:
+        """Whether this machine can run its engines (BackendUnavailableError otherwise)."""
+
     def versions(self) -> Sequence[tuple[str, str]]:
         """Names and versions of the libraries in use, for `vlmforge doctor`."""
 

@@ -13,33 +13,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, LoadOptions, VisionSession
 from vlmforge.backends.dense import DenseCache
 from vlmforge.backends.rows import Rows
 from vlmforge.errors import EngineError
 from vlmforge.kv.cache import Copy, Move
+from vlmforge.limits import available_cpus
 from vlmforge.manifest import KVLayout, Manifest, Part
+from vlmforge.ort import ort
 
 PROVIDER = "CPUExecutionProvider"
 _BOUND_LAYOUTS = 256
 
 
 def physical_cores() -> int:
-    """Cores that this process may use, hyper-threads counted once.
+    """Cores that this process may use, hyper-threads counted once; no more than its quota of time.
 
     Falls back to the number of usable logical processors where the topology is not published.
     """
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    allowed = available_cpus()
     cores = set()
-    for cpu in usable:
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ():
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
             cores.add(siblings.read_text("ascii").strip())
         except OSError:
-            return len(usable)
-    return len(cores) or os.cpu_count() or 1
+            return allowed
+    return min(len(cores) or allowed, allowed)
 
 
 def _session(path: Path, part: Part, options: LoadOptions, dtype: str) -> ort.InferenceSession:
@@ -172,6 +173,9 @@ class OnnxRuntimeBackend:
         return _Decoder(
             _session(folder / part.file, part, options, manifest.dtype), manifest.kv, options
         )
+
+    def check(self) -> None:
+        """See `Backend.check`: importing the library was the check."""
 
     def versions(self) -> Sequence[tuple[str, str]]:
         """See `Backend.versions`."""

@@ -42,14 +42,14 @@ class PlanBackend:
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
         """See `Backend.load_vision`."""
         del folder, manifest, options
-        self._refuse()
+        self.check()
 
     def load_decoder(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
         """See `Backend.load_decoder`."""
         del folder, manifest, options
-        self._refuse()
+        self.check()
 
     def versions(self) -> Sequence[tuple[str, str]]:
         """See `Backend.versions` (BackendUnavailableError: not installed)."""
@@ -65,7 +65,8 @@ class PlanBackend:
                 fix=f"pip install 'vlmforge[{self.requirement}]'; {_ELSEWHERE}",
             )
 
-    def _refuse(self) -> NoReturn:
+    def check(self) -> NoReturn:
+        """See `Backend.check`."""
         self._check_installed()
         try:
             ctypes.CDLL(_DRIVER)

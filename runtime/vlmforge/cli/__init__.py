@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vlmforge.errors import VlmforgeError
 from vlmforge.version import __version__
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of `vlmforge`."""
+    import argparse
+
     root = argparse.ArgumentParser(prog="vlmforge", description=__doc__)
     root.add_argument("--version", action="version", version=__version__)
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -55,15 +61,35 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `vlmforge`; returns the exit status."""
-    values = parser().parse_args(argv)
+    """Run `vlmforge`; returns the exit status.
+
+    1 on an error, 130 when interrupted, 141 when nobody reads what it prints any more.
+    """
     try:
-        return _run(values)
+        return _main(argv)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Python flushes at its end: into nothing, rather than into the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    # Imported here: an interrupt is to be understood from the first moment.
+    from vlmforge.errors import VlmforgeError
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal whose encoding lacks a letter gets its number.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = _run(parser().parse_args(argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except VlmforgeError as error:
         print(f"vlmforge: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    return status
 
 
 def _run(values: argparse.Namespace) -> int:

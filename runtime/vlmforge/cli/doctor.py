@@ -9,9 +9,18 @@ from dataclasses import dataclass
 
 from vlmforge.backends import BACKENDS, load_backend
 from vlmforge.errors import BackendUnavailableError
+from vlmforge.limits import available_cpus, available_memory
 from vlmforge.version import __version__
 
-_RUNTIME = ("numpy", "pillow", "tokenizers", "jinja2", "onnxruntime")
+_RUNTIME = (
+    "numpy",
+    "pillow",
+    "tokenizers",
+    "jinja2",
+    "onnxruntime",
+    "filelock",
+    "prompt-toolkit",
+)
 _BUILD = (
     "torch",
     "onnx",
@@ -33,7 +42,11 @@ class _Row:
 def run_doctor() -> int:
     """Print the report; 1 when something that serving needs is missing."""
     print(f"vlmforge {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    print(f"{os.cpu_count()} logical processors")
+    memory = available_memory()
+    print(
+        f"{available_cpus()} of {os.cpu_count()} logical processors, "
+        f"{memory.bytes / 1e9:.1f} GB of memory, by {memory.limit}"
+    )
     rows = {
         "runtime": [_library(name, "pip install vlmforge") for name in _RUNTIME],
         "backends": [_backend(name) for name in BACKENDS],
@@ -56,7 +69,12 @@ def _library(name: str, fix: str) -> _Row:
 
 def _backend(name: str) -> _Row:
     try:
-        versions = load_backend(name).versions()
+        backend = load_backend(name)
+        versions = ", ".join(f"{library} {version}" for library, version in backend.versions())
     except BackendUnavailableError as error:
         return _Row(name, error.found, error.fix)
-    return _Row(name, "ready: " + ", ".join(f"{lib} {version}" for lib, version in versions))
+    try:
+        backend.check()
+    except BackendUnavailableError as error:
+        return _Row(name, f"cannot run here ({versions}): {error.found}", error.fix)
+    return _Row(name, f"ready: {versions}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from vlmforge.config import ChatTemplateConfig
 from vlmforge.errors import ConfigError
 from vlmforge.manifest import PromptPolicy, TemplateParts
 from vlmforge.prompt.template import jinja_from_parts
+from vlmforge.template_config import ChatTemplateConfig
 
 _PARTS = ("system", "meta_instruction", "eosys", "user", "eoh", "assistant", "eoa", "separator")
 _EMPTY = TemplateParts("", None, "", "", "", "", "", "", (), strip_end=False)

@@ -5,6 +5,8 @@ All characters differ, so that a part of a mark beside a mark cannot be mistaken
 
 from __future__ import annotations
 
+import re
+
 from vlmforge.errors import PromptError
 
 IMAGE = "\ue0f1\ue0f2\ue0f3"
@@ -26,3 +28,29 @@ def refuse_marks(text: str) -> None:
                 expected="text without it",
                 fix="remove these characters",
             )
+
+
+def as_written(text: str, placeholder: str) -> str:
+    """What somebody wrote, of a text or of an error's words that have marks in them.
+
+    `placeholder` is what the family writes for an image. Marks count as `repr` and JSON spell them
+    too.
+    """
+    for mark, written in (
+        (IMAGE, placeholder),
+        (TYPED, placeholder),
+        (OPEN, ""),
+        (CLOSE, ""),
+        (NAMED, ""),
+    ):
+        text = text.replace(mark, written).replace(_in_writing(mark), written)
+    return text
+
+
+def first_content(text: str) -> str:
+    """The text up to where a message's content begins or ends."""
+    return re.split(f"{OPEN}|{CLOSE}", text, maxsplit=1)[0]
+
+
+def _in_writing(mark: str) -> str:
+    return mark.encode("unicode_escape").decode("ascii")

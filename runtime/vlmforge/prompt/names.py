@@ -13,6 +13,7 @@ import PIL.Image
 
 from vlmforge.errors import PromptError
 from vlmforge.manifest import ImageSpelling, PromptPolicy
+from vlmforge.prompt.marks import first_content
 from vlmforge.prompt.messages import Image, is_image_address
 
 
@@ -65,13 +66,13 @@ def refuse_spelled(text: str, policy: PromptPolicy) -> None:
     spelling = policy.spelling
     if spelling is None or spelling.begin not in text:
         return
-    start = text.index(spelling.begin)
-    closed = spelling.end in text[start:]
+    written = first_content(text[text.index(spelling.begin) :])
+    closed = spelling.end in written
     raise PromptError(
         "The prompt spells an image that was not given."
         if closed
         else "The prompt begins an image and does not end it.",
-        found=repr(text[start : start + 60]),
+        found=repr(written[:60]),
         expected=f"{spelling.begin}path{spelling.end} once for each image that is given",
         fix="pass the image: pipe((text, image)); prompts do not open files"
         if closed

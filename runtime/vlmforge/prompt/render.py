@@ -11,11 +11,13 @@ from vlmforge.errors import PromptError
 from vlmforge.manifest import PromptPolicy
 from vlmforge.prompt import marks
 from vlmforge.prompt.choice import ActiveTemplate
+from vlmforge.prompt.content import string_roles
 from vlmforge.prompt.marks import refuse_marks
-from vlmforge.prompt.messages import Conversation, Image, Message
+from vlmforge.prompt.messages import Conversation, Image, Message, Text
 from vlmforge.prompt.names import name_ids, refuse_spelled, spelled_name
 from vlmforge.prompt.pieces import Encoded, TextEncoder, encode_chunks, without_borders
 from vlmforge.prompt.template import render_template
+from vlmforge.tokenizer_file import parse_tokenizer
 from vlmforge.vl.constants import IMAGE_TOKEN
 
 __all__ = ["ImageSpan", "RenderedPrompt", "TextEncoder", "marked_tokenizer_json", "render_prompt"]
@@ -60,10 +62,14 @@ class RenderedPrompt:
 
 
 def marked_tokenizer_json(tokenizer_json: str, policy: PromptPolicy) -> str:
-    """The tokenizer in which only our mark, never typed text, is the image placeholder's token."""
+    """The tokenizer in which only our mark, never typed text, is the image placeholder's token.
+
+    Raises:
+        EngineFormatError: it is no tokenizer.
+    """
     if policy.image_splice != "inline_token":
         return tokenizer_json
-    data = json.loads(tokenizer_json)
+    data = parse_tokenizer(tokenizer_json)
     for token in data["added_tokens"]:
         if token["content"] == policy.image_placeholder:
             token["content"] = marks.IMAGE
@@ -145,16 +151,24 @@ def _mismatch(what: str, tokens: int, images: int, *, optional: bool) -> PromptE
 
 
 def _apply(conversation: Conversation, policy: PromptPolicy, template: ActiveTemplate) -> str:
-    messages = [_template_message(message, policy) for message in conversation.messages]
+    strings = string_roles(template.jinja, policy.bos_token, policy.eos_token)
+    messages = [
+        _template_message(message, policy, as_string=message.role in strings)
+        for message in conversation.messages
+    ]
     last = conversation.messages[-1].role if conversation.messages else "user"
-    text = render_template(
-        template.jinja,
-        messages,
-        bos_token=policy.bos_token,
-        eos_token=policy.eos_token,
-        add_generation_prompt=last != "assistant",
-        content_marks=_borders(policy),
-    )
+    try:
+        text = render_template(
+            template.jinja,
+            messages,
+            bos_token=policy.bos_token,
+            eos_token=policy.eos_token,
+            add_generation_prompt=last != "assistant",
+            content_marks=_borders(policy),
+        )
+    except PromptError as error:  # templates may quote what they were given
+        error.found = marks.as_written(error.found, policy.image_placeholder)
+        raise
     return text.replace(policy.image_placeholder, marks.IMAGE)
 
 
@@ -163,9 +177,15 @@ def _borders(policy: PromptPolicy) -> tuple[str, str]:
     return ("", "") if policy.content_tokens is None else (marks.OPEN, marks.CLOSE)
 
 
-def _template_message(message: Message, policy: PromptPolicy) -> dict[str, object]:
+def _template_message(
+    message: Message, policy: PromptPolicy, *, as_string: bool
+) -> dict[str, object]:
     texts, (begin, end) = message.texts, _borders(policy)
     placed = _placed_text(message, policy)
+    if as_string:
+        if placed is None:
+            placed = _interleaved(_images_first(message), policy)
+        return {"role": message.role, "content": f"{begin}{placed}{end}"}
     if placed is not None:
         return {"role": message.role, "content": [_text_block(f"{begin}{placed}{end}")]}
     content: list[dict[str, str]] = [{"type": "image"} for _ in message.images]
@@ -195,6 +215,11 @@ def _placed_text(message: Message, policy: PromptPolicy) -> str | None:
         refuse_marks(joined)
         return _mark_placeholders(joined, policy)
     return _interleaved(message, policy) if len(texts) > 1 else None
+
+
+def _images_first(message: Message) -> Message:
+    texts = tuple(Text(text) for text in message.texts)
+    return Message(message.role, (*message.images, *texts))
 
 
 def _interleaved(message: Message, policy: PromptPolicy) -> str:

@@ -7,7 +7,7 @@ names that published templates use and no others.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from vlmforge.errors import PromptError
 from vlmforge.manifest import TemplateParts
@@ -76,32 +76,46 @@ def render_template(
     add_generation_prompt: bool,
     content_marks: tuple[str, str] = ("", ""),
 ) -> str:
-    """Render messages (`role`, `content`: list of `{'type': ...}`) to the prompt's text.
+    """Render messages to the prompt's text.
+
+    A message has a `role` and a `content`: a list of `{'type': ...}`, or a string where that is
+    what the template takes (`prompt.content`).
 
     Templates made by `jinja_from_parts` write `content_marks` around every content.
 
     Raises:
-        PromptError: the template does not compile, refuses the messages, or breaks the sandbox.
+        PromptError: the template does not compile, refuses the messages, breaks the sandbox, or
+            does more work than a template may do.
     """
     # Imported here: jinja2 is a good part of the time that `import vlmforge` would take.
-    from vlmforge.prompt.sandbox import TEMPLATE_FAULTS, compile_template
+    from vlmforge.prompt.budget import TemplateLimitError
+    from vlmforge.prompt.sandbox import describe_fault, render_bounded
 
+    values = {
+        "messages": messages,
+        "bos_token": bos_token,
+        "eos_token": eos_token,
+        "add_generation_prompt": add_generation_prompt,
+        "tools": None,  # templates ask `is not none`, which an undefined name is not
+        "documents": None,
+        "content_begin": content_marks[0],
+        "content_end": content_marks[1],
+    }
     try:
-        render: Callable[..., str] = compile_template(source).render
-        return render(
-            messages=messages,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            add_generation_prompt=add_generation_prompt,
-            tools=None,  # templates ask `is not none`, which an undefined name is not
-            documents=None,
-            content_begin=content_marks[0],
-            content_end=content_marks[1],
-        )
-    except TEMPLATE_FAULTS as error:
+        return render_bounded(source, values)
+    except TemplateLimitError as error:
+        raise PromptError(
+            "The chat template does more than a template may do.",
+            found=describe_fault(error),
+            expected="a template that writes the messages, and ends",
+            fix="choose another template: ChatTemplateConfig(model_name=...); if messages are very "
+            "long, send shorter ones",
+        ) from error
+    except Exception as error:  # a template is a program of a stranger: it can raise anything
         raise PromptError(
             "The chat template cannot render these messages.",
-            found=f"{type(error).__name__}: {error}",
-            expected="roles in an order that the template allows (usually user, assistant, ...)",
-            fix="reorder the messages, or choose a template: ChatTemplateConfig(model_name=...)",
+            found=describe_fault(error),
+            expected="contents that the template can write, and "
+            "roles in an order that the template allows (usually user, assistant, ...)",
+            fix="change the messages, or choose a template: ChatTemplateConfig(model_name=...)",
         ) from error

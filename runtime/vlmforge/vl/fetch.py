@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
-import ipaddress
 import re
 import socket
 import ssl
@@ -22,6 +21,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from vlmforge.errors import ImageFetchError
 from vlmforge.image_limits import ImageLimits
+from vlmforge.vl.addresses import Address, is_public, resolve
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CHUNK = 1 << 16
@@ -29,9 +29,9 @@ _URL_CHARACTERS = "%/:=&?~+!$,;'@()*[]"
 _HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 _PORTS = {"http": 80, "https": 443}
 
-_IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
-_IPV4_COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, 2.5.5.1
+_SHOWN = 200
+# A body may come in small chunks, each with its length; all that is more is not a body.
+_OVERHEAD = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,6 @@ class _Target:
     host: str
     port: int
     resource: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Address:
-    """One answer of the resolver: `sockaddr` goes to `socket.connect` as it is."""
-
-    family: int
-    sockaddr: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +64,7 @@ def fetch_bytes(url: str, *, limits: ImageLimits, allow_private: bool) -> bytes:
 
     Args:
         url: The address; redirects are followed and checked like it.
-        limits: `max_bytes`, `max_redirects` and `timeout_s`, which covers the whole fetch except
-            name resolution: that ends when the system's resolver gives up.
+        limits: `max_bytes`, `max_redirects` and `timeout_s`, which covers the whole fetch.
         allow_private: Whether addresses outside the public internet may be dialled.
 
     Raises:
@@ -96,43 +87,18 @@ def fetch_bytes(url: str, *, limits: ImageLimits, allow_private: bool) -> bytes:
 
 
 def shown_url(url: str) -> str:
-    """`url` without what may be secret: user, password, query and fragment."""
+    """`url`, cut, without what may be secret: user, password, query and fragment."""
     try:
         parts = urlsplit(url)
     except ValueError:
         return "a malformed URL"
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return _shown(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
 
 
-def is_public(address: str) -> bool:
-    """Whether an IP address, and any IPv4 address embedded in it, is of the public internet."""
-    ip: _IPAddress = ipaddress.ip_address(address.partition("%")[0])
-    embedded = _embedded(ip) if isinstance(ip, ipaddress.IPv6Address) else ()
-    return all(_is_public_alone(one) for one in embedded or (ip,))
-
-
-def _is_public_alone(ip: _IPAddress) -> bool:
-    return ip.is_global and not (
-        ip.is_private
-        or ip.is_loopback
-        or ip.is_link_local
-        or ip.is_multicast
-        or ip.is_reserved
-        or ip.is_unspecified
-    )
-
-
-def _embedded(ip: ipaddress.IPv6Address) -> Sequence[ipaddress.IPv4Address]:
-    """IPv4 addresses at which a packet to `ip` may arrive."""
-    if ip.ipv4_mapped is not None:
-        return (ip.ipv4_mapped,)
-    if ip.sixtofour is not None:
-        return (ip.sixtofour,)
-    if ip.teredo is not None:
-        return ip.teredo
-    if ip in _NAT64 or ip in _IPV4_COMPATIBLE:
-        return (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF),)
-    return ()
+def _shown(text: str) -> str:
+    """What a stranger wrote, on one line of an error: cut, and nothing that moves a cursor."""
+    cut = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+    return "".join(letter if letter.isprintable() else "?" for letter in cut)
 
 
 def _target(url: str) -> _Target:
@@ -141,16 +107,16 @@ def _target(url: str) -> _Target:
         parts = urlsplit(url)
         host = (parts.hostname or "").encode("idna").decode("ascii")
         port = parts.port or _PORTS.get(parts.scheme, 0)
-    except ValueError as error:  # UnicodeError of the host name included
+        query = f"?{parts.query}" if parts.query else ""
+        resource = quote((parts.path or "/") + query, safe=_URL_CHARACTERS)
+    except ValueError as error:  # UnicodeError included: of the host name, or lone surrogates
         raise _bad_url(url, "a malformed address") from error
     if parts.scheme not in _PORTS:
-        raise _bad_url(url, f"the scheme {parts.scheme!r}")
+        raise _bad_url(url, f"the scheme {_shown(parts.scheme)!r}")
     if "@" in parts.netloc:
         raise _bad_url(url, "a user name or password in the address")
     if not _HOST.fullmatch(host):
-        raise _bad_url(url, f"the host name {host!r}")
-    query = f"?{parts.query}" if parts.query else ""
-    resource = quote((parts.path or "/") + query, safe=_URL_CHARACTERS)
+        raise _bad_url(url, f"the host name {_shown(host)!r}")
     return _Target(url, parts.scheme, host, port, resource)
 
 
@@ -168,102 +134,124 @@ def _get(
 ) -> bytes | str:
     """The body; or the URL of a redirect."""
     try:
-        addresses = _resolve(target, allow_private)
+        addresses = _addresses(target, deadline, allow_private)
         with contextlib.closing(_connect(target, addresses, deadline)) as sock:
-            response = _request(target, sock, deadline)
+            wire = _TimedSocket(sock, deadline, 2 * limits.max_bytes + _OVERHEAD)
+            response = _request(target, wire)
             location = response.getheader("Location")
             if response.status in _REDIRECTS and location:
                 return urljoin(target.url, location)
             _check_status(target, response)
             return _read_body(target, response, limits)
+    except ImageFetchError:  # a ValueError too
+        raise
     except TimeoutError as error:
         raise _failed(target, f"no whole answer within {limits.timeout_s} s") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _failed(target, f"{type(error).__name__}: {error}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # ValueError: what urljoin, ssl and the parser of chunks make of nonsense.
+        raise _failed(target, _shown(f"{type(error).__name__}: {error}")) from error
 
 
-def _resolve(target: _Target, allow_private: bool) -> list[_Address]:
+def _addresses(target: _Target, deadline: _Deadline, allow_private: bool) -> list[Address]:
     """Resolve the host, once; refuse it whole when any of its addresses is not public."""
-    answers = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-    for *_, sockaddr in answers:
-        if not allow_private and not is_public(str(sockaddr[0])):
+    addresses = resolve(target.host, target.port, deadline.left())
+    for address in addresses:
+        if not allow_private and not is_public(address.ip):
             raise ImageFetchError(
                 f"The image at {shown_url(target.url)} is at a private address.",
-                found=f"{target.host} resolves to {sockaddr[0]}",
+                found=f"{_shown(target.host)} resolves to {address.ip}",
                 expected="only public addresses",
                 fix="set VLMFORGE_ALLOW_PRIVATE_URLS=1 if every user of this process may read "
                 "from its private network",
             )
-    return [_Address(family, sockaddr) for family, *_, sockaddr in answers]
+    return addresses
 
 
-def _connect(target: _Target, addresses: Sequence[_Address], deadline: _Deadline) -> socket.socket:
+def _connect(target: _Target, addresses: Sequence[Address], deadline: _Deadline) -> socket.socket:
     sock = _dial(addresses, deadline)
     if target.scheme == "http":
         return sock
     try:
         sock.settimeout(deadline.left())
         context = ssl.create_default_context()
-        return context.wrap_socket(sock, server_hostname=target.host)
+        # A dot at the end makes a name absolute for the resolver; certificates have none.
+        return context.wrap_socket(sock, server_hostname=target.host.removesuffix("."))
     except BaseException:
         sock.close()
         raise
 
 
-def _dial(addresses: Sequence[_Address], deadline: _Deadline) -> socket.socket:
+def _dial(addresses: Sequence[Address], deadline: _Deadline) -> socket.socket:
     """Connect to the first address that answers."""
     failure = OSError("the name has no address")
     for address in addresses:
-        sock = socket.socket(address.family, socket.SOCK_STREAM)
         try:
-            sock.settimeout(deadline.left())
-            sock.connect(address.sockaddr)
-            return sock
+            return _dial_one(address, deadline)
         except OSError as error:
-            sock.close()
             failure = error
     raise failure
 
 
-class _TimedReader(io.RawIOBase):
-    """Reads of a socket that all end by one deadline, however slowly the bytes drip in."""
+def _dial_one(address: Address, deadline: _Deadline) -> socket.socket:
+    sock = socket.socket(address.family, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(deadline.left())
+        sock.connect(address.sockaddr)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
-    def __init__(self, sock: socket.socket, deadline: _Deadline) -> None:
+
+class _TimedReader(io.RawIOBase):
+    """Reads of a socket that end by one deadline, however slowly or endlessly the bytes come."""
+
+    def __init__(self, sock: socket.socket, deadline: _Deadline, most: int) -> None:
         self._sock = sock
         self._deadline = deadline
+        self._left = self._most = most
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
         self._sock.settimeout(self._deadline.left())
-        return self._sock.recv_into(buffer)
+        count = self._sock.recv_into(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise OSError(f"the answer does not end within {self._most} bytes")
+        return count
 
 
 class _TimedSocket:
-    """What http.client uses of a socket, under one deadline. Its owner closes the socket."""
+    """What http.client uses of a socket, under one deadline. Its owner closes the socket.
 
-    def __init__(self, sock: socket.socket, deadline: _Deadline) -> None:
+    At most `most` bytes are read: http.client itself has no limit for informational answers,
+    trailers and a chunk of length -1.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: _Deadline, most: int) -> None:
         self._sock = sock
         self._deadline = deadline
+        self._most = most
 
     def sendall(self, data: bytes) -> None:
         self._sock.settimeout(self._deadline.left())
         self._sock.sendall(data)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_TimedReader(self._sock, self._deadline))
+        return io.BufferedReader(_TimedReader(self._sock, self._deadline, self._most))
 
     def close(self) -> None:
         pass
 
 
-def _request(target: _Target, sock: socket.socket, deadline: _Deadline) -> http.client.HTTPResponse:
+def _request(target: _Target, wire: _TimedSocket) -> http.client.HTTPResponse:
     """Send the request on a connected socket; http.client itself never dials."""
     kind = http.client.HTTPConnection if target.scheme == "http" else http.client.HTTPSConnection
     connection = kind(target.host, target.port)
     connection.auto_open = 0
-    connection.sock = cast("socket.socket", _TimedSocket(sock, deadline))
+    connection.sock = cast("socket.socket", wire)
     headers = {
         "User-Agent": f"vlmforge/{version('vlmforge')}",
         "Accept": "image/*",
@@ -278,7 +266,7 @@ def _check_status(target: _Target, response: http.client.HTTPResponse) -> None:
     if response.status != 200:
         raise ImageFetchError(
             f"The server refused the image at {shown_url(target.url)}.",
-            found=f"HTTP status {response.status} {response.reason}".rstrip(),
+            found=_shown(f"HTTP status {response.status} {response.reason}".rstrip()),
             expected="HTTP status 200",
             fix="check that the address opens without a login",
         )

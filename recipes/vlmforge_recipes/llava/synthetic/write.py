@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -77,7 +77,7 @@ def _refuse_to_overwrite(target: Path, force: bool) -> None:
 def _published_at(target: Path) -> Iterator[Path]:
     """A folder to fill, renamed to `target` at the end, or removed if anything fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
     partial.mkdir()
     try:
         yield partial

@@ -1,0 +1,196 @@
+"""Plant known faults in a copy of the repository, one at a time: does the suite notice each?
+
+    python scripts/mutants.py [NAME ...]
+
+Each fault is one that was made somewhere, or could be: a sign, a bound, a key that says too little.
+The tests named with it must pass without it and fail with it. After a change to the suite itself,
+faults that are noticed as before say that nothing was weakened. Add one for each test that is made
+cheaper. Status 1 if a fault goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("runtime", "builder", "plugins_cuda", "recipes")
+KERNELS = "plugins_cuda/vlmforge_plugins/cached_attention"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in `file`; pytest with the arguments `tests` should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant(
+        "a cached prompt leaves nothing to run",
+        "runtime/vlmforge/slots.py",
+        "keys[:0] if fresh else keys[:-1]",
+        "keys[:0] if fresh else keys",
+        ("tests/runtime/test_slots.py",),
+    ),
+    Mutant(
+        "prefixes of another level are reused",
+        "runtime/vlmforge/slots.py",
+        "common_prefix(slot.keys, keys) if slot.salt == salt else 0",
+        "common_prefix(slot.keys, keys)",
+        ("tests/runtime/test_slots.py",),
+    ),
+    Mutant(
+        "pictures of one colour and other sizes are the same",
+        "runtime/vlmforge/features.py",
+        "content.update(rows.tobytes())",
+        "pass",
+        ("tests/runtime/test_features.py",),
+    ),
+    Mutant(
+        "images that come later fill more than the batch",
+        "runtime/vlmforge/features.py",
+        "and len(image.pixel_values) <= spare",
+        "",
+        ("tests/runtime/test_features.py",),
+    ),
+    Mutant(
+        "a resized edge is rounded instead of cut",
+        "runtime/vlmforge/vl/preprocess.py",
+        "return edge, int(edge * height / width)",
+        "return edge, round(edge * height / width)",
+        ("tests/runtime/test_images_preprocess.py",),
+    ),
+    Mutant(
+        "a stop word that is kept loses its last token",
+        "runtime/vlmforge/stopping.py",
+        "return bisect_left(self._ends, self._passed) + 1\n",
+        "return bisect_left(self._ends, self._passed)\n",
+        ("tests/runtime/test_stopping.py",),
+    ),
+    Mutant(
+        "top-p leaves out the token that reaches it",
+        "runtime/vlmforge/sampling.py",
+        "return places[before < top_p]",
+        "return places[before + probs[places] < top_p]",
+        ("tests/runtime/test_sampling.py",),
+    ),
+    Mutant(
+        "the reference of attention does not see the newest token",
+        "builder/vlmforge_builder/op_bodies.py",
+        "visible = op.LessOrEqual(",
+        "visible = op.Less(",
+        ("tests/builder/test_cached_attention.py", "-k", "the_body_is"),
+    ),
+    Mutant(
+        "the native mask does not see the newest token",
+        "builder/vlmforge_builder/passes/native_attention.py",
+        '"LessOrEqual", [keys, queries]',
+        '"Less", [keys, queries]',
+        ("tests/builder/test_native_attention.py",),
+    ),
+    Mutant(
+        "quantised numbers are cut instead of rounded",
+        "builder/vlmforge_builder/block_quantisation.py",
+        "(grouped / scale.float()).round()",
+        "(grouped / scale.float()).trunc()",
+        ("tests/builder/test_block_quantisation.py",),
+    ),
+    Mutant(
+        "a tensor of a wrong size is read",
+        "builder/vlmforge_builder/checkpoint/safetensors_file.py",
+        "if end - begin != size:",
+        "if end - begin < size:",
+        ("tests/builder/test_checkpoint_safetensors.py",),
+    ),
+    Mutant(
+        "a decoder's scores are scaled a little wrong",
+        "builder/vlmforge_builder/blocks/decoder.py",
+        "self.kv_heads, self.head_dim**-0.5",
+        "self.kv_heads, self.head_dim**-0.51",
+        ("tests/e2e/test_goldens.py", "-k", "greedy and yi_vl"),
+    ),
+    Mutant(
+        "16-bit tables are gathered by a cast of them all",
+        "builder/vlmforge_builder/passes/store_weights.py",
+        "if node.op_type in _GATHERS and index == 0:",
+        "if node.op_type in _GATHERS and index == 1:",
+        ("tests/builder/test_cached_attention.py", "-k", "casts_come"),
+    ),
+    Mutant(
+        "a plan cuts the keys otherwise than the kernels",
+        f"{KERNELS}/plan.py",
+        "return max(-(-even // 64) * 64, MIN_SPLIT_KEYS)",
+        "return max(-(-even // 32) * 32, MIN_SPLIT_KEYS)",
+        ("tests/plugins_cuda/test_kernels.py", "-k", "cut_as_planned"),
+    ),
+)
+
+
+def copy_of_the_repository(folder: Path) -> None:
+    """What git knows or could, without what was made of it."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+
+
+def passes(folder: Path, tests: Sequence[str]) -> bool:
+    """Whether these tests of the copy pass; RuntimeError if pytest could not run them."""
+    path = os.pathsep.join(str(folder / name) for name in PACKAGES)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *tests],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stdout + done.stderr)
+    return done.returncode == 0
+
+
+def judged(folder: Path, mutant: Mutant) -> str:
+    """What the tests named with the fault say of it."""
+    file = folder / mutant.file
+    text = file.read_text("utf-8")
+    if text.count(mutant.old) != 1:
+        return "not there any more: give the fault its new place"
+    if not passes(folder, mutant.tests):
+        return "cannot be told: its tests fail without it"
+    file.write_text(text.replace(mutant.old, mutant.new), "utf-8")
+    try:
+        return "UNNOTICED" if passes(folder, mutant.tests) else "noticed"
+    finally:
+        file.write_text(text, "utf-8")
+
+
+def main(names: Sequence[str]) -> int:
+    """The exit status: 0 if every chosen fault (all, without `names`) was noticed."""
+    chosen = [m for m in MUTANTS if not names or any(name in m.name for name in names)]
+    noticed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy_of_the_repository(Path(folder))
+        for mutant in chosen:
+            verdict = judged(Path(folder), mutant)
+            noticed += verdict == "noticed"
+            print(f"{verdict:10} {mutant.name} ({mutant.file})", flush=True)
+    print(f"{noticed} of {len(chosen)} faults were noticed")
+    return 0 if chosen and noticed == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

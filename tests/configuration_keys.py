@@ -1,0 +1,212 @@
+"""Checkpoints with one configuration key changed, for the tests of docs/checkpoints.md.
+
+The document's tables are read as text: they are what the code is held to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from conftest import DATA, ROOT
+from vlmforge_builder.recipe import ModelSpec, RecipeOptions
+from vlmforge_builder.recognise import recognise
+
+DOCUMENT = ROOT / "docs/checkpoints.md"
+PREPROCESSOR = "preprocessor_config.json"
+Edit = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Keys of one section of one file that have one fate in some layouts."""
+
+    file: str
+    place: str
+    when: str
+    layouts: tuple[str, ...]
+    keys: tuple[str, ...]
+    fate: str
+    admitted: tuple[object, ...]
+
+
+def rows() -> Iterator[Row]:
+    """The rows of the document's tables."""
+    place: tuple[str, str, str] = ("", "", "")
+    layouts: tuple[str, ...] = ()
+    for line in DOCUMENT.read_text("utf-8").splitlines():
+        if heading := re.fullmatch(r"### `(\S+)`(?: `(\S+)`)?(?: (\D.*))?", line):
+            place = (heading[1], heading[2] or "", heading[3] or "")
+        elif line.startswith("Of: "):
+            layouts = tuple(line.removeprefix("Of: ").removesuffix(".").split("; "))
+        elif line.startswith("| `"):
+            keys, fate, _ = line.strip("| ").split(" | ", 2)
+            name, _, values = fate.partition(" unless ")
+            given = [value.strip("`") for value in values.split(" or ") if value]
+            admitted = tuple(map(json.loads, given))
+            names = tuple(key.strip("`") for key in keys.split(", "))
+            yield Row(*place, layouts, names, name, admitted)
+
+
+def _edit(file: str, **values: object) -> Edit:
+    def edit(checkpoint: Path) -> None:
+        write(checkpoint / file, {**read(checkpoint / file), **values})
+
+    return edit
+
+
+def _text(**values: object) -> Edit:
+    def edit(checkpoint: Path) -> None:
+        config = read(checkpoint / "config.json")
+        config["text_config"] = {**config["text_config"], **values}
+        write(checkpoint / "config.json", config)
+
+    return edit
+
+
+def _keep_tokenizer(checkpoint: Path, name: str) -> None:
+    """Leave the checkpoint with a tokenizer in this file alone."""
+    if not (checkpoint / name).exists():
+        (checkpoint / name).write_bytes(load(checkpoint).tokenizer_json)
+    for other in ("tokenizer.json", "tokenizer.model", "qwen.tiktoken"):
+        if other != name:
+            (checkpoint / other).unlink(missing_ok=True)
+
+
+def _name_processor(path: Path) -> None:
+    """The processor that can pad, where CLIP's is named, which takes the same steps but that."""
+    if read(path).get("image_processor_type") == "CLIPImageProcessor":
+        write(path, {**read(path), "image_processor_type": "LlavaImageProcessor"})
+
+
+def _nested(checkpoint: Path) -> None:
+    """As transformers 5 saves it; the file beside it must not be asked."""
+    processor = read(checkpoint / PREPROCESSOR)
+    _edit("processor_config.json", image_processor=processor)(checkpoint)
+
+
+# Each layout's golden checkpoint, and what makes it one of the layout.
+LAYOUTS: Mapping[str, tuple[str, tuple[Edit, ...]]] = {
+    "LLaVA v1.5 of transformers, Llama": ("llava_1_5_hf", ()),
+    "LLaVA v1.5 of transformers, Mistral": (
+        "llava_1_5_hf",
+        (_text(model_type="mistral", sliding_window=None),),
+    ),
+    "LLaVA v1.6 of transformers, Llama": ("llava_next_mistral_hf", (_text(model_type="llama"),)),
+    "LLaVA v1.6 of transformers, Mistral": ("llava_next_mistral_hf", ()),
+    "original LLaVA, Llama": ("llava_v1_5_liuhaotian", ()),
+    "original LLaVA, Mistral": ("llava_v1_6_mistral_liuhaotian", ()),
+    "Yi-VL": ("yi_vl", ()),
+    "Qwen-VL-Chat": ("qwen_vl_chat", ()),
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty where there is none."""
+    if not path.exists():
+        return {}
+    value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return value
+
+
+def write(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values), "utf-8")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of one file of a checkpoint of a layout, on disk."""
+
+    layout: str
+    checkpoint: Path
+    path: Path
+    place: str
+
+    def values(self) -> dict[str, Any]:
+        found = read(self.path)
+        for part in self.place.split(".") if self.place else ():
+            found = found.get(part) or {}
+        return found
+
+    def plan(self, **changes: object) -> object:
+        """What a build would make of the checkpoint with these keys changed."""
+        before = self.path.read_bytes() if self.path.exists() else None
+        try:
+            write(self.path, _with(read(self.path), self.place, changes))
+            return plan(load(self.checkpoint))
+        finally:
+            if before is None:
+                self.path.unlink()
+            else:
+                self.path.write_bytes(before)
+
+
+def _with(values: dict[str, Any], place: str, changes: Mapping[str, object]) -> dict[str, Any]:
+    if not place:
+        return {**values, **changes}
+    first, _, rest = place.partition(".")
+    return {**values, first: _with(values.get(first) or {}, rest, changes)}
+
+
+def section(folder: Path, row: Row, layout: str) -> Section:
+    """The section of `row` in a new checkpoint of `layout` below `folder`."""
+    golden, edits = LAYOUTS[layout]
+    shutil.copytree(DATA / golden, folder, ignore=shutil.ignore_patterns("*.npz", "cases.json"))
+    checkpoint = folder / "checkpoint"
+    base = checkpoint
+    if row.when == "of the vision tower":
+        (path,) = folder.rglob("*clip*/config.json")
+        base = path.parent
+    if row.when.startswith("with a tokenizer."):
+        _keep_tokenizer(checkpoint, row.when.removeprefix("with a "))
+    if row.file == "config.json" and base == checkpoint:
+        (checkpoint / "generation_config.json").unlink()  # it would be asked first
+    if row.file == PREPROCESSOR or row.place == "image_processor":
+        _name_processor(checkpoint / PREPROCESSOR)
+    if row.file == "tokenizer_config.json":
+        (checkpoint / "chat_template.json").unlink(missing_ok=True)
+    if row.place == "image_processor":
+        _nested(checkpoint)
+    for edit in edits:
+        edit(checkpoint)
+    return Section(layout, checkpoint, base / row.file, row.place)
+
+
+def load(checkpoint: Path) -> ModelSpec:
+    """The checkpoint, understood, as the command line does before it compiles."""
+    config, recipe = recognise(checkpoint)
+    return recipe.load(checkpoint, config, RecipeOptions(None, None, Path))
+
+
+def plan(spec: ModelSpec) -> object:
+    """All that shapes the engine, comparable: functions by what they hold."""
+    parts = {
+        field.name: getattr(spec, field.name)
+        for field in dataclasses.fields(spec)
+        if field.name not in ("store", "source_files")
+    }
+    return _comparable(parts)
+
+
+def _comparable(value: object) -> object:
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return (value.__qualname__, _comparable(cells))
+    if isinstance(value, partial):
+        return (value.func.__qualname__, _comparable(value.args), _comparable(value.keywords))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return (type(value).__name__, _comparable(fields))
+    if isinstance(value, Mapping):
+        return {str(key): _comparable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_comparable(item) for item in value)
+    return value

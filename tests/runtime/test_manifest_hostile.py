@@ -1,0 +1,270 @@
+"""`engine.json` of a stranger: every value has a range, every change is seen, errors are typed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sample_manifest import MANIFEST, RICH
+from vlmforge.errors import EngineError, EngineFormatError, EngineIntegrityError
+from vlmforge.field_rules import Choice, Int, Number, OrNone, Rule, Text
+from vlmforge.manifest import MANIFEST_FILE, Manifest, dump_manifest, load_manifest, manifest_digest
+from vlmforge.manifest_rules import RULES, RelativePath, Sha256, leaves
+from vlmforge.vl.tiling import most_tokens, token_rows
+
+SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Fields that must agree with others keep their values.
+FIXED = ("schema_version", "image.name", "prompt.image_splice", "decode.positions")
+FIXED += ("image.tiling", "parts.*.name", "files.*.path")
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / MANIFEST_FILE).write_text(text, "utf-8")
+    return folder
+
+
+def signed(data: dict[str, Any]) -> str:
+    """The text of a manifest whose digest fits its values."""
+    return json.dumps({**data, "digest": manifest_digest(data)})
+
+
+def refusal(folder: Path) -> EngineFormatError:
+    with pytest.raises(EngineFormatError) as caught:
+        load_manifest(folder)
+    return caught.value
+
+
+def put(data: Any, place: str, value: object) -> None:
+    """Set a value of parsed JSON, at a place such as `parts[0].name`."""
+    *above, last = place.replace("[", ".").replace("]", "").split(".")
+    for key in above:
+        data = data[int(key) if isinstance(data, list) else key]
+    data[int(last) if isinstance(data, list) else last] = value
+
+
+def valid(rule: Rule) -> st.SearchStrategy[object]:
+    """Values that a rule admits, its ends among them."""
+    match rule:
+        case Int(low=low, high=high):
+            return st.integers(low, high) | st.sampled_from([low, high])
+        case Number(low=low, high=high, above=above):
+            return st.floats(low, high, exclude_min=above)
+        case Choice(values=values):
+            return st.sampled_from(values)
+        case OrNone(rule=inner):
+            return st.none() | valid(inner)
+        case Text(empty=empty):
+            return st.text(min_size=not empty, max_size=6)
+        case RelativePath():
+            return st.from_regex("[a-zA-Z0-9. \u00e9]{0,8}[a-z]", fullmatch=True)
+        case Sha256():
+            return st.from_regex("[0-9a-f]{64}", fullmatch=True)
+        case _:
+            return st.integers(0, 9) | st.text(min_size=1, max_size=4)
+
+
+PLACES = {where.removeprefix(f"{MANIFEST_FILE}."): path for where, path, _ in leaves(RICH)}
+FREE = [place for place, path in PLACES.items() if path in RULES and not path.startswith(FIXED)]
+
+
+@SHARED_FOLDER
+@given(st.lists(st.sampled_from(FREE), max_size=12), st.data())
+def test_what_is_dumped_is_what_is_loaded(
+    tmp_path: Path, places: list[str], data: st.DataObject
+) -> None:
+    values = json.loads(dump_manifest(RICH))
+    for place in places:
+        put(values, place, data.draw(valid(RULES[PLACES[place]])))
+    words = data.draw(st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=3))
+    values["provenance"]["options"] = words
+    loaded = load_manifest(write(tmp_path, signed(values)))
+    text = dump_manifest(loaded)
+    assert json.loads(text) == {**values, "digest": manifest_digest(values)}
+    assert load_manifest(write(tmp_path, text)) == loaded
+
+
+# --- ranges -------------------------------------------------------------------------------------
+
+
+def leaf_paths(hint: Any, path: str = "") -> set[str]:
+    """Rule paths of all plain values that the schema allows."""
+    options = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        dot = "." if path else ""
+        hints = typing.get_type_hints(hint).items()
+        return set().union(*(leaf_paths(kind, f"{path}{dot}{name}") for name, kind in hints))
+    if origin is tuple:
+        return set().union(*(leaf_paths(o, f"{path}.*") for o in options if o is not ...))
+    if origin is Mapping:
+        return leaf_paths(options[1], f"{path}.*")
+    if options:
+        return set().union(*(leaf_paths(option, path) for option in options))
+    return {path} if hint in (str, int, float) else set()
+
+
+def test_every_field_has_a_rule_and_every_rule_a_field() -> None:
+    assert leaf_paths(Manifest) == set(RULES)
+    assert {path for _, path, _ in leaves(RICH)} >= set(RULES)
+
+
+def use(manifest: Manifest) -> None:
+    """What the runtime computes of a manifest by itself."""
+    assert manifest.kv.bytes_per_token > 0
+    assert manifest.decode.positions.level(10) >= 0
+    if manifest.image.tiling is not None:
+        assert most_tokens(manifest.image.tiling) >= len(token_rows((8, 9), manifest.image.tiling))
+
+
+NASTY = [
+    *(None, True, -1, 0, 1, 2**31, 2**63, 10**400, 1e308, -0.0, 1e-320, float("nan"), float("inf")),
+    *("", "\0", "\ud800", "../x", "/etc/passwd", "a/../../b", ".", "x" * 5000, "float32", "9"),
+    *([], {}, [[]], [1], [0, 0], {"": 0}, [None]),
+]
+
+
+@settings(SHARED_FOLDER, max_examples=400)
+@given(st.sampled_from(sorted(PLACES)), st.sampled_from(NASTY), st.booleans())
+def test_a_nasty_value_is_a_typed_error_or_does_no_harm(
+    tmp_path: Path, place: str, value: object, whole: bool
+) -> None:
+    data = json.loads(dump_manifest(RICH))
+    put(data, place.rpartition(".")[0] or place if whole else place, value)
+    try:
+        manifest = load_manifest(write(tmp_path, signed(data)))
+        use(manifest)
+    except EngineError as error:
+        assert error.summary and error.found and error.expected and error.fix
+        assert len(str(error)) < 2500
+        str(error).encode()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("kv.dtype", "float33", "must be one of 'float32', 'float16', 'bfloat16'"),
+        ("kv.head_dim", 0, "must be an integer in [1, 16384]"),
+        ("kv.layers", 10**9, "must be an integer in [1, 4096]"),
+        ("decode.positions.trained_length", 0, "must be positive where there are levels"),
+        ("decode.session_len", -5, "must be an integer in [1, 2147483648]"),
+        ("image.std[1]", 0.0, "must be a number in [1e-12, 1e+06]"),
+        ("image.tiling.tile", 0, "must be an integer in [1, 4096]"),
+        ("image.tiling.canvases", [], "must be some, multiples of the tile"),
+        ("image.tiling.canvases[0][0]", 9, "must be some, multiples of the tile"),
+        ("image.tiling.view_rows", 4, "must be at least side x side"),
+        ("image.tiling.view_rows", 4_000_000, "must be views of at most 4194304 rows in all"),
+        ("image.tiling", None, "must be given for the image policy"),
+        ("prompt.spelling", None, "must be given for the image splice"),
+        ("prompt.image_placeholder", "", "must be a non-empty string"),
+        ("prompt.template_file", "../../etc/passwd", "must be a path inside the engine"),
+        ("parts[0].layers", "/etc/passwd", "must be a path inside the engine"),
+        ("tokenizer_file", "a\0b", "must be a path inside the engine"),
+        ("parts[1].name", "vision", "must be parts of different names"),
+        ("files[0].sha256", "0" * 63, "must be 64 digits of 0-9 and a-f"),
+    ],
+)
+def test_a_value_out_of_range_is_named(
+    tmp_path: Path, place: str, value: object, words: str
+) -> None:
+    data = json.loads(dump_manifest(RICH))
+    put(data, place, value)
+    error = refusal(write(tmp_path, signed(data)))
+    assert error.summary.startswith(f"engine.json.{place.partition('[')[0]}")
+    assert words in error.summary
+
+
+# --- the digest, and the text itself ------------------------------------------------------------
+
+
+@settings(SHARED_FOLDER, max_examples=300)
+@given(st.data())
+def test_a_flipped_bit_is_seen_or_changes_nothing(tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(dump_manifest(RICH).encode())
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    (tmp_path / MANIFEST_FILE).write_bytes(content)
+    try:
+        assert load_manifest(tmp_path) == RICH
+    except EngineError as error:
+        assert error.found and error.fix
+
+
+@SHARED_FOLDER
+@given(st.binary(max_size=200), st.integers(0, 4000))
+def test_any_bytes_in_any_place_are_seen_or_change_nothing(
+    tmp_path: Path, noise: bytes, place: int
+) -> None:
+    content = dump_manifest(RICH).encode()
+    changed = content[:place] + noise + content[place + len(noise) :]
+    (tmp_path / MANIFEST_FILE).write_bytes(changed)
+    try:
+        assert load_manifest(tmp_path) == RICH
+    except EngineError as error:
+        assert error.found and error.fix
+
+
+def test_a_changed_prompt_is_seen(tmp_path: Path) -> None:
+    text = dump_manifest(MANIFEST)
+    assert "Be helpful." in text
+    write(tmp_path, text.replace("Be helpful.", "Be hateful."))
+    with pytest.raises(EngineIntegrityError) as caught:
+        load_manifest(tmp_path)
+    assert caught.value.summary == f"{tmp_path / MANIFEST_FILE} is not the manifest that was built."
+    assert caught.value.expected == f"digest {json.loads(text)['digest']}"
+    data = json.loads(text)
+    del data["digest"]
+    with pytest.raises(EngineIntegrityError, match="not the manifest that was built"):
+        load_manifest(write(tmp_path, json.dumps(data)))
+
+
+def test_the_digest_is_of_the_values_not_of_their_layout(tmp_path: Path) -> None:
+    data = json.loads(dump_manifest(MANIFEST))
+    turned = dict(reversed(data.items()))
+    assert load_manifest(write(tmp_path, json.dumps(turned, indent=7))) == MANIFEST
+
+
+def test_a_manifest_of_version_1_has_no_digest(tmp_path: Path) -> None:
+    old = dataclasses.replace(MANIFEST, schema_version=1)
+    assert "digest" not in json.loads(dump_manifest(old))
+    assert load_manifest(write(tmp_path, dump_manifest(old))) == old
+    error = refusal(
+        write(tmp_path, signed({**json.loads(dump_manifest(MANIFEST)), "schema_version": 1}))
+    )
+    assert error.found == "unknown key 'digest'"
+
+
+def test_a_key_may_not_be_there_twice(tmp_path: Path) -> None:
+    text = dump_manifest(MANIFEST)
+    for key, value in (("backend", '"x"'), ("tp", "1"), ("digest", '"0"')):
+        twice = text.replace(f'"{key}":', f'"{key}": {value}, "{key}":')
+        error = refusal(write(tmp_path, twice))
+        assert error.summary == f"{tmp_path / MANIFEST_FILE} is not JSON."
+        assert error.found == f"the key {key!r} twice in one object"
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "9" * 5000, '{"a":' * 9999])
+def test_what_json_does_not_have_is_refused(tmp_path: Path, text: str) -> None:
+    assert refusal(write(tmp_path, text)).summary.endswith("is not JSON.")
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / MANIFEST_FILE)  # reading it would never end
+    assert refusal(tmp_path).found.endswith(": not a regular file")
+    (tmp_path / MANIFEST_FILE).unlink()
+    (tmp_path / MANIFEST_FILE).symlink_to("/dev/zero")
+    assert refusal(tmp_path).found.endswith(": not a regular file")
+    (tmp_path / MANIFEST_FILE).unlink()
+    with (tmp_path / MANIFEST_FILE).open("wb") as file:
+        file.truncate(1 << 40)
+    assert "at most 16777216 are read" in refusal(tmp_path).found
+    assert "null" in refusal(Path("a\0b")).found
