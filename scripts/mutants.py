@@ -37,17 +37,17 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "a cached prompt leaves nothing to run",
-        "runtime/vlmforge/slots.py",
-        "keys[:0] if fresh else keys[:-1]",
-        "keys[:0] if fresh else keys",
-        ("tests/runtime/test_slots.py",),
+        "runtime/vlmforge/kv/slots.py",
+        "keys[:-1] if reuse else keys[:0]",
+        "keys if reuse else keys[:0]",
+        ("tests/runtime/kv/test_slots.py",),
     ),
     Mutant(
         "prefixes of another level are reused",
-        "runtime/vlmforge/slots.py",
+        "runtime/vlmforge/kv/slots.py",
         "common_prefix(slot.keys, keys) if slot.salt == salt else 0",
         "common_prefix(slot.keys, keys)",
-        ("tests/runtime/test_slots.py",),
+        ("tests/runtime/kv/test_slots.py",),
     ),
     Mutant(
         "pictures of one colour and other sizes are the same",

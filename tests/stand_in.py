@@ -23,8 +23,9 @@ import PIL.Image
 from sample_manifest import MANIFEST, PROMPT, TEMPLATE
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig
 from vlmforge.api import serve
-from vlmforge.backends import FloatArray, IntArray, LoadOptions
+from vlmforge.backends import DecoderBatch, FloatArray, LoadOptions
 from vlmforge.engine import Engine
+from vlmforge.kv.cache import Copy, Move
 from vlmforge.manifest import Manifest
 from vlmforge.prompt.choice import ActiveTemplate
 from vlmforge.prompt.render import marked_tokenizer_json
@@ -60,34 +61,25 @@ class Parts:
         marks = [[view % 9973 + 31 * row for row in range(TOKENS)] for view in views]
         return np.repeat(np.array(marks, np.float32)[..., None], HIDDEN, axis=2)
 
-    def step(
-        self,
-        first_slot: int,
-        input_ids: IntArray,
-        past_lengths: IntArray,
-        image_features: FloatArray | None,
-        logits_indices: IntArray,
-        rotary_levels: IntArray | None = None,
-    ) -> FloatArray:
+    def step(self, batch: DecoderBatch) -> FloatArray:
         self._called("step")
-        self.rows.append(len(input_ids))
-        logits = np.zeros((*logits_indices.shape, VOCAB), np.float32)
-        for row, ids in enumerate(input_ids):
-            slot, past = self._cache[first_slot + row], int(past_lengths[row])
+        self.rows.append(len(batch.input_ids))
+        logits = np.zeros((*batch.logits_indices.shape, VOCAB), np.float32)
+        for row, ids in enumerate(batch.input_ids):
+            slot, past = self._cache[batch.slots[row]], int(batch.past_lengths[row])
             for place, token in enumerate(ids):
-                slot[past + place] = self._content(int(token), image_features)
-            for k, place in enumerate(logits_indices[row]):
+                slot[past + place] = self._content(int(token), batch.image_features)
+            for k, place in enumerate(batch.logits_indices[row]):
                 logits[row, k, 3 + zlib.crc32(slot[: past + place + 1].tobytes()) % 600] = 1
         return logits
 
-    def copy_slot(self, source: int, target: int, tokens: int) -> None:
-        self._called("copy_slot")
-        self._cache[target, :tokens] = self._cache[source, :tokens]
-
-    def swap_slots(self, first: int, second: int, tokens: int) -> None:
-        self._called("swap_slots")
-        both = self._cache[[first, second], :tokens]
-        self._cache[[second, first], :tokens] = both
+    def move(self, move: Move) -> None:
+        if isinstance(move, Copy):
+            self._called("copy")
+            self._cache[move.target, : move.tokens] = self._cache[move.source, : move.tokens]
+        else:
+            self._called("drop")
+            self._cache[move.place, move.tokens :] = -7
 
     def _called(self, name: str) -> None:
         self.calls[name] += 1

@@ -8,8 +8,7 @@ from vlmforge.backends import LoadOptions
 from vlmforge.bundle import Bundle
 from vlmforge.config import EngineConfig
 from vlmforge.errors import BackendUnavailableError, ConfigError
-from vlmforge.field_rules import shown
-from vlmforge.limits import available_cpus, available_memory
+from vlmforge.limits import available_memory
 
 logger = logging.getLogger("vlmforge")
 
@@ -45,25 +44,19 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
         )
     wanted = config.max_batch_size or manifest.decode.max_batch_size
     budget = config.cache_max_entry_count * max(free - weights, 0.1 * free)
-    fitting = int(budget // (capacity * manifest.kv.bytes_per_token))
-    if fitting < 1:
-        raise _too_small(budget, capacity, capacity * manifest.kv.bytes_per_token)
-    if fitting < wanted:
-        logger.warning("memory for %d of %d sequences at once; others wait", fitting, wanted)
-    return LoadOptions(min(wanted, fitting), capacity, _threads(config.threads), pack)
-
-
-def _threads(asked: int | None) -> int | None:
-    """No more threads than processors: they would wait for each other, turn about."""
-    cpus = available_cpus()
-    if asked is None or asked <= cpus:
-        return asked
-    logger.warning(
-        "threads=%s: this process may use %d processors, so it gets as many threads",
-        shown(asked),
-        cpus,
-    )
-    return cpus
+    block = config.cache_block_seq_len
+    blocks = int(budget // (block * manifest.kv.bytes_per_token))
+    longest = -(-capacity // block)
+    if blocks < longest:
+        raise _too_small(budget, capacity, longest * block * manifest.kv.bytes_per_token)
+    if blocks < wanted * longest:
+        logger.warning(
+            "memory for %d of %d tokens that %d sequences may have; longer ones make others wait",
+            blocks * block,
+            wanted * capacity,
+            wanted,
+        )
+    return LoadOptions(wanted, capacity, config.threads, pack, blocks, block)
 
 
 def _too_small(budget: float, capacity: int, needed: int) -> BackendUnavailableError:

@@ -14,9 +14,10 @@ from conftest import golden_engine
 from golden_models import CASES, FOLDERS, TOLERANCES, Golden, cases_of, check_answer, check_images
 from lowered_decoder import NativeDecoder, PagedDecoder, Vision, filled, model_spec, part_of
 from vlmforge import EngineConfig, Pipeline, pipeline
-from vlmforge.backends import DecoderSession
+from vlmforge.backends import DecoderBatch, DecoderSession
 from vlmforge.features import FeatureCache
-from vlmforge.scheduler import Scheduler
+from vlmforge.kv.cache import Copy, Drop
+from vlmforge.scheduler.loop import Loop
 
 LIMITS = TOLERANCES["float32"]
 SLOTS = 3
@@ -53,8 +54,8 @@ def open_lowered(shared: Path, folder: str, stack: ExitStack) -> Lowered:
             options=dataclasses.replace(pipe._engine.options, slots=SLOTS, capacity=capacity),
         )
         features = FeatureCache(vision.encode, batch=1)
-        scheduler = Scheduler(engine, features, chunk=512, reuse_prefixes=True)
-        goldens[name] = Golden(folder, stack.enter_context(Pipeline(engine, scheduler)))
+        loop = Loop(engine, features, chunk=512, reuse_prefixes=True)
+        goldens[name] = Golden(folder, stack.enter_context(Pipeline(engine, loop)))
     return Lowered(goldens, pipe._engine.decoder)
 
 
@@ -86,23 +87,25 @@ def test_features_of_every_golden_image(lowered: Open, folder: str) -> None:
 
 
 def transcript(golden: Golden, decoder: DecoderSession) -> list[np.ndarray]:
-    """Two prompts, copied and exchanged, then decoded together with ragged lengths."""
+    """Two prompts, one of them copied, then decoded together out of order, with ragged lengths."""
     vocab = golden.pipe._engine.manifest.decode.vocab_size
     has_levels = golden.pipe._engine.manifest.decode.positions.has_levels
     ids = np.random.default_rng(3).integers(3, vocab, 60)
     last = np.array([[0]])
 
-    def step(slot: int, rows: np.ndarray, past: list[int]) -> np.ndarray:
+    def step(slots: tuple[int, ...], rows: np.ndarray, past: list[int]) -> np.ndarray:
         levels = np.zeros(len(rows), np.int64) if has_levels else None
         places = last.repeat(len(rows), 0) + rows.shape[1] - 1
-        return decoder.step(slot, rows, np.array(past), None, places, levels)
+        return decoder.step(DecoderBatch(slots, rows, np.array(past), None, places, levels))
 
-    found = [step(0, ids[None, :37], [0]), step(2, ids[None, 37:50], [0])]
-    found.append(step(0, ids[None, 50:53], [37]))  # a second chunk
-    decoder.copy_slot(0, 1, 21)
-    found.append(step(1, ids[None, 21:30], [21]))  # goes on from the copy, apart from its source
-    decoder.swap_slots(0, 2, 40)
-    found.append(step(0, ids[53:56, None], [13, 30, 40]))
+    found = [step((0,), ids[None, :37], [0]), step((2,), ids[None, 37:50], [0])]
+    found.append(step((0,), ids[None, 50:53], [37]))  # a second chunk
+    decoder.move(Copy(0, 1, 21))
+    found.append(step((1,), ids[None, 21:30], [21]))  # goes on from the copy, apart from its source
+    found.append(step((2, 0), ids[53:55, None], [13, 40]))  # the one between them is not asked
+    decoder.move(Drop(2, 10))
+    found.append(step((2,), ids[None, 40:43], [10]))  # what is behind is written anew
+    found.append(step((1, 2, 0), ids[53:56, None], [30, 13, 41]))
     return found
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import vlmforge.batch
-from vlmforge.slots import SlotTable
 
 from stand_in import Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline, Response
-from vlmforge.backends import FloatArray
+from vlmforge.backends import DecoderBatch, FloatArray
 from vlmforge.engine import Engine
 from vlmforge.errors import (
     EngineError,
@@ -26,7 +25,11 @@ from vlmforge.errors import (
 )
 from vlmforge.features import FeatureCache
 from vlmforge.generate import TokenGenerator
+from vlmforge.kv.cache import Copy, Move
+from vlmforge.kv.slots import SlotCache
 from vlmforge.request import Request
+from vlmforge.runner import runner
+from vlmforge.scheduler import jobs, scheduler
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -36,9 +39,8 @@ class Unheard(BaseException):
 
 
 FAILURES = (RuntimeError("bad_alloc"), SystemExit(1), Unheard())
-# Where the worker calls, and how many requests a call is made for: a decoding step for all that
-# run; a slot that is given up also for the one that moves.
-ONE, ROWS, MOVED = "one", "rows", "moved"
+# Where the worker calls, and how many requests a call is made for: a decoding step for all.
+ONE, ROWS = "one", "rows"
 SEAMS: dict[str, tuple[type, str]] = {
     "features.get": (FeatureCache, ONE),
     "engine.keys": (Engine, ONE),
@@ -46,26 +48,28 @@ SEAMS: dict[str, tuple[type, str]] = {
     "engine.decoder_input": (Engine, ONE),
     "engine.prefill": (Engine, ONE),
     "engine.decode": (Engine, ROWS),
-    "table.admit": (SlotTable, ONE),
-    "table.extend": (SlotTable, ONE),
-    "table.release": (SlotTable, MOVED),
-    "table.exchange": (SlotTable, MOVED),
+    "cache.begin": (SlotCache, ONE),
+    "cache.grow": (SlotCache, ONE),
+    "cache.place": (SlotCache, ONE),
+    "cache.note": (SlotCache, ONE),
+    "cache.fits": (SlotCache, ONE),
     "generation.wants_prompt_logits": (TokenGenerator, ONE),
     "generation.begin": (TokenGenerator, ONE),
     "generation.accept": (TokenGenerator, ONE),
 }
-# Called when a request has failed already, or in order to say so: see the tests of these.
-ENDS = {"table.forget", "table.reset", "generation.fail"}
-NO_CALLS = {"table.free", "engine.options", "engine.decoder"}
+# Called for all or for none: see the tests of these.
+ENDS = {"cache.free", "cache.take_moves", "generation.fail"}
+NO_CALLS = {"engine.options", "engine.decoder"}
 
 
 def test_the_table_has_every_call_of_the_worker() -> None:
     found = set()
-    for node in ast.walk(ast.parse(inspect.getsource(vlmforge.batch))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
-            owner = node.value.attr.removeprefix("_")
-            if owner in ("features", "engine", "table", "generation"):
-                found.add(f"{owner}.{node.attr}")
+    for module in (jobs, scheduler, runner):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
+                owner = node.value.attr.removeprefix("_")
+                if owner in ("features", "engine", "cache", "generation"):
+                    found.add(f"{owner}.{node.attr}".replace("cache.get", "features.get"))
     assert found - NO_CALLS == SEAMS.keys() | ENDS
 
 
@@ -137,8 +141,8 @@ def check_alive(pipe: Pipeline, alone: list[list[int]]) -> None:
 LATER = [
     ("engine.decode", 9),
     ("generation.accept", 20),
-    ("table.extend", 30),
-    ("table.extend", 41),
+    ("cache.note", 30),
+    ("cache.grow", 41),
 ]
 
 
@@ -161,10 +165,7 @@ def test_a_failure_ends_the_requests_that_it_concerns(
         responses = batch(pipe)
     failed = [i for i, response in enumerate(responses) if response.finish_reason == "error"]
     assert fault.concerned, "the seam was never called that often"
-    if concerns == MOVED:
-        assert len(failed) <= 1  # the one that moved; the one that ended has its answer
-    else:
-        assert len(failed) == fault.concerned
+    assert len(failed) == fault.concerned
     for i, response in enumerate(responses):
         if i in failed:
             assert response.error_code in ("engine_step", "internal_error")
@@ -186,23 +187,21 @@ class Breaking(Parts):
         self._break("encode")
         return features
 
-    def step(self, first_slot: int, *given: Any) -> FloatArray:
-        logits = super().step(first_slot, *given)
+    def step(self, batch: DecoderBatch) -> FloatArray:
+        logits = super().step(batch)
         if self.calls["step"] == self._number and self._function == "step":
-            self._cache[first_slot : first_slot + len(logits)] = -9
+            self._cache[list(batch.slots)] = -9
         self._break("step")
         return logits
 
-    def copy_slot(self, source: int, target: int, tokens: int) -> None:
-        super().copy_slot(source, target, tokens // 2)
-        self._break("copy_slot")
-        self._cache[target, :tokens] = self._cache[source, :tokens]
-
-    def swap_slots(self, first: int, second: int, tokens: int) -> None:
-        super().swap_slots(first, second, tokens // 2)
-        self._break("swap_slots")
-        both = self._cache[[first, second], tokens // 2 : tokens]
-        self._cache[[second, first], tokens // 2 : tokens] = both
+    def move(self, move: Move) -> None:
+        if isinstance(move, Copy):
+            super().move(replace(move, tokens=move.tokens // 2))
+            self._break("copy")
+            self._cache[move.target, : move.tokens] = self._cache[move.source, : move.tokens]
+        else:
+            super().move(move)
+            self._break("drop")
 
     def _break(self, name: str) -> None:
         if name == self._function and self.calls[name] == self._number:
@@ -212,7 +211,7 @@ class Breaking(Parts):
 @pytest.mark.parametrize(
     ("function", "number"),
     [("encode", 1), ("encode", 2)]
-    + [(name, n) for name in ("step", "copy_slot", "swap_slots") for n in (1, 2, 3, 4)],
+    + [(name, n) for name in ("step", "copy", "drop") for n in (1, 2, 3, 4)],
 )
 def test_what_was_half_done_is_nobodys(alone: list[list[int]], function: str, number: int) -> None:
     """Whoever the data belonged to is told, and nobody goes on from what is left of it."""
@@ -226,7 +225,9 @@ def test_what_was_half_done_is_nobodys(alone: list[list[int]], function: str, nu
                     assert "the device is gone" in str(response.error_message)
                 else:
                     assert response.token_ids == expected
-        assert 1 <= ends.count("error") <= (3 if function == "step" else 1)
+        # Memory that does not go back concerns nobody.
+        least, most = {"step": (1, 3), "drop": (0, 0)}.get(function, (1, 1))
+        assert least <= ends.count("error") <= most
         check_alive(pipe, alone)
 
 
@@ -236,13 +237,26 @@ def test_every_move_fails_from_now_on(alone: list[list[int]]) -> None:
     with stand_in(parts) as pipe:
 
         def fail(name: str, _: int) -> None:
-            if name in ("swap_slots", "copy_slot"):
+            if name in ("copy", "drop"):
                 raise MemoryError
 
         parts.before = fail
         for _ in range(3):
             for response, expected in zip(batch(pipe), alone, strict=True):
                 assert response.finish_reason == "error" or response.token_ids == expected
+
+
+@pytest.mark.parametrize("name", ["free", "take_moves"])
+def test_bookkeeping_that_fails_for_nobody_ends_all_and_begins_anew(
+    pipe: Pipeline, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with monkeypatch.context() as patched:
+        Fault(2, MemoryError(), ONE).patch(patched, SlotCache, name)
+        responses = batch(pipe)
+    assert [r for r in responses if r.finish_reason == "error"]
+    for response, expected in zip(responses, alone, strict=True):
+        assert response.finish_reason == "error" or response.token_ids == expected
+    check_alive(pipe, alone)
 
 
 def test_a_single_caller_gets_the_typed_error_and_its_cause() -> None:
@@ -299,7 +313,7 @@ def test_a_sink_that_fails_does_not_harm_others(
 def test_a_worker_that_dies_tells_all_and_refuses_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     with stand_in(slots=1) as pipe:
         fault = Fault(3, SystemError("a bug"), ONE)
-        fault.patch(monkeypatch, vlmforge.batch.Batch, "step")
+        fault.patch(monkeypatch, jobs.Jobs, "step")
         responses = answered(lambda: pipe(PROMPTS, CONFIGS))
         assert isinstance(responses, list)
         assert {response.error_code for response in responses} == {"pipeline_unusable"}

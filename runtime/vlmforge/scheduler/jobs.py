@@ -13,7 +13,7 @@ from vlmforge.kv.slots import SlotCache
 from vlmforge.request import cancelled
 from vlmforge.runner.job import Job
 from vlmforge.runner.runner import Runner
-from vlmforge.scheduler.scheduler import Scheduler
+from vlmforge.scheduler.scheduler import Scheduler, SequenceError
 from vlmforge.scheduler.sequence import State, TokenSequence
 
 logger = logging.getLogger("vlmforge")
@@ -73,7 +73,12 @@ class Jobs:
             job.fail(refusal())
 
     def _step(self) -> None:
-        step = self._scheduler.schedule()
+        try:
+            step = self._scheduler.schedule()
+        except SequenceError as error:
+            self._scheduler.remove(error.sequence, valid=False)
+            self._lost(error)
+            return
         if step is None:
             return
         prompt = step.prefill
@@ -82,10 +87,18 @@ class Jobs:
             self._runner.begin(sequence.id, job, sequence.cached)
         waiting = [self._jobs[sequence.id][1] for sequence in self._scheduler.waiting]
         ahead = (image for job in waiting for image in job.images)
-        self._scheduler.update(step, self._runner.run(step, ahead))
+        for error in self._scheduler.update(step, self._runner.run(step, ahead)):
+            self._lost(error)
         for row in step.rows:
-            if self._jobs[row.sequence][0].state is State.ENDED:
+            if row.sequence in self._jobs and self._jobs[row.sequence][0].state is State.ENDED:
                 self._forget(row.sequence)
+
+    def _lost(self, error: SequenceError) -> None:
+        """The cache failed at a sequence that has ended."""
+        job = self._jobs[error.sequence.id][1]
+        self._forget(error.sequence.id)
+        job.let_go()
+        job.fail(EngineStepError.of(error.__cause__ or error))
 
     def _drop_cancelled(self) -> None:
         for sequence, job in list(self._jobs.values()):

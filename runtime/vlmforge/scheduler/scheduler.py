@@ -9,9 +9,18 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from vlmforge.kv.cache import KVCache
 from vlmforge.scheduler.sequence import Logits, Row, State, Step, StepResult, TokenSequence
+
+
+class SequenceError(Exception):
+    """The cache failed at one sequence; what it raised is the cause. Nothing was planned."""
+
+    def __init__(self, sequence: TokenSequence) -> None:
+        super().__init__(sequence.id)
+        self.sequence = sequence
 
 
 class Scheduler:
@@ -52,6 +61,9 @@ class Scheduler:
         """The next step; None when there is nothing to do.
 
         A sequence that is waiting and fits never makes it None: see `KVCache.fits`.
+
+        Raises:
+            SequenceError: remove that one, and ask again.
         """
         decoding = list(self._grown())
         prefill = self._prefill_row()
@@ -64,16 +76,26 @@ class Scheduler:
         rows = tuple(self._row(s, s.computed, len(s.tokens), "last") for s in decode)
         return Step(self._cache.take_moves(), prefill, rows)
 
-    def update(self, step: Step, result: StepResult) -> None:
-        """Note what a step did. Sequences that ended meanwhile are passed over."""
+    def update(self, step: Step, result: StepResult) -> tuple[SequenceError, ...]:
+        """Note what a step did; returns whose tokens could not be noted: they have ended.
+
+        Sequences that ended meanwhile are passed over.
+        """
         running = {sequence.id: sequence for sequence in self._running}
+        errors = []
         for name in result.failed & running.keys():
             self.remove(running.pop(name), valid=False)
         for row in step.rows:
             sequence = running.get(row.sequence)
             if sequence is None:
                 continue
-            self._cache.note(sequence.id, sequence.keys[row.start : row.stop])
+            try:
+                with _at(sequence):
+                    self._cache.note(sequence.id, sequence.keys[row.start : row.stop])
+            except SequenceError as error:
+                errors.append(error)
+                self.remove(sequence, valid=False)
+                continue
             sequence.computed = row.stop
             if row.sequence in result.tokens:
                 token = result.tokens[row.sequence]
@@ -81,6 +103,7 @@ class Scheduler:
                     self.remove(sequence)
                 else:
                     sequence.append(token)
+        return tuple(errors)
 
     def _grown(self) -> Iterator[TokenSequence]:
         """The sequences that decode, with room for one token more."""
@@ -104,16 +127,18 @@ class Scheduler:
         return self._row(sequence, start, stop, logits)
 
     def _row(self, sequence: TokenSequence, start: int, stop: int, logits: Logits) -> Row:
-        tokens = tuple(sequence.tokens[start:stop])
-        return Row(sequence.id, tokens, start, self._cache.place(sequence.id), logits)
+        with _at(sequence):
+            place = self._cache.place(sequence.id)
+        return Row(sequence.id, tuple(sequence.tokens[start:stop]), start, place, logits)
 
     def _make_room(self, sequence: TokenSequence, tokens: int) -> bool:
         """Room for `tokens` tokens, if need be of those served later; False: it lost its own."""
-        while not self._cache.grow(sequence.id, tokens):
-            last = self._running[-1]
-            self._preempt(last)
-            if last is sequence:
-                return False
+        with _at(sequence):
+            while not self._cache.grow(sequence.id, tokens):
+                last = self._running[-1]
+                self._preempt(last)
+                if last is sequence:
+                    return False
         return True
 
     def _admit(self) -> TokenSequence | None:
@@ -134,9 +159,10 @@ class Scheduler:
     def _begin(self, sequence: TokenSequence) -> int | None:
         if len(self._running) >= self._rows:
             return None
-        return self._cache.begin(
-            sequence.id, sequence.keys, salt=sequence.salt, reuse=not sequence.fresh
-        )
+        with _at(sequence):
+            return self._cache.begin(
+                sequence.id, sequence.keys, salt=sequence.salt, reuse=not sequence.fresh
+            )
 
     def _preempt(self, sequence: TokenSequence) -> None:
         self._running.remove(sequence)
@@ -144,6 +170,14 @@ class Scheduler:
         sequence.state, sequence.computed = State.WAITING, 0
         sequence.preempted += 1
         bisect.insort(self._waiting, sequence, key=_order)
+
+
+@contextmanager
+def _at(sequence: TokenSequence) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        raise SequenceError(sequence) from error
 
 
 def _order(sequence: TokenSequence) -> tuple[int, int]:
