@@ -49,8 +49,9 @@ class EngineConfig:
         threads: Of arithmetic; None: one for each physical core that this process may use. More
             than processors is as many as those, with a warning.
         model_name: Accepted for older programs. The template is chosen by `ChatTemplateConfig`.
-        cache_block_seq_len, cache_chunk_size: Accepted: the cache is not made of blocks, and its
-            memory is touched only where tokens are.
+        cache_block_seq_len: Tokens of a block, by which the cache's memory is counted. When none is
+            left, the request that came last makes room and is computed again later.
+        cache_chunk_size: Accepted: the cache's memory is touched only where tokens are.
         num_tokens_per_iter, max_prefill_iters: Accepted: `max_prefill_token_num` alone sets the
             rhythm of prefill.
         async_, enable_metrics, cache_checkpoint_interval, cache_prompt_boundary_skip,
