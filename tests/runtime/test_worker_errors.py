@@ -58,7 +58,7 @@ SEAMS: dict[str, tuple[type, str]] = {
     "generation.accept": (TokenGenerator, ONE),
 }
 # Called for all or for none: see the tests of these.
-ENDS = {"cache.free", "cache.take_moves", "generation.fail"}
+ENDS = {"cache.free", "cache.take_moves"}
 NO_CALLS = {"engine.options", "engine.decoder"}
 
 
