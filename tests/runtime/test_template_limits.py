@@ -102,8 +102,11 @@ HUGE = [
     ("{{ ('a' * 99999).replace('a', 'b' * 9999) }}", "characters"),
     ("{{ [1] | batch(10 ** 9, 'x') | list }}", "the filter batch"),
     ("{{ [1] | slice(10 ** 9) | list }}", "the filter slice"),
-    ("{{ [1] | tojson(indent=10 ** 9) }}", "tojson with an indent"),
-    ("{{ [1, 2] | tojson(separators=('a' * 99999, ':')) }}", "tojson with an indent or separators"),
+    ("{{ [1] | tojson(indent=10 ** 9) }}", "tojson with a long indent"),
+    (
+        "{{ [1, 2] | tojson(separators=('a' * 99999, ':')) }}",
+        "tojson with a long indent or long separators",
+    ),
     ("{{ 1.5 | round(10 ** 9, 'ceil') }}", "round to 1000000000 places"),
     ("{{ range(99999) | join('a' * 99999) }}", "characters"),
     ("{{ ('a' * 99999).join('b' * 99999) }}", "characters"),
