@@ -68,9 +68,17 @@ LOOPS = [
 
 
 @pytest.mark.parametrize("source", LOOPS)
-def test_turns_and_calls_are_counted(source: str) -> None:
+def test_turns_and_calls_are_counted(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MOST_WORK", 100_000)  # what is counted ends at any limit
     found = limit(source.replace("R", R))
-    assert "takes too much work (more than 2000000 operations)" in found
+    assert "takes too much work (more than 100000 operations)" in found
+
+
+def test_the_limit_is_two_million_operations() -> None:
+    found = limit(LOOPS[0].replace("R", R))
+    assert found == (
+        "what is repeated at line 1 takes too much work (more than 2000000 operations)"
+    )
 
 
 HUGE = [
