@@ -75,6 +75,11 @@ def pipeline(
     if vision.background is not None:
         engine = engine.on_background(vision.background)
     engine = dataclasses.replace(engine, limits=vision.image_limits())
+    return serve(engine, config, vision)
+
+
+def serve(engine: Engine, config: EngineConfig, vision: VisionConfig) -> Pipeline:
+    """A pipeline for an engine that is loaded already."""
     manifest = engine.manifest
     image_bytes = manifest.decode.tokens_per_image * manifest.decode.hidden_size * 4
     features = FeatureCache(

@@ -19,7 +19,7 @@ import numpy as np
 
 from vlmforge.backends import FloatArray
 from vlmforge.engine import DecoderInput, Engine
-from vlmforge.errors import EngineStepError, as_exception
+from vlmforge.errors import EngineStepError, as_exception, as_ours
 from vlmforge.features import FeatureCache, PreparedImage
 from vlmforge.prompt.render import RenderedPrompt
 from vlmforge.request import cancelled
@@ -220,7 +220,7 @@ class Batch:
         try:
             sequence.job.generation.begin(self._facts(sequence))
         except BaseException as error:  # noqa: BLE001 - ends this sequence, whatever it is
-            self._end(sequence, error)
+            self._end(sequence, as_ours(error))
             return
         self._accept(sequence, logits)
 
@@ -335,8 +335,10 @@ class Batch:
 
         Each round ends one more sequence, and the last of all needs no move.
         """
-        if moved is sequence:
-            raise error  # nothing had to be moved: the table itself is broken
+        if moved is sequence:  # nothing had to be moved; a second failure ends the worker
+            self._table.release(sequence.slot)
+            self._running.remove(sequence)
+            return
         self._end(moved, EngineStepError.of(error))
         if sequence in self._running:
             self._finish(sequence)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from vlmforge import lifetime
 from vlmforge.batch import Job
-from vlmforge.errors import PipelineError
+from vlmforge.errors import PipelineError, as_ours
 from vlmforge.request import Request, cancelled
 from vlmforge.scheduler import Scheduler, closed
 
@@ -177,7 +177,7 @@ class Lane:
                 self._scheduler.submit(job)
                 handed = True
         except BaseException as error:  # noqa: BLE001 - ends this request, whatever it is
-            request.fail(error)
+            request.fail(as_ours(error))
         with self._lock:
             self._preparing.discard(request)
         if not handed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 import time
 from collections.abc import Iterator
@@ -270,6 +271,25 @@ def test_vision_batches_change_nothing(hf_engine: Path) -> None:
         with pipeline(hf_engine, vision_config=VisionConfig(max_batch_size=size)) as pipe:
             answers.append(pipe(prompt, gen_config=plain(8)).token_ids)  # type: ignore[union-attr]
     assert answers[0] == answers[1]
+
+
+def test_a_pipeline_opens_only_the_images_that_it_may(hf_engine: Path, tmp_path: Path) -> None:
+    inside = tmp_path / "photo.png"
+    inside.write_bytes(Path(PHOTO).read_bytes())
+    jpeg = io.BytesIO()
+    load_image(PHOTO).save(jpeg, "JPEG")
+    vision = VisionConfig(local_files=tmp_path, image_formats=["PNG"])
+    with pipeline(hf_engine, vision_config=vision) as pipe:
+        images = (str(inside), PHOTO, f"file://{PHOTO}", "/proc/self/environ", jpeg.getvalue())
+        answers = pipe([("look", image) for image in images], gen_config=plain(1))
+        assert isinstance(answers, list)
+        assert answers[0].finish_reason == "length"
+        for answer in answers[1:4]:
+            assert answer.finish_reason == "error"
+            assert "outside of the folder" in str(answer.error_message)
+        assert "a JPEG file" in str(answers[4].error_message)
+        with pytest.raises(ImageError, match="outside of the folder"):
+            pipe.chat(("look", PHOTO))
 
 
 def test_a_checkpoint_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,11 @@ def test_a_field_that_tunes_other_machinery_is_accepted() -> None:
     )
 
 
+FOLDER = "True, False or the path of a folder that is there"
+FORMATS = (
+    "a list whose every item is one of "
+    "'PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'AVIF', 'PPM', 'QOI'"
+)
 COLOUR = "a list of 3 whose every item is an integer in [0, 255] or None"
 REVISION = "a non-empty string without NUL and lone surrogates or None"
 WRONG: list[tuple[Callable[..., object], str, object, str]] = [
@@ -105,6 +110,8 @@ WRONG: list[tuple[Callable[..., object], str, object, str]] = [
     (VisionConfig, "max_batch_size", 0, "a positive integer"),
     (VisionConfig, "max_batch_size", None, "a positive integer"),
     (VisionConfig, "thread_safe", "yes", "True or False"),
+    *((VisionConfig, "local_files", value, FOLDER) for value in (None, 1, "", "/no/folder", b"/")),
+    *((VisionConfig, "image_formats", value, FORMATS) for value in ("PNG", ["EPS"], ["png"], 3)),
     *((VisionConfig, "background", value, COLOUR) for value in ((9, 9), (0, 0, 256), "white")),
     (ChatTemplateConfig, "model_name", "", "a non-empty string"),
     (ChatTemplateConfig, "model_name", None, "a non-empty string"),

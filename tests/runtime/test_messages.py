@@ -199,6 +199,15 @@ PARTS: dict[str, Any] = {
     "image_data": lambda source: {"type": "image_data", "image_data": {"data": source}},
     "image_data-plain": lambda source: {"type": "image_data", "image_data": source},
     "image": lambda source: {"type": "image", "image": source},
+    "image, by url": lambda source: {"type": "image", "url": source},
+    "image, by path": lambda source: {"type": "image", "path": source},
+    "image, one of its keys": lambda source: {
+        "type": "image",
+        "text": None,
+        "image": None,
+        "url": source,
+        "path": None,
+    },
 }
 
 
@@ -208,6 +217,15 @@ def test_parts_keep_their_order(part: str, source: object) -> None:
     content = [PARTS[part](source), text, PARTS[part](PIL_IMAGE), "end"]
     found = parse_prompt([{"role": "user", "content": content}])
     check(found, image(source), Text("between"), image(PIL_IMAGE), Text("end"))
+
+
+@pytest.mark.parametrize("head", ["", "data:;base64,", "DATA:image/png;base64,"])
+def test_a_part_may_be_base64(head: str) -> None:
+    part = {"type": "image", "base64": head + "aGVsbG8="}
+    found = parse_prompt([{"role": "user", "content": [part]}])
+    assert isinstance(found, Conversation)
+    (block,) = found.images
+    assert block.source == (head or "data:;base64,") + "aGVsbG8="
 
 
 def test_the_images_of_a_conversation_are_those_of_its_messages_in_order() -> None:
@@ -317,6 +335,38 @@ def test_an_unknown_part_is_refused(part: object) -> None:
 @pytest.mark.parametrize("payload", [{}, {"url": None}, None, 3, {"url": {"url": "a"}}])
 def test_an_image_url_without_an_image_is_refused(payload: object) -> None:
     error = refusal([{"role": "user", "content": [{"type": "image_url", "image_url": payload}]}])
+    assert error.summary == "An image is of a type that is not known."
+
+
+@pytest.mark.parametrize(
+    ("part", "summary", "found"),
+    [
+        ({}, "not there", "dict {'type': 'image'}"),
+        ({"image": None}, "not there", "dict {'type': 'image', 'image': None}"),
+        ({"image_url": "a.jpg"}, "not there", "'image_url': 'a.jpg'}"),
+        ({"url": "a", "path": "b"}, "given more than once", "'url' and 'path'"),
+        ({"image": b"a", "base64": "b"}, "given more than once", "'image' and 'base64'"),
+    ],
+)
+def test_an_image_part_has_one_image(part: dict[str, object], summary: str, found: str) -> None:
+    error = refusal([{"role": "user", "content": ["fine", {"type": "image", **part}]}])
+    assert error.summary == f"The image of message 0, part 1 is {summary}."
+    assert error.found.endswith(found)
+    assert error.expected == "one of 'image', 'url', 'path', 'base64'"
+    assert error.fix.startswith("{'type': 'image', 'url': 'https://...'}")
+
+
+@pytest.mark.parametrize("payload", [b"aGVsbG8=", 3, ["aGVsbG8="]])
+def test_base64_is_text(payload: object) -> None:
+    error = refusal([{"role": "user", "content": [{"type": "image", "base64": payload}]}])
+    assert error.summary == "The base64 of message 0, part 0 is not text."
+    assert "'image': ..." in error.fix
+
+
+@pytest.mark.parametrize("payload", [3, {"url": "a"}, ["a.jpg"]])
+@pytest.mark.parametrize("key", ["image", "url", "path"])
+def test_an_image_part_of_a_wrong_type(key: str, payload: object) -> None:
+    error = refusal([{"role": "user", "content": [{"type": "image", key: payload}]}])
     assert error.summary == "An image is of a type that is not known."
 
 

@@ -223,3 +223,45 @@ def test_common_prefix(first: list[int], second: list[int]) -> None:
 @pytest.mark.parametrize("value", [2**62, -(2**63), -1])
 def test_common_prefix_of_extreme_keys(value: int) -> None:
     assert common_prefix(keys([value, value]), keys([value, value + 1])) == 1
+
+
+def test_a_copy_that_fails_leaves_a_slot_that_remembers_nothing() -> None:
+    """It was half overwritten: what it remembered before is gone too."""
+    broken: list[bool] = []
+
+    def copy(source: int, target: int, tokens: int) -> None:
+        if broken:
+            raise MemoryError
+
+    table = SlotTable(2, copy, lambda *_: None)
+    first, other = np.arange(8), np.arange(100, 108)
+    for keys in (first, other):
+        table.extend(table.admit(keys).slot, keys)
+    table.release(0)  # the other moves there; the first one's tokens are remembered in slot 1
+    broken.append(True)
+    with pytest.raises(MemoryError):
+        table.admit(np.concatenate((other[:4], np.arange(50, 60))))
+    broken.clear()
+    assert (table.active, table.free) == (1, 1)
+    assert table.admit(first).cached == 0
+
+
+def test_an_exchange_that_fails_leaves_two_slots_that_remember_nothing() -> None:
+    broken: list[bool] = []
+
+    def swap(first: int, second: int, tokens: int) -> None:
+        if broken:
+            raise MemoryError
+
+    table = SlotTable(2, lambda *_: None, swap)
+    first, other = np.arange(8), np.arange(100, 108)
+    for keys in (first, other):
+        table.extend(table.admit(keys).slot, keys)
+    broken.append(True)
+    with pytest.raises(MemoryError):
+        table.release(0)
+    broken.clear()
+    assert table.active == 2  # nothing was given up
+    assert [table.release(1), table.release(0)] == [None, None]
+    assert table.admit(first).cached == 0
+    assert table.admit(other).cached == 0

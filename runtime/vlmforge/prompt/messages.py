@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,6 +20,8 @@ ImageSource: TypeAlias = (
     PIL.Image.Image | NDArray[Any] | os.PathLike[str] | bytes | str | OpenedImage
 )
 ROLES = ("system", "user", "assistant")
+_ADDRESS = re.compile(r"(https?|file)://|data:(image|[^,\s]*;base64,)", re.IGNORECASE)
+_IMAGE_KEYS = ("image", "url", "path", "base64")
 _FORMS = (
     "'text', ('text', image), ('text', [image, ...]), a list of these, OpenAI messages "
     "[{'role': ..., 'content': ...}, ...], or a list of such conversations"
@@ -126,9 +129,7 @@ def _is_messages(prompt: Sequence[object]) -> bool:
 
 def is_image_address(value: object) -> bool:
     """Whether a string can only mean an image: a URL or a data URI."""
-    return isinstance(value, str) and value.startswith(
-        ("http://", "https://", "data:image", "file://")
-    )
+    return isinstance(value, str) and _ADDRESS.match(value) is not None
 
 
 def _tuple_blocks(prompt: tuple[object, ...]) -> tuple[Text | Image, ...]:
@@ -185,7 +186,8 @@ def _message(message: Mapping[str, object], index: int) -> Message:
         raise PromptError(
             f"Message {index} has no usable content.",
             found=_describe(content),
-            expected="a string, or a list of {'type': 'text' | 'image_url' | 'image_data', ...}",
+            expected="a string, or a list of "
+            "{'type': 'text' | 'image_url' | 'image_data' | 'image', ...}",
             fix="{'role': 'user', 'content': [{'type': 'text', 'text': 'hello'}]}",
         )
     if role != "user" and any(isinstance(block, Image) for block in blocks):
@@ -202,6 +204,8 @@ def _block(item: object, where: str) -> Text | Image:
     if isinstance(item, str):
         return Text(item)
     kind = item.get("type") if isinstance(item, Mapping) else None
+    if isinstance(item, Mapping) and kind == "image":
+        return Image(_source(_image_part(item, where)))
     if isinstance(item, Mapping) and isinstance(kind, str) and kind in item:
         payload = item[kind]
         match kind:
@@ -211,15 +215,41 @@ def _block(item: object, where: str) -> Text | Image:
                 return Image(_source(_unwrap(payload, "url")))
             case "image_data":
                 return Image(_source(_unwrap(payload, "data")))
-            case "image":
-                return Image(_source(payload))
     raise PromptError(
         f"The content of {where} is not known.",
         found=_describe(item),
-        expected="{'type': 'text', 'text': str}, {'type': 'image_url', 'image_url': {'url': str}} "
-        "or {'type': 'image_data', 'image_data': {'data': image}}",
+        expected="{'type': 'text', 'text': str}, {'type': 'image_url', 'image_url': {'url': str}}, "
+        "{'type': 'image_data', 'image_data': {'data': image}} or {'type': 'image', KEY: image} "
+        f"with a KEY of {', '.join(_IMAGE_KEYS)}",
         fix="correct the type, or give the key that has the type's name",
     )
+
+
+def _image_part(part: Mapping[str, object], where: str) -> object:
+    """The image of a part in the form of transformers' chat templates."""
+    given = [key for key in _IMAGE_KEYS if part.get(key) is not None]
+    if len(given) != 1:
+        raise PromptError(
+            f"The image of {where} is {'given more than once' if given else 'not there'}.",
+            found=" and ".join(map(repr, given)) or _describe(part),
+            expected=f"one of {', '.join(map(repr, _IMAGE_KEYS))}",
+            fix="{'type': 'image', 'url': 'https://...'}: images are given where they stand",
+        )
+    value = part[given[0]]
+    if given == ["base64"]:
+        return _as_data_url(value, where)
+    return value
+
+
+def _as_data_url(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise PromptError(
+            f"The base64 of {where} is not text.",
+            found=_describe(value),
+            expected="a string of base64 digits",
+            fix="base64.b64encode(data).decode(); or give bytes by {'type': 'image', 'image': ...}",
+        )
+    return value if value[:5].lower() == "data:" else f"data:;base64,{value}"
 
 
 def _unwrap(payload: object, key: str) -> object:

@@ -21,6 +21,7 @@ MAX_PARTS = 1 << 17
 """Chunks, segments or blocks that are looked at: 64 MiB of parts of 512 bytes."""
 
 _MAX_TEXT = 1 << 20
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 
 class DamagedError(ValueError):
@@ -93,7 +94,7 @@ class _PngOrientation:
 
     def look(self, kind: bytes, payload: bytes) -> None:
         """Remember a chunk that says it."""
-        keyword = payload[:100].partition(b"\0")[0]
+        keyword = payload[:100].partition(b"\0")[0] if kind in _PNG_TEXTS else b""
         if kind == b"eXIf" and self._exif is None:
             self._exif = payload
         elif keyword == b"Raw profile type exif" and self._profile is None:
@@ -145,28 +146,34 @@ _MARKER = re.compile(rb"\xff[^\x00\xff]")
 _MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xDA)})
 _SOS, _EOI, _APP1 = 0xDA, 0xD9, 0xE1
-_COMMENTS = frozenset({0xFE, *range(0xE1, 0xF0)}) - {0xEE}  # APP14 says how colours are stored
+_JFIF, _ADOBE = (0xE0, b"JFIF\0"), (0xEE, b"Adobe")  # they say how colours are stored
+_APPLICATION = frozenset({0xFE, *range(0xE0, 0xF0)})
+_LONGEST_FILL = 1 << 12
+_WINDOW = 1 << 18
 
 
 def jpeg(data: bytes) -> Container:
-    """Of a JPEG: its tables, frame and scans; APP0 and APP14, which decide its colours.
+    """Of a JPEG: its tables, frame and scans; what JFIF and Adobe say of its colours.
 
     Raises:
         DamagedError: see there.
     """
-    kept, exif, xmp = [data[:2]], None, None
+    kept: list[bytes] = []
+    colours: dict[tuple[int, bytes], bytes] = {}
+    exif = xmp = None
     at = 2
     for _ in range(MAX_PARTS):
         start, marker, payload, end = _segment(data, at)
         if marker == _SOS:
-            passes = _scans(data, end)
-            kept.append(data[start:])
-            return Container(b"".join(kept), _first(exif, xmp), passes)
+            head = b"".join([data[:2], *colours.values(), *kept])
+            return Container(head + data[start:], _first(exif, xmp), _scans(data, end))
         if marker == _APP1 and payload.startswith(b"Exif\0\0"):
             exif = exif or payload
         elif marker == _APP1 and payload.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
             xmp = xmp or payload
-        elif marker not in _COMMENTS and marker not in _WITHOUT_LENGTH:
+        elif (kind := (marker, payload[:5])) in (_JFIF, _ADOBE):
+            colours[kind] = data[start:end]
+        elif marker not in _APPLICATION and marker not in _WITHOUT_LENGTH:
             kept.append(data[start:end])
         at = end
     raise _too_many()
@@ -174,7 +181,7 @@ def jpeg(data: bytes) -> Container:
 
 def _segment(data: bytes, at: int) -> tuple[int, int, bytes, int]:
     """The next segment from `at` on: its start, marker, payload, and its end."""
-    found = _MARKER.search(data, at)
+    found = _find(_MARKER, data, at)
     if found is None:
         raise DamagedError("it ends before its first scan")
     marker, end = data[found.start() + 1], found.end()
@@ -186,14 +193,26 @@ def _segment(data: bytes, at: int) -> tuple[int, int, bytes, int]:
     return found.start(), marker, data[end + 2 : end + length], end + length
 
 
+def _find(marker: re.Pattern[bytes], data: bytes, at: int) -> re.Match[bytes] | None:
+    """The next marker; searched for in windows, for other threads stand still in each."""
+    while at < len(data):
+        found = marker.search(data, at, at + _WINDOW)
+        if found is not None:
+            return found
+        at += _WINDOW - 1
+    return None
+
+
 def _scans(data: bytes, at: int) -> int:
     """How many scans there are when the first one's entropy-coded data begins at `at`.
 
     The decoder looks for markers in the same way, so that it cannot find more of them.
     """
+    if data.find(b"\xff" * _LONGEST_FILL, at) >= 0:  # the decoder begins it anew with each piece
+        raise DamagedError(f"it has {_LONGEST_FILL} fill bytes in a row")
     scans = 1
     for _ in range(MAX_PARTS):
-        found = _MARKER_IN_SCAN.search(data, at)
+        found = _find(_MARKER_IN_SCAN, data, at)
         if found is None or data[found.start() + 1] == _EOI:
             return scans
         marker, at = data[found.start() + 1], found.end()

@@ -38,7 +38,7 @@ def data_url_bytes(url: str) -> bytes:
             expected="data:image/...;base64,...",
             fix="put a comma between the header and the data",
         )
-    data = unquote_to_bytes(payload)
+    data = unquote_to_bytes(payload.encode("utf-8", "replace"))
     if header.rpartition(";")[2].strip().lower() != "base64":
         return data
     return decoded_base64(data)

@@ -54,6 +54,9 @@ def to_rgb(image: Image.Image, background: Colour | None = (255, 255, 255)) -> I
         ImageError: grey levels below 0, above 65535, or of a scale that cannot be told.
     """
     orientation = of_image(image)
+    if not _fits(image.mode, image.info.get("transparency")):
+        image = image.copy()
+        del image.info["transparency"]
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_grey_to_8_bit(image)
     if orientation in TRANSPOSE:
@@ -68,6 +71,15 @@ def to_rgb(image: Image.Image, background: Colour | None = (255, 255, 255)) -> I
     canvas = Image.new("RGB", image.size, background)
     canvas.paste(rgba, mask=rgba.getchannel("A"))
     return canvas
+
+
+def _fits(mode: str, transparent: object) -> bool:
+    """Whether a transparent colour is one of its mode. Pillow carries it along to other modes."""
+    if transparent is None or (mode in ("P", "PA") and isinstance(transparent, bytes)):
+        return True
+    if mode == "RGB":
+        return isinstance(transparent, tuple) and len(transparent) == 3
+    return isinstance(transparent, int) and mode not in ("YCbCr", "CMYK", "HSV", "LAB")
 
 
 def _deep_grey_to_8_bit(image: Image.Image) -> Image.Image:

@@ -30,6 +30,7 @@ _C_DECODERS = frozenset({"zip", "jpeg", "gif", "raw"})
 _PIECES = 64
 _SMALLEST_PIECE = 256
 _LEAST_PASS = 1 << 16
+_PLAIN_PPM = (b"P1", b"P2", b"P3")  # numbers as text: the last one may end where the file does
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,25 +135,35 @@ def load_pixels(image: Image.Image, *, name: str, quoted: bool = True) -> None:
     """Decode the pixels of an opened image in place.
 
     Raises:
-        ImageError: the pixels are not whole, or the image was closed.
+        ImageError: the pixels are not whole or too many, or the image was closed.
         CancelledError: the one who feeds the decoder said so.
     """
     try:
         image.load()
     except VlmforgeError:
         raise
+    except MemoryError as error:
+        raise ImageError(
+            f"{name} does not fit the memory.",
+            found=f"{image.width} x {image.height} pixels of mode {image.mode}",
+            expected="memory for all its pixels at once",
+            fix="make it smaller, or free memory",
+        ) from error
     except Exception as error:  # Decoders of untrusted bytes raise nearly anything.
-        if _is_closed(image):
+        if _is_closed(image, error):
             raise ImageError(
                 f"{name} was closed before its pixels were read.",
                 found=f"a closed {type(image).__name__}",
                 expected="an image that is loaded, or whose file is open",
                 fix="call image.load() before its file is closed, or pass the path",
             ) from error
-        raise _damaged(name, str(error) if quoted else "pixels that do not decode") from error
+        found = str(error) or type(error).__name__
+        raise _damaged(name, found if quoted else "pixels that do not decode") from error
 
 
-def _is_closed(image: Image.Image) -> bool:
+def _is_closed(image: Image.Image, error: Exception) -> bool:
+    if isinstance(error, ValueError) and "closed" in str(error):
+        return True
     if not isinstance(image, ImageFile.ImageFile):
         return True  # An image in memory fails to load only when it was closed.
     file: IO[bytes] | None = image.fp
@@ -172,6 +183,7 @@ class _Feed(io.BytesIO):
         self._name, self._cancelled = name, cancelled
         self._seconds = limits.decode_s
         self._end = time.monotonic() + limits.decode_s
+        self._reads_on = data[:2] in _PLAIN_PPM
 
     def read(self, size: int | None = -1, /) -> bytes:
         if self._cancelled is not None and self._cancelled():
@@ -184,7 +196,7 @@ class _Feed(io.BytesIO):
                 fix="make it smaller, or save it as PNG or as a JPEG that is not progressive",
             )
         chunk = super().read(size)
-        if not chunk and size is not None and size > 0:
+        if not chunk and size is not None and size > 0 and not self._reads_on:
             raise OSError("the file ends before its pixels do")
         return chunk
 

@@ -39,7 +39,11 @@ def decode_in_lane(job: Callable[[], Image.Image], cancelled: Cancelled) -> Imag
     Raises:
         CancelledError: `cancelled` said so, before or while the job ran.
     """
-    future = _lanes.pool.submit(job)
+    try:
+        future = _lanes.pool.submit(job)
+    except RuntimeError:
+        # The interpreter is ending. A thread that it waits for may still ask; pools are shut.
+        return job()
     while not wait([future], timeout=_ASK_S).done:
         if cancelled():
             future.cancel()

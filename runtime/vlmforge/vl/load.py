@@ -20,8 +20,9 @@ from vlmforge.errors import ImageError
 from vlmforge.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.data_url import data_url_bytes, without_prefix
 from vlmforge.vl.decode import upright_size
-from vlmforge.vl.encoded import Cancelled, check_size, load_pixels, open_encoded
+from vlmforge.vl.encoded import Cancelled, check_size, open_encoded
 from vlmforge.vl.local_files import described, read_file, shown
+from vlmforge.vl.pillow_images import identity, loaded
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 
@@ -71,7 +72,7 @@ class OpenedImage:
 
 
 def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """Load an image in its own mode, upright.
+    """Load an image in its own mode, upright: the first frame, without colour profile and comments.
 
     Args:
         source: A path, an `http(s)://`, `file://` or `data:` URL, an encoded file as bytes, a
@@ -137,21 +138,15 @@ def _encoded(
 def _from_pillow(image: Image.Image, limits: ImageLimits) -> OpenedImage:
     called = "The Pillow image"
     check_size(image.size, name=called, limits=limits)
-
-    def pixels(_: Cancelled | None = None) -> Image.Image:
-        load_pixels(image, name=called)
-        return image
-
-    def digest() -> bytes:
-        pixels()
-        facts = (image.mode, image.size, image.info.get("transparency"), upright_size(image))
-        palette = image.getpalette("RGBA") if image.mode in ("P", "PA") else None
-        return _digest(b"pixels", repr(facts).encode(), bytes(palette or ()), image.tobytes())
-
-    if isinstance(image, ImageFile.ImageFile) and image.tile and image.format == "PNG":
-        pixels()  # Which way up a PNG is may stand behind its pixels.
+    if isinstance(image, ImageFile.ImageFile) and image.format == "PNG":
+        loaded(image, called)  # Which way up a PNG is may stand behind its pixels.
     name = getattr(image, "filename", "") or None
-    return OpenedImage(upright_size(image), name, pixels, digest)
+    return OpenedImage(
+        upright_size(image),
+        name,
+        lambda _: loaded(image, called),
+        lambda: _digest(b"pixels", *identity(loaded(image, called))),
+    )
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -203,15 +198,19 @@ def _from_file(path: str, limits: ImageLimits, *, name: str | None = None) -> Op
 
 
 def _file_url_path(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.netloc.lower() not in ("", "localhost"):
+    try:
+        parts = urlsplit(url)
+        host, path = parts.netloc, unquote(parts.path)
+    except ValueError:  # a bracket that is not closed
+        host, path = shown(url[len("file://") :]), ""
+    if host.lower() not in ("", "localhost"):
         raise ImageError(
             "A file:// URL names another machine.",
-            found=f"host {parts.netloc!r}",
+            found=f"host {host!r}",
             expected="file:///absolute/path",
             fix="write three slashes after file:",
         )
-    return unquote(parts.path)
+    return path
 
 
 def _from_array(array: NDArray[Any], limits: ImageLimits) -> OpenedImage:

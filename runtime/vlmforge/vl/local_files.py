@@ -30,17 +30,16 @@ def read_file(path: str, *, limits: ImageLimits) -> bytes:
         raise _closed(path)
     try:
         descriptor = _open(path, limits.local_files)
-        with open(descriptor, "rb") as file:  # noqa: PTH123 (a descriptor, not a path)
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):  # A pipe or a device would block or never end.
-                raise OSError(errno.EINVAL, "not a regular file")
-            data = file.read(limits.max_bytes + 1)
+        try:
+            data, size = _read(descriptor, limits.max_bytes + 1)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError as error:
         raise _unreadable(path, "does not exist", "no such file") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise _unreadable(path, "cannot be read", reason) from error
-    if (size := max(len(data), status.st_size)) > limits.max_bytes:
+    if size > limits.max_bytes:
         raise ImageError(
             f"{described(path)} is too large.",
             found=f"{size} bytes",
@@ -57,6 +56,8 @@ def described(path: str) -> str:
 
 def shown(text: str) -> str:
     """`text`, cut to a length that fits a message."""
+    if not text:
+        return "an empty text"
     return text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "..."
 
 
@@ -75,6 +76,16 @@ def _open(path: str, allowed: bool | str | os.PathLike[str]) -> int:
         return os.open(name, _READ | os.O_NOFOLLOW, dir_fd=at)
     finally:
         os.close(at)
+
+
+def _read(descriptor: int, most: int) -> tuple[bytes, int]:
+    """At most `most` bytes of a file, and its size as far as it is known."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):  # A pipe or a device would block or never end.
+        raise OSError(errno.EINVAL, "not a regular file")
+    with open(descriptor, "rb", closefd=False) as file:
+        data = file.read(most)
+    return data, max(len(data), status.st_size)
 
 
 def _closed(path: str) -> ImageError:

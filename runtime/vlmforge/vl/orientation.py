@@ -37,6 +37,7 @@ _UNREADABLE = (
     AttributeError,
     AssertionError,
     OSError,
+    EOFError,
     struct.error,
 )
 

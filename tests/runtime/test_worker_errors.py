@@ -1,0 +1,330 @@
+"""Whatever fails at whatever call of the worker: whom it concerns is told, the others go on.
+
+The table `SEAMS` has every call that the worker makes; a test compares it with the worker's source.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vlmforge.batch
+from stand_in import Parts, answered, plain, png, stand_in
+from vlmforge import Pipeline, Response
+from vlmforge.backends import FloatArray
+from vlmforge.engine import Engine
+from vlmforge.errors import (
+    EngineError,
+    EngineStepError,
+    PipelineError,
+)
+from vlmforge.features import FeatureCache
+from vlmforge.generate import TokenGenerator
+from vlmforge.request import Request
+from vlmforge.slots import SlotTable
+
+Logits = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Unheard(BaseException):
+    """An exception that nobody knows."""
+
+
+FAILURES = (RuntimeError("bad_alloc"), SystemExit(1), Unheard())
+# Where the worker calls, and how many requests a call is made for: a decoding step for all that
+# run; a slot that is given up also for the one that moves.
+ONE, ROWS, MOVED = "one", "rows", "moved"
+SEAMS: dict[str, tuple[type, str]] = {
+    "features.get": (FeatureCache, ONE),
+    "engine.keys": (Engine, ONE),
+    "engine.rotary_level": (Engine, ONE),
+    "engine.decoder_input": (Engine, ONE),
+    "engine.prefill": (Engine, ONE),
+    "engine.decode": (Engine, ROWS),
+    "table.admit": (SlotTable, ONE),
+    "table.extend": (SlotTable, ONE),
+    "table.release": (SlotTable, MOVED),
+    "table.exchange": (SlotTable, MOVED),
+    "generation.wants_prompt_logits": (TokenGenerator, ONE),
+    "generation.begin": (TokenGenerator, ONE),
+    "generation.accept": (TokenGenerator, ONE),
+}
+# Called when a request has failed already, or in order to say so: see the tests of these.
+ENDS = {"table.forget", "table.reset", "generation.fail"}
+NO_CALLS = {"table.free", "engine.options", "engine.decoder"}
+
+
+def test_the_table_has_every_call_of_the_worker() -> None:
+    found = set()
+    for node in ast.walk(ast.parse(inspect.getsource(vlmforge.batch))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
+            owner = node.value.attr.removeprefix("_")
+            if owner in ("features", "engine", "table", "generation"):
+                found.add(f"{owner}.{node.attr}")
+    assert found - NO_CALLS == SEAMS.keys() | ENDS
+
+
+class Fault:
+    """Raises once, at call `number` of a function, and says how many requests it was made for."""
+
+    def __init__(self, number: int, error: BaseException, concerns: str) -> None:
+        self._number, self._error, self._concerns = number, error, concerns
+        self._calls, self.concerned = 0, 0
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(owner: object, *given: Any, **named: Any) -> Any:
+            self._calls += 1
+            if self._calls == self._number:
+                self.concerned = len(given[0]) if self._concerns == ROWS else 1
+                raise self._error
+            return function(owner, *given, **named)
+
+        return call
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+        found = inspect.getattr_static(owner, name)
+        if isinstance(found, property):
+            assert found.fget is not None
+            monkeypatch.setattr(owner, name, property(self.wrap(found.fget)))
+        else:
+            monkeypatch.setattr(owner, name, self.wrap(found))
+
+
+PROMPTS: list[Any] = ["a", ("look", png(1)), "a b c", ("and", [png(2), png(1)]), "d"]
+COUNTS = (9, 14, 5, 11, 7)
+CONFIGS = [plain(count) for count in COUNTS]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[int]]:
+    """What each prompt gives with nothing beside it."""
+    answers = []
+    for prompt, config in zip(PROMPTS, CONFIGS, strict=True):
+        with stand_in(slots=1, enable_prefix_caching=False) as pipe:
+            answers.append(whole(pipe(prompt, config)).token_ids)
+    assert len({tuple(ids) for ids in answers}) == len(PROMPTS)
+    return answers
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipeline]:
+    with stand_in(max_prefill_token_num=7) as made:
+        yield made
+
+
+def whole(response: object) -> Response:
+    assert isinstance(response, Response)
+    return response
+
+
+def batch(pipe: Pipeline) -> list[Response]:
+    found = answered(lambda: pipe(PROMPTS, CONFIGS))
+    assert isinstance(found, list)
+    return found
+
+
+def check_alive(pipe: Pipeline, alone: list[list[int]]) -> None:
+    """The worker answers as if nothing had happened, also from what its cache remembers."""
+    assert [r.token_ids for r in batch(pipe)] == alone
+
+
+# In the first prompt, beside others, and while tokens are generated.
+LATER = [
+    ("engine.decode", 9),
+    ("generation.accept", 20),
+    ("table.extend", 30),
+    ("table.extend", 41),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=repr)
+@pytest.mark.parametrize(
+    ("seam", "number"), [(seam, number) for seam in SEAMS for number in (1, 2, 4)] + LATER
+)
+def test_a_failure_ends_the_requests_that_it_concerns(
+    pipe: Pipeline,
+    alone: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    seam: str,
+    error: BaseException,
+    number: int,
+) -> None:
+    owner, concerns = SEAMS[seam]
+    fault = Fault(number, error, concerns)
+    with monkeypatch.context() as patched:
+        fault.patch(patched, owner, seam.partition(".")[2])
+        responses = batch(pipe)
+    failed = [i for i, response in enumerate(responses) if response.finish_reason == "error"]
+    assert fault.concerned, "the seam was never called that often"
+    if concerns == MOVED:
+        assert len(failed) <= 1  # the one that moved; the one that ended has its answer
+    else:
+        assert len(failed) == fault.concerned
+    for i, response in enumerate(responses):
+        if i in failed:
+            assert response.error_code in ("engine_step", "internal_error")
+            assert type(error).__name__ in str(response.error_message)
+        else:
+            assert response.token_ids == alone[i]
+    check_alive(pipe, alone)
+
+
+class Breaking(Parts):
+    """Fails at call `number` of a function, in the middle of what it does."""
+
+    def __init__(self, function: str, number: int) -> None:
+        super().__init__(3)
+        self._function, self._number = function, number
+
+    def encode(self, pixel_values: FloatArray) -> FloatArray:
+        features = super().encode(pixel_values)
+        self._break("encode")
+        return features
+
+    def step(self, first_slot: int, *given: Any) -> FloatArray:
+        logits = super().step(first_slot, *given)
+        if self.calls["step"] == self._number and self._function == "step":
+            self._cache[first_slot : first_slot + len(logits)] = -9
+        self._break("step")
+        return logits
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        super().copy_slot(source, target, tokens // 2)
+        self._break("copy_slot")
+        self._cache[target, :tokens] = self._cache[source, :tokens]
+
+    def swap_slots(self, first: int, second: int, tokens: int) -> None:
+        super().swap_slots(first, second, tokens // 2)
+        self._break("swap_slots")
+        both = self._cache[[first, second], tokens // 2 : tokens]
+        self._cache[[second, first], tokens // 2 : tokens] = both
+
+    def _break(self, name: str) -> None:
+        if name == self._function and self.calls[name] == self._number:
+            raise EngineError("the device is gone", found="nothing", fix="look for it")
+
+
+@pytest.mark.parametrize(
+    ("function", "number"),
+    [("encode", 1), ("encode", 2)]
+    + [(name, n) for name in ("step", "copy_slot", "swap_slots") for n in (1, 2, 3, 4)],
+)
+def test_what_was_half_done_is_nobodys(alone: list[list[int]], function: str, number: int) -> None:
+    """Whoever the data belonged to is told, and nobody goes on from what is left of it."""
+    with stand_in(Breaking(function, number), max_prefill_token_num=7) as pipe:
+        ends = []
+        for _ in range(2):
+            for response, expected in zip(batch(pipe), alone, strict=True):
+                ends.append(response.finish_reason)
+                if response.finish_reason == "error":
+                    assert response.error_code == "engine_step"
+                    assert "the device is gone" in str(response.error_message)
+                else:
+                    assert response.token_ids == expected
+        assert 1 <= ends.count("error") <= (3 if function == "step" else 1)
+        check_alive(pipe, alone)
+
+
+def test_every_move_fails_from_now_on(alone: list[list[int]]) -> None:
+    """Nobody waits for ever, and nobody gets another's text."""
+    parts = Parts(3)
+    with stand_in(parts) as pipe:
+
+        def fail(name: str, _: int) -> None:
+            if name in ("swap_slots", "copy_slot"):
+                raise MemoryError
+
+        parts.before = fail
+        for _ in range(3):
+            for response, expected in zip(batch(pipe), alone, strict=True):
+                assert response.finish_reason == "error" or response.token_ids == expected
+
+
+def test_a_single_caller_gets_the_typed_error_and_its_cause() -> None:
+    parts = Parts(1)
+    with stand_in(parts, slots=1) as pipe:
+        cause = RuntimeError("bad_alloc")
+
+        def fail(name: str, _: int) -> None:
+            if name == "encode":
+                raise cause
+
+        parts.before = fail
+        with pytest.raises(EngineStepError, match="failed while it ran") as caught:
+            answered(lambda: pipe(("look", png(1))))
+        assert caught.value.__cause__ is cause
+        assert caught.value.found == "RuntimeError: bad_alloc"
+        assert answered(lambda: whole(pipe("text", plain(3)))).generate_token_len == 3
+
+
+def test_an_end_that_cannot_be_reported_does_not_harm_others(
+    pipe: Pipeline, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text held back for a cancelled request cannot be had: its caller is told all the same."""
+    fault = Fault(1, MemoryError(), ONE)
+    with monkeypatch.context() as patched:
+        fault.patch(patched, TokenGenerator, "_flush")
+        stream = pipe.stream_infer("a", plain(90))
+        pieces: list[object] = []
+
+        def cancelled() -> None:
+            for piece in stream:
+                pieces.append(piece)
+                if len(pieces) == 1:
+                    pipe.close()
+
+        with pytest.raises(MemoryError):
+            answered(cancelled)
+
+
+def test_a_sink_that_fails_does_not_harm_others(
+    pipe: Pipeline, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The place where events are handed over fails once, for whatever it is given."""
+    for number in (1, 5, 9):
+        with monkeypatch.context() as patched:
+            fault = Fault(number, MemoryError(), ONE)
+            fault.patch(patched, Request, "send")
+            responses = batch(pipe)
+        failed = [response for response in responses if response.finish_reason == "error"]
+        assert len(failed) == 1
+        check_alive(pipe, alone)
+
+
+def test_a_worker_that_dies_tells_all_and_refuses_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stand_in(slots=1) as pipe:
+        fault = Fault(3, SystemError("a bug"), ONE)
+        fault.patch(monkeypatch, vlmforge.batch.Batch, "step")
+        responses = answered(lambda: pipe(PROMPTS, CONFIGS))
+        assert isinstance(responses, list)
+        assert {response.error_code for response in responses} == {"pipeline_unusable"}
+        with pytest.raises(PipelineError, match="died") as caught:
+            answered(lambda: pipe("later"))
+        assert "SystemError: a bug" in caught.value.found
+        assert isinstance(caught.value.__cause__, SystemError)
+
+
+def test_a_failure_that_is_told_to_several_is_not_one_object(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each raises its own: tracebacks of different threads do not mix."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    parts = Parts(2)
+    with stand_in(parts, slots=2) as pipe, ThreadPoolExecutor(2) as pool:
+
+        def fail(name: str, _: int) -> None:
+            if name == "step" and len(parts.rows) and parts.rows[-1] == 2:
+                raise RuntimeError("once")
+
+        parts.before = fail
+        calls = [pool.submit(pipe, text, plain(90)) for text in ("a", "b")]
+        first, second = (call.exception(60) for call in calls)
+    assert isinstance(first, EngineStepError)
+    assert isinstance(second, EngineStepError)
+    assert first is not second

@@ -1,0 +1,186 @@
+"""A pipeline over a stand-in for an engine's two parts: everything but the arithmetic is real.
+
+The decoder's next token depends on all that is in the cache, so a sequence that is disturbed in any
+way answers otherwise. What each part is called with is noted, and any call can be made to fail or
+to wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import PIL.Image
+
+from sample_manifest import MANIFEST, PROMPT, TEMPLATE
+from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig
+from vlmforge.api import serve
+from vlmforge.backends import FloatArray, IntArray, LoadOptions
+from vlmforge.engine import Engine
+from vlmforge.manifest import Manifest
+from vlmforge.prompt.choice import ActiveTemplate
+from vlmforge.prompt.render import marked_tokenizer_json
+from vlmforge.prompt.template import jinja_from_parts
+from vlmforge.text import TextTokenizer
+
+T = TypeVar("T")
+TOKENIZER = Path(__file__).parent / "data/llava_1_5_hf/checkpoint/tokenizer.json"
+VOCAB, HIDDEN = MANIFEST.decode.vocab_size, MANIFEST.decode.hidden_size
+TOKENS, CAPACITY = 4, 160
+HANG_S = 60.0
+"""Who has not answered by then never will: no test depends on how fast anything is."""
+
+
+class Parts:
+    """The vision part and the decoder part (`VisionSession`, `DecoderSession`).
+
+    Attributes:
+        calls: How often each function was called.
+        rows: Sequences of each step of the decoder.
+        before: Called with the function's name and its number, before anything is done.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.calls: Counter[str] = Counter()
+        self.rows: list[int] = []
+        self.before: Callable[[str, int], None] = lambda name, number: None
+        self._cache = np.full((slots, CAPACITY), -7, np.int64)
+
+    def encode(self, pixel_values: FloatArray) -> FloatArray:
+        self._called("encode")
+        views = [zlib.crc32(view.tobytes()) for view in pixel_values]
+        marks = [[view % 9973 + 31 * row for row in range(TOKENS)] for view in views]
+        return np.repeat(np.array(marks, np.float32)[..., None], HIDDEN, axis=2)
+
+    def step(
+        self,
+        first_slot: int,
+        input_ids: IntArray,
+        past_lengths: IntArray,
+        image_features: FloatArray | None,
+        logits_indices: IntArray,
+        rotary_levels: IntArray | None = None,
+    ) -> FloatArray:
+        self._called("step")
+        self.rows.append(len(input_ids))
+        logits = np.zeros((*logits_indices.shape, VOCAB), np.float32)
+        for row, ids in enumerate(input_ids):
+            slot, past = self._cache[first_slot + row], int(past_lengths[row])
+            for place, token in enumerate(ids):
+                slot[past + place] = self._content(int(token), image_features)
+            for k, place in enumerate(logits_indices[row]):
+                logits[row, k, 3 + zlib.crc32(slot[: past + place + 1].tobytes()) % 600] = 1
+        return logits
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        self._called("copy_slot")
+        self._cache[target, :tokens] = self._cache[source, :tokens]
+
+    def swap_slots(self, first: int, second: int, tokens: int) -> None:
+        self._called("swap_slots")
+        both = self._cache[[first, second], :tokens]
+        self._cache[[second, first], :tokens] = both
+
+    def _called(self, name: str) -> None:
+        self.calls[name] += 1
+        self.before(name, self.calls[name])
+
+    def _content(self, token: int, features: FloatArray | None) -> int:
+        if token < VOCAB:
+            return token
+        assert features is not None
+        return 10_000 + int(features[token - VOCAB, 0])
+
+
+@cache
+def _tokenizer() -> TextTokenizer:
+    return TextTokenizer(marked_tokenizer_json(TOKENIZER.read_text("utf-8"), PROMPT))
+
+
+def manifest(**prompt: Any) -> Manifest:
+    """The sample manifest with other fields in its prompt policy."""
+    return dataclasses.replace(MANIFEST, prompt=dataclasses.replace(PROMPT, **prompt))
+
+
+def stand_in(
+    parts: Parts | None = None,
+    *,
+    slots: int = 3,
+    of: Manifest = MANIFEST,
+    vision: VisionConfig | None = None,
+    **config: Any,
+) -> Pipeline:
+    """A pipeline with `slots` slots of `CAPACITY` tokens over the given parts."""
+    parts = Parts(slots) if parts is None else parts
+    template = jinja_from_parts(TEMPLATE, of.prompt.image_placeholder)
+    engine = Engine(
+        manifest=of,
+        tokenizer=_tokenizer(),
+        template=ActiveTemplate("plain", template, ()),
+        vision=parts,
+        decoder=parts,
+        options=LoadOptions(slots=slots, capacity=CAPACITY),
+    )
+    return serve(engine, EngineConfig(**config), vision or VisionConfig())
+
+
+def plain(count: int = 12, **fields: Any) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=count, ignore_eos=True, **fields)
+
+
+@cache
+def png(seed: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    """A small picture, another for each seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Gate:
+    """Holds up whoever passes until it is opened; `reached` once somebody came."""
+
+    def __init__(self) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+
+    def passed(self) -> None:
+        self.reached.set()
+        assert self.open.wait(HANG_S)
+
+
+class SlowFile:
+    """The path of an image that takes until its gate opens."""
+
+    def __init__(self, path: Path, gate: Gate) -> None:
+        self._path, self._gate = path, gate
+
+    def __fspath__(self) -> str:
+        self._gate.passed()
+        return str(self._path)
+
+
+def answered(call: Callable[[], T]) -> T:
+    """What `call` gives or raises; a failure if it never ends."""
+    outcome: list[T | BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(HANG_S)
+    assert outcome, "the call never ended"
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
