@@ -113,11 +113,6 @@ def test_a_window_of_its_own(copy: Path) -> None:
 
 
 REFUSED: Mapping[str, tuple[dict[str, object], type[VlmforgeError], str]] = {
-    "quantised": (
-        {"quantization_config": {"bits": 4}},
-        UnsupportedModelError,
-        "a quantization_config",
-    ),
     "biases": ({"no_bias": False}, UnsupportedModelError, "no_bias false"),
     "no scale": ({"scale_attn_weights": False}, UnsupportedModelError, "scale_attn_weights false"),
     "part of a head": ({"rotary_pct": 0.5}, UnsupportedModelError, "rotary_pct 0.5"),
