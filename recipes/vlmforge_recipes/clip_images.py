@@ -51,11 +51,10 @@ def read_image_policy(
     if not tiled:
         _check_steps(config, resizes=resizes, fixed=crops or box is not None or pads)
     target = (image_size, image_size)
-    ends = [crop] if crops or tiled else []
-    ends += [box] if box is not None else [(edge, edge)] if tiled or not crops else []
-    for end in ends:
-        if end != target:
-            raise _no_fit(config, f"size {box or edge}, crop_size {crop}", image_size)
+    if box is not None or tiled or not crops:
+        _check_fit(config, "size", box or edge, box or (edge, edge), target)
+    if tiled or crops:
+        _check_fit(config, "crop_size", crop, crop, target)
     mean, std = _triple(config, "image_mean", _MEAN), _triple(config, "image_std", _STD)
     policy = ImagePolicy(
         name="pad_square" if pads else "center_crop" if box is None else "stretch",
@@ -215,10 +214,13 @@ def _wrong(config: ConfigReader, key: str, expected: str) -> CheckpointError:
     )
 
 
-def _no_fit(config: ConfigReader, found: str, image_size: int) -> CheckpointError:
-    return CheckpointError(
-        f"The image processor of {config.file} does not fit the vision tower.",
-        found=found,
-        expected=f"images of {image_size} x {image_size}, the tower's image_size",
-        fix="check that the file belongs to this checkpoint",
-    )
+def _check_fit(
+    config: ConfigReader, key: str, said: object, end: tuple[int, int], target: tuple[int, int]
+) -> None:
+    if end != target:
+        raise CheckpointError(
+            f"The image processor of {config.file} does not fit the vision tower.",
+            found=f"{key} {said}",
+            expected=f"{target}, the tower's image_size",
+            fix="check that the file belongs to this checkpoint",
+        )

@@ -103,8 +103,10 @@ class FlagOrFolder:
         """See `Rule`."""
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        # Not pathlib's, which raises for paths that no system takes.
-        return isinstance(value, bool) or (isinstance(value, str) and os.path.isdir(value))  # noqa: PTH112
+        if isinstance(value, bool):
+            return True
+        # Not pathlib's, which raises for paths that no system takes; and "" is no folder to it.
+        return isinstance(value, str) and os.path.isdir(value)  # noqa: PTH112
 
     def __str__(self) -> str:
         return "True, False or the path of a folder that is there"

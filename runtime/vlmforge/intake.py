@@ -41,17 +41,14 @@ class Intake:
             for threads in (_TEXT_THREADS, _IMAGE_THREADS)
         )
 
-    def check(self) -> None:
-        """Refuse a caller at once (see `Loop.check`)."""
-        self._loop.check()
-
-    def check_process(self) -> None:
-        """PipelineError in a forked child: no event will come there any more."""
-        self._loop.check_process()
-
     def submit(self, request: Request) -> None:
-        """Begin a request; never waits. Its sink gets at least one event (see `check`)."""
+        """Begin a request; never waits. Once begun, its sink gets an event that ends it.
+
+        Raises:
+            PipelineError, CancelledError: see `Loop.check`.
+        """
         self._loop.check()
+        request.watch.switch("queue")
         self._lane(request).put(request)
 
     def cancel(self, request: Request) -> None:
@@ -119,8 +116,8 @@ class Lane:
             self._waiting.clear()
         self.stop()
         for request in left:
-            request.cancelled.set()
             request.fail(closed())
+            request.cancelled.set()
 
     def stop(self) -> None:
         """End the threads when they can; takes no lock."""

@@ -232,7 +232,10 @@ class ParallelLayout:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where the engine comes from. `built_at` is the only field that differs between two builds."""
+    """Where the engine comes from. `built_at` is the only field that differs between two builds.
+
+    (And so does the digest, which is of this field too.)
+    """
 
     built_at: str
     source: str

@@ -41,7 +41,7 @@ class Pipeline:
     """
 
     def __init__(self, engine: Engine, loop: Loop) -> None:
-        self._engine = engine
+        self._engine, self._loop = engine, loop
         self._ahead = 2 * engine.options.slots
         preparation = Preparation(engine, loop.known_features)
         self._intake = Intake(preparation.job, loop, ahead=self._ahead)
@@ -166,7 +166,7 @@ class Pipeline:
         gen_config: GenerationConfig | None,
         do_preprocess: bool,
     ) -> Iterator[Response]:
-        self._intake.check()
+        self._loop.check()
         opened = self._engine.opened(parse_prompt(prompt), but_pillow=True)  # files: read once
         asked = session.with_prompt(opened)
         whole = Response(session_id=session.session_id)
@@ -260,8 +260,7 @@ class Pipeline:
     async def stop_session(self, session_id: int) -> None:
         """Cancel every request that `generate` runs for this session, if there are any.
 
-        What was generated is kept and ends with `finish_reason='abort'`; a request that has not
-        begun to be answered raises `CancelledError`.
+        Each ends with what it has, which may be nothing, and `finish_reason='abort'`.
         """
         check_call("stop_session", session_id=session_id)
         for request in list(self._requests.get(session_id, ())):
@@ -291,7 +290,7 @@ class Pipeline:
         No more items are under way than the engine can take soon, so a long list of images needs
         no more memory than a short one. An abandoned iterator cancels its requests.
         """
-        self._intake.check()
+        self._loop.check()
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         waiting = list(enumerate(zip(prompts.items, configs, strict=True)))[::-1]
         requests: dict[int, Request] = {}
@@ -319,7 +318,7 @@ class Pipeline:
 
     def _next(self, events: queue.SimpleQueue[Event]) -> Event:
         """The next event; a process that was forked while one was awaited gets no more of them."""
-        self._intake.check_process()
+        self._loop.check_process()
         return events.get()
 
     @contextmanager

@@ -44,7 +44,13 @@ class Request:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def send(self, delta: Response | None, error: Exception | None) -> None:
-        """Hand an event to the caller; nothing once the request has ended."""
+        """Hand an event to the caller; nothing once the request has ended.
+
+        A request that was cancelled before it began ends as those that had: with "abort".
+        """
+        if isinstance(error, CancelledError) and self.cancelled.is_set():
+            abort = Response(session_id=self.index, index=self.index, finish_reason="abort")
+            delta, error = abort, None
         event = Event(self.index, delta, error)
         with self._lock:
             if not self.ended:

@@ -170,7 +170,7 @@ def test_an_unknown_key_is_refused_from_config_json_alone(tmp_path: Path) -> Non
     with pytest.raises(UnsupportedModelError) as caught:
         _recognised(tmp_path, (), my_learning_rate=0.1)
     assert caught.value.summary.endswith("has a key that is not known: my_learning_rate.")
-    assert caught.value.found == "my_learning_rate: 0.1"
+    assert caught.value.found == "my_learning_rate 0.1"
     assert caught.value.fix.endswith("--ignore-config-key my_learning_rate")
     with pytest.raises(UnsupportedModelError, match=r"not known: text_config\.my_rate"):
         _recognised(tmp_path, ("rate",), text_config={"model_type": "llama", "my_rate": 1})

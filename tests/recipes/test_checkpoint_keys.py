@@ -39,6 +39,7 @@ VALUES: Mapping[str, tuple[object, ...]] = {
     "hidden_act": ("quick_gelu", "gelu", "other"),
     "model_type": ("qwen2",),
     "head_dim": (64,),
+    "max_position_embeddings": (64,),
     "num_key_value_heads": (2, 1),
     "rope_theta": (123456.0,),
     "rope_parameters": ({"rope_type": "default", "rope_theta": 123.0}, {"rope_type": "yarn"}, 7),

@@ -33,26 +33,29 @@ THEIRS = {
 }
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28]]
 
-LENGTHS = st.sampled_from([SIDE, SIDE, SIDE, 32, 20])
+LENGTHS = st.sampled_from([SIDE] * 7 + [32, 20])
 SIZES = st.one_of(
     LENGTHS,
     st.builds(lambda edge: {"shortest_edge": edge}, LENGTHS),
     st.builds(lambda h, w: {"height": h, "width": w}, LENGTHS, LENGTHS),
     st.builds(lambda h, w: [h, w], LENGTHS, LENGTHS),
-    st.just({"shortest_edge": SIDE, "longest_edge": 2 * SIDE}),
-    st.just({"longest_edge": SIDE}),
-    st.just({"max_height": SIDE, "max_width": SIDE}),
+    st.sampled_from(
+        [
+            {"shortest_edge": SIDE, "longest_edge": 2 * SIDE},
+            {"longest_edge": SIDE},
+            {"max_height": SIDE, "max_width": SIDE},
+        ]
+    ),
 )
 CROPS = st.one_of(LENGTHS, st.builds(lambda h, w: {"height": h, "width": w}, LENGTHS, LENGTHS))
 MEANS = st.sampled_from([[0.5, 0.4, 0.3], [0.48145466, 0.4578275, 0.40821073], [0.5, 0.5, 0.5]])
 CONFIGS = st.fixed_dictionaries(
-    {"size": SIZES, "crop_size": CROPS},
+    {"size": SIZES, "crop_size": CROPS, "do_pad": st.booleans()},
     optional={
-        "do_resize": st.sampled_from([True, True, False]),
+        "do_resize": st.sampled_from([True] * 5 + [False]),
         "do_center_crop": st.booleans(),
         "do_rescale": st.booleans(),
         "do_normalize": st.booleans(),
-        "do_pad": st.booleans(),
         "resample": st.integers(0, 5),
         "rescale_factor": st.sampled_from([1 / 255, 0.01, 1.0]),
         "image_mean": MEANS,

@@ -132,7 +132,7 @@ NASTY = [
 ]
 
 
-@settings(SHARED_FOLDER, max_examples=400)
+@settings(SHARED_FOLDER, max_examples=250)
 @given(st.sampled_from(sorted(PLACES)), st.sampled_from(NASTY), st.booleans())
 def test_a_nasty_value_is_a_typed_error_or_does_no_harm(
     tmp_path: Path, place: str, value: object, whole: bool
@@ -185,7 +185,7 @@ def test_a_value_out_of_range_is_named(
 # --- the digest, and the text itself ------------------------------------------------------------
 
 
-@settings(SHARED_FOLDER, max_examples=300)
+@settings(SHARED_FOLDER, max_examples=200)
 @given(st.data())
 def test_a_flipped_bit_is_seen_or_changes_nothing(tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(dump_manifest(RICH).encode())

@@ -68,9 +68,17 @@ LOOPS = [
 
 
 @pytest.mark.parametrize("source", LOOPS)
-def test_turns_and_calls_are_counted(source: str) -> None:
+def test_turns_and_calls_are_counted(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MOST_WORK", 100_000)  # what is counted ends at any limit
     found = limit(source.replace("R", R))
-    assert "takes too much work (more than 2000000 operations)" in found
+    assert "takes too much work (more than 100000 operations)" in found
+
+
+def test_the_limit_is_two_million_operations() -> None:
+    found = limit(LOOPS[0].replace("R", R))
+    assert found == (
+        "what is repeated at line 1 takes too much work (more than 2000000 operations)"
+    )
 
 
 HUGE = [
@@ -102,8 +110,11 @@ HUGE = [
     ("{{ ('a' * 99999).replace('a', 'b' * 9999) }}", "characters"),
     ("{{ [1] | batch(10 ** 9, 'x') | list }}", "the filter batch"),
     ("{{ [1] | slice(10 ** 9) | list }}", "the filter slice"),
-    ("{{ [1] | tojson(indent=10 ** 9) }}", "tojson with an indent"),
-    ("{{ [1, 2] | tojson(separators=('a' * 99999, ':')) }}", "tojson with an indent or separators"),
+    ("{{ [1] | tojson(indent=10 ** 9) }}", "tojson with a long indent"),
+    (
+        "{{ [1, 2] | tojson(separators=('a' * 99999, ':')) }}",
+        "tojson with a long indent or long separators",
+    ),
     ("{{ 1.5 | round(10 ** 9, 'ceil') }}", "round to 1000000000 places"),
     ("{{ range(99999) | join('a' * 99999) }}", "characters"),
     ("{{ ('a' * 99999).join('b' * 99999) }}", "characters"),

@@ -6,6 +6,7 @@ positions, and nobody would notice. `--ignore-config-key` is how a user takes th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -112,7 +113,7 @@ def _check(section: ConfigReader, key: Key | None, name: str, value: object) -> 
     if key is None and not _among(value, _NOTHING):
         raise UnsupportedModelError(
             f"{section.file} has a key that is not known: {dotted}.",
-            found=f"{dotted}: {str(value)[:80]}",
+            found=f"{dotted} {_shown(value)}",
             expected="the keys that docs/checkpoints.md lists, so that nothing which shapes "
             "pixels, tokens or positions is left out in silence",
             fix=f"if it cannot change an answer (a note of a training run, say): build-engine ... "
@@ -121,10 +122,14 @@ def _check(section: ConfigReader, key: Key | None, name: str, value: object) -> 
     if key is not None and key.fate is Fate.REFUSED and not _among(value, key.admitted):
         raise UnsupportedModelError(
             f"{section.file} asks for something that is not supported: {dotted}.",
-            found=f"{dotted}: {str(value)[:80]} ({key.note})",
-            expected=" or ".join([*map(repr, key.admitted), "no such key"]),
+            found=f"{dotted} {_shown(value)} ({key.note})",
+            expected=" or ".join([*map(_shown, key.admitted), "no such key"]),
             fix=key.instead.format(name=dotted),
         )
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)[:80]
 
 
 def _among(value: object, known: Iterable[object]) -> bool:

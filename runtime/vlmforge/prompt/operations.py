@@ -125,8 +125,8 @@ def _as_json(
 ) -> int:
     del ensure_ascii, sort_keys
     step = indent if isinstance(indent, int) else size_of(indent or "")
-    if step > 16 or size_of(separators or ()) > 32:
-        raise TemplateLimitError("tojson with an indent or separators of more than 16 characters")
+    if step > 16 or size_of(separators or ()) > 96:
+        raise TemplateLimitError("tojson with a long indent or long separators")
     return work_of(value) * (4 + abs(step) * 4)
 
 
