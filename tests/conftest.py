@@ -94,12 +94,12 @@ def run_build(*arguments: object) -> subprocess.CompletedProcess[str]:
 def build_once(engine: Path, *arguments: object) -> Path:
     """What `build-engine` would build, in this process, unless another worker of this run did."""
     from vlmforge_builder.build import BuildOptions, build_engine
-    from vlmforge_builder.cli import parser
+    from vlmforge_builder.command import parser
     from vlmforge_builder.progress import Progress
 
     _keep_traces(Path(os.environ["VLMFORGE_CACHE"]).parent)
     values = vars(parser().parse_args([*map(str, arguments), "-o", str(engine)]))
-    del values["json_events"]
+    del values["json_events"], values["until_eof"]
     with FileLock(f"{engine}.lock"):
         if not engine.exists():
             with Progress(text=io.StringIO()) as progress:

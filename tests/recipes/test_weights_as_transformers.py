@@ -179,7 +179,7 @@ Writer = Callable[[Path, dict[str, Tensor]], None]
         ((one_file, one_bin), "model.safetensors is used"),
         ((consolidated,), None),
     ],
-    ids=str,
+    ids=lambda value: " ".join(w.__name__ for w in value) if isinstance(value, tuple) else None,
 )
 def test_the_file_that_is_read(tmp_path: Path, writers: tuple[Writer, ...], note: str) -> None:
     """New weights were saved into a folder with an old index and its shards."""
