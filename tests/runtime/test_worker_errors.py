@@ -256,7 +256,8 @@ def test_bookkeeping_that_fails_for_nobody_ends_all_and_begins_anew(
     with monkeypatch.context() as patched:
         Fault(2, MemoryError(), ONE).patch(patched, SlotCache, name)
         responses = batch(pipe)
-    assert [r for r in responses if r.finish_reason == "error"]
+    failed = [response for response in responses if response.finish_reason == "error"]
+    assert failed or name == "free"  # whoever was freed had its answer, and may have been the last
     for response, expected in zip(responses, alone, strict=True):
         assert response.finish_reason == "error" or response.token_ids == expected
     check_alive(pipe, alone)

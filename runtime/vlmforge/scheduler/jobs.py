@@ -40,11 +40,12 @@ class Jobs:
         """Queue a job; one that can never run fails at once."""
         try:
             sequence = self._sequence(job)
+            fits = self._cache.fits(len(sequence.tokens) + 1)
         except BaseException as error:  # noqa: BLE001 - ends this job, whatever it is
             job.let_go()
             job.fail(EngineStepError.of(error))
             return
-        if not self._cache.fits(len(sequence.tokens) + 1):
+        if not fits:
             job.let_go()
             job.fail(self._too_long(len(sequence.tokens)))
             return
