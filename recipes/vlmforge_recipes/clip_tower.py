@@ -85,42 +85,31 @@ def check_tower(vision: ConfigReader, config: VisionConfig) -> None:
         )
 
 
-def tower_section(folder: Path) -> ConfigReader:
-    """The tower's own part of the config.json in its folder."""
-    whole = read_config(folder / "config.json")
-    return whole.section("vision_config") if whole.has("vision_config") else whole
+def find_tower_config(
+    folder: Path, tables: Iterable[KeyTable], config: ConfigReader
+) -> ConfigReader:
+    """The section of a tower in a folder of its own, for `read_tower_config`; its keys are checked.
 
-
-def read_tower_folder(
-    folder: Path,
-    tables: Iterable[KeyTable],
-    config: ConfigReader,
-    *,
-    feature_layer: int,
-    keep_class_token: bool,
-) -> VisionConfig:
-    """As `read_tower_config`, of a tower in a folder of its own, its keys checked.
-
-    `config` is that of the checkpoint, whose projector is made for features of `mm_hidden_size`.
+    `config` is that of the checkpoint.
 
     Raises:
-        CheckpointError: a key that is unknown or refused, or features of another size.
+        CheckpointError: no such file, or a key that is unknown or refused.
     """
     reader = read_config(folder / "config.json", ignored=config.ignored)
     check_keys(reader, tables, TOWER)
-    tower = read_tower_config(
-        tower_section(folder),
-        feature_layer=feature_layer,
-        keep_class_token=keep_class_token,
-    )
-    if config.int("mm_hidden_size", tower.hidden_size) != tower.hidden_size:
+    return reader.section("vision_config") if reader.has("vision_config") else reader
+
+
+def check_projected(config: ConfigReader, tower: VisionConfig) -> None:
+    """Check that the checkpoint's projector is made for the tower (CheckpointError)."""
+    found = config.opt_int("mm_hidden_size")
+    if found is not None and found != tower.hidden_size:
         raise CheckpointError(
             f"{config.file} does not fit the vision tower.",
-            found=f"mm_hidden_size {config.int('mm_hidden_size')}",
-            expected=f"{tower.hidden_size}, the hidden_size of {reader.file}",
+            found=f"mm_hidden_size {found}",
+            expected=f"{tower.hidden_size}, the tower's hidden_size",
             fix="check that mm_vision_tower is the tower of this checkpoint",
         )
-    return tower
 
 
 def _unsupported(vision: ConfigReader, found: str, expected: str) -> UnsupportedModelError:

@@ -19,7 +19,12 @@ from vlmforge_builder.checkpoint.store import TensorStore, open_store
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
 from vlmforge_recipes.clip_images import find_tower_processor, read_image_policy
-from vlmforge_recipes.clip_tower import read_tower_folder, tower_section, unused_in_tower
+from vlmforge_recipes.clip_tower import (
+    check_projected,
+    find_tower_config,
+    read_tower_config,
+    unused_in_tower,
+)
 from vlmforge_recipes.config_keys import check_files
 from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
@@ -44,7 +49,8 @@ def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions
     # Before anything else is fetched: a folder without weights is no checkpoint.
     own = open_store(checkpoint, options.note)
     folder = find_tower(checkpoint, config.str("mm_vision_tower"), options)
-    tower = _tower(config, folder)
+    vision = find_tower_config(folder, _tables(config), config)
+    tower = _tower(config, vision)
     image = _image_policy(config, folder, tower)
     kind, trained = _kind(config), _trained(config)
     decoder = read_decoder_config(config, session_len=options.session_len or trained, kind=kind)
@@ -68,7 +74,7 @@ def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions
         # Stored and not used where images are not in lines.
         unused=(
             *chosen.unused,
-            *unused_in_tower(tower_section(folder), tower, prefix=chosen.prefix),
+            *unused_in_tower(vision, tower, prefix=chosen.prefix),
             re.escape(_NEWLINE),
         ),
     )
@@ -89,14 +95,14 @@ def _tables(config: ConfigReader) -> tuple[KeyTable, ...]:
     return LAYOUTS[layout_of(config) or "", _kind(config)]
 
 
-def _tower(config: ConfigReader, folder: Path) -> VisionConfig:
-    return read_tower_folder(
-        folder,
-        _tables(config),
-        config,
+def _tower(config: ConfigReader, vision: ConfigReader) -> VisionConfig:
+    tower = read_tower_config(
+        vision,
         feature_layer=config.int("mm_vision_select_layer", -2, within=limits.FEATURE_LAYER),
         keep_class_token=config.str("mm_vision_select_feature", "patch") == "cls_patch",
     )
+    check_projected(config, tower)
+    return tower
 
 
 def _image_policy(config: ConfigReader, folder: Path, tower: VisionConfig) -> ImagePolicy:

@@ -17,7 +17,12 @@ from vlmforge_builder.checkpoint.store import open_store
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import convert_tokenizer
 from vlmforge_recipes.clip_images import find_tower_processor, read_image_policy
-from vlmforge_recipes.clip_tower import read_tower_folder, tower_section, unused_in_tower
+from vlmforge_recipes.clip_tower import (
+    check_projected,
+    find_tower_config,
+    read_tower_config,
+    unused_in_tower,
+)
 from vlmforge_recipes.config_keys import check_files
 from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
@@ -49,14 +54,14 @@ def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> Mode
     check_files(checkpoint, TABLES, config)
     own = open_store(checkpoint, options.note)
     folder = find_tower(checkpoint, config.str("mm_vision_tower"), options)
+    vision = find_tower_config(folder, TABLES, config)
     decoder = read_decoder_config(config, session_len=options.session_len)
-    tower = read_tower_folder(
-        folder,
-        TABLES,
-        config,
+    tower = read_tower_config(
+        vision,
         feature_layer=config.int("mm_vision_select_layer", -2, within=limits.FEATURE_LAYER),
         keep_class_token=config.str("mm_vision_select_feature", "patch") == "cls_patch",
     )
+    check_projected(config, tower)
     chosen = choose_tower(own, config, folder, options)
     head = choose_head(
         own,
@@ -82,10 +87,7 @@ def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> Mode
         ),
         options,
         extra_files=(folder,),
-        unused=(
-            *chosen.unused,
-            *unused_in_tower(tower_section(folder), tower, prefix=chosen.prefix),
-        ),
+        unused=(*chosen.unused, *unused_in_tower(vision, tower, prefix=chosen.prefix)),
     )
     return dataclasses.replace(spec, other_images=others)
 
