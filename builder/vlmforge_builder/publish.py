@@ -31,6 +31,7 @@ def sole_build(target: Path, on_wait: Callable[[str], None] | None) -> Iterator[
     Raises:
         BuildError: another build has it, or its folder cannot be written to.
     """
+    _refuse_dangling(target)
     target = _absolute(target)
     lock = target.with_name(f".{target.name}{_LOCK}")
     with _explained(target):
@@ -105,8 +106,18 @@ def _entered(context: AbstractContextManager[None], target: Path) -> Iterator[No
         yield
 
 
+def _refuse_dangling(target: Path) -> None:
+    if target.is_symlink() and not target.exists():
+        raise BuildError(
+            f"{target} exists and is not an engine; it was left alone.",
+            found=f"a link to {target.readlink()}, where nothing is",
+            expected="a path that does not exist, an empty folder or an engine",
+            fix="choose another -o, or remove it yourself",
+        )
+
+
 def _refuse_foreign(target: Path) -> None:
-    if not target.exists() and not target.is_symlink():
+    if not target.exists():
         return
     is_engine = target.is_dir() and (target / MANIFEST_FILE).exists()
     is_empty = target.is_dir() and not any(target.iterdir())

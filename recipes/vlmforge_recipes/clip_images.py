@@ -198,11 +198,12 @@ def _triple(
     if value is None:
         return default
     items = value if isinstance(value, list) else [value] * 3
-    numbers = [float(item) for item in items if type(item) is int or type(item) is float]
+    numbers = [item for item in items if type(item) is int or type(item) is float]
     least = math.ulp(0.0) if key == "image_std" else -_LARGEST  # it is divided by
     if len(items) != 3 or len(numbers) != 3 or not all(least <= n < _LARGEST for n in numbers):
         raise _wrong(config, key, "three numbers (of image_std: above 0)")
-    return numbers[0], numbers[1], numbers[2]
+    first, second, third = map(float, numbers)
+    return first, second, third
 
 
 def _wrong(config: ConfigReader, key: str, expected: str) -> CheckpointError:

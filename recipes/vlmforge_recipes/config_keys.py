@@ -101,7 +101,9 @@ _OTHER_SHAPES = (
     *refused("heads left out", "pruned_heads", {}),
     *refused("another shape of model", "cross_attention_hidden_size per_layer_config"),
 )
-CODE = refused("code of its own, which is never run", "auto_map", {})
+CODE = unused(
+    "code of its own is never run: the architecture's is known", "auto_map trust_remote_code"
+)
 ENDS = honoured("ids that end an answer, if generation_config.json has none", "eos_token_id")
 _GENERAL: tuple[Key, ...] = (
     *(*_ORIGIN, *_LABELS, *_OTHER_TOKENS, *_BEGIN, *_STORAGE, *_COMPUTING, *_TRAINING),

@@ -136,7 +136,7 @@ def _decode_float(data: object, where: str) -> float:
         value = float(typing.cast("float", data))
     except OverflowError:
         value = math.inf
-    if not math.isfinite(value):
+    if not math.isfinite(value) or value != data:  # a whole number may need more digits
         raise _mistyped(data, "a finite float", where)
     return value
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import HANGS
 from vlmforge.errors import BuildError
 from vlmforge_builder import build as build_module
 from vlmforge_builder.build import BuildOptions, build_engine
@@ -214,9 +215,9 @@ def test_or_it_waits_and_uses_what_the_first_made(
         second = threading.Thread(target=build_engine, args=(options, progress))
         with sole_build(options.output, None):
             second.start()
-            assert noted.wait(60)
+            assert noted.wait(HANGS)
             written.append(options.output)
-        second.join(60)
+        second.join(HANGS)
     assert not second.is_alive()
     assert notes[0].startswith(f"waiting for another build of it: process {os.getpid()} on ")
     assert notes[1:] == [f"{options.output} is up to date; --force builds it again"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from conftest import DATA
+from conftest import DATA, HANGS
 from vlmforge.errors import BuildError, ConfigError
 from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress
@@ -171,7 +171,7 @@ def test_the_process_ends_with_the_build(tmp_path: Path, death: signal.Signals) 
         assert build.stdout is not None
         assert [build.stdout.readline(), build.stdout.readline()] == ["2\n", "3\n"]
         build.send_signal(death)
-    with FileLock(tmp_path / "lock").acquire(timeout=120):
+    with FileLock(tmp_path / "lock").acquire(timeout=HANGS):
         assert not (tmp_path / "part.plan").read_bytes()
 
 

@@ -317,7 +317,7 @@ TABLE: list[tuple[str, Action, type[e.VlmforgeError], str]] = [
     ("half an image", image(Path(PHOTO).read_bytes()[:9000]), e.ImageError, "image.png"),
     ("a huge image", image(huge_png()), e.ImageError, "50000"),
     ("no such image", ask(("what?", "no/such.png")), e.ImageError, "no/such.png"),
-    ("a broken data URI", ask(("what?", "data:image/png;base64,????")), e.ImageError, "data:"),
+    ("a broken data URI", ask(("what?", "data:image/png;base64,????")), e.ImageError, "base64"),
     (
         "a private address",
         ask(("what?", "http://127.0.0.1:9/a.png")),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from conftest import DATA
+from conftest import DATA, HANGS
 
 CHECKPOINT = DATA / "yi_vl" / "checkpoint"
 
@@ -32,5 +32,5 @@ def test_the_build_ends_with_the_pipeline(tmp_path: Path, death: signal.Signals)
         (staged,) = (p for p in (tmp_path / "engines").iterdir() if p.is_dir())
         caller.send_signal(death)
     lock = Path(f"{str(staged).partition('.building-')[0]}.building.lock")
-    with FileLock(lock).acquire(timeout=120):  # which the living child has
+    with FileLock(lock).acquire(timeout=HANGS):  # which the living child has
         assert [p for p in (tmp_path / "engines").iterdir() if p.is_dir()] == []

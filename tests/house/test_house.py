@@ -252,6 +252,14 @@ def test_onnx_runtime_is_imported_in_one_place_which_switches_its_telemetry_off(
     assert found - about_it == {"runtime/vlmforge/ort.py"}
 
 
+def test_the_hubs_client_is_imported_in_one_place_which_switches_its_telemetry_off() -> None:
+    importing = re.compile(r"^\s*(import|from) huggingface_hub\b", re.MULTILINE)
+    tops = ("runtime", "builder", "recipes")
+    files = [path for top in tops for path in python_files(top)]
+    found = {name_of(path) for path in files if importing.search(path.read_text())}
+    assert found == {"builder/vlmforge_builder/hub.py"}
+
+
 def test_no_test_is_skipped_or_expected_to_fail() -> None:
     quiet = ("skip", "skipif", "xfail", "importorskip", "skipTest", "SkipTest")
     found = [
@@ -335,7 +343,7 @@ def test_the_import_rules_are_kept() -> None:
 
 def test_the_repository_is_small() -> None:
     sizes = {name_of(path): path.stat().st_size for path in tracked()}
-    assert sum(sizes.values()) < 20_000_000, sorted(sizes.items(), key=lambda s: -s[1])[:10]
+    assert sum(sizes.values()) < 30_000_000, sorted(sizes.items(), key=lambda s: -s[1])[:10]
 
 
 def make(*arguments: str) -> str:

@@ -13,7 +13,7 @@ import math
 import resource
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,9 @@ def plan(spec: ModelSpec) -> object:
 
 def _configs(module: Any) -> Iterator[str]:
     """The configurations that a part's module is made with."""
+    if isinstance(module, partial):
+        yield repr((module.args, sorted(module.keywords.items())))
+        return
     for name, value in sorted(inspect.getclosurevars(module).nonlocals.items()):
         if "Config" in type(value).__name__ or name == "geometry":
             yield repr(value)

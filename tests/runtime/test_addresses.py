@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from conftest import HANGS
 from vlmforge.errors import ImageFetchError
 from vlmforge.image_limits import ImageLimits
 from vlmforge.vl.addresses import is_public, resolve
@@ -102,7 +103,7 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def getaddrinfo(host: str, *_: object, **__: object) -> list[object]:
         asked.append(host)
-        release.wait(60)
+        release.wait(HANGS)
         raise socket.gaierror(-3, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)

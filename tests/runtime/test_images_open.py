@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from conftest import HANGS
 from image_files import encoded, png_header
 from vlmforge.errors import CancelledError, ImageError
 from vlmforge.image_limits import ImageLimits
@@ -252,7 +253,7 @@ def test_a_cancelled_caller_does_not_wait_for_its_decoder(monkeypatch: pytest.Mo
     caller.start()
     gate.entered.acquire()
     cancelled.set()
-    caller.join(60)  # although its decoder stands still
+    caller.join(HANGS)  # although its decoder stands still
     left, inside = caller.is_alive(), gate.inside
     gate.open.set()
     assert not left

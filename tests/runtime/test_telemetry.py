@@ -109,7 +109,7 @@ def test_an_import_that_came_first_is_told(stand_in: str) -> None:
         assert run(program, PYTHONPATH=stand_in, **quiet).stderr == ""
 
 
-@pytest.mark.parametrize("module", ["vlmforge.ort", "vlmforge_builder"])
+@pytest.mark.parametrize("module", ["vlmforge.ort", "vlmforge_builder.hub"])
 def test_child_processes_inherit_it(module: str, stand_in: str) -> None:
     program = (
         f"import {module}, os\nprint(*(os.environ.get(name) for name in {TELEMETRY_SWITCHES}))"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stand_in import Parts, answered, plain, png, stand_in
+from stand_in import HANG_S, Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline, Response
 from vlmforge.backends import DecoderBatch, FloatArray
 from vlmforge.engine import Engine
@@ -341,8 +341,10 @@ def test_a_failure_that_is_told_to_several_is_not_one_object(
                 raise RuntimeError("once")
 
         parts.before = fail
-        calls = [pool.submit(pipe, text, plain(90)) for text in ("a", "b")]
-        first, second = (call.exception(60) for call in calls)
+        first = second = None
+        while not (first and second):  # until they were run together
+            calls = [pool.submit(pipe, text, plain(90)) for text in ("a", "b")]
+            first, second = (call.exception(HANG_S) for call in calls)
     assert isinstance(first, EngineStepError)
     assert isinstance(second, EngineStepError)
     assert first is not second

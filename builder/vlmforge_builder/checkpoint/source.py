@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
+from vlmforge.errors import CheckpointError, VlmforgeError
+from vlmforge_builder.checkpoint.altered import MARKERS
+from vlmforge_builder.hub import (
     GatedRepoError,
     HfHubHTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    constants,
+    snapshot_download,
 )
-
-from vlmforge.errors import CheckpointError, VlmforgeError
-from vlmforge_builder.checkpoint.altered import MARKERS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 # Not `*.bin`: repositories hold other copies of the weights under other names.
