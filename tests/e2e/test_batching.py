@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 
 from conftest import IMAGES
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
+from vlmforge.api import serve
+from vlmforge.backends import DecoderBatch
 from vlmforge.engine import Engine
 
 PHOTO, TALL, GRAY = (
@@ -74,6 +77,25 @@ def test_batches_in_any_order_equal_singles(
             assert [r.token_ids for r in responses] == [singles[i] for i in order]
 
 
+@pytest.mark.parametrize(("fields", "spare"), [({}, 0), ({"max_prefill_token_num": 37}, 9)])
+def test_a_cache_that_is_too_small_makes_sequences_wait_and_changes_no_token(
+    hf_engine: Path, singles: list[list[int]], fields: dict[str, int], spare: int
+) -> None:
+    """Who came last gives up its place, pictures included, and is computed again later."""
+    with open_pipe(hf_engine, max_batch_size=4) as pipe:
+        longest = max(pipe.count_tokens(prompt) for prompt in PROMPTS) + 24
+        options = replace(pipe._engine.options, block_size=16, budget=-(-longest // 16) + spare)
+        engine = replace(pipe._engine, options=options)
+        runs = Counting(engine)
+        engine = replace(engine, decoder=runs)
+        with serve(engine, EngineConfig(**fields), VisionConfig()) as small:
+            responses = small(PROMPTS[::-1], gen_config=CONFIGS[::-1])
+        assert isinstance(responses, list)
+        assert [r.token_ids for r in responses] == singles[::-1]
+        least = sum(r.input_token_len - r.cached_tokens + len(r.token_ids) - 1 for r in responses)
+        assert sum(rows * tokens for rows, tokens in runs.runs) > least  # some were run twice
+
+
 def test_one_bad_item_leaves_its_siblings_alone(hf_engine: Path, singles: list[list[int]]) -> None:
     with open_pipe(hf_engine) as pipe:
         prompts = [PROMPTS[0], ("look", "no/such/file.png"), PROMPTS[1], 42]
@@ -90,11 +112,11 @@ class Counting:
 
     def __init__(self, engine: Engine) -> None:
         self.inner, self.runs = engine.decoder, []
-        self.copy_slot, self.swap_slots = self.inner.copy_slot, self.inner.swap_slots
+        self.move = self.inner.move
 
-    def step(self, first_slot: int, input_ids: np.ndarray, *rest: object) -> np.ndarray:
-        self.runs.append(input_ids.shape)
-        return self.inner.step(first_slot, input_ids, *rest)
+    def step(self, batch: DecoderBatch) -> np.ndarray:
+        self.runs.append(batch.input_ids.shape)
+        return self.inner.step(batch)
 
 
 @pytest.fixture

@@ -54,8 +54,8 @@ class Jobs:
 
     def step(self) -> None:
         """Run a part of a prompt, and one token of every sequence that has its prompt behind it."""
-        self._drop_cancelled()
         try:
+            self._drop_cancelled()
             self._step()
         except BaseException as error:  # nobody knows whom it concerns
             logger.critical("a step could not be planned", exc_info=True)
