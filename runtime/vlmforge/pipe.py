@@ -22,6 +22,7 @@ from vlmforge.errors import ConfigError, ContextLengthError, TokenLedger, Vlmfor
 from vlmforge.features import PreparedImage
 from vlmforge.generate import TokenGenerator
 from vlmforge.generation import GenerationConfig, TokenFacts
+from vlmforge.grammar import Guides
 from vlmforge.prompt.messages import (
     Conversation,
     Image,
@@ -45,12 +46,14 @@ class Pipeline:
     def __init__(self, engine: Engine, scheduler: Scheduler) -> None:
         self._engine = engine
         self._scheduler = scheduler
+        decode = engine.manifest.decode
         self._facts = TokenFacts(
-            vocab_size=engine.manifest.decode.vocab_size,
-            eos_ids=engine.manifest.decode.eos_ids,
+            vocab_size=decode.vocab_size,
+            eos_ids=decode.eos_ids,
             template_stop_words=engine.template.stop_words,
             special_tokens=engine.tokenizer.special_tokens,
             encode=engine.tokenizer.encode,
+            guides=Guides(engine.tokenizer.json, decode.vocab_size, decode.eos_ids),
         )
         self._jobs: dict[int, Job] = {}  # by session id, for stop_session
 

@@ -41,7 +41,8 @@ class TextTokenizer:
 
     def __init__(self, tokenizer_json: str) -> None:
         data = _parse(tokenizer_json)
-        self._json = tokenizer_json
+        self.json = tokenizer_json
+        """As it was given."""
         self._tokenizer = _load(tokenizer_json)
         self._limited: dict[frozenset[str], Tokenizer] = {}
         self.special_tokens: Mapping[str, int] = MappingProxyType(
@@ -154,7 +155,7 @@ class TextTokenizer:
         return self.join([*before, *run])[len(self.join(before)) :] if run else ""
 
     def _limited_to(self, known: frozenset[str]) -> Tokenizer:
-        data = _parse(self._json)
+        data = _parse(self.json)
         for token in data["added_tokens"]:
             token["special"] = token["content"] not in known
         tokenizer = _load(json.dumps(data, ensure_ascii=False))
