@@ -21,6 +21,7 @@ from vlmforge.field_rules import (
     check_fields,
     check_refusals,
 )
+from vlmforge.grammar import Guide, Guides, check_form
 from vlmforge.sampling import LogitsProcessor, SamplingParams
 from vlmforge.stopping import StopRules
 
@@ -40,6 +41,7 @@ class TokenFacts:
         special_tokens: Ids of the tokenizer's special tokens by their texts. A stop word that is
             one of them stops by its id, since the token may have no text.
         encode: Text to ids, none added.
+        guides: Makes what holds answers to a form.
     """
 
     vocab_size: int
@@ -47,6 +49,7 @@ class TokenFacts:
     template_stop_words: tuple[str, ...]
     special_tokens: Mapping[str, int]
     encode: Callable[[str], Sequence[int]]
+    guides: Guides
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,12 @@ class GenerationConfig:
         return_ppl: Return the mean cross-entropy of the prompt's text.
         repetition_ngram_size, repetition_ngram_threshold: End the answer when its last `size`
             tokens have occurred `threshold` times in it; 0 and 0 is never.
-        response_format, output_last_hidden_state, with_cache, preserve_cache, migration_request,
+        response_format: Hold the answer to a form (see `vlmforge.grammar`): {"type":
+            "json_schema", "json_schema": {"schema": {...}}}, {"type": "json_object"}, {"type":
+            "regex", "regex": "..."} or {"type": "choice", "choice": ["...", ...]}. The template's
+            stop words do not end such an answer; its end does. What cannot be held to is refused.
+            An answer that `max_new_tokens` cuts is not whole.
+        output_last_hidden_state, with_cache, preserve_cache, migration_request,
             return_routed_experts, logprob_start_len: Not supported; refused when set.
 
     Raises:
@@ -166,6 +174,25 @@ class GenerationConfig:
                 f"repetition_ngram_threshold={self.repetition_ngram_threshold}",
                 expected="both 0, or both positive",
             )
+        if self.response_format is not None:
+            self._check_response_format(self.response_format)
+
+    def _check_response_format(self, given: object) -> None:
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                "GenerationConfig: response_format must be a mapping.",
+                found=f"{type(given).__name__} {given!r}"[:120],
+                expected="a mapping with a type",
+                fix="response_format={'type': 'json_object'}",
+            )
+        check_form(given)
+        if self.ignore_eos and given.get("type") != "text":
+            raise ConfigError(
+                "GenerationConfig: response_format and ignore_eos exclude each other.",
+                found="both are set",
+                expected="an answer that ends when it is whole",
+                fix="leave ignore_eos out",
+            )
 
     @property
     def greedy(self) -> bool:
@@ -181,9 +208,10 @@ class GenerationConfig:
             ConfigError: a field is wrong, or an id is not in the engine's vocabulary.
         """
         self.validate()
-        stop = _stop_rules(self, facts)
+        guide = facts.guides.guide(self.response_format) if self.response_format else None
+        stop = _stop_rules(self, facts, guided=guide is not None)
         return GenerationPlan(
-            sampling=_sampling_params(self, facts, stop),
+            sampling=_sampling_params(self, facts, stop, guide),
             stop=stop,
             max_new_tokens=None if self.max_new_tokens is None else int(self.max_new_tokens),
             skip_special_tokens=self.skip_special_tokens,
@@ -231,11 +259,6 @@ REFUSALS: Mapping[str, Refusal] = {
         "a request has one answer",
         "send the prompt n times in a list, each with a GenerationConfig of another random_seed",
     ),
-    "response_format": Refusal(
-        (None,),
-        "the output is not constrained to a grammar",
-        "ask for the format in the prompt, or mask tokens with logits_processors",
-    ),
     "output_last_hidden_state": Refusal(
         (None,), "engines give logits only", "use output_logits='generation' or 'all'"
     ),
@@ -255,13 +278,13 @@ REFUSALS: Mapping[str, Refusal] = {
 }
 
 
-def _stop_rules(config: GenerationConfig, facts: TokenFacts) -> StopRules:
+def _stop_rules(config: GenerationConfig, facts: TokenFacts, *, guided: bool) -> StopRules:
     ids = {int(i) for i in config.stop_token_ids or ()}
     _check_vocabulary("stop_token_ids", ids, facts.vocab_size)
     words = list(config.stop_words or ())
     if not config.ignore_eos:
         ids.update(facts.eos_ids)
-        words += facts.template_stop_words
+        words += () if guided else facts.template_stop_words
     ids.update(facts.special_tokens[word] for word in words if word in facts.special_tokens)
     return StopRules(
         ids=frozenset(ids),
@@ -274,7 +297,7 @@ def _stop_rules(config: GenerationConfig, facts: TokenFacts) -> StopRules:
 
 
 def _sampling_params(
-    config: GenerationConfig, facts: TokenFacts, stop: StopRules
+    config: GenerationConfig, facts: TokenFacts, stop: StopRules, guide: Guide | None
 ) -> SamplingParams:
     return SamplingParams(
         greedy=config.greedy,
@@ -289,6 +312,7 @@ def _sampling_params(
         held_ids=tuple(sorted(stop.ids)),
         min_new_tokens=stop.min_new_tokens,
         logprobs=int(config.logprobs or 0),
+        guide=guide,
     )
 
 

@@ -23,7 +23,7 @@ from vlmforge.engine import Engine
 from vlmforge.errors import VlmforgeError
 from vlmforge.generation import GenerationConfig
 from vlmforge.intake import Intake
-from vlmforge.prepare import Preparation
+from vlmforge.prepare import Preparation, token_facts
 from vlmforge.prompt.messages import Prompts, parse_prompt, parse_prompts
 from vlmforge.prompt.render import RenderedPrompt
 from vlmforge.request import Request
@@ -43,7 +43,7 @@ class Pipeline:
     def __init__(self, engine: Engine, loop: Loop) -> None:
         self._engine, self._loop = engine, loop
         self._ahead = 2 * engine.options.slots
-        preparation = Preparation(engine, loop.known_features)
+        preparation = Preparation(engine, loop.known_features, token_facts(engine))
         self._intake = Intake(preparation.job, loop, ahead=self._ahead)
         self._requests: dict[int, set[Request]] = {}  # of `generate`, by session id
         # No thread holds the pipeline: once nobody does, they end, and the engine goes with them.

@@ -18,6 +18,7 @@ from vlmforge.errors import ContextLengthError, TokenLedger
 from vlmforge.features import PreparedImage, encoded
 from vlmforge.generate import TokenGenerator
 from vlmforge.generation import TokenFacts
+from vlmforge.grammar import Guides
 from vlmforge.prompt.messages import Conversation
 from vlmforge.prompt.render import RenderedPrompt
 from vlmforge.request import Request
@@ -57,10 +58,12 @@ class Preparation:
     Attributes:
         engine: Whose prompts and images.
         known_features: Features by their digest, where they are kept.
+        facts: Of the engine, see `token_facts`.
     """
 
     engine: Engine
     known_features: Callable[[bytes], FloatArray | None]
+    facts: TokenFacts
     _in_flight: InFlight = field(default_factory=InFlight)
 
     def job(self, request: Request) -> Job:
@@ -79,7 +82,7 @@ class Preparation:
             conversation, rendered = self.engine.fitted(
                 conversation, do_preprocess=request.do_preprocess
             )
-            plan = request.config.resolved(token_facts(self.engine))
+            plan = request.config.resolved(self.facts)
             budget = self._budget(rendered, plan.max_new_tokens)
         request.check()
         with watch.stage("load"):
@@ -138,4 +141,7 @@ def token_facts(engine: Engine) -> TokenFacts:
         template_stop_words=engine.template.stop_words,
         special_tokens=engine.tokenizer.special_tokens,
         encode=engine.tokenizer.encode,
+        guides=Guides(
+            engine.tokenizer.json, engine.manifest.decode.vocab_size, engine.manifest.decode.eos_ids
+        ),
     )

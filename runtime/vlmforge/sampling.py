@@ -1,7 +1,7 @@
 """From the logits of one step to the next token.
 
-The order: logits processors, repetition penalty, bad words, minimum length, temperature, top-k,
-softmax, top-p, min-p, renormalise, draw.
+The order: logits processors, repetition penalty, bad words, minimum length, response format,
+temperature, top-k, softmax, top-p, min-p, renormalise, draw.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmforge.errors import ConfigError, EngineError
+from vlmforge.grammar import Guide
 
 Logits: TypeAlias = NDArray[np.float32]
 LogitsProcessor: TypeAlias = Callable[[list[int], Logits], Logits]
@@ -39,6 +40,7 @@ class SamplingParams:
         held_ids: Masked until `min_new_tokens` tokens were generated.
         min_new_tokens: See `held_ids`.
         logprobs: Report the log-probabilities of this many tokens; 0 reports none.
+        guide: Tokens that do not lead to an answer of its form are masked.
     """
 
     greedy: bool = True
@@ -53,6 +55,7 @@ class SamplingParams:
     held_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
     logprobs: int = 0
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ class Sampler:
         self._generated: list[int] = []
         self._bad_ids = [word[0] for word in params.bad_words if len(word) == 1]
         self._bad_sequences = [word for word in params.bad_words if len(word) > 1]
+        self._matcher = None if params.guide is None else params.guide.matcher()
         self._seen = np.zeros(vocab_size, np.bool_)
         self._seen[list(self._prompt)] = True
 
@@ -108,7 +112,7 @@ class Sampler:
         """Choose from logits `[vocab_size]`, which are left as they are.
 
         Raises:
-            EngineError: the logits are not finite.
+            EngineError: the logits are not finite, or the guide was lost.
             ConfigError: every token is banned, or a processor or the penalty broke the logits.
         """
         if logits.shape != (self._vocab_size,):
@@ -121,6 +125,8 @@ class Sampler:
             _check_edited(float(edited[token]))
         if not self._params.greedy:
             token = _draw(*distribution(edited, self._params), self.rng)
+        if self._matcher is not None:
+            self._matcher.accept(token)
         self._generated.append(token)
         self._seen[token] = True
         if not self._params.logprobs:
@@ -132,7 +138,8 @@ class Sampler:
         """`logits` itself when nothing is to be edited, else an edited copy."""
         params = self._params
         banned = self._banned_now()
-        if not (params.logits_processors or params.repetition_penalty != 1 or banned):
+        edits = params.logits_processors or params.repetition_penalty != 1 or params.guide
+        if not (edits or banned):
             return logits
         logits = np.array(logits, np.float32)
         for processor in params.logits_processors:
@@ -140,6 +147,8 @@ class Sampler:
         if params.repetition_penalty != 1:
             _penalise(logits, self._seen, params.repetition_penalty)
         logits[banned] = -np.inf
+        if self._matcher is not None:
+            logits[~self._matcher.allowed()] = -np.inf
         return logits
 
     def _processed(self, processor: LogitsProcessor, logits: Logits) -> Logits:
@@ -279,7 +288,8 @@ def _check_edited(peak: float) -> None:
     if peak == -math.inf:
         raise ConfigError(
             "Every token is banned, so none can be generated.",
-            found="bad_words, bad_token_ids, min_new_tokens or logits_processors ban all of them",
+            found="bad_words, bad_token_ids, min_new_tokens, logits_processors or response_format "
+            "leave none",
             expected="at least one token that is allowed",
             fix="ban fewer tokens",
         )

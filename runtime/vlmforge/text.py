@@ -45,7 +45,8 @@ class TextTokenizer:
 
     def __init__(self, tokenizer_json: str) -> None:
         data = parse_tokenizer(tokenizer_json)
-        self._json = tokenizer_json
+        self.json = tokenizer_json
+        """As it was given."""
         self._tokenizer = load_tokenizer(tokenizer_json)
         self._limited: dict[frozenset[str], Tokenizer] = {}
         self.special_tokens: Mapping[str, int] = MappingProxyType(
@@ -170,7 +171,7 @@ class TextTokenizer:
         return self.join([*before, *run])[len(self.join(before)) :] if run else ""
 
     def _limited_to(self, known: frozenset[str]) -> Tokenizer:
-        data = parse_tokenizer(self._json)
+        data = parse_tokenizer(self.json)
         for token in data["added_tokens"]:
             token["special"] = token["content"] not in known
         tokenizer = load_tokenizer(json.dumps(data, ensure_ascii=False))
