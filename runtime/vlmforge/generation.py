@@ -20,6 +20,7 @@ from vlmforge.field_rules import (
     Text,
     check_fields,
     check_refusals,
+    shown,
 )
 from vlmforge.grammar import Guide, Guides, check_form
 from vlmforge.sampling import LogitsProcessor, SamplingParams
@@ -181,7 +182,7 @@ class GenerationConfig:
         if not isinstance(given, Mapping):
             raise ConfigError(
                 "GenerationConfig: response_format must be a mapping.",
-                found=f"{type(given).__name__} {given!r}"[:120],
+                found=f"{type(given).__name__} {shown(given)}",
                 expected="a mapping with a type",
                 fix="response_format={'type': 'json_object'}",
             )

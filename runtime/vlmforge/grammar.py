@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmforge.errors import ConfigError, EngineError
+from vlmforge.field_rules import shown
 
 # What json.dumps writes. With white space of its own choice, a model could go on for ever.
 _JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -183,10 +184,9 @@ def _library() -> Any:
 
 
 def _unknown(response_format: Mapping[str, object]) -> ConfigError:
-    text = repr(dict(response_format))
     return ConfigError(
         "GenerationConfig: response_format is of a form that is not known.",
-        found=text if len(text) <= 120 else text[:120] + "...",
+        found=shown(response_format),
         expected=_FORMS,
         fix="{'type': 'json_schema', 'json_schema': {'schema': {'type': 'object'}}}",
     )

@@ -8,12 +8,15 @@ from vlmforge.backends import LoadOptions
 from vlmforge.bundle import Bundle
 from vlmforge.config import EngineConfig
 from vlmforge.errors import BackendUnavailableError, ConfigError
-from vlmforge.limits import available_memory
+from vlmforge.field_rules import shown
+from vlmforge.limits import available_cpus, available_memory
 
 logger = logging.getLogger("vlmforge")
 
 # Weights are packed (copied) only when they leave this share of the free memory to the cache.
 _PACK_SHARE = 0.7
+# Sequences rarely fill their windows: address space is kept for this many times what memory holds.
+_OVERCOMMIT = 4
 
 
 def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptions:
@@ -42,21 +45,35 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
             weights / 1e9,
             free / 1e9,
         )
-    wanted = config.max_batch_size or manifest.decode.max_batch_size
     budget = config.cache_max_entry_count * max(free - weights, 0.1 * free)
     block = config.cache_block_seq_len
     blocks = int(budget // (block * manifest.kv.bytes_per_token))
     longest = -(-capacity // block)
     if blocks < longest:
         raise _too_small(budget, capacity, longest * block * manifest.kv.bytes_per_token)
+    wanted = config.max_batch_size or manifest.decode.max_batch_size
+    slots = min(wanted, _OVERCOMMIT * blocks // longest)
     if blocks < wanted * longest:
         logger.warning(
-            "memory for %d of %d tokens that %d sequences may have; longer ones make others wait",
+            "memory for %d of %s tokens that %s sequences may have in all; others wait",
             blocks * block,
-            wanted * capacity,
-            wanted,
+            shown(wanted * capacity),
+            shown(wanted),
         )
-    return LoadOptions(wanted, capacity, config.threads, pack, blocks, block)
+    return LoadOptions(slots, capacity, _threads(config.threads), pack, blocks, block)
+
+
+def _threads(asked: int | None) -> int | None:
+    """No more threads than processors: they would wait for each other, turn about."""
+    cpus = available_cpus()
+    if asked is None or asked <= cpus:
+        return asked
+    logger.warning(
+        "threads=%s: this process may use %d processors, so it gets as many threads",
+        shown(asked),
+        cpus,
+    )
+    return cpus
 
 
 def _too_small(budget: float, capacity: int, needed: int) -> BackendUnavailableError:

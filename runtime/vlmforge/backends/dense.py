@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vlmforge.backends import FloatArray
+from vlmforge.errors import BackendUnavailableError
 from vlmforge.manifest import KVLayout
 
 
@@ -68,7 +69,15 @@ def _lazy_memory(size: int) -> mmap.mmap:
     Private, because pages of shared memory stay when they are advised away. Huge pages are
     declined: one token of each head would make two megabytes resident.
     """
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError, OverflowError) as error:
+        raise BackendUnavailableError(
+            "The system gives no address space for the key/value cache.",
+            found=f"{error}, for {size / 1e9:.2f} GB of each of its tensors",
+            expected="address space for the windows of all sequences, though not memory",
+            fix="EngineConfig(max_batch_size=...) with fewer sequences, or a higher ulimit -v",
+        ) from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return memory

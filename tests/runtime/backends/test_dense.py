@@ -1,0 +1,77 @@
+"""The dense cache's memory: touched where tokens are, given back after, whole when rows move."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+
+from vlmforge.backends import dense
+from vlmforge.backends.dense import DenseCache
+from vlmforge.errors import BackendUnavailableError
+from vlmforge.manifest import KVLayout
+
+LAYOUT = KVLayout(layers=2, kv_heads=3, head_dim=64, dtype="float32", page_size=None)
+ROWS, CAPACITY = 4, 256
+
+
+def filled() -> tuple[DenseCache, np.ndarray]:
+    """A cache with random numbers in it, and the same numbers beside: `[tensor, row, ...]`."""
+    cache, rng = DenseCache(LAYOUT, ROWS, CAPACITY), np.random.default_rng(0)
+    values = rng.random((4, ROWS, 3, CAPACITY, 64), np.float32)
+    for (_, array), given in zip(cache.rows(0, ROWS), values, strict=True):
+        array[:] = given
+    return cache, values
+
+
+def content(cache: DenseCache) -> np.ndarray:
+    return np.stack([array for _, array in cache.rows(0, ROWS)])
+
+
+def test_a_copy_and_an_exchange_move_what_they_say() -> None:
+    cache, values = filled()
+    cache.copy(0, 2, 100)
+    values[:, 2, :, :100] = values[:, 0, :, :100]
+    cache.exchange(1, 3, 77)
+    values[:, [1, 3], :, :77] = values[:, [3, 1], :, :77]
+    np.testing.assert_array_equal(content(cache), values)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 100, 255, 256])
+def test_what_is_dropped_goes_back_and_nothing_else_does(tokens: int) -> None:
+    cache, values = filled()
+    cache.drop(1, tokens)
+    found = content(cache)
+    found[:, 1, :, tokens:] = values[:, 1, :, tokens:] = 0  # nobody reads it
+    np.testing.assert_array_equal(found, values)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+def test_memory_is_used_only_where_tokens_are() -> None:
+    wide = KVLayout(layers=1, kv_heads=1, head_dim=1024, dtype="float32", page_size=None)
+    before = resident()
+    cache = DenseCache(wide, 2, 16384)  # 2 x 128 MiB
+    ((_, keys), _) = cache.rows(0, 2)
+    empty = resident()
+    keys[1, :, :8192] = 1  # 32 MiB
+    full = resident()
+    cache.drop(1, 0)
+    assert empty - before < 8 << 20
+    assert 24 << 20 < full - empty < 48 << 20
+    assert resident() - empty < 8 << 20
+
+
+def test_address_space_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> mmap.mmap:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(dense.mmap, "mmap", refuse)
+    with pytest.raises(BackendUnavailableError, match="no address space") as caught:
+        DenseCache(LAYOUT, ROWS, CAPACITY)
+    assert "max_batch_size" in caught.value.fix
