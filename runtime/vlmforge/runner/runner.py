@@ -21,7 +21,7 @@ from vlmforge.errors import EngineStepError, as_ours
 from vlmforge.features import FeatureCache, PreparedImage
 from vlmforge.kv.cache import Copy
 from vlmforge.runner.job import Job, PrefillFacts
-from vlmforge.scheduler.sequence import Row, Step, StepResult
+from vlmforge.runner.step import Row, Step, StepResult
 
 logger = logging.getLogger("vlmforge")
 T = TypeVar("T")

@@ -88,8 +88,8 @@ class Jobs:
             self._runner.begin(sequence.id, job, sequence.cached)
         waiting = [self._jobs[sequence.id][1] for sequence in self._scheduler.waiting]
         ahead = (image for job in waiting for image in job.images)
-        for error in self._scheduler.update(step, self._runner.run(step, ahead)):
-            self._lost(error)
+        for lost in self._scheduler.update(step, self._runner.run(step, ahead)):
+            self._lost(lost)
         for row in step.rows:
             if row.sequence in self._jobs and self._jobs[row.sequence][0].state is State.ENDED:
                 self._forget(row.sequence)

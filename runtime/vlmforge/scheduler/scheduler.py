@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vlmforge.kv.cache import KVCache
-from vlmforge.scheduler.sequence import Logits, Row, State, Step, StepResult, TokenSequence
+from vlmforge.runner.step import Logits, Row, Step, StepResult
+from vlmforge.scheduler.sequence import State, TokenSequence
 
 
 class SequenceError(Exception):

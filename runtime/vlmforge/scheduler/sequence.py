@@ -1,15 +1,13 @@
-"""A sequence of tokens that is being run, and what one step does for it."""
+"""A sequence of tokens that is being run."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
-from vlmforge.kv.cache import Keys, Move
+from vlmforge.kv.cache import Keys
 
 
 class State(enum.Enum):
@@ -67,64 +65,3 @@ class TokenSequence:
         """A token was generated."""
         self.tokens.append(token)
         self.keys = np.append(self.keys, np.int64(token))
-
-
-Logits = Literal["none", "last", "all"]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What a step runs of one sequence.
-
-    Attributes:
-        sequence: Its id.
-        tokens: Their ids; an id >= vocab_size is a row of the images' features.
-        start: Tokens of the sequence that come before them.
-        place: Where the cache has it (see `KVCache.place`).
-        logits: After which of the tokens they are wanted.
-    """
-
-    sequence: int
-    tokens: tuple[int, ...]
-    start: int
-    place: tuple[int, ...]
-    logits: Logits
-
-    @property
-    def stop(self) -> int:
-        """Tokens of the sequence that are in the cache afterwards."""
-        return self.start + len(self.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What is done next; plain data, that can be logged, replayed and sent.
-
-    Attributes:
-        moves: Done first, in order: what the cache's bookkeeping asks of its storage.
-        prefill: A part of a prompt.
-        decode: One token of each sequence that has its prompt behind it.
-    """
-
-    moves: tuple[Move, ...]
-    prefill: Row | None
-    decode: tuple[Row, ...]
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        """All of them."""
-        return (*((self.prefill,) if self.prefill else ()), *self.decode)
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What came of a step.
-
-    Attributes:
-        tokens: The next token by sequence, or None where its answer is complete. Sequences whose
-            row wanted no logits are not in it.
-        failed: Sequences whose content in the cache is unknown now. They need not have had a row.
-    """
-
-    tokens: Mapping[int, int | None]
-    failed: frozenset[int] = frozenset()

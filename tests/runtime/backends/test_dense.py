@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,8 +50,7 @@ def test_what_is_dropped_goes_back_and_nothing_else_does(tokens: int) -> None:
 
 def resident() -> int:
     """Bytes of this process in memory."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * mmap.PAGESIZE
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * mmap.PAGESIZE
 
 
 def test_memory_is_used_only_where_tokens_are() -> None:

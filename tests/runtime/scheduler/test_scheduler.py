@@ -12,8 +12,9 @@ from token_store import BlockStore, SlotStore, Store, alone, next_token
 from vlmforge.kv.blocks import BlockPool
 from vlmforge.kv.cache import KVCache
 from vlmforge.kv.slots import SlotCache
+from vlmforge.runner.step import Step, StepResult
 from vlmforge.scheduler.scheduler import Scheduler
-from vlmforge.scheduler.sequence import State, Step, StepResult, TokenSequence
+from vlmforge.scheduler.sequence import State, TokenSequence
 
 LONGEST = 72
 
