@@ -90,3 +90,27 @@ def test_a_processor_that_counts_nothing(tmp_path: Path, layout: str, key: str) 
     write(part.path, {**whole, "num_additional_image_tokens": 0})
     with pytest.raises(CheckpointError, match="does not fit the vision tower"):
         load(part.checkpoint)
+
+
+@pytest.mark.parametrize("layout", ["original LLaVA, Llama", "original LLaVA, Mistral"])
+def test_what_the_training_script_of_llava_next_writes(layout: str) -> None:
+    """Its `train.py` sets them on every configuration, those of videos by their defaults."""
+    written = {
+        "image_crop_resolution": 224,
+        "image_split_resolution": 224,
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": 4096,
+        "mm_newline_position": "grid",
+        "add_faster_video": False,
+        "faster_token_stride": 10,
+        "add_time_instruction": False,
+        "force_sample": False,
+        "mm_spatial_pool_mode": "bilinear",
+        "mm_spatial_pool_stride": 2,
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+        "mm_vision_tower_lr": 2e-6,
+        "mm_projector_lr": None,
+        "use_pos_skipping": False,
+        "pos_skipping_range": 4096,
+    }
+    _check(LAYOUTS[layout], "config.json", written)
