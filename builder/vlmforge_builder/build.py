@@ -27,7 +27,7 @@ from vlmforge.manifest import (
 )
 from vlmforge_builder.checkpoint.altered import refuse_altered
 from vlmforge_builder.checkpoint.config import ConfigReader
-from vlmforge_builder.checkpoint.fingerprint import fingerprint
+from vlmforge_builder.checkpoint.fingerprint import fingerprint, input_files
 from vlmforge_builder.checkpoint.limits import POSITIONS
 from vlmforge_builder.checkpoint.source import checkpoint_name, resolve_checkpoint
 from vlmforge_builder.dtypes import BITS, DTYPE_NAMES
@@ -234,8 +234,7 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
             f"warning: session_len {spec.session_len} is beyond the {spec.trained_len} tokens that "
             "the model was trained for; answers to longer conversations may degrade"
         )
-    files = [path for base in (folder, *spec.source_files) for path in sorted(base.iterdir())]
-    identity = fingerprint(path for path in files if path.is_file())
+    identity = fingerprint(input_files((folder, *spec.source_files)))
     return _Source(folder, config, recipe.name, spec, identity)
 
 

@@ -68,6 +68,10 @@ _ORIGIN = unused(
     "_name_or_path name_or_path transformers_version _commit_hash _from_model_config "
     "_transformers_version",
 )
+_NOTES = unused(
+    "notes of programs that trained or converted the model, which no model reads",
+    "max_sequence_length unsloth_fixed unsloth_version",
+)
 _LABELS = unused(
     "of other tasks than generation",
     "id2label label2id num_labels problem_type finetuning_task task_specific_params prefix",
@@ -85,6 +89,7 @@ _COMPUTING = unused(
     "how the original computes, not what",
     "chunk_size_feed_forward attn_implementation _attn_implementation "
     "_attn_implementation_autoset _attn_implementation_internal _experts_implementation "
+    "_flash_attn_2_enabled "
     "pretraining_tp gradient_checkpointing is_decoder tie_encoder_decoder tie_last_hidden_states",
 )
 _TRAINING = unused(
@@ -106,7 +111,7 @@ CODE = unused(
 )
 ENDS = honoured("ids that end an answer, if generation_config.json has none", "eos_token_id")
 _GENERAL: tuple[Key, ...] = (
-    *(*_ORIGIN, *_LABELS, *_OTHER_TOKENS, *_BEGIN, *_STORAGE, *_COMPUTING, *_TRAINING),
+    *(*_ORIGIN, *_NOTES, *_LABELS, *_OTHER_TOKENS, *_BEGIN, *_STORAGE, *_COMPUTING, *_TRAINING),
     *(*QUANTIZED, *_OTHER_SHAPES),
     *unused("config.json does not choose the tokenizer", "tokenizer_class"),
 )

@@ -14,7 +14,8 @@ def find_tower(checkpoint: Path, named: str, options: RecipeOptions) -> Path:
 
     `--vision-tower` wins. Otherwise `mm_vision_tower` is looked for inside and beside the
     checkpoint, under the working directory, and at last on the hub. A path of the machine where a
-    checkpoint was trained is looked for inside by its last two folders.
+    checkpoint was trained is looked for inside by its last two folders. Of several the first is
+    taken, with a warning.
 
     Raises:
         CheckpointError: it is nowhere, and lists the places; or its weights are quantised.
@@ -30,9 +31,18 @@ def _find(checkpoint: Path, named: str, options: RecipeOptions) -> Path:
     bases = (checkpoint, checkpoint.parent, checkpoint.parent.parent, Path.cwd())
     places = [base / named for base in bases]
     places += [checkpoint.parent / Path(named).name, checkpoint / Path(*Path(named).parts[-2:])]
+    there: dict[Path, Path] = {}
     for place in places:
         if (place / "config.json").exists():
-            return place
+            there.setdefault(place.resolve(), place)
+    found = list(there.values())
+    if len(found) > 1:
+        options.note(
+            f"warning: vision tower: that of {found[0]}; it is in {', '.join(map(str, found[1:]))} "
+            "too, and --vision-tower chooses another"
+        )
+    if found:
+        return found[0]
     try:
         return options.fetch(named)
     except CheckpointError as error:

@@ -12,6 +12,7 @@ import importlib
 import sys
 import types
 from collections.abc import Mapping
+from importlib.machinery import ModuleSpec
 from typing import NoReturn
 
 import PIL.Image
@@ -189,6 +190,7 @@ def install_as_lmdeploy() -> None:
 def _install(module: str) -> None:
     full = f"{_NAME}.{module}".rstrip(".")
     view = types.ModuleType(full, "vlmforge under LMDeploy's name; docs/lmdeploy.md")
+    view.__spec__ = ModuleSpec(full, None)  # programs ask `find_spec` whether it is installed
     if any(other.startswith(f"{module}.".lstrip(".")) for other in _WORKING if other != module):
         view.__path__ = []
     for name, place in _WORKING[module].items():

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from vlmforge import lifetime
 from vlmforge.errors import PipelineError, as_ours
@@ -85,7 +86,7 @@ class Lane:
     def __init__(self, prepare: Prepare, loop: Loop, *, threads: int, ahead: int) -> None:
         self._prepare, self._loop = prepare, loop
         self._most_threads, self._places = threads, ahead
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may close what its thread is using
         self._waiting: deque[Request] = deque()
         self._preparing: set[Request] = set()
         self._todo: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
@@ -95,18 +96,14 @@ class Lane:
 
     def put(self, request: Request) -> None:
         """Queue a request (CancelledError once the lane is closed)."""
-        with self._lock:
-            if self._closed:
-                raise closed()
-            self._provide_thread()
-            self._waiting.append(request)
-            self._advance()
+        self._enqueue(request)
+        if self._closed:  # meanwhile, and whoever did it may not have seen the request
+            request.fail(closed())
 
     def discard(self, request: Request) -> None:
-        """Forget a request that waits here."""
-        with self._lock:
-            if request in self._waiting:
-                self._waiting.remove(request)
+        """Forget a request that waits here. Takes no lock, for a garbage collector's sake."""
+        with suppress(ValueError):
+            self._waiting.remove(request)
 
     def close(self) -> None:
         """End every request that has not reached the worker, and the threads when they can."""
@@ -133,6 +130,14 @@ class Lane:
     def abandon(self) -> None:
         """See `lifetime.Owner`: the loop refuses whoever comes."""
 
+    def _enqueue(self, request: Request) -> None:
+        with self._lock:
+            if self._closed:
+                raise closed()
+            self._provide_thread()
+            self._waiting.append(request)
+            self._advance()
+
     def _provide_thread(self) -> None:
         busy = len(self._preparing) + len(self._waiting)
         if busy < len(self._threads) or len(self._threads) == self._most_threads:
@@ -153,8 +158,11 @@ class Lane:
 
     def _advance(self) -> None:
         while self._waiting and self._places:
+            try:
+                request = self._waiting.popleft()
+            except IndexError:  # it was discarded at this moment
+                return
             self._places -= 1
-            request = self._waiting.popleft()
             self._preparing.add(request)
             self._todo.put(request)
 

@@ -57,6 +57,7 @@ def _forked() -> None:
     _process.forks += 1
     for owner in list(_owners):
         owner.abandon()
+    _owners.clear()  # nothing is left to be ended, and a lock of theirs may be held for ever
 
 
 def _end() -> None:

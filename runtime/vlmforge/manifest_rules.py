@@ -196,6 +196,8 @@ def leaves(
 
 def _agreements(manifest: Manifest) -> Iterator[tuple[str, str, bool]]:
     image, prompt, positions = manifest.image, manifest.prompt, manifest.decode.positions
+    outputs = [output for part in manifest.parts for output in part.outputs]
+    logits = [n for output in outputs if output.name == "logits" for n in output.shape[-1:]]
     names = [part.name for part in manifest.parts]
     paths = [entry.path for entry in manifest.files]
     yield "engine.json.parts", "parts of different names", len(set(names)) == len(names)
@@ -204,6 +206,11 @@ def _agreements(manifest: Manifest) -> Iterator[tuple[str, str, bool]]:
         "engine.json.prompt.spelling",
         'given for the image splice "named_span" and no other',
         (prompt.image_splice == "named_span") == (prompt.spelling is not None),
+    )
+    yield (
+        "engine.json.decode.vocab_size",
+        "as many as the decoder gives logits",
+        all(n == manifest.decode.vocab_size for n in logits if isinstance(n, int)),
     )
     yield (
         "engine.json.decode.positions.trained_length",

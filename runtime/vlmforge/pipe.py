@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import queue
 import sys
+import threading
 import weakref
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 
 from vlmforge.arguments import check_call
 from vlmforge.calls import (
@@ -45,7 +46,7 @@ class Pipeline:
         self._ahead = 2 * engine.options.slots
         preparation = Preparation(engine, loop.known_features, token_facts(engine))
         self._intake = Intake(preparation.job, loop, ahead=self._ahead)
-        self._requests: dict[int, set[Request]] = {}  # of `generate`, by session id
+        self._requests: dict[Request, int] = {}  # of `generate`, and each one's session id
         # No thread holds the pipeline: once nobody does, they end, and the engine goes with them.
         weakref.finalize(self, self._intake.stop).atexit = False
 
@@ -216,13 +217,18 @@ class Pipeline:
         )
         refuse_state(sequence_start, sequence_end, step)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        cancelled = threading.Event()
 
         def sink(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is gone, and with it who would read this
+            try:
                 loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop is gone, and with it who would read this
+                cancelled.set()
 
         config = one_for_each(gen_config, 1)[0]
-        request = Request(parse_prompt(messages), config, sink, do_preprocess=do_preprocess)
+        request = Request(
+            parse_prompt(messages), config, sink, do_preprocess=do_preprocess, cancelled=cancelled
+        )
         whole = Response()
         with self._known_as(session_id, request):
             self._intake.submit(request)
@@ -263,8 +269,9 @@ class Pipeline:
         Each ends with what it has, which may be nothing, and `finish_reason='abort'`.
         """
         check_call("stop_session", session_id=session_id)
-        for request in list(self._requests.get(session_id, ())):
-            self._intake.cancel(request)
+        for request in list(self._requests):
+            if self._requests.get(request) == session_id:
+                self._intake.cancel(request)
 
     async def end_session(self, session_id: int) -> None:
         """As `stop_session`: nothing else is kept for a session."""
@@ -324,12 +331,9 @@ class Pipeline:
     @contextmanager
     def _known_as(self, session_id: int, request: Request) -> Iterator[None]:
         """The request can be stopped by the id of its session; what leaves the block cancels it."""
-        self._requests.setdefault(session_id, set()).add(request)
+        self._requests[request] = session_id
         try:
             yield
         finally:
             self._intake.cancel(request)
-            others = self._requests[session_id]
-            others.discard(request)
-            if not others:
-                del self._requests[session_id]
+            del self._requests[request]

@@ -41,7 +41,8 @@ class Request:
     cancelled: threading.Event = field(default_factory=threading.Event)
     begun: bool = False
     ended: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    # A garbage collector may cancel a request whose thread is just sending.
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def send(self, delta: Response | None, error: Exception | None) -> None:
         """Hand an event to the caller; nothing once the request has ended.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlmforge.errors import CheckpointError
-from vlmforge_builder.checkpoint.fingerprint import fingerprint
+from vlmforge_builder.checkpoint.fingerprint import fingerprint, input_files
 
 _MIB = 1 << 20
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _print(*folders: Path) -> str:
-    return fingerprint(path for folder in folders for path in sorted(folder.iterdir()))
+    return fingerprint(input_files(folders))
 
 
 def _stamp(path: Path, *, by: int) -> None:
@@ -41,6 +41,21 @@ def test_is_a_sha256_that_does_not_depend_on_order_or_place(folder: Path) -> Non
 
 def test_copy_with_times_is_the_same(folder: Path, tmp_path: Path) -> None:
     assert _print(Path(shutil.copytree(folder, tmp_path / "copy"))) == _print(folder)
+
+
+def test_further_chat_templates_count(folder: Path) -> None:
+    """A build reads the one called "default" from a folder of its own."""
+    before = _print(folder)
+    more = folder / "additional_chat_templates"
+    more.mkdir()
+    (more / "default.jinja").write_text("one", "utf-8")
+    one = _print(folder)
+    (more / "default.jinja").write_text("two", "utf-8")
+    assert len({before, one, _print(folder)}) == 3
+    (folder / "unread").mkdir()
+    (folder / "unread" / "config.json").write_bytes(b"{}")
+    shutil.rmtree(more)
+    assert _print(folder) == before
 
 
 @pytest.mark.parametrize("name", ["config.json", "small.bin"])

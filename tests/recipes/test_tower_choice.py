@@ -164,3 +164,20 @@ def test_a_folder_of_a_projector_alone(tmp_path: Path, name: str) -> None:
         load(checkpoint)
     assert "mm_projector.bin" in caught.value.found
     assert "merge it into its own first" in caught.value.fix
+
+
+def test_a_tower_in_two_places_is_no_silent_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = made(tmp_path, "llava_v1_5_liuhaotian", None)
+    tower = TOWERS["llava_v1_5_liuhaotian"]
+    beside = checkpoint.parent / tower
+    monkeypatch.chdir(checkpoint.parent)
+    assert load(checkpoint)[1] == []  # one folder by two ways
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(beside, tmp_path / tower)
+    (note,) = load(checkpoint)[1]
+    assert f"that of {beside};" in note
+    assert str(tmp_path / tower) in note
+    assert "--vision-tower" in note
+    assert load(checkpoint, str(beside))[1] == []

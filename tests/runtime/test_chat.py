@@ -23,6 +23,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from conftest import IMAGES
+from vlmforge.cli import chat as chat_module
 from vlmforge.cli.chat import COMMANDS, Chat, converse
 from vlmforge.cli.line_editor import ChatCompleter, LineEditor
 from vlmforge.cli.typed import PlainLines, image_sources
@@ -201,6 +202,15 @@ def test_commands_that_are_not_understood(command: str, capsys: pytest.CaptureFi
     assert ("which?" if command == "/image" else f"unknown command {command};") in (
         capsys.readouterr().out
     )
+
+
+def test_closed_streams_are_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `<&-` and `>&-` of a shell leave them."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a line"))
+    assert chat_module._lines().read() == "a line"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert chat_module._lines().read() is None
 
 
 def test_a_pipe_of_bytes_to_one_that_closes(hf_engine: Path) -> None:

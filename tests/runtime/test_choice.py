@@ -99,3 +99,7 @@ def test_a_frozen_template_that_has_parts_takes_replacements() -> None:
     template = choose_template(policy, FROZEN, ChatTemplateConfig("plain", user="U: "))
     assert shown(template) == "Be helpful. U: q ASSISTANT:"
     assert choose_template(policy, FROZEN, ChatTemplateConfig("plain")).jinja == FROZEN
+
+
+def test_a_long_name_makes_no_long_error() -> None:
+    assert len(str(refusal(ChatTemplateConfig("x" * 99999)))) < 2000

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import importlib
+import importlib.util
 import json
 import re
 import sys
@@ -144,6 +145,13 @@ def test_methods() -> None:
         found = getattr(vlmforge, owner)
         fields = {f.name for f in dataclasses.fields(found)} if owner == "Session" else set()
         assert (hasattr(found, name) or name in fields) is (here == "works"), name
+
+
+@pytest.mark.parametrize("name", ["lmdeploy", "lmdeploy.vl", "lmdeploy.vl.utils"])
+def test_programs_see_that_it_is_installed(name: str) -> None:
+    found = importlib.util.find_spec(name)
+    assert found is not None
+    assert found.name == name
 
 
 def test_the_modules_are_found_however_they_are_imported(lmdeploy: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
@@ -140,6 +141,17 @@ def test_pipes_and_devices_are_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
     for limits in (ImageLimits(), ImageLimits(local_files=folder)):
         assert "not a regular file" in refusal(str(folder / "pipe"), limits)
+
+
+def test_a_file_that_has_nothing_to_give(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in /proc, where what blocks may be called regular."""
+    os.mkfifo(folder / "pipe")
+    writer = os.open(folder / "pipe", os.O_RDWR)
+    monkeypatch.setattr(stat, "S_ISREG", lambda mode: True)
+    try:
+        assert "it gives nothing" in refusal(str(folder / "pipe"), ImageLimits())
+    finally:
+        os.close(writer)
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,24 @@ def test_a_transparent_colour_never_breaks_a_mode(name: str, transparency: objec
         assert (shown[covered] == 9).all()
 
 
+@pytest.mark.parametrize("levels", [257, 300])
+@pytest.mark.parametrize("mode", ["P", "PA"])
+def test_more_transparencies_than_a_palette_has_colours(mode: str, levels: int) -> None:
+    image = MODES[mode][0].copy()
+    colours = np.asarray(to_rgb(image, None))
+    image.info["transparency"] = bytes(levels)
+    shown = np.asarray(to_rgb(image, (9, 9, 9)))
+    np.testing.assert_array_equal(shown, np.asarray(to_rgb(MODES[mode][0], (9, 9, 9))))
+    np.testing.assert_array_equal(np.asarray(to_rgb(image, None)), colours)
+
+
+def test_what_pillow_cannot_convert_is_an_image_error() -> None:
+    image = Image.new("P", (2, 2))
+    image.palette = None
+    with pytest.raises(ImageError, match="mode P cannot be converted"):
+        to_rgb(image)
+
+
 @given(st.integers(0, 255), st.sampled_from(["I", "F"]))
 def test_eight_bit_levels_are_as_pillow_converts_them(seed: int, mode: str) -> None:
     rng = np.random.default_rng(seed)

@@ -182,6 +182,19 @@ def test_a_value_out_of_range_is_named(
     assert words in error.summary
 
 
+@pytest.mark.parametrize(("shape", "fits"), [(["batch", 7], False), (["batch", "any"], True)])
+def test_there_are_as_many_logits_as_tokens(
+    tmp_path: Path, shape: list[object], fits: bool
+) -> None:
+    data = json.loads(dump_manifest(RICH))
+    put(data, "parts[1].outputs", [{"name": "logits", "dtype": "float32", "shape": shape}])
+    folder = write(tmp_path, signed(data))
+    if fits:
+        load_manifest(folder)
+    else:
+        assert "must be as many as the decoder gives logits" in refusal(folder).summary
+
+
 # --- the digest, and the text itself ------------------------------------------------------------
 
 

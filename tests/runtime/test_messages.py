@@ -303,6 +303,21 @@ def test_an_unknown_role_is_refused(role: object) -> None:
     assert error.expected == "'system' or 'user' or 'assistant'"
 
 
+@pytest.mark.parametrize(
+    "value", [np.array(["user", "text"]), "user" * 9999, 10**9999], ids=["array", "long", "number"]
+)
+def test_a_role_or_type_may_be_anything(value: object) -> None:
+    for message in (
+        {"role": value, "content": "q"},
+        {"role": "user", "content": [{"type": value, "text": "q"}]},
+    ):
+        prompts = parse_prompts(["fine", [message]])
+        error = prompts.items[1]
+        assert isinstance(error, PromptError)
+        assert "is not known" in error.summary
+        assert len(str(error)) < 1000
+
+
 @pytest.mark.parametrize("message", [{}, {"content": None}, {"content": 3}, {"content": PIL_IMAGE}])
 def test_a_message_without_content_is_refused(message: dict[str, object]) -> None:
     error = refusal([{"role": "user", **message}])

@@ -11,7 +11,8 @@ from vlmforge_builder.checkpoint.config import read_json, refuse_pointer
 _KEY = "chat_template"
 _LEGACY = "chat_template.json"
 _TEXT = "chat_template.jinja"
-_MORE = "additional_chat_templates"
+MORE_TEMPLATES = "additional_chat_templates"
+"""A folder of named templates, inside the checkpoint's."""
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -34,13 +35,13 @@ def read_chat_template(folder: Path) -> str | None:
 def _places(folder: Path) -> Iterator[tuple[Path, object]]:
     yield _from_json(folder / "processor_config.json")
     legacy = folder / _LEGACY
-    more = sorted((folder / _MORE).glob("*.jinja"))
+    more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     if legacy.exists():
         if more:
             raise _conflict(folder, [path.name for path in more])
         yield _legacy(legacy)
     files = _files(folder, more)
-    yield folder / (_TEXT if "default" in files else _MORE), files or None
+    yield folder / (_TEXT if "default" in files else MORE_TEMPLATES), files or None
     yield _from_json(folder / "tokenizer_config.json")
 
 
@@ -106,7 +107,7 @@ def _wrong(path: Path, found: str) -> CheckpointError:
 def _conflict(folder: Path, names: list[str]) -> CheckpointError:
     return CheckpointError(
         f"{folder} has chat templates in two places, which transformers refuses too.",
-        found=f"{_LEGACY}, and {_MORE}/ with {', '.join(names)}",
-        expected=f"{_TEXT} beside {_MORE}/, or {_LEGACY} alone",
+        found=f"{_LEGACY}, and {MORE_TEMPLATES}/ with {', '.join(names)}",
+        expected=f"{_TEXT} beside {MORE_TEMPLATES}/, or {_LEGACY} alone",
         fix=f"move the template of {_LEGACY} to {_TEXT}, and delete {_LEGACY}",
     )

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError
+from vlmforge_builder.checkpoint.chat_template import MORE_TEMPLATES
 
 _WHOLE_UP_TO = 1 << 20
+
+
+def input_files(folders: Iterable[Path]) -> Iterator[Path]:
+    """Every file that a build may read of these folders: their own, and further chat templates."""
+    for folder in folders:
+        for base in (folder, folder / MORE_TEMPLATES):
+            if base.is_dir():
+                yield from (path for path in sorted(base.iterdir()) if path.is_file())
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

@@ -58,6 +58,10 @@ _DEFAULT_TOWER: Mapping[str, object] = {
 }
 
 
+# What a processor must know for counting the tokens of an image by itself.
+_COUNTS = ("patch_size", "vision_feature_select_strategy")
+
+
 @dataclass(frozen=True, slots=True)
 class _Features:
     layer: int
@@ -122,15 +126,21 @@ def _image_policy(checkpoint: Path, config: ConfigReader, tower: VisionConfig) -
         processor, image_size=tower.image_size, pad_to_square=False, tiled=tiled
     )
     if (path := checkpoint / PROCESSOR).exists():
-        _check_counts(read_config(path), config, tower)
+        _check_counts(read_config(path), tower)
     return hf_tiling(policy, tower, config, processor) if tiled else policy
 
 
-def _check_counts(processor: ConfigReader, config: ConfigReader, tower: VisionConfig) -> None:
-    """The processor of transformers counts an image's tokens by numbers of its own."""
-    patch = processor.int("patch_size", tower.patch_size)
+def _check_counts(processor: ConfigReader, tower: VisionConfig) -> None:
+    """The processor of transformers counts an image's tokens by numbers of its own.
+
+    Versions 4.45 to 4.57 write null for those that the processor was made without: the model then
+    counts (`legacy` of `LlavaProcessor.__call__`), and the other numbers are of no use.
+    """
+    if any(processor.get(key) is None for key in _COUNTS):
+        return
+    patch = processor.int("patch_size")
     more = processor.int("num_additional_image_tokens", 1)
-    strategy = processor.str("vision_feature_select_strategy", _strategy(config))
+    strategy = processor.str("vision_feature_select_strategy")
     side = tower.image_size // patch if patch > 0 else 0
     tokens = side**2 + more - (strategy == "default")
     if (side, tokens) != (tower.image_size // tower.patch_size, tower.tokens):

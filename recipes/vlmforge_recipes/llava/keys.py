@@ -1,7 +1,8 @@
 """What a build does with each configuration key of the family, by layout.
 
 Beyond what families share: `LlavaConfig` and `LlavaNextConfig` of transformers, and
-`llava/model/llava_arch.py`, `llava/train/train.py` and `llava/model/builder.py` of the original.
+`llava/model/llava_arch.py`, `llava/train/train.py` and `llava/model/builder.py` of the original
+and of LLaVA-NeXT, whose training script writes the keys of videos whatever it trains on.
 """
 
 from __future__ import annotations
@@ -113,7 +114,11 @@ _ORIGINAL_TOP = (
     *honoured("the window, unless `--session-len` says another", "tokenizer_model_max_length"),
     *refused("tokens around images", "mm_use_im_start_end mm_use_im_patch_token", False),
     *refused("another way from features to rows",
-             "mm_resampler_type mm_spatial_pool_mode s2 s2_scales", False),
+             "mm_resampler_type s2 s2_scales", False),
+    *unused("of videos, and of the resampler that is refused",
+            "mm_spatial_pool_mode mm_spatial_pool_stride mm_spatial_pool_out_channels "
+            "mm_newline_position add_faster_video faster_token_stride add_time_instruction "
+            "force_sample"),
     *unused("of batches", "tokenizer_padding_side"),
     *unused("the weights tell it", "use_mm_proj has_init_vision has_init_gate"),
     *unused("written by the training script and read by nothing",

@@ -194,7 +194,9 @@ def converse(chat: Chat, lines: Lines) -> None:
 
 
 def _lines() -> Lines:
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if sys.stdin is None:  # the standard input is closed
+        return PlainLines(io.StringIO())
+    if sys.stdout is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return PlainLines(sys.stdin)
     # Imported for terminals only: it is a tenth of a second, and pipes need none of it.
     from vlmforge.cli.line_editor import LineEditor

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from vlmforge.errors import ConfigError
+from vlmforge.field_rules import shown
 from vlmforge.manifest import PromptPolicy, TemplateParts
 from vlmforge.prompt.template import jinja_from_parts
 from vlmforge.template_config import ChatTemplateConfig
@@ -67,8 +68,8 @@ def _unknown(policy: PromptPolicy, name: str, given: dict[str, str]) -> ConfigEr
             fix="choose one of these as model_name, or give all the parts under a name of your own",
         )
     return ConfigError(
-        f"This engine has no chat template {name!r}.",
-        found=f"ChatTemplateConfig(model_name={name!r}) without parts",
+        f"This engine has no chat template {shown(name)}.",
+        found=f"ChatTemplateConfig(model_name={shown(name)}) without parts",
         expected=f"one of: {known}",
         fix="choose one of these, or give the parts: ChatTemplateConfig(name, user='USER: ', ...)",
     )

@@ -171,10 +171,10 @@ def _source(value: object) -> ImageSource:
 
 def _message(message: Mapping[str, object], index: int) -> Message:
     role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise PromptError(
             f"Message {index} has a role that is not known.",
-            found=repr(role),
+            found=shown(role),
             expected=" or ".join(repr(name) for name in ROLES),
             fix="{'role': 'user', 'content': 'describe this image'}",
         )
@@ -197,14 +197,14 @@ def _message(message: Mapping[str, object], index: int) -> Message:
             expected="images in messages of role 'user' only",
             fix="move the image to a user message",
         )
-    return Message(str(role), blocks)
+    return Message(role, blocks)
 
 
 def _block(item: object, where: str) -> Text | Image:
     if isinstance(item, str):
         return Text(item)
     kind = item.get("type") if isinstance(item, Mapping) else None
-    if isinstance(item, Mapping) and kind == "image":
+    if isinstance(item, Mapping) and isinstance(kind, str) and kind == "image":
         return Image(_source(_image_part(item, where)))
     if isinstance(item, Mapping) and isinstance(kind, str) and kind in item:
         payload = item[kind]

@@ -51,8 +51,23 @@ def to_rgb(image: Image.Image, background: Colour | None = (255, 255, 255)) -> I
     than a factor of two, it may as well be an overshoot of that scale: that is refused.
 
     Raises:
-        ImageError: grey levels below 0, above 65535, or of a scale that cannot be told.
+        ImageError: grey levels below 0, above 65535, or of a scale that cannot be told; or Pillow
+            cannot convert the image.
     """
+    try:
+        return _converted(image, background)
+    except ImageError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, OSError) as error:
+        raise ImageError(
+            f"An image of mode {image.mode} cannot be converted to RGB.",
+            found=f"{type(error).__name__}: {error}"[:200],
+            expected="an image that image.convert('RGBA') takes",
+            fix="convert it to mode RGB, or save it again as PNG",
+        ) from error
+
+
+def _converted(image: Image.Image, background: Colour | None) -> Image.Image:
     orientation = of_image(image)
     if not _fits(image.mode, image.info.get("transparency")):
         image = image.copy()
@@ -74,9 +89,15 @@ def to_rgb(image: Image.Image, background: Colour | None = (255, 255, 255)) -> I
 
 
 def _fits(mode: str, transparent: object) -> bool:
-    """Whether a transparent colour is one of its mode. Pillow carries it along to other modes."""
-    if transparent is None or (mode in ("P", "PA") and isinstance(transparent, bytes)):
+    """Whether a transparent colour is one of its mode. Pillow carries it along to other modes.
+
+    A file may state more levels of transparency than a palette can have colours: as in libpng, it
+    then states none.
+    """
+    if transparent is None:
         return True
+    if isinstance(transparent, bytes):
+        return mode in ("P", "PA") and len(transparent) <= 256
     if mode == "RGB":
         return isinstance(transparent, tuple) and len(transparent) == 3
     return isinstance(transparent, int) and mode not in ("YCbCr", "CMYK", "HSV", "LAB")

@@ -84,7 +84,9 @@ def _read(descriptor: int, most: int) -> tuple[bytes, int]:
     if not stat.S_ISREG(status.st_mode):  # A pipe or a device would block or never end.
         raise OSError(errno.EINVAL, "not a regular file")
     with open(descriptor, "rb", closefd=False) as file:
-        data = file.read(most)
+        data: bytes | None = file.read(most)
+    if data is None:  # what calls itself regular in /proc may have nothing to give yet
+        raise OSError(errno.EAGAIN, "it gives nothing")
     return data, max(len(data), status.st_size)
 
 

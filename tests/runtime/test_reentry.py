@@ -1,0 +1,136 @@
+"""A garbage collector and the handlers of signals run in the middle of anything."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stand_in import HANG_S, Gate, Parts, answered, plain, stand_in
+from vlmforge import Pipeline
+from vlmforge.errors import CancelledError
+from vlmforge.intake import Lane
+from vlmforge.request import Request
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipeline]:
+    with stand_in(Parts(1), slots=1) as made:
+        yield made
+
+
+def drop_stream(pipe: Pipeline) -> None:
+    """Leave a stream behind that only the garbage collector can end."""
+    stream: Any = pipe.stream_infer("left", plain(140))
+    next(stream)
+    cycle = [stream]
+    cycle.append(cycle)
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    """`happens` in the thread that queues the next request, while it does."""
+    provide = Lane._provide_thread
+
+    def hooked(lane: Lane) -> None:
+        monkeypatch.setattr(Lane, "_provide_thread", provide)
+        happens()
+        provide(lane)
+
+    monkeypatch.setattr(Lane, "_provide_thread", hooked)
+
+
+def test_a_stream_that_is_collected_while_another_is_queued(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gc.disable()
+    try:
+        drop_stream(pipe)
+        meanwhile(monkeypatch, gc.collect)
+        assert answered(lambda: pipe("next", plain(3)))
+    finally:
+        gc.enable()
+
+
+def test_a_request_that_is_cancelled_by_its_own_event() -> None:
+    """The collector may find a stream in the moment in which its request is told of an error."""
+    errors = list[object]()
+
+    def sink(event: object) -> None:
+        errors.append(event)
+        if len(errors) == 1:
+            request.fail(CancelledError("collected"))
+
+    request = Request(conversation=None, config=plain(), sink=sink)  # type: ignore[arg-type]
+    answered(lambda: request.fail(ValueError("first")))
+    assert request.ended
+
+
+def test_closed_while_a_request_is_queued(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the handler of a signal does it, which runs in the thread that it interrupts."""
+    meanwhile(monkeypatch, pipe.close)
+    with pytest.raises(CancelledError, match="closed"):
+        answered(lambda: pipe("late"))
+
+
+def test_a_loop_that_is_gone_has_its_requests_cancelled(pipe: Pipeline) -> None:
+    gate, steps = Gate(), list[int]()
+
+    def processor(ids: list[int], logits: Any) -> Any:
+        steps.append(len(ids))
+        if len(steps) == 20:
+            gate.passed()
+        return logits
+
+    async def first() -> Any:
+        stream = pipe.generate("long", gen_config=plain(140, logits_processors=[processor]))
+        await anext(stream)
+        return stream
+
+    loop = asyncio.new_event_loop()
+    stream = loop.run_until_complete(first())
+    loop.close()
+    gate.open.set()
+    pipe("the only slot is free again", plain(1))
+    assert len(steps) <= 22
+    del stream
+
+
+def test_a_child_can_end_whatever_was_locked_when_it_was_forked() -> None:
+    program = f"""
+        import os, sys, threading
+        sys.path.insert(0, {str(TESTS)!r})
+        from stand_in import *
+
+        pipe = stand_in(Parts(1), slots=1)
+        pipe("hi", plain(1))
+        held, forked = threading.Event(), threading.Event()
+
+        def hold():
+            with pipe._intake._texts._lock:
+                held.set()
+                forked.wait()
+
+        threading.Thread(target=hold).start()
+        held.wait()
+        if (child := os.fork()) == 0:
+            sys.exit(7)
+        forked.set()
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=2 * HANG_S,
+    )
+    assert (done.stdout, done.returncode) == ("7\n", 0), done.stderr
