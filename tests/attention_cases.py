@@ -103,11 +103,10 @@ def _key(case: Case) -> tuple[Any, ...]:
 def covering(strength: int) -> list[Case]:
     """Few cases in which any `strength` axes take every combination of values. Deterministic.
 
-    Long prompts, whose work grows with the square of their length, are left to nightly runs.
     Greedy: of a fixed pseudo-random sample of the grid, the case that covers most of what is open;
     of several the one whose kernels are built already, and that is run soonest.
     """
-    cases = [case for case in grid() if (case.kind, case.length) != ("prefill", max(LENGTHS))]
+    cases = list(grid())
     axes = list(combinations(range(6), strength))
     tuples = [[(a, tuple(key[i] for i in a)) for a in axes] for key in map(_key, cases)]
     missing = {t for ts in tuples for t in ts}

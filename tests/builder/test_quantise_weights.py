@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from conftest import HF, build_once
 from lowered_decoder import filled, model_spec, part_of, session
 from vlmforge import EngineConfig, pipeline
+from vlmforge.backends import DecoderBatch
 from vlmforge.manifest import load_manifest
 from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits, InBlocks, quantise
 from vlmforge_builder.passes.lint import lint
@@ -195,9 +196,8 @@ def test_an_engine_of_quantised_weights(shared: Path, kind: str, near: float) ->
     assert share < {"int8": 0.29, "int4": 0.20}[kind]
     with pipeline(str(engine), EngineConfig(threads=1, max_batch_size=2)) as pipe:
         ids = feeds(filled_lowered(), 0)
-        found = pipe._engine.decoder.step(
-            0, ids["input_ids"], ids["past_lengths"], None, ids["logits_indices"]
-        )
+        given = (ids["input_ids"], ids["past_lengths"], None, ids["logits_indices"])
+        found = pipe._engine.decoder.step(DecoderBatch((0,), *given))
     expected = logits(filled_lowered())
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert 1e-4 < error < near

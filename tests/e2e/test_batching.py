@@ -158,7 +158,8 @@ def test_a_finished_sequence_does_not_hold_the_others(hf_engine: Path) -> None:
             if piece.finish_reason is not None
         ]
     # The long one keeps its slot; the four short ones pass through the other.
-    assert ends == [1, 2, 3, 4, 0]
+    assert ends[-1] == 0
+    assert sorted(ends) == [0, 1, 2, 3, 4]
 
 
 def test_the_second_turn_runs_only_its_own_tokens(counted: tuple[Pipeline, Counting]) -> None:

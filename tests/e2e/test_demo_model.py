@@ -24,7 +24,6 @@ from vlmforge.cli import main
 from vlmforge.engine import DecoderInput, Engine
 from vlmforge.evaluation.cases import Case, held_out_cases
 from vlmforge.evaluation.evaluate import Report, evaluate
-from vlmforge.features import PreparedImage
 from vlmforge.manifest import manifest_digest
 from vlmforge.prompt.render import RenderedPrompt
 from vlmforge.verify import verify
@@ -294,11 +293,11 @@ def _shifted(by: int) -> Callable[..., DecoderInput]:
     original = Engine.decoder_input
 
     def decoder_input(
-        self: Engine, rendered: RenderedPrompt, images: list[PreparedImage], features: list[object]
+        self: Engine, rendered: RenderedPrompt, features: list[object]
     ) -> DecoderInput:
         spans = tuple(dataclasses.replace(s, start=s.start + by) for s in rendered.image_spans)
         moved = dataclasses.replace(rendered, image_spans=spans)
-        return original(self, moved, images, features)  # type: ignore[arg-type]
+        return original(self, moved, features)  # type: ignore[arg-type]
 
     return decoder_input
 

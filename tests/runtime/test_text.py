@@ -294,7 +294,7 @@ class _Counting(TextTokenizer):
 @pytest.mark.parametrize("kind", ["byte_runs", "keep_valid"])
 def test_the_work_for_a_token_does_not_grow(kind: str, ids: list[int]) -> None:
     def work(repeats: int) -> int:
-        ours = _Counting(tokenizer(kind)._json)
+        ours = _Counting(tokenizer(kind).json)
         detokenizer = IncrementalDetokenizer(ours, skip_special_tokens=False)
         for token in ids * repeats:
             detokenizer.push([token])
