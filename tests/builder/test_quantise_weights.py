@@ -197,7 +197,7 @@ def test_an_engine_of_quantised_weights(shared: Path, kind: str, near: float) ->
     with pipeline(str(engine), EngineConfig(threads=1, max_batch_size=2)) as pipe:
         ids = feeds(filled_lowered(), 0)
         given = (ids["input_ids"], ids["past_lengths"], None, ids["logits_indices"])
-        found = pipe._engine.decoder.step(DecoderBatch((0,), *given))
+        found = pipe._engine.decoder.step(DecoderBatch(range(len(given[0])), *given))
     expected = logits(filled_lowered())
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert 1e-4 < error < near
