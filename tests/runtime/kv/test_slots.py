@@ -80,7 +80,7 @@ class Slots(RuleBasedStateMachine):
 
 
 TestSlots = Slots.TestCase
-TestSlots.settings = settings(max_examples=200, stateful_step_count=40)
+TestSlots.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def _common(first: list[int], second: list[int]) -> int:

@@ -106,7 +106,7 @@ SIZES = st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 9), st.i
 
 
 @given(st.lists(ASKED, min_size=1, max_size=10), SIZES, st.sampled_from([slots, blocks]))
-@settings(max_examples=400)
+@settings(max_examples=120)
 def test_histories(history: list[Asked], sizes: tuple[int, int, int, int], make: object) -> None:
     rows, spare, block, chunk = sizes
     cache, store = make(rows, -(-LONGEST // block) + spare, block)  # type: ignore[operator]
@@ -134,7 +134,7 @@ def test_histories(history: list[Asked], sizes: tuple[int, int, int, int], make:
 
 
 @given(st.lists(ASKED, min_size=2, max_size=6), st.data(), st.sampled_from([slots, blocks]))
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_what_fails_takes_nobody_along(
     history: list[Asked], data: st.DataObject, make: object
 ) -> None:
