@@ -42,7 +42,7 @@ class Pipeline:
     """
 
     def __init__(self, engine: Engine, loop: Loop) -> None:
-        self._engine, self._loop = engine, loop
+        self._engine, self._scheduler = engine, loop
         self._ahead = 2 * engine.options.slots
         preparation = Preparation(engine, loop.known_features, token_facts(engine))
         self._intake = Intake(preparation.job, loop, ahead=self._ahead)
@@ -167,7 +167,7 @@ class Pipeline:
         gen_config: GenerationConfig | None,
         do_preprocess: bool,
     ) -> Iterator[Response]:
-        self._loop.check()
+        self._scheduler.check()
         opened = self._engine.opened(parse_prompt(prompt), but_pillow=True)  # files: read once
         asked = session.with_prompt(opened)
         whole = Response(session_id=session.session_id)
@@ -297,7 +297,7 @@ class Pipeline:
         No more items are under way than the engine can take soon, so a long list of images needs
         no more memory than a short one. An abandoned iterator cancels its requests.
         """
-        self._loop.check()
+        self._scheduler.check()
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         waiting = list(enumerate(zip(prompts.items, configs, strict=True)))[::-1]
         requests: dict[int, Request] = {}
@@ -325,7 +325,7 @@ class Pipeline:
 
     def _next(self, events: queue.SimpleQueue[Event]) -> Event:
         """The next event; a process that was forked while one was awaited gets no more of them."""
-        self._loop.check_process()
+        self._scheduler.check_process()
         return events.get()
 
     @contextmanager

@@ -103,7 +103,8 @@ class _Decoder:
         for exchange in arrangement.exchanges:
             self._cache.exchange(exchange.first, exchange.second, exchange.tokens)
         order = list(arrangement.order)
-        binding = self._bind(batch, order, arrangement.first_row)
+        in_order = order == sorted(order)
+        binding = self._bind(batch, None if in_order else order, arrangement.first_row)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
@@ -117,26 +118,30 @@ class _Decoder:
             self._rows.set_tokens(slot, int(past) + batch.input_ids.shape[1])
         # Copied: what comes may be a view of memory that goes with the binding.
         given = binding.get_outputs()[-1].numpy()
+        if in_order:
+            return np.array(given, np.float32)
         logits = np.empty(given.shape, np.float32)
         logits[order] = given
         return logits
 
-    def _bind(self, batch: DecoderBatch, order: list[int], first_row: int) -> ort.IOBinding:
+    def _bind(self, batch: DecoderBatch, order: list[int] | None, first: int) -> ort.IOBinding:
+        """`order`: of the batch's rows in the cache; None: theirs."""
         features = batch.image_features
         if features is None:
             features = np.zeros((1, self._hidden), np.float32)
-        feeds = {
-            "input_ids": batch.input_ids[order],
-            "image_features": features,
-            "past_lengths": batch.past_lengths[order],
-            "logits_indices": batch.logits_indices[order],
+        rows = {
+            "input_ids": batch.input_ids,
+            "past_lengths": batch.past_lengths,
+            "logits_indices": batch.logits_indices,
         }
         if batch.rotary_levels is not None:
-            feeds["rotary_levels"] = batch.rotary_levels[order]
+            rows["rotary_levels"] = batch.rotary_levels
         binding = self._session.io_binding()
-        for name, value in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name, cache in self._buffers(first_row, len(order)).items():
+        binding.bind_cpu_input("image_features", np.ascontiguousarray(features))
+        for name, value in rows.items():
+            placed = value if order is None else value[order]
+            binding.bind_cpu_input(name, np.ascontiguousarray(placed))
+        for name, cache in self._buffers(first, len(batch.input_ids)).items():
             binding.bind_ortvalue_input(f"past_{name}", cache)
             binding.bind_ortvalue_output(f"present_{name}", cache)
         binding.bind_output("logits", "cpu")
