@@ -108,12 +108,7 @@ def _entered(context: AbstractContextManager[None], target: Path) -> Iterator[No
 
 def _refuse_dangling(target: Path) -> None:
     if target.is_symlink() and not target.exists():
-        raise BuildError(
-            f"{target} exists and is not an engine; it was left alone.",
-            found=f"a link to {target.readlink()}, where nothing is",
-            expected="a path that does not exist, an empty folder or an engine",
-            fix="choose another -o, or remove it yourself",
-        )
+        raise _foreign(target, f"a link to {target.readlink()}, where nothing is")
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -123,12 +118,16 @@ def _refuse_foreign(target: Path) -> None:
     is_empty = target.is_dir() and not any(target.iterdir())
     if not (is_engine or is_empty):
         kind = "a folder without engine.json" if target.is_dir() else "a file"
-        raise BuildError(
-            f"{target} exists and is not an engine; it was left alone.",
-            found=kind,
-            expected="a path that does not exist, an empty folder or an engine",
-            fix="choose another -o, or remove it yourself",
-        )
+        raise _foreign(target, kind)
+
+
+def _foreign(target: Path, found: str) -> BuildError:
+    return BuildError(
+        f"{target} exists and is not an engine; it was left alone.",
+        found=found,
+        expected="a path that does not exist, an empty folder or an engine",
+        fix="choose another -o, or remove it yourself",
+    )
 
 
 def _sweep(target: Path) -> None:

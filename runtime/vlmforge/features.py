@@ -105,6 +105,7 @@ class FeatureCache:
         except Exception:
             if not fillers:
                 raise
+            # Perhaps one of another request's images did it: this one must not pay for it.
             self._run(self._unknown(images))
         found = []
         for image in images:

@@ -50,12 +50,9 @@ class Rows:
     def arrange(self, slots: Sequence[int]) -> Arrangement:
         """Bring the slots, all different, side by side; as few tokens as possible are moved."""
         members = {self._row_of[slot] for slot in slots}
-        lowest = min(members)
-        if max(members) - lowest + 1 == len(slots):  # as they mostly are
-            places = {self._row_of[slot]: index for index, slot in enumerate(slots)}
-            order = tuple(places[lowest + i] for i in range(len(slots)))
-            return Arrangement(lowest, order, ())
-        first = self._cheapest_window(members, len(slots))
+        first = min(members)
+        if max(members) - first + 1 > len(slots):  # mostly they are side by side already
+            first = self._cheapest_window(members, len(slots))
         window = range(first, first + len(slots))
         guests = [row for row in window if row not in members]
         away = sorted(members.difference(window))
