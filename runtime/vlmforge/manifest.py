@@ -12,32 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from vlmforge.chain import PartChain
+from vlmforge.chain import TensorSpec as TensorSpec
 from vlmforge.errors import EngineFormatError, EngineIntegrityError
 from vlmforge.positions import PositionPolicy
 from vlmforge.regular_file import read_regular
 from vlmforge.schema import data_json, from_json, parse_json, to_data
 from vlmforge.vl.preprocess import ImagePolicy
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """What build-engine writes.
 
-1 is read too: it differs in having no digest, so that nothing tells if its values were changed.
+Older ones are read too: 2 has no chains, and 1 has no digest either, so that nothing tells if its
+values were changed.
 """
 MANIFEST_FILE = "engine.json"
 
-_WITHOUT_DIGEST = 1
-_READ = (_WITHOUT_DIGEST, SCHEMA_VERSION)
+_WITHOUT_DIGEST, _WITHOUT_CHAINS = 1, 2
+_READ = (_WITHOUT_DIGEST, _WITHOUT_CHAINS, SCHEMA_VERSION)
 _DIGEST = "digest"
 _MOST_BYTES = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """An input or output of a part. A string in `shape` is a symbolic dimension."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +74,7 @@ class Part:
         profiles: Shapes that it was compiled for, in order; empty: any.
         layers: File of its layer report (`layer_report`), or None.
         aliases: Outputs that are written where an input is, by the input's name.
+        chain: How a part is run that is no single graph; None for the others.
     """
 
     name: str
@@ -92,6 +87,7 @@ class Part:
     profiles: tuple[Profile, ...]
     layers: str | None
     aliases: Mapping[str, str]
+    chain: PartChain | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +315,8 @@ def load_manifest(folder: Path) -> Manifest:
         )
     if version > _WITHOUT_DIGEST:
         _check_digest(path, data)
+    if version <= _WITHOUT_CHAINS:
+        _without_chains(data)
     manifest = from_json(Manifest, data, MANIFEST_FILE)
     check_manifest(manifest)
     return manifest
@@ -341,6 +339,14 @@ def _read(folder: Path, path: Path) -> object:
             expected="the manifest that build-engine wrote",
             fix="copy the engine again, or rebuild it with build-engine",
         ) from None
+
+
+def _without_chains(data: dict[str, object]) -> None:
+    """Say of the parts of an older manifest what it had no word for."""
+    parts = data.get("parts")
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, dict):
+            part.setdefault("chain", None)
 
 
 def _check_digest(path: Path, data: dict[str, object]) -> None:

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 
 from vlmforge.errors import EngineFormatError
 from vlmforge.field_rules import Choice, Int, Number, OrNone, Rule, Text
-from vlmforge.manifest import MANIFEST_FILE, SCHEMA_VERSION, Manifest
+from vlmforge.manifest import MANIFEST_FILE, SCHEMA_VERSION, KVLayout, Manifest, Part
 from vlmforge.vl.tiling import Tiling
 
 _MOST_TOKENS = 1 << 22
@@ -65,6 +65,29 @@ _PATH = RelativePath()
 _BYTES, _ID, _LEVEL = Int(0, 1 << 50), Int(0, (1 << 31) - 1), Int(0, 255)
 _SIZE, _COUNT, _FLOAT = Int(1, 1 << 31), Int(1, 1 << 20), Choice(_FLOATS)
 
+_SEGMENT, _ATTENTION = "parts.*.chain.steps.*.segment", "parts.*.chain.steps.*.attention"
+_SEGMENT_RULES: Mapping[str, Rule] = {
+    "file": _PATH,
+    "inputs.*.name": _NAME,
+    "inputs.*.dtype": _NAME,
+    "inputs.*.shape.*": Dimension(),
+    "outputs.*.name": _NAME,
+    "outputs.*.dtype": _NAME,
+    "outputs.*.shape.*": Dimension(),
+    "token_bytes": Int(0, 1 << 40),
+}
+_ATTENTION_RULES: Mapping[str, Rule] = {
+    "layer": Int(0, 1 << 12),
+    "qkv": _NAME,
+    "out": _NAME,
+    "heads": Int(1, 1 << 12),
+    "kv_heads": Int(1, 1 << 12),
+    "head_dim": Int(1, 1 << 14),
+    "scale": Number(-1e6, 1e6),
+    "key_scale": Number(0, 1e6, above=True),
+    "value_scale": Number(0, 1e6, above=True),
+}
+
 RULES: Mapping[str, Rule] = {
     "schema_version": Int(1, SCHEMA_VERSION),
     "backend": _NAME,
@@ -88,6 +111,14 @@ RULES: Mapping[str, Rule] = {
     "parts.*.profiles.*.dims.*.most": Int(0, 1 << 40),
     "parts.*.layers": OrNone(_PATH),
     "parts.*.aliases.*": _NAME,
+    **{f"{_SEGMENT}.{name}": rule for name, rule in _SEGMENT_RULES.items()},
+    **{f"{_ATTENTION}.{name}": rule for name, rule in _ATTENTION_RULES.items()},
+    "parts.*.chain.rotary.file": _PATH,
+    "parts.*.chain.rotary.cos_offset": _BYTES,
+    "parts.*.chain.rotary.sin_offset": _BYTES,
+    "parts.*.chain.rotary.positions": Int(1, _MOST_TOKENS),
+    "parts.*.chain.rotary.width": _COUNT,
+    "parts.*.chain.kernels.*": _PATH,
     "image.name": _NAME,
     "image.shortest_edge": Int(1, 1 << 12),
     "image.crop.*": Int(1, 1 << 12),
@@ -224,6 +255,40 @@ def _agreements(manifest: Manifest) -> Iterator[tuple[str, str, bool]]:
     )
     if image.tiling is not None:
         yield from _tiling_agreements(image.tiling)
+    for index, part in enumerate(manifest.parts):
+        if part.chain is not None:
+            yield from _chain_agreements(f"engine.json.parts[{index}]", part, manifest.kv)
+
+
+def _chain_agreements(where: str, part: Part, kv: KVLayout) -> Iterator[tuple[str, str, bool]]:
+    chain = part.chain
+    assert chain is not None
+    steps, calls = chain.steps, chain.attention
+    one_each = all((step.segment is None) != (step.attention is None) for step in steps)
+    yield f"{where}.chain.steps", "each a segment or a call", one_each
+    ends = bool(steps) and None not in (steps[0].segment, steps[-1].segment)
+    yield f"{where}.chain.steps", "segments at both ends", ends
+    layers = sorted(call.layer for call in calls)
+    yield f"{where}.chain.steps", "one attention a layer", layers == list(range(kv.layers))
+    shapes = {(call.kv_heads, call.head_dim) for call in calls}
+    fits = shapes <= {(kv.kv_heads, kv.head_dim)} and kv.page_size is not None
+    yield f"{where}.chain.steps", "attention over pages as the KV layout has them", fits
+    whole = all(call.heads % call.kv_heads == 0 for call in calls)
+    yield f"{where}.chain.steps", "heads that share keys evenly", whole
+    tables = chain.rotary is not None or not any(call.rotary for call in calls)
+    yield f"{where}.chain.rotary", "given where attention rotates", tables
+    listed = chain.files <= {part.file, *part.data}
+    yield f"{where}.data", "all files of the chain", listed
+    known = {item.name for item in part.inputs}
+    order = True
+    for step in steps:
+        if step.segment is not None:
+            order &= {item.name for item in step.segment.inputs} <= known
+            known |= {item.name for item in step.segment.outputs}
+        elif step.attention is not None:
+            order &= step.attention.qkv in known
+            known.add(step.attention.out)
+    yield f"{where}.chain.steps", "tensors that an earlier step gives", order
 
 
 def _tiling_agreements(tiling: Tiling) -> Iterator[tuple[str, str, bool]]:

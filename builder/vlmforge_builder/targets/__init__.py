@@ -81,7 +81,7 @@ class Target(Protocol):
         """Write the part's files into `job.folder` and describe them."""
 
 
-TARGETS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+TARGETS = ("onnxruntime", "cuda", "tensorrt", "tensorrt_rtx")
 
 
 def load_target(name: str) -> Target:

@@ -1,0 +1,174 @@
+"""Cut a decoder into a chain where its attention over the cache stands.
+
+Our kernels run between the pieces, which are graphs of their own. What one piece calculates and
+later ones take goes through memory; shapes and indices, and what only weights decide, are
+calculated anew in each piece instead, so that nothing is waited for on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from vlmforge.chain import AttentionCall
+from vlmforge_builder.passes.attention_nodes import Attention, attention_nodes, packed
+
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+_SCALE = 1.0  # what one unit of an fp8 cache is worth: E4M3 reaches to 448
+_CONSTANT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One piece more than there are calls, which go between them."""
+
+    pieces: tuple[ir.Model, ...]
+    calls: tuple[AttentionCall, ...]
+    tables: tuple[str, str] | None  # names of the initialisers that attention rotates by
+
+
+def cut_chain(model: ir.Model) -> Cut:
+    """The pieces of a decoder whose other ops are lowered. The model is left of no further use.
+
+    The interfaces of the first and the last piece keep the names of the model's; key/value caches
+    are nobody's inputs any more.
+    """
+    graph, found = model.graph, attention_nodes(model.graph)
+    joined = [_joined(graph, attention) for attention in found]
+    caches = {out for attention in found for out in attention.node.outputs[1:]}
+    wanted = [value for value in graph.outputs if value not in caches]
+    cutter = _Cutter(found)
+    needed: list[dict[ir.Value, None]] = [{qkv: None} for qkv in joined]
+    needed.append(dict.fromkeys(wanted))
+    pieces = []
+    for level in range(len(found), -1, -1):  # from the end: what later ones take is known then
+        piece = cutter.piece(level, needed[level])
+        for value in piece.taken:
+            if (home := cutter.level(value)) < level and value.producer() is not None:
+                needed[home][value] = None
+        pieces.append(piece.model(model, f"piece{level}", tuple(needed[level])))
+    calls = tuple(_call(i, a, qkv) for i, (a, qkv) in enumerate(zip(found, joined, strict=True)))
+    rotating = next((a for a in found if a.cos is not None and a.sin is not None), None)
+    tables = None
+    if rotating is not None and rotating.cos is not None and rotating.sin is not None:
+        tables = rotating.cos.name or "", rotating.sin.name or ""
+    return Cut(tuple(reversed(pieces)), calls, tables)
+
+
+def _call(layer: int, attention: Attention, qkv: ir.Value) -> AttentionCall:
+    return AttentionCall(
+        layer=layer,
+        qkv=qkv.name or "",
+        out=attention.node.outputs[0].name or "",
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
+        scale=attention.scale,
+        key_scale=_SCALE,
+        value_scale=_SCALE,
+        rotary=attention.cos is not None,
+    )
+
+
+def _joined(graph: ir.Graph, attention: Attention) -> ir.Value:
+    """Query, key and value as the kernels take them: one after the other in each row."""
+    node = attention.node
+    whole = packed(node)
+    if whole is not None:
+        return whole
+    concat = ir.node("Concat", node.inputs[:3], attributes={"axis": -1}, name=f"{node.name}_qkv")
+    made = concat.outputs[0]
+    made.name, made.type = concat.name, attention.query.type
+    assert attention.query.shape is not None
+    width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
+    made.shape = ir.Shape([*tuple(attention.query.shape)[:2], width])
+    graph.insert_before(node, concat)
+    return made
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Nodes in order, and the values that they take from outside: inputs and initialisers."""
+
+    nodes: dict[ir.Node, None]
+    taken: dict[ir.Value, None]
+    weights: dict[ir.Value, None]
+
+    def model(self, whole: ir.Model, name: str, outputs: Iterable[ir.Value]) -> ir.Model:
+        """A model of copies; the values of weights are shared."""
+        copies = {value: _copy(value) for value in (*self.taken, *self.weights)}
+        nodes = [_copy_node(node, copies) for node in self.nodes]
+        graph = ir.Graph(
+            [copies[value] for value in self.taken],
+            [copies[value] for value in outputs],
+            nodes=nodes,
+            initializers=[copies[value] for value in self.weights],
+            opset_imports={n: v for n, v in whole.opset_imports.items()},
+            name=name,
+        )
+        return ir.Model(graph, ir_version=whole.ir_version, producer_name=whole.producer_name)
+
+
+class _Cutter:
+    """Says which piece a value belongs to: behind as many attentions as it depends on."""
+
+    def __init__(self, found: Iterable[Attention]) -> None:
+        self._behind = {a.node: index + 1 for index, a in enumerate(found)}
+        self._levels: dict[ir.Node, int] = {}
+
+    def level(self, value: ir.Value) -> int:
+        """`_CONSTANT` where nothing but weights is in it."""
+        producer = value.producer()
+        if producer is None:
+            return 0 if value.is_graph_input() else _CONSTANT
+        if producer in self._behind:
+            return self._behind[producer]
+        if producer not in self._levels:
+            levels = [self.level(v) for v in producer.inputs if v is not None]
+            self._levels[producer] = max(levels, default=_CONSTANT)
+        return self._levels[producer]
+
+    def piece(self, level: int, outputs: Mapping[ir.Value, None]) -> _Piece:
+        """What is needed to calculate `outputs`, all of this level."""
+        piece = _Piece({}, {}, {})
+        for value in outputs:
+            self._take(value, level, piece, whole=True)
+        return piece
+
+    def _take(self, value: ir.Value, level: int, piece: _Piece, *, whole: bool = False) -> None:
+        producer = value.producer()
+        if producer is None:
+            known = piece.taken if value.is_graph_input() else piece.weights
+            known[value] = None
+        elif producer in self._behind:
+            piece.taken[value] = None
+        elif producer not in piece.nodes:
+            here = self.level(value)
+            if not whole and 0 <= here < level and value.dtype in _FLOATS:
+                piece.taken[value] = None
+                return
+            for taken in producer.inputs:
+                if taken is not None:
+                    self._take(taken, level, piece)
+            piece.nodes[producer] = None
+
+
+def _copy(value: ir.Value) -> ir.Value:
+    return ir.Value(
+        name=value.name, type=value.type, shape=value.shape, const_value=value.const_value
+    )
+
+
+def _copy_node(node: ir.Node, copies: dict[ir.Value, ir.Value]) -> ir.Node:
+    for value in node.outputs:
+        copies[value] = _copy(value)
+    return ir.Node(
+        node.domain,
+        node.op_type,
+        [None if value is None else copies[value] for value in node.inputs],
+        attributes=node.attributes.values(),
+        outputs=[copies[value] for value in node.outputs],
+        name=node.name,
+    )
