@@ -13,6 +13,7 @@ from typing import Any
 
 from vlmforge import env
 from vlmforge.arguments import path_text
+from vlmforge.backends import load_backend
 from vlmforge.build_cache import engine_for
 from vlmforge.bundle import open_bundle
 from vlmforge.config import MAX_CHUNK, EngineConfig, VisionConfig
@@ -20,7 +21,6 @@ from vlmforge.engine import Engine, load_engine
 from vlmforge.errors import ConfigError
 from vlmforge.features import FeatureCache
 from vlmforge.field_rules import Instance, OrNone, check_value, shown
-from vlmforge.limits import available_memory
 from vlmforge.manifest import Manifest
 from vlmforge.memory import load_options
 from vlmforge.pipe import Pipeline
@@ -114,7 +114,7 @@ def _load(
     if finished:
         _check_finished(config, manifest)
     _check_parallel(config, manifest)
-    options = load_options(bundle, config, _available_memory())
+    options = load_options(bundle, config, load_backend(manifest.backend).memory().bytes)
     frozen = bundle.text(manifest.prompt.template_file)
     return load_engine(bundle, choose_template(manifest.prompt, frozen, template), options)
 
@@ -217,8 +217,3 @@ def _check_parallel(config: EngineConfig, manifest: Manifest) -> None:
             expected=f"tp={manifest.parallel.tp}, what the engine was sharded for",
             fix=f"backend_config=EngineConfig(tp={manifest.parallel.tp})",
         )
-
-
-def _available_memory() -> float:
-    """Bytes that this process may still take, whoever limits it."""
-    return float(available_memory().bytes)

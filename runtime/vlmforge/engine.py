@@ -199,9 +199,14 @@ class Engine:
         return DecoderInput(ids, whole, self.rotary_level(len(ids)))
 
     def prefill(
-        self, slot: int, chunk: DecoderInput, past: int, *, logits: Literal["none", "last", "all"]
+        self,
+        place: Sequence[int],
+        chunk: DecoderInput,
+        past: int,
+        *,
+        logits: Literal["none", "last", "all"],
     ) -> FloatArray:
-        """Run the next tokens of a sequence that has its first `past` in the cache.
+        """Run the next tokens of a sequence that has its first `past` in the cache at `place`.
 
         Returns logits `[n, vocab_size]`: those after the last token (n = 1), after all, or none.
         """
@@ -217,21 +222,28 @@ class Engine:
         wanted = {"none": every[:0], "last": every[-1:], "all": every}[logits]
         levels = self._levels(np.array([chunk.rotary_level], np.int64))
         lengths = np.array([past], np.int64)
-        batch = DecoderBatch((slot,), ids[None], lengths, features, wanted[None], levels)
+        batch = DecoderBatch(
+            place[:1], ids[None], lengths, features, wanted[None], levels, (place,)
+        )
         found: FloatArray = self.decoder.step(batch)[0]
         return found
 
     def decode(
-        self, slots: Sequence[int], tokens: IntArray, lengths: IntArray, levels: IntArray
+        self,
+        places: Sequence[Sequence[int]],
+        tokens: IntArray,
+        lengths: IntArray,
+        levels: IntArray,
     ) -> FloatArray:
         """One step of sequences: `tokens` `[B]` to logits `[B, vocab_size]`.
 
-        `slots` `[B]` is where they are; `lengths` and `levels` `[B]` are the tokens before, and
+        `places` `[B]` are where they are (see `KVCache.place`); `lengths` and `levels` `[B]` are the tokens before, and
         each sequence's rotary level.
         """
         zeros = np.zeros((len(tokens), 1), np.int64)
+        slots = tuple(place[0] for place in places)
         batch = DecoderBatch(
-            tuple(slots), tokens[:, None], lengths, None, zeros, self._levels(levels)
+            slots, tokens[:, None], lengths, None, zeros, self._levels(levels), places
         )
         logits: FloatArray = self.decoder.step(batch)[:, 0]
         return logits

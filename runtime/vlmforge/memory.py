@@ -6,10 +6,11 @@ import logging
 
 from vlmforge.backends import LoadOptions
 from vlmforge.bundle import Bundle
-from vlmforge.config import EngineConfig
+from vlmforge.config import MAX_CHUNK, EngineConfig
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.field_rules import shown
 from vlmforge.limits import available_cpus, available_memory
+from vlmforge.manifest import Manifest, Part
 
 logger = logging.getLogger("vlmforge")
 
@@ -17,6 +18,8 @@ logger = logging.getLogger("vlmforge")
 _PACK_SHARE = 0.7
 # Sequences rarely fill their windows: address space is kept for this many times what memory holds.
 _OVERCOMMIT = 4
+# Of a graph on a GPU, and of a segment of a chain: the library's own; and what allocations lose.
+_GRAPH_BYTES, _SEGMENT_BYTES, _ROOM = 600 << 20, 36 << 20, 1.2
 
 
 def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptions:
@@ -36,6 +39,8 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
             fix=f"build-engine CHECKPOINT -o {bundle.folder} --session-len {capacity} --force, "
             f"where CHECKPOINT is {manifest.provenance.source}",
         )
+    if manifest.kv.page_size is not None:
+        return _paged(manifest, config, capacity, free)
     weights = sum(part.loaded_bytes for part in manifest.parts)
     pack = weights <= _PACK_SHARE * free
     if not pack:
@@ -61,6 +66,40 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
             shown(wanted),
         )
     return LoadOptions(slots, capacity, _threads(config.threads), pack, blocks, block)
+
+
+def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float) -> LoadOptions:
+    """Of a GPU: a pool of pages in what weights and activations leave of its free memory."""
+    page, wanted = manifest.kv.page_size or 0, config.max_batch_size
+    slots = wanted or manifest.decode.max_batch_size
+    chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
+    taken = sum(part_bytes(part, max(chunk, slots)) for part in manifest.parts)
+    budget = config.cache_max_entry_count * (free - taken)
+    longest = -(-capacity // page)
+    # No more than all sequences can ever fill.
+    blocks = min(int(budget // (page * manifest.kv.bytes_per_token)), slots * longest)
+    if blocks < longest:
+        needed = longest * page * manifest.kv.bytes_per_token
+        raise BackendUnavailableError(
+            "The engine does not fit the memory of this GPU.",
+            found=f"{free / 1e9:.2f} GB free, of which {taken / 1e9:.2f} GB go to weights and "
+            f"activations, and {config.cache_max_entry_count} of the rest to the cache",
+            expected=f"{needed / 1e9:.2f} GB for a cache of {capacity} tokens",
+            fix="EngineConfig(session_len=...) with a smaller window, a larger "
+            "cache_max_entry_count, a GPU with more memory, or what else is on it ended",
+        )
+    return LoadOptions(slots, capacity, None, True, blocks, page, paged=True, chunk=chunk)
+
+
+def part_bytes(part: Part, tokens: int) -> float:
+    """What a part takes of a GPU's memory when at most so many tokens are run at once.
+
+    Weights, and what each segment calculates in between; the factors were measured.
+    """
+    if part.chain is None:
+        return part.loaded_bytes + _GRAPH_BYTES
+    row = sum(segment.token_bytes for segment in part.chain.segments)
+    return part.loaded_bytes + _ROOM * row * tokens + _SEGMENT_BYTES * len(part.chain.segments)
 
 
 def _threads(asked: int | None) -> int | None:

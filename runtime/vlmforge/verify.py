@@ -88,7 +88,7 @@ def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
     features, _ = FeatureCache(engine.vision.encode, batch=1).get(images)
     rendered = engine.render(prompt)
     given = engine.decoder_input(rendered, features)
-    logits = engine.prefill(0, given, 0, logits="last")[0]
+    logits = engine.prefill(engine.options.whole_place, given, 0, logits="last")[0]
     return {
         "pixels": _sample([image.pixel_values for image in images]),
         "tokens": np.array(rendered.token_ids, np.int64),
@@ -102,7 +102,7 @@ def _greedy(engine: Engine, given: DecoderInput, logits: NDArray[np.float32]) ->
     tokens, length, levels = [int(logits.argmax())], len(given.ids), np.array([given.rotary_level])
     while len(tokens) < GREEDY_TOKENS:
         done = np.array([length + len(tokens) - 1])
-        step = engine.decode((0,), np.array(tokens[-1:]), done, levels)
+        step = engine.decode([engine.options.whole_place], np.array(tokens[-1:]), done, levels)
         tokens.append(int(step[0].argmax()))
     return np.array(tokens, np.int64)
 
@@ -146,7 +146,9 @@ def load_for_goldens(folder: Path, *, checked: bool = True) -> Engine:
     bundle = open_bundle(folder) if checked else Bundle(folder, load_manifest(folder))
     manifest = bundle.manifest
     frozen = bundle.text(manifest.prompt.template_file)
-    options = LoadOptions(slots=1, capacity=manifest.decode.session_len, pack=False)
+    kv, window = manifest.kv, manifest.decode.session_len
+    paged = kv.page_size is not None
+    options = LoadOptions(1, window, pack=False, block_size=kv.page_size or 64, paged=paged)
     return load_engine(bundle, choose_template(manifest.prompt, frozen, None), options)
 
 

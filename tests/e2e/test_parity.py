@@ -330,4 +330,4 @@ def run(
     """Logits of every position, from these ids and pixel values."""
     features = [engine.vision.encode(values) for values in pixels]
     features = [values.reshape(-1, values.shape[-1]) for values in features]
-    return engine.prefill(0, engine.decoder_input(rendered, features), 0, logits="all")
+    return engine.prefill((0,), engine.decoder_input(rendered, features), 0, logits="all")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vlmforge.errors import BackendUnavailableError
 from vlmforge.kv.cache import Move
+from vlmforge.limits import Room
 from vlmforge.manifest import Manifest
 
 FloatArray = NDArray[np.float32]
@@ -32,6 +33,8 @@ class LoadOptions:
         budget: Blocks of `block_size` tokens that all of them together may hold; None: no limit
             but their capacity.
         block_size: Tokens of a block, by which the cache's memory is counted.
+        paged: Whether the cache is a pool of such blocks, or one slot for each sequence.
+        chunk: Tokens of a prompt that are run at once, at most.
         threads: Threads of arithmetic; None: one for each physical core.
         pack: True copies the weights into the layout that matrix products read fastest: batches
             decode about twice as fast, but loading takes longer. False maps them from the file:
@@ -45,6 +48,13 @@ class LoadOptions:
     pack: bool = True
     budget: int | None = None
     block_size: int = 64
+    paged: bool = False
+    chunk: int = 512
+
+    @property
+    def whole_place(self) -> tuple[int, ...]:
+        """The place of a sequence that is alone and may fill the cache (see `KVCache.place`)."""
+        return tuple(range(self.blocks)) if self.paged else (0,)
 
     @property
     def blocks(self) -> int:
@@ -72,6 +82,7 @@ class DecoderBatch:
         image_features: `[R, hidden]`, or None when no id refers to one.
         logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of; K may be 0.
         rotary_levels: int64 `[B]`, for an engine whose position policy has levels.
+        blocks: The blocks of each row's sequence, in order, for a cache that is a pool of them.
     """
 
     slots: Sequence[int]
@@ -80,6 +91,7 @@ class DecoderBatch:
     image_features: FloatArray | None
     logits_indices: IntArray
     rotary_levels: IntArray | None = None
+    blocks: Sequence[Sequence[int]] = ()
 
 
 class DecoderSession(Protocol):
@@ -103,6 +115,9 @@ class Backend(Protocol):
     ) -> DecoderSession:
         """Load the part "decoder" and make its key/value slots (EngineError otherwise)."""
 
+    def memory(self) -> Room:
+        """What it may still take of the memory that engines are loaded into."""
+
     def check(self) -> None:
         """Whether this machine can run its engines (BackendUnavailableError otherwise)."""
 
@@ -110,7 +125,7 @@ class Backend(Protocol):
         """Names and versions of the libraries in use, for `vlmforge doctor`."""
 
 
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+BACKENDS = ("onnxruntime", "cuda", "tensorrt", "tensorrt_rtx")
 """The first runs everywhere."""
 
 

@@ -19,7 +19,7 @@ from vlmforge.backends.dense import DenseCache
 from vlmforge.backends.rows import Rows
 from vlmforge.errors import EngineError
 from vlmforge.kv.cache import Copy, Move
-from vlmforge.limits import available_cpus
+from vlmforge.limits import Room, available_cpus, available_memory
 from vlmforge.manifest import KVLayout, Manifest, Part
 from vlmforge.ort import ort
 
@@ -178,6 +178,10 @@ class OnnxRuntimeBackend:
         return _Decoder(
             _session(folder / part.file, part, options, manifest.dtype), manifest.kv, options
         )
+
+    def memory(self) -> Room:
+        """See `Backend.memory`."""
+        return available_memory()
 
     def check(self) -> None:
         """See `Backend.check`: importing the library was the check."""

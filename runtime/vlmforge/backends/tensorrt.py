@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from vlmforge.backends import DecoderSession, LoadOptions, VisionSession
 from vlmforge.errors import BackendUnavailableError
+from vlmforge.limits import Room, available_memory
 from vlmforge.manifest import Manifest
 
 _DRIVER = "libcuda.so.1"
@@ -50,6 +51,10 @@ class PlanBackend:
         """See `Backend.load_decoder`."""
         del folder, manifest, options
         self.check()
+
+    def memory(self) -> Room:
+        """See `Backend.memory`: of the processor, as there is no other that could be used."""
+        return available_memory()
 
     def versions(self) -> Sequence[tuple[str, str]]:
         """See `Backend.versions` (BackendUnavailableError: not installed)."""

@@ -26,10 +26,13 @@ class _Sequence:
 
 
 class BlockPool:
-    """A `KVCache` of `blocks` blocks of `block_size` tokens."""
+    """A `KVCache` of `blocks` blocks of `block_size` tokens.
 
-    def __init__(self, blocks: int, block_size: int) -> None:
-        self.blocks, self.block_size = blocks, block_size
+    With `reuse=False` nothing is kept.
+    """
+
+    def __init__(self, blocks: int, block_size: int, *, reuse: bool = True) -> None:
+        self.blocks, self.block_size, self._reuse = blocks, block_size, reuse
         self._uses = [0] * blocks
         self._empty = list(range(blocks - 1, -1, -1))  # of no use to anybody; popped from the end
         self._kept: OrderedDict[int, bytes] = OrderedDict()  # unused, with content; oldest first
@@ -63,7 +66,7 @@ class BlockPool:
     def begin(self, sequence: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
         """See `KVCache.begin`."""
         # The last token is left to run, because its logits are needed.
-        digests, known = self._match(keys[:-1] if reuse else keys[:0], salt)
+        digests, known = self._match(keys[:-1] if reuse and self._reuse else keys[:0], salt)
         revived = sum(self._uses[block] == 0 for block in known)
         if self._count(len(keys)) - len(known) + revived > self.free_blocks:
             return None

@@ -162,7 +162,7 @@ class _Work:
         prompt = active.input.ids[row.start : row.stop]
         ids = np.concatenate((prompt, np.array(row.tokens[len(prompt) :], np.int64)))
         chunk = dataclasses.replace(active.input, ids=ids)
-        logits = self.engine.prefill(row.place[0], chunk, row.start, logits=row.logits)
+        logits = self.engine.prefill(row.place, chunk, row.start, logits=row.logits)
         if not len(logits) and row.logits != "none":
             raise ValueError("the decoder gave no logits for the end of a prompt")
         return logits
@@ -171,8 +171,8 @@ class _Work:
         tokens = np.array([row.tokens[0] for row in rows], np.int64)
         lengths = np.array([row.start for row in rows], np.int64)
         levels = [self.active[row.sequence].input.rotary_level for row in rows]
-        slots = [row.place[0] for row in rows]
-        logits = self.engine.decode(slots, tokens, lengths, np.array(levels, np.int64))
+        places = [row.place for row in rows]
+        logits = self.engine.decode(places, tokens, lengths, np.array(levels, np.int64))
         if len(logits) != len(rows):
             raise ValueError(f"the decoder gave {len(logits)} rows for {len(rows)} sequences")
         return logits

@@ -6,9 +6,12 @@ import itertools
 import logging
 from collections.abc import Callable
 
+from vlmforge.backends import LoadOptions
 from vlmforge.engine import Engine
 from vlmforge.errors import BackendUnavailableError, EngineStepError
 from vlmforge.features import FeatureCache
+from vlmforge.kv.blocks import BlockPool
+from vlmforge.kv.cache import KVCache
 from vlmforge.kv.slots import SlotCache
 from vlmforge.request import cancelled
 from vlmforge.runner.job import Job
@@ -115,13 +118,7 @@ class Jobs:
 
     def _forget_cache(self) -> None:
         options = self._engine.options
-        self._cache = SlotCache(
-            options.slots,
-            options.capacity,
-            budget=options.blocks,
-            block_size=options.block_size,
-            reuse=self._reuse,
-        )
+        self._cache = _cache(options, self._reuse)
         self._scheduler = Scheduler(self._cache, rows=options.slots, chunk=self._chunk)
 
     def _sequence(self, job: Job) -> TokenSequence:
@@ -143,3 +140,15 @@ class Jobs:
             expected=f"at most {options.blocks * options.block_size - 1} tokens",
             fix="free memory, or send fewer or smaller images or a shorter text",
         )
+
+
+def _cache(options: LoadOptions, reuse: bool) -> KVCache:
+    if options.paged:
+        return BlockPool(options.blocks, options.block_size, reuse=reuse)
+    return SlotCache(
+        options.slots,
+        options.capacity,
+        budget=options.blocks,
+        block_size=options.block_size,
+        reuse=reuse,
+    )

@@ -1,0 +1,94 @@
+"""What a chain asks of the device that runs it. Everything else about a device stays behind this.
+
+There are two: an NVIDIA GPU (`backends.cuda.gpu`), and the processor in its place for tests
+(`backends.fake`). All that is enqueued happens in order; nothing waits but what says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from vlmforge.ort import ort
+from vlmforge_plugins.cached_attention.config import Config
+from vlmforge_plugins.cached_attention.kernel_store import Loaded
+
+ITEM_BYTES: Mapping[str, int] = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "int64": 8,
+    "int32": 4,
+}
+Work = Callable[[], None]
+"""Enqueues something."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of the device's memory, dense and row-major."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    address: int
+
+
+class Memory(Protocol):
+    """A piece of the device's memory, kept as long as this is."""
+
+    @property
+    def address(self) -> int:
+        """Of its first byte; a multiple of 256."""
+
+
+class Segment(Protocol):
+    """A graph that is loaded."""
+
+    def bind(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Work:
+        """What enqueues a run from and to these addresses, as often as it is called.
+
+        Raises (when called):
+            EngineError: the library failed.
+        """
+
+
+class Device(Protocol):
+    """A device with a stream of work. One thread at a time."""
+
+    @property
+    def stream(self) -> int:
+        """The handle that kernels are launched with."""
+
+    def allocate(self, size: int) -> Memory:
+        """Memory of `size` bytes with anything in it (EngineError: there is not as much)."""
+
+    def upload(self, address: int, values: NDArray[Any]) -> None:
+        """Enqueue a copy to the device; `values` may be changed when this returns."""
+
+    def download(self, address: int, values: NDArray[Any]) -> None:
+        """Wait for all that is enqueued, and fill `values` (C-contiguous)."""
+
+    def copy(self, source: int, target: int, size: int) -> None:
+        """Enqueue a copy of `size` bytes within the device's memory."""
+
+    def segment(self, file: Path) -> Segment:
+        """Load a graph (EngineError: the library cannot)."""
+
+    def session(self, file: Path) -> ort.InferenceSession:
+        """Load a graph that is run from arrays and waited for (EngineError: see `segment`)."""
+
+    def kernels(self, config: Config, files: Mapping[str, Path]) -> Loaded:
+        """The attention's kernels for this device, of the files by their targets' names.
+
+        Raises:
+            BackendUnavailableError: there are none for it.
+        """
+
+    def captured(self, work: Work) -> Work:
+        """The same work, which has been done once, as one launch."""

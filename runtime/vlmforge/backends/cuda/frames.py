@@ -1,0 +1,161 @@
+"""How a step lies in the device's memory: sizes, offsets and buckets. Pure arithmetic.
+
+Addresses must not change while a captured graph is used, and memory must not grow: so everything of
+a step has its offset in one arena, worked out from the step's size alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vlmforge.backends.cuda.device import ITEM_BYTES
+from vlmforge.chain import PartChain, TensorSpec
+
+ALIGNMENT = 256
+PAST, QUERY_LENGTHS, BLOCK_TABLE = "past_lengths.int32", "query_lengths", "block_table"
+_LEAST_TOTAL = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """The dimensions of a step.
+
+    Attributes:
+        batch, tokens: Rows, and tokens of each.
+        outputs: Positions of each row whose logits are wanted.
+        rows: Of image features.
+        total: No row has more tokens than this, past and new.
+    """
+
+    batch: int
+    tokens: int
+    outputs: int
+    rows: int
+    total: int
+
+    def shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        """Of a tensor of the chain."""
+        dims = {
+            "batch": self.batch,
+            "tokens": self.tokens,
+            "outputs": self.outputs,
+            "rows": self.rows,
+        }
+        return tuple(dim if isinstance(dim, int) else dims[dim] for dim in spec.shape)
+
+    @property
+    def replayed(self) -> bool:
+        """Whether steps of this size come again and again."""
+        return self.tokens == self.outputs == self.rows == 1
+
+
+def bucket(size: Size, slots: int, capacity: int) -> Size:
+    """The size that a step is run with: few different ones, each not much larger than asked for."""
+    total = min(capacity, _round_up(max(size.total, _LEAST_TOTAL)))
+    if not size.replayed:
+        return replace(size, total=total)
+    batch = 1 << (size.batch - 1).bit_length()
+    return replace(size, batch=min(batch, slots), total=total)
+
+
+def _round_up(number: int) -> int:
+    """To a power of two, or one and a half of one."""
+    power = 1 << (number - 1).bit_length()
+    return power * 3 // 4 if number <= power * 3 // 4 else power
+
+
+def inputs_of(inputs: Iterable[TensorSpec], columns: int) -> tuple[TensorSpec, ...]:
+    """What is uploaded for a step: a chain's own inputs, and what the attention reads.
+
+    `columns`: of the block table, the most pages of a sequence.
+    """
+    own = tuple(
+        TensorSpec(name, "int32", shape)
+        for name, shape in (
+            (PAST, ("batch",)),
+            (QUERY_LENGTHS, ("batch",)),
+            (BLOCK_TABLE, ("batch", columns)),
+        )
+    )
+    return (*own, *(spec for spec in inputs if not is_cache(spec)))
+
+
+def is_cache(spec: TensorSpec) -> bool:
+    """Whether an input of a decoder is a layer's keys or values."""
+    return spec.name.startswith(("past_key.", "past_value."))
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Offsets in the arena by the tensors' names.
+
+    Attributes:
+        offsets: Of everything.
+        uploaded: Bytes from the beginning on that are uploaded for each step.
+        size: Of all.
+    """
+
+    offsets: Mapping[str, int]
+    uploaded: int
+    size: int
+
+
+def arrange(chain: PartChain, inputs: Sequence[TensorSpec], size: Size) -> Arrangement:
+    """Inputs one after the other, and behind them the tensors between steps.
+
+    A tensor's place is free for others as soon as no later step takes it.
+    """
+    offsets, end = {}, 0
+    for spec in inputs:
+        offsets[spec.name], end = end, end + _bytes(spec, size)
+    specs = {s.name: s for seg in chain.segments for s in (*seg.inputs, *seg.outputs)}
+    last = _last_uses(chain)
+    living: dict[str, tuple[int, int]] = {}  # by name: begin and end
+    most = end
+    for index, names in enumerate(_made(chain)):
+        living = {name: place for name, place in living.items() if last[name] >= index}
+        for name in names:
+            needed = _bytes(specs[name], size)
+            begin = _gap(sorted(living.values()), end, needed)
+            offsets[name] = begin
+            living[name] = (begin, begin + needed)
+            most = max(most, begin + needed)
+    return Arrangement(offsets, end, most)
+
+
+def _made(chain: PartChain) -> list[tuple[str, ...]]:
+    """The names of what each step gives."""
+    made = []
+    for step in chain.steps:
+        if step.segment is not None:
+            made.append(tuple(spec.name for spec in step.segment.outputs))
+        elif step.attention is not None:
+            made.append((step.attention.out,))
+    return made
+
+
+def _last_uses(chain: PartChain) -> dict[str, int]:
+    """The last step that takes or gives each tensor."""
+    last = {name: index for index, names in enumerate(_made(chain)) for name in names}
+    for index, step in enumerate(chain.steps):
+        if step.segment is not None:
+            last.update({spec.name: index for spec in step.segment.inputs})
+        elif step.attention is not None:
+            last[step.attention.qkv] = index
+    return last
+
+
+def _gap(taken: Sequence[tuple[int, int]], start: int, needed: int) -> int:
+    """The first place from `start` on where `needed` bytes are free."""
+    for begin, end in taken:
+        if begin - start >= needed:
+            break
+        start = max(start, end)
+    return start
+
+
+def _bytes(spec: TensorSpec, size: Size) -> int:
+    exact = math.prod(size.shape(spec)) * ITEM_BYTES[spec.dtype]
+    return -(-exact // ALIGNMENT) * ALIGNMENT

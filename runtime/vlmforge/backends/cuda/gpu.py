@@ -1,0 +1,197 @@
+"""An NVIDIA GPU as a `Device`: memory, a stream and graphs of the CUDA driver.
+
+Set up as it was measured to work: segments and kernels on one stream of ours, which is given to
+ONNX Runtime as `user_compute_stream`; everything bound by address; a step captured in the mode
+"thread local" after it has run once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver
+from numpy.typing import NDArray
+
+from vlmforge.backends.cuda.device import Work
+from vlmforge.backends.cuda.segments import OrtSegment, open_session
+from vlmforge.errors import BackendUnavailableError, EngineError
+from vlmforge.ort import ort
+from vlmforge_plugins.cached_attention.config import Config
+from vlmforge_plugins.cached_attention.driver import CudaKernels, call, capability, machine
+from vlmforge_plugins.cached_attention.kernel_store import Loaded, choose_target
+from vlmforge_plugins.cached_attention.plan import Machine
+from vlmforge_plugins.errors import PluginError, UnsupportedError
+
+PROVIDER = "CUDAExecutionProvider"
+_LEAST_STAGING = 1 << 20
+
+
+@cache
+def context(ordinal: int = 0) -> Any:
+    """The GPU's primary context, which the libraries use too; kept while the process lives."""
+    call(driver.cuInit, 0)
+    return call(driver.cuDevicePrimaryCtxRetain, call(driver.cuDeviceGet, ordinal))
+
+
+def enter(ordinal: int = 0) -> None:
+    """Make the GPU's context that of the calling thread."""
+    call(driver.cuCtxSetCurrent, context(ordinal))
+
+
+class GpuMemory:
+    """See `Memory`."""
+
+    def __init__(self, size: int) -> None:
+        try:
+            self.address = int(call(driver.cuMemAlloc, size))
+        except PluginError as error:
+            free, _ = call(driver.cuMemGetInfo)
+            raise EngineError(
+                "The GPU has no memory left for the engine.",
+                found=f"{int(free) / 1e9:.2f} GB free ({error.found})",
+                expected=f"{size / 1e9:.2f} GB in one piece",
+                fix="EngineConfig(cache_max_entry_count=...) with a smaller share, a smaller "
+                "session_len or max_batch_size, or end what else is on the GPU",
+            ) from error
+        weakref.finalize(self, _free, driver.cuMemFree, self.address).atexit = False
+
+
+class _Staging:
+    """Memory of the host that the GPU reads and writes at full rate."""
+
+    def __init__(self, size: int) -> None:
+        self.address = int(call(driver.cuMemHostAlloc, size, 0))
+        raw = (ctypes.c_ubyte * size).from_address(self.address)
+        self.bytes: NDArray[np.uint8] = np.frombuffer(raw, np.uint8)
+        weakref.finalize(self, _free, driver.cuMemFreeHost, self.address).atexit = False
+
+
+def _free(function: Any, handle: Any) -> None:
+    enter()
+    call(function, handle)
+
+
+class Gpu:
+    """See `Device`."""
+
+    def __init__(self) -> None:
+        enter()
+        non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        stream = call(driver.cuStreamCreate, non_blocking)
+        self.stream = int(stream)
+        self._up, self._down = _Staging(_LEAST_STAGING), _Staging(_LEAST_STAGING)
+        weakref.finalize(self, _free, driver.cuStreamDestroy, stream).atexit = False
+
+    def allocate(self, size: int) -> GpuMemory:
+        """See `Device.allocate`."""
+        enter()
+        return GpuMemory(size)
+
+    def upload(self, address: int, values: NDArray[Any]) -> None:
+        """See `Device.upload`."""
+        enter()
+        # What was uploaded before has been read: every step is waited for by its download, but
+        # for those that give nothing.
+        call(driver.cuStreamSynchronize, self.stream)
+        if values.nbytes > len(self._up.bytes):
+            self._up = _Staging(values.nbytes)
+        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        self._up.bytes[: values.nbytes] = flat
+        call(driver.cuMemcpyHtoDAsync, address, self._up.address, values.nbytes, self.stream)
+
+    def download(self, address: int, values: NDArray[Any]) -> None:
+        """See `Device.download`."""
+        enter()
+        if values.nbytes > len(self._down.bytes):
+            self._down = _Staging(values.nbytes)
+        call(driver.cuMemcpyDtoHAsync, self._down.address, address, values.nbytes, self.stream)
+        call(driver.cuStreamSynchronize, self.stream)
+        values.reshape(-1).view(np.uint8)[:] = self._down.bytes[: values.nbytes]
+
+    def copy(self, source: int, target: int, size: int) -> None:
+        """See `Device.copy`."""
+        enter()
+        call(driver.cuMemcpyDtoDAsync, target, source, size, self.stream)
+
+    def segment(self, file: Path) -> OrtSegment:
+        """See `Device.segment`."""
+        settings = {"user_compute_stream": str(self.stream), "do_copy_in_default_stream": "1"}
+        return OrtSegment(_session(file, settings), "cuda", self)
+
+    def session(self, file: Path) -> ort.InferenceSession:
+        """See `Device.session`."""
+        return _session(file, {})
+
+    def kernels(self, config: Config, files: Mapping[str, Path]) -> Loaded:
+        """See `Device.kernels`."""
+        enter()
+        try:
+            return _loaded(config, files, capability(), machine())
+        except PluginError as error:
+            raise BackendUnavailableError(
+                error.summary, found=error.found, expected=error.expected, fix=error.fix
+            ) from error
+
+    def captured(self, work: Work) -> Work:
+        """See `Device.captured`."""
+        enter()
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        call(driver.cuStreamBeginCapture, self.stream, mode)
+        try:
+            work()
+        finally:
+            graph = call(driver.cuStreamEndCapture, self.stream)
+        return _Replay(graph, self.stream, work)
+
+
+def _session(file: Path, settings: Mapping[str, str]) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.enable_mem_pattern = False  # it keeps one piece of memory for each size that ever came
+    common = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+    session = open_session(file, [(PROVIDER, {**common, **settings})], options)
+    if session.get_providers()[0] != PROVIDER:
+        raise not_loaded(file)
+    return session
+
+
+class _Replay:
+    """A captured graph. What it was captured from, and all that is in it, is kept."""
+
+    def __init__(self, graph: Any, stream: int, work: Work) -> None:
+        self._ready = call(driver.cuGraphInstantiate, graph, 0)
+        call(driver.cuGraphDestroy, graph)
+        self._stream, self._work = stream, work
+        weakref.finalize(self, _free, driver.cuGraphExecDestroy, self._ready).atexit = False
+
+    def __call__(self) -> None:
+        call(driver.cuGraphLaunch, self._ready, self._stream)
+
+
+def _loaded(config: Config, files: Mapping[str, Path], is_there: int, gpu: Machine) -> Loaded:
+    from vlmforge_plugins.cached_attention.config import sizes
+
+    target = choose_target(config, files.keys(), is_there)
+    chosen = sizes(config, target)
+    try:
+        code = files[target.name].read_bytes()
+    except OSError as error:
+        raise UnsupportedError(
+            f"The kernels {files[target.name]} cannot be read.", found=str(error.strerror)
+        ) from error
+    return Loaded(CudaKernels(code, chosen), chosen, gpu)
+
+
+def not_loaded(file: Path) -> BackendUnavailableError:
+    """ONNX Runtime took its CPU provider in place of the GPU's."""
+    return BackendUnavailableError(
+        "ONNX Runtime cannot load its CUDA provider here.",
+        found=f"{file.name} would run on the processor",
+        expected="the libraries of CUDA 13 (cublas, cudart, curand, cufft) where they are found",
+        fix="pip install --force-reinstall 'vlmforge[cuda]'; vlmforge doctor tells more",
+    )

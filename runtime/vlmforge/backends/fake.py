@@ -1,0 +1,216 @@
+"""The processor in the place of a GPU, for tests: the code of the backend `cuda` without one.
+
+    from vlmforge.backends.fake import cuda_on_cpu
+
+    decoder = cuda_on_cpu().load_decoder(folder, manifest, options)
+
+Segments run by ONNX Runtime's CPU provider, which calculates a float16 graph in float32; kernels by
+numpy, from the very parameters of their launches. bfloat16 it cannot do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmforge.backends.cuda import CudaBackend
+from vlmforge.backends.cuda.device import Work
+from vlmforge.backends.cuda.segments import OrtSegment, open_session
+from vlmforge.ort import ort
+from vlmforge_plugins.cached_attention.config import TARGETS, Config, Sizes, sizes
+from vlmforge_plugins.cached_attention.kernel_store import Loaded
+from vlmforge_plugins.cached_attention.launcher import MAP_BYTES, Boxes, Kernels, Params
+from vlmforge_plugins.cached_attention.plan import Launch, Machine
+
+_POISON = 0x7F
+MakeKernels = Callable[[Sizes], Kernels]
+
+
+class NumpyKernels:
+    """The attention's kernels by numpy, in float32, for pools and rows of float16."""
+
+    def __init__(self, chosen: Sizes) -> None:
+        self._width = chosen.config.head_size
+
+    def tile_map(self, boxes: Boxes) -> bytes:
+        """Nothing reads it here."""
+        del boxes
+        return bytes(MAP_BYTES)
+
+    def launch(self, launch: Launch, params: Params, stream: int) -> None:
+        """Do what the kernel does."""
+        del stream
+        call = _Call(params, self._width)
+        for row in range(params.batch):
+            if launch.kernel == "vf_write":
+                call.write(row)
+            elif launch.kernel != "vf_combine":
+                call.attend(row)
+
+
+class _Call:
+    """A launch's parameters as arrays."""
+
+    def __init__(self, params: Params, width: int) -> None:
+        p = self._p = params
+        self._width, self._page = width, 1 << p.page_shift
+        self._past = _array(p.past_lengths, np.int32, (p.batch,))
+        self._new = _array(p.query_lengths, np.int32, (p.batch,))
+        self._table = _array(p.block_table, np.int32, (p.batch, p.max_pages))
+
+    def write(self, row: int) -> None:
+        """New keys and values to their pages."""
+        p, places = self._p, self._places(row)
+        key = self._rotated(self._rows(p.key, p.key_batch, p.key_row, row, p.kv_heads), places)
+        value = self._rows(p.value, p.value_batch, p.value_row, row, p.kv_heads)
+        for place, new_key, new_value in zip(places, key, value, strict=True):
+            page, offset = self._table[row, place // self._page], place % self._page
+            self._pool(p.key_pool, page)[:, offset] = new_key
+            self._pool(p.value_pool, page)[:, offset] = new_value
+
+    def attend(self, row: int) -> None:
+        """Attention of the new queries over all tokens of the sequence that come before them."""
+        p, places = self._p, self._places(row)
+        if not len(places):
+            return
+        queries = self._rows(p.query, p.query_batch, p.query_row, row, p.heads)
+        query = self._rotated(queries, places).astype(np.float32)
+        key, value = self._held(p.key_pool, row), self._held(p.value_pool, row)
+        group = p.heads // p.kv_heads
+        grouped = query.transpose(1, 0, 2).reshape(p.kv_heads, -1, self._width)
+        scores = grouped @ key.transpose(0, 2, 1) * (p.scale_log2 * np.float32(np.log(2)))
+        scores = scores.reshape(p.kv_heads, group, len(places), -1)
+        later = np.arange(scores.shape[-1]) > places[:, None]
+        scores = np.where(later, -np.inf, scores)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        mixed = weights.reshape(p.kv_heads, -1, weights.shape[-1]) @ value
+        mixed = mixed.reshape(p.heads, len(places), self._width).transpose(1, 0, 2)
+        self._rows(p.out, p.out_batch, p.out_row, row, p.heads)[:] = mixed
+
+    def _places(self, row: int) -> NDArray[np.int64]:
+        return int(self._past[row]) + np.arange(int(self._new[row]))
+
+    def _rows(
+        self, address: int, batch_stride: int, row_stride: int, row: int, heads: int
+    ) -> NDArray[np.float16]:
+        """`[new tokens, heads, D]`, in place."""
+        new = int(self._new[row])
+        start = address + 2 * row * batch_stride
+        if not new:
+            return np.empty((0, heads, self._width), np.float16)
+        used = heads * self._width
+        flat = _array(start, np.float16, ((new - 1) * row_stride + used,))
+        shape, strides = (new, heads, self._width), (2 * row_stride, 2 * self._width, 2)
+        return np.lib.stride_tricks.as_strided(flat, shape, strides)
+
+    def _rotated(
+        self, rows: NDArray[np.float16], places: NDArray[np.int64]
+    ) -> NDArray[np.float16]:
+        p, half = self._p, self._width // 2
+        if not p.cos:
+            return rows
+        cos, sin = (
+            np.stack([_array(t + 4 * half * int(i), np.float32, (half,)) for i in places])[:, None]
+            if len(places)
+            else np.empty((0, 1, half), np.float32)
+            for t in (p.cos, p.sin)
+        )
+        first, second = rows[..., :half].astype(np.float32), rows[..., half:].astype(np.float32)
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        return np.concatenate(turned, -1).astype(np.float16)
+
+    def _pool(self, address: int, page: int) -> NDArray[np.float16]:
+        """One page, `[kv_heads, page_size, D]`."""
+        shape = (self._p.kv_heads, self._page, self._width)
+        return _array(address + int(page) * 2 * int(np.prod(shape)), np.float16, shape)
+
+    def _held(self, address: int, row: int) -> NDArray[np.float32]:
+        """`[kv_heads, tokens, D]` of a sequence, new tokens included."""
+        total = int(self._past[row]) + int(self._new[row])
+        pages = [self._pool(address, page) for page in self._table[row, : -(-total // self._page)]]
+        return np.concatenate(pages, 1)[:, :total].astype(np.float32)
+
+
+def _array(address: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Memory as an array, in place."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """See `Memory`."""
+
+    address: int
+    kept: NDArray[np.uint8]
+
+
+class HostDevice:
+    """See `Device`.
+
+    Attributes:
+        captures: How often something was captured.
+        replays: How often something captured was launched.
+    """
+
+    stream = 0
+    machine = Machine(multiprocessors=4, shared_bytes=227 << 10)
+
+    def __init__(self, kernels: MakeKernels = NumpyKernels) -> None:
+        self._kernels = kernels
+        self.captures = self.replays = 0
+
+    def allocate(self, size: int) -> HostMemory:
+        """See `Device.allocate`. What is in it is no number, as it might be on a GPU."""
+        kept = np.full(size + 256, _POISON, np.uint8)
+        return HostMemory(kept.ctypes.data + -kept.ctypes.data % 256, kept)
+
+    def upload(self, address: int, values: NDArray[Any]) -> None:
+        """See `Device.upload`."""
+        ctypes.memmove(address, np.ascontiguousarray(values).ctypes.data, values.nbytes)
+
+    def download(self, address: int, values: NDArray[Any]) -> None:
+        """See `Device.download`."""
+        ctypes.memmove(values.ctypes.data, address, values.nbytes)
+
+    def copy(self, source: int, target: int, size: int) -> None:
+        """See `Device.copy`."""
+        ctypes.memmove(target, source, size)
+
+    def segment(self, file: Path) -> OrtSegment:
+        """See `Device.segment`."""
+        return OrtSegment(self.session(file), "cpu", self)
+
+    def session(self, file: Path) -> ort.InferenceSession:
+        """See `Device.session`."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        return open_session(file, ["CPUExecutionProvider"], options)
+
+    def kernels(self, config: Config, files: Mapping[str, Path]) -> Loaded:
+        """See `Device.kernels`: as they would be on a GPU of one of the kinds."""
+        target = next(target for target in TARGETS if target.name in files)
+        chosen = sizes(config, target)
+        return Loaded(self._kernels(chosen), chosen, self.machine)
+
+    def captured(self, work: Work) -> Work:
+        """See `Device.captured`."""
+        self.captures += 1
+
+        def replay() -> None:
+            self.replays += 1
+            work()
+
+        return replay
+
+
+def cuda_on_cpu(kernels: MakeKernels = NumpyKernels) -> CudaBackend:
+    """The backend `cuda` on the processor; `kernels` takes the place of compiled ones."""
+    return CudaBackend(lambda: HostDevice(kernels))
