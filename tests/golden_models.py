@@ -23,8 +23,6 @@ from vlmforge import EngineConfig, GenerationConfig, Pipeline, Response, pipelin
 from vlmforge.features import FeatureCache
 from vlmforge.manifest import load_manifest
 from vlmforge.vl import load_image
-from vlmforge_builder.build import BuildOptions, build_engine
-from vlmforge_builder.progress import Progress
 
 FOLDERS = tuple(sorted(path.parent.name for path in DATA.glob("*/cases.json")))
 _TAG = re.compile(r"<image(?:_placeholder)?>\n")
@@ -184,6 +182,9 @@ def check_answer(golden: Golden, name: str, limits: Tolerances) -> None:
 
 def check_16_bit_engine(folder: str, dtype: str, engine: Path) -> None:
     """Build an engine of `dtype` at `engine`; every stage of every case is within its limits."""
+    from vlmforge_builder.build import BuildOptions, build_engine  # a GPU's machine has no builder
+    from vlmforge_builder.progress import Progress
+
     options = BuildOptions(str(DATA / folder / "checkpoint"), engine, dtype=dtype, max_batch_size=1)
     with Progress(text=io.StringIO()) as progress:
         build_engine(options, progress)
