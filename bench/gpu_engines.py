@@ -9,6 +9,7 @@ Needs what serving needs, and for `goldens` pytest too; no torch.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -25,7 +26,7 @@ sys.path[:0] = [str(ROOT / "builder"), str(ROOT / "recipes")]
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, pipeline  # noqa: E402
 from vlmforge.backends.cuda import machine  # noqa: E402
 
-_STEPS = 48
+_LEAST_STEPS = 48
 
 
 def goldens(engines: Path) -> int:
@@ -61,12 +62,14 @@ class Watched:
     steps: list[tuple[float, float, int, int]]
 
     def step(self, batch: Any) -> Any:
+        """As a decoder does."""
         began = time.perf_counter()
         logits = self.inner.step(batch)
         self.steps.append((began, time.perf_counter(), *batch.input_ids.shape))
         return logits
 
     def move(self, move: Any) -> None:
+        """As a decoder does."""
         self.inner.move(move)
 
 
@@ -86,8 +89,10 @@ def speed(engine: Path, wanted: list[str], out: Path | None) -> None:
         object.__setattr__(pipe._engine, "decoder", watched)
         read = read_bytes(pipe)
         for batch, context in sizes:
-            prompts = [prompt(pipe, context - _STEPS, index) for index in range(batch)]
-            generation = GenerationConfig(max_new_tokens=_STEPS, ignore_eos=True)
+            # The first prompts decode while the last ones are still being run.
+            steps = _LEAST_STEPS + 3 * batch
+            prompts = [prompt(pipe, context - steps, index) for index in range(batch)]
+            generation = GenerationConfig(max_new_tokens=steps, ignore_eos=True)
             for _ in range(2):  # the first captures
                 watched.steps.clear()
                 answers = pipe(prompts, gen_config=[generation] * batch, do_preprocess=False)
@@ -123,7 +128,7 @@ def figures(
     steps: list[tuple[float, float, int, int]], batch: int, context: int, read: tuple[int, int]
 ) -> dict[str, Any]:
     """Medians in milliseconds: of a whole step, from its beginning to the next, and inside."""
-    full = [(a, b) for a, b in zip(steps, steps[1:]) if a[2:] == b[2:] == (batch, 1)]
+    full = [(a, b) for a, b in itertools.pairwise(steps) if a[2:] == b[2:] == (batch, 1)]
     whole = statistics.median(b[0] - a[0] for a, b in full) * 1e3
     inside = statistics.median(a[1] - a[0] for a, _ in full) * 1e3
     bytes_read = read[0] + batch * context * read[1]

@@ -48,7 +48,7 @@ def _repeat(file: BinaryIO, block: memoryview, size: int) -> None:
 def build(size: str, engine: Path, options: list[str]) -> None:
     """Build the engine of a preset's shape with holes."""
     from vlmforge_builder.command import run
-    from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint, files
+    from vlmforge_recipes.llava.synthetic import PRESETS, files, write_checkpoint
 
     checkpoint = engine.with_name(f"{engine.name}.checkpoint")
     files._write_safetensors = _write_header  # type: ignore[assignment]
@@ -85,7 +85,7 @@ def _leave_holes() -> Mapping[str, list[Any]]:
     """Have builds write vectors and tables only; what they leave out is in the result."""
     import vlmforge_builder.build as build_module
     import vlmforge_builder.targets.cuda as target
-    from vlmforge.manifest import FileEntry
+    from vlmforge.engine.manifest import FileEntry
     from vlmforge_builder.weights import AsDtype, Computed
 
     holes: dict[str, list[Any]] = {}

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from vlmforge.chain import AttentionCall
+from vlmforge.engine.chain import AttentionCall
+from vlmforge_builder.ops import DOMAIN
 from vlmforge_builder.passes.attention_nodes import Attention, attention_nodes, packed
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -105,7 +106,7 @@ class _Piece:
             [copies[value] for value in outputs],
             nodes=nodes,
             initializers=[copies[value] for value in self.weights],
-            opset_imports={n: v for n, v in whole.opset_imports.items()},
+            opset_imports={n: v for n, v in whole.opset_imports.items() if n != DOMAIN},
             name=name,
         )
         return ir.Model(graph, ir_version=whole.ir_version, producer_name=whole.producer_name)

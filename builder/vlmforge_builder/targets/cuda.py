@@ -1,7 +1,7 @@
 """CUDA: graphs that ONNX Runtime's CUDA provider runs, and between them our attention kernels.
 
-The decoder becomes a chain (`vlmforge.chain`): no GPU is needed to make it. All its pieces take
-their weights from one file.
+The decoder becomes a chain (`vlmforge.engine.chain`): no GPU is needed to make it. All its pieces
+take their weights from one file.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from vlmforge.chain import AttentionCall, ChainStep, PartChain, RotaryTables, Segment
+from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, RotaryTables, Segment
+from vlmforge.engine.manifest import KVLayout, Part, TensorSpec
 from vlmforge.env import writable_cache
 from vlmforge.errors import BuildError, ConfigError
-from vlmforge.manifest import KVLayout, Part, TensorSpec
 from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced
 from vlmforge_builder.onnx_file import refer, tensor_specs
@@ -128,8 +128,9 @@ class CudaTarget:
             ir.save(model, job.folder / part.file)
             return part
         config = _config(found[0].head_dim, job.settings)
-        caches = {spec.name for spec in part.inputs if spec.name.startswith("past_") and "." in
-                  spec.name}
+        caches = {
+            spec.name for spec in part.inputs if spec.name.startswith("past_") and "." in spec.name
+        }
         cut = cut_chain(model)
         segments = _save(cut, stem, job.folder)
         kernels = _kernels(config, stem, job.folder)

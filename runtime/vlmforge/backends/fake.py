@@ -110,9 +110,7 @@ class _Call:
         shape, strides = (new, heads, self._width), (2 * row_stride, 2 * self._width, 2)
         return np.lib.stride_tricks.as_strided(flat, shape, strides)
 
-    def _rotated(
-        self, rows: NDArray[np.float16], places: NDArray[np.int64]
-    ) -> NDArray[np.float16]:
+    def _rotated(self, rows: NDArray[np.float16], places: NDArray[np.int64]) -> NDArray[np.float16]:
         p, half = self._p, self._width // 2
         if not p.cos:
             return rows

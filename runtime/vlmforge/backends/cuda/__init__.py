@@ -14,9 +14,8 @@ import numpy as np
 from vlmforge.backends import DecoderSession, FloatArray, LoadOptions, VisionSession
 from vlmforge.backends.cuda.decoder import ChainDecoder
 from vlmforge.backends.cuda.device import Device
-from vlmforge.errors import EngineError
+from vlmforge.engine.manifest import Manifest
 from vlmforge.limits import Room
-from vlmforge.manifest import Manifest
 from vlmforge.ort import ort
 
 
@@ -45,9 +44,7 @@ class CudaBackend:
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
         """See `Backend.load_decoder`."""
-        return ChainDecoder(
-            self._device(), folder, manifest.part("decoder"), manifest.kv, options
-        )
+        return ChainDecoder(self._device(), folder, manifest.part("decoder"), manifest.kv, options)
 
     def memory(self) -> Room:
         """See `Backend.memory`: what is free on the GPU now."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +27,9 @@ from vlmforge.backends.cuda.frames import (
     bucket,
     inputs_of,
 )
-from vlmforge.chain import AttentionCall, ChainStep, PartChain, TensorSpec
+from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, TensorSpec
+from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.kv.cache import Copy, Move
-from vlmforge.manifest import KVLayout, Part
 from vlmforge_plugins.cached_attention import launcher
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.plan import Plan, Shape, max_workspace, plan
@@ -282,5 +281,3 @@ def _tables(
         return memory
 
     return put(tables.cos_offset), put(tables.sin_offset)
-
-

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vlmforge.backends.cuda.device import ITEM_BYTES
-from vlmforge.chain import PartChain, TensorSpec
+from vlmforge.engine.chain import PartChain, TensorSpec
 
 ALIGNMENT = 256
 PAST, QUERY_LENGTHS, BLOCK_TABLE = "past_lengths.int32", "query_lengths", "block_table"

@@ -1,0 +1,125 @@
+"""How an engine is laid out in memory: exact arithmetic before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+
+from vlmforge.api.config import MAX_CHUNK, EngineConfig
+from vlmforge.backends import LoadOptions
+from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.manifest import Manifest, Part
+from vlmforge.errors import BackendUnavailableError, ConfigError
+from vlmforge.field_rules import shown
+from vlmforge.limits import available_cpus, available_memory
+
+logger = logging.getLogger("vlmforge")
+
+# Weights are packed (copied) only when they leave this share of the free memory to the cache.
+_PACK_SHARE = 0.7
+# Sequences rarely fill their windows: address space is kept for this many times what memory holds.
+_OVERCOMMIT = 4
+# Of a graph on a GPU, and of a segment of a chain: the library's own; and what allocations lose.
+_GRAPH_BYTES, _SEGMENT_BYTES, _ROOM = 600 << 20, 36 << 20, 1.2
+
+
+def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptions:
+    """Slots and window that fit `free` bytes, so that nothing dies for want of memory later.
+
+    Raises:
+        ConfigError: the engine has no window of this size.
+        BackendUnavailableError: not even one sequence fits.
+    """
+    manifest = bundle.manifest
+    capacity = config.session_len or manifest.decode.session_len
+    if capacity > manifest.decode.session_len:
+        raise ConfigError(
+            "session_len is larger than the engine's window.",
+            found=f"session_len={capacity}",
+            expected=f"at most {manifest.decode.session_len}",
+            fix=f"build-engine CHECKPOINT -o {bundle.folder} --session-len {capacity} --force, "
+            f"where CHECKPOINT is {manifest.provenance.source}",
+        )
+    if manifest.kv.page_size is not None:
+        return _paged(manifest, config, capacity, free)
+    weights = sum(part.loaded_bytes for part in manifest.parts)
+    pack = weights <= _PACK_SHARE * free
+    if not pack:
+        logger.warning(
+            "the weights take %.1f GB of %.1f GB of free memory: they are mapped from the file "
+            "instead of packed, which is slower for batches",
+            weights / 1e9,
+            free / 1e9,
+        )
+    budget = config.cache_max_entry_count * max(free - weights, 0.1 * free)
+    block = config.cache_block_seq_len
+    blocks = int(budget // (block * manifest.kv.bytes_per_token))
+    longest = -(-capacity // block)
+    if blocks < longest:
+        raise _too_small(budget, capacity, longest * block * manifest.kv.bytes_per_token)
+    wanted = config.max_batch_size or manifest.decode.max_batch_size
+    slots = min(wanted, _OVERCOMMIT * blocks // longest)
+    if blocks < wanted * longest:
+        logger.warning(
+            "memory for %d of %s tokens that %s sequences may have in all; others wait",
+            blocks * block,
+            shown(wanted * capacity),
+            shown(wanted),
+        )
+    return LoadOptions(slots, capacity, _threads(config.threads), pack, blocks, block)
+
+
+def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float) -> LoadOptions:
+    """Of a GPU: a pool of pages in what weights and activations leave of its free memory."""
+    page, wanted = manifest.kv.page_size or 0, config.max_batch_size
+    slots = wanted or manifest.decode.max_batch_size
+    chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
+    taken = sum(part_bytes(part, max(chunk, slots)) for part in manifest.parts)
+    budget = config.cache_max_entry_count * (free - taken)
+    longest = -(-capacity // page)
+    # No more than all sequences can ever fill.
+    blocks = min(int(budget // (page * manifest.kv.bytes_per_token)), slots * longest)
+    if blocks < longest:
+        needed = longest * page * manifest.kv.bytes_per_token
+        raise BackendUnavailableError(
+            "The engine does not fit the memory of this GPU.",
+            found=f"{free / 1e9:.2f} GB free, of which {taken / 1e9:.2f} GB go to weights and "
+            f"activations, and {config.cache_max_entry_count} of the rest to the cache",
+            expected=f"{needed / 1e9:.2f} GB for a cache of {capacity} tokens",
+            fix="EngineConfig(session_len=...) with a smaller window, a larger "
+            "cache_max_entry_count, a GPU with more memory, or what else is on it ended",
+        )
+    return LoadOptions(slots, capacity, None, True, blocks, page, paged=True, chunk=chunk)
+
+
+def part_bytes(part: Part, tokens: int) -> float:
+    """What a part takes of a GPU's memory when at most so many tokens are run at once.
+
+    Weights, and what each segment calculates in between; the factors were measured.
+    """
+    if part.chain is None:
+        return part.loaded_bytes + _GRAPH_BYTES
+    row = sum(segment.token_bytes for segment in part.chain.segments)
+    return part.loaded_bytes + _ROOM * row * tokens + _SEGMENT_BYTES * len(part.chain.segments)
+
+
+def _threads(asked: int | None) -> int | None:
+    """No more threads than processors: they would wait for each other, turn about."""
+    cpus = available_cpus()
+    if asked is None or asked <= cpus:
+        return asked
+    logger.warning(
+        "threads=%s: this process may use %d processors, so it gets as many threads",
+        shown(asked),
+        cpus,
+    )
+    return cpus
+
+
+def _too_small(budget: float, capacity: int, needed: int) -> BackendUnavailableError:
+    return BackendUnavailableError(
+        "The key/value cache of one sequence does not fit the memory.",
+        found=f"{budget / 1e9:.2f} GB for the cache, by {available_memory().limit}",
+        expected=f"{needed / 1e9:.2f} GB for {capacity} tokens",
+        fix="EngineConfig(session_len=...) with a smaller window, or more memory: free some, or "
+        "raise the limit",
+    )
