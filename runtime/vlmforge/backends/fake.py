@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from vlmforge.backends.cuda import CudaBackend
-from vlmforge.backends.cuda.device import Work
+from vlmforge.backends.cuda.device import Device, Work
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.ort import ort
 from vlmforge_plugins.cached_attention.config import TARGETS, Config, Sizes, sizes
@@ -150,7 +151,7 @@ class HostMemory:
     kept: NDArray[np.uint8]
 
 
-class HostDevice:
+class HostDevice(Device):
     """See `Device`.
 
     Attributes:
@@ -165,41 +166,43 @@ class HostDevice:
         self._kernels = kernels
         self.captures = self.replays = 0
 
+    @override
     def allocate(self, size: int) -> HostMemory:
-        """See `Device.allocate`. What is in it is no number, as it might be on a GPU."""
+        """What is in it is no number, as it might be on a GPU."""
         kept = np.full(size + 256, _POISON, np.uint8)
         return HostMemory(kept.ctypes.data + -kept.ctypes.data % 256, kept)
 
+    @override
     def upload(self, address: int, values: NDArray[Any]) -> None:
-        """See `Device.upload`."""
         ctypes.memmove(address, np.ascontiguousarray(values).ctypes.data, values.nbytes)
 
+    @override
     def download(self, address: int, values: NDArray[Any]) -> None:
-        """See `Device.download`."""
         ctypes.memmove(values.ctypes.data, address, values.nbytes)
 
+    @override
     def copy(self, source: int, target: int, size: int) -> None:
-        """See `Device.copy`."""
         ctypes.memmove(target, source, size)
 
+    @override
     def segment(self, file: Path) -> OrtSegment:
-        """See `Device.segment`."""
         return OrtSegment(self.session(file), "cpu", self)
 
+    @override
     def session(self, file: Path) -> ort.InferenceSession:
-        """See `Device.session`."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         return open_session(file, ["CPUExecutionProvider"], options)
 
+    @override
     def kernels(self, config: Config, files: Mapping[str, Path]) -> Loaded:
-        """See `Device.kernels`: as they would be on a GPU of one of the kinds."""
+        """As they would be on a GPU of one of the kinds."""
         target = next(target for target in TARGETS if target.name in files)
         chosen = sizes(config, target)
         return Loaded(self._kernels(chosen), chosen, self.machine)
 
+    @override
     def captured(self, work: Work) -> Work:
-        """See `Device.captured`."""
         self.captures += 1
 
         def replay() -> None:

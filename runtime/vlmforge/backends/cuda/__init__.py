@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import override
 
-from vlmforge.backends import DecoderSession, FloatArray, LoadOptions, VisionSession
+from vlmforge.backends import Backend, DecoderSession, FloatArray, LoadOptions, VisionSession
+from vlmforge.backends.cuda import machine
 from vlmforge.backends.cuda.decoder import ChainDecoder
 from vlmforge.backends.cuda.device import Device
 from vlmforge.engine.manifest import Manifest
@@ -20,63 +22,58 @@ from vlmforge.ort import ort
 
 
 @dataclass(frozen=True, slots=True)
-class _Vision:
+class _Vision(VisionSession):
     session: ort.InferenceSession
 
+    @override
     def encode(self, pixel_values: FloatArray) -> FloatArray:
-        """See `VisionSession.encode`."""
         (features,) = self.session.run(None, {"pixel_values": pixel_values})
         return np.asarray(features, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
-class CudaBackend:
+class CudaBackend(Backend):
     """See the module. `device` makes one for each engine; None: the first GPU."""
 
     device: Callable[[], Device] | None = None
 
+    @override
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
-        """See `Backend.load_vision`."""
         del options
         return _Vision(self._device().session(folder / manifest.part("vision").file))
 
+    @override
     def load_decoder(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
-        """See `Backend.load_decoder`."""
         return ChainDecoder(self._device(), folder, manifest.part("decoder"), manifest.kv, options)
 
+    @override
     def memory(self) -> Room:
-        """See `Backend.memory`: what is free on the GPU now."""
-        from vlmforge.backends.cuda import machine
-
-        machine.check_libraries()
-        gpu = machine.check_gpu(machine.find_gpu)
+        """What is free on the GPU now."""
+        gpu = _check()
         return Room(gpu.free, f"the free memory of {gpu.name}")
 
+    @override
     def check(self) -> None:
-        """See `Backend.check`."""
-        from vlmforge.backends.cuda import machine
+        _check()
 
-        machine.check_libraries()
-        machine.check_gpu(machine.find_gpu)
-
+    @override
     def versions(self) -> Sequence[tuple[str, str]]:
-        """See `Backend.versions`."""
-        from vlmforge.backends.cuda import machine
-
-        return ((machine.installed_onnxruntime(), ""),)
+        return (("onnxruntime", ort.__version__),)
 
     def _device(self) -> Device:
         if self.device is not None:
             return self.device()
-        from vlmforge.backends.cuda import machine
-
-        self.check()
+        _check()
         machine.preload()
-        from vlmforge.backends.cuda.gpu import Gpu
+        from vlmforge.backends.cuda.gpu import Gpu  # not before the bindings are known to be there
 
         return Gpu()
+
+
+def _check() -> machine.FoundGpu:
+    return machine.check_machine(machine.find_gpu, ort.get_available_providers())
 
 
 BACKEND = CudaBackend()

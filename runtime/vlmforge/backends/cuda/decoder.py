@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
-from vlmforge.backends import DecoderBatch, FloatArray, LoadOptions
+from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, LoadOptions
 from vlmforge.backends.cuda.device import ITEM_BYTES, Device, Memory, Segment, Tensor, Work
 from vlmforge.backends.cuda.frames import (
     BLOCK_TABLE,
@@ -51,7 +52,7 @@ class _Frame:
     runs: int = 0
 
 
-class ChainDecoder:
+class ChainDecoder(DecoderSession):
     """See `DecoderSession`. Its slots are the blocks of each row (`DecoderBatch.blocks`)."""
 
     def __init__(
@@ -66,7 +67,7 @@ class ChainDecoder:
         self._loaded = device.kernels(
             _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}
         )
-        self._cos, self._sin = _tables(device, folder, part.chain)
+        self._tables = _tables(device, folder, part.chain)
         page_bytes = math.prod((kv.kv_heads, self._page, kv.head_dim)) * ITEM_BYTES[kv.dtype]
         self._page_bytes, self._pool_bytes = page_bytes, page_bytes * options.blocks
         self._pools = device.allocate(2 * kv.layers * self._pool_bytes)
@@ -78,8 +79,8 @@ class ChainDecoder:
 
     # --- steps ---------------------------------------------------------------------------------
 
+    @override
     def step(self, batch: DecoderBatch) -> FloatArray:
-        """See `DecoderSession.step`."""
         frame = self._frame(_size(batch))
         self._fill(frame, batch)
         self._run(frame)
@@ -90,8 +91,9 @@ class ChainDecoder:
         self._device.download(self._arena.address + frame.arrangement.offsets[_LAST], logits)
         return logits
 
+    @override
     def move(self, move: Move) -> None:
-        """See `DecoderSession.move`: whole pages are copied, and none needs to be given back."""
+        """Whole pages are copied, and none needs to be given back."""
         if not isinstance(move, Copy):
             return
         for pool in range(2 * self._kv.layers):
@@ -213,20 +215,23 @@ class ChainDecoder:
         self, call: AttentionCall, size: Size, at: dict[str, int], planned: Plan
     ) -> Work:
         width = (call.heads + 2 * call.kv_heads) * call.head_dim
-        rows = [
+        query, key, value = (
             launcher.Rows(at[call.qkv] + 2 * head * call.head_dim, size.tokens * width, width)
             for head in (0, call.heads, call.heads + call.kv_heads)
-        ]
+        )
         out = call.heads * call.head_dim
+        cos, sin = (memory.address for memory in self._tables) if self._tables else (0, 0)
         key_pool = self._pools.address + 2 * call.layer * self._pool_bytes
         tensors = launcher.Tensors(
-            *rows,
+            query=query,
+            key=key,
+            value=value,
             out=launcher.Rows(at[call.out], size.tokens * out, out),
             key_pool=key_pool,
             value_pool=key_pool + self._pool_bytes,
             pages=self._options.blocks,
-            cos=self._cos.address if call.rotary and self._cos else 0,
-            sin=self._sin.address if call.rotary and self._sin else 0,
+            cos=cos if call.rotary else 0,
+            sin=sin if call.rotary else 0,
             past_lengths=at[PAST],
             query_lengths=at[QUERY_LENGTHS],
             block_table=at[BLOCK_TABLE],
@@ -254,8 +259,8 @@ def _view(
     """The place of one input in all that is uploaded."""
     shape, dtype = size.shape(spec), np.dtype(_DTYPES[spec.dtype])
     begin = arrangement.offsets[spec.name]
-    part = inputs[begin : begin + math.prod(shape) * dtype.itemsize]
-    return part.view(dtype).reshape(shape)
+    part: NDArray[Any] = inputs[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype)
+    return part.reshape(shape)
 
 
 def _config(chain: PartChain, kv: KVLayout) -> Config:
@@ -265,13 +270,11 @@ def _config(chain: PartChain, kv: KVLayout) -> Config:
     return Config(call.head_dim, specs[call.qkv].dtype, kv.dtype)  # type: ignore[arg-type]
 
 
-def _tables(
-    device: Device, folder: Path, chain: PartChain
-) -> tuple[Memory, Memory] | tuple[None, None]:
-    """Cosines and sines on the device."""
+def _tables(device: Device, folder: Path, chain: PartChain) -> tuple[Memory, Memory] | None:
+    """Cosines and sines on the device, where attention rotates by them."""
     tables = chain.rotary
     if tables is None:
-        return None, None
+        return None
     count = tables.positions * tables.width
 
     def put(offset: int) -> Memory:

@@ -59,11 +59,13 @@ class Segment(Protocol):
 
 
 class Device(Protocol):
-    """A device with a stream of work. One thread at a time."""
+    """A device with a stream of work. One thread at a time.
 
-    @property
-    def stream(self) -> int:
-        """The handle that kernels are launched with."""
+    Attributes:
+        stream: The handle that kernels are launched with.
+    """
+
+    stream: int
 
     def allocate(self, size: int) -> Memory:
         """Memory of `size` bytes with anything in it (EngineError: there is not as much)."""

@@ -17,18 +17,19 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver
 from numpy.typing import NDArray
+from typing_extensions import override
 
-from vlmforge.backends.cuda.device import Work
+from vlmforge.backends.cuda.device import Device, Work
+from vlmforge.backends.cuda.machine import PROVIDER
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.errors import BackendUnavailableError, EngineError
 from vlmforge.ort import ort
-from vlmforge_plugins.cached_attention.config import Config
+from vlmforge_plugins.cached_attention.config import Config, sizes
 from vlmforge_plugins.cached_attention.driver import CudaKernels, call, capability, machine
 from vlmforge_plugins.cached_attention.kernel_store import Loaded, choose_target
 from vlmforge_plugins.cached_attention.plan import Machine
 from vlmforge_plugins.errors import PluginError, UnsupportedError
 
-PROVIDER = "CUDAExecutionProvider"
 _LEAST_STAGING = 1 << 20
 
 
@@ -68,7 +69,7 @@ class _Staging:
     def __init__(self, size: int) -> None:
         self.address = int(call(driver.cuMemHostAlloc, size, 0))
         raw = (ctypes.c_ubyte * size).from_address(self.address)
-        self.bytes: NDArray[np.uint8] = np.frombuffer(raw, np.uint8)
+        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(raw)
         weakref.finalize(self, _free, driver.cuMemFreeHost, self.address).atexit = False
 
 
@@ -77,24 +78,25 @@ def _free(function: Any, handle: Any) -> None:
     call(function, handle)
 
 
-class Gpu:
+class Gpu(Device):
     """See `Device`."""
 
     def __init__(self) -> None:
         enter()
+        ort.set_default_logger_severity(3)  # it warns of each session that there is no plugin
         non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         stream = call(driver.cuStreamCreate, non_blocking)
         self.stream = int(stream)
         self._up, self._down = _Staging(_LEAST_STAGING), _Staging(_LEAST_STAGING)
         weakref.finalize(self, _free, driver.cuStreamDestroy, stream).atexit = False
 
+    @override
     def allocate(self, size: int) -> GpuMemory:
-        """See `Device.allocate`."""
         enter()
         return GpuMemory(size)
 
+    @override
     def upload(self, address: int, values: NDArray[Any]) -> None:
-        """See `Device.upload`."""
         enter()
         # What was uploaded before has been read: every step is waited for by its download, but
         # for those that give nothing.
@@ -105,8 +107,8 @@ class Gpu:
         self._up.bytes[: values.nbytes] = flat
         call(driver.cuMemcpyHtoDAsync, address, self._up.address, values.nbytes, self.stream)
 
+    @override
     def download(self, address: int, values: NDArray[Any]) -> None:
-        """See `Device.download`."""
         enter()
         if values.nbytes > len(self._down.bytes):
             self._down = _Staging(values.nbytes)
@@ -114,22 +116,22 @@ class Gpu:
         call(driver.cuStreamSynchronize, self.stream)
         values.reshape(-1).view(np.uint8)[:] = self._down.bytes[: values.nbytes]
 
+    @override
     def copy(self, source: int, target: int, size: int) -> None:
-        """See `Device.copy`."""
         enter()
         call(driver.cuMemcpyDtoDAsync, target, source, size, self.stream)
 
+    @override
     def segment(self, file: Path) -> OrtSegment:
-        """See `Device.segment`."""
         settings = {"user_compute_stream": str(self.stream), "do_copy_in_default_stream": "1"}
         return OrtSegment(_session(file, settings), "cuda", self)
 
+    @override
     def session(self, file: Path) -> ort.InferenceSession:
-        """See `Device.session`."""
         return _session(file, {})
 
+    @override
     def kernels(self, config: Config, files: Mapping[str, Path]) -> Loaded:
-        """See `Device.kernels`."""
         enter()
         try:
             return _loaded(config, files, capability(), machine())
@@ -138,8 +140,8 @@ class Gpu:
                 error.summary, found=error.found, expected=error.expected, fix=error.fix
             ) from error
 
+    @override
     def captured(self, work: Work) -> Work:
-        """See `Device.captured`."""
         enter()
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         call(driver.cuStreamBeginCapture, self.stream, mode)
@@ -174,8 +176,6 @@ class _Replay:
 
 
 def _loaded(config: Config, files: Mapping[str, Path], is_there: int, gpu: Machine) -> Loaded:
-    from vlmforge_plugins.cached_attention.config import sizes
-
     target = choose_target(config, files.keys(), is_there)
     chosen = sizes(config, target)
     try:

@@ -5,24 +5,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
-import importlib.util
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vlmforge.errors import BackendUnavailableError
 from vlmforge.ort import ort
 
-_DRIVER = "libcuda.so.1"
-_PROVIDER = "CUDAExecutionProvider"
+PROVIDER = "CUDAExecutionProvider"
 LEAST_DRIVER, LEAST_CAPABILITY = 13000, 80
+_DRIVER = "libcuda.so.1"
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _ELSEWHERE = "to run the model on this machine's processor, build it with --target onnxruntime"
-# Both install the same Python package, so that the one that came last is there.
-MEND = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'vlmforge[cuda]'"
+MEND = f"pip uninstall -y {' '.join(_PACKAGES)}; pip install 'vlmforge[cuda]'"
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
+class FoundGpu:
     """What the driver says of the first GPU.
 
     Attributes:
@@ -39,50 +38,28 @@ class Gpu:
     total: int
 
 
-Find = Callable[[], Gpu]
+Find = Callable[[], FoundGpu]
 
 
-def installed_onnxruntime() -> str:
-    """The distributions that there are, and which one was installed last, in words."""
-    found = []
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    kind = "with" if _PROVIDER in ort.get_available_providers() else "without"
-    return f"{' and '.join(found) or 'onnxruntime'}; what is imported is {kind} CUDA"
+def check_machine(find: Find, providers: Sequence[str]) -> FoundGpu:
+    """The GPU that engines run on.
 
+    Args:
+        find: Asks the driver. OSError: it is not installed; ImportError: nor are the bindings;
+            RuntimeError: it has no answer.
+        providers: That the imported ONNX Runtime has.
 
-def check_libraries() -> None:
-    """BackendUnavailableError: an ONNX Runtime for processors, or no bindings of CUDA."""
-    if _PROVIDER not in ort.get_available_providers():
-        raise BackendUnavailableError(
-            "This ONNX Runtime has no CUDA provider.",
-            found=installed_onnxruntime(),
-            expected="onnxruntime-gpu, and no onnxruntime that was installed over it",
-            fix=f"{MEND}; {_ELSEWHERE}",
-        )
-    if importlib.util.find_spec("cuda.bindings") is None:
-        raise BackendUnavailableError(
-            "The backend cuda needs the bindings of CUDA.",
-            found="no module cuda.bindings",
-            expected="cuda-bindings 13 or later",
-            fix="pip install 'vlmforge[cuda]'",
-        )
-
-
-def check_gpu(find: Find) -> Gpu:
-    """The GPU (BackendUnavailableError: none, or one that is too old, or its driver is)."""
-    try:
-        ctypes.CDLL(_DRIVER)
-        gpu = find()
-    except (OSError, RuntimeError) as error:  # the bindings' own are RuntimeErrors
-        raise _no_gpu(str(error)) from error
+    Raises:
+        BackendUnavailableError: no GPU, one that is too old, or whose driver is; a library that is
+            missing, or an ONNX Runtime for processors.
+    """
+    gpu = _answering(find)
     if gpu.driver < LEAST_DRIVER:
         raise BackendUnavailableError(
             "The NVIDIA driver is too old.",
             found=f"a driver for CUDA {gpu.driver // 1000}.{gpu.driver % 1000 // 10} ({gpu.name})",
             expected="CUDA 13.0 or later, that is driver 580 or later",
-            fix="install a newer NVIDIA driver; " + _ELSEWHERE,
+            fix=f"install a newer NVIDIA driver; {_ELSEWHERE}",
         )
     if gpu.capability < LEAST_CAPABILITY:
         raise BackendUnavailableError(
@@ -91,21 +68,39 @@ def check_gpu(find: Find) -> Gpu:
             expected="compute capability 8.0 or higher (Ampere and later)",
             fix=_ELSEWHERE,
         )
+    if PROVIDER not in providers:
+        raise BackendUnavailableError(
+            "This ONNX Runtime has no CUDA provider.",
+            found=f"{installed_onnxruntime()}, with {', '.join(providers)}",
+            expected="onnxruntime-gpu, and no onnxruntime that was installed over it",
+            fix=f"{MEND}; {_ELSEWHERE}",
+        )
     return gpu
 
 
-def _no_gpu(found: str) -> BackendUnavailableError:
-    return BackendUnavailableError(
-        "An engine of the backend cuda needs an NVIDIA GPU.",
-        found=f"no GPU that answers: {found}",
-        expected="an NVIDIA GPU of compute capability 8.0 or higher, and its driver",
-        fix=f"nvidia-smi tells whether the driver sees one (in a container: --gpus all); "
-        f"{_ELSEWHERE}",
-    )
+def _answering(find: Find) -> FoundGpu:
+    try:
+        return find()
+    except ImportError as error:
+        raise BackendUnavailableError(
+            "The backend cuda needs the bindings of CUDA.",
+            found=str(error),
+            expected="cuda-bindings 13 or later",
+            fix="pip install 'vlmforge[cuda]'",
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise BackendUnavailableError(
+            "An engine of the backend cuda needs an NVIDIA GPU.",
+            found=f"no GPU that answers: {error}",
+            expected="an NVIDIA GPU of compute capability 8.0 or higher, and its driver",
+            fix="nvidia-smi tells whether the driver sees one (in a container: --gpus all); "
+            f"{_ELSEWHERE}",
+        ) from error
 
 
-def find_gpu() -> Gpu:
-    """Ask the driver (RuntimeError: it has no answer)."""
+def find_gpu() -> FoundGpu:
+    """Ask the driver for the first GPU; see `check_machine` for what it raises."""
+    ctypes.CDLL(_DRIVER)
     from cuda.bindings import driver
 
     from vlmforge.backends.cuda.gpu import enter
@@ -114,13 +109,22 @@ def find_gpu() -> Gpu:
 
     try:
         enter()
-        device = call(driver.cuDeviceGet, 0)
-        name = call(driver.cuDeviceGetName, 128, device)
+        name = call(driver.cuDeviceGetName, 128, call(driver.cuDeviceGet, 0))
         free, total = call(driver.cuMemGetInfo)
         known = int(call(driver.cuDriverGetVersion))
     except LaunchError as error:
         raise RuntimeError(error.found) from error
-    return Gpu(name.decode().rstrip("\0"), capability(), known, int(free), int(total))
+    words = bytes(name).partition(b"\0")[0].decode(errors="replace").strip()
+    return FoundGpu(words, capability(), known, int(free), int(total))
+
+
+def installed_onnxruntime() -> str:
+    """The distributions that there are. They install one Python package: the last one wins."""
+    found = []
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return " and ".join(found) or f"onnxruntime {ort.__version__}"
 
 
 def preload() -> str:

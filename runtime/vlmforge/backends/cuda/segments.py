@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmforge.backends.cuda.device import Tensor, Work
+from typing_extensions import override
+
+from vlmforge.backends.cuda.device import Segment, Tensor, Work
 from vlmforge.errors import EngineError
 from vlmforge.ort import ort
 
@@ -13,7 +15,7 @@ from vlmforge.ort import ort
 _ELEMENTS = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
-class OrtSegment:
+class OrtSegment(Segment):
     """See `Segment`. `owner` is kept as long as the session: the stream is its."""
 
     def __init__(self, session: ort.InferenceSession, kind: str, owner: object) -> None:
@@ -23,8 +25,8 @@ class OrtSegment:
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._owner = owner
 
+    @override
     def bind(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Work:
-        """See `Segment.bind`."""
         binding = self._session.io_binding()
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for item in tensors:
