@@ -1,9 +1,10 @@
 """Whole engines on a GPU: do golden checkpoints answer as they should, and how fast is a step?
 
     python3 bench/gpu_engines.py goldens ENGINES        # folders named CHECKPOINT.DTYPE
+    python3 bench/gpu_engines.py accuracy ENGINE ...    # of the demo model
     python3 bench/gpu_engines.py speed ENGINE --batch 1:640 8:1024 --out results.json
 
-Needs what serving needs, and for `goldens` pytest too; no torch.
+Needs what serving needs; for `goldens` pytest too, and for the yardstick of `speed` torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -21,12 +23,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "runtime"), str(ROOT / "plugins_cuda")]
-sys.path[:0] = [str(ROOT / "builder"), str(ROOT / "recipes")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("builder", "recipes", "scripts")]
 
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, pipeline  # noqa: E402
+from vlmforge.api.memory import part_bytes  # noqa: E402
 from vlmforge.backends.cuda import machine  # noqa: E402
 
-_LEAST_STEPS = 48
+_LEAST_STEPS, _QUESTIONS = 48, 1300
 
 
 def goldens(engines: Path) -> int:
@@ -76,15 +79,19 @@ class Watched:
 def speed(engine: Path, wanted: list[str], out: Path | None) -> None:
     """A step of decoding through `pipeline()`, for each BATCH:CONTEXT of `wanted`."""
     sizes = [tuple(map(int, item.split(":"))) for item in wanted]
+    rate = copy_rate()
+    before = machine.find_gpu()
+    print(f"{before.name}: a copy moves {rate / 1e12:.2f} TB/s, read and written", flush=True)
     began = time.perf_counter()
     config = EngineConfig(
         max_batch_size=max(batch for batch, _ in sizes), enable_prefix_caching=False
     )
     with pipeline(engine, config) as pipe:
-        rows: list[dict[str, Any]] = [{"load_s": time.perf_counter() - began}]
+        rows: list[dict[str, Any]] = [{"card": before.name, "copy_tb_per_s": rate / 1e12}]
+        rows[0]["load_s"] = time.perf_counter() - began
         print(f"loaded in {rows[0]['load_s']:.1f} s; {pipe._engine.options}", flush=True)
-        gpu = machine.find_gpu()
-        print(f"{gpu.name}: {gpu.free / 1e9:.2f} of {gpu.total / 1e9:.2f} GB free", flush=True)
+        rows[0] |= taken(pipe, before)
+        print(rows[0], flush=True)
         watched = Watched(pipe._engine.decoder, [])
         object.__setattr__(pipe._engine, "decoder", watched)
         read = read_bytes(pipe)
@@ -97,12 +104,48 @@ def speed(engine: Path, wanted: list[str], out: Path | None) -> None:
                 watched.steps.clear()
                 answers = pipe(prompts, gen_config=[generation] * batch, do_preprocess=False)
             rows.append(figures(watched.steps, batch, context, read))
+            rows[-1]["share"] = round(rows[-1]["gb_per_s"] / rate * 1e9, 3)
             rows[-1]["tokens"] = sum(len(answer.token_ids) for answer in answers)
             print(rows[-1], flush=True)
-        free = machine.find_gpu().free
-        print(f"{free / 1e9:.2f} GB free at the end", flush=True)
+        rows[0]["taken_at_end_gb"] = (before.free - machine.find_gpu().free) / 1e9
+        print(rows[0], flush=True)
     if out is not None:
         out.write_text(json.dumps(rows, indent=1), "utf-8")
+
+
+def copy_rate() -> float:
+    """Bytes read and written in a second by a large copy; a process of its own gives them back."""
+    program = "from gpu_timing import copy_bandwidths; print(max(copy_bandwidths().values()))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT / "bench", capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def taken(pipe: Pipeline, before: machine.FoundGpu) -> dict[str, float]:
+    """Gigabytes of the GPU that the engine has taken, and that it was planned to take."""
+    manifest, options = pipe._engine.manifest, pipe._engine.options
+    pool = options.blocks * options.block_size * manifest.kv.bytes_per_token
+    planned = pool + sum(
+        part_bytes(part, max(options.chunk, options.slots)) for part in manifest.parts
+    )
+    found = before.free - machine.find_gpu().free
+    return {"pool_gb": pool / 1e9, "planned_gb": planned / 1e9, "taken_gb": found / 1e9}
+
+
+def accuracy(engines: list[Path]) -> None:
+    """The demo model's share of right answers, by the kind of question, for each engine."""
+    from precision import table
+
+    from vlmforge.evaluation.cases import held_out_cases
+    from vlmforge.evaluation.evaluate import evaluate
+
+    cases, reports = list(held_out_cases(_QUESTIONS)), {}
+    for engine in engines:
+        with pipeline(engine) as pipe:
+            reports[engine.name] = evaluate(pipe, cases, lambda done, total: None)
+        print(f"{engine.name}: asked {len(cases)}", flush=True)
+    print(machine.find_gpu().name)
+    print(table(reports))
 
 
 def read_bytes(pipe: Pipeline) -> tuple[int, int]:
@@ -150,6 +193,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     kinds = arguments.add_subparsers(dest="kind", required=True)
     kinds.add_parser("goldens").add_argument("engines", type=Path)
+    kinds.add_parser("accuracy").add_argument("engines", type=Path, nargs="+")
     timed = kinds.add_parser("speed")
     timed.add_argument("engine", type=Path)
     timed.add_argument("--batch", nargs="+", default=["1:640", "8:1024", "32:1024", "64:1024"])
@@ -157,7 +201,9 @@ def main() -> None:
     values = arguments.parse_args()
     if values.kind == "goldens":
         sys.exit(goldens(values.engines))
-    speed(values.engine, values.batch, values.out)
+    if values.kind == "accuracy":
+        return accuracy(values.engines)
+    return speed(values.engine, values.batch, values.out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The processor in the place of a GPU, for tests: the code of the backend `cuda` without one.
+"""The processor in the place of a GPU, for tests: all code of the backend `cuda` but the driver's.
 
-    from vlmforge.backends.fake import cuda_on_cpu
-
-    decoder = cuda_on_cpu().load_decoder(folder, manifest, options)
+    with cuda_on_cpu(), pipeline("ENGINE") as pipe:
+        ...
 
 Segments run by ONNX Runtime's CPU provider, which calculates a float16 graph in float32; kernels by
 numpy, from the very parameters of their launches. bfloat16 it cannot do.
@@ -11,7 +10,8 @@ numpy, from the very parameters of their launches. bfloat16 it cannot do.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from vlmforge.backends import cuda
 from vlmforge.backends.cuda import CudaBackend
 from vlmforge.backends.cuda.device import Device, Work
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
+from vlmforge.limits import Room, available_memory
 from vlmforge.ort import ort
 from vlmforge_plugins.cached_attention.config import TARGETS, Config, Sizes, sizes
 from vlmforge_plugins.cached_attention.kernel_store import Loaded
@@ -212,6 +214,30 @@ class HostDevice(Device):
         return replay
 
 
-def cuda_on_cpu(kernels: MakeKernels = NumpyKernels) -> CudaBackend:
-    """The backend `cuda` on the processor; `kernels` takes the place of compiled ones."""
-    return CudaBackend(lambda: HostDevice(kernels))
+@dataclass(frozen=True, slots=True)
+class HostBackend(CudaBackend):
+    """The backend `cuda` on the processor; `make` takes the place of loading compiled kernels."""
+
+    make: MakeKernels = NumpyKernels
+
+    @override
+    def memory(self) -> Room:
+        return available_memory()
+
+    @override
+    def check(self) -> None:
+        """Runs everywhere."""
+
+    @override
+    def device(self) -> HostDevice:
+        return HostDevice(self.make)
+
+
+@contextmanager
+def cuda_on_cpu(make: MakeKernels = NumpyKernels) -> Iterator[None]:
+    """Engines of the backend `cuda` that are loaded within the block run on the processor."""
+    real, cuda.BACKEND = cuda.BACKEND, HostBackend(make)
+    try:
+        yield
+    finally:
+        cuda.BACKEND = real

@@ -5,7 +5,7 @@ What the GPU does is behind `Device`; all else is the same on the stand-in of `b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,20 +33,18 @@ class _Vision(VisionSession):
 
 @dataclass(frozen=True, slots=True)
 class CudaBackend(Backend):
-    """See the module. `device` makes one for each engine; None: the first GPU."""
-
-    device: Callable[[], Device] | None = None
+    """See the module: the first GPU."""
 
     @override
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
         del options
-        return _Vision(self._device().session(folder / manifest.part("vision").file))
+        return _Vision(self.device().session(folder / manifest.part("vision").file))
 
     @override
     def load_decoder(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
-        return ChainDecoder(self._device(), folder, manifest.part("decoder"), manifest.kv, options)
+        return ChainDecoder(self.device(), folder, manifest.part("decoder"), manifest.kv, options)
 
     @override
     def memory(self) -> Room:
@@ -62,9 +60,8 @@ class CudaBackend(Backend):
     def versions(self) -> Sequence[tuple[str, str]]:
         return (("onnxruntime", ort.__version__),)
 
-    def _device(self) -> Device:
-        if self.device is not None:
-            return self.device()
+    def device(self) -> Device:
+        """A device for a part of an engine (BackendUnavailableError: see `check`)."""
         _check()
         machine.preload()
         from vlmforge.backends.cuda.gpu import Gpu  # not before the bindings are known to be there
@@ -76,4 +73,4 @@ def _check() -> machine.FoundGpu:
     return machine.check_machine(machine.find_gpu, ort.get_available_providers())
 
 
-BACKEND = CudaBackend()
+BACKEND: CudaBackend = CudaBackend()

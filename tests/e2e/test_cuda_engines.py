@@ -1,0 +1,199 @@
+"""Engines of the target cuda, run by the processor in the GPU's place, answer as the originals do.
+
+The very files that a GPU would load, in float16: the chain, the pool of pages, the buckets and the
+scheduler are those of a GPU; what is not is listed in `vlmforge.backends.fake`.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import DATA, HF, IMAGES, build_once
+from golden_models import (
+    CASES,
+    FOLDERS,
+    TOLERANCES,
+    Golden,
+    check_answer,
+    check_images,
+    check_prompt,
+)
+from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
+from vlmforge.api.load import serve
+from vlmforge.backends.cuda.decoder import ChainDecoder
+from vlmforge.backends.fake import HostDevice, cuda_on_cpu
+from vlmforge.errors import CancelledError
+from vlmforge.kv.blocks import BlockPool
+
+LIMITS = TOLERANCES["float16"]
+PHOTO, TALL = str(IMAGES / "photo_640x480.png"), str(IMAGES / "tall_300x900.png")
+PROMPTS: list[object] = [
+    "Write one line about cats.",
+    ("What is shown in this image?", PHOTO),
+    ("Compare these.", [TALL, PHOTO]),
+    "hi",
+    ("What is shown in this image?", TALL),
+]
+CONFIGS = [GenerationConfig(max_new_tokens=n, ignore_eos=True) for n in (24, 3, 17, 1, 9)]
+
+
+def cuda_engine(shared: Path, name: str) -> Path:
+    window = ["--session-len", "1024"] if name == HF.name else []
+    options = ["--target", "cuda", "--dtype", "float16", *window]
+    return build_once(shared / f"{name}.cuda.engine", DATA / name / "checkpoint", *options)
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> Iterator[Callable[[str], Golden]]:
+    opened: dict[str, Golden] = {}
+    with ExitStack() as stack:
+        stack.enter_context(cuda_on_cpu())
+
+        def open_one(name: str) -> Golden:
+            if name not in opened:
+                pipe = stack.enter_context(pipeline(cuda_engine(shared, name)))
+                opened[name] = Golden(name, pipe)
+            return opened[name]
+
+        yield open_one
+
+
+@pytest.mark.parametrize(("folder", "name"), CASES)
+def test_every_golden_case(golden: Callable[[str], Golden], folder: str, name: str) -> None:
+    check_prompt(golden(folder), name)
+    check_answer(golden(folder), name, LIMITS)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_features_of_every_golden_image(golden: Callable[[str], Golden], folder: str) -> None:
+    check_images(golden(folder), LIMITS)
+
+
+# --- many at once ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(shared: Path) -> Path:
+    return cuda_engine(shared, HF.name)
+
+
+@pytest.fixture(scope="module")
+def pipe(engine: Path) -> Iterator[Pipeline]:
+    with cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=4)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def singles(pipe: Pipeline) -> list[list[int]]:
+    found = [pipe(p, gen_config=c) for p, c in zip(PROMPTS, CONFIGS, strict=True)]
+    return [answer.token_ids for answer in found]  # type: ignore[union-attr]
+
+
+def device(pipe: Pipeline) -> HostDevice:
+    decoder = pipe._engine.decoder
+    assert isinstance(decoder, ChainDecoder)
+    assert isinstance(decoder._device, HostDevice)
+    return decoder._device
+
+
+def pool(pipe: Pipeline) -> BlockPool:
+    cache = pipe._scheduler._jobs._cache
+    assert isinstance(cache, BlockPool)
+    return cache
+
+
+def small(pipe: Pipeline, blocks: int, **fields: int) -> Pipeline:
+    """A pipeline on the same engine with fewer pages."""
+    options = replace(pipe._engine.options, budget=blocks)
+    return serve(replace(pipe._engine, options=options), EngineConfig(**fields), VisionConfig())
+
+
+def test_batches_in_any_order_equal_singles(pipe: Pipeline, singles: list[list[int]]) -> None:
+    before = device(pipe).replays
+    for seed in range(2):
+        order = random.Random(seed).sample(range(len(PROMPTS)), len(PROMPTS))
+        responses = pipe([PROMPTS[i] for i in order], gen_config=[CONFIGS[i] for i in order])
+        assert isinstance(responses, list)
+        assert [r.token_ids for r in responses] == [singles[i] for i in order]
+    assert device(pipe).replays > before  # they were decoded by what was captured
+
+
+def test_sizes_are_captured_once(pipe: Pipeline, singles: list[list[int]]) -> None:
+    del singles
+    config = GenerationConfig(max_new_tokens=40, ignore_eos=True)
+    pipe("a", gen_config=config)
+    before = device(pipe).captures, device(pipe).replays
+    pipe("b", gen_config=config)
+    assert device(pipe).captures == before[0]
+    assert device(pipe).replays == before[1] + 39
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_prefill_token_num": 37}], ids=str)
+def test_a_pool_that_is_full_preempts_and_changes_no_token(
+    pipe: Pipeline, singles: list[list[int]], fields: dict[str, int]
+) -> None:
+    page = pipe._engine.options.block_size
+    longest = max(pipe.count_tokens(prompt) for prompt in PROMPTS) + 24
+    with small(pipe, -(-longest // page), **fields) as tight:
+        responses = tight(PROMPTS[::-1], gen_config=CONFIGS[::-1])
+    assert isinstance(responses, list)
+    assert [r.token_ids for r in responses] == singles[::-1]
+
+
+def test_prompts_that_begin_alike_share_pages(pipe: Pipeline) -> None:
+    config = GenerationConfig(max_new_tokens=8, ignore_eos=True)
+    with small(pipe, 64) as fresh:
+        first = fresh(("Tell me all about it.", PHOTO), gen_config=config)
+        again = fresh(("Tell me all about it.", PHOTO), gen_config=config)
+    page = pipe._engine.options.block_size
+    assert first.token_ids == again.token_ids
+    assert again.cached_tokens == (again.input_token_len - 1) // page * page > 0
+
+
+def test_cancelled_requests_leave_no_page(pipe: Pipeline) -> None:
+    config = GenerationConfig(max_new_tokens=200, ignore_eos=True)
+    with small(pipe, 64) as fresh:
+        everything = pool(fresh).free_blocks
+        for number in range(20):
+            pieces = fresh.stream_infer(f"number {number}", config)
+            for _ in range(number % 3):
+                next(pieces)
+            pieces.close()  # type: ignore[attr-defined]
+        fresh("the last", gen_config=GenerationConfig(max_new_tokens=1))
+        assert pool(fresh).free_blocks == everything
+
+
+def test_a_conversation_goes_on_where_it_was(pipe: Pipeline) -> None:
+    config = GenerationConfig(max_new_tokens=6)
+    with small(pipe, 64) as fresh:
+        session = fresh.chat(("What is shown?", PHOTO), gen_config=config)
+        session = fresh.chat("Are you sure?", session=session, gen_config=config)
+        assert session.response.cached_tokens >= pipe._engine.options.block_size
+        assert session.response.timings.cached_images == 1
+
+
+def test_the_logits_of_a_whole_prompt(pipe: Pipeline) -> None:
+    config = GenerationConfig(max_new_tokens=2, output_logits="all")
+    answer = pipe(PROMPTS[0], gen_config=config)
+    assert answer.logits is not None
+    assert len(answer.logits) == answer.input_token_len + 1
+    assert np.isfinite(answer.logits).all()
+
+
+def test_closing_ends_what_is_in_flight(engine: Path) -> None:
+    with cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=1)) as opened:
+        pieces = opened.stream_infer("go on", GenerationConfig(max_new_tokens=900, ignore_eos=True))
+        next(pieces)
+        threading.Thread(target=opened.close).start()
+        with pytest.raises(CancelledError):
+            for piece in pieces:
+                if piece.finish_reason == "abort":
+                    raise CancelledError("it was aborted")
