@@ -17,8 +17,8 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
+from vlmforge.engine.manifest import TensorSpec
 from vlmforge.errors import BuildError
-from vlmforge.manifest import TensorSpec
 from vlmforge_builder.onnx_file import check_interface, unread
 from vlmforge_builder.recipe import PartSpec, parameters
 from vlmforge_builder.weights import DTYPES

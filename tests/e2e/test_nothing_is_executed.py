@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hub_server import HubServer
-from vlmforge.bundle import open_bundle
+from vlmforge.engine.bundle import open_bundle
 from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
 
 SMALL = replace(

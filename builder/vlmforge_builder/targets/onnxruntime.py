@@ -14,8 +14,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from typing_extensions import override
 
+from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.errors import ConfigError
-from vlmforge.manifest import KVLayout, Part
 from vlmforge_builder import passes
 from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits, InBlocks
 from vlmforge_builder.export import Traced

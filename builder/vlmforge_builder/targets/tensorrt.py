@@ -16,9 +16,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from typing_extensions import override
 
+from vlmforge.engine.manifest import DimRange, KVLayout, Part, Profile
 from vlmforge.env import writable_cache
 from vlmforge.errors import ConfigError
-from vlmforge.manifest import DimRange, KVLayout, Part, Profile
 from vlmforge.runner.interface import (
     BATCH,
     IMAGES,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vlmforge.manifest import KVLayout, Manifest, TensorSpec
+from vlmforge.engine.manifest import KVLayout, Manifest, TensorSpec
 
 # Dimensions that vary at run time.
 IMAGES, BATCH, TOKENS, ROWS, OUTPUTS = "images", "batch", "tokens", "rows", "outputs"
