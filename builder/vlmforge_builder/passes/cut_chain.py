@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from vlmforge.engine.chain import AttentionCall
 from vlmforge_builder.ops import DOMAIN
-from vlmforge_builder.passes.attention_nodes import Attention, attention_nodes, packed
+from vlmforge_builder.ops.cached_attention import CachedAttentionNode
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _SCALE = 1.0  # what one unit of an fp8 cache is worth: E4M3 reaches to 448
@@ -36,9 +36,9 @@ def cut_chain(model: ir.Model) -> Cut:
     The interfaces of the first and the last piece keep the names of the model's; key/value caches
     are nobody's inputs any more.
     """
-    graph, found = model.graph, attention_nodes(model.graph)
+    graph, found = model.graph, CachedAttentionNode.all_in(model.graph)
     joined = [_joined(graph, attention) for attention in found]
-    caches = {out for attention in found for out in attention.node.outputs[1:]}
+    caches = {present for attention in found for _, present in attention.caches}
     wanted = [value for value in graph.outputs if value not in caches]
     cutter = _Cutter(found)
     needed: list[dict[ir.Value, None]] = [{qkv: None} for qkv in joined]
@@ -51,39 +51,37 @@ def cut_chain(model: ir.Model) -> Cut:
                 needed[home][value] = None
         pieces.append(piece.model(model, f"piece{level}", tuple(needed[level])))
     calls = tuple(_call(i, a, qkv) for i, (a, qkv) in enumerate(zip(found, joined, strict=True)))
-    rotating = next((a for a in found if a.cos is not None and a.sin is not None), None)
-    tables = None
-    if rotating is not None and rotating.cos is not None and rotating.sin is not None:
-        tables = rotating.cos.name or "", rotating.sin.name or ""
+    rotary = next((a.rotary for a in found if a.rotary is not None), None)
+    tables = None if rotary is None else (rotary[0].name or "", rotary[1].name or "")
     return Cut(tuple(reversed(pieces)), calls, tables)
 
 
-def _call(layer: int, attention: Attention, qkv: ir.Value) -> AttentionCall:
+def _call(layer: int, attention: CachedAttentionNode, qkv: ir.Value) -> AttentionCall:
     return AttentionCall(
         layer=layer,
         qkv=qkv.name or "",
-        out=attention.node.outputs[0].name or "",
-        heads=attention.heads,
-        kv_heads=attention.kv_heads,
+        out=attention.out.name or "",
+        heads=attention.num_heads,
+        kv_heads=attention.kv_num_heads,
         head_dim=attention.head_dim,
         scale=attention.scale,
         key_scale=_SCALE,
         value_scale=_SCALE,
-        rotary=attention.cos is not None,
+        rotary=attention.rotary is not None,
     )
 
 
-def _joined(graph: ir.Graph, attention: Attention) -> ir.Value:
+def _joined(graph: ir.Graph, attention: CachedAttentionNode) -> ir.Value:
     """Query, key and value as the kernels take them: one after the other in each row."""
     node = attention.node
-    whole = packed(node)
-    if whole is not None:
-        return whole
-    concat = ir.node("Concat", node.inputs[:3], attributes={"axis": -1}, name=f"{node.name}_qkv")
+    if attention.packed is not None:
+        return attention.packed
+    inputs = [attention.query, attention.key, attention.value]
+    concat = ir.node("Concat", inputs, attributes={"axis": -1}, name=f"{node.name}_qkv")
     made = concat.outputs[0]
     made.name, made.type = concat.name, attention.query.type
     assert attention.query.shape is not None
-    width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim
+    width = (attention.num_heads + 2 * attention.kv_num_heads) * attention.head_dim
     made.shape = ir.Shape([*tuple(attention.query.shape)[:2], width])
     graph.insert_before(node, concat)
     return made
@@ -115,7 +113,7 @@ class _Piece:
 class _Cutter:
     """Says which piece a value belongs to: behind as many attentions as it depends on."""
 
-    def __init__(self, found: Iterable[Attention]) -> None:
+    def __init__(self, found: Iterable[CachedAttentionNode]) -> None:
         self._behind = {a.node: index + 1 for index, a in enumerate(found)}
         self._levels: dict[ir.Node, int] = {}
 

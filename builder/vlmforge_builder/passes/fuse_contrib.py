@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx_ir as ir
+from typing_extensions import override
 
 DOMAIN = "com.microsoft"
 
 
-def fuse_contrib(model: ir.Model) -> bool:
-    """Fuse in place; returns whether anything changed.
+@dataclass(frozen=True)
+class FuseContribPass(ir.passes.InPlacePass):
+    """Fuse wherever a graph allows it.
 
     `RMSNormalization(a + b)` becomes SkipSimplifiedLayerNormalization, which gives the sum too;
     `x * sigmoid(x)` becomes QuickGelu with a factor of 1
     (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
     """
-    graph, before = model.graph, len(model.graph)
-    for node in tuple(graph):
-        if node.op_type == "RMSNormalization":
-            _fuse_norm(graph, node)
-        elif node.op_type == "Mul":
-            _fuse_silu(graph, node)
-    changed = len(graph) != before
-    if changed:
-        model.opset_imports[DOMAIN] = 1
-    return changed
+
+    @override
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph, before = model.graph, len(model.graph)
+        for node in tuple(graph):
+            if node.op_type == "RMSNormalization":
+                _fuse_norm(graph, node)
+            elif node.op_type == "Mul":
+                _fuse_silu(graph, node)
+        changed = len(graph) != before
+        if changed:
+            model.opset_imports[DOMAIN] = 1
+        return ir.passes.PassResult(model, modified=changed)
 
 
 def _fuse_norm(graph: ir.Graph, norm: ir.Node) -> None:

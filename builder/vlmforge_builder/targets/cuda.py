@@ -14,20 +14,23 @@ from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from typing_extensions import override
 
 from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, RotaryTables, Segment
-from vlmforge.engine.manifest import KVLayout, Part, TensorSpec
+from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.env import writable_cache
 from vlmforge.errors import BuildError, ConfigError
+from vlmforge.runner.interface import IMAGE_FEATURES, DecoderInterface, Interface
+from vlmforge_builder import passes
 from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced
-from vlmforge_builder.onnx_file import refer, tensor_specs
-from vlmforge_builder.passes.assign_precision import assign_precision
-from vlmforge_builder.passes.attention_nodes import attention_nodes
+from vlmforge_builder.onnx_file import check_interface, refer, tensor_specs
+from vlmforge_builder.passes.assign_precision import AssignPrecisionPass
 from vlmforge_builder.passes.cut_chain import Cut, cut_chain
-from vlmforge_builder.passes.fuse_contrib import fuse_contrib
+from vlmforge_builder.passes.float32_features import Float32FeaturesPass
+from vlmforge_builder.passes.fuse_contrib import FuseContribPass
 from vlmforge_builder.passes.scratch import token_bytes
-from vlmforge_builder.targets import CompileJob, Settings
+from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
 from vlmforge_plugins.cached_attention.compile import Compiler, Nvcc, Nvrtc, compile_set
 from vlmforge_plugins.cached_attention.config import Config
@@ -35,19 +38,17 @@ from vlmforge_plugins.errors import CompileError, PluginError
 
 PAGE_SIZE = 64
 _STEMS = {"vision": "vision", "decoder": "decoder.rank0"}
-_FLOAT32_INPUTS, _FLOAT32_OUTPUTS = {"pixel_values": "float32"}, {"logits": "float32"}
-_FEATURES = "image_features"
 
 
 @dataclass(frozen=True, slots=True)
-class CudaTarget:
-    """See the module."""
+class CudaTarget(Target):
+    """Makes graphs, and a chain of the decoder's."""
 
     name: str = "cuda"
     runs_here: bool = False
 
+    @override
     def check(self, settings: Settings) -> None:
-        """See `Target.check`."""
         if settings.dtype not in ("float16", "bfloat16"):
             raise ConfigError(
                 f"The target {self.name} compiles no {settings.dtype} engines.",
@@ -76,14 +77,15 @@ class CudaTarget:
             )
         _compiler()
 
+    @override
     def compute_dtype(self, settings: Settings) -> str:
-        """See `Target.compute_dtype`."""
         return settings.dtype
 
+    @override
     def kv_layout(self, kv: KVLayout, settings: Settings) -> KVLayout:
-        """See `Target.kv_layout`."""
         return dataclasses.replace(kv, dtype=_stored(settings), page_size=PAGE_SIZE)
 
+    @override
     def compile(self, traced: Traced, job: CompileJob) -> Part:
         """Write the part's graphs, their weights in one file, and the attention's kernels.
 
@@ -92,100 +94,79 @@ class CudaTarget:
             ConfigError: heads of a size that there are no kernels for.
             BuildError: the kernels cannot be compiled.
         """
-        model, settings, name = traced.model, job.settings, job.part.name
-        dtypes = {n: stored_dtype(job.part.weights[n], settings.dtype) for n in traced.shapes}
-        assign_precision(
-            model, settings.dtype, dtypes, inputs=_FLOAT32_INPUTS, outputs=_FLOAT32_OUTPUTS
-        )
-        _take_float32(model, _FEATURES)
-        _give_float32(model, _FEATURES)
-        fuse_contrib(model)
-        RemoveUnusedNodesPass()(model)
+        part, settings, stem = job.part, job.settings, _STEMS[job.part.name]
+        dtypes = {n: stored_dtype(part.weights[n], settings.dtype) for n in traced.shapes}
+        dense = _dense(part.interface, settings)
+        passes.run(_sequence(dtypes, dense, settings), traced.model)
+        check_interface(traced.model.graph, dense)
         layout = plan(traced.shapes, {n: AsDtype(dtype) for n, dtype in dtypes.items()})
-        data = job.folder / f"{_STEMS[name]}.data"
-        refer(model, layout, data)
-        part = self._write(model, layout, data, job)
-        for done, total in write(data, layout, job.part.weights, job.store):
-            job.report(done, total)
-        return part
-
-    def _write(self, model: ir.Model, layout: Layout, data: Path, job: CompileJob) -> Part:
-        stem, weights = _STEMS[job.part.name], weight_bytes(layout)
-        part = Part(
-            job.part.name,
+        data = job.folder / f"{stem}.data"
+        refer(traced.model, layout, data)
+        interface = self._interface(dense, settings)
+        made = Part(
+            part.name,
             f"{stem}.onnx",
             (data.name,),
-            tensor_specs(model.graph.inputs),
-            tensor_specs(model.graph.outputs),
-            weight_bytes=weights,
-            loaded_bytes=weights,
+            interface.inputs,
+            interface.outputs,
+            weight_bytes=weight_bytes(layout),
+            loaded_bytes=weight_bytes(layout),
             profiles=(),
             layers=None,
-            aliases={},
+            aliases=interface.aliases,
         )
-        found = attention_nodes(model.graph)
-        if not found:
-            ir.save(model, job.folder / part.file)
-            return part
-        config = _config(found[0].head_dim, job.settings)
-        caches = {
-            spec.name for spec in part.inputs if spec.name.startswith("past_") and "." in spec.name
-        }
-        cut = cut_chain(model)
-        segments = _save(cut, stem, job.folder)
-        kernels = _kernels(config, stem, job.folder)
-        chain = PartChain(_steps(segments, cut.calls), _tables(cut, layout, data.name), kernels)
-        return dataclasses.replace(
-            part,
-            file=segments[0].file,
-            data=(data.name, *(s.file for s in segments[1:]), *kernels.values()),
-            inputs=tuple(_pooled(s, job.settings) if s.name in caches else s for s in part.inputs),
-            outputs=tuple(s for s in part.outputs if not s.name.startswith("present_")),
-            chain=chain,
-        )
+        if isinstance(dense, DecoderInterface):
+            made = _write_chain(traced.model, made, layout, job)
+        else:
+            ir.save(traced.model, job.folder / made.file)
+        for done, total in write(data, layout, part.weights, job.store):
+            job.report(done, total)
+        return made
+
+    def _interface(self, dense: Interface, settings: Settings) -> Interface:
+        """What the runtime binds: pages in the place of dense caches."""
+        if not isinstance(dense, DecoderInterface):
+            return dense
+        return dataclasses.replace(dense, kv=self.kv_layout(dense.kv, settings))
 
 
-def _take_float32(model: ir.Model, name: str) -> None:
-    """Take the float input `name` as float32, whatever it is calculated in."""
-    graph = model.graph
-    value = next((v for v in graph.inputs if v.name == name), None)
-    if value is None or value.dtype == ir.DataType.FLOAT:
-        return
-    wanted = value.dtype
-    assert wanted is not None
-    cast = ir.node("Cast", [value], attributes={"to": wanted}, name=f"{name}_cast")
-    made = cast.outputs[0]
-    made.name, made.type, made.shape = f"{name}_narrow", value.type, value.shape
-    value.replace_all_uses_with(made)
-    cast.replace_input_with(0, value)
-    value.type = ir.TensorType(ir.DataType.FLOAT)
-    graph.insert_before(graph[0], cast)
+def _dense(traced: Interface, settings: Settings) -> Interface:
+    """What the graph takes and gives before it is cut; features are float32."""
+    if not isinstance(traced, DecoderInterface):
+        return traced
+    return dataclasses.replace(traced, kv=dataclasses.replace(traced.kv, dtype=settings.dtype))
 
 
-def _give_float32(model: ir.Model, name: str) -> None:
-    """Give the float output `name` as float32."""
-    graph = model.graph
-    for index, value in enumerate(graph.outputs):
-        if value.name == name and value.dtype != ir.DataType.FLOAT:
-            value.name = f"{name}_narrow"
-            attributes = {"to": ir.DataType.FLOAT}
-            cast = ir.node("Cast", [value], attributes=attributes, name=f"{name}_cast")
-            made = cast.outputs[0]
-            made.name, made.shape = name, value.shape
-            made.type = ir.TensorType(ir.DataType.FLOAT)
-            graph.append(cast)
-            graph.outputs[index] = made
+def _sequence(
+    dtypes: Mapping[str, str], dense: Interface, settings: Settings
+) -> ir.passes.Sequential:
+    specs = (*dense.inputs, *dense.outputs)
+    float32 = [s.name for s in specs if s.dtype == "float32" and s.name != IMAGE_FEATURES]
+    return ir.passes.Sequential(
+        AssignPrecisionPass(settings.dtype, dtypes, float32),
+        Float32FeaturesPass(),
+        FuseContribPass(),
+        RemoveUnusedNodesPass(),
+    )
+
+
+def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -> Part:
+    """Cut the graph, and write its pieces and what runs between them."""
+    stem, data = _STEMS[part.name], part.data[0]
+    cut = cut_chain(model)
+    kernels = _kernels(_config(cut.calls[0].head_dim, job.settings), stem, job.folder)
+    segments = _save(cut, stem, job.folder)
+    return dataclasses.replace(
+        part,
+        file=segments[0].file,
+        data=(data, *(segment.file for segment in segments[1:]), *kernels.values()),
+        chain=PartChain(_steps(segments, cut.calls), _tables(cut, layout, data), kernels),
+    )
 
 
 def _stored(settings: Settings) -> str:
     """The dtype of the cache."""
     return settings.dtype if settings.kv_dtype is None else KV_DTYPES[settings.kv_dtype]
-
-
-def _pooled(spec: TensorSpec, settings: Settings) -> TensorSpec:
-    """A key/value cache as pages."""
-    _, heads, _, head_dim = spec.shape
-    return TensorSpec(spec.name, _stored(settings), ("pages", heads, PAGE_SIZE, head_dim))
 
 
 def _config(head_dim: int, settings: Settings) -> Config:

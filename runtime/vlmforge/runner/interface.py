@@ -137,7 +137,7 @@ def _vision(manifest: Manifest) -> VisionInterface:
     image, decode, tiling = manifest.image, manifest.decode, manifest.image.tiling
     size = image.crop if tiling is None else (tiling.tile, tiling.tile)
     rows = decode.tokens_per_image if tiling is None else tiling.view_rows
-    return VisionInterface(size, rows, decode.hidden_size, manifest.compute_dtype)
+    return VisionInterface(size, rows, decode.hidden_size, _features_dtype(manifest))
 
 
 def _decoder(manifest: Manifest) -> DecoderInterface:
@@ -147,8 +147,14 @@ def _decoder(manifest: Manifest) -> DecoderInterface:
         decode.hidden_size,
         manifest.kv,
         decode.positions.has_levels,
-        manifest.compute_dtype,
+        _features_dtype(manifest),
     )
+
+
+def _features_dtype(manifest: Manifest) -> str:
+    """Features go from part to part; a chain takes them in float32, as the host has them."""
+    chained = any(part.chain is not None for part in manifest.parts)
+    return "float32" if chained else manifest.compute_dtype
 
 
 def fits(found: TensorSpec, listed: TensorSpec) -> bool:

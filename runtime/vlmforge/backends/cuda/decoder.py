@@ -19,9 +19,7 @@ from typing_extensions import override
 from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, LoadOptions
 from vlmforge.backends.cuda.device import ITEM_BYTES, Device, Memory, Segment, Tensor, Work
 from vlmforge.backends.cuda.frames import (
-    BLOCK_TABLE,
     PAST,
-    QUERY_LENGTHS,
     Arrangement,
     Size,
     arrange,
@@ -31,12 +29,21 @@ from vlmforge.backends.cuda.frames import (
 from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, TensorSpec
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.kv.cache import Copy, Move
+from vlmforge.runner.interface import (
+    BLOCK_TABLE,
+    IMAGE_FEATURES,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_INDICES,
+    PAST_LENGTHS,
+    QUERY_LENGTHS,
+    ROTARY_LEVELS,
+)
 from vlmforge_plugins.cached_attention import launcher
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.plan import Plan, Shape, max_workspace, plan
 
 _EAGER_FRAMES = 16
-_LAST = "logits"
 _DTYPES: dict[str, Any] = {"int32": np.int32, "int64": np.int64, "float32": np.float32}
 
 
@@ -62,7 +69,7 @@ class ChainDecoder(DecoderSession):
         self._device, self._chain, self._kv, self._options = device, part.chain, kv, options
         self._page, self._columns = kv.page_size, -(-options.capacity // kv.page_size)
         self._inputs = inputs_of(part.inputs, self._columns)
-        self._logits = next(spec for spec in part.outputs if spec.name == _LAST)
+        self._logits = next(spec for spec in part.outputs if spec.name == LOGITS)
         self._segments = {s.file: device.segment(folder / s.file) for s in part.chain.segments}
         self._loaded = device.kernels(
             _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}
@@ -88,7 +95,7 @@ class ChainDecoder(DecoderSession):
         if not wanted[1]:
             return np.empty((*wanted, int(self._logits.shape[-1])), np.float32)
         logits = np.empty((*wanted, int(self._logits.shape[-1])), np.float32)
-        self._device.download(self._arena.address + frame.arrangement.offsets[_LAST], logits)
+        self._device.download(self._arena.address + frame.arrangement.offsets[LOGITS], logits)
         return logits
 
     @override
@@ -119,23 +126,23 @@ class ChainDecoder(DecoderSession):
         rows, tokens = batch.input_ids.shape
         views = frame.views
         given: dict[str, NDArray[Any]] = {
-            "input_ids": batch.input_ids,
-            "past_lengths": batch.past_lengths,
-            PAST: batch.past_lengths,
+            INPUT_IDS.name: batch.input_ids,
+            PAST_LENGTHS.name: batch.past_lengths,
+            PAST.name: batch.past_lengths,
         }
         if frame.size.outputs:
-            given["logits_indices"] = batch.logits_indices
+            given[LOGITS_INDICES.name] = batch.logits_indices
         if batch.rotary_levels is not None:
-            given["rotary_levels"] = batch.rotary_levels
+            given[ROTARY_LEVELS.name] = batch.rotary_levels
         for name, values in given.items():
             if name in views:
                 views[name][:rows] = values
                 views[name][rows:] = 0
         if batch.image_features is not None:
-            views["image_features"][:] = batch.image_features
-        views[QUERY_LENGTHS][:] = 0
-        views[QUERY_LENGTHS][:rows] = tokens
-        table = views[BLOCK_TABLE]
+            views[IMAGE_FEATURES][:] = batch.image_features
+        views[QUERY_LENGTHS.name][:] = 0
+        views[QUERY_LENGTHS.name][:rows] = tokens
+        table = views[BLOCK_TABLE.name]
         for row, blocks in enumerate(batch.blocks):
             held = blocks[: self._columns]
             table[row, : len(held)] = held
@@ -232,9 +239,9 @@ class ChainDecoder(DecoderSession):
             pages=self._options.blocks,
             cos=cos if call.rotary else 0,
             sin=sin if call.rotary else 0,
-            past_lengths=at[PAST],
-            query_lengths=at[QUERY_LENGTHS],
-            block_table=at[BLOCK_TABLE],
+            past_lengths=at[PAST.name],
+            query_lengths=at[QUERY_LENGTHS.name],
+            block_table=at[BLOCK_TABLE.name],
             workspace=self._workspace.address,
         )
         scales = launcher.Scales(call.scale, call.key_scale, call.value_scale)

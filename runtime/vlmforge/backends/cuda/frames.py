@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 
 from vlmforge.backends.cuda.device import ITEM_BYTES
 from vlmforge.engine.chain import PartChain, TensorSpec
+from vlmforge.runner.interface import BATCH, BLOCK_TABLE, OUTPUTS, ROWS, TOKENS
 
 ALIGNMENT = 256
-PAST, QUERY_LENGTHS, BLOCK_TABLE = "past_lengths.int32", "query_lengths", "block_table"
+PAST = TensorSpec("past_lengths.int32", "int32", (BATCH,))
+"""As the attention's kernels take them."""
 _LEAST_TOTAL = 256
+_CACHES = ("past_key.", "past_value.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +40,7 @@ class Size:
 
     def shape(self, spec: TensorSpec) -> tuple[int, ...]:
         """Of a tensor of the chain."""
-        dims = {
-            "batch": self.batch,
-            "tokens": self.tokens,
-            "outputs": self.outputs,
-            "rows": self.rows,
-        }
+        dims = {BATCH: self.batch, TOKENS: self.tokens, OUTPUTS: self.outputs, ROWS: self.rows}
         return tuple(dim if isinstance(dim, int) else dims[dim] for dim in spec.shape)
 
     @property
@@ -67,24 +65,13 @@ def _round_up(number: int) -> int:
 
 
 def inputs_of(inputs: Iterable[TensorSpec], columns: int) -> tuple[TensorSpec, ...]:
-    """What is uploaded for a step: a chain's own inputs, and what the attention reads.
+    """What is uploaded for a step: all that a decoder takes but its caches.
 
     `columns`: of the block table, the most pages of a sequence.
     """
-    own = tuple(
-        TensorSpec(name, "int32", shape)
-        for name, shape in (
-            (PAST, ("batch",)),
-            (QUERY_LENGTHS, ("batch",)),
-            (BLOCK_TABLE, ("batch", columns)),
-        )
-    )
-    return (*own, *(spec for spec in inputs if not is_cache(spec)))
-
-
-def is_cache(spec: TensorSpec) -> bool:
-    """Whether an input of a decoder is a layer's keys or values."""
-    return spec.name.startswith(("past_key.", "past_value."))
+    table = replace(BLOCK_TABLE, shape=(BATCH, columns))
+    kept = [spec for spec in inputs if not spec.name.startswith(_CACHES)]
+    return (PAST, *(table if spec.name == BLOCK_TABLE.name else spec for spec in kept))
 
 
 @dataclass(frozen=True, slots=True)
