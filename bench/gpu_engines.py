@@ -59,16 +59,17 @@ def goldens(engines: Path) -> int:
 
 @dataclass
 class Watched:
-    """A decoder that notes when each step began and ended, and of how many rows it was."""
+    """A decoder that notes when each step began and ended, its rows, and all their tokens."""
 
     inner: Any
-    steps: list[tuple[float, float, int, int]]
+    steps: list[tuple[float, float, int, int, int]]
 
     def step(self, batch: Any) -> Any:
         """As a decoder does."""
         began = time.perf_counter()
         logits = self.inner.step(batch)
-        self.steps.append((began, time.perf_counter(), *batch.input_ids.shape))
+        held = int(batch.past_lengths.sum()) + batch.input_ids.size
+        self.steps.append((began, time.perf_counter(), *batch.input_ids.shape, held))
         return logits
 
     def move(self, move: Any) -> None:
@@ -98,12 +99,12 @@ def speed(engine: Path, wanted: list[str], out: Path | None) -> None:
         for batch, context in sizes:
             # The first prompts decode while the last ones are still being run.
             steps = _LEAST_STEPS + 3 * batch
-            prompts = [prompt(pipe, context - steps, index) for index in range(batch)]
+            prompts = [prompt(pipe, context - steps + 24, index) for index in range(batch)]
             generation = GenerationConfig(max_new_tokens=steps, ignore_eos=True)
             for _ in range(2):  # the first captures
                 watched.steps.clear()
                 answers = pipe(prompts, gen_config=[generation] * batch, do_preprocess=False)
-            rows.append(figures(watched.steps, batch, context, read))
+            rows.append(figures(watched.steps, batch, read))
             rows[-1]["share"] = round(rows[-1]["gb_per_s"] / rate * 1e9, 3)
             rows[-1]["tokens"] = sum(len(answer.token_ids) for answer in answers)
             print(rows[-1], flush=True)
@@ -168,17 +169,18 @@ def prompt(pipe: Pipeline, tokens: int, index: int) -> str:
 
 
 def figures(
-    steps: list[tuple[float, float, int, int]], batch: int, context: int, read: tuple[int, int]
+    steps: list[tuple[float, float, int, int, int]], batch: int, read: tuple[int, int]
 ) -> dict[str, Any]:
     """Medians in milliseconds: of a whole step, from its beginning to the next, and inside."""
-    full = [(a, b) for a, b in itertools.pairwise(steps) if a[2:] == b[2:] == (batch, 1)]
+    full = [(a, b) for a, b in itertools.pairwise(steps) if a[2:4] == b[2:4] == (batch, 1)]
     whole = statistics.median(b[0] - a[0] for a, b in full) * 1e3
     inside = statistics.median(a[1] - a[0] for a, _ in full) * 1e3
-    bytes_read = read[0] + batch * context * read[1]
-    prefill = [end - start for start, end, _, tokens in steps if tokens > 1]
+    held = statistics.mean(a[4] for a, _ in full)
+    bytes_read = read[0] + held * read[1]
+    prefill = [end - start for start, end, _, tokens, _ in steps if tokens > 1]
     return {
         "batch": batch,
-        "context": context,
+        "context": round(held / batch),
         "step_ms": round(whole, 3),
         "decoder_ms": round(inside, 3),
         "tokens_per_s": round(batch / whole * 1e3, 1),

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from vlmforge.engine.chain import (
+    AttentionCall,
+    ChainStep,
+    PartChain,
+    RotaryTables,
+    Segment,
+)
 from vlmforge.engine.image_policy import ImagePolicy, Tiling
 from vlmforge.engine.manifest import (
     SCHEMA_VERSION,
@@ -101,6 +108,30 @@ MANIFEST = Manifest(
     provenance=Provenance("2024-01-01", "checkpoint", "0" * 64, "sample", "Sample", {}, {}),
 )
 
+_HIDDEN = TensorSpec("hidden", "float16", ("batch", "tokens", 16))
+
+
+def _attention(layer: int) -> AttentionCall:
+    return AttentionCall(layer, f"qkv{layer}", f"mixed{layer}", 4, 2, 8, 0.35, 1.0, 1.0, True)
+
+
+def _rows(name: str) -> TensorSpec:
+    return TensorSpec(name, "float16", ("batch", "tokens", 64))
+
+
+CHAIN = PartChain(
+    steps=(
+        ChainStep(segment=Segment("d.0.onnx", (), (_rows("qkv0"), _HIDDEN), 300)),
+        ChainStep(attention=_attention(0)),
+        ChainStep(segment=Segment("d.1.onnx", (_HIDDEN, _rows("mixed0")), (_rows("qkv1"),), 300)),
+        ChainStep(attention=_attention(1)),
+        ChainStep(segment=Segment("d.2.onnx", (_rows("mixed1"), _HIDDEN), (), 300)),
+    ),
+    rotary=RotaryTables("d.data", 0, 4096, 64, 4),
+    kernels={"sm_90": "d.sm_90.cubin"},
+)
+"""Of two layers, as the sample's key/value cache has them."""
+
 RICH = dataclasses.replace(
     MANIFEST,
     quantisation="int4",
@@ -111,8 +142,11 @@ RICH = dataclasses.replace(
             layers="vision.layers.json",
             aliases={"features": "pixel_values"},
         ),
-        dataclasses.replace(PARTS[1], outputs=PARTS[0].outputs),
+        dataclasses.replace(
+            PARTS[1], outputs=PARTS[0].outputs, data=tuple(sorted(CHAIN.files)), chain=CHAIN
+        ),
     ),
+    kv=dataclasses.replace(MANIFEST.kv, page_size=64),
     image=dataclasses.replace(
         IMAGE,
         name="anyres",

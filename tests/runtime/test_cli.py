@@ -33,6 +33,41 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.parametrize(
+    ("installed", "cuda", "mended"),
+    [
+        (("onnxruntime",), False, False),
+        (("onnxruntime-gpu",), True, False),
+        (("onnxruntime", "onnxruntime-gpu"), True, False),
+        (("onnxruntime", "onnxruntime-gpu"), False, True),  # the one for processors came last
+    ],
+    ids=str,
+)
+def test_doctor_says_which_onnxruntime_there_is(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    installed: tuple[str, ...],
+    cuda: bool,
+    mended: bool,
+) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name.startswith("onnxruntime") and name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "9.9" if name in installed else real(name)
+
+    providers = [*(["CUDAExecutionProvider"] if cuda else []), "CPUExecutionProvider"]
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr("vlmforge.ort.ort.get_available_providers", lambda: providers)
+    assert main(["doctor"]) == int(mended)
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.strip().startswith("onnxruntime"))
+    assert " and ".join(f"{name} 9.9" for name in installed) in row
+    assert ("CUDA" in row.partition("->")[0]) == cuda
+    assert ("pip uninstall -y onnxruntime onnxruntime-gpu" in row) == mended
+
+
 @pytest.fixture
 def copied(hf_engine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(hf_engine, tmp_path / "engine"))

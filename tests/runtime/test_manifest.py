@@ -109,7 +109,7 @@ def test_another_schema_version_is_refused_before_anything_else(
     error = refusal(write(tmp_path, json.dumps({"schema_version": version, "unheard": "of"})))
     assert error.summary == f"{tmp_path / MANIFEST_FILE} is of another schema version."
     assert error.found == f"schema_version {version!r}"
-    assert error.expected == "schema_version 1 or schema_version 2"
+    assert error.expected == "schema_version 1 or schema_version 2 or schema_version 3"
     assert error.fix == "rebuild the engine with the build-engine of this version"
 
 

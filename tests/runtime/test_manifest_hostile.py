@@ -30,7 +30,8 @@ from vlmforge.vl.tiling import most_tokens, token_rows
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Fields that must agree with others keep their values.
 FIXED = ("schema_version", "image.name", "prompt.image_splice", "decode.positions")
-FIXED += ("image.tiling", "parts.*.name", "files.*.path")
+FIXED += ("image.tiling", "parts.*.name", "files.*.path", "kv.", "parts.*.chain")
+FIXED += ("parts.*.data", "parts.*.file", "parts.*.inputs")
 
 
 def write(folder: Path, text: str) -> Path:
@@ -175,6 +176,18 @@ def test_a_nasty_value_is_a_typed_error_or_does_no_harm(
         ("parts[0].layers", "/etc/passwd", "must be a path inside the engine"),
         ("tokenizer_file", "a\0b", "must be a path inside the engine"),
         ("parts[1].name", "vision", "must be parts of different names"),
+        ("parts[1].chain.steps", [], "must be segments at both ends"),
+        ("parts[1].chain.steps[1].attention", None, "must be each a segment or a call"),
+        ("parts[1].chain.steps[3].attention.layer", 0, "must be one attention a layer"),
+        ("parts[1].chain.steps[3].attention.head_dim", 16, "must be attention over pages"),
+        ("parts[1].chain.steps[3].attention.heads", 3, "must be heads that share keys evenly"),
+        ("parts[1].chain.steps[3].attention.qkv", "x", "must be tensors that an earlier step"),
+        ("parts[1].chain.rotary", None, "must be given where attention rotates"),
+        ("parts[1].chain.rotary.positions", 0, "must be an integer in [1, 4194304]"),
+        ("parts[1].chain.kernels.sm_90", "other.cubin", "must be all files of the chain"),
+        ("parts[1].chain.kernels.sm_90", "/lib/x", "must be a path inside the engine"),
+        ("parts[1].chain.steps[0].segment.token_bytes", -1, "must be an integer in [0, "),
+        ("kv.page_size", None, "must be attention over pages"),
         ("files[0].sha256", "0" * 63, "must be 64 digits of 0-9 and a-f"),
     ],
 )

@@ -19,7 +19,7 @@ _PACK_SHARE = 0.7
 # Sequences rarely fill their windows: address space is kept for this many times what memory holds.
 _OVERCOMMIT = 4
 # Of a graph on a GPU, and of a segment of a chain: the library's own; and what allocations lose.
-_GRAPH_BYTES, _SEGMENT_BYTES, _ROOM = 600 << 20, 36 << 20, 1.2
+_GRAPH_BYTES, _SEGMENT_BYTES, _ROOM = 600 << 20, 64 << 20, 1.2
 
 
 def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptions:

@@ -98,7 +98,10 @@ class DecoderSession(Protocol):
     """Runs the decoder part over key/value slots that it owns."""
 
     def step(self, batch: DecoderBatch) -> FloatArray:
-        """Run a batch; returns logits `[B, K, vocab_size]` (EngineError: the library failed)."""
+        """Run a batch; returns logits `[B, K, vocab_size]` (EngineError: the library failed).
+
+        Those of a step of decoding (S = 1) are valid until the next step.
+        """
 
     def move(self, move: Move) -> None:
         """Copy or drop what the cache's bookkeeping asks for."""

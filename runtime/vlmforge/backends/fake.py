@@ -179,8 +179,8 @@ class HostDevice(Device):
         ctypes.memmove(address, np.ascontiguousarray(values).ctypes.data, values.nbytes)
 
     @override
-    def download(self, address: int, values: NDArray[Any]) -> None:
-        ctypes.memmove(values.ctypes.data, address, values.nbytes)
+    def download(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        return _array(address, np.float32, shape).copy()
 
     @override
     def copy(self, source: int, target: int, size: int) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlmforge.backends import BACKENDS, load_backend
+from vlmforge.backends.cuda.machine import MEND, installed_onnxruntime
 from vlmforge.errors import BackendUnavailableError
 from vlmforge.limits import available_cpus, available_memory
 from vlmforge.version import __version__
@@ -61,10 +63,27 @@ def run_doctor() -> int:
 
 
 def _library(name: str, fix: str) -> _Row:
+    if name == "onnxruntime":
+        return _onnxruntime()
     try:
         return _Row(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return _Row(name, "missing", fix)
+
+
+def _onnxruntime() -> _Row:
+    """It comes in two distributions that install one Python package: which is there?"""
+    providers = ", ".join(name.removesuffix("ExecutionProvider") for name in _providers())
+    found = installed_onnxruntime()
+    fix = f"two install one Python package, the last one wins; for a GPU: {MEND}"
+    hidden = "onnxruntime-gpu" in found and "CUDA" not in providers
+    return _Row("onnxruntime", f"{found}: providers {providers}", fix if hidden else "")
+
+
+def _providers() -> Sequence[str]:
+    from vlmforge.ort import ort
+
+    return list(ort.get_available_providers())
 
 
 def _backend(name: str) -> _Row:

@@ -23,6 +23,7 @@ class Targets:
     """For each target: "yes", "builds" (not run yet), or "untested" (the same code, never run)."""
 
     onnxruntime: str
+    cuda: str
     tensorrt: str
     tensorrt_rtx: str
 
@@ -116,7 +117,7 @@ def models_table() -> str:
 
 _HEAD = (
     *("model", "layout", "published as", "templates (default first)", "tokens per image"),
-    *("licence of the weights", "onnxruntime", "tensorrt", "tensorrt_rtx"),
+    *("licence of the weights", "onnxruntime", "cuda", "tensorrt", "tensorrt_rtx"),
 )
 
 
@@ -124,5 +125,6 @@ def _cells(row: ModelRow) -> tuple[str, ...]:
     return (
         *(row.model, row.layout, ", ".join(row.published), ", ".join(row.templates)),
         *(row.tokens_per_image, row.licence),
-        *(row.targets.onnxruntime, row.targets.tensorrt, row.targets.tensorrt_rtx),
+        *(row.targets.onnxruntime, row.targets.cuda),
+        *(row.targets.tensorrt, row.targets.tensorrt_rtx),
     )

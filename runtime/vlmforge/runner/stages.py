@@ -227,7 +227,7 @@ class Engine:
             place[:1], ids[None], lengths, features, wanted[None], levels, (place,)
         )
         found: FloatArray = self.decoder.step(batch)[0]
-        return found
+        return found.copy() if len(ids) == 1 else found  # it may be a step of decoding to it
 
     def decode(
         self,

@@ -91,12 +91,13 @@ class ChainDecoder(DecoderSession):
         frame = self._frame(_size(batch))
         self._fill(frame, batch)
         self._run(frame)
-        wanted = batch.logits_indices.shape
-        if not wanted[1]:
-            return np.empty((*wanted, int(self._logits.shape[-1])), np.float32)
-        logits = np.empty((*wanted, int(self._logits.shape[-1])), np.float32)
-        self._device.download(self._arena.address + frame.arrangement.offsets[LOGITS], logits)
-        return logits
+        wanted = (*batch.logits_indices.shape, int(self._logits.shape[-1]))
+        if not frame.size.outputs:
+            return np.empty(wanted, np.float32)
+        offset = frame.arrangement.offsets[LOGITS]
+        logits = self._device.download(self._arena.address + offset, wanted)
+        # Tokens are chosen from a decoded step's at once; a prompt's may be kept for its end.
+        return logits if frame.size.replayed else logits.copy()
 
     @override
     def move(self, move: Move) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from vlmforge.ort import ort
@@ -73,8 +74,8 @@ class Device(Protocol):
     def upload(self, address: int, values: NDArray[Any]) -> None:
         """Enqueue a copy to the device; `values` may be changed when this returns."""
 
-    def download(self, address: int, values: NDArray[Any]) -> None:
-        """Wait for all that is enqueued, and fill `values` (C-contiguous)."""
+    def download(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Wait for all that is enqueued; float32 from there, until the next download."""
 
     def copy(self, source: int, target: int, size: int) -> None:
         """Enqueue a copy of `size` bytes within the device's memory."""

@@ -8,6 +8,7 @@ ONNX Runtime as `user_compute_stream`; everything bound by address; a step captu
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Mapping
 from functools import cache
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from vlmforge.backends.cuda.device import Device, Work
-from vlmforge.backends.cuda.machine import PROVIDER
+from vlmforge.backends.cuda.machine import MEND, PROVIDER
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.errors import BackendUnavailableError, EngineError
 from vlmforge.ort import ort
@@ -108,13 +109,15 @@ class Gpu(Device):
         call(driver.cuMemcpyHtoDAsync, address, self._up.address, values.nbytes, self.stream)
 
     @override
-    def download(self, address: int, values: NDArray[Any]) -> None:
+    def download(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
         enter()
-        if values.nbytes > len(self._down.bytes):
-            self._down = _Staging(values.nbytes)
-        call(driver.cuMemcpyDtoHAsync, self._down.address, address, values.nbytes, self.stream)
+        size = 4 * math.prod(shape)
+        if size > len(self._down.bytes):
+            self._down = _Staging(size)
+        call(driver.cuMemcpyDtoHAsync, self._down.address, address, size, self.stream)
         call(driver.cuStreamSynchronize, self.stream)
-        values.reshape(-1).view(np.uint8)[:] = self._down.bytes[: values.nbytes]
+        found: NDArray[np.float32] = self._down.bytes[:size].view(np.float32)
+        return found.reshape(shape)
 
     @override
     def copy(self, source: int, target: int, size: int) -> None:
@@ -193,5 +196,5 @@ def not_loaded(file: Path) -> BackendUnavailableError:
         "ONNX Runtime cannot load its CUDA provider here.",
         found=f"{file.name} would run on the processor",
         expected="the libraries of CUDA 13 (cublas, cudart, curand, cufft) where they are found",
-        fix="pip install --force-reinstall 'vlmforge[cuda]'; vlmforge doctor tells more",
+        fix=f"pip install 'vlmforge[cuda]'; {MEND}",
     )

@@ -17,7 +17,8 @@ LEAST_DRIVER, LEAST_CAPABILITY = 13000, 80
 _DRIVER = "libcuda.so.1"
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _ELSEWHERE = "to run the model on this machine's processor, build it with --target onnxruntime"
-MEND = f"pip uninstall -y {' '.join(_PACKAGES)}; pip install 'vlmforge[cuda]'"
+# Both are one Python package, so that the last one wins: the other must be gone before.
+MEND = f"pip uninstall -y {' '.join(_PACKAGES)}; pip install 'onnxruntime-gpu[cuda]>=1.31'"
 
 
 @dataclass(frozen=True, slots=True)
