@@ -18,6 +18,7 @@ from vlmforge.runner.interface import DecoderInterface, fits, interface_of
 POOLS = dataclasses.replace(
     RICH, compute_dtype="float16", kv=KVLayout(3, 2, 8, "float8_e4m3fn", 64)
 )
+CHAIN = dataclasses.replace(POOLS, backend="cuda")
 
 
 def described(manifest: Manifest) -> Manifest:
@@ -81,7 +82,18 @@ def test_views_of_a_picture() -> None:
     assert features == TensorSpec("image_features", "float32", ("images", 5, 16))
 
 
-@pytest.mark.parametrize("manifest", [MANIFEST, RICH, POOLS])
+def test_graphs_of_a_chain_know_no_pages() -> None:
+    whole, chain = interface_of(POOLS, "decoder"), interface_of(CHAIN, "decoder")
+    assert [spec.name for spec in chain.inputs] == [spec.name for spec in whole.inputs[:-2]]
+    assert [spec.name for spec in chain.outputs] == ["logits"]
+    assert chain.aliases == {}
+    assert chain.inputs[4:-1] == whole.inputs[4:-3]  # the pools
+    features = [spec for spec in chain.inputs if spec.name == "image_features"]
+    assert [spec.dtype for spec in features] == ["float32"]
+    assert interface_of(CHAIN, "vision").outputs[0].dtype == "float32"
+
+
+@pytest.mark.parametrize("manifest", [MANIFEST, RICH, POOLS, CHAIN])
 def test_what_is_listed_passes_the_check(manifest: Manifest) -> None:
     assert failures(described(manifest)) == set()
 
@@ -106,7 +118,7 @@ OTHER = {
 
 @given(st.data())
 def test_any_other_input_or_output_fails_the_check(data: st.DataObject) -> None:
-    whole = described(data.draw(st.sampled_from([MANIFEST, RICH, POOLS])))
+    whole = described(data.draw(st.sampled_from([MANIFEST, RICH, POOLS, CHAIN])))
     part = data.draw(st.sampled_from(whole.parts))
     side = data.draw(st.sampled_from(["inputs", "outputs"]))
     specs = list(getattr(part, side))

@@ -127,7 +127,8 @@ class CudaTarget(Target):
         """What the runtime binds: pages in the place of dense caches."""
         if not isinstance(dense, DecoderInterface):
             return dense
-        return dataclasses.replace(dense, kv=self.kv_layout(dense.kv, settings))
+        kv = self.kv_layout(dense.kv, settings)
+        return dataclasses.replace(dense, kv=kv, chained=True)
 
 
 def _dense(traced: Interface, settings: Settings) -> Interface:

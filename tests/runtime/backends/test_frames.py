@@ -13,7 +13,6 @@ INPUTS = (
     TensorSpec("input_ids", "int64", ("batch", "tokens")),
     TensorSpec("image_features", "float32", ("rows", 24)),
     TensorSpec("past_key.0", "float16", ("pages", 2, 64, 8)),
-    TensorSpec("block_table", "int32", ("batch", "sequence_pages")),
 )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from vlmforge.backends.cuda.device import ITEM_BYTES
 from vlmforge.engine.chain import PartChain, TensorSpec
-from vlmforge.runner.interface import BATCH, BLOCK_TABLE, OUTPUTS, ROWS, TOKENS
+from vlmforge.runner.interface import BATCH, BLOCK_TABLE, OUTPUTS, QUERY_LENGTHS, ROWS, TOKENS
 
 ALIGNMENT = 256
 PAST = TensorSpec("past_lengths.int32", "int32", (BATCH,))
@@ -65,13 +65,13 @@ def _round_up(number: int) -> int:
 
 
 def inputs_of(inputs: Iterable[TensorSpec], columns: int) -> tuple[TensorSpec, ...]:
-    """What is uploaded for a step: all that a decoder takes but its caches.
+    """What is uploaded for a step: all that a decoder takes but its caches, and the attention.
 
     `columns`: of the block table, the most pages of a sequence.
     """
     table = replace(BLOCK_TABLE, shape=(BATCH, columns))
-    kept = [spec for spec in inputs if not spec.name.startswith(_CACHES)]
-    return (PAST, *(table if spec.name == BLOCK_TABLE.name else spec for spec in kept))
+    own = (spec for spec in inputs if not spec.name.startswith(_CACHES))
+    return (PAST, QUERY_LENGTHS, table, *own)
 
 
 @dataclass(frozen=True, slots=True)
