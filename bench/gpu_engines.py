@@ -3,6 +3,7 @@
     python3 bench/gpu_engines.py goldens ENGINES        # folders named CHECKPOINT.DTYPE
     python3 bench/gpu_engines.py accuracy ENGINE ...    # of the demo model
     python3 bench/gpu_engines.py speed ENGINE --batch 1:640 8:1024 --out results.json
+    python3 bench/gpu_engines.py report results.json    # into RESULTS.md
 
 Needs what serving needs; for `goldens` pytest too, and for the yardstick of `speed` torch.
 """
@@ -30,6 +31,8 @@ from vlmforge.api.memory import part_bytes  # noqa: E402
 from vlmforge.backends.cuda import machine  # noqa: E402
 
 _LEAST_STEPS, _QUESTIONS = 48, 1300
+_BEGIN = "<!-- engines on a GPU: written by bench/gpu_engines.py report -->\n"
+_END = "<!-- end of engines on a GPU -->\n"
 
 
 def goldens(engines: Path) -> int:
@@ -190,11 +193,34 @@ def figures(
     }
 
 
+def report(results: Path) -> None:
+    """Write what `speed` measured into RESULTS.md, between its markers."""
+    head, *rows = json.loads(results.read_text("utf-8"))
+    columns = ("batch", "context", "step_ms", "decoder_ms", "tokens_per_s", "share", "prefill_s")
+    words = ("batch", "tokens held by each", "step, ms", "inside the decoder, ms", "tokens/s")
+    words += ("share of the copy rate", "all prompts, s")
+    lines = [
+        f"{head['card']}, a copy moves {head['copy_tb_per_s']:.2f} TB/s. Loaded in "
+        f"{head['load_s']:.1f} s; planned {head['planned_gb']:.2f} GB of its memory, took "
+        f"{head['taken_gb']:.2f} GB ({head['pool_gb']:.2f} GB of them pages).",
+        "",
+        "| " + " | ".join(words) + " |",
+        "|" + "---|" * len(words),
+        *("| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows),
+    ]
+    document = ROOT / "bench" / "RESULTS.md"
+    before, begin, rest = document.read_text("utf-8").partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    assert begin and end, f"no {_BEGIN.strip()} ... {_END.strip()}"
+    document.write_text("".join([before, begin, "\n".join(lines), "\n", end, after]), "utf-8")
+
+
 def main() -> None:
     """The command line."""
     arguments = argparse.ArgumentParser(description=__doc__)
     kinds = arguments.add_subparsers(dest="kind", required=True)
     kinds.add_parser("goldens").add_argument("engines", type=Path)
+    kinds.add_parser("report").add_argument("results", type=Path)
     kinds.add_parser("accuracy").add_argument("engines", type=Path, nargs="+")
     timed = kinds.add_parser("speed")
     timed.add_argument("engine", type=Path)
@@ -203,6 +229,8 @@ def main() -> None:
     values = arguments.parse_args()
     if values.kind == "goldens":
         sys.exit(goldens(values.engines))
+    if values.kind == "report":
+        return report(values.results)
     if values.kind == "accuracy":
         return accuracy(values.engines)
     return speed(values.engine, values.batch, values.out)

@@ -117,6 +117,12 @@ def golden_engine(shared: Path, name: str) -> Path:
     return build_once(shared / f"{name}.engine", DATA / name / "checkpoint", *options)
 
 
+def cuda_engine(shared: Path, name: str) -> Path:
+    """The float16 engine of the target cuda of a golden checkpoint, built once for a run."""
+    options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()))
+    return build_once(shared / f"{name}.cuda.engine", DATA / name / "checkpoint", *options)
+
+
 @pytest.fixture(scope="session")
 def hf_engine(shared: Path) -> Path:
     """The engine of the golden checkpoint in the layout of transformers."""

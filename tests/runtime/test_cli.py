@@ -174,6 +174,7 @@ def test_doctor_calls_ready_what_can_run_here(
     assert "--target onnxruntime" in rows["tensorrt_rtx"]
     assert "no module tensorrt" in rows["tensorrt"]
     assert "ready" not in rows["tensorrt_rtx"] + rows["tensorrt"]
+    monkeypatch.setattr("vlmforge.backends.cuda.machine.find_gpu", lambda: no_driver("libcuda"))
     monkeypatch.setattr("vlmforge.backends.tensorrt.ctypes.CDLL", lambda _: None)
     assert main(["doctor"]) == 0
     assert "ready: tensorrt_rtx" not in capsys.readouterr().out  # nor where there is a GPU: not yet

@@ -187,7 +187,6 @@ def test_a_nasty_value_is_a_typed_error_or_does_no_harm(
         ("parts[1].chain.kernels.sm_90", "other.cubin", "must be all files of the chain"),
         ("parts[1].chain.kernels.sm_90", "/lib/x", "must be a path inside the engine"),
         ("parts[1].chain.steps[0].segment.token_bytes", -1, "must be an integer in [0, "),
-        ("kv.page_size", None, "must be attention over pages"),
         ("files[0].sha256", "0" * 63, "must be 64 digits of 0-9 and a-f"),
     ],
 )

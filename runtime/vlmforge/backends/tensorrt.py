@@ -19,7 +19,6 @@ from typing_extensions import override
 from vlmforge.backends import Backend, DecoderSession, LoadOptions, VisionSession
 from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import BackendUnavailableError
-from vlmforge.limits import Room, available_memory
 
 _DRIVER = "libcuda.so.1"
 _ELSEWHERE = "vlmforge inspect and vlmforge verify --static work here; to run the model on this "
@@ -55,9 +54,8 @@ class PlanBackend(Backend):
         self.check()
 
     @override
-    def memory(self) -> Room:
-        """Of the processor, as there is no other that could be used."""
-        return available_memory()
+    def memory(self) -> NoReturn:
+        self.check()
 
     @override
     def versions(self) -> Sequence[tuple[str, str]]:

@@ -95,6 +95,11 @@ def _part(folder: Path, part: Part) -> str:
     for profile in part.profiles:
         ranges = (f"{name} {dim.least}..{dim.most}" for name, dim in profile.dims.items())
         lines.append(f"  profile {profile.name}: {', '.join(ranges)}")
+    if part.chain is not None:
+        lines.append(
+            f"  chain {len(part.chain.segments)} segments, {len(part.chain.attention)} launches of "
+            f"attention between them; kernels for {', '.join(sorted(part.chain.kernels))}"
+        )
     if part.layers is not None:
         histogram = read_layers(folder / part.layers).histogram
         counts = ", ".join(f"{count} {kind}" for kind, count in histogram.items())

@@ -32,7 +32,7 @@ class PositionPolicy:
         if self.name not in POLICIES:
             raise EngineFormatError(
                 "The position policy that the engine asks for is unknown to this version.",
-                found=repr(self.name),
+                found=repr(self.name)[:100],
                 expected="one of: " + ", ".join(POLICIES),
                 fix="install a newer vlmforge, or build the engine again",
             )

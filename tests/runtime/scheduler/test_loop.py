@@ -78,15 +78,19 @@ class FakeEngine:
         ids = np.array(prompt.token_ids, np.int64)
         return DecoderInput(ids, None, level(len(ids)))
 
-    def prefill(self, slot: int, chunk: DecoderInput, past: int, *, logits: str) -> FloatArray:
+    def prefill(
+        self, place: tuple[int, ...], chunk: DecoderInput, past: int, *, logits: str
+    ) -> FloatArray:
         assert logits != "all"
+        (slot,) = place
         stop = past + len(chunk.ids)
         self.decoder.tokens[slot, past:stop] = stored(chunk.ids, chunk.rotary_level)
         return self._logits([(slot, stop)] if logits == "last" else [])
 
     def decode(
-        self, slots: list[int], tokens: IntArray, lengths: IntArray, levels: IntArray
+        self, at: list[tuple[int, ...]], tokens: IntArray, lengths: IntArray, levels: IntArray
     ) -> FloatArray:
+        slots = [slot for (slot,) in at]
         self.decoder.tokens[slots, lengths] = stored(tokens, levels)
         places = zip(slots, lengths, strict=True)
         return self._logits([(slot, int(length) + 1) for slot, length in places])

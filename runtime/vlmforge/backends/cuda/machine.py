@@ -18,7 +18,7 @@ _DRIVER = "libcuda.so.1"
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _ELSEWHERE = "to run the model on this machine's processor, build it with --target onnxruntime"
 # Both are one Python package, so that the last one wins: the other must be gone before.
-MEND = f"pip uninstall -y {' '.join(_PACKAGES)}; pip install 'onnxruntime-gpu[cuda]>=1.31'"
+MEND = f"pip uninstall -y {' '.join(_PACKAGES)}; pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,5 +132,5 @@ def preload() -> str:
     """Load CUDA's libraries from their wheels; what could not be, in the library's words."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        ort.preload_dlls(cudnn=False)
+        ort.preload_dlls()
     return said.getvalue().strip()
