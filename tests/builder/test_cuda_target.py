@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from conftest import HF, cuda_engine
@@ -19,6 +21,7 @@ from vlmforge.errors import ConfigError
 from vlmforge.runner.interface import interface_of
 from vlmforge_builder.passes.float32_features import Float32FeaturesPass
 from vlmforge_builder.passes.fuse_contrib import FuseContribPass
+from vlmforge_builder.passes.likeliest_token import likeliest_token
 from vlmforge_builder.passes.scratch import token_bytes
 from vlmforge_builder.targets import Settings, load_target
 from vlmforge_builder.targets.cuda import PAGE_SIZE, _config
@@ -143,6 +146,20 @@ def test_features_are_taken_and_given_in_float32() -> None:
     assert op_types(model) == ["Cast", "Neg"]
     feeds = drawn(image_features=(1, 2, 16))
     np.testing.assert_allclose(run(model, **feeds)[0], -feeds["image_features"], atol=2e-3)
+
+
+@given(st.integers(2, 40), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_the_likeliest_token_is_the_lowest_of_equals(size: int, rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(-3, 3, (rows, 2, size)).astype(np.float32)  # full of equals
+    broken = rng.random((rows, 2)) < 0.2
+    places = rng.integers(0, size, (rows, 2, 1))
+    odd = rng.choice([np.nan, np.inf, -np.inf], (rows, 2, 1)).astype(np.float32)
+    expected = np.where(broken, -1, logits.argmax(-1))
+    put = np.where(broken[..., None], odd, np.take_along_axis(logits, places, -1))
+    np.put_along_axis(logits, places, put, -1)
+    (found,) = run(likeliest_token(size), logits=logits)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_memory_is_that_of_what_lives_at_once() -> None:

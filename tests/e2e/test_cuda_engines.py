@@ -28,6 +28,7 @@ from golden_models import (
 )
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
+from vlmforge.backends import DecoderBatch, IntArray
 from vlmforge.backends.cuda.decoder import ChainDecoder
 from vlmforge.backends.fake import HostDevice, cuda_on_cpu
 from vlmforge.errors import CancelledError
@@ -118,6 +119,26 @@ def test_batches_in_any_order_equal_singles(pipe: Pipeline, singles: list[list[i
         assert isinstance(responses, list)
         assert [r.token_ids for r in responses] == [singles[i] for i in order]
     assert device(pipe).replays > before  # they were decoded by what was captured
+
+
+def test_ids_alone_give_what_logits_give(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    real = ChainDecoder.likeliest
+
+    def noted(decoder: ChainDecoder, batch: DecoderBatch) -> IntArray:
+        steps.append(len(batch.slots))
+        return real(decoder, batch)
+
+    monkeypatch.setattr(ChainDecoder, "likeliest", noted)
+    texts = [f"number {n}, and so on" for n in range(4)]
+    plain = GenerationConfig(max_new_tokens=12, ignore_eos=True)
+    whole = replace(plain, output_logits="generation")
+    by_ids = [answer.token_ids for answer in pipe(texts, gen_config=plain)]  # type: ignore[union-attr]
+    assert len(steps) >= 11
+    steps.clear()
+    by_logits = [answer.token_ids for answer in pipe(texts, gen_config=whole)]  # type: ignore[union-attr]
+    assert by_ids == by_logits
+    assert steps == []  # one who wants the logits is not asked
 
 
 def test_sizes_are_captured_once(pipe: Pipeline, singles: list[list[int]]) -> None:

@@ -6,6 +6,8 @@ from collections import Counter
 
 import onnx_ir as ir
 
+from vlmforge.runner.interface import TOKENS
+
 
 def token_bytes(graph: ir.Graph) -> int:
     """Bytes for each token of a step that are alive at once, at most, while the graph runs.
@@ -34,7 +36,7 @@ def token_bytes(graph: ir.Graph) -> int:
 def _row_bytes(value: ir.Value) -> int:
     """Of `[batch, tokens, ...]`; 0 for what has another form."""
     shape, dtype = value.shape, value.dtype
-    if shape is None or dtype is None or len(shape) < 2 or isinstance(shape[1], int):
+    if shape is None or dtype is None or len(shape) < 2 or str(shape[1]) != TOKENS:
         return 0
     size = 1
     for dim in shape[2:]:

@@ -7,7 +7,7 @@ take their weights from one file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +29,7 @@ from vlmforge_builder.passes.assign_precision import AssignPrecisionPass
 from vlmforge_builder.passes.cut_chain import Cut, cut_chain
 from vlmforge_builder.passes.float32_features import Float32FeaturesPass
 from vlmforge_builder.passes.fuse_contrib import FuseContribPass
+from vlmforge_builder.passes.likeliest_token import likeliest_token
 from vlmforge_builder.passes.scratch import token_bytes
 from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
@@ -155,8 +156,10 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
     """Cut the graph, and write its pieces and what runs between them."""
     stem, data = _STEMS[part.name], part.data[0]
     cut = cut_chain(model)
+    vocab_size = int(part.outputs[0].shape[-1])
     kernels = _kernels(_config(cut.calls[0].head_dim, job.settings), stem, job.folder)
-    segments = _save(cut, stem, job.folder)
+    pieces = (*cut.pieces, likeliest_token(vocab_size))
+    segments = _save(pieces, stem, job.folder)
     return dataclasses.replace(
         part,
         file=segments[0].file,
@@ -184,9 +187,9 @@ def _config(head_dim: int, settings: Settings) -> Config:
     return config
 
 
-def _save(cut: Cut, stem: str, folder: Path) -> tuple[Segment, ...]:
+def _save(pieces: Sequence[ir.Model], stem: str, folder: Path) -> tuple[Segment, ...]:
     segments = []
-    for index, piece in enumerate(cut.pieces):
+    for index, piece in enumerate(pieces):
         name = f"{stem}.{index:03d}.onnx"
         ir.save(piece, folder / name)
         graph = piece.graph
@@ -206,7 +209,7 @@ def _steps(
         for segment, call in zip(segments, calls, strict=False)
         for step in (ChainStep(segment=segment), ChainStep(attention=call))
     ]
-    return (*between, ChainStep(segment=segments[-1]))
+    return (*between, *(ChainStep(segment=segment) for segment in segments[len(calls) :]))
 
 
 def _tables(cut: Cut, layout: Layout, file: str) -> RotaryTables | None:

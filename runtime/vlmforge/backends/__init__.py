@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +105,18 @@ class DecoderSession(Protocol):
 
     def move(self, move: Move) -> None:
         """Copy or drop what the cache's bookkeeping asks for."""
+
+
+@runtime_checkable
+class LikeliestDecoder(Protocol):
+    """A `DecoderSession` that can spare its caller the logits."""
+
+    def likeliest(self, batch: DecoderBatch) -> IntArray:
+        """Run a step of decoding; the ids int64 `[B]` of each row's largest logit.
+
+        The lowest of equals, as `argmax` has it; -1 where logits are not finite. EngineError: the
+        library failed.
+        """
 
 
 class Backend(Protocol):

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from vlmforge.backends import cuda
 from vlmforge.backends.cuda import CudaBackend
-from vlmforge.backends.cuda.device import Device, Work
+from vlmforge.backends.cuda.device import Device, T, Work
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.limits import Room, available_memory
 from vlmforge.ort import ort
@@ -179,8 +179,8 @@ class HostDevice(Device):
         ctypes.memmove(address, np.ascontiguousarray(values).ctypes.data, values.nbytes)
 
     @override
-    def download(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        return _array(address, np.float32, shape).copy()
+    def download(self, address: int, shape: tuple[int, ...], dtype: np.dtype[T]) -> NDArray[T]:
+        return _array(address, dtype, shape).copy()
 
     @override
     def copy(self, source: int, target: int, size: int) -> None:

@@ -57,6 +57,14 @@ class SamplingParams:
     logprobs: int = 0
     guide: Guide | None = None
 
+    @property
+    def likeliest(self) -> bool:
+        """Whether the id of the largest logit is all that it takes to choose."""
+        edited = self.logits_processors or self.bad_words or self.guide
+        held = self.held_ids and self.min_new_tokens
+        plain = self.repetition_penalty == 1 and not self.logprobs
+        return bool(self.greedy and plain and not (edited or held))
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
@@ -108,13 +116,17 @@ class Sampler:
         self._seen = np.zeros(vocab_size, np.bool_)
         self._seen[list(self._prompt)] = True
 
-    def step(self, logits: Logits) -> SampledToken:
+    def step(self, logits: Logits | np.int64) -> SampledToken:
         """Choose from logits `[vocab_size]`, which are left as they are.
+
+        The id of the largest will do if the parameters are `likeliest`; -1: they are not finite.
 
         Raises:
             EngineError: the logits are not finite, or the guide was lost.
             ConfigError: every token is banned, or a processor or the penalty broke the logits.
         """
+        if isinstance(logits, np.int64):
+            return self._known(int(logits))
         if logits.shape != (self._vocab_size,):
             raise ValueError(f"logits of shape {logits.shape}, not ({self._vocab_size},)")
         token = int(np.argmax(logits))
@@ -133,6 +145,13 @@ class Sampler:
             return SampledToken(token)
         top = top_logprobs(edited, self._params.logprobs, token)
         return SampledToken(token, top[token], top)
+
+    def _known(self, token: int) -> SampledToken:
+        if token < 0:
+            _check_engine(math.nan)
+        self._generated.append(token)
+        self._seen[token] = True
+        return SampledToken(token)
 
     def _edited(self, logits: Logits) -> Logits:
         """`logits` itself when nothing is to be edited, else an edited copy."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from vlmforge.backends import FloatArray
 
 
@@ -18,8 +20,11 @@ class TokenChooser(Protocol):
     def begin(self, facts: PrefillFacts) -> None:
         """The prompt has been run."""
 
-    def accept(self, logits: FloatArray) -> int | None:
-        """Choose from logits `[vocab_size]`; the token to run next, or None at the end."""
+    def accept(self, logits: FloatArray | np.int64) -> int | None:
+        """Choose from logits `[vocab_size]`; the token to run next, or None at the end.
+
+        The largest one's id will do for one that always takes the likeliest (-1: not finite).
+        """
 
     def fail(self, error: Exception) -> None:
         """The sequence ends with an error."""

@@ -95,9 +95,9 @@ class TokenGenerator(TokenChooser):
             self._logits.append(facts.prompt_logits[:-1])
 
     @override
-    def accept(self, logits: FloatArray) -> int | None:
+    def accept(self, logits: FloatArray | np.int64) -> int | None:
         token = self._sampler.step(logits)
-        if self._plan.output_logits is not None:
+        if self._plan.output_logits is not None and isinstance(logits, np.ndarray):
             self._logits.append(logits[None].copy())
         stop = self._plan.stop
         ends = token.id in stop.ids and len(self._ids) >= stop.min_new_tokens

@@ -27,6 +27,8 @@ LOGITS_INDICES = TensorSpec("logits_indices", "int64", (BATCH, OUTPUTS))
 """Places among the tokens to give logits of."""
 ROTARY_LEVELS = TensorSpec("rotary_levels", "int64", (BATCH,))
 """Levels of the sequences, where the position policy has some."""
+LIKELIEST = TensorSpec("likeliest", "int64", (BATCH, OUTPUTS))
+"""Ids of the largest logits, which a chain gives beside them."""
 QUERY_LENGTHS = TensorSpec("query_lengths", "int32", (BATCH,))
 """How many of the tokens of a row are there, where the cache is paged."""
 BLOCK_TABLE = TensorSpec("block_table", "int32", (BATCH, SEQUENCE_PAGES))

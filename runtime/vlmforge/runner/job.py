@@ -25,6 +25,8 @@ class Job:
     """A prepared request: its prompt, its images and who chooses its tokens.
 
     Attributes:
+        likeliest: Whether `generation` always takes the likeliest token, and needs nothing else of
+            the logits.
         taken: Called once, when the job waits no more.
     """
 
@@ -34,6 +36,7 @@ class Job:
     taken: Callable[[], None] = _nothing
     submitted: float = field(default_factory=time.perf_counter)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    likeliest: bool = False
 
     def fail(self, error: BaseException) -> None:
         """Tell the caller; where that fails too, the others go on."""

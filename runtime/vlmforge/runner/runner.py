@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from vlmforge.backends import FloatArray
+from vlmforge.backends import FloatArray, IntArray
 from vlmforge.errors import EngineStepError, as_ours
 from vlmforge.kv.cache import Copy
 from vlmforge.outputs.token_chooser import PrefillFacts
@@ -131,10 +131,10 @@ class _Work:
         rows = [row for row in rows if row.sequence not in self.failed]
         if not rows:
             return
-        logits = self._attempt(rows, lambda: self._run_tokens(rows))
-        if logits is None:
+        found = self._attempt(rows, lambda: self._run_tokens(rows))
+        if found is None:
             return
-        for row, values in zip(rows, logits, strict=True):
+        for row, values in zip(rows, found, strict=True):
             self._accept(row.sequence, values)
 
     def _ends_prompt(self, active: _Active, row: Row) -> bool:
@@ -169,15 +169,18 @@ class _Work:
             raise ValueError("the decoder gave no logits for the end of a prompt")
         return logits
 
-    def _run_tokens(self, rows: Sequence[Row]) -> FloatArray:
+    def _run_tokens(self, rows: Sequence[Row]) -> FloatArray | IntArray:
         tokens = np.array([row.tokens[0] for row in rows], np.int64)
         lengths = np.array([row.start for row in rows], np.int64)
         levels = [self.active[row.sequence].input.rotary_level for row in rows]
         places = [row.place for row in rows]
-        logits = self.engine.decode(places, tokens, lengths, np.array(levels, np.int64))
-        if len(logits) != len(rows):
-            raise ValueError(f"the decoder gave {len(logits)} rows for {len(rows)} sequences")
-        return logits
+        likeliest = all(self.active[row.sequence].job.likeliest for row in rows)
+        found = self.engine.decode(
+            places, tokens, lengths, np.array(levels, np.int64), likeliest=likeliest
+        )
+        if len(found) != len(rows):
+            raise ValueError(f"the decoder gave {len(found)} rows for {len(rows)} sequences")
+        return found
 
     def _begin(self, sequence: int, active: _Active) -> bool:
         rows, active.prompt_logits = active.prompt_logits, []
@@ -197,9 +200,9 @@ class _Work:
         active.begun = True
         return True
 
-    def _accept(self, sequence: int, logits: FloatArray) -> None:
+    def _accept(self, sequence: int, found: FloatArray | np.int64) -> None:
         try:
-            token = self.active[sequence].job.generation.accept(logits)
+            token = self.active[sequence].job.generation.accept(found)
             self.tokens[sequence] = None if token is None else int(token)
         except BaseException as error:  # noqa: BLE001 - a logits processor may raise anything
             self._end(sequence, error)

@@ -15,6 +15,7 @@ from vlmforge.backends import (
     DecoderSession,
     FloatArray,
     IntArray,
+    LikeliestDecoder,
     LoadOptions,
     VisionSession,
     load_backend,
@@ -235,8 +236,13 @@ class Engine:
         tokens: IntArray,
         lengths: IntArray,
         levels: IntArray,
-    ) -> FloatArray:
+        *,
+        likeliest: bool = False,
+    ) -> FloatArray | IntArray:
         """One step of sequences: `tokens` `[B]` to logits `[B, vocab_size]`.
+
+        With `likeliest` the largest one's ids `[B]` will do, and are given by decoders that can
+        (`LikeliestDecoder`).
 
         `places` `[B]` are where they are (see `KVCache.place`); `lengths` and `levels` `[B]` are
         the tokens before, and each sequence's rotary level.
@@ -246,6 +252,8 @@ class Engine:
         batch = DecoderBatch(
             slots, tokens[:, None], lengths, None, zeros, self._levels(levels), places
         )
+        if likeliest and isinstance(self.decoder, LikeliestDecoder):
+            return self.decoder.likeliest(batch)
         logits: FloatArray = self.decoder.step(batch)[:, 0]
         return logits
 

@@ -98,7 +98,8 @@ class Preparation:
             request,
             self._grounding(conversation, request),
         )
-        return Job(rendered, images, generator, cancelled=request.cancelled)
+        likeliest = plan.sampling.likeliest and plan.output_logits is None
+        return Job(rendered, images, generator, cancelled=request.cancelled, likeliest=likeliest)
 
     def _image(self, image: OpenedImage, request: Request) -> PreparedImage:
         with request.watch.stage("load"):

@@ -88,8 +88,15 @@ class FakeEngine:
         return self._logits([(slot, stop)] if logits == "last" else [])
 
     def decode(
-        self, at: list[tuple[int, ...]], tokens: IntArray, lengths: IntArray, levels: IntArray
+        self,
+        at: list[tuple[int, ...]],
+        tokens: IntArray,
+        lengths: IntArray,
+        levels: IntArray,
+        *,
+        likeliest: bool,
     ) -> FloatArray:
+        assert not likeliest  # nobody here said that it would do
         slots = [slot for (slot,) in at]
         self.decoder.tokens[slots, lengths] = stored(tokens, levels)
         places = zip(slots, lengths, strict=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, LoadOptions
+from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, IntArray, LoadOptions
 from vlmforge.backends.cuda.device import ITEM_BYTES, Device, Memory, Segment, Tensor, Work
 from vlmforge.backends.cuda.frames import (
     PAST,
@@ -25,6 +25,7 @@ from vlmforge.backends.cuda.frames import (
     arrange,
     bucket,
     inputs_of,
+    made_by,
 )
 from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, TensorSpec
 from vlmforge.engine.manifest import KVLayout, Part
@@ -33,6 +34,7 @@ from vlmforge.runner.interface import (
     BLOCK_TABLE,
     IMAGE_FEATURES,
     INPUT_IDS,
+    LIKELIEST,
     LOGITS,
     LOGITS_INDICES,
     PAST_LENGTHS,
@@ -95,9 +97,18 @@ class ChainDecoder(DecoderSession):
         if not frame.size.outputs:
             return np.empty(wanted, np.float32)
         offset = frame.arrangement.offsets[LOGITS]
-        logits = self._device.download(self._arena.address + offset, wanted)
+        address = self._arena.address + offset
+        logits = self._device.download(address, wanted, np.dtype(np.float32))
         # Tokens are chosen from a decoded step's at once; a prompt's may be kept for its end.
         return logits if frame.size.replayed else logits.copy()
+
+    def likeliest(self, batch: DecoderBatch) -> IntArray:
+        """See `LikeliestDecoder`."""
+        frame = self._frame(_size(batch))
+        self._fill(frame, batch)
+        self._run(frame)
+        address = self._arena.address + frame.arrangement.offsets[LIKELIEST.name]
+        return self._device.download(address, (len(batch.input_ids),), np.dtype(np.int64))
 
     @override
     def move(self, move: Move) -> None:
@@ -200,13 +211,18 @@ class ChainDecoder(DecoderSession):
         arrangement = arrange(self._chain, self._inputs, size)
         at = {n: self._arena.address + offset for n, offset in arrangement.offsets.items()}
         planned = plan(self._shape(size), self._loaded.sizes, self._loaded.machine)
-        steps = self._chain.steps
-        if not size.outputs:  # nobody wants what is behind the last attention
-            steps = steps[:-1]
+        steps = self._steps(size)
         works = [self._step(step, size, at, planned) for step in steps]
         inputs = np.zeros(arrangement.uploaded, np.uint8)
         views = {spec.name: _view(inputs, spec, size, arrangement) for spec in self._inputs}
         return _Frame(size, arrangement, inputs, views, partial(_all, works))
+
+    def _steps(self, size: Size) -> tuple[ChainStep, ...]:
+        """Those that are of use: without logits, none behind the last attention."""
+        if size.replayed:
+            return self._chain.steps
+        last = LOGITS if size.outputs else self._chain.attention[-1].out
+        return self._chain.steps[: made_by(self._chain, last) + 1]
 
     def _step(self, step: ChainStep, size: Size, at: dict[str, int], planned: Plan) -> Work:
         if step.attention is not None:

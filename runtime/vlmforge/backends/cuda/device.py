@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ ITEM_BYTES: Mapping[str, int] = {
     "int64": 8,
     "int32": 4,
 }
+T = TypeVar("T", bound=np.generic)
 Work = Callable[[], None]
 """Enqueues something."""
 
@@ -74,8 +75,8 @@ class Device(Protocol):
     def upload(self, address: int, values: NDArray[Any]) -> None:
         """Enqueue a copy to the device; `values` may be changed when this returns."""
 
-    def download(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Wait for all that is enqueued; float32 from there, until the next download."""
+    def download(self, address: int, shape: tuple[int, ...], dtype: np.dtype[T]) -> NDArray[T]:
+        """Wait for all that is enqueued; what is there, until the next download."""
 
     def copy(self, source: int, target: int, size: int) -> None:
         """Enqueue a copy of `size` bytes within the device's memory."""

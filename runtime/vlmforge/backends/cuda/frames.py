@@ -112,6 +112,11 @@ def arrange(chain: PartChain, inputs: Sequence[TensorSpec], size: Size) -> Arran
     return Arrangement(offsets, end, most)
 
 
+def made_by(chain: PartChain, name: str) -> int:
+    """The step that gives a tensor."""
+    return next(index for index, names in enumerate(_made(chain)) if name in names)
+
+
 def _made(chain: PartChain) -> list[tuple[str, ...]]:
     """The names of what each step gives."""
     made = []

@@ -20,7 +20,7 @@ from cuda.bindings import driver
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from vlmforge.backends.cuda.device import Device, Work
+from vlmforge.backends.cuda.device import Device, T, Work
 from vlmforge.backends.cuda.machine import MEND, PROVIDER
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.errors import BackendUnavailableError, EngineError
@@ -109,14 +109,14 @@ class Gpu(Device):
         call(driver.cuMemcpyHtoDAsync, address, self._up.address, values.nbytes, self.stream)
 
     @override
-    def download(self, address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def download(self, address: int, shape: tuple[int, ...], dtype: np.dtype[T]) -> NDArray[T]:
         enter()
-        size = 4 * math.prod(shape)
+        size = dtype.itemsize * math.prod(shape)
         if size > len(self._down.bytes):
             self._down = _Staging(size)
         call(driver.cuMemcpyDtoHAsync, self._down.address, address, size, self.stream)
         call(driver.cuStreamSynchronize, self.stream)
-        found: NDArray[np.float32] = self._down.bytes[:size].view(np.float32)
+        found: NDArray[T] = self._down.bytes[:size].view(dtype)
         return found.reshape(shape)
 
     @override
