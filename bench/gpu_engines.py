@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,18 @@ class Watched:
 
     def step(self, batch: Any) -> Any:
         """As a decoder does."""
+        return self._noted(self.inner.step, batch)
+
+    def likeliest(self, batch: Any) -> Any:
+        """As a decoder does."""
+        return self._noted(self.inner.likeliest, batch)
+
+    def _noted(self, run: Callable[[Any], Any], batch: Any) -> Any:
         began = time.perf_counter()
-        logits = self.inner.step(batch)
+        found = run(batch)
         held = int(batch.past_lengths.sum()) + batch.input_ids.size
         self.steps.append((began, time.perf_counter(), *batch.input_ids.shape, held))
-        return logits
+        return found
 
     def move(self, move: Any) -> None:
         """As a decoder does."""
