@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         EngineError,
         ImageError,
         PromptError,
+        SessionError,
         VlmforgeError,
     )
     from vlmforge.inputs.template_config import ChatTemplateConfig
@@ -54,6 +55,7 @@ __all__ = [
     "EngineError",
     "BuildError",
     "CancelledError",
+    "SessionError",
     "__version__",
 ]
 
@@ -79,6 +81,7 @@ _MODULES = {
     "EngineError": "errors",
     "BuildError": "errors",
     "CancelledError": "errors",
+    "SessionError": "errors",
 }
 
 

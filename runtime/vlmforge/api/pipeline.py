@@ -17,6 +17,7 @@ from vlmforge.api.arguments import (
     refuse_state,
 )
 from vlmforge.api.session import Session
+from vlmforge.api.session_cache import SessionCache
 from vlmforge.errors import VlmforgeError
 from vlmforge.inputs.messages import Prompts, parse_prompt, parse_prompts
 from vlmforge.inputs.render import RenderedPrompt
@@ -40,6 +41,7 @@ class Pipeline:
 
     def __init__(self, engine: Engine, loop: Loop) -> None:
         self._engine, self._scheduler = engine, loop
+        self.session_cache = SessionCache(engine, loop)
         self._ahead = 2 * engine.options.slots
         preparation = Preparation(engine, loop.known_features, token_facts(engine))
         self._intake = Intake(preparation.job, loop, ahead=self._ahead)
@@ -178,7 +180,7 @@ class Pipeline:
                     whole.extend(event.delta)
                     yield event.delta
         session.gen_config = gen_config
-        session.finish_turn(prompt, asked, whole)
+        session.finish_turn(prompt, asked, whole, self.session_cache, do_preprocess=do_preprocess)
 
     async def generate(
         self,

@@ -32,6 +32,10 @@ class FeatureCache:
         """Features `[tokens, hidden]` that are kept; None if they are not."""
         return self._features.get(digest)
 
+    def keep(self, digest: bytes, features: FloatArray) -> None:
+        """Take in features that were computed earlier. From the thread that calls `get`."""
+        self._features.setdefault(digest, features)
+
     def get(
         self, images: Sequence[PreparedImage], ahead: Sequence[PreparedImage] = ()
     ) -> tuple[list[FloatArray], int]:

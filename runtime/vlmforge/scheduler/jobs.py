@@ -6,7 +6,9 @@ import itertools
 import logging
 from collections.abc import Callable
 
+from vlmforge.backends import KeyValues
 from vlmforge.errors import BackendUnavailableError, EngineStepError
+from vlmforge.kv.cache import Keys
 from vlmforge.kv.slots import SlotCache
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
@@ -51,6 +53,46 @@ class Jobs:
             return
         self._jobs[sequence.id] = sequence, job
         self._scheduler.add(sequence)
+
+    def read(self, keys: Keys, salt: bytes) -> KeyValues:
+        """A copy of what the cache has of the longest beginning of `keys`; empty: nothing."""
+        self._carry_out()
+        place, tokens = self._cache.find(keys, salt=salt)
+        return self._engine.decoder.read(place, tokens) if tokens else {}
+
+    def write(self, keys: Keys, salt: bytes, rows: KeyValues) -> bool:
+        """Put what was read under `keys` into the cache, for whoever begins so.
+
+        False when that would take the place of sequences that run, or nothing is kept here.
+
+        Raises: see `DecoderSession.write`.
+        """
+        if not self._reuse or not self._cache.fits(len(keys)):
+            return False
+        sequence = next(self._ids)
+        start = self._cache.begin(sequence, keys, salt=salt, reuse=True)
+        if start is None:
+            return False
+        written = False
+        try:
+            if self._cache.grow(sequence, len(keys)):
+                self._carry_out()
+                self._engine.decoder.write(self._cache.place(sequence), rows, start)
+                self._cache.note(sequence, keys[start:])
+                written = True
+        finally:
+            self._cache.free(sequence, valid=written)
+        return written
+
+    def _carry_out(self) -> None:
+        """What the cache's bookkeeping asks for, without a step; if that fails, nobody knows."""
+        try:
+            for move in self._cache.take_moves():
+                self._engine.decoder.move(move)
+        except BaseException as error:
+            cause = error
+            self.fail_all(lambda: EngineStepError.of(cause))
+            raise
 
     def step(self) -> None:
         """Run a part of a prompt, and one token of every sequence that has its prompt behind it."""
@@ -126,12 +168,11 @@ class Jobs:
 
     def _sequence(self, job: Job) -> TokenSequence:
         tokens = list(job.prompt.token_ids)
-        level = self._engine.rotary_level(len(tokens))
         return TokenSequence(
             next(self._ids),
             tokens,
             self._engine.keys(job.prompt, job.images),
-            salt=str(level).encode(),
+            salt=self._engine.salt(len(tokens)),
             fresh=job.generation.wants_prompt_logits,
         )
 

@@ -10,6 +10,8 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
 
 from typing_extensions import override
 
@@ -22,6 +24,7 @@ from vlmforge.scheduler import lifetime
 from vlmforge.scheduler.jobs import Jobs
 
 logger = logging.getLogger("vlmforge")
+T = TypeVar("T")
 
 
 class Loop(lifetime.Owner):
@@ -32,7 +35,7 @@ class Loop(lifetime.Owner):
     ) -> None:
         self._engine, self._features = engine, features
         self._jobs = Jobs(engine, features, chunk=chunk, reuse_prefixes=reuse_prefixes)
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Job | _Question[Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._refusal: Callable[[], VlmforgeError] | None = None
         self._stopping = False
@@ -70,11 +73,24 @@ class Loop(lifetime.Owner):
 
     def submit(self, job: Job) -> None:
         """Queue a job (see `check`)."""
+        self._put(job)
+
+    def _put(self, item: Job | _Question[Any]) -> None:
         self.check()
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal()
-            self._inbox.put(job)
+            self._inbox.put(item)
+
+    def ask(self, question: Callable[[Jobs], T]) -> T:
+        """What `question` gives or raises, asked by the worker between two steps (see `check`)."""
+        asked = _Question(question)
+        self._put(asked)
+        return asked.answer.result()
+
+    def keep_features(self, digest: bytes, features: FloatArray) -> None:
+        """Take in features that were computed earlier (see `check`)."""
+        self.ask(lambda _: self._features.keep(digest, features))
 
     def cancel(self, job: Job) -> None:
         """End a job at its next step; its generation fails with `CancelledError`."""
@@ -130,12 +146,31 @@ class Loop(lifetime.Owner):
     def _take(self, *, block: bool) -> None:
         while True:
             try:
-                job = self._inbox.get(block)
+                item = self._inbox.get(block)
             except queue.Empty:
                 return
             block = False
-            if job is not None:
-                self._jobs.add(job)
+            if isinstance(item, _Question):
+                item.put(self._jobs, self._refusal)
+            elif item is not None:
+                self._jobs.add(item)
+
+
+class _Question(Generic[T]):
+    """What somebody wants of the worker's own things, and waits for."""
+
+    def __init__(self, question: Callable[[Jobs], T]) -> None:
+        self._question = question
+        self.answer: Future[T] = Future()
+
+    def put(self, jobs: Jobs, refusal: Callable[[], VlmforgeError] | None) -> None:
+        """Answer it; `refusal`: the worker is at its end."""
+        try:
+            if refusal is not None:
+                raise refusal()
+            self.answer.set_result(self._question(jobs))
+        except BaseException as error:  # noqa: BLE001 - raised where it was asked
+            self.answer.set_exception(error)
 
 
 class _Died:
