@@ -16,6 +16,7 @@ from vlmforge.errors import SessionError
 from vlmforge.inputs.messages import Conversation, Message, Text
 from vlmforge.kv.cache import Keys
 from vlmforge.runner.stages import Engine
+from vlmforge.scheduler.jobs import Jobs
 from vlmforge.scheduler.loop import Loop
 from vlmforge.scheduler.prepare import opened_images
 from vlmforge.vl.image_limits import ImageLimits
@@ -71,8 +72,13 @@ class SessionCache:
         conversation, rendered = engine.fitted(asked, do_preprocess=do_preprocess)
         digests = [engine.features_digest(image) for image in opened_images(conversation)]
         images = [encoded(digest, _NO_FEATURES) for digest in digests]
-        keys, salt = engine.keys(rendered, images), engine.salt(len(rendered.token_ids))
-        rows = self._loop.ask(lambda jobs: jobs.read(keys, salt))
+        keys = engine.keys(rendered, images)
+
+        def ask(jobs: Jobs) -> tuple[bytes, KeyValues]:
+            salt = jobs.salt(len(keys))
+            return salt, jobs.read(keys, salt)
+
+        salt, rows = self._loop.ask(ask)
         known = {digest: self._loop.known_features(digest) for digest in digests}
         features = {digest: rows for digest, rows in known.items() if rows is not None}
         return Kept(self._pixels, keys[: _tokens(rows)], salt, rows, features)

@@ -178,10 +178,6 @@ class Engine:
         """The level of a sequence whose prompt has that many tokens (see `PositionPolicy`)."""
         return self.manifest.decode.positions.level(tokens)
 
-    def salt(self, prompt_tokens: int) -> bytes:
-        """What the cache's content depends on beside the keys: the rotary level."""
-        return str(self.rotary_level(prompt_tokens)).encode()
-
     def decoder_input(
         self,
         rendered: RenderedPrompt,

@@ -54,6 +54,10 @@ class Jobs:
         self._jobs[sequence.id] = sequence, job
         self._scheduler.add(sequence)
 
+    def salt(self, prompt_tokens: int) -> bytes:
+        """What the cache's content depends on beside the keys: the prompt's rotary level."""
+        return str(self._engine.rotary_level(prompt_tokens)).encode()
+
     def read(self, keys: Keys, salt: bytes) -> KeyValues:
         """A copy of what the cache has of the longest beginning of `keys`; empty: nothing."""
         self._carry_out()
@@ -172,7 +176,7 @@ class Jobs:
             next(self._ids),
             tokens,
             self._engine.keys(job.prompt, job.images),
-            salt=self._engine.salt(len(tokens)),
+            salt=self.salt(len(tokens)),
             fresh=job.generation.wants_prompt_logits,
         )
 
