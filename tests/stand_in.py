@@ -117,9 +117,10 @@ def stand_in(
     slots: int = 3,
     of: Manifest = MANIFEST,
     vision: VisionConfig | None = None,
+    budget: int | None = None,
     **config: Any,
 ) -> Pipeline:
-    """A pipeline with `slots` slots of `CAPACITY` tokens over the given parts."""
+    """A pipeline with `slots` slots of `CAPACITY` tokens, `budget` blocks, over the given parts."""
     parts = Parts(slots) if parts is None else parts
     template = jinja_from_parts(TEMPLATE, of.prompt.image_placeholder)
     engine = Engine(
@@ -128,7 +129,7 @@ def stand_in(
         template=ActiveTemplate("plain", template, ()),
         vision=parts,
         decoder=parts,
-        options=LoadOptions(slots=slots, capacity=CAPACITY),
+        options=LoadOptions(slots=slots, capacity=CAPACITY, budget=budget, block_size=16),
     )
     return serve(engine, EngineConfig(**config), vision or VisionConfig())
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from vlmforge.inputs.template_config import ChatTemplateConfig
     from vlmforge.outputs.generation_config import GenerationConfig
+    from vlmforge.outputs.metrics import Metrics
     from vlmforge.outputs.response import Response
     from vlmforge.vl.boxes import Box
 
@@ -46,6 +47,7 @@ __all__ = [
     "Response",
     "Box",
     "Session",
+    "Metrics",
     "VlmforgeError",
     "ConfigError",
     "PromptError",
@@ -72,6 +74,7 @@ _MODULES = {
     "Response": "outputs.response",
     "Box": "vl.boxes",
     "Session": "api.session",
+    "Metrics": "outputs.metrics",
     "VlmforgeError": "errors",
     "ConfigError": "errors",
     "PromptError": "errors",

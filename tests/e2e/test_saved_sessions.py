@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import IMAGES, golden_engine
+from conftest import HF, IMAGES, golden_engine
 
 PROGRAM = """
 import json, os, signal, sys
@@ -45,7 +45,7 @@ def run(engine: Path, path: Path, step: str) -> tuple[int, Any]:
 
 @pytest.mark.parametrize(
     "name",
-    ["llava_1_5_hf", pytest.param("qwen_vl_chat", marks=pytest.mark.nightly)],
+    [HF.name, pytest.param("qwen_vl_chat", marks=pytest.mark.nightly)],
 )
 def test_the_next_64_tokens_are_the_same(shared: Path, tmp_path: Path, name: str) -> None:
     engine, path = golden_engine(shared, name), tmp_path / "talk.session"
@@ -56,4 +56,5 @@ def test_the_next_64_tokens_are_the_same(shared: Path, tmp_path: Path, name: str
     assert found == expected
     tokens, cached, images = found
     assert (len(tokens), images) == (64, 1)
-    assert cached > 20
+    if name == HF.name:  # of the other, the second turn has another rotary level
+        assert cached > 20

@@ -56,8 +56,8 @@ SEAMS: dict[str, tuple[type, str]] = {
 # Called for all or for none: see the tests of these.
 ENDS = {"cache.free", "cache.take_moves"}
 NO_CALLS = {"engine.options", "engine.decoder"}
-# For a session that is saved; whoever asked is told.
-ASKED = {"cache.find"}
+# For a session that is saved, or by whoever wants to see metrics; who asked is told.
+ASKED = {"cache.find", "cache.used_blocks"}
 
 
 def test_the_table_has_every_call_of_the_worker() -> None:

@@ -83,7 +83,7 @@ def serve(engine: Engine, config: EngineConfig, vision: VisionConfig) -> Pipelin
     manifest = engine.manifest
     image_bytes = manifest.decode.tokens_per_image * manifest.decode.hidden_size * 4
     features = FeatureCache(
-        engine.vision.encode,
+        engine.encode,
         batch=vision.max_batch_size,
         capacity=max(1, _FEATURE_CACHE_BYTES // image_bytes),
     )

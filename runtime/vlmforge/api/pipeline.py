@@ -23,6 +23,7 @@ from vlmforge.inputs.messages import Prompts, parse_prompt, parse_prompts
 from vlmforge.inputs.render import RenderedPrompt
 from vlmforge.outputs.events import Event, GenOut, error_response, gen_out
 from vlmforge.outputs.generation_config import GenerationConfig
+from vlmforge.outputs.metrics import Metrics
 from vlmforge.outputs.response import Response
 from vlmforge.runner.stages import Engine
 from vlmforge.scheduler.intake import Intake
@@ -255,6 +256,13 @@ class Pipeline:
     def count_tokens(self, prompt: object, do_preprocess: bool = True) -> int:
         """Length of one prompt in tokens, image tokens included."""
         return len(self.render(prompt, do_preprocess).token_ids)
+
+    def metrics(self) -> Metrics:
+        """What has been done since the pipeline was made, and what is going on; after `close` too.
+
+        Takes microseconds and no lock that answers wait for: ask as often as you like.
+        """
+        return self._scheduler.metrics()
 
     # --- sessions and the end ----------------------------------------------------------------
 

@@ -26,6 +26,7 @@ class FeatureCache:
 
     def __init__(self, encode: Encoder, *, batch: int, capacity: int = 64) -> None:
         self._encode, self._batch, self._capacity = encode, batch, capacity
+        self.encoded = 0  # images, ever
         self._features: OrderedDict[bytes, FloatArray] = OrderedDict()
 
     def known(self, digest: bytes) -> FloatArray | None:
@@ -94,4 +95,5 @@ class FeatureCache:
                     self._features[image.digest] = (
                         whole if image.rows is None else whole[image.rows]
                     )
+                    self.encoded += 1
                     done = []

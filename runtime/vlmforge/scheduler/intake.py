@@ -51,6 +51,7 @@ class Intake:
             PipelineError, CancelledError: see `Loop.check`.
         """
         self._loop.check()
+        request.sink = self._loop.meter.watched(request.sink)
         request.watch.switch("queue")
         self._lane(request).put(request)
 

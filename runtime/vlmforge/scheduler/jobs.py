@@ -31,7 +31,18 @@ class Jobs:
         self._runner = Runner(engine, features)
         self._ids = itertools.count()
         self._jobs: dict[int, tuple[TokenSequence, Job]] = {}
+        self.preemptions = 0  # of jobs that have ended
         self._forget_cache()
+
+    @property
+    def running(self) -> int:
+        """Sequences that have a place. From any thread, as the next properties."""
+        return len(self._scheduler.running)
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks of the cache with tokens in them."""
+        return self._cache.used_blocks
 
     @property
     def idle(self) -> bool:
@@ -157,7 +168,7 @@ class Jobs:
 
     def _forget(self, sequence: int) -> None:
         self._runner.end(sequence)
-        del self._jobs[sequence]
+        self.preemptions += self._jobs.pop(sequence)[0].preempted
 
     def _forget_cache(self) -> None:
         options = self._engine.options

@@ -17,11 +17,13 @@ from typing_extensions import override
 
 from vlmforge.backends import FloatArray
 from vlmforge.errors import CancelledError, PipelineError, VlmforgeError
+from vlmforge.outputs.metrics import Metrics
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.stages import Engine
 from vlmforge.scheduler import lifetime
 from vlmforge.scheduler.jobs import Jobs
+from vlmforge.scheduler.meter import Meter
 
 logger = logging.getLogger("vlmforge")
 T = TypeVar("T")
@@ -35,6 +37,7 @@ class Loop(lifetime.Owner):
     ) -> None:
         self._engine, self._features = engine, features
         self._jobs = Jobs(engine, features, chunk=chunk, reuse_prefixes=reuse_prefixes)
+        self.meter = Meter(engine.clock)
         self._inbox: queue.SimpleQueue[Job | _Question[Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._refusal: Callable[[], VlmforgeError] | None = None
@@ -52,6 +55,30 @@ class Loop(lifetime.Owner):
     def known_features(self, digest: bytes) -> FloatArray | None:
         """Features of an image that was encoded before, if they are kept. From any thread."""
         return self._features.known(digest)
+
+    def metrics(self) -> Metrics:
+        """What has been counted, and what is going on. From any thread; waits for nobody."""
+        meter, jobs, options = self.meter, self._jobs, self._engine.options
+        running = jobs.running
+        return Metrics(
+            requests=meter.counted("how"),
+            errors=meter.counted("errors"),
+            prompt_tokens=meter.total("prompt_tokens"),
+            cached_tokens=meter.total("cached_tokens"),
+            generated_tokens=meter.total("generated_tokens"),
+            images_encoded=self._features.encoded,
+            images_cached=meter.total("images_cached"),
+            preemptions=jobs.preemptions,
+            waiting=max(0, meter.under_way - running),
+            running=running,
+            blocks_used=jobs.used_blocks,
+            blocks_total=options.blocks,
+            step_seconds=meter.steps.now(),
+            step_host_share=meter.shares.now(),
+            first_token_seconds=meter.first_token.now(),
+            between_tokens_seconds=meter.between_tokens.now(),
+            request_seconds=meter.request_seconds(),
+        )
 
     def check(self) -> None:
         """Refuse a caller who would wait for ever, or for nothing.
@@ -128,8 +155,10 @@ class Loop(lifetime.Owner):
     def _work(self) -> None:
         refusal: Callable[[], VlmforgeError] = closed
         try:
+            self.meter.begin()
             while self._receive():
-                self._jobs.step()
+                with self.meter.step():
+                    self._jobs.step()
         except BaseException as error:  # told to every caller, now and later
             logger.critical("the worker of a pipeline died", exc_info=True)
             refusal = _Died(error)
