@@ -109,6 +109,19 @@ def refuse_adapter(name: str | None) -> None:
         )
 
 
+def refuse_choices(config: object) -> None:
+    """ConfigError for a turn with several answers: a conversation goes on from one."""
+    n = config.n if isinstance(config, GenerationConfig) else 1
+    if n != 1:
+        raise ConfigError(
+            "A turn of a conversation has one answer.",
+            found=f"chat() with n={shown(n)}",
+            expected="n=1",
+            fix="ask pipe(messages, gen_config=GenerationConfig(n=...)) with the whole "
+            "conversation, and go on from the answer that you choose",
+        )
+
+
 def refuse_state(sequence_start: bool, sequence_end: bool, step: int) -> None:
     """ConfigError for a sequence that is to go on after the call, or has begun before it."""
     check_call("generate", sequence_start=sequence_start, sequence_end=sequence_end, step=step)

@@ -14,13 +14,14 @@ from vlmforge.api.arguments import (
     check_call,
     one_for_each,
     refuse_adapter,
+    refuse_choices,
     refuse_state,
 )
 from vlmforge.api.session import Session
 from vlmforge.errors import VlmforgeError
 from vlmforge.inputs.messages import Prompts, parse_prompt, parse_prompts
 from vlmforge.inputs.render import RenderedPrompt
-from vlmforge.outputs.events import Event, GenOut, error_response, gen_out
+from vlmforge.outputs.events import Event, GenOut, error_response, gen_out, piece_of
 from vlmforge.outputs.generation_config import GenerationConfig
 from vlmforge.outputs.response import Response
 from vlmforge.runner.stages import Engine
@@ -68,7 +69,9 @@ class Pipeline:
 
         Returns:
             A `Response`, or for a list a list in the same order. In a list, an item that fails
-            becomes a response with `finish_reason='error'` and its siblings go on.
+            becomes a response with `finish_reason='error'` and its siblings go on. Of `n` answers
+            it is the first, and `Response.choices` has them all; one of them that fails alone is
+            such a response too.
 
         Raises:
             VlmforgeError: a single prompt fails, a configuration is out of range, or the pipeline
@@ -84,12 +87,14 @@ class Pipeline:
         done = 0
         with closing(self._events(parsed, configs, do_preprocess)) as events:
             for event in events:
+                response = responses[event.index]
                 if event.error is not None:
-                    if parsed.single:
+                    response.extend(error_response(event.index, event.error, event.choice))
+                    failed = all(choice.finish_reason == "error" for choice in response.choices)
+                    if parsed.single and (event.whole or (event.last and failed)):
                         raise event.error
-                    responses[event.index] = error_response(event.index, event.error)
                 elif event.delta is not None:
-                    responses[event.index].extend(event.delta)
+                    response.extend(event.delta)
                 done += event.last
                 if use_tqdm and event.last:
                     print(f"\r{done}/{len(responses)} prompts", end="", file=sys.stderr, flush=True)
@@ -108,8 +113,9 @@ class Pipeline:
     ) -> Iterator[Response]:
         """Answer as `__call__` does, yielding pieces as they come.
 
-        Each piece is a `Response` with the new text and ids only; `index` says of which prompt.
-        The last piece of a prompt has a `finish_reason` and the timings.
+        Each piece is a `Response` with the new text and ids only; `index` says of which prompt,
+        `choice` of which of its `n` answers. The last piece of an answer has a `finish_reason`
+        and the timings.
         """
         check_call("stream_infer", do_preprocess=do_preprocess)
         parsed = parse_prompts(prompts)
@@ -120,9 +126,9 @@ class Pipeline:
                 if event.delta is not None:
                     yield event.delta
                 elif event.error is not None:
-                    if parsed.single:
+                    if parsed.single and event.whole:
                         raise event.error
-                    yield error_response(event.index, event.error)
+                    yield error_response(event.index, event.error, event.choice)
 
     def chat(
         self,
@@ -149,6 +155,7 @@ class Pipeline:
             do_preprocess=do_preprocess,
         )
         refuse_adapter(adapter_name)
+        refuse_choices(gen_config)
         session = Session() if session is None else session
         pieces = self._turn(prompt, session, gen_config, do_preprocess)
         if stream_response:
@@ -194,7 +201,8 @@ class Pipeline:
     ) -> AsyncIterator[GenOut]:
         """Answer one prompt without blocking the event loop.
 
-        Yields pieces, or with `stream_response=False` one whole. Leaving the loop early cancels
+        Yields pieces, or with `stream_response=False` one whole; of `n` answers each, with its
+        `choice`. Leaving the loop early cancels
         the request, and so does cancelling the task, also while images are still loading.
         Sessions are stateless: send the whole conversation. Requests may share a `session_id`:
         `stop_session` then stops all of them.
@@ -231,12 +239,11 @@ class Pipeline:
             self._intake.submit(request)
             while True:
                 event = await events.get()
-                if event.error is not None:
-                    raise event.error
-                if event.delta is not None:
-                    whole.extend(event.delta)
-                    if stream_response or event.last:
-                        yield gen_out(event.delta if stream_response else whole, whole)
+                piece = piece_of(event)
+                if piece is not None:
+                    answer = whole.extend(piece).choices[event.choice]
+                    if stream_response or piece.finish_reason is not None:
+                        yield gen_out(piece if stream_response else answer, answer)
                 if event.last:
                     return
 

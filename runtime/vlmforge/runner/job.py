@@ -25,12 +25,14 @@ class Job:
     """A prepared request: its prompt, its images and who chooses its tokens.
 
     Attributes:
+        siblings: Of other answers to the same prompt, which is run once; they need no images.
         taken: Called once, when the job waits no more.
     """
 
     prompt: RenderedPrompt
     images: Sequence[PreparedImage]
     generation: TokenChooser
+    siblings: Sequence[Job] = ()
     taken: Callable[[], None] = _nothing
     submitted: float = field(default_factory=time.perf_counter)
     cancelled: threading.Event = field(default_factory=threading.Event)

@@ -50,6 +50,9 @@ class Jobs:
             job.fail(self._too_long(len(sequence.tokens)))
             return
         self._jobs[sequence.id] = sequence, job
+        for sibling in job.siblings:
+            sequence.fork(next(self._ids))
+            self._jobs[sequence.forks[-1].id] = sequence.forks[-1], sibling
         self._scheduler.add(sequence)
 
     def step(self) -> None:
@@ -90,9 +93,9 @@ class Jobs:
         ahead = (image for job in waiting for image in job.images)
         for lost in self._scheduler.update(step, self._runner.run(step, ahead)):
             self._lost(lost)
-        for row in step.rows:
-            if row.sequence in self._jobs and self._jobs[row.sequence][0].state is State.ENDED:
-                self._forget(row.sequence)
+        for sequence, _ in list(self._jobs.values()):
+            if sequence.state is State.ENDED:
+                self._forget(sequence.id)
 
     def _lost(self, error: SequenceError) -> None:
         """The cache failed at a sequence that has ended."""

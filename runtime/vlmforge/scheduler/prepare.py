@@ -89,16 +89,21 @@ class Preparation:
             conversation = self.engine.opened(conversation)
         images = [self._image(image, request) for image in opened_images(conversation)]
         request.check()
-        generator = TokenGenerator(
-            self.engine.tokenizer,
-            self.engine.manifest.decode.vocab_size,
-            plan,
-            rendered,
-            budget,
-            request,
-            self._grounding(conversation, request),
-        )
-        return Job(rendered, images, generator, cancelled=request.cancelled)
+        grounding = self._grounding(conversation, request)
+        generators = [
+            TokenGenerator(
+                self.engine.tokenizer,
+                self.engine.manifest.decode.vocab_size,
+                plan.choice(answer.choice),
+                rendered,
+                budget,
+                answer,
+                grounding,
+            )
+            for answer in request.expect(plan.n)
+        ]
+        siblings = [Job(rendered, (), more, cancelled=request.cancelled) for more in generators[1:]]
+        return Job(rendered, images, generators[0], siblings, cancelled=request.cancelled)
 
     def _image(self, image: OpenedImage, request: Request) -> PreparedImage:
         with request.watch.stage("load"):
