@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         EngineError,
         ImageError,
         PromptError,
+        QueueFullError,
+        RequestTimeoutError,
         VlmforgeError,
     )
     from vlmforge.inputs.template_config import ChatTemplateConfig
@@ -54,6 +56,8 @@ __all__ = [
     "EngineError",
     "BuildError",
     "CancelledError",
+    "QueueFullError",
+    "RequestTimeoutError",
     "__version__",
 ]
 
@@ -79,6 +83,8 @@ _MODULES = {
     "EngineError": "errors",
     "BuildError": "errors",
     "CancelledError": "errors",
+    "QueueFullError": "errors",
+    "RequestTimeoutError": "errors",
 }
 
 

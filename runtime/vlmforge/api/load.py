@@ -93,7 +93,7 @@ def serve(engine: Engine, config: EngineConfig, vision: VisionConfig) -> Pipelin
         chunk=_chunk(config.max_prefill_token_num),
         reuse_prefixes=config.enable_prefix_caching,
     )
-    return Pipeline(engine, loop)
+    return Pipeline(engine, loop, max_queued_requests=int(config.max_queued_requests))
 
 
 def _check_kinds(engine: object, template: object, vision: object) -> None:

@@ -58,7 +58,7 @@ class Jobs:
     def step(self) -> None:
         """Run a part of a prompt, and one token of every sequence that has its prompt behind it."""
         try:
-            self._drop_cancelled()
+            self._drop_unwanted()
             self._step()
         except BaseException as error:  # nobody knows whom it concerns
             logger.critical("a step could not be planned", exc_info=True)
@@ -104,13 +104,14 @@ class Jobs:
         job.let_go()
         job.fail(EngineStepError.of(error.__cause__ or error))
 
-    def _drop_cancelled(self) -> None:
+    def _drop_unwanted(self) -> None:
         for sequence, job in list(self._jobs.values()):
-            if job.cancelled.is_set():
+            over = job.terms.over
+            if over or job.cancelled.is_set():
                 self._scheduler.remove(sequence)
                 self._forget(sequence.id)
                 job.let_go()
-                job.fail(cancelled())
+                job.fail(job.terms.timed_out() if over else cancelled())
 
     def _forget(self, sequence: int) -> None:
         self._runner.end(sequence)
@@ -134,7 +135,8 @@ class Jobs:
             next(self._ids),
             tokens,
             self._engine.keys(job.prompt, job.images),
-            salt=str(level).encode(),
+            salt=str(level).encode() + job.terms.salt,
+            priority=job.terms.priority,
             fresh=job.generation.wants_prompt_logits,
         )
 

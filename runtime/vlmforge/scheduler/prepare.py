@@ -102,12 +102,17 @@ class Preparation:
             )
             for answer in request.expect(plan.n)
         ]
-        siblings = [Job(rendered, (), more, cancelled=request.cancelled) for more in generators[1:]]
-        return Job(rendered, images, generators[0], siblings, cancelled=request.cancelled)
+        first, *others = (
+            Job(rendered, (), generator, terms=request.terms, cancelled=request.cancelled)
+            for generator in generators
+        )
+        first.images, first.siblings = images, others
+        return first
 
     def _image(self, image: OpenedImage, request: Request) -> PreparedImage:
         with request.watch.stage("load"):
-            digest = self.engine.features_digest(image)
+            content = request.terms.content(image.digest)
+            digest = self.engine.features_digest(image, content)
 
         def make() -> PreparedImage:
             known = self.known_features(digest)
@@ -116,7 +121,7 @@ class Preparation:
             with request.watch.stage("load"):
                 pixels = image.decode(request.cancelled.is_set)
             with request.watch.stage("preprocess"):
-                return self.engine.prepare_image(pixels, image.digest)
+                return self.engine.prepare_image(pixels, content)
 
         return self._in_flight.get(digest, make)
 

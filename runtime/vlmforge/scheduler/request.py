@@ -15,6 +15,7 @@ from vlmforge.outputs.events import Event
 from vlmforge.outputs.generation_config import GenerationConfig
 from vlmforge.outputs.response import Response, Stopwatch
 from vlmforge.outputs.token_generator import Caller
+from vlmforge.runner.terms import USUAL, Terms
 
 logger = logging.getLogger("vlmforge")
 
@@ -31,6 +32,7 @@ class Request:
         index: Its place in the call.
         do_preprocess: False sends text verbatim.
         watch: Has been running since the request was made.
+        terms: Its turn, its salt and its time.
         cancelled: Nobody wants it any more.
         answers: To its prompt; it ends when all of them have.
     """
@@ -41,6 +43,7 @@ class Request:
     index: int = 0
     do_preprocess: bool = True
     watch: Stopwatch = field(default_factory=Stopwatch)
+    terms: Terms = USUAL
     cancelled: threading.Event = field(default_factory=threading.Event)
     answers: tuple[Answer, ...] = field(init=False)
     # A garbage collector may cancel a request whose thread is just sending.
