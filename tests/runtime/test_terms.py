@@ -327,8 +327,8 @@ def test_a_slow_reader_does_not_keep_the_worker_busy(gate: Gate) -> None:
             list(pieces)
 
 
-def test_of_a_list_what_was_finished_stays(gate: Gate) -> None:
-    with stand_in(slots=1) as pipe:
+def test_of_a_list_what_there_is_stays(gate: Gate) -> None:
+    with stand_in(slots=3) as pipe:
 
         def call(seconds: float) -> object:
             configs = [plain(2), plain(60, **held(gate, 40)), plain(2)]
@@ -336,12 +336,13 @@ def test_of_a_list_what_was_finished_stays(gate: Gate) -> None:
 
         found = answered(lambda: long_enough(gate, call))
         assert isinstance(found, list)
-        assert [r.finish_reason for r in found] == ["length", "error", "error"]
-        assert [r.error_code for r in found[1:]] == ["request_timeout"] * 2
-        assert found[1].text  # what came before
+        gate.open.set()
+        assert found[1].error_code == "request_timeout"
+        assert len(found[1].token_ids) > 30  # what came before
+        ends = [(r.finish_reason, r.error_code) for r in found[::2]]  # they may have come late
+        assert {*ends} <= {("length", None), ("error", "request_timeout")}
         late = answered(lambda: pipe(["d"] * 50, plain(2), timeout=1e-9))
         assert {r.error_code for r in late} == {"request_timeout"}  # type: ignore[union-attr]
-        gate.open.set()
 
 
 def test_time_that_is_not_needed() -> None:
@@ -375,61 +376,3 @@ def test_what_terms_may_not_be(name: str, value: Any, expected: str) -> None:
             with pytest.raises(ConfigError, match=f"{name} must be") as caught:
                 call()
             assert caught.value.expected == expected
-
-
-# --- prompts from an iterator --------------------------------------------------------------------
-
-
-def test_prompts_are_taken_as_they_are_needed() -> None:
-    taken, ended = list[int](), 0
-
-    def prompts() -> Iterator[object]:
-        for number in range(300):
-            taken.append(number)
-            yield None if number == 7 else f"prompt {number}"
-
-    with stand_in(slots=2) as pipe:
-        for piece in pipe.stream_infer(prompts(), plain(1)):
-            ended += piece.finish_reason is not None
-            assert len(taken) <= ended + 4
-        assert (ended, len(taken)) == (300, 300)
-        listed, streamed = (
-            pipe(make(f"prompt {number}" for number in range(5)), plain(3)) for make in (list, iter)
-        )
-        assert isinstance(listed, list)
-        assert isinstance(streamed, list)
-        assert [r.text for r in listed] == [r.text for r in streamed]
-        assert [r.index for r in streamed] == [0, 1, 2, 3, 4]
-        assert pipe(iter([])) == []
-
-
-def test_an_iterator_that_fails_ends_the_call() -> None:
-    parts = Parts(2)
-
-    def prompts() -> Iterator[str]:
-        yield from ("a", "b", "c", "d", "e")
-        raise KeyError("mine")
-
-    with stand_in(parts, slots=2) as pipe:
-        with pytest.raises(KeyError, match="mine"):
-            pipe(prompts(), plain(100))
-        check_idle(pipe, parts)
-
-
-def test_an_iterator_has_one_config_for_all() -> None:
-    with stand_in(slots=1) as pipe, pytest.raises(ConfigError, match="does not fit") as caught:
-        pipe(iter(["a"]), [plain(1)])
-    assert caught.value.expected == "one GenerationConfig for all prompts"
-
-
-def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    with stand_in(slots=2) as pipe:
-        pipe(["a", None, "c"], plain(2, n=2), use_tqdm=True)
-        listed = capsys.readouterr()
-        pipe(iter(["a", "b"]), plain(2), use_tqdm=True)
-        streamed = capsys.readouterr()
-        pipe(["a"], plain(2))
-        silent = capsys.readouterr()
-    assert "3/3 [" in listed.err
-    assert "2prompt [" in streamed.err
-    assert (listed.out, streamed.out, *silent) == ("", "", "", "")

@@ -231,6 +231,10 @@ class VisionConfig:
         image_formats: Those that are read, as the bytes say: of "PNG", "JPEG", "WEBP", "GIF",
             "BMP" (uncompressed), and "TIFF", "AVIF", "PPM", "QOI". The last four are not read
             unless asked for: a small file of theirs can cost much time.
+        feature_cache_bytes: Memory for what the vision part made of earlier images (float32, tokens
+            x hidden size each), so that they are neither decoded nor encoded again; the least
+            recently used go. 0 keeps none. None: 128 MiB, or 5 % of the free memory if that is
+            less.
 
     Raises:
         ConfigError: a field of a wrong type or out of range.
@@ -242,6 +246,7 @@ class VisionConfig:
     _: KW_ONLY
     local_files: bool | str | os.PathLike[str] = True
     image_formats: Sequence[str] = DEFAULT_FORMATS
+    feature_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -255,6 +260,7 @@ class VisionConfig:
             "background": colour,
             "local_files": FlagOrFolder(),
             "image_formats": ListOf(Choice(FORMATS)),
+            "feature_cache_bytes": OrNone(Int(0)),
         }
         check_fields(self, rules)
 
