@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         EngineError,
         ImageError,
         PromptError,
+        QueueFullError,
+        RequestTimeoutError,
         SessionError,
         VlmforgeError,
     )
@@ -58,6 +60,8 @@ __all__ = [
     "BuildError",
     "CancelledError",
     "SessionError",
+    "QueueFullError",
+    "RequestTimeoutError",
     "__version__",
 ]
 
@@ -85,6 +89,8 @@ _MODULES = {
     "BuildError": "errors",
     "CancelledError": "errors",
     "SessionError": "errors",
+    "QueueFullError": "errors",
+    "RequestTimeoutError": "errors",
 }
 
 

@@ -20,6 +20,8 @@
     |-- NotSupportedError        (NotImplementedError)  a name that is here only to say so
     |-- PipelineError                           the pipeline cannot serve this caller: it was made
     |                                           before a fork, or is called by its own callback
+    |-- QueueFullError                          too many requests wait already
+    |-- RequestTimeoutError      (TimeoutError) a request was not finished in the time it was given
     |-- InternalError                           what is not ours ended a request: a callback, a bug
     `-- CancelledError                          the request was cancelled, or the pipeline closed
 
@@ -174,6 +176,18 @@ class PipelineError(VlmforgeError):
     """The pipeline cannot serve this caller here; the message says what can."""
 
     code = "pipeline_unusable"
+
+
+class QueueFullError(VlmforgeError):
+    """Too many requests wait already; nothing was done for this one."""
+
+    code = "queue_full"
+
+
+class RequestTimeoutError(VlmforgeError, TimeoutError):
+    """A request was not finished within its `timeout`, waiting included."""
+
+    code = "request_timeout"
 
 
 class InternalError(VlmforgeError):

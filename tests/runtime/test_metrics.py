@@ -88,6 +88,17 @@ def test_it_says_what_is_going_on_and_waits_for_nobody() -> None:
         assert (metrics.waiting, metrics.running, metrics.requests["length"]) == (0, 0, 3)
 
 
+def test_answers_to_one_prompt_have_one_prompt() -> None:
+    with stand_in() as pipe:
+        found = pipe("hello", plain(6, n=3, temperature=1.0, top_k=9, random_seed=1))
+        assert isinstance(found, Response)
+        wait_until(lambda: pipe.metrics().running == 0)
+        metrics = pipe.metrics()
+    assert (metrics.requests["length"], metrics.generated_tokens) == (3, 18)
+    assert metrics.prompt_tokens == found.input_token_len
+    assert (metrics.first_token_seconds.count, metrics.between_tokens_seconds.count) == (3, 15)
+
+
 def test_preemptions_are_counted() -> None:
     with stand_in(slots=3, budget=8) as pipe:
         found = answers(pipe([f"prompt {n}" for n in range(3)], gen_config=plain(60)))
@@ -151,6 +162,7 @@ def test_times_are_those_of_the_clock() -> None:
             Event(
                 0,
                 Response("x", tokens, 9, finish_reason=reason, cached_tokens=4, timings=timings),
+                last=reason is not None,
             )
         )
 

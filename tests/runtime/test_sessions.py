@@ -249,6 +249,23 @@ def test_other_image_settings_do_not_use_the_cache(
     assert "other image settings" in caplog.text
 
 
+def test_a_session_is_restored_for_those_of_its_salt(tmp_path: Path) -> None:
+    path = tmp_path / "talk.session"
+    with stand_in() as pipe:
+        session = pipe.session()
+        pipe.chat(("look", png(1)), session, plain(5), salt="ours")
+        assert session.save(path) > 20
+    for salt, hits in (("ours", True), ("theirs", False), ("", False)):
+        parts = Parts(3)
+        with stand_in(parts) as pipe:
+            loaded = Session.load(path, pipe)
+            assert loaded.save(tmp_path / "again") > 20  # it knows whose it is
+            pipe.chat("so", loaded, plain(5), salt=salt)
+            assert loaded.response is not None
+            assert (loaded.response.cached_tokens > 20) == hits
+            assert parts.calls["encode"] == (0 if hits else 1)
+
+
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "talk.session"
     with stand_in() as pipe:

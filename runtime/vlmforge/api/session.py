@@ -20,6 +20,7 @@ from vlmforge.inputs.image_names import given_name
 from vlmforge.inputs.messages import Conversation, Image, Message, Text
 from vlmforge.outputs.generation_config import GenerationConfig
 from vlmforge.outputs.response import Response
+from vlmforge.runner.terms import Terms
 from vlmforge.vl.load import open_image
 
 _ids = itertools.count()
@@ -30,6 +31,15 @@ _RULES: Mapping[str, Rule] = {
     "history": Instance(list, "a list"),
     "turns": Instance(Conversation, "a Conversation"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What was sent for a turn: the whole conversation, whether by the chat template, and how."""
+
+    asked: Conversation
+    do_preprocess: bool
+    terms: Terms
 
 
 class Served(Protocol):
@@ -71,29 +81,16 @@ class Session:
         return Conversation((*self.turns.messages, *prompt.messages))
 
     def finish_turn(
-        self,
-        prompt: object,
-        asked: Conversation,
-        response: Response,
-        cache: SessionCache,
-        *,
-        do_preprocess: bool = True,
+        self, prompt: object, sent: Sent, response: Response, cache: SessionCache
     ) -> None:
-        """Note a turn that went well.
-
-        Args:
-            prompt: As it was given.
-            asked: The whole conversation that was sent.
-            response: The answer.
-            cache: Of the pipeline that gave it.
-            do_preprocess: Whether the chat template was used.
-        """
+        """Note a turn that went well: the prompt as it was given, and who answered what."""
         before = len(self.turns.messages)
         answer = Message("assistant", (Text(response.text),))
         self.prompt, self.response = prompt, response
         self.history.append((prompt, response.text))
-        self.turns = Conversation((*map(_kept, asked.messages), answer))
-        self._finished.append(Turn(prompt, self.turns.messages[before:], do_preprocess, response))
+        self.turns = Conversation((*map(_kept, sent.asked.messages), answer))
+        messages = self.turns.messages[before:]
+        self._finished.append(Turn(prompt, messages, sent.do_preprocess, sent.terms.salt, response))
         self._engine, self._cache = cache.engine_digest, weakref.ref(cache)
 
     def fork(self) -> Session:
@@ -205,7 +202,8 @@ class Session:
                 expected="save() while the pipeline is there",
                 fix="save it without: session.save(path, cache=False); it is computed again",
             )
-        return cache.read(self.turns, do_preprocess=self._finished[-1].do_preprocess)
+        last = self._finished[-1]
+        return cache.read(self.turns, Terms(salt=last.salt), do_preprocess=last.do_preprocess)
 
     def __repr__(self) -> str:
         turns = [f"USER:\n{_text(prompt)}\nASSISTANT:\n{text}\n" for prompt, text in self.history]

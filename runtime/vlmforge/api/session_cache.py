@@ -16,6 +16,7 @@ from vlmforge.errors import SessionError
 from vlmforge.inputs.messages import Conversation, Message, Text
 from vlmforge.kv.cache import Keys
 from vlmforge.runner.stages import Engine
+from vlmforge.runner.terms import Terms
 from vlmforge.scheduler.jobs import Jobs
 from vlmforge.scheduler.loop import Loop
 from vlmforge.scheduler.prepare import opened_images
@@ -60,8 +61,13 @@ class SessionCache:
         """What images may be here."""
         return self._engine.limits
 
-    def read(self, turns: Conversation, *, do_preprocess: bool) -> Kept:
+    def read(self, turns: Conversation, terms: Terms, *, do_preprocess: bool) -> Kept:
         """What is kept of some turns, their images opened, as the turn after them would find it.
+
+        Args:
+            turns: From the first on.
+            terms: Of the next one, which decide whose cache it shares.
+            do_preprocess: Whether it will use the chat template.
 
         Raises:
             BackendUnavailableError: the backend does not hand it out.
@@ -70,12 +76,15 @@ class SessionCache:
         engine = self._engine
         asked = Conversation((*turns.messages, _NEXT))
         conversation, rendered = engine.fitted(asked, do_preprocess=do_preprocess)
-        digests = [engine.features_digest(image) for image in opened_images(conversation)]
+        digests = [
+            engine.features_digest(image, terms.content(image.digest))
+            for image in opened_images(conversation)
+        ]
         images = [encoded(digest, _NO_FEATURES) for digest in digests]
         keys = engine.keys(rendered, images)
 
         def ask(jobs: Jobs) -> tuple[bytes, KeyValues]:
-            salt = jobs.salt(len(keys))
+            salt = jobs.salt(len(keys), terms)
             return salt, jobs.read(keys, salt)
 
         salt, rows = self._loop.ask(ask)

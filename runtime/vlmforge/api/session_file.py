@@ -33,12 +33,14 @@ class Turn:
         prompt: As it was given.
         messages: Of the prompt, and behind them that of the answer.
         do_preprocess: False: it was sent verbatim.
+        salt: Of who shares the caches with it.
         response: The answer.
     """
 
     prompt: object
     messages: tuple[Message, ...]
     do_preprocess: bool
+    salt: bytes
     response: Response
 
 
@@ -90,6 +92,7 @@ class _Turn:
     form: str  # of the prompt: "text", "tuple" or "messages"
     messages: tuple[_Message, ...]
     do_preprocess: bool
+    salt: str
     response: _Response
 
 
@@ -203,6 +206,7 @@ def _turn(turn: Turn, images: _Images) -> _Turn:
         _form(turn.prompt),
         tuple(_message(message, images) for message in turn.messages),
         turn.do_preprocess,
+        turn.salt.hex(),
         _Response(
             answer.text,
             tuple(map(int, answer.token_ids)),
@@ -268,7 +272,8 @@ def _read_turn(turn: _Turn, images: Sequence[StoredImage], limits: ImageLimits) 
         cached_tokens=given.cached_tokens,
         boxes=given.boxes,
     )
-    return Turn(_prompt(turn.form, asked), messages, turn.do_preprocess, response)
+    salt = bytes.fromhex(turn.salt)
+    return Turn(_prompt(turn.form, asked), messages, turn.do_preprocess, salt, response)
 
 
 def _read_message(message: _Message, images: Sequence[StoredImage], limits: ImageLimits) -> Message:

@@ -55,6 +55,12 @@ class KVCache(Protocol):
             there is no room for it: nothing was changed.
         """
 
+    def fork(self, parent: int, child: int, keys: Keys) -> bool:
+        """A second sequence that has the first tokens of another, whose keys are `keys`.
+
+        Prefixes need not be reused for that; False while there is no room: nothing was changed.
+        """
+
     def grow(self, sequence: int, tokens: int) -> bool:
         """Make room for `tokens` tokens in all; False when there is none: nothing was changed."""
 

@@ -35,6 +35,8 @@ class SamplingParams:
         min_p: Then drop those below `min_p` times the largest probability.
         repetition_penalty: Divides positive and multiplies negative logits of ids that occurred.
         seed: Of the random generator; None draws one from the system.
+        choice: Which of the answers to a prompt: each draws from a stream of its own, which the
+            seed and this number determine.
         logits_processors: Applied first, in order.
         bad_words: Id sequences that must not be generated, of one id or more.
         held_ids: Masked until `min_new_tokens` tokens were generated.
@@ -50,6 +52,7 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    choice: int = 0
     logits_processors: tuple[LogitsProcessor, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     held_ids: tuple[int, ...] = ()
@@ -97,7 +100,7 @@ class Sampler:
         _check_ids("the prompt", prompt_ids, vocab_size)
         _check_ids("bad words", [i for word in params.bad_words for i in word], vocab_size)
         _check_ids("stop tokens", params.held_ids, vocab_size)
-        self.rng = np.random.Generator(np.random.PCG64(params.seed)) if rng is None else rng
+        self.rng = _generator(params) if rng is None else rng
         self._params = params
         self._vocab_size = vocab_size
         self._prompt = tuple(prompt_ids)
@@ -169,6 +172,12 @@ class Sampler:
         if len(done) < params.min_new_tokens:
             banned += params.held_ids
         return banned
+
+
+def _generator(params: SamplingParams) -> np.random.Generator:
+    """For choice 0 that of the seed alone: it does not depend on how many there are."""
+    key = (params.choice,) if params.choice else ()
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(params.seed, spawn_key=key)))
 
 
 def distribution(

@@ -80,9 +80,9 @@ class Engine:
         rows = self._image_rows(upright_size(image))
         return prepare(preprocess(image, self.manifest.image), rows, digest)
 
-    def features_digest(self, image: OpenedImage) -> bytes:
-        """What `prepare_image(image.decode(), image.digest)` would have as its digest."""
-        return features_digest(image.digest, self._image_rows(image.size))
+    def features_digest(self, image: OpenedImage, content: bytes) -> bytes:
+        """What `prepare_image(image.decode(), content)` would have as its digest."""
+        return features_digest(content, self._image_rows(image.size))
 
     @property
     def needs_sizes(self) -> bool:

@@ -14,6 +14,7 @@ from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.runner import Runner
 from vlmforge.runner.stages import Engine
+from vlmforge.runner.terms import Terms
 from vlmforge.scheduler.request import cancelled
 from vlmforge.scheduler.scheduler import Scheduler, SequenceError
 from vlmforge.scheduler.sequence import State, TokenSequence
@@ -63,11 +64,14 @@ class Jobs:
             job.fail(self._too_long(len(sequence.tokens)))
             return
         self._jobs[sequence.id] = sequence, job
+        for sibling in job.siblings:
+            sequence.fork(next(self._ids))
+            self._jobs[sequence.forks[-1].id] = sequence.forks[-1], sibling
         self._scheduler.add(sequence)
 
-    def salt(self, prompt_tokens: int) -> bytes:
-        """What the cache's content depends on beside the keys: the prompt's rotary level."""
-        return str(self._engine.rotary_level(prompt_tokens)).encode()
+    def salt(self, prompt_tokens: int, terms: Terms) -> bytes:
+        """What a sequence is told by beside its keys: its rotary level and its caller's salt."""
+        return str(self._engine.rotary_level(prompt_tokens)).encode() + terms.salt
 
     def read(self, keys: Keys, salt: bytes) -> KeyValues:
         """A copy of what the cache has of the longest beginning of `keys`; empty: nothing."""
@@ -112,7 +116,7 @@ class Jobs:
     def step(self) -> None:
         """Run a part of a prompt, and one token of every sequence that has its prompt behind it."""
         try:
-            self._drop_cancelled()
+            self._drop_unwanted()
             self._step()
         except BaseException as error:  # nobody knows whom it concerns
             logger.critical("a step could not be planned", exc_info=True)
@@ -147,9 +151,9 @@ class Jobs:
         ahead = (image for job in waiting for image in job.images)
         for lost in self._scheduler.update(step, self._runner.run(step, ahead)):
             self._lost(lost)
-        for row in step.rows:
-            if row.sequence in self._jobs and self._jobs[row.sequence][0].state is State.ENDED:
-                self._forget(row.sequence)
+        for sequence, _ in list(self._jobs.values()):
+            if sequence.state is State.ENDED:
+                self._forget(sequence.id)
 
     def _lost(self, error: SequenceError) -> None:
         """The cache failed at a sequence that has ended."""
@@ -158,13 +162,14 @@ class Jobs:
         job.let_go()
         job.fail(EngineStepError.of(error.__cause__ or error))
 
-    def _drop_cancelled(self) -> None:
+    def _drop_unwanted(self) -> None:
         for sequence, job in list(self._jobs.values()):
-            if job.cancelled.is_set():
+            over = job.terms.over
+            if over or job.cancelled.is_set():
                 self._scheduler.remove(sequence)
                 self._forget(sequence.id)
                 job.let_go()
-                job.fail(cancelled())
+                job.fail(job.terms.timed_out() if over else cancelled())
 
     def _forget(self, sequence: int) -> None:
         self._runner.end(sequence)
@@ -187,7 +192,8 @@ class Jobs:
             next(self._ids),
             tokens,
             self._engine.keys(job.prompt, job.images),
-            salt=self.salt(len(tokens)),
+            salt=self.salt(len(tokens), job.terms),
+            priority=job.terms.priority,
             fresh=job.generation.wants_prompt_logits,
         )
 

@@ -48,10 +48,11 @@ class Ends:
             self.errors[as_ours(event.error).code] += 1
         elif event.delta is not None:
             self.how[event.delta.finish_reason or "error"] += 1
-            self.prompt_tokens += event.delta.input_token_len
-            self.cached_tokens += event.delta.cached_tokens
+            if not event.choice:  # all answers have one prompt
+                self.prompt_tokens += event.delta.input_token_len
+                self.cached_tokens += event.delta.cached_tokens
             self.generated_tokens += event.delta.generate_token_len
-            if event.delta.timings is not None:
+            if event.delta.timings is not None and not event.choice:
                 self.images_cached += event.delta.timings.cached_images
 
 
@@ -141,15 +142,15 @@ class _Watched:
 
     def __init__(self, meter: Meter, sink: Sink, begun: float) -> None:
         self._meter, self._sink = meter, sink
-        self._begun = self._last = begun
-        self._tokens = 0
+        self._begun = begun
+        self._said: dict[int, tuple[int, float]] = {}  # tokens of each answer so far, and when
         _, self._steps, self._parts = meter.now()
 
     def send(self, event: Event) -> None:
         now, steps, parts = self._meter.now()
         delta = event.delta
         if delta is not None and delta.finish_reason != "abort":
-            self._note(delta.generate_token_len, now)
+            self._note(event.choice, delta.generate_token_len, now)
         ends = event.error is not None or (delta is not None and delta.finish_reason is not None)
         if ends:
             if delta is not None:
@@ -157,16 +158,17 @@ class _Watched:
             self._meter.ended(event, now - self._begun)
         self._sink(event)
 
-    def _note(self, tokens: int, now: float) -> None:
-        new = tokens - self._tokens
+    def _note(self, choice: int, tokens: int, now: float) -> None:
+        before, last = self._said.get(choice, (0, self._begun))
+        new = tokens - before
         if new <= 0:
             return
-        if not self._tokens:
+        if not before:
             self._meter.first_token.add(now - self._begun)
             new -= 1
         if new:
-            self._meter.between_tokens.add((now - self._last) / new, new)
-        self._tokens, self._last = tokens, now
+            self._meter.between_tokens.add((now - last) / new, new)
+        self._said[choice] = tokens, now
 
     def _share(self, delta: Response, steps: float, parts: float) -> None:
         if delta.timings is not None and steps > 0:

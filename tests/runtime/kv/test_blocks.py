@@ -59,8 +59,13 @@ class Pool(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         parent = data.draw(st.sampled_from(sorted(self.content)))
-        self.pool.fork(parent, self.next_id)
-        self.content[self.next_id] = list(self.content[parent])
+        written = self.content[parent]
+        shared = written[: data.draw(st.integers(0, len(written)))]
+        there = self.pool.free_blocks > 0
+        assert self.pool.fork(parent, self.next_id, np.array(shared, np.int64)) is there
+        if not there:
+            return
+        self.content[self.next_id] = list(shared)
         self.check(self.next_id)
         self.next_id += 1
 
@@ -131,7 +136,7 @@ def test_a_forked_sequence_shares_until_it_writes() -> None:
     pool.begin(0, keys, salt=b"", reuse=True)
     pool.grow(0, 6)
     pool.note(0, keys)
-    pool.fork(0, 1)
+    assert pool.fork(0, 1, keys)
     assert pool.place(0) == pool.place(1)
     assert pool.free_blocks == 1
     assert pool.grow(1, 7)
