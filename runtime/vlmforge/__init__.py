@@ -27,10 +27,12 @@ if TYPE_CHECKING:
         PromptError,
         QueueFullError,
         RequestTimeoutError,
+        SessionError,
         VlmforgeError,
     )
     from vlmforge.inputs.template_config import ChatTemplateConfig
     from vlmforge.outputs.generation_config import GenerationConfig
+    from vlmforge.outputs.metrics import Metrics
     from vlmforge.outputs.response import Response
     from vlmforge.vl.boxes import Box
 
@@ -47,6 +49,7 @@ __all__ = [
     "Response",
     "Box",
     "Session",
+    "Metrics",
     "VlmforgeError",
     "ConfigError",
     "PromptError",
@@ -56,6 +59,7 @@ __all__ = [
     "EngineError",
     "BuildError",
     "CancelledError",
+    "SessionError",
     "QueueFullError",
     "RequestTimeoutError",
     "__version__",
@@ -74,6 +78,7 @@ _MODULES = {
     "Response": "outputs.response",
     "Box": "vl.boxes",
     "Session": "api.session",
+    "Metrics": "outputs.metrics",
     "VlmforgeError": "errors",
     "ConfigError": "errors",
     "PromptError": "errors",
@@ -83,6 +88,7 @@ _MODULES = {
     "EngineError": "errors",
     "BuildError": "errors",
     "CancelledError": "errors",
+    "SessionError": "errors",
     "QueueFullError": "errors",
     "RequestTimeoutError": "errors",
 }

@@ -16,6 +16,7 @@
     |   |-- BackendUnavailableError             ... or this machine lacks its backend
     |   `-- EngineStepError                     ... or it failed while it ran
     |-- BuildError                              a build failed; nothing was published
+    |-- SessionError                            a saved session that cannot be used here
     |-- NotSupportedError        (NotImplementedError)  a name that is here only to say so
     |-- PipelineError                           the pipeline cannot serve this caller: it was made
     |                                           before a fork, or is called by its own callback
@@ -157,6 +158,12 @@ class BuildError(VlmforgeError):
     """A build failed. Nothing was published."""
 
     code = "build_failed"
+
+
+class SessionError(VlmforgeError):
+    """A saved session that is damaged, of another engine, or cannot be written."""
+
+    code = "invalid_session"
 
 
 class NotSupportedError(VlmforgeError, NotImplementedError):

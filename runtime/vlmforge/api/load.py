@@ -84,7 +84,7 @@ def serve(engine: Engine, config: EngineConfig, vision: VisionConfig) -> Pipelin
     """A pipeline for an engine that is loaded already."""
     budget = vision.feature_cache_bytes
     features = FeatureCache(
-        engine.vision.encode,
+        engine.encode,
         batch=vision.max_batch_size,
         budget=USUAL_BUDGET if budget is None else int(budget),
     )

@@ -15,11 +15,13 @@ from vlmforge.api.arguments import (
     refuse_state,
 )
 from vlmforge.api.calls import Call, progress, terms_of
-from vlmforge.api.session import Session
+from vlmforge.api.session import Sent, Session
+from vlmforge.api.session_cache import SessionCache
 from vlmforge.inputs.messages import parse_prompt, parse_prompts
 from vlmforge.inputs.render import RenderedPrompt
 from vlmforge.outputs.events import GenOut, error_response, gen_out, piece_of
 from vlmforge.outputs.generation_config import GenerationConfig
+from vlmforge.outputs.metrics import Metrics
 from vlmforge.outputs.response import Response
 from vlmforge.runner.stages import Engine
 from vlmforge.scheduler.intake import Intake
@@ -47,6 +49,7 @@ class Pipeline:
 
     def __init__(self, engine: Engine, loop: Loop, *, max_queued_requests: int) -> None:
         self._engine, self._scheduler = engine, loop
+        self.session_cache = SessionCache(engine, loop)
         self._ahead = 2 * engine.options.slots
         preparation = Preparation(engine, loop.known_features, token_facts(engine))
         self._intake = Intake(preparation.job, loop, ahead=self._ahead, most=max_queued_requests)
@@ -202,7 +205,8 @@ class Pipeline:
                     whole.extend(event.delta)
                     yield event.delta
         session.gen_config = gen_config
-        session.finish_turn(prompt, asked, whole)
+        sent = Sent(asked, call.do_preprocess, call.terms)
+        session.finish_turn(prompt, sent, whole, self.session_cache)
 
     async def generate(
         self,
@@ -267,6 +271,13 @@ class Pipeline:
     def count_tokens(self, prompt: object, do_preprocess: bool = True) -> int:
         """Length of one prompt in tokens, image tokens included."""
         return len(self.render(prompt, do_preprocess).token_ids)
+
+    def metrics(self) -> Metrics:
+        """What has been done since the pipeline was made, and what is going on; after `close` too.
+
+        Takes microseconds and no lock that answers wait for: ask as often as you like.
+        """
+        return self._scheduler.metrics()
 
     # --- sessions and the end ----------------------------------------------------------------
 

@@ -165,7 +165,7 @@ def _images(value: object) -> tuple[Image, ...]:
 
 
 def _source(value: object) -> ImageSource:
-    if isinstance(value, PIL.Image.Image | np.ndarray | os.PathLike | bytes | str):
+    if isinstance(value, PIL.Image.Image | np.ndarray | os.PathLike | bytes | str | OpenedImage):
         return value
     if isinstance(value, bytearray | memoryview):
         return bytes(value)

@@ -45,6 +45,11 @@ class BlockPool(KVCache):
         return len(self._empty) + len(self._kept)
 
     @override
+    def find(self, keys: Keys, *, salt: bytes) -> tuple[tuple[int, ...], int]:
+        _, blocks = self._match(keys, salt)
+        return tuple(blocks), len(blocks) * self.block_size
+
+    @override
     def place(self, sequence: int) -> tuple[int, ...]:
         return tuple(self._sequences[sequence].blocks)
 

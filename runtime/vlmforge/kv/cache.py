@@ -73,6 +73,12 @@ class KVCache(Protocol):
         `valid=False` forgets them: after an error it is unknown what was written.
         """
 
+    def find(self, keys: Keys, *, salt: bytes) -> tuple[tuple[int, ...], int]:
+        """Where the longest beginning of `keys` is (see `place`), and of how many tokens.
+
+        Nothing is changed. What `take_moves` has not given yet may be missing there.
+        """
+
     def place(self, sequence: int) -> tuple[int, ...]:
         """Where a sequence is: its slot, or its blocks in order."""
 

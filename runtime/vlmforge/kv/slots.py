@@ -50,6 +50,11 @@ class SlotCache(KVCache):
         return sum(slot.room for slot in self._slots if slot.owner is not None)
 
     @override
+    def find(self, keys: Keys, *, salt: bytes) -> tuple[tuple[int, ...], int]:
+        slot, tokens = self._longest_prefix(keys, salt)
+        return ((), 0) if slot is None else ((slot,), tokens)
+
+    @override
     def place(self, sequence: int) -> tuple[int, ...]:
         return (self._place[sequence],)
 

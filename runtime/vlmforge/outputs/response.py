@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from vlmforge.vl.boxes import Box
 
 FinishReason: TypeAlias = Literal["stop", "length", "error", "abort"]
-Stage: TypeAlias = Literal["queue", "load", "preprocess", "encode", "prefill", "decode", "other"]
+Stage: TypeAlias = Literal[
+    "queue", "load", "image_wait", "preprocess", "encode", "prefill", "decode", "other"
+]
 _STAGES: tuple[Stage, ...] = (
     "queue",
     "load",
+    "image_wait",
     "preprocess",
     "encode",
     "prefill",
@@ -36,6 +39,7 @@ class Timings:
     Attributes:
         queue: Waiting for a free slot.
         load: Fetching and decoding images.
+        image_wait: Waiting for an image that another request is preparing.
         preprocess: Pixel values, template, tokenizer.
         encode: The vision part.
         prefill: The prompt through the decoder.
@@ -43,10 +47,13 @@ class Timings:
         other: The rest.
         cached_prefix_tokens: Prompt tokens that did not need prefill.
         cached_images: Images that did not need encoding.
+        host_share: The part of the engine's steps, from the request to its end, that was not spent
+            inside the engine's parts: sampling, text, bookkeeping. 0 to 1; 0 where none was seen.
     """
 
     queue: float = 0.0
     load: float = 0.0
+    image_wait: float = 0.0
     preprocess: float = 0.0
     encode: float = 0.0
     prefill: float = 0.0
@@ -54,6 +61,7 @@ class Timings:
     other: float = 0.0
     cached_prefix_tokens: int = 0
     cached_images: int = 0
+    host_share: float = 0.0
 
     @property
     def total(self) -> float:
@@ -114,6 +122,7 @@ class Stopwatch:
         return Timings(
             queue=seconds["queue"],
             load=seconds["load"],
+            image_wait=seconds["image_wait"],
             preprocess=seconds["preprocess"],
             encode=seconds["encode"],
             prefill=seconds["prefill"],

@@ -28,6 +28,7 @@ class FeatureCache:
 
     def __init__(self, encode: Encoder, *, batch: int, budget: int = USUAL_BUDGET) -> None:
         self._encode, self._batch, self._budget = encode, batch, budget
+        self.encoded = 0  # images, ever
         self._features: OrderedDict[bytes, FloatArray] = OrderedDict()
 
     def known(self, digest: bytes) -> FloatArray | None:
@@ -39,6 +40,11 @@ class FeatureCache:
         with suppress(KeyError):  # it may go at this moment
             self._features.move_to_end(digest)
         return found
+
+    def keep(self, digest: bytes, features: FloatArray) -> None:
+        """Take in features that were computed earlier. From the thread that calls `get`."""
+        self._features.setdefault(digest, features)
+        self._evict()
 
     @property
     def bytes(self) -> int:
@@ -108,4 +114,5 @@ class FeatureCache:
                     self._features[image.digest] = (
                         whole if image.rows is None else whole[image.rows]
                     )
+                    self.encoded += 1
                     done = []

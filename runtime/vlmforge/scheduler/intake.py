@@ -74,6 +74,7 @@ class Intake:
         with self._lock:  # two that come at once may find one place
             if refuse and self.full:
                 raise _full(self.waiting, self._most)
+            request.sink = self._loop.meter.watched(request.sink)
             request.watch.switch("queue")
             self._lane(request).put(request)
 

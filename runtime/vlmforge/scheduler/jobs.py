@@ -6,12 +6,15 @@ import itertools
 import logging
 from collections.abc import Callable
 
+from vlmforge.backends import KeyValues
 from vlmforge.errors import BackendUnavailableError, EngineStepError
+from vlmforge.kv.cache import Keys
 from vlmforge.kv.slots import SlotCache
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.runner import Runner
 from vlmforge.runner.stages import Engine
+from vlmforge.runner.terms import Terms
 from vlmforge.scheduler.request import cancelled
 from vlmforge.scheduler.scheduler import Scheduler, SequenceError
 from vlmforge.scheduler.sequence import State, TokenSequence
@@ -29,7 +32,18 @@ class Jobs:
         self._runner = Runner(engine, features)
         self._ids = itertools.count()
         self._jobs: dict[int, tuple[TokenSequence, Job]] = {}
+        self.preemptions = 0  # of jobs that have ended
         self._forget_cache()
+
+    @property
+    def running(self) -> int:
+        """Sequences that have a place. From any thread, as the next properties."""
+        return len(self._scheduler.running)
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks of the cache with tokens in them."""
+        return self._cache.used_blocks
 
     @property
     def idle(self) -> bool:
@@ -54,6 +68,50 @@ class Jobs:
             sequence.fork(next(self._ids))
             self._jobs[sequence.forks[-1].id] = sequence.forks[-1], sibling
         self._scheduler.add(sequence)
+
+    def salt(self, prompt_tokens: int, terms: Terms) -> bytes:
+        """What a sequence is told by beside its keys: its rotary level and its caller's salt."""
+        return str(self._engine.rotary_level(prompt_tokens)).encode() + terms.salt
+
+    def read(self, keys: Keys, salt: bytes) -> KeyValues:
+        """A copy of what the cache has of the longest beginning of `keys`; empty: nothing."""
+        self._carry_out()
+        place, tokens = self._cache.find(keys, salt=salt)
+        return self._engine.decoder.read(place, tokens) if tokens else {}
+
+    def write(self, keys: Keys, salt: bytes, rows: KeyValues) -> bool:
+        """Put what was read under `keys` into the cache, for whoever begins so.
+
+        False when that would take the place of sequences that run, or nothing is kept here.
+
+        Raises: see `DecoderSession.write`.
+        """
+        if not self._reuse or not self._cache.fits(len(keys)):
+            return False
+        sequence = next(self._ids)
+        start = self._cache.begin(sequence, keys, salt=salt, reuse=True)
+        if start is None:
+            return False
+        written = False
+        try:
+            if self._cache.grow(sequence, len(keys)):
+                self._carry_out()
+                self._engine.decoder.write(self._cache.place(sequence), rows, start)
+                self._cache.note(sequence, keys[start:])
+                written = True
+        finally:
+            self._cache.free(sequence, valid=written)
+        return written
+
+    def _carry_out(self) -> None:
+        """What the cache's bookkeeping asks for, without a step; if that fails, nobody knows."""
+        try:
+            for move in self._cache.take_moves():
+                self._engine.decoder.move(move)
+        except BaseException as error:
+            cause = error
+            self.fail_all(lambda: EngineStepError.of(cause))
+            raise
 
     def step(self) -> None:
         """Run a part of a prompt, and one token of every sequence that has its prompt behind it."""
@@ -115,7 +173,7 @@ class Jobs:
 
     def _forget(self, sequence: int) -> None:
         self._runner.end(sequence)
-        del self._jobs[sequence]
+        self.preemptions += self._jobs.pop(sequence)[0].preempted
 
     def _forget_cache(self) -> None:
         options = self._engine.options
@@ -130,12 +188,11 @@ class Jobs:
 
     def _sequence(self, job: Job) -> TokenSequence:
         tokens = list(job.prompt.token_ids)
-        level = self._engine.rotary_level(len(tokens))
         return TokenSequence(
             next(self._ids),
             tokens,
             self._engine.keys(job.prompt, job.images),
-            salt=str(level).encode() + job.terms.salt,
+            salt=self.salt(len(tokens), job.terms),
             priority=job.terms.priority,
             fresh=job.generation.wants_prompt_logits,
         )

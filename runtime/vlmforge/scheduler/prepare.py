@@ -123,7 +123,8 @@ class Preparation:
             with request.watch.stage("preprocess"):
                 return self.engine.prepare_image(pixels, content)
 
-        return self._in_flight.get(digest, make)
+        with request.watch.stage("image_wait"):  # for whoever is making it just now
+            return self._in_flight.get(digest, make)
 
     def _grounding(self, kept: Conversation, request: Request) -> Grounding | None:
         """`kept` is what is left of the request's conversation: the latest of its images."""
