@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 import threading
 from bisect import bisect_left
 from collections import Counter
@@ -19,7 +21,7 @@ from conftest import wait_until
 from stand_in import Gate, Parts, plain, png, stand_in
 from vlmforge import Metrics, Response
 from vlmforge.api.prometheus import PipelineCollector
-from vlmforge.errors import ImageError
+from vlmforge.errors import ConfigError, ImageError
 from vlmforge.outputs.events import Event
 from vlmforge.outputs.metrics import SECONDS, SHARES, Tally
 from vlmforge.outputs.response import Timings
@@ -260,3 +262,11 @@ def test_prometheus_reads_all_of_it() -> None:
         sample.labels["model"] == 'a "name"' for f in families.values() for sample in f.samples
     )
     assert len(families) == len(dataclasses.fields(Metrics))
+
+
+def test_without_its_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "vlmforge.api.prometheus")
+    monkeypatch.setitem(sys.modules, "prometheus_client.core", None)
+    with pytest.raises(ConfigError, match="not installed") as caught:
+        importlib.import_module("vlmforge.api.prometheus")
+    assert "vlmforge[metrics]" in caught.value.fix

@@ -13,12 +13,22 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 from typing_extensions import override
 
+from vlmforge.errors import ConfigError
 from vlmforge.outputs.metrics import Histogram, Metrics
+
+try:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+    from prometheus_client.metrics_core import Metric
+    from prometheus_client.registry import Collector
+except ImportError:
+    raise ConfigError(
+        "Metrics for Prometheus need a library that is not installed here.",
+        found="no module prometheus_client",
+        expected="the extra `metrics`",
+        fix="pip install 'vlmforge[metrics]'",
+    ) from None
 
 
 class Measured(Protocol):

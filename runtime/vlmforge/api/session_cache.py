@@ -113,10 +113,10 @@ class SessionCache:
     def _check(self, kept: Kept) -> None:
         width = self._engine.manifest.decode.hidden_size
         for features in kept.features.values():
-            if features.dtype != np.float32 or features.shape != (len(features), width):
+            if features.dtype.kind != "f" or features.shape != (len(features), width):
                 raise _misfit(
                     f"features {features.dtype} {list(features.shape)}",
-                    f"float32 [tokens, {width}]",
+                    f"floats [tokens, {width}]",
                 )
         shapes = {rows.shape[1:2] for rows in kept.rows.values()}
         if kept.keys.dtype != np.int64 or shapes - {kept.keys.shape}:

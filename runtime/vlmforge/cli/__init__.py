@@ -34,9 +34,22 @@ def parser() -> argparse.ArgumentParser:
         "--static", action="store_true", help="files and description only; nothing is run"
     )
 
-    evaluation = commands.add_parser(
-        "eval", help="accuracy on held-out drawn pictures, or on your own questions"
+    _add_eval(
+        commands.add_parser("eval", help="accuracy on drawn pictures, or on your own questions")
     )
+
+    commands.add_parser("models", help="the models that can be built, as a table")
+    commands.add_parser("doctor", help="versions, backends, and what is missing")
+
+    chat = commands.add_parser("chat", help="talk to an engine; images by path or URL")
+    chat.add_argument("engine", metavar="ENGINE")
+    chat.add_argument("--session-len", type=int, help="tokens of the conversation")
+    chat.add_argument("--max-new-tokens", type=int, default=512)
+    chat.add_argument("--temperature", type=float, help="sample with it (default: greedy)")
+    return root
+
+
+def _add_eval(evaluation: argparse.ArgumentParser) -> None:
     evaluation.add_argument("engine", metavar="ENGINE")
     evaluation.add_argument(
         "--limit", type=int, help="questions (default: 650, or all of the file's)"
@@ -70,16 +83,6 @@ def parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, help="of a reply, where it is cut off (default: 96)"
     )
     own.add_argument("--results", type=Path, metavar="FILE.jsonl", help="write each reply to it")
-
-    commands.add_parser("models", help="the models that can be built, as a table")
-    commands.add_parser("doctor", help="versions, backends, and what is missing")
-
-    chat = commands.add_parser("chat", help="talk to an engine; images by path or URL")
-    chat.add_argument("engine", metavar="ENGINE")
-    chat.add_argument("--session-len", type=int, help="tokens of the conversation")
-    chat.add_argument("--max-new-tokens", type=int, default=512)
-    chat.add_argument("--temperature", type=float, help="sample with it (default: greedy)")
-    return root
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -107,6 +107,9 @@ def test_prefixes_are_found_as_by_brute_force(past: list[list[int]], asked: list
         if request % 2:
             pool.free(request)
     common = max(sum(1 for n in range(1, len(asked) + 1) if asked[:n] == keys[:n]) for keys in past)
+    place, tokens = pool.find(np.array(asked), salt=b"")
+    assert tokens == common // BLOCK * BLOCK == len(place) * BLOCK
+    assert pool.find(np.array(asked), salt=b"x") == ((), 0)
     expected = min(common, len(asked) - 1) // BLOCK * BLOCK
     assert pool.begin(99, np.array(asked), salt=b"", reuse=True) == expected
     assert pool.begin(98, np.array(asked), salt=b"other", reuse=True) == 0
