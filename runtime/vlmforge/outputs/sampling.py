@@ -7,7 +7,7 @@ temperature, top-k, softmax, top-p, min-p, renormalise, draw.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -209,7 +209,6 @@ def _weights(
         values /= params.temperature
     weights: NDArray[np.float64] = np.exp(values, out=values)
     if params.top_p < 1:
-        weights /= weights.sum()
         kept = _nucleus(weights, params.top_p)
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     if params.min_p > 0:
@@ -221,11 +220,25 @@ def _weights(
 def top_ids(logits: Logits, count: int) -> NDArray[np.int64]:
     """The ids of the `count` largest logits, largest first; of equal ones the lowest ids."""
     count = min(count, len(logits))
-    smallest = np.partition(logits, -count)[-count]
-    above = np.flatnonzero(logits > smallest)
-    ids = np.concatenate([above, np.flatnonzero(logits == smallest)[: count - len(above)]])
+    ids = np.flatnonzero(logits >= _bound(logits, count))
     order = np.lexsort((ids, -logits[ids]))
-    return ids[order]
+    return ids[order[:count]]
+
+
+def _bound(logits: Logits, count: int) -> np.float32:
+    """At least `count` logits are not below it, and mostly few more.
+
+    If there are as many parts, that many of them have their largest logit above it. That is a
+    third of the work of looking for it among all.
+    """
+    parts = len(logits) // _PART
+    if count <= parts:
+        logits = logits[: parts * _PART].reshape(_PART, parts).max(axis=0)
+    bound: np.float32 = np.partition(logits, -count)[-count]
+    return bound
+
+
+_PART = 64
 
 
 def top_logprobs(logits: Logits, count: int, chosen: int) -> dict[int, float]:
@@ -256,32 +269,26 @@ def _log_sum_exp(logits: Logits) -> float:
     return peak + math.log(float(np.exp(values - peak).sum()))
 
 
-def _nucleus(probs: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Places of the smallest set of the largest `probs` that sums to `top_p` or more."""
-    for places in _likeliest(probs, top_p):
-        places = places[np.argsort(-probs[places], kind="stable")]
-        total = np.cumsum(probs[places])
-        if len(places) == len(probs) or total[-1] > top_p + _ROUNDING:
+def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Places of the smallest set of the largest that has `top_p` of all weight, or more.
+
+    The largest is 1. Sorting is what costs, and mostly few have nearly all of the weight.
+    """
+    total = float(weights.sum())
+    enough = top_p * total
+    # All places below this bound together hold less than 1 - top_p, so none of them is needed.
+    least = (total - enough) / (2 * len(weights))
+    for bound in (1e-3, 1e-5, least):
+        places = np.flatnonzero(weights >= max(bound, least))
+        if weights[places].sum() > enough * (1 + _ROUNDING):
             break
-    before = total - probs[places]
+    places = places[np.argsort(-weights[places], kind="stable")]
+    before = np.cumsum(weights[places]) - weights[places]
     before[0] = -1.0  # the largest is always kept
-    return places[before < top_p]
+    return places[before < enough]
 
 
 _ROUNDING = 1e-9
-
-
-def _likeliest(probs: NDArray[np.float64], top_p: float) -> Iterator[NDArray[np.int64]]:
-    """More and more of the largest, in the order of their places; at last all that can matter.
-
-    Sorting is what costs, and mostly few tokens have nearly all of the probability.
-    """
-    # All places below this bound together hold less than 1 - top_p, so none of them is needed.
-    least, largest = (1 - top_p) / (2 * len(probs)), float(probs.max())
-    for bound in (1e-3 * largest, 1e-5 * largest):
-        if bound > least:
-            yield np.flatnonzero(probs >= bound)
-    yield np.flatnonzero(probs >= least)
 
 
 def _draw(
@@ -295,9 +302,10 @@ def _draw(
 
 def _penalise(logits: Logits, seen: NDArray[np.bool_], penalty: float) -> None:
     """Keskar et al. 2019, once for each distinct id."""
-    values = logits[seen]
+    ids = np.flatnonzero(seen)
+    values = logits[ids]
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        logits[seen] = np.where(values < 0, values * penalty, values / penalty)
+        logits[ids] = np.where(values < 0, values * penalty, values / penalty)
 
 
 def _ends_with(ids: list[int], end: tuple[int, ...]) -> bool:
