@@ -16,6 +16,10 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+# Before anything imports numpy: one thread for each worker, see `_few_threads`.
+assert "numpy" not in sys.modules, "its BLAS has started its threads"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 # No test judges time: a busy machine would fail it. Hypothesis does so in two places.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
