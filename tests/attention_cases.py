@@ -363,7 +363,7 @@ def attend(
     scale: float,
     kind: str | None,
 ) -> NDArray[np.float64]:
-    """Causal attention of one head; in float64, or with every step rounded to `kind`, as k and v are.
+    """Causal attention of one head; in float64, or with steps rounded to `kind`, as k and v are.
 
     The naive version has products accumulated in float32, as a library's matmul has.
     """

@@ -311,9 +311,16 @@ def test_both_repositories_from_the_hub(original: Path, tmp_path: Path) -> None:
 # --- memory -----------------------------------------------------------------------------------
 
 
+HEAVY = replace(
+    SMALL,
+    text=replace(SMALL.text, hidden=1024, intermediate=2816, layers=4, heads=8, kv_heads=8),
+    vision=replace(SMALL.vision, hidden=512, intermediate=2048, layers=2, heads=8),
+)
+
+
 def test_weights_are_streamed(tmp_path: Path) -> None:
     """Bytes that only this process holds; mapped files do not count, the system can drop them."""
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", PRESETS["60m"])
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", HEAVY)
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     assert weights > 200 << 20
     events = tmp_path / "events.jsonl"
