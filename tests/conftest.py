@@ -76,8 +76,9 @@ def _few_threads() -> Iterator[None]:
     """
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    # Its records are for torch's own tools; here pytest would keep and format thousands of them.
-    logging.getLogger("torch.__trace").propagate = False
+    # pytest adds handlers to loggers that do not propagate; torch makes these records, which are
+    # for tools of its own, only if there are any.
+    logging.getLogger("torch.__trace").propagate = True
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vlmforge.backends.onnxruntime.physical_cores", lambda: 1)
         yield

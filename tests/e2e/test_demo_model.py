@@ -70,7 +70,7 @@ def often(few: int, many: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.nightly)])
 
 
-@often(130, 1300)
+@often(195, 1300)
 def test_the_engine_passes_the_gate(
     engine: Path, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
