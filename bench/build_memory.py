@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vlmforge.manifest import load_manifest
+from vlmforge.engine.manifest import load_manifest
 from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlmforge.manifest import load_manifest
+from vlmforge.engine.manifest import load_manifest
 from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
 
 QUESTION = "What is shown in this picture?"

@@ -16,7 +16,7 @@ SUBJECTS = {
     "the libraries": LIBRARIES,
     "vlmforge": "vlmforge",
     # What the first use of `pipeline` loads as well.
-    "vlmforge, all of it": f"vlmforge.api, vlmforge.backends.onnxruntime, {LIBRARIES}",
+    "vlmforge, all of it": f"vlmforge.api.load, vlmforge.backends.onnxruntime, {LIBRARIES}",
 }
 # As when vlmforge imports it: without its telemetry, which costs time and writes to HOME.
 QUIET = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmforge.families import models_table
+from vlmforge.engine.families import models_table
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- models: written by scripts/models_table.py -->\n"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.numpy import load_file, save_file
 
-from vlmforge.manifest import MANIFEST_FILE, manifest_digest
+from vlmforge.engine.manifest import MANIFEST_FILE, manifest_digest
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 BINS = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]

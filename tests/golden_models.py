@@ -20,8 +20,8 @@ import numpy as np
 
 from conftest import DATA
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, Response, pipeline
-from vlmforge.features import FeatureCache
-from vlmforge.manifest import load_manifest
+from vlmforge.engine.manifest import load_manifest
+from vlmforge.runner.features import FeatureCache
 from vlmforge.vl import load_image
 from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress

@@ -13,18 +13,13 @@ from tokenizers import Tokenizer
 
 from conftest import DATA, HF, ORIGINAL
 from sample_manifest import PROMPT, TEMPLATE
+from vlmforge.engine.manifest import PromptPolicy
 from vlmforge.errors import PromptError
-from vlmforge.manifest import PromptPolicy
-from vlmforge.prompt.choice import ActiveTemplate
-from vlmforge.prompt.messages import Conversation, Image, Message, Text
-from vlmforge.prompt.render import (
-    RenderedPrompt,
-    TextEncoder,
-    marked_tokenizer_json,
-    render_prompt,
-)
-from vlmforge.prompt.template import jinja_from_parts
-from vlmforge.text import TextTokenizer
+from vlmforge.inputs.messages import Conversation, Image, Message, Text
+from vlmforge.inputs.render import RenderedPrompt, TextEncoder, marked_tokenizer_json, render_prompt
+from vlmforge.inputs.template import jinja_from_parts
+from vlmforge.inputs.template_choice import ActiveTemplate
+from vlmforge.inputs.tokenizer import TextTokenizer
 
 PHOTO = Image(DATA / "images/photo_640x480.png")
 MARK, TYPED = "\ue0f1\ue0f2\ue0f3", "\ue0f4\ue0f5\ue0f6"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from vlmforge.manifest import (
+from vlmforge.engine.image_policy import ImagePolicy, Tiling
+from vlmforge.engine.manifest import (
     SCHEMA_VERSION,
     DecodePolicy,
     DimRange,
@@ -20,9 +21,7 @@ from vlmforge.manifest import (
     TemplateParts,
     TensorSpec,
 )
-from vlmforge.positions import ABSOLUTE, PositionPolicy
-from vlmforge.vl.preprocess import ImagePolicy
-from vlmforge.vl.tiling import Tiling
+from vlmforge.engine.positions import ABSOLUTE, PositionPolicy
 
 TEMPLATE = TemplateParts(
     system="",

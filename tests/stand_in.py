@@ -22,15 +22,15 @@ import PIL.Image
 
 from sample_manifest import MANIFEST, PROMPT, TEMPLATE
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig
-from vlmforge.api import serve
+from vlmforge.api.load import serve
 from vlmforge.backends import DecoderBatch, FloatArray, LoadOptions
-from vlmforge.engine import Engine
+from vlmforge.engine.manifest import Manifest
+from vlmforge.inputs.render import marked_tokenizer_json
+from vlmforge.inputs.template import jinja_from_parts
+from vlmforge.inputs.template_choice import ActiveTemplate
+from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.kv.cache import Copy, Move
-from vlmforge.manifest import Manifest
-from vlmforge.prompt.choice import ActiveTemplate
-from vlmforge.prompt.render import marked_tokenizer_json
-from vlmforge.prompt.template import jinja_from_parts
-from vlmforge.text import TextTokenizer
+from vlmforge.runner.stages import Engine
 
 T = TypeVar("T")
 TOKENIZER = Path(__file__).parent / "data/llava_1_5_hf/checkpoint/tokenizer.json"

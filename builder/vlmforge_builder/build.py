@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vlmforge.bundle import open_bundle
-from vlmforge.errors import BuildError, ConfigError, EngineError, VlmforgeError
-from vlmforge.manifest import (
+from vlmforge.engine.bundle import open_bundle
+from vlmforge.engine.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
     DecodePolicy,
@@ -25,6 +24,7 @@ from vlmforge.manifest import (
     dump_manifest,
     load_manifest,
 )
+from vlmforge.errors import BuildError, ConfigError, EngineError, VlmforgeError
 from vlmforge_builder.checkpoint.altered import refuse_altered
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.fingerprint import fingerprint, input_files

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from vlmforge.engine.lifeline import end_with_parent
 from vlmforge.errors import ConfigError, VlmforgeError
-from vlmforge.lifeline import end_with_parent
 from vlmforge_builder.dtypes import BITS, DTYPE_NAMES, KV_DTYPES
 from vlmforge_builder.progress import Interrupted, Progress
 from vlmforge_builder.recognise import refuse_unknown

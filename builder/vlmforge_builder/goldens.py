@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlmforge.engine import Engine
+from vlmforge.engine.manifest import MANIFEST_FILE, Manifest, dump_manifest
 from vlmforge.errors import BuildError, ConfigError
-from vlmforge.manifest import MANIFEST_FILE, Manifest, dump_manifest
-from vlmforge.verify import (
+from vlmforge.evaluation.verify import (
     CASES_FILE,
     FOLDER,
     GREEDY_TOKENS,
@@ -24,6 +23,7 @@ from vlmforge.verify import (
     load_for_goldens,
     run_case,
 )
+from vlmforge.runner.stages import Engine
 from vlmforge_builder.progress import Progress
 
 _ASK = "What is shown in this picture? 画像には何が写っていますか？"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from vlmforge.engine.manifest import TensorSpec
 from vlmforge.errors import BuildError
-from vlmforge.manifest import TensorSpec
 from vlmforge_builder.weights import Layout
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
+from vlmforge.engine.manifest import MANIFEST_FILE, FileEntry
+from vlmforge.engine.ownership import HeldError, sole_owner
 from vlmforge.errors import BuildError
-from vlmforge.manifest import MANIFEST_FILE, FileEntry
-from vlmforge.ownership import HeldError, sole_owner
 from vlmforge_builder.checkpoint.fingerprint import sha256
 
 _MARK = ".building-"

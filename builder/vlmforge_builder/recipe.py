@@ -14,11 +14,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from vlmforge.engine.families import ENTRY_POINT_GROUP, supported
+from vlmforge.engine.image_policy import ImagePolicy
+from vlmforge.engine.manifest import KVLayout, PromptPolicy
+from vlmforge.engine.positions import PositionPolicy
 from vlmforge.errors import UnsupportedModelError
-from vlmforge.families import ENTRY_POINT_GROUP, supported
-from vlmforge.manifest import KVLayout, PromptPolicy
-from vlmforge.positions import PositionPolicy
-from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.checkpoint.config import ConfigReader
 
 if TYPE_CHECKING:

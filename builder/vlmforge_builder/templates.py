@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError, PromptError
-from vlmforge.prompt.choice import choose_template as choose
-from vlmforge.prompt.content import check_writes_users
-from vlmforge.template_config import ChatTemplateConfig
+from vlmforge.inputs.content import check_writes_users
+from vlmforge.inputs.template_choice import choose_template as choose
+from vlmforge.inputs.template_config import ChatTemplateConfig
 from vlmforge_builder.checkpoint.fingerprint import sha256
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec
 

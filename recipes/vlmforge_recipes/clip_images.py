@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from vlmforge.engine.image_policy import ImagePolicy
 from vlmforge.errors import CheckpointError, UnsupportedModelError
-from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.checkpoint.keys import KeyTable, check_keys

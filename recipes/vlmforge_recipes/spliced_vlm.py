@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from vlmforge.engine.image_policy import ImagePolicy
+from vlmforge.engine.manifest import KVLayout, PromptPolicy, TemplateParts
+from vlmforge.engine.positions import ABSOLUTE
 from vlmforge.errors import CheckpointError
-from vlmforge.manifest import KVLayout, PromptPolicy, TemplateParts
-from vlmforge.positions import ABSOLUTE
-from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge.vl.tiling import most_tokens
 from vlmforge_builder.blocks.decoder import DecoderConfig
 from vlmforge_builder.blocks.vision import VisionConfig, VisionEncoder

@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING
 from vlmforge.version import __version__
 
 if TYPE_CHECKING:
-    from vlmforge.api import pipeline
-    from vlmforge.boxes import Box
-    from vlmforge.config import (
-        EngineConfig,
-        TurbomindEngineConfig,
-        VisionConfig,
-        VisonConfig,
-    )
+    from vlmforge.api.config import EngineConfig, TurbomindEngineConfig, VisionConfig, VisonConfig
+    from vlmforge.api.load import pipeline
+    from vlmforge.api.pipeline import Pipeline
+    from vlmforge.api.pytorch_config import PytorchEngineConfig
+    from vlmforge.api.session import Session
     from vlmforge.errors import (
         BuildError,
         CancelledError,
@@ -30,12 +27,10 @@ if TYPE_CHECKING:
         PromptError,
         VlmforgeError,
     )
-    from vlmforge.generation import GenerationConfig
-    from vlmforge.pipe import Pipeline
-    from vlmforge.pytorch_config import PytorchEngineConfig
-    from vlmforge.response import Response
-    from vlmforge.session import Session
-    from vlmforge.template_config import ChatTemplateConfig
+    from vlmforge.inputs.template_config import ChatTemplateConfig
+    from vlmforge.outputs.generation_config import GenerationConfig
+    from vlmforge.outputs.response import Response
+    from vlmforge.vl.boxes import Box
 
 __all__ = [
     "pipeline",
@@ -63,18 +58,18 @@ __all__ = [
 ]
 
 _MODULES = {
-    "pipeline": "api",
-    "Pipeline": "pipe",
-    "GenerationConfig": "generation",
-    "EngineConfig": "config",
-    "TurbomindEngineConfig": "config",
-    "PytorchEngineConfig": "pytorch_config",
-    "VisionConfig": "config",
-    "VisonConfig": "config",
-    "ChatTemplateConfig": "template_config",
-    "Response": "response",
-    "Box": "boxes",
-    "Session": "session",
+    "pipeline": "api.load",
+    "Pipeline": "api.pipeline",
+    "GenerationConfig": "outputs.generation_config",
+    "EngineConfig": "api.config",
+    "TurbomindEngineConfig": "api.config",
+    "PytorchEngineConfig": "api.pytorch_config",
+    "VisionConfig": "api.config",
+    "VisonConfig": "api.config",
+    "ChatTemplateConfig": "inputs.template_config",
+    "Response": "outputs.response",
+    "Box": "vl.boxes",
+    "Session": "api.session",
     "VlmforgeError": "errors",
     "ConfigError": "errors",
     "PromptError": "errors",

@@ -25,33 +25,33 @@ _NAME = "lmdeploy"
 # Module: its names that work, and where each of them is.
 _WORKING: Mapping[str, Mapping[str, str]] = {
     "": {
-        "pipeline": "vlmforge.api",
-        "Pipeline": "vlmforge.pipe",
-        "Session": "vlmforge.session",
-        "Response": "vlmforge.response",
-        "Box": "vlmforge.boxes",
-        "GenerationConfig": "vlmforge.generation",
-        "EngineConfig": "vlmforge.config",
-        "TurbomindEngineConfig": "vlmforge.config",
-        "PytorchEngineConfig": "vlmforge.pytorch_config",
-        "VisionConfig": "vlmforge.config",
-        "VisonConfig": "vlmforge.config",
-        "ChatTemplateConfig": "vlmforge.template_config",
+        "pipeline": "vlmforge.api.load",
+        "Pipeline": "vlmforge.api.pipeline",
+        "Session": "vlmforge.api.session",
+        "Response": "vlmforge.outputs.response",
+        "Box": "vlmforge.vl.boxes",
+        "GenerationConfig": "vlmforge.outputs.generation_config",
+        "EngineConfig": "vlmforge.api.config",
+        "TurbomindEngineConfig": "vlmforge.api.config",
+        "PytorchEngineConfig": "vlmforge.api.pytorch_config",
+        "VisionConfig": "vlmforge.api.config",
+        "VisonConfig": "vlmforge.api.config",
+        "ChatTemplateConfig": "vlmforge.inputs.template_config",
         "__version__": "vlmforge.compat",
         "version_info": "vlmforge.compat",
     },
-    "api": {"pipeline": "vlmforge.api"},
-    "pipeline": {"Pipeline": "vlmforge.pipe"},
+    "api": {"pipeline": "vlmforge.api.load"},
+    "pipeline": {"Pipeline": "vlmforge.api.pipeline"},
     "messages": {
-        "GenerationConfig": "vlmforge.generation",
-        "TurbomindEngineConfig": "vlmforge.config",
-        "PytorchEngineConfig": "vlmforge.pytorch_config",
-        "VisionConfig": "vlmforge.config",
-        "VisonConfig": "vlmforge.config",
-        "Response": "vlmforge.response",
-        "LogitsProcessor": "vlmforge.sampling",
+        "GenerationConfig": "vlmforge.outputs.generation_config",
+        "TurbomindEngineConfig": "vlmforge.api.config",
+        "PytorchEngineConfig": "vlmforge.api.pytorch_config",
+        "VisionConfig": "vlmforge.api.config",
+        "VisonConfig": "vlmforge.api.config",
+        "Response": "vlmforge.outputs.response",
+        "LogitsProcessor": "vlmforge.outputs.sampling",
     },
-    "model": {"ChatTemplateConfig": "vlmforge.template_config"},
+    "model": {"ChatTemplateConfig": "vlmforge.inputs.template_config"},
     "tokenizer": {},
     "version": {
         "__version__": "vlmforge.compat",
@@ -184,7 +184,7 @@ def install_as_lmdeploy() -> None:
         _install(module)
     # As in the original, the function hides the module of the same name.
     root = sys.modules[_NAME]
-    setattr(root, "pipeline", _found("pipeline", "vlmforge.api"))  # noqa: B010
+    setattr(root, "pipeline", _found("pipeline", "vlmforge.api.load"))  # noqa: B010
 
 
 def _install(module: str) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from typing_extensions import override
 
 from vlmforge.errors import ConfigError
 
@@ -27,13 +28,13 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class OrNone:
+class OrNone(Rule):
     """None, or what `rule` admits."""
 
     rule: Rule
 
+    @override
     def admits(self, value: object) -> bool:
-        """See `Rule`."""
         return value is None or self.rule.admits(value)
 
     def __str__(self) -> str:
@@ -41,14 +42,14 @@ class OrNone:
 
 
 @dataclass(frozen=True, slots=True)
-class Int:
+class Int(Rule):
     """An integer (not a bool) in `[low, high]`; without `high`, of at most 64 bits."""
 
     low: int
     high: int | None = None
 
+    @override
     def admits(self, value: object) -> bool:
-        """See `Rule`."""
         if not isinstance(value, int | np.integer) or isinstance(value, bool):
             return False
         return self.low <= int(value) <= (_MOST if self.high is None else self.high)
@@ -62,15 +63,15 @@ class Int:
 
 
 @dataclass(frozen=True, slots=True)
-class Number:
+class Number(Rule):
     """A finite number (not a bool) in `[low, high]`, without `low` itself if `above`."""
 
     low: float
     high: float = math.inf
     above: bool = False
 
+    @override
     def admits(self, value: object) -> bool:
-        """See `Rule`."""
         if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
             return False
         number = value if isinstance(value, int) else float(value)
@@ -84,11 +85,11 @@ class Number:
 
 
 @dataclass(frozen=True, slots=True)
-class Flag:
+class Flag(Rule):
     """A bool."""
 
+    @override
     def admits(self, value: object) -> bool:
-        """See `Rule`."""
         return isinstance(value, bool)
 
     def __str__(self) -> str:
@@ -96,11 +97,11 @@ class Flag:
 
 
 @dataclass(frozen=True, slots=True)
-class FlagOrFolder:
+class FlagOrFolder(Rule):
     """A bool, or the path of a folder that exists."""
 
+    @override
     def admits(self, value: object) -> bool:
-        """See `Rule`."""
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if isinstance(value, bool):
@@ -113,14 +114,14 @@ class FlagOrFolder:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class Text(Rule):
     """A string, `empty` ones included; `argument`: such as programs can be called with."""
 
     empty: bool = True
     argument: bool = False
 
+    @override
     def admits(self, value: object) -> bool:
-        """See `Rule`."""
         if not isinstance(value, str) or not (self.empty or value):
             return False
         return not self.argument or not re.search("[\0\ud800-\udfff]", value)
@@ -131,13 +132,13 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Rule):
     """One of a few strings."""
 
     values: tuple[str, ...]
 
+    @override
     def admits(self, value: object) -> bool:
-        """See `Rule`."""
         return isinstance(value, str) and value in self.values
 
     def __str__(self) -> str:
@@ -145,7 +146,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class ListOf:
+class ListOf(Rule):
     """A list or tuple whose every item `item` admits. A bare string is not a list of strings.
 
     `length` is how many items it must have; None: any number.
@@ -154,8 +155,8 @@ class ListOf:
     item: Rule
     length: int | None = None
 
+    @override
     def admits(self, value: object) -> bool:
-        """See `Rule`."""
         if not isinstance(value, list | tuple) or self.length not in (None, len(value)):
             return False
         return all(self.item.admits(item) for item in value)
@@ -166,11 +167,11 @@ class ListOf:
 
 
 @dataclass(frozen=True, slots=True)
-class Function:
+class Function(Rule):
     """A callable."""
 
+    @override
     def admits(self, value: object) -> bool:
-        """See `Rule`."""
         return callable(value)
 
     def __str__(self) -> str:
@@ -178,11 +179,11 @@ class Function:
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Rule):
     """What tells sessions apart."""
 
+    @override
     def admits(self, value: object) -> bool:
-        """See `Rule`."""
         return isinstance(value, int | str)
 
     def __str__(self) -> str:
@@ -199,14 +200,14 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Instance:
+class Instance(Rule):
     """An object of a class."""
 
     kind: type
     words: str
 
+    @override
     def admits(self, value: object) -> bool:
-        """See `Rule`."""
         return isinstance(value, self.kind)
 
     def __str__(self) -> str:

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from conftest import HANGS, HF, ROOT, wait_until
-from vlmforge.bundle import open_bundle
+from vlmforge.engine.bundle import open_bundle
+from vlmforge.engine.manifest import MANIFEST_FILE, load_manifest
 from vlmforge.errors import BuildError, EngineError
-from vlmforge.manifest import MANIFEST_FILE, load_manifest
 from vlmforge_builder import build as build_module
 from vlmforge_builder import cli, progress
 from vlmforge_builder.build import BuildOptions, build_engine

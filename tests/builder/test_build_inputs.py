@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from conftest import IMAGES
 from hub_server import HubServer
 from vlmforge import EngineConfig, GenerationConfig, Response, pipeline
-from vlmforge.bundle import open_bundle
+from vlmforge.engine.bundle import open_bundle
+from vlmforge.engine.manifest import Manifest, load_manifest
 from vlmforge.errors import BuildError, CheckpointError, ConfigError, TensorError
-from vlmforge.manifest import Manifest, load_manifest
 from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.recipe import RecipeOptions

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from conftest import DATA
 from qwen_original import CONTROL, IMAGE_ST, SPLIT, Tokens
 from vlmforge.errors import TokenizerError
-from vlmforge.text import IncrementalDetokenizer, TextTokenizer
+from vlmforge.inputs.tokenizer import TextTokenizer
+from vlmforge.outputs.detokenizer import IncrementalDetokenizer
 from vlmforge_builder.tokenizer import byte_bpe
 from vlmforge_builder.tokenizer.byte_bpe import (
     SpecialTokens,

@@ -58,7 +58,7 @@ def test_a_build_that_is_interrupted_while_it_imports(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("module", ["argparse", "vlmforge.errors", "vlmforge.families"])
+@pytest.mark.parametrize("module", ["argparse", "vlmforge.errors", "vlmforge.engine.families"])
 def test_the_other_command_too(module: str) -> None:
     assert interrupted(module, signal.SIGINT, "vlmforge", "models") == (130, "")
 

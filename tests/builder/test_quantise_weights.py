@@ -15,7 +15,7 @@ from conftest import HF, build_once
 from lowered_decoder import filled, model_spec, part_of, session
 from vlmforge import EngineConfig, pipeline
 from vlmforge.backends import DecoderBatch
-from vlmforge.manifest import load_manifest
+from vlmforge.engine.manifest import load_manifest
 from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits, InBlocks, quantise
 from vlmforge_builder.passes.lint import lint
 from vlmforge_builder.passes.lower_cached_attention import lower_cached_attention

@@ -15,8 +15,8 @@ import pytest
 
 from conftest import HF
 from hub_server import HubServer
+from vlmforge.engine.families import installed_families
 from vlmforge.errors import UnsupportedModelError
-from vlmforge.families import installed_families
 from vlmforge_builder.build import BuildOptions
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.command import parser

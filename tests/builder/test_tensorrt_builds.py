@@ -14,9 +14,9 @@ from conftest import DATA
 from damage import edit_json
 from vlmforge import pipeline
 from vlmforge.cli import main
+from vlmforge.engine.layer_report import LayerReport, read_layers
+from vlmforge.engine.manifest import Manifest, load_manifest
 from vlmforge.errors import BackendUnavailableError
-from vlmforge.layer_report import LayerReport, read_layers
-from vlmforge.manifest import Manifest, load_manifest
 from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress
 from vlmforge_plugins.cached_attention.compile import Nvrtc, compile_set

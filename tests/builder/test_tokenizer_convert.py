@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sentencepiece_models import TEXTS, given_folder, given_json, trained, write_checkpoint
-from vlmforge.text import TextTokenizer
+from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge_builder.tokenizer.added_tokens import read_added_tokens
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, InvalidBytes, convert_tokenizer
 from vlmforge_builder.tokenizer.files import read_tokenizer_files

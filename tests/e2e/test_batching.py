@@ -12,9 +12,9 @@ import pytest
 
 from conftest import IMAGES
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
-from vlmforge.api import serve
+from vlmforge.api.load import serve
 from vlmforge.backends import DecoderBatch
-from vlmforge.engine import Engine
+from vlmforge.runner.stages import Engine
 
 PHOTO, TALL, GRAY = (
     str(IMAGES / name) for name in ("photo_640x480.png", "tall_300x900.png", "gray_257x191.png")

@@ -19,12 +19,12 @@ from transformers.models.clip import CLIPImageProcessorPil
 from conftest import build_once
 from vlmforge import GenerationConfig, Pipeline, pipeline
 from vlmforge.cli import main
-from vlmforge.engine import DecoderInput, Engine
+from vlmforge.engine.manifest import manifest_digest
 from vlmforge.evaluation.cases import Case, held_out_cases
 from vlmforge.evaluation.evaluate import Report, evaluate
-from vlmforge.manifest import manifest_digest
-from vlmforge.prompt.render import RenderedPrompt
-from vlmforge.verify import verify
+from vlmforge.evaluation.verify import verify
+from vlmforge.inputs.render import RenderedPrompt
+from vlmforge.runner.stages import DecoderInput, Engine
 from vlmforge.vl.preprocess import preprocess
 from vlmforge_recipes.llava.demo import CHECKPOINT
 from vlmforge_recipes.llava.demo.spec import IMAGE_POLICY, SPEC
@@ -282,7 +282,7 @@ def test_verify_catches_swapped_colour_channels(
     def swapped(image: Image.Image, policy: object) -> np.ndarray:
         return preprocess(image, policy)[:, ::-1]  # type: ignore[arg-type]
 
-    monkeypatch.setattr("vlmforge.engine.preprocess", swapped)
+    monkeypatch.setattr("vlmforge.runner.stages.preprocess", swapped)
     assert _first_difference(engine) == "pixels"
 
 

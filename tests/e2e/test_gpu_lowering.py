@@ -15,8 +15,8 @@ from golden_models import CASES, FOLDERS, TOLERANCES, Golden, cases_of, check_an
 from lowered_decoder import NativeDecoder, PagedDecoder, Vision, filled, model_spec, part_of
 from vlmforge import EngineConfig, Pipeline, pipeline
 from vlmforge.backends import DecoderBatch, DecoderSession
-from vlmforge.features import FeatureCache
 from vlmforge.kv.cache import Copy, Drop
+from vlmforge.runner.features import FeatureCache
 from vlmforge.scheduler.loop import Loop
 
 LIMITS = TOLERANCES["float32"]

@@ -16,9 +16,9 @@ import pytest
 
 from conftest import build_once
 from hub_server import HubServer
-from vlmforge.bundle import open_bundle
+from vlmforge.engine.bundle import open_bundle
+from vlmforge.engine.manifest import MANIFEST_FILE
 from vlmforge.errors import CheckpointError
-from vlmforge.manifest import MANIFEST_FILE
 from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
 
 SMALL = replace(

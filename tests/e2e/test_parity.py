@@ -28,9 +28,9 @@ from transformers import (
 
 from conftest import DATA
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, Response, pipeline
-from vlmforge.engine import Engine
-from vlmforge.features import FeatureCache
-from vlmforge.prompt.render import RenderedPrompt
+from vlmforge.inputs.render import RenderedPrompt
+from vlmforge.runner.features import FeatureCache
+from vlmforge.runner.stages import Engine
 from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress
 from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint

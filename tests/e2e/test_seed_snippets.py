@@ -21,7 +21,7 @@ from conftest import DATA, IMAGES, ORIGINAL, build_once
 from vlmforge import Pipeline, Response, Session
 from vlmforge.compat import install_as_lmdeploy
 from vlmforge.errors import ConfigError
-from vlmforge.image_limits import ImageLimits
+from vlmforge.vl.image_limits import ImageLimits
 
 SNIPPETS = DATA / "seed_snippets"
 # The snippets ask for 512 tokens; the window of 8192 is what several of them ask for.

@@ -85,7 +85,7 @@ def functions(path: Path) -> Iterator[tuple[str, int]]:
 
 def test_the_walk_sees_the_repository() -> None:
     names = {name_of(path) for path in tracked()}
-    assert {"pyproject.toml", "Makefile", "runtime/vlmforge/manifest.py"} <= names
+    assert {"pyproject.toml", "Makefile", "runtime/vlmforge/engine/manifest.py"} <= names
     assert name_of(Path(__file__)) in names
     assert not any("__pycache__" in name or name.startswith((".venv", "out/")) for name in names)
     for top, package in PACKAGES.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmforge.families import models_table
+from vlmforge.engine.families import models_table
 
 ROOT = Path(__file__).parents[2]
 

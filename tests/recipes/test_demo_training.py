@@ -12,7 +12,7 @@ import torch
 
 from conftest import build_once
 from vlmforge.evaluation.scenes import COLORS, SHAPES, SIZES, Scene, Thing
-from vlmforge.text import TextTokenizer
+from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge_builder.tokenizer.convert import convert_tokenizer
 from vlmforge_recipes.llava.demo import CHECKPOINT
 from vlmforge_recipes.llava.demo import train as training_module

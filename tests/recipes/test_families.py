@@ -13,8 +13,8 @@ import pytest
 import vlmforge_recipes
 from conftest import DATA
 from vlmforge.cli import main
+from vlmforge.engine.families import ModelRow, installed_families, models_table, read_card
 from vlmforge.errors import CheckpointError, ConfigError
-from vlmforge.families import ModelRow, installed_families, models_table, read_card
 from vlmforge_builder.checkpoint.config import read_config
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions, find_recipe, installed_recipes
 

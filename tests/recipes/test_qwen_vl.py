@@ -15,10 +15,18 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import DATA, IMAGES, golden_engine
-from vlmforge import Box, EngineConfig, GenerationConfig, Pipeline, Response, Session, pipeline
-from vlmforge import generate as generate_module
+from vlmforge import (
+    Box,
+    EngineConfig,
+    GenerationConfig,
+    Pipeline,
+    Response,
+    Session,
+    pipeline,
+)
+from vlmforge.engine.manifest import load_manifest
 from vlmforge.errors import CheckpointError, TokenizerError, UnsupportedModelError, VlmforgeError
-from vlmforge.manifest import load_manifest
+from vlmforge.outputs import token_generator as generate_module
 from vlmforge.vl import draw_boxes
 from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config

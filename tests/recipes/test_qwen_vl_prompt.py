@@ -22,8 +22,8 @@ from golden_models import cases_of
 from qwen_original import IMAGE_ST, Tokens
 from vlmforge import ChatTemplateConfig, EngineConfig, Pipeline, pipeline
 from vlmforge.errors import PromptError
-from vlmforge.prompt.messages import parse_prompt
-from vlmforge.prompt.render import RenderedPrompt
+from vlmforge.inputs.messages import parse_prompt
+from vlmforge.inputs.render import RenderedPrompt
 from vlmforge.vl import load_image
 from vlmforge.vl.constants import IMAGE_TOKEN
 

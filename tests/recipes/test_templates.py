@@ -20,10 +20,10 @@ import pytest
 
 from sample_manifest import PROMPT
 from vlmforge import ChatTemplateConfig
-from vlmforge.manifest import PromptPolicy, TemplateParts
-from vlmforge.prompt.choice import choose_template
-from vlmforge.prompt.messages import Image, Text, parse_prompt
-from vlmforge.prompt.render import render_prompt
+from vlmforge.engine.manifest import PromptPolicy, TemplateParts
+from vlmforge.inputs.messages import Image, Text, parse_prompt
+from vlmforge.inputs.render import render_prompt
+from vlmforge.inputs.template_choice import choose_template
 from vlmforge.vl.constants import IMAGE_TOKEN
 from vlmforge_recipes.llava import templates as llava
 from vlmforge_recipes.qwen_vl import prompting as qwen_vl

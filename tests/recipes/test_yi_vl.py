@@ -15,9 +15,9 @@ import torch
 
 from conftest import DATA, IMAGES, golden_engine
 from vlmforge import EngineConfig, GenerationConfig, Response, pipeline
-from vlmforge import generate as generate_module
+from vlmforge.engine.manifest import load_manifest
 from vlmforge.errors import CheckpointError, ConfigError, UnsupportedModelError
-from vlmforge.manifest import load_manifest
+from vlmforge.outputs import token_generator as generate_module
 from vlmforge.vl import load_image
 from vlmforge.vl.preprocess import preprocess
 from vlmforge_builder.build import BuildOptions, build_engine

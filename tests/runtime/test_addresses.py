@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from conftest import HANGS
 from vlmforge.errors import ImageFetchError
-from vlmforge.image_limits import ImageLimits
 from vlmforge.vl.addresses import is_public, resolve
 from vlmforge.vl.fetch import fetch_bytes
+from vlmforge.vl.image_limits import ImageLimits
 
 # IANA IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890, 8190 and later), column "Globally
 # Reachable" false or not applicable. Multicast (RFC 5771, 4291) and site-local (RFC 3879) are in

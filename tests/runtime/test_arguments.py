@@ -177,8 +177,8 @@ def reaching(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def reach(*_: object, **__: object) -> None:
         raise ReachedError("here")
 
-    monkeypatch.setattr("vlmforge.api._load", reach)
-    monkeypatch.setattr("vlmforge.build_cache._build", reach)
+    monkeypatch.setattr("vlmforge.api.load._load", reach)
+    monkeypatch.setattr("vlmforge.engine.build_cache._build", reach)
     monkeypatch.chdir(tmp_path)
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
 from vlmforge import Box, Response
-from vlmforge.boxes import FORMATS, Grounding, parse_boxes
 from vlmforge.errors import EngineFormatError
 from vlmforge.vl import draw_boxes
+from vlmforge.vl.boxes import FORMATS, Grounding, parse_boxes
 
 SIZE = (640, 480)
 GROUNDING = Grounding(FORMATS[0], SIZE, 2)

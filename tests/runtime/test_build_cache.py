@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from vlmforge import build_cache, env, pipeline
-from vlmforge.build_cache import engine_for
-from vlmforge.build_child import Outcome, run_build
+from vlmforge import env, pipeline
+from vlmforge.engine import build_cache
+from vlmforge.engine.build_cache import engine_for
+from vlmforge.engine.build_child import Outcome, run_build
 from vlmforge.errors import BuildError, ConfigError
 
 HANG_S = 120
@@ -79,7 +80,7 @@ CLEARS_UP = """
 import signal, sys
 from filelock import FileLock
 from pathlib import Path
-from vlmforge.lifeline import end_with_parent
+from vlmforge.engine.lifeline import end_with_parent
 class End(BaseException): pass
 def end(*_): raise End
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -96,7 +97,7 @@ except End:
 """
 CALLER = f"""
 import sys
-from vlmforge.build_child import run_build
+from vlmforge.engine.build_child import run_build
 run_build([sys.executable, "-c", {CLEARS_UP!r}])
 """
 

@@ -12,11 +12,11 @@ import pytest
 
 from sample_manifest import MANIFEST, PARTS, with_files
 from vlmforge.backends import LoadOptions
-from vlmforge.bundle import check_hashes, check_sizes, open_bundle
-from vlmforge.engine import load_engine
+from vlmforge.engine.bundle import check_hashes, check_sizes, open_bundle
+from vlmforge.engine.manifest import MANIFEST_FILE, FileEntry, Manifest, dump_manifest
 from vlmforge.errors import EngineError, EngineFormatError, EngineIntegrityError
-from vlmforge.manifest import MANIFEST_FILE, FileEntry, Manifest, dump_manifest
-from vlmforge.prompt.choice import ActiveTemplate
+from vlmforge.inputs.template_choice import ActiveTemplate
+from vlmforge.runner.stages import load_engine
 
 NAMES = (
     *("vision.onnx", "vision.data", "decoder.rank0.onnx", "decoder.rank0.data"),
@@ -89,7 +89,7 @@ def test_a_success_is_remembered_and_a_change_forgets_it(
     open_bundle(engine)
     assert len(stamps(engine)) == 1
     with monkeypatch.context() as patch:
-        patch.setattr("vlmforge.bundle.check_hashes", None)  # would raise when called
+        patch.setattr("vlmforge.engine.bundle.check_hashes", None)  # would raise when called
         open_bundle(engine)
     flip(engine / "vision.data")
     with pytest.raises(EngineIntegrityError):
@@ -240,7 +240,7 @@ def test_a_file_that_is_cut_while_it_is_loaded_is_named(
             if fails:
                 raise EngineError("cannot load")
 
-    monkeypatch.setattr("vlmforge.engine.load_backend", lambda name: Cutting())
+    monkeypatch.setattr("vlmforge.runner.stages.load_backend", lambda name: Cutting())
     with pytest.raises(EngineIntegrityError, match=r"vision\.data is not the file") as caught:
         load_engine(bundle, ActiveTemplate("plain", "", ()), LoadOptions(slots=1, capacity=8))
     assert caught.value.found == "3 bytes"

@@ -23,14 +23,14 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from conftest import IMAGES
+from vlmforge.api.session import Session
 from vlmforge.cli import chat as chat_module
 from vlmforge.cli.chat import COMMANDS, Chat, converse
 from vlmforge.cli.line_editor import ChatCompleter, LineEditor
 from vlmforge.cli.typed import PlainLines, image_sources
 from vlmforge.errors import PromptError
-from vlmforge.generation import GenerationConfig
-from vlmforge.response import Response
-from vlmforge.session import Session
+from vlmforge.outputs.generation_config import GenerationConfig
+from vlmforge.outputs.response import Response
 
 PHOTO = IMAGES / "alpha_97x61.png"
 UP, TAB, ESCAPE, CTRL_C, CTRL_D, CTRL_J = "\x1b[A", "\t", "\x1b", "\x03", "\x04", "\n"

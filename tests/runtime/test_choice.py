@@ -8,9 +8,9 @@ import pytest
 
 from sample_manifest import PROMPT, TEMPLATE
 from vlmforge.errors import ConfigError
-from vlmforge.prompt.choice import ActiveTemplate, choose_template
-from vlmforge.prompt.template import jinja_from_parts, render_template
-from vlmforge.template_config import ChatTemplateConfig
+from vlmforge.inputs.template import jinja_from_parts, render_template
+from vlmforge.inputs.template_choice import ActiveTemplate, choose_template
+from vlmforge.inputs.template_config import ChatTemplateConfig
 
 FROZEN = "frozen {{ messages[0].content }}"
 POLICY = dataclasses.replace(

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from conftest import IMAGES
-from vlmforge.bundle import open_bundle
 from vlmforge.cli import main
-from vlmforge.manifest import load_manifest
-from vlmforge.verify import STAGES
+from vlmforge.engine.bundle import open_bundle
+from vlmforge.engine.manifest import load_manifest
+from vlmforge.evaluation.verify import STAGES
 
 PHOTO = IMAGES / "photo_640x480.png"
 # A machine without what a build needs: importing any of it raises.
@@ -82,14 +82,14 @@ def test_verify_names_the_first_stage_that_diverges(
     np.savez_compressed(path, **values)
     # As if the engine had been built so: its hashes are not what is tested here.
     monkeypatch.setattr("vlmforge.cli.verify.check_hashes", lambda bundle: None)
-    monkeypatch.setattr("vlmforge.verify.open_bundle", lambda folder: _unchecked(folder))
+    monkeypatch.setattr("vlmforge.evaluation.verify.open_bundle", lambda folder: _unchecked(folder))
     assert main(["verify", str(copied)]) == 1
     out = capsys.readouterr().out
     assert f"first stage that diverges is {stage!r}, in the golden 'image'" in out
 
 
 def _unchecked(folder: Path) -> object:
-    from vlmforge.bundle import Bundle
+    from vlmforge.engine.bundle import Bundle
 
     return Bundle(folder, load_manifest(folder))
 

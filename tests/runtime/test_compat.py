@@ -21,12 +21,12 @@ from PIL import Image, ImageChops
 
 import vlmforge
 from conftest import DATA, IMAGES
+from vlmforge.api.config import REFUSALS
+from vlmforge.api.pytorch_config import PYTORCH_REFUSALS
 from vlmforge.compat import install_as_lmdeploy
-from vlmforge.config import REFUSALS
 from vlmforge.errors import ConfigError, ImageError, NotSupportedError, VlmforgeError
-from vlmforge.generation import REFUSALS as GENERATION_REFUSALS
-from vlmforge.pytorch_config import PYTORCH_REFUSALS
-from vlmforge.template_config import REFUSALS as TEMPLATE_REFUSALS
+from vlmforge.inputs.template_config import REFUSALS as TEMPLATE_REFUSALS
+from vlmforge.outputs.generation_config import REFUSALS as GENERATION_REFUSALS
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/lmdeploy.md").read_text("utf-8")
 VERSIONS: dict[str, Any] = json.loads((DATA / "lmdeploy_names.json").read_text("utf-8"))

@@ -13,17 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmforge import config as module
-from vlmforge import template_config
-from vlmforge.config import (
-    EngineConfig,
-    TurbomindEngineConfig,
-    VisionConfig,
-    VisonConfig,
-)
+from vlmforge.api import config as module
+from vlmforge.api.config import EngineConfig, TurbomindEngineConfig, VisionConfig, VisonConfig
+from vlmforge.api.pytorch_config import PYTORCH_REFUSALS, PYTORCH_RULES, PytorchEngineConfig
 from vlmforge.errors import ConfigError
-from vlmforge.pytorch_config import PYTORCH_REFUSALS, PYTORCH_RULES, PytorchEngineConfig
-from vlmforge.template_config import ChatTemplateConfig
+from vlmforge.inputs import template_config
+from vlmforge.inputs.template_config import ChatTemplateConfig
 
 FIELDS_OF_0_4_2 = """model_name model_format tp session_len max_batch_size cache_max_entry_count
 cache_block_seq_len enable_prefix_caching quant_policy rope_scaling_factor use_logn_attn

@@ -9,9 +9,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from prompt_setups import PHOTO, Setup, assistant, hf_setup, original_setup, user
 from vlmforge.errors import PromptError
-from vlmforge.prompt.choice import ActiveTemplate
-from vlmforge.prompt.content import check_writes_users, string_roles
-from vlmforge.prompt.messages import Message, Text
+from vlmforge.inputs.content import check_writes_users, string_roles
+from vlmforge.inputs.messages import Message, Text
+from vlmforge.inputs.template_choice import ActiveTemplate
 from vlmforge.vl.constants import IMAGE_TOKEN
 
 # Templates of text-only models: Mistral's, Llama 2's, ChatML, Zephyr's.

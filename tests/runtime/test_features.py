@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmforge.backends import FloatArray
-from vlmforge.features import FeatureCache, PreparedImage, prepare, row_keys
+from vlmforge.runner.features import FeatureCache
+from vlmforge.vl.prepared import PreparedImage, prepare, row_keys
 
 TOKENS, HIDDEN = 3, 2
 

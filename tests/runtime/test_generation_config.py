@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmforge.errors import ConfigError
-from vlmforge.generation import (
+from vlmforge.outputs.generation_config import (
     REFUSALS,
     RULES,
     UNSET_TOP_K,
@@ -22,7 +22,7 @@ from vlmforge.generation import (
     GenerationPlan,
     TokenFacts,
 )
-from vlmforge.grammar import Guides
+from vlmforge.outputs.grammar import Guides
 
 # The fields and defaults of both versions of the original; ours differ where marked.
 ORIGINAL: dict[str, object] = {

@@ -14,9 +14,9 @@ from PIL import Image, ImageFile
 
 from image_files import encoded, png_header
 from vlmforge.errors import ImageError
-from vlmforge.image_limits import FORMATS, ImageLimits
 from vlmforge.vl import encode_image_base64
 from vlmforge.vl.decode import decode_image, to_rgb
+from vlmforge.vl.image_limits import FORMATS, ImageLimits
 
 RNG = np.random.default_rng(7)
 PIXELS = RNG.integers(0, 256, (23, 37, 3), dtype=np.uint8)

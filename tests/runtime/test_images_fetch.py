@@ -13,10 +13,10 @@ import pytest
 
 from image_server import PIXELS, Network, Server, png
 from vlmforge.errors import ImageError, ImageFetchError
-from vlmforge.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl import load_image
 from vlmforge.vl.addresses import is_public
 from vlmforge.vl.fetch import fetch_bytes, shown_url
+from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
 
 PUBLIC = "93.184.216.34"
 OTHER_PUBLIC = "2606:2800:220:1:248:1893:25c8:1946"

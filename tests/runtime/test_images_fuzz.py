@@ -17,9 +17,9 @@ from PIL import Image
 
 from image_files import encoded, jpeg_segment, png_chunk, run_length_bmp, with_more_scans
 from vlmforge.errors import ImageError
-from vlmforge.image_limits import FORMATS, ImageLimits
 from vlmforge.vl.containers import CONTAINERS, Container, DamagedError
 from vlmforge.vl.decode import to_rgb
+from vlmforge.vl.image_limits import FORMATS, ImageLimits
 from vlmforge.vl.load import open_image
 
 LIMITS = ImageLimits(max_pixels=1 << 18, max_work=1 << 22, formats=FORMATS)

@@ -17,10 +17,10 @@ from PIL import Image
 from image_files import encoded
 from image_server import Handler, Server
 from vlmforge.errors import ImageError
-from vlmforge.image_limits import DEFAULT_FORMATS, ImageLimits
-from vlmforge.prompt.messages import is_image_address, parse_prompt
+from vlmforge.inputs.messages import is_image_address, parse_prompt
 from vlmforge.vl import load_image
 from vlmforge.vl.data_url import data_url_bytes, decoded_base64
+from vlmforge.vl.image_limits import DEFAULT_FORMATS, ImageLimits
 
 PIXELS = np.random.default_rng(23).integers(0, 256, (13, 17, 3), dtype=np.uint8)
 PNG = encoded(Image.fromarray(PIXELS))

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from vlmforge.errors import ImageError
-from vlmforge.image_limits import ImageLimits
 from vlmforge.vl import load_image
 from vlmforge.vl.constants import IMAGE_TOKEN
+from vlmforge.vl.image_limits import ImageLimits
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (11, 17, 3), dtype=np.uint8)
 

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from image_files import encoded
-from vlmforge.config import VisionConfig
+from vlmforge.api.config import VisionConfig
 from vlmforge.errors import ImageError
-from vlmforge.image_limits import ImageLimits
 from vlmforge.vl import load_image, local_files
+from vlmforge.vl.image_limits import ImageLimits
 
 PHOTO = encoded(Image.new("RGB", (5, 4), "red"))
 SECRET = b"QZXJQKVZQWXKJZQVXK"

@@ -15,9 +15,9 @@ from PIL import Image, ImageFile
 from conftest import HANGS
 from image_files import encoded, png_header
 from vlmforge.errors import CancelledError, ImageError
-from vlmforge.image_limits import ImageLimits
 from vlmforge.vl import lanes, load_image
 from vlmforge.vl.decode import to_rgb
+from vlmforge.vl.image_limits import ImageLimits
 from vlmforge.vl.load import open_image
 
 PIXELS = np.random.default_rng(29).integers(0, 256, (11, 17, 3), dtype=np.uint8)

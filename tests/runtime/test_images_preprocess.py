@@ -17,10 +17,11 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 import anyres_original
+from vlmforge.engine.image_policy import ImagePolicy, Tiling
 from vlmforge.errors import EngineFormatError, ImageError
 from vlmforge.vl import load_image
-from vlmforge.vl.preprocess import POLICIES, ImagePolicy, preprocess
-from vlmforge.vl.tiling import Tiling, view_count
+from vlmforge.vl.preprocess import POLICIES, preprocess
+from vlmforge.vl.tiling import view_count
 
 DATA = Path(__file__).parents[1] / "data"
 MEAN_COLOUR = (122, 116, 104)

@@ -22,10 +22,10 @@ from image_files import (
     with_more_scans,
 )
 from vlmforge.errors import CancelledError, ImageError
-from vlmforge.image_limits import DEFAULT_FORMATS, FORMATS, ImageLimits
 from vlmforge.vl import containers
 from vlmforge.vl.decode import decode_image
 from vlmforge.vl.encoded import open_encoded
+from vlmforge.vl.image_limits import DEFAULT_FORMATS, FORMATS, ImageLimits
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(PIXELS)

@@ -13,7 +13,7 @@ import pytest
 import vlmforge
 import vlmforge.errors
 
-OURS = "vlmforge.api, vlmforge.vl, vlmforge.compat"
+OURS = "vlmforge.api.load, vlmforge.vl, vlmforge.compat"
 # What a deployment has loaded anyway as soon as it answers.
 LIBRARIES = "numpy, PIL.Image, tokenizers, onnxruntime, jinja2.sandbox"
 OF_A_BUILD = (
@@ -98,6 +98,6 @@ def test_the_cost_can_be_measured() -> None:
     )
     rows = done.stdout.splitlines()
     assert [row.rsplit("import ", 1)[1].split(",")[0] for row in rows] == [
-        *("onnxruntime", "vlmforge", "vlmforge.api"),
+        *("onnxruntime", "vlmforge", "vlmforge.api.load"),
     ]
     assert all(" s " in row and " x " in row for row in rows)

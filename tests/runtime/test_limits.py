@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmforge import api, memory
-from vlmforge.bundle import Bundle
-from vlmforge.config import EngineConfig
+from vlmforge.api import load as api
+from vlmforge.api import memory
+from vlmforge.api.config import EngineConfig
+from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.manifest import load_manifest
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.limits import Room, available_cpus, available_memory
-from vlmforge.manifest import load_manifest
 
 GIB = 1 << 30
 MACHINE = 64 * GIB

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from sample_manifest import MANIFEST
-from vlmforge.errors import EngineFormatError
-from vlmforge.manifest import (
+from vlmforge.engine.manifest import (
     MANIFEST_FILE,
     KVLayout,
     Manifest,
@@ -20,6 +19,7 @@ from vlmforge.manifest import (
     load_manifest,
     manifest_digest,
 )
+from vlmforge.errors import EngineFormatError
 
 
 def write(folder: Path, text: str) -> Path:

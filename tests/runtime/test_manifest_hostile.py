@@ -15,10 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sample_manifest import MANIFEST, RICH
+from vlmforge.engine.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    dump_manifest,
+    load_manifest,
+    manifest_digest,
+)
+from vlmforge.engine.manifest_rules import RULES, RelativePath, Sha256, leaves
 from vlmforge.errors import EngineError, EngineFormatError, EngineIntegrityError
 from vlmforge.field_rules import Choice, Int, Number, OrNone, Rule, Text
-from vlmforge.manifest import MANIFEST_FILE, Manifest, dump_manifest, load_manifest, manifest_digest
-from vlmforge.manifest_rules import RULES, RelativePath, Sha256, leaves
 from vlmforge.vl.tiling import most_tokens, token_rows
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

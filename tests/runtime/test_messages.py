@@ -11,14 +11,7 @@ import PIL.Image
 import pytest
 
 from vlmforge.errors import PromptError
-from vlmforge.prompt.messages import (
-    Conversation,
-    Image,
-    Message,
-    Text,
-    parse_prompt,
-    parse_prompts,
-)
+from vlmforge.inputs.messages import Conversation, Image, Message, Text, parse_prompt, parse_prompts
 
 PIXELS = np.zeros((2, 3, 3), np.uint8)
 PIL_IMAGE = PIL.Image.fromarray(PIXELS)

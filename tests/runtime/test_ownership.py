@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from vlmforge.lifeline import end_with_parent
-from vlmforge.ownership import HeldError, sole_owner
+from vlmforge.engine.lifeline import end_with_parent
+from vlmforge.engine.ownership import HeldError, sole_owner
 
 HANG_S = 120  # no judge of speed: what hangs is to fail, not to hang the run
 
 HOLDER = """
 import sys
 from pathlib import Path
-from vlmforge.ownership import sole_owner
+from vlmforge.engine.ownership import sole_owner
 with sole_owner(Path(sys.argv[1]), None):
     print("held", flush=True)
     sys.stdin.read()
@@ -99,7 +99,7 @@ def test_who_waits_is_told_for_whom(tmp_path: Path) -> None:
 CHILD = """
 import signal, sys
 from filelock import FileLock
-from vlmforge.lifeline import end_with_parent
+from vlmforge.engine.lifeline import end_with_parent
 signal.alarm(300)  # if nothing else ends it
 lock = FileLock(sys.argv[1])
 lock.acquire()
@@ -142,7 +142,7 @@ def test_a_child_ends_with_its_parent(tmp_path: Path, death: signal.Signals, sen
 
 def test_a_parent_that_is_gone_already() -> None:
     program = (
-        "import signal; from vlmforge.lifeline import end_with_parent\n"
+        "import signal; from vlmforge.engine.lifeline import end_with_parent\n"
         "end_with_parent(signal.SIGTERM); signal.pause()"
     )
     done = subprocess.run([sys.executable, "-c", program], input="", text=True, check=False)
@@ -150,7 +150,7 @@ def test_a_parent_that_is_gone_already() -> None:
 
 
 def test_no_standard_input() -> None:
-    program = "import os; os.close(0)\n" + "from vlmforge.lifeline import end_with_parent\n"
+    program = "import os; os.close(0)\n" + "from vlmforge.engine.lifeline import end_with_parent\n"
     program += "import signal\ntry: end_with_parent(signal.SIGTERM)\nexcept OSError: print('told')"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

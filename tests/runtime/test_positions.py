@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vlmforge.engine.positions import ABSOLUTE, PositionPolicy, level_of
 from vlmforge.errors import EngineFormatError
-from vlmforge.positions import ABSOLUTE, PositionPolicy, level_of
 
 
 def alpha(tokens: int, trained: int) -> int:

@@ -16,8 +16,8 @@ import pytest
 from stand_in import HANG_S, Gate, Parts, answered, plain, stand_in
 from vlmforge import Pipeline
 from vlmforge.errors import CancelledError
-from vlmforge.intake import Lane
-from vlmforge.request import Request
+from vlmforge.scheduler.intake import Lane
+from vlmforge.scheduler.request import Request
 
 TESTS = Path(__file__).parents[1]
 

@@ -19,8 +19,8 @@ from prompt_setups import (
     original_setup,
     user,
 )
-from vlmforge.prompt.choice import ActiveTemplate
-from vlmforge.prompt.messages import Image, Message, Text
+from vlmforge.inputs.messages import Image, Message, Text
+from vlmforge.inputs.template_choice import ActiveTemplate
 from vlmforge.vl.constants import IMAGE_TOKEN
 
 

@@ -26,10 +26,10 @@ from prompt_setups import (
     plain_ids,
     user,
 )
-from vlmforge.prompt.choice import ActiveTemplate
-from vlmforge.prompt.messages import Image, Message, Text
-from vlmforge.prompt.render import marked_tokenizer_json
-from vlmforge.text import TextTokenizer
+from vlmforge.inputs.messages import Image, Message, Text
+from vlmforge.inputs.render import marked_tokenizer_json
+from vlmforge.inputs.template_choice import ActiveTemplate
+from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.vl.constants import IMAGE_TOKEN
 
 

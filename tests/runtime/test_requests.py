@@ -233,16 +233,16 @@ def test_what_waits_is_not_loaded(
     pipe: Pipeline, parts: Parts, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hundreds of requests may wait; few of them have their pixels in memory."""
-    import vlmforge.engine
+    import vlmforge.runner.stages
 
     prepared: list[object] = []
-    preprocess = vlmforge.engine.preprocess
+    preprocess = vlmforge.runner.stages.preprocess
 
     def counted(*given: Any) -> Any:
         prepared.append(None)
         return preprocess(*given)
 
-    monkeypatch.setattr("vlmforge.engine.preprocess", counted)
+    monkeypatch.setattr("vlmforge.runner.stages.preprocess", counted)
     parts.before = lambda name, number: gate.passed() if (name, number) == ("step", 1) else None
     prompts = [(f"look {n}", png(n)) for n in range(60)]
 
@@ -310,7 +310,7 @@ def test_errors_of_preparation_are_the_callers(
     def broken(*_: object) -> np.ndarray[Any, Any]:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("vlmforge.engine.preprocess", broken)
+    monkeypatch.setattr("vlmforge.runner.stages.preprocess", broken)
     with pytest.raises(VlmforgeError, match="not one of vlmforge's") as caught:
         answered(lambda: pipe(("look", png(3))))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmforge.response import Response, Stage, Stopwatch, Timings
+from vlmforge.outputs.response import Response, Stage, Stopwatch, Timings
 
 STAGES: tuple[Stage, ...] = (
     "queue",

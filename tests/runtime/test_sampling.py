@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
 from vlmforge.errors import ConfigError, EngineError
-from vlmforge.sampling import (
+from vlmforge.outputs.sampling import (
     Sampler,
     SamplingParams,
     distribution,

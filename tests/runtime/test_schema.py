@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmforge.engine.schema import from_json, to_json
 from vlmforge.errors import EngineFormatError
-from vlmforge.schema import from_json, to_json
 
 
 @dataclass(frozen=True, slots=True)

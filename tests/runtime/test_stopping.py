@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vlmforge.stopping import NgramCounter, StopRules, StopScanner
+from vlmforge.outputs.stopping import NgramCounter, StopRules, StopScanner
 
 WORDS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=4)
 TEXT = st.text("abc", max_size=24)

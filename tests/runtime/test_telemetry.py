@@ -32,7 +32,7 @@ with pipeline(sys.argv[1]) as pipe:
 # What a build imports, and the session by which it runs its goldens.
 _BUILD = """
 import vlmforge_builder.build
-from vlmforge.bundle import open_bundle
+from vlmforge.engine.bundle import open_bundle
 from vlmforge.backends import LoadOptions, load_backend
 from pathlib import Path
 bundle = open_bundle(Path(sys.argv[1]))
@@ -119,7 +119,7 @@ def test_child_processes_inherit_it(module: str, stand_in: str) -> None:
 
 
 def test_importing_vlmforge_alone_changes_nothing() -> None:
-    program = "import os\nbefore = dict(os.environ)\nimport vlmforge.api, vlmforge.vl\n"
+    program = "import os\nbefore = dict(os.environ)\nimport vlmforge.api.load, vlmforge.vl\n"
     done = run(program + "print(before == dict(os.environ))")
     assert done.stdout == "True\n"
 
@@ -129,7 +129,7 @@ def test_a_fork_after_encoding_is_quiet(hf_engine: Path) -> None:
     program = """
 import os, sys
 from pathlib import Path
-from vlmforge.text import TextTokenizer
+from vlmforge.inputs.tokenizer import TextTokenizer
 tokenizer = TextTokenizer((Path(sys.argv[1]) / "tokenizer.json").read_text("utf-8"))
 ids = tokenizer.encode("what is this? " * 500)
 child = os.fork()

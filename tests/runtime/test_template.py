@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from conftest import HF
+from vlmforge.engine.manifest import TemplateParts
 from vlmforge.errors import PromptError
-from vlmforge.manifest import TemplateParts
-from vlmforge.prompt.template import jinja_from_parts, render_template
+from vlmforge.inputs.template import jinja_from_parts, render_template
 
 IMAGE = "<IMAGE_TOKEN>"
 Turn = dict[str, Any]

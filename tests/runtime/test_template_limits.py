@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmforge.errors import PromptError
-from vlmforge.prompt import budget
-from vlmforge.prompt.sandbox import compile_template
-from vlmforge.prompt.template import render_template
+from vlmforge.inputs import budget
+from vlmforge.inputs.sandbox import compile_template
+from vlmforge.inputs.template import render_template
 
 TEXT = {"type": "text", "text": "hello"}
 MESSAGES: list[dict[str, object]] = [{"role": "user", "content": [TEXT]}]
@@ -270,8 +270,8 @@ def test_work_is_counted_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> 
         left.append(work)
 
     compile_template.cache_clear()
-    monkeypatch.setattr("vlmforge.prompt.sandbox.spend", spend)
-    monkeypatch.setattr("vlmforge.prompt.operations.spend", spend)
+    monkeypatch.setattr("vlmforge.inputs.sandbox.spend", spend)
+    monkeypatch.setattr("vlmforge.inputs.operations.spend", spend)
     render("{% for a in range(7) %}{{ a + 1 }}{% endfor %}")
     once, left[:] = list(left), []
     render("{% for a in range(7) %}{{ a + 1 }}{% endfor %}")

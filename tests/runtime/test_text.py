@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vlmforge.errors import EngineFormatError, PromptError
-from vlmforge.text import KEEP_VALID_BYTES, IncrementalDetokenizer, TextTokenizer
+from vlmforge.inputs.tokenizer import KEEP_VALID_BYTES, TextTokenizer
+from vlmforge.outputs.detokenizer import IncrementalDetokenizer
 
 SOURCE = Path(__file__).parents[1] / "data/llava_1_5_hf/checkpoint/tokenizer.json"
 BYTE_0, IMAGE, SPACE, EOS = 3, 640, 497, 2

@@ -25,12 +25,11 @@ from transformers.models.llava_next.modeling_llava_next import (
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 import anyres_original
+from vlmforge.engine.image_policy import Size, Tiling
 from vlmforge.errors import EngineFormatError
 from vlmforge.vl.tiling import (
     MERGES,
     Rows,
-    Size,
-    Tiling,
     best_canvas,
     fitted_size,
     most_tokens,

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmforge import text as text_module
-from vlmforge import tokenizer_file
 from vlmforge.errors import EngineFormatError, PromptError
-from vlmforge.text import TextTokenizer
-from vlmforge.tokenizer_file import KNOWN_EXPRESSIONS, parse_tokenizer, unbounded_work
+from vlmforge.inputs import tokenizer as text_module
+from vlmforge.inputs import tokenizer_file
+from vlmforge.inputs.tokenizer import TextTokenizer
+from vlmforge.inputs.tokenizer_file import KNOWN_EXPRESSIONS, parse_tokenizer, unbounded_work
 from vlmforge_builder.tokenizer.byte_bpe import SPLIT
 
 SOURCE = Path(__file__).parents[1] / "data/llava_1_5_hf/checkpoint/tokenizer.json"

@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vlmforge.api
-import vlmforge.engine
+import vlmforge.api.load
+import vlmforge.runner.stages
 from sample_manifest import MANIFEST
 from stand_in import CAPACITY, TOKENS, Gate, Parts, SlowFile, manifest, plain, png, stand_in
 from vlmforge import Pipeline, Response, Session, VisionConfig
+from vlmforge.engine.image_policy import Tiling
+from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import ContextLengthError
-from vlmforge.manifest import Manifest
 from vlmforge.vl.load import OpenedImage
-from vlmforge.vl.tiling import Tiling
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, call)
 
-    spy(vlmforge.engine, "render_prompt", "render")
-    spy(vlmforge.engine, "open_image", "open")
-    spy(vlmforge.engine, "preprocess", "preprocess")
+    spy(vlmforge.runner.stages, "render_prompt", "render")
+    spy(vlmforge.runner.stages, "open_image", "open")
+    spy(vlmforge.runner.stages, "preprocess", "preprocess")
     spy(OpenedImage, "decode", "decode")
     return counts
 
@@ -49,7 +49,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.fixture
 def few_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features of one image are kept."""
-    monkeypatch.setattr(vlmforge.api, "_FEATURE_CACHE_BYTES", 1)
+    monkeypatch.setattr(vlmforge.api.load, "_FEATURE_CACHE_BYTES", 1)
 
 
 def whole(response: object) -> Response:
@@ -198,7 +198,7 @@ def test_whatever_is_left_out_the_answers_are_the_same(
     """Prefixes, features and images under way are shared; each answer is as if nothing were."""
     asked: list[Any] = [(text, [png(n) for n in images]) for text, images in prompts]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(vlmforge.api, "_FEATURE_CACHE_BYTES", 1)
+        patched.setattr(vlmforge.api.load, "_FEATURE_CACHE_BYTES", 1)
         vision = VisionConfig(max_batch_size=batch)
         with stand_in(slots=slots, vision=vision, max_prefill_token_num=5) as pipe:
             found = [*pipe(asked, plain(4)), *pipe(asked[::-1], plain(4))[::-1]]  # type: ignore[misc,index]

@@ -17,19 +17,15 @@ import pytest
 from stand_in import HANG_S, Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline, Response
 from vlmforge.backends import DecoderBatch, FloatArray
-from vlmforge.engine import Engine
-from vlmforge.errors import (
-    EngineError,
-    EngineStepError,
-    PipelineError,
-)
-from vlmforge.features import FeatureCache
-from vlmforge.generate import TokenGenerator
+from vlmforge.errors import EngineError, EngineStepError, PipelineError
 from vlmforge.kv.cache import Copy, Move
 from vlmforge.kv.slots import SlotCache
-from vlmforge.request import Request
+from vlmforge.outputs.token_generator import TokenGenerator
 from vlmforge.runner import runner
+from vlmforge.runner.features import FeatureCache
+from vlmforge.runner.stages import Engine
 from vlmforge.scheduler import jobs, scheduler
+from vlmforge.scheduler.request import Request
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.errors import ConfigError
-from vlmforge.manifest import KVLayout, Part
 
 if TYPE_CHECKING:
     from vlmforge_builder.checkpoint.store import TensorStore

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.errors import ConfigError
-from vlmforge.manifest import KVLayout, Part
 from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits, InBlocks
 from vlmforge_builder.export import Traced
 from vlmforge_builder.onnx_file import refer, tensor_specs

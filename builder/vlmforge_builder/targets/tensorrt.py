@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from vlmforge.engine.manifest import DimRange, KVLayout, Part, Profile
 from vlmforge.env import writable_cache
 from vlmforge.errors import ConfigError
-from vlmforge.manifest import DimRange, KVLayout, Part, Profile
 from vlmforge_builder.block_quantisation import InBlocks
 from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmforge.layer_report import Layer, LayerOutput, LayerReport
-from vlmforge.lifeline import end_with_parent
-from vlmforge.schema import from_json, to_json
+from vlmforge.engine.layer_report import Layer, LayerOutput, LayerReport
+from vlmforge.engine.lifeline import end_with_parent
+from vlmforge.engine.schema import from_json, to_json
 from vlmforge_builder.tensorrt.job import CompileRequest
 from vlmforge_plugins.cached_attention.compile import Compiler, Nvcc, Nvrtc, compile_set
 from vlmforge_plugins.cached_attention.config import Config

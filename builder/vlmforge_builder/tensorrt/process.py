@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from vlmforge.engine.schema import to_json
 from vlmforge.env import child_environment
 from vlmforge.errors import BuildError
-from vlmforge.schema import to_json
 from vlmforge_builder.tensorrt.flavours import Flavour, library_path
 from vlmforge_builder.tensorrt.job import CompileRequest
 
@@ -60,7 +60,7 @@ def run_compiler(
             command = [sys.executable, "-m", _PROGRAM, str(told)]
             with subprocess.Popen(
                 command,
-                stdin=subprocess.PIPE,  # its end ends the child: see vlmforge.lifeline
+                stdin=subprocess.PIPE,  # its end ends the child: see vlmforge.engine.lifeline
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=child_environment(libraries),

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from vlmforge.errors import EngineFormatError, TokenizerError
-from vlmforge.tokenizer_file import load_tokenizer, parse_tokenizer
+from vlmforge.inputs.tokenizer_file import load_tokenizer, parse_tokenizer
 from vlmforge_builder.tokenizer.added_tokens import AddedToken as Token
 from vlmforge_builder.tokenizer.added_tokens import (
     declared_roles,

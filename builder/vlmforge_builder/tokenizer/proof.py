@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from vlmforge.errors import TokenizerError
-from vlmforge.tokenizer_file import raise_unless_fault
+from vlmforge.inputs.tokenizer_file import raise_unless_fault
 
 Encode: TypeAlias = Callable[[str], list[int]]
 _AROUND = 5

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from vlmforge.errors import TokenizerError
-from vlmforge.text import KEEP_VALID_BYTES
+from vlmforge.inputs.tokenizer import KEEP_VALID_BYTES
 from vlmforge_builder.tokenizer.added_tokens import AddedTokens
 from vlmforge_builder.tokenizer.files import damaged
 from vlmforge_builder.tokenizer.proto import PieceType, TrainerSpec, parse_model
@@ -249,7 +249,7 @@ def _decoder(invalid_bytes: InvalidBytes, *, strip_twice: bool) -> dict[str, obj
     if invalid_bytes == "keep_valid":
         # The original takes a leading space off, then SentencePiece its dummy prefix.
         strip += strip_twice
-        # Not of the library, which ignores it: see vlmforge.text.
+        # Not of the library, which ignores it: see vlmforge.inputs.tokenizer.
         fallback["invalid_run"] = KEEP_VALID_BYTES
     return {
         "type": "Sequence",

@@ -10,9 +10,8 @@ import ast
 import dataclasses
 from collections.abc import Mapping
 
+from vlmforge.engine.image_policy import ImagePolicy, Size, Tiling
 from vlmforge.errors import CheckpointError, UnsupportedModelError
-from vlmforge.vl.preprocess import ImagePolicy
-from vlmforge.vl.tiling import Size, Tiling
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader

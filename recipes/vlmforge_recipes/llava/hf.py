@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmforge.engine.image_policy import ImagePolicy
 from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
-from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.layers import ACTIVATIONS
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint import limits

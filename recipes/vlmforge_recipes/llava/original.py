@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vlmforge.engine.image_policy import ImagePolicy
 from vlmforge.errors import UnsupportedModelError
-from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader

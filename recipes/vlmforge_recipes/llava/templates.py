@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vlmforge.manifest import TemplateParts
-from vlmforge.prompt.template import jinja_from_parts
+from vlmforge.engine.manifest import TemplateParts
+from vlmforge.inputs.template import jinja_from_parts
 from vlmforge_builder.recipe import ChatTemplate
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlmforge.engine.manifest import KVLayout
+from vlmforge.engine.positions import PositionPolicy
 from vlmforge.errors import CheckpointError
-from vlmforge.manifest import KVLayout
-from vlmforge.positions import PositionPolicy
-from vlmforge.prompt.template import jinja_from_parts
+from vlmforge.inputs.template import jinja_from_parts
 from vlmforge_builder.blocks.decoder import DecoderConfig
 from vlmforge_builder.blocks.resampler import ResamplerConfig
 from vlmforge_builder.checkpoint.config import ConfigReader

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlmforge.manifest import ImageSpelling, PromptPolicy, TemplateParts
+from vlmforge.engine.manifest import ImageSpelling, PromptPolicy, TemplateParts
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.tokenizer.byte_bpe import SpecialTokens, convert_byte_bpe, expect_ids

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from functools import partial
 
+from vlmforge.engine.image_policy import ImagePolicy
 from vlmforge.errors import UnsupportedModelError
-from vlmforge.vl.preprocess import ImagePolicy
 from vlmforge_builder.blocks.resampler import ResampledEncoder, ResamplerConfig
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint import limits

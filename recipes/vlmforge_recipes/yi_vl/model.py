@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from vlmforge.prompt.template import jinja_from_parts
-from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge.engine.image_policy import ImagePolicy
+from vlmforge.inputs.template import jinja_from_parts
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.store import open_store

@@ -14,9 +14,9 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import BackendUnavailableError
 from vlmforge.kv.cache import Move
-from vlmforge.manifest import Manifest
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]

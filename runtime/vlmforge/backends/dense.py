@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from vlmforge.backends import FloatArray
+from vlmforge.engine.manifest import KVLayout
 from vlmforge.errors import BackendUnavailableError
-from vlmforge.manifest import KVLayout
 
 
 class DenseCache:

@@ -13,14 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import override
 
-from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, LoadOptions, VisionSession
+from vlmforge.backends import (
+    Backend,
+    DecoderBatch,
+    DecoderSession,
+    FloatArray,
+    LoadOptions,
+    VisionSession,
+)
 from vlmforge.backends.dense import DenseCache
 from vlmforge.backends.rows import Rows
+from vlmforge.engine.manifest import KVLayout, Manifest, Part
 from vlmforge.errors import EngineError
 from vlmforge.kv.cache import Copy, Move
 from vlmforge.limits import available_cpus
-from vlmforge.manifest import KVLayout, Manifest, Part
 from vlmforge.ort import ort
 
 PROVIDER = "CPUExecutionProvider"
@@ -69,7 +77,7 @@ def _session(path: Path, part: Part, options: LoadOptions, dtype: str) -> ort.In
 
 
 @dataclass(frozen=True, slots=True)
-class _Vision:
+class _Vision(VisionSession):
     session: ort.InferenceSession
 
     def encode(self, pixel_values: FloatArray) -> FloatArray:
@@ -77,7 +85,7 @@ class _Vision:
         return np.asarray(features, np.float32)
 
 
-class _Decoder:
+class _Decoder(DecoderSession):
     def __init__(self, session: ort.InferenceSession, kv: KVLayout, options: LoadOptions) -> None:
         self._session = session
         self._cache = DenseCache(kv, options.slots, options.capacity)
@@ -89,8 +97,8 @@ class _Decoder:
         inputs = {item.name: item for item in self._session.get_inputs()}
         return int(inputs["image_features"].shape[1])
 
+    @override
     def move(self, move: Move) -> None:
-        """See `DecoderSession.move`."""
         if isinstance(move, Copy):
             self._cache.copy(self._rows.row(move.source), self._rows.row(move.target), move.tokens)
             self._rows.set_tokens(move.target, move.tokens)
@@ -162,28 +170,29 @@ class _Decoder:
 
 
 @dataclass(frozen=True, slots=True)
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Backend):
     """See the module."""
 
+    @override
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
-        """See `Backend.load_vision`."""
         part = manifest.part("vision")
         return _Vision(_session(folder / part.file, part, options, manifest.dtype))
 
+    @override
     def load_decoder(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
-        """See `Backend.load_decoder`."""
         part = manifest.part("decoder")
         return _Decoder(
             _session(folder / part.file, part, options, manifest.dtype), manifest.kv, options
         )
 
+    @override
     def check(self) -> None:
-        """See `Backend.check`: importing the library was the check."""
+        """Importing the library was the check."""
 
+    @override
     def versions(self) -> Sequence[tuple[str, str]]:
-        """See `Backend.versions`."""
         return (("onnxruntime", ort.__version__),)
 
 

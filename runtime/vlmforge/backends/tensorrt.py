@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from vlmforge.backends import DecoderSession, LoadOptions, VisionSession
+from typing_extensions import override
+
+from vlmforge.backends import Backend, DecoderSession, LoadOptions, VisionSession
+from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import BackendUnavailableError
-from vlmforge.manifest import Manifest
 
 _DRIVER = "libcuda.so.1"
 _ELSEWHERE = "vlmforge inspect and vlmforge verify --static work here; to run the model on this "
@@ -24,7 +26,7 @@ _ELSEWHERE += "machine, build it with --target onnxruntime"
 
 
 @dataclass(frozen=True, slots=True)
-class PlanBackend:
+class PlanBackend(Backend):
     """A library that runs plans.
 
     Attributes:
@@ -39,20 +41,21 @@ class PlanBackend:
     requirement: str
     gpus: str
 
+    @override
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
-        """See `Backend.load_vision`."""
         del folder, manifest, options
         self.check()
 
+    @override
     def load_decoder(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
-        """See `Backend.load_decoder`."""
         del folder, manifest, options
         self.check()
 
+    @override
     def versions(self) -> Sequence[tuple[str, str]]:
-        """See `Backend.versions` (BackendUnavailableError: not installed)."""
+        """BackendUnavailableError: not installed"""
         self._check_installed()
         return ((self.module, importlib.metadata.version(self.requirement)),)
 
@@ -65,8 +68,8 @@ class PlanBackend:
                 fix=f"pip install 'vlmforge[{self.requirement}]'; {_ELSEWHERE}",
             )
 
+    @override
     def check(self) -> NoReturn:
-        """See `Backend.check`."""
         self._check_installed()
         try:
             ctypes.CDLL(_DRIVER)

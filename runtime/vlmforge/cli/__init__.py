@@ -109,7 +109,7 @@ def _run(values: argparse.Namespace) -> int:
 
             return run_eval(values)
         case "models":
-            from vlmforge.families import models_table
+            from vlmforge.engine.families import models_table
 
             print(models_table())
             return 0

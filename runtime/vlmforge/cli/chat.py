@@ -12,14 +12,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from vlmforge.api import pipeline
+from vlmforge.api.config import EngineConfig
+from vlmforge.api.load import pipeline
+from vlmforge.api.pipeline import Pipeline
+from vlmforge.api.session import Session
 from vlmforge.cli.typed import Lines, PlainLines, image_sources
-from vlmforge.config import EngineConfig
 from vlmforge.errors import VlmforgeError
-from vlmforge.generation import GenerationConfig
-from vlmforge.pipe import Pipeline
-from vlmforge.response import Response
-from vlmforge.session import Session
+from vlmforge.outputs.generation_config import GenerationConfig
+from vlmforge.outputs.response import Response
 from vlmforge.vl import load_image
 
 if TYPE_CHECKING:

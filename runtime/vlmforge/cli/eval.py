@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vlmforge.api import pipeline
+from vlmforge.api.load import pipeline
 from vlmforge.errors import ConfigError
 from vlmforge.evaluation.cases import KINDS, held_out_cases
 from vlmforge.evaluation.evaluate import Report, evaluate

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmforge.bundle import Bundle
+from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.layer_report import read_layers
+from vlmforge.engine.manifest import Manifest, Part, load_manifest
 from vlmforge.errors import ConfigError
-from vlmforge.layer_report import read_layers
-from vlmforge.manifest import Manifest, Part, load_manifest
-from vlmforge.prompt.choice import choose_template
-from vlmforge.prompt.messages import parse_prompt
-from vlmforge.prompt.render import marked_tokenizer_json, render_prompt
-from vlmforge.text import TextTokenizer
+from vlmforge.inputs.messages import parse_prompt
+from vlmforge.inputs.render import marked_tokenizer_json, render_prompt
+from vlmforge.inputs.template_choice import choose_template
+from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.vl.tiling import token_rows
 
 _QUESTION = "What is shown in this picture?"

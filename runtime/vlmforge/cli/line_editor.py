@@ -11,8 +11,9 @@ from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
+from typing_extensions import override
 
-from vlmforge.cli.typed import path_beginnings
+from vlmforge.cli.typed import Lines, path_beginnings
 
 _IMAGE = "/image "
 
@@ -24,10 +25,10 @@ class ChatCompleter(Completer):
         self._commands = commands
         self._paths = PathCompleter(expanduser=True)
 
+    @override
     def get_completions(
         self, document: Document, complete_event: CompleteEvent
     ) -> Iterator[Completion]:
-        """See `Completer`."""
         text = document.text_before_cursor
         if text.startswith(_IMAGE):
             yield from self._of_path(text.removeprefix(_IMAGE), complete_event)
@@ -46,7 +47,7 @@ class ChatCompleter(Completer):
         return []
 
 
-class LineEditor:
+class LineEditor(Lines):
     """Reads a terminal: Enter sends, Alt-Enter or Ctrl-J begins a new line.
 
     What is typed is remembered for the arrow keys while the chat lasts, and written nowhere.
@@ -73,8 +74,9 @@ class LineEditor:
         """The line so far."""
         return self._session.default_buffer.text
 
+    @override
     def read(self) -> str | None:
-        """See `Lines.read`. Ctrl-C clears the line; Ctrl-D on an empty one is the end."""
+        """Ctrl-C clears the line; Ctrl-D on an empty one is the end."""
         while True:
             try:
                 return self._session.prompt()

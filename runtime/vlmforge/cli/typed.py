@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Iterator
 from typing import Protocol, TextIO
 
+from typing_extensions import override
+
 _BLOCK = '"""'
 _WORD = re.compile(r"""(["'])(?P<quoted>.*?)\1(?=\s|$)|\S+""", re.DOTALL)
 # Of a file's name; so that a text pasted by mistake is not looked up by all its stretches.
@@ -21,14 +23,14 @@ class Lines(Protocol):
         """The next message or command, maybe of several lines; None at the end."""
 
 
-class PlainLines:
+class PlainLines(Lines):
     """Lines of a pipe or a file. A message of several stands between two marks of three quotes."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
+    @override
     def read(self) -> str | None:
-        """See `Lines.read`."""
         line = self._stream.readline()
         if not line:
             return None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vlmforge.bundle import Bundle, check_hashes
-from vlmforge.manifest import load_manifest
-from vlmforge.static_check import check_static
-from vlmforge.verify import verify
+from vlmforge.engine.bundle import Bundle, check_hashes
+from vlmforge.engine.manifest import load_manifest
+from vlmforge.engine.static_check import check_static
+from vlmforge.evaluation.verify import verify
 
 
 def run_verify(folder: Path) -> int:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vlmforge.api.pipeline import Pipeline
 from vlmforge.evaluation.cases import KINDS, Case
 from vlmforge.evaluation.score import facts, wilson
-from vlmforge.generation import GenerationConfig
-from vlmforge.pipe import Pipeline
-from vlmforge.response import Response
+from vlmforge.outputs.generation_config import GenerationConfig
+from vlmforge.outputs.response import Response
 
 MAX_NEW_TOKENS = 96
 _GROUP = 64

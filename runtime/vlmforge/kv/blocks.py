@@ -12,8 +12,9 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
+from typing_extensions import override
 
-from vlmforge.kv.cache import NO_KEYS, Copy, Keys, Move
+from vlmforge.kv.cache import NO_KEYS, Copy, Keys, KVCache, Move
 
 
 @dataclass(slots=True)
@@ -25,7 +26,7 @@ class _Sequence:
     tail: Keys = field(default_factory=lambda: NO_KEYS)  # keys since the last full block
 
 
-class BlockPool:
+class BlockPool(KVCache):
     """A `KVCache` of `blocks` blocks of `block_size` tokens."""
 
     def __init__(self, blocks: int, block_size: int) -> None:
@@ -43,25 +44,25 @@ class BlockPool:
         """Blocks that no sequence has, with or without content."""
         return len(self._empty) + len(self._kept)
 
+    @override
     def place(self, sequence: int) -> tuple[int, ...]:
-        """See `KVCache.place`."""
         return tuple(self._sequences[sequence].blocks)
 
     def uses(self, block: int) -> int:
         """How many sequences have the block."""
         return self._uses[block]
 
+    @override
     def take_moves(self) -> tuple[Move, ...]:
-        """See `KVCache.take_moves`."""
         copies, self._copies = tuple(self._copies), []
         return copies
 
+    @override
     def fits(self, tokens: int) -> bool:
-        """See `KVCache.fits`."""
         return self._count(tokens) <= self.blocks
 
+    @override
     def begin(self, sequence: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
-        """See `KVCache.begin`."""
         # The last token is left to run, because its logits are needed.
         digests, known = self._match(keys[:-1] if reuse else keys[:0], salt)
         revived = sum(self._uses[block] == 0 for block in known)
@@ -73,8 +74,8 @@ class BlockPool:
         self._sequences[sequence] = _Sequence(salt, known, digests, cached)
         return cached
 
+    @override
     def grow(self, sequence: int, tokens: int) -> bool:
-        """See `KVCache.grow`."""
         held = self._sequences[sequence]
         missing = self._count(tokens) - len(held.blocks)
         splits = self._writes_to_shared(held)
@@ -85,8 +86,8 @@ class BlockPool:
         held.blocks += [self._take() for _ in range(missing)]
         return True
 
+    @override
     def note(self, sequence: int, keys: Keys) -> None:
-        """See `KVCache.note`."""
         held = self._sequences[sequence]
         held.length += len(keys)
         tail = np.concatenate((held.tail, keys))
@@ -108,8 +109,8 @@ class BlockPool:
             given.salt, list(given.blocks), list(given.digests), given.length, given.tail
         )
 
+    @override
     def free(self, sequence: int, *, valid: bool = True) -> None:
-        """See `KVCache.free`."""
         held = self._sequences.pop(sequence)
         # From the end: what others can use longest, the beginning, is given up last.
         for block in reversed(held.blocks):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from typing_extensions import override
 
-from vlmforge.kv.cache import NO_KEYS, Copy, Drop, Keys, Move, common_prefix
+from vlmforge.kv.cache import NO_KEYS, Copy, Drop, Keys, KVCache, Move, common_prefix
 
 
 @dataclass(slots=True)
@@ -22,7 +23,7 @@ class _Slot:
     last_used: int = 0
 
 
-class SlotCache:
+class SlotCache(KVCache):
     """A `KVCache` of `slots` slots of `capacity` tokens, that may touch `budget` blocks in all.
 
     With `reuse=False` nothing is kept.
@@ -48,21 +49,21 @@ class SlotCache:
         """Blocks of the sequences that are there."""
         return sum(slot.room for slot in self._slots if slot.owner is not None)
 
+    @override
     def place(self, sequence: int) -> tuple[int, ...]:
-        """See `KVCache.place`."""
         return (self._place[sequence],)
 
+    @override
     def take_moves(self) -> tuple[Move, ...]:
-        """See `KVCache.take_moves`."""
         moves, self._moves = tuple(self._moves), []
         return moves
 
+    @override
     def fits(self, tokens: int) -> bool:
-        """See `KVCache.fits`."""
         return tokens <= self._capacity and self._count(tokens) <= self._budget
 
+    @override
     def begin(self, sequence: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
-        """See `KVCache.begin`."""
         if len(self._place) == len(self._slots):
             return None
         # The last token is left to run, because its logits are needed.
@@ -84,8 +85,8 @@ class SlotCache:
         self._evict()
         return cached
 
+    @override
     def grow(self, sequence: int, tokens: int) -> bool:
-        """See `KVCache.grow`."""
         slot = self._slots[self._place[sequence]]
         wanted = self._count(tokens)
         if tokens > self._capacity or wanted - slot.room > self._budget - self.held_blocks:
@@ -94,13 +95,13 @@ class SlotCache:
         self._evict()
         return True
 
+    @override
     def note(self, sequence: int, keys: Keys) -> None:
-        """See `KVCache.note`."""
         slot = self._slots[self._place[sequence]]
         slot.keys = np.concatenate((slot.keys, keys))
 
+    @override
     def free(self, sequence: int, *, valid: bool = True) -> None:
-        """See `KVCache.free`."""
         index = self._place.pop(sequence)
         slot = self._slots[index]
         slot.owner = None

@@ -16,12 +16,14 @@ from typing import TypeVar
 import numpy as np
 
 from vlmforge.backends import FloatArray
-from vlmforge.engine import DecoderInput, Engine
 from vlmforge.errors import EngineStepError, as_ours
-from vlmforge.features import FeatureCache, PreparedImage
 from vlmforge.kv.cache import Copy
-from vlmforge.runner.job import Job, PrefillFacts
+from vlmforge.outputs.token_chooser import PrefillFacts
+from vlmforge.runner.features import FeatureCache
+from vlmforge.runner.job import Job
+from vlmforge.runner.stages import DecoderInput, Engine
 from vlmforge.runner.step import Row, Step, StepResult
+from vlmforge.vl.prepared import PreparedImage
 
 logger = logging.getLogger("vlmforge")
 T = TypeVar("T")

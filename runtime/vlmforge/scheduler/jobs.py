@@ -6,13 +6,13 @@ import itertools
 import logging
 from collections.abc import Callable
 
-from vlmforge.engine import Engine
 from vlmforge.errors import BackendUnavailableError, EngineStepError
-from vlmforge.features import FeatureCache
 from vlmforge.kv.slots import SlotCache
-from vlmforge.request import cancelled
+from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.runner import Runner
+from vlmforge.runner.stages import Engine
+from vlmforge.scheduler.request import cancelled
 from vlmforge.scheduler.scheduler import Scheduler, SequenceError
 from vlmforge.scheduler.sequence import State, TokenSequence
 

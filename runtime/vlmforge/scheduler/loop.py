@@ -11,18 +11,20 @@ import queue
 import threading
 from collections.abc import Callable
 
-from vlmforge import lifetime
+from typing_extensions import override
+
 from vlmforge.backends import FloatArray
-from vlmforge.engine import Engine
 from vlmforge.errors import CancelledError, PipelineError, VlmforgeError
-from vlmforge.features import FeatureCache
+from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
+from vlmforge.runner.stages import Engine
+from vlmforge.scheduler import lifetime
 from vlmforge.scheduler.jobs import Jobs
 
 logger = logging.getLogger("vlmforge")
 
 
-class Loop:
+class Loop(lifetime.Owner):
     """Runs jobs on an engine, at most `engine.options.slots` of them at once."""
 
     def __init__(
@@ -102,8 +104,9 @@ class Loop:
 
     end = close
 
+    @override
     def abandon(self) -> None:
-        """See `lifetime.Owner`. Where the engine is freed, libraries wait for their threads."""
+        """Where the engine is freed, libraries wait for their threads."""
         lifetime.keep_for_ever(self._engine)
 
     def _work(self) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlmforge.engine.image_policy import Colour
 from vlmforge.errors import ImageError
-from vlmforge.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.encoded import DEEP_FORMATS, open_encoded
+from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.orientation import TRANSPOSE, of_image, turned, turned_size
 
-Colour = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
 
 _SCALES = {"I": (255, 65535), "F": (1, 255, 65535)}

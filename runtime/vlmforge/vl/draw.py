@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlmforge.boxes import Box
+from vlmforge.vl.boxes import Box
 from vlmforge.vl.decode import to_rgb
 from vlmforge.vl.load import ImageSource, load_image
 

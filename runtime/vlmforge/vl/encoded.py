@@ -12,8 +12,8 @@ from typing import IO
 from PIL import Image, ImageFile
 
 from vlmforge.errors import CancelledError, ImageError, VlmforgeError
-from vlmforge.image_limits import DEFAULT_LIMITS, FORMATS, ImageLimits
 from vlmforge.vl.containers import CONTAINERS, Container, DamagedError
+from vlmforge.vl.image_limits import DEFAULT_LIMITS, FORMATS, ImageLimits
 from vlmforge.vl.orientation import of_image, turned, turned_size
 
 Cancelled = Callable[[], bool]

@@ -20,8 +20,8 @@ from typing import Any, cast
 from urllib.parse import quote, urljoin, urlsplit
 
 from vlmforge.errors import ImageFetchError
-from vlmforge.image_limits import ImageLimits
 from vlmforge.vl.addresses import Address, is_public, resolve
+from vlmforge.vl.image_limits import ImageLimits
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CHUNK = 1 << 16

@@ -17,10 +17,10 @@ from PIL import Image, ImageFile
 
 from vlmforge import env
 from vlmforge.errors import ImageError
-from vlmforge.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.data_url import data_url_bytes, without_prefix
 from vlmforge.vl.decode import upright_size
 from vlmforge.vl.encoded import Cancelled, check_size, open_encoded
+from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.local_files import described, read_file, shown
 from vlmforge.vl.pillow_images import identity, loaded
 

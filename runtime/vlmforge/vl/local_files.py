@@ -8,7 +8,7 @@ import stat
 from pathlib import PurePath
 
 from vlmforge.errors import ImageError
-from vlmforge.image_limits import ImageLimits
+from vlmforge.vl.image_limits import ImageLimits
 
 _SHOWN_LENGTH = 120
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a pipe must not block

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlmforge.engine.image_policy import ImagePolicy
 from vlmforge.errors import EngineFormatError, ImageError
-from vlmforge.vl.decode import Colour, to_rgb
-from vlmforge.vl.tiling import Tiling, best_canvas, fitted_size, tile_boxes
+from vlmforge.vl.decode import to_rgb
+from vlmforge.vl.tiling import best_canvas, fitted_size, tile_boxes
 
 MAX_RESIZED_PIXELS = 1 << 25
 """Above this, only the part of the resized image that the crop keeps is computed."""
@@ -29,38 +29,6 @@ _BAND_PIXELS = 1 << 22
 _MAX_FILTER_SUPPORT = 3
 
 Box = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class ImagePolicy:
-    """How an image becomes pixel values.
-
-    Attributes:
-        name: A key of `POLICIES`.
-        shortest_edge: Pixels of the shorter side after resizing; not used by "stretch".
-        crop: Height and width of the centre crop; zeros fill what the image does not cover. Of
-            "stretch", those that the whole image is resized to.
-        resample: A filter of Pillow, in lower case ("bicubic", ...).
-        rescale_factor: Multiplies the 8-bit levels.
-        mean: Subtracted after rescaling, per channel.
-        std: Divides after that, per channel.
-        background: RGB under transparent pixels. None: transparency is left out of account, as it
-            was when most models were trained.
-        pad_fill: RGB of the padding of "pad_square".
-        tiling: Views of "anyres", and their rows that become tokens; None for the others, whose one
-            view gives all its rows.
-    """
-
-    name: str
-    shortest_edge: int
-    crop: tuple[int, int]
-    resample: str
-    rescale_factor: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    background: Colour | None
-    pad_fill: Colour
-    tiling: Tiling | None
 
 
 def preprocess(image: Image.Image, policy: ImagePolicy) -> NDArray[np.float32]:

@@ -14,46 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmforge.engine.image_policy import Size, Tiling
 from vlmforge.errors import EngineFormatError
-
-Size = tuple[int, int]
-"""Width and height."""
 
 Box = tuple[int, int, int, int]
 Rows = NDArray[np.int64]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How an image is cut into views, and which of their rows become tokens.
-
-    Attributes:
-        tile: Side of a view in pixels.
-        canvases: Sizes (width, height) to choose from, multiples of `tile`; the first wins a tie.
-        fill: RGB of the canvas around the image.
-        side: Rows of a view along one side: the vision part gives each view `side * side` rows for
-            its pixels.
-        view_rows: All rows that it gives each view. Those beyond `side * side` are the same for
-            every view; "unpadded_lines" ends its lines with the first of them.
-        merge: A key of `MERGES`.
-        rounding: A key of `ROUNDINGS`: how the size without padding becomes a whole number.
-    """
-
-    tile: int
-    canvases: tuple[Size, ...]
-    fill: tuple[int, int, int]
-    side: int
-    view_rows: int
-    merge: str
-    rounding: str
 
 
 def best_canvas(size: Size, canvases: tuple[Size, ...]) -> Size:

@@ -10,8 +10,8 @@ import pytest
 
 from vlmforge.backends import dense
 from vlmforge.backends.dense import DenseCache
+from vlmforge.engine.manifest import KVLayout
 from vlmforge.errors import BackendUnavailableError
-from vlmforge.manifest import KVLayout
 
 LAYOUT = KVLayout(layers=2, kv_heads=3, head_dim=64, dtype="float32", page_size=None)
 ROWS, CAPACITY = 4, 256

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmforge.backends import FloatArray, IntArray, LoadOptions
-from vlmforge.engine import DecoderInput
 from vlmforge.errors import CancelledError
+from vlmforge.inputs.render import RenderedPrompt
 from vlmforge.kv.cache import Copy, Move
-from vlmforge.prompt.render import RenderedPrompt
-from vlmforge.runner.job import Job, PrefillFacts
+from vlmforge.outputs.token_chooser import PrefillFacts
+from vlmforge.runner.job import Job
+from vlmforge.runner.stages import DecoderInput
 from vlmforge.scheduler.loop import Loop
 
 VOCAB = 97

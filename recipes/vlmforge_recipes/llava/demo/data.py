@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlmforge.evaluation.cases import training_conversation
 from vlmforge.evaluation.draw import draw
 from vlmforge.evaluation.scenes import COLORS, SHAPES, SIZES, Scene
-from vlmforge.text import TextTokenizer
+from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.vl.preprocess import preprocess
 from vlmforge_recipes.llava.demo.spec import IMAGE_POLICY, Training
 from vlmforge_recipes.llava.demo.text import conversation_ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmforge.vl.preprocess import ImagePolicy
+from vlmforge.engine.image_policy import ImagePolicy
 from vlmforge_recipes.llava.synthetic.spec import SyntheticSpec, TextSpec, VisionSpec
 
 TOWER = "clip-vit-patch12-96"

@@ -8,7 +8,7 @@ import numpy as np
 
 from vlmforge.evaluation.cases import training_conversation
 from vlmforge.evaluation.questions import Turn
-from vlmforge.text import TextTokenizer
+from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge_recipes.llava.templates import PLACEHOLDER, TEMPLATES
 
 _BOS = 1

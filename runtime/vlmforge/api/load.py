@@ -1,0 +1,224 @@
+"""`pipeline(...)`: from a path to something that answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vlmforge import env
+from vlmforge.api.arguments import path_text
+from vlmforge.api.config import MAX_CHUNK, EngineConfig, VisionConfig
+from vlmforge.api.memory import load_options
+from vlmforge.api.pipeline import Pipeline
+from vlmforge.engine.build_cache import engine_for
+from vlmforge.engine.bundle import open_bundle
+from vlmforge.engine.manifest import Manifest
+from vlmforge.errors import ConfigError
+from vlmforge.field_rules import Instance, OrNone, check_value, shown
+from vlmforge.inputs.template_choice import choose_template
+from vlmforge.inputs.template_config import ChatTemplateConfig
+from vlmforge.limits import available_memory
+from vlmforge.runner.features import FeatureCache
+from vlmforge.runner.stages import Engine, load_engine
+from vlmforge.scheduler.loop import Loop
+
+logger = logging.getLogger("vlmforge")
+
+_FEATURE_CACHE_BYTES = 128 << 20
+
+
+def pipeline(
+    model_path: str | Path,
+    backend_config: EngineConfig | None = None,
+    chat_template_config: ChatTemplateConfig | None = None,
+    vision_config: VisionConfig | None = None,
+    log_level: str = "WARNING",
+    **kwargs: object,
+) -> Pipeline:
+    """Load an engine, ready to answer.
+
+    Args:
+        model_path: An engine directory. A checkpoint folder or hub id works too: an engine is
+            built from it once, by a child process, and kept in the cache directory.
+        backend_config: Window, batch size, threads and more.
+        chat_template_config: Replaces the engine's chat template, or parts of it.
+        vision_config: Views in one run of the vision part, what is behind transparent images,
+            and which images may be read.
+        log_level: Level of the logger "vlmforge".
+        **kwargs: Fields of `EngineConfig` or `ChatTemplateConfig`, as older programs pass them;
+            `model_name` chooses the template if no `chat_template_config` does. Others are refused
+            but for `trust_remote_code`, which may be anything: no code of a checkpoint is run.
+
+    Raises:
+        EngineError: the engine cannot be used here.
+        BuildError: a checkpoint could not be built.
+        ConfigError: a configuration is out of range or asks for what the engine does not have.
+    """
+    _set_level(log_level)
+    path = path_text(model_path)
+    _check_kinds(backend_config, chat_template_config, vision_config)
+    config, template_config = _apply(kwargs, backend_config or EngineConfig(), chat_template_config)
+    config.validate()
+    if template_config is not None:
+        template_config.validate()
+    vision = vision_config or VisionConfig()
+    vision.validate()
+    folder = engine_for(path, _build_options(config))
+    with _patience(f"vlmforge: checking and loading {folder} ..."):
+        engine = _load(folder, config, template_config, finished=folder == env.expanded(path))
+    if vision.background is not None:
+        engine = engine.on_background(vision.background)
+    engine = dataclasses.replace(engine, limits=vision.image_limits())
+    return serve(engine, config, vision)
+
+
+def serve(engine: Engine, config: EngineConfig, vision: VisionConfig) -> Pipeline:
+    """A pipeline for an engine that is loaded already."""
+    manifest = engine.manifest
+    image_bytes = manifest.decode.tokens_per_image * manifest.decode.hidden_size * 4
+    features = FeatureCache(
+        engine.vision.encode,
+        batch=vision.max_batch_size,
+        capacity=max(1, _FEATURE_CACHE_BYTES // image_bytes),
+    )
+    loop = Loop(
+        engine,
+        features,
+        chunk=_chunk(config.max_prefill_token_num),
+        reuse_prefixes=config.enable_prefix_caching,
+    )
+    return Pipeline(engine, loop)
+
+
+def _check_kinds(engine: object, template: object, vision: object) -> None:
+    for name, given, kind, words in (
+        ("backend_config", engine, EngineConfig, "an EngineConfig"),
+        ("chat_template_config", template, ChatTemplateConfig, "a ChatTemplateConfig"),
+        ("vision_config", vision, VisionConfig, "a VisionConfig"),
+    ):
+        check_value(f"pipeline(): {name}", name, given, OrNone(Instance(kind, words)))
+
+
+def _load(
+    folder: Path, config: EngineConfig, template: ChatTemplateConfig | None, *, finished: bool
+) -> Engine:
+    """`finished`: it was not built for this call."""
+    bundle = open_bundle(folder)
+    manifest = bundle.manifest
+    if finished:
+        _check_finished(config, manifest)
+    _check_parallel(config, manifest)
+    options = load_options(bundle, config, _available_memory())
+    frozen = bundle.text(manifest.prompt.template_file)
+    return load_engine(bundle, choose_template(manifest.prompt, frozen, template), options)
+
+
+@contextmanager
+def _patience(text: str) -> Iterator[None]:
+    """Say `text` on standard error if the block takes longer than two seconds."""
+    timer = threading.Timer(2.0, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _chunk(asked: int) -> int:
+    if asked > MAX_CHUNK:
+        logger.warning(
+            "max_prefill_token_num=%s: %d tokens are run at once, to keep memory in bounds; "
+            "answers do not depend on it",
+            shown(asked),
+            MAX_CHUNK,
+        )
+    return min(int(asked), MAX_CHUNK)
+
+
+def _set_level(level: object) -> None:
+    if not isinstance(level, str) or level not in logging.getLevelNamesMapping():
+        raise ConfigError(
+            "log_level is not known.",
+            found=f"log_level={shown(level)}",
+            expected=", ".join(logging.getLevelNamesMapping()),
+            fix="log_level='WARNING'",
+        )
+    logger.setLevel(level)
+
+
+def _apply(
+    kwargs: Mapping[str, object], config: EngineConfig, template: ChatTemplateConfig | None
+) -> tuple[EngineConfig, ChatTemplateConfig | None]:
+    """Move keyword arguments to the configuration that has a field of that name."""
+    engine_fields = {f.name for f in dataclasses.fields(EngineConfig)}
+    template_fields = {f.name for f in dataclasses.fields(ChatTemplateConfig)}
+    value: Any
+    for name, value in kwargs.items():
+        if name == "model_name":
+            if template is None and value is not None:
+                template = ChatTemplateConfig(value)
+        elif name in engine_fields:
+            config = dataclasses.replace(config, **{name: value})
+        elif name in template_fields and template is not None:
+            template = dataclasses.replace(template, **{name: value})
+        elif not (name == "trust_remote_code" or value is None):
+            # Nothing is ever executed from a checkpoint, so that one may say what it likes.
+            raise ConfigError(
+                f"pipeline() has no argument {name!r}.",
+                found=f"{name}={shown(value)}",
+                expected="backend_config, chat_template_config, vision_config, log_level, or a "
+                "field of EngineConfig",
+                fix="remove it",
+            )
+    return config, template
+
+
+def _build_options(config: EngineConfig) -> dict[str, str]:
+    """What a checkpoint is built with: only what was asked for."""
+    options = {
+        "session-len": config.session_len,
+        "max-batch-size": config.max_batch_size,
+        "dtype": None if config.dtype == "auto" else config.dtype,
+        "revision": config.revision,
+    }
+    return {name: str(value) for name, value in options.items() if value is not None}
+
+
+def _check_finished(config: EngineConfig, manifest: Manifest) -> None:
+    """ConfigError for what a finished engine was built otherwise than."""
+    if config.dtype not in ("auto", manifest.dtype):
+        raise ConfigError(
+            "The engine's weights are stored in another dtype than was asked for.",
+            found=f"dtype={config.dtype!r}",
+            expected=f"'auto' or {manifest.dtype!r}, which the engine is",
+            fix=f"leave dtype out, or build-engine CHECKPOINT -o ENGINE --dtype {config.dtype}",
+        )
+    if config.revision is not None:
+        raise ConfigError(
+            "A finished engine has no revisions.",
+            found=f"revision={shown(config.revision)}",
+            expected=f"none: the engine was built of {manifest.provenance.source}",
+            fix="leave revision out, or build-engine HUB_ID -o ENGINE --revision REVISION",
+        )
+
+
+def _check_parallel(config: EngineConfig, manifest: Manifest) -> None:
+    if config.tp != manifest.parallel.tp:
+        raise ConfigError(
+            "The engine was not built for this many ranks.",
+            found=f"tp={config.tp}",
+            expected=f"tp={manifest.parallel.tp}, what the engine was sharded for",
+            fix=f"backend_config=EngineConfig(tp={manifest.parallel.tp})",
+        )
+
+
+def _available_memory() -> float:
+    """Bytes that this process may still take, whoever limits it."""
+    return float(available_memory().bytes)

@@ -1,0 +1,86 @@
+"""How an engine is laid out in memory: exact arithmetic before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+
+from vlmforge.api.config import EngineConfig
+from vlmforge.backends import LoadOptions
+from vlmforge.engine.bundle import Bundle
+from vlmforge.errors import BackendUnavailableError, ConfigError
+from vlmforge.field_rules import shown
+from vlmforge.limits import available_cpus, available_memory
+
+logger = logging.getLogger("vlmforge")
+
+# Weights are packed (copied) only when they leave this share of the free memory to the cache.
+_PACK_SHARE = 0.7
+# Sequences rarely fill their windows: address space is kept for this many times what memory holds.
+_OVERCOMMIT = 4
+
+
+def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptions:
+    """Slots and window that fit `free` bytes, so that nothing dies for want of memory later.
+
+    Raises:
+        ConfigError: the engine has no window of this size.
+        BackendUnavailableError: not even one sequence fits.
+    """
+    manifest = bundle.manifest
+    capacity = config.session_len or manifest.decode.session_len
+    if capacity > manifest.decode.session_len:
+        raise ConfigError(
+            "session_len is larger than the engine's window.",
+            found=f"session_len={capacity}",
+            expected=f"at most {manifest.decode.session_len}",
+            fix=f"build-engine CHECKPOINT -o {bundle.folder} --session-len {capacity} --force, "
+            f"where CHECKPOINT is {manifest.provenance.source}",
+        )
+    weights = sum(part.loaded_bytes for part in manifest.parts)
+    pack = weights <= _PACK_SHARE * free
+    if not pack:
+        logger.warning(
+            "the weights take %.1f GB of %.1f GB of free memory: they are mapped from the file "
+            "instead of packed, which is slower for batches",
+            weights / 1e9,
+            free / 1e9,
+        )
+    budget = config.cache_max_entry_count * max(free - weights, 0.1 * free)
+    block = config.cache_block_seq_len
+    blocks = int(budget // (block * manifest.kv.bytes_per_token))
+    longest = -(-capacity // block)
+    if blocks < longest:
+        raise _too_small(budget, capacity, longest * block * manifest.kv.bytes_per_token)
+    wanted = config.max_batch_size or manifest.decode.max_batch_size
+    slots = min(wanted, _OVERCOMMIT * blocks // longest)
+    if blocks < wanted * longest:
+        logger.warning(
+            "memory for %d of %s tokens that %s sequences may have in all; others wait",
+            blocks * block,
+            shown(wanted * capacity),
+            shown(wanted),
+        )
+    return LoadOptions(slots, capacity, _threads(config.threads), pack, blocks, block)
+
+
+def _threads(asked: int | None) -> int | None:
+    """No more threads than processors: they would wait for each other, turn about."""
+    cpus = available_cpus()
+    if asked is None or asked <= cpus:
+        return asked
+    logger.warning(
+        "threads=%s: this process may use %d processors, so it gets as many threads",
+        shown(asked),
+        cpus,
+    )
+    return cpus
+
+
+def _too_small(budget: float, capacity: int, needed: int) -> BackendUnavailableError:
+    return BackendUnavailableError(
+        "The key/value cache of one sequence does not fit the memory.",
+        found=f"{budget / 1e9:.2f} GB for the cache, by {available_memory().limit}",
+        expected=f"{needed / 1e9:.2f} GB for {capacity} tokens",
+        fix="EngineConfig(session_len=...) with a smaller window, or more memory: free some, or "
+        "raise the limit",
+    )

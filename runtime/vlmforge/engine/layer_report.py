@@ -1,0 +1,62 @@
+"""The layers of a compiled part, as the compiler's parser made them, for `vlmforge inspect`.
+
+A plan itself can only be read on a machine that can run it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmforge.engine.regular_file import read_regular
+from vlmforge.engine.schema import from_json, parse_json
+from vlmforge.errors import EngineFormatError
+
+_MOST_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOutput:
+    """A result of a layer. -1 in `shape` is a dimension that varies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer: its name, the compiler's word for its type, its inputs' names, and its outputs."""
+
+    name: str
+    type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[LayerOutput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """All layers of a part, in the order of the network."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def histogram(self) -> Mapping[str, int]:
+        """How many layers of each type, the most frequent first."""
+        return dict(Counter(layer.type for layer in self.layers).most_common())
+
+
+def read_layers(path: Path) -> LayerReport:
+    """Read a report (EngineFormatError: it is not one)."""
+    try:
+        data = parse_json(read_regular(path, _MOST_BYTES).decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineFormatError(
+            f"The layer report {path.name} cannot be read.",
+            found=str(error),
+            expected="what build-engine wrote",
+            fix="copy the engine again, or rebuild it with build-engine",
+        ) from None
+    return from_json(LayerReport, data, path.name)

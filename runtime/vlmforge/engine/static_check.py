@@ -1,0 +1,100 @@
+"""What can be said of an engine where it cannot be run: is its description whole and consistent?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.layer_report import read_layers
+from vlmforge.engine.manifest import KVLayout, Part, TensorSpec
+from vlmforge.errors import EngineFormatError
+
+_CACHES = ("past_key.", "past_value.")
+
+
+@dataclass(frozen=True, slots=True)
+class StaticResult:
+    """One check of one part; `detail` says what was seen."""
+
+    part: str
+    check: str
+    passed: bool
+    detail: str
+
+
+Finding = tuple[bool, str]
+
+
+def check_static(bundle: Bundle) -> Iterator[StaticResult]:
+    """Check the parts of an engine whose files are those of its manifest; nothing is run."""
+    checks: dict[str, Callable[[Bundle, Part], Finding]] = {
+        "files": _files,
+        "layers": _layers,
+        "profiles": _profiles,
+        "caches": _caches,
+        "aliases": _aliases,
+    }
+    for part in bundle.manifest.parts:
+        for name, check in checks.items():
+            yield StaticResult(part.name, name, *check(bundle, part))
+
+
+def _files(bundle: Bundle, part: Part) -> Finding:
+    known = {entry.path for entry in bundle.manifest.files}
+    missing = [name for name in (part.file, *part.data) if name not in known]
+    return not missing, f"not in the manifest: {', '.join(missing)}" if missing else part.file
+
+
+def _layers(bundle: Bundle, part: Part) -> Finding:
+    if part.layers is None:
+        return True, "no layer report: the part is a graph"
+    try:
+        report = read_layers(bundle.folder / part.layers)
+    except EngineFormatError as error:
+        return False, error.found
+    found = ", ".join(f"{count} {kind}" for kind, count in list(report.histogram.items())[:4])
+    return bool(report.layers), f"{len(report.layers)} layers: {found}, ..."
+
+
+def _profiles(bundle: Bundle, part: Part) -> Finding:
+    del bundle
+    symbols = {dim for spec in part.inputs for dim in spec.shape if isinstance(dim, str)}
+    for profile in part.profiles:
+        if missing := symbols - set(profile.dims):
+            return False, f"{profile.name} has no range of {', '.join(sorted(missing))}"
+        for name, dim in profile.dims.items():
+            if not 1 <= dim.least <= dim.usual <= dim.most:
+                return False, f"{profile.name}: {name} from {dim.least} to {dim.most}"
+    names = ", ".join(profile.name for profile in part.profiles)
+    return True, names or "none: any shape"
+
+
+def _caches(bundle: Bundle, part: Part) -> Finding:
+    caches = [spec for spec in part.inputs if spec.name.startswith(_CACHES)]
+    if not caches:
+        return True, "none"
+    kv = bundle.manifest.kv
+    wrong = [spec.name for spec in caches if not _fits(spec, kv)]
+    if wrong or len(caches) != 2 * kv.layers:
+        return False, f"{len(caches)} of {2 * kv.layers}; not as the KV layout: {wrong}"
+    pages = f"pages of {kv.page_size} tokens" if kv.page_size else "dense"
+    return True, f"{len(caches)} in {kv.dtype}, {pages}"
+
+
+def _fits(spec: TensorSpec, kv: KVLayout) -> bool:
+    if len(spec.shape) != 4:
+        return False
+    _, heads, tokens, head_dim = spec.shape
+    paged = kv.page_size is None or tokens == kv.page_size
+    return (spec.dtype, heads, head_dim) == (kv.dtype, kv.kv_heads, kv.head_dim) and paged
+
+
+def _aliases(bundle: Bundle, part: Part) -> Finding:
+    del bundle
+    inputs = {spec.name: (spec.dtype, spec.shape) for spec in part.inputs}
+    outputs = {spec.name: (spec.dtype, spec.shape) for spec in part.outputs}
+    for out, source in part.aliases.items():
+        if out not in outputs or inputs.get(source) != outputs[out]:
+            return False, f"{out} cannot be where {source} is"
+    return True, f"{len(part.aliases)} outputs are written where an input is"

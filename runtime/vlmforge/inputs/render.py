@@ -1,0 +1,282 @@
+"""From a conversation to the exact text, token ids and image spans that the decoder gets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlmforge.engine.manifest import PromptPolicy
+from vlmforge.errors import PromptError
+from vlmforge.inputs import image_marks as marks
+from vlmforge.inputs.content import string_roles
+from vlmforge.inputs.image_marks import refuse_marks
+from vlmforge.inputs.image_names import name_ids, refuse_spelled, spelled_name
+from vlmforge.inputs.messages import Conversation, Image, Message, Text
+from vlmforge.inputs.template import render_template
+from vlmforge.inputs.template_choice import ActiveTemplate
+from vlmforge.inputs.text_pieces import Encoded, TextEncoder, encode_chunks, without_borders
+from vlmforge.inputs.tokenizer_file import parse_tokenizer
+from vlmforge.vl.constants import IMAGE_TOKEN
+
+__all__ = ["ImageSpan", "RenderedPrompt", "TextEncoder", "marked_tokenizer_json", "render_prompt"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Where the features of image `image` go: `ids[start : start + length]`."""
+
+    start: int
+    length: int
+    image: int
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """What the decoder will get.
+
+    Attributes:
+        text: The prompt's text, the family's placeholder where an image goes.
+        token_ids: Ids with images expanded; at their positions the engine's `image_token_id`, or
+            what the original writes there.
+        image_spans: One for each image, in order.
+        content_starts: Where in `token_ids` the content of each message begins, a template's own
+            system message included; empty unless contents are encoded apart.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    image_spans: tuple[ImageSpan, ...]
+    content_starts: tuple[int, ...] = ()
+
+    @property
+    def text_tokens(self) -> int:
+        """Number of tokens that are text."""
+        return len(self.token_ids) - self.image_tokens
+
+    @property
+    def image_tokens(self) -> int:
+        """Number of tokens that are image features."""
+        return sum(span.length for span in self.image_spans)
+
+
+def marked_tokenizer_json(tokenizer_json: str, policy: PromptPolicy) -> str:
+    """The tokenizer in which only our mark, never typed text, is the image placeholder's token.
+
+    Raises:
+        EngineFormatError: it is no tokenizer.
+    """
+    if policy.image_splice != "inline_token":
+        return tokenizer_json
+    data = parse_tokenizer(tokenizer_json)
+    for token in data["added_tokens"]:
+        if token["content"] == policy.image_placeholder:
+            token["content"] = marks.IMAGE
+    vocab = data["model"].get("vocab")
+    if isinstance(vocab, dict) and policy.image_placeholder in vocab:
+        vocab[marks.IMAGE] = vocab.pop(policy.image_placeholder)
+    return json.dumps(data, ensure_ascii=False)
+
+
+def render_prompt(
+    conversation: Conversation,
+    *,
+    policy: PromptPolicy,
+    template: ActiveTemplate,
+    encoder: TextEncoder,
+    image_lengths: Sequence[int],
+    preprocess: bool = True,
+) -> RenderedPrompt:
+    """Apply the template, place the images, tokenise.
+
+    Args:
+        conversation: Messages.
+        policy: The engine's prompt policy.
+        template: The template in use.
+        encoder: Tokenizer made from `marked_tokenizer_json`.
+        image_lengths: Tokens of each image.
+        preprocess: False takes the text of the messages verbatim, without the template; images go
+            where IMAGE_TOKEN or the family's placeholder is.
+
+    Raises:
+        PromptError: image tokens and images do not match, an image's name cannot be spelled, or
+            the template refuses the messages.
+    """
+    if preprocess and not template.verbatim:
+        marked = _apply(conversation, policy, template)
+    else:
+        marked = _verbatim(conversation, policy)
+    chunks, typed = _cut(marked)
+    images = conversation.images
+    if len(typed) != len(images):
+        raise _mismatch("The prompt", len(typed), len(images), optional=False)
+    names = [spelled_name(policy, *pair) for pair in zip(images, typed, strict=True)]
+    chunks = [chunk.replace(marks.TYPED, policy.image_placeholder) for chunk in chunks]
+    for chunk in chunks:
+        refuse_spelled(chunk, policy)
+    pieces = encode_chunks(chunks, policy, encoder)
+    return _expand(_text(chunks, names, policy), pieces, names, policy, image_lengths)
+
+
+def _cut(marked: str) -> tuple[list[str], list[str | None]]:
+    """The text before, between and after the images, and the names that the user spelled."""
+    first, *rest = marked.split(marks.IMAGE)
+    chunks, names = [first], list[str | None]()
+    for chunk in rest:
+        name, named, text = chunk.partition(marks.NAMED)
+        chunks.append(text if named else chunk)
+        names.append(name if named else None)
+    return chunks, names
+
+
+def _text(chunks: Sequence[str], names: Sequence[str], policy: PromptPolicy) -> str:
+    text, spelling = chunks[0], policy.spelling
+    for name, chunk in zip(names, chunks[1:], strict=True):
+        spelled = f"{spelling.begin}{name}{spelling.end}" if spelling else policy.image_placeholder
+        text += spelled + chunk
+    return without_borders(text)
+
+
+def _mismatch(what: str, tokens: int, images: int, *, optional: bool) -> PromptError:
+    """`optional`: without any image token, the images have a place too."""
+    or_none = ", or none (then the images go before the text)" if optional else ""
+    or_leave_out = ", or leave it out" if optional else ""
+    return PromptError(
+        f"{what} does not have one image token for each image.",
+        found=f"{tokens} x {IMAGE_TOKEN} and {images} image{'' if images == 1 else 's'}",
+        expected=f"{images} x {IMAGE_TOKEN}{or_none}",
+        fix=f"put {IMAGE_TOKEN} into the text once for each image{or_leave_out}",
+    )
+
+
+def _apply(conversation: Conversation, policy: PromptPolicy, template: ActiveTemplate) -> str:
+    strings = string_roles(template.jinja, policy.bos_token, policy.eos_token)
+    messages = [
+        _template_message(message, policy, as_string=message.role in strings)
+        for message in conversation.messages
+    ]
+    last = conversation.messages[-1].role if conversation.messages else "user"
+    try:
+        text = render_template(
+            template.jinja,
+            messages,
+            bos_token=policy.bos_token,
+            eos_token=policy.eos_token,
+            add_generation_prompt=last != "assistant",
+            content_marks=_borders(policy),
+        )
+    except PromptError as error:  # templates may quote what they were given
+        error.found = marks.as_written(error.found, policy.image_placeholder)
+        raise
+    return text.replace(policy.image_placeholder, marks.IMAGE)
+
+
+def _borders(policy: PromptPolicy) -> tuple[str, str]:
+    """What goes around a content; templates that do not know of it leave out the images' lines."""
+    return ("", "") if policy.content_tokens is None else (marks.OPEN, marks.CLOSE)
+
+
+def _template_message(
+    message: Message, policy: PromptPolicy, *, as_string: bool
+) -> dict[str, object]:
+    texts, (begin, end) = message.texts, _borders(policy)
+    placed = _placed_text(message, policy)
+    if as_string:
+        if placed is None:
+            placed = _interleaved(_images_first(message), policy)
+        return {"role": message.role, "content": f"{begin}{placed}{end}"}
+    if placed is not None:
+        return {"role": message.role, "content": [_text_block(f"{begin}{placed}{end}")]}
+    content: list[dict[str, str]] = [{"type": "image"} for _ in message.images]
+    if texts:
+        text = _escape(policy.text_separator.join(texts), policy)
+        content.append(_text_block(f"{begin}{text}{end}"))
+    return {"role": message.role, "content": content}
+
+
+def _text_block(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _placed_text(message: Message, policy: PromptPolicy) -> str | None:
+    """The message's text with images marked in place; None: the template puts them first."""
+    images, texts = message.images, message.texts
+    joined = policy.text_separator.join(texts)
+    tokens = sum(text.count(IMAGE_TOKEN) for text in texts)
+    if tokens:
+        if tokens != len(images):
+            raise _mismatch("A message", tokens, len(images), optional=True)
+        return _escape(joined, policy).replace(IMAGE_TOKEN, marks.IMAGE)
+    if not images:
+        return None
+    # The family's own placeholder, once for each image, is how its users place images by hand.
+    if sum(len(_placeholder(policy).findall(text)) for text in texts) == len(images):
+        refuse_marks(joined)
+        return _mark_placeholders(joined, policy)
+    return _interleaved(message, policy) if len(texts) > 1 else None
+
+
+def _images_first(message: Message) -> Message:
+    texts = tuple(Text(text) for text in message.texts)
+    return Message(message.role, (*message.images, *texts))
+
+
+def _interleaved(message: Message, policy: PromptPolicy) -> str:
+    parts, number = [], 0
+    for block in message.blocks:
+        if isinstance(block, Image):
+            number += 1
+            line = policy.image_line.replace("{n}", str(number))
+            parts.append(line.replace("{image}", marks.IMAGE))
+        else:
+            parts.append(_escape(block.text, policy))
+    return policy.text_separator.join(parts)
+
+
+def _placeholder(policy: PromptPolicy) -> re.Pattern[str]:
+    """What an image looks like in the family's own prompts."""
+    spelling = policy.spelling
+    if spelling is None:
+        return re.compile(re.escape(policy.image_placeholder))
+    return re.compile(f"{re.escape(spelling.begin)}(.*?){re.escape(spelling.end)}", re.DOTALL)
+
+
+def _mark_placeholders(text: str, policy: PromptPolicy) -> str:
+    named = policy.spelling is not None
+    return _placeholder(policy).sub(
+        lambda found: f"{marks.IMAGE}{found[1]}{marks.NAMED}" if named else marks.IMAGE, text
+    )
+
+
+def _verbatim(conversation: Conversation, policy: PromptPolicy) -> str:
+    text = "".join(text for message in conversation.messages for text in message.texts)
+    refuse_marks(text)
+    text = text.replace(IMAGE_TOKEN, marks.IMAGE)
+    return _mark_placeholders(text, policy) if conversation.images else text
+
+
+def _escape(text: str, policy: PromptPolicy) -> str:
+    refuse_marks(text)
+    return text.replace(policy.image_placeholder, marks.TYPED)
+
+
+def _expand(
+    text: str,
+    pieces: Sequence[Encoded],
+    names: Sequence[str],
+    policy: PromptPolicy,
+    lengths: Sequence[int],
+) -> RenderedPrompt:
+    ids, spans, contents = list(pieces[0].ids), list[ImageSpan](), list(pieces[0].contents)
+    spelling = policy.spelling
+    for image, (piece, name, length) in enumerate(zip(pieces[1:], names, lengths, strict=True)):
+        if spelling is not None:
+            ids.append(spelling.begin_id)
+        spans.append(ImageSpan(len(ids), length, image))
+        ids += name_ids(name, length, policy)
+        if spelling is not None:
+            ids.append(spelling.end_id)
+        contents += [len(ids) + start for start in piece.contents]
+        ids += piece.ids
+    return RenderedPrompt(text, tuple(ids), tuple(spans), tuple(contents))

@@ -1,0 +1,302 @@
+"""From the logits of one step to the next token.
+
+The order: logits processors, repetition penalty, bad words, minimum length, response format,
+temperature, top-k, softmax, top-p, min-p, renormalise, draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmforge.errors import ConfigError, EngineError
+from vlmforge.outputs.grammar import Guide
+
+Logits: TypeAlias = NDArray[np.float32]
+LogitsProcessor: TypeAlias = Callable[[list[int], Logits], Logits]
+"""`(ids so far, logits [vocab]) -> logits [vocab]`; ids of the prompt's text come first."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request chooses its tokens. The defaults: greedy, nothing edited.
+
+    Attributes:
+        greedy: Take the largest logit (the lowest id of equals); `temperature`, `top_k`, `top_p`
+            and `min_p` play no part then.
+        temperature: Divides the logits; > 0 unless greedy.
+        top_k: Keep this many of the largest logits; 0 keeps all.
+        top_p: Keep the smallest set of the likeliest tokens whose probability reaches this.
+        min_p: Then drop those below `min_p` times the largest probability.
+        repetition_penalty: Divides positive and multiplies negative logits of ids that occurred.
+        seed: Of the random generator; None draws one from the system.
+        logits_processors: Applied first, in order.
+        bad_words: Id sequences that must not be generated, of one id or more.
+        held_ids: Masked until `min_new_tokens` tokens were generated.
+        min_new_tokens: See `held_ids`.
+        logprobs: Report the log-probabilities of this many tokens; 0 reports none.
+        guide: Tokens that do not lead to an answer of its form are masked.
+    """
+
+    greedy: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    held_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+    logprobs: int = 0
+    guide: Guide | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A chosen token.
+
+    With `logprobs`, `logprob` is its log-probability and `top_logprobs` has the likeliest tokens,
+    best first, always with the chosen one: log-softmax of the logits after processors, penalty
+    and bans, before temperature and truncation. Banned tokens are left out.
+    """
+
+    id: int
+    logprob: float | None = None
+    top_logprobs: dict[int, float] | None = None
+
+
+class Sampler:
+    """Chooses the tokens of one sequence.
+
+    Args:
+        params: How.
+        vocab_size: Number of logits of a step.
+        prompt_ids: Ids of the prompt's text. Image positions do not belong here: they have no
+            token, so they are not penalised as repetition.
+        rng: A generator to go on with (`Sampler.rng` of a session's last turn); None makes one
+            from `params.seed`.
+
+    Raises:
+        ConfigError: an id outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        prompt_ids: Sequence[int] = (),
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        _check_ids("the prompt", prompt_ids, vocab_size)
+        _check_ids("bad words", [i for word in params.bad_words for i in word], vocab_size)
+        _check_ids("stop tokens", params.held_ids, vocab_size)
+        self.rng = np.random.Generator(np.random.PCG64(params.seed)) if rng is None else rng
+        self._params = params
+        self._vocab_size = vocab_size
+        self._prompt = tuple(prompt_ids)
+        self._generated: list[int] = []
+        self._bad_ids = [word[0] for word in params.bad_words if len(word) == 1]
+        self._bad_sequences = [word for word in params.bad_words if len(word) > 1]
+        self._matcher = None if params.guide is None else params.guide.matcher()
+        self._seen = np.zeros(vocab_size, np.bool_)
+        self._seen[list(self._prompt)] = True
+
+    def step(self, logits: Logits) -> SampledToken:
+        """Choose from logits `[vocab_size]`, which are left as they are.
+
+        Raises:
+            EngineError: the logits are not finite, or the guide was lost.
+            ConfigError: every token is banned, or a processor or the penalty broke the logits.
+        """
+        if logits.shape != (self._vocab_size,):
+            raise ValueError(f"logits of shape {logits.shape}, not ({self._vocab_size},)")
+        token = int(np.argmax(logits))
+        _check_engine(float(logits[token]))
+        edited = self._edited(logits)
+        if edited is not logits:
+            token = int(np.argmax(edited))
+            _check_edited(float(edited[token]))
+        if not self._params.greedy:
+            token = _draw(*distribution(edited, self._params), self.rng)
+        if self._matcher is not None:
+            self._matcher.accept(token)
+        self._generated.append(token)
+        self._seen[token] = True
+        if not self._params.logprobs:
+            return SampledToken(token)
+        top = top_logprobs(edited, self._params.logprobs, token)
+        return SampledToken(token, top[token], top)
+
+    def _edited(self, logits: Logits) -> Logits:
+        """`logits` itself when nothing is to be edited, else an edited copy."""
+        params = self._params
+        banned = self._banned_now()
+        edits = params.logits_processors or params.repetition_penalty != 1 or params.guide
+        if not (edits or banned):
+            return logits
+        logits = np.array(logits, np.float32)
+        for processor in params.logits_processors:
+            logits = self._processed(processor, logits)
+        if params.repetition_penalty != 1:
+            _penalise(logits, self._seen, params.repetition_penalty)
+        logits[banned] = -np.inf
+        if self._matcher is not None:
+            logits[~self._matcher.allowed()] = -np.inf
+        return logits
+
+    def _processed(self, processor: LogitsProcessor, logits: Logits) -> Logits:
+        result: object = processor([*self._prompt, *self._generated], logits)
+        if not isinstance(result, np.ndarray) or result.shape != (self._vocab_size,):
+            raise ConfigError(
+                "A logits processor did not return logits.",
+                found=f"{type(result).__name__} of shape {getattr(result, 'shape', None)}",
+                expected=f"a numpy array of shape ({self._vocab_size},)",
+                fix="end the processor with `return logits`",
+            )
+        return np.array(result, np.float32)  # a copy: the processor may have kept its result
+
+    def _banned_now(self) -> list[int]:
+        params, done = self._params, self._generated
+        banned = list(self._bad_ids)
+        banned += [word[-1] for word in self._bad_sequences if _ends_with(done, word[:-1])]
+        if len(done) < params.min_new_tokens:
+            banned += params.held_ids
+        return banned
+
+
+def distribution(
+    logits: Logits, params: SamplingParams
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The ids that may be drawn and their probabilities, which sum to 1.
+
+    Temperature, top-k, softmax, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
+
+    Args:
+        logits: `[vocab]`, the largest finite; -inf is never drawn.
+        params: Not greedy.
+    """
+    ids = top_ids(logits, params.top_k) if 0 < params.top_k < len(logits) else None
+    values = (logits if ids is None else logits[ids]).astype(np.float64)
+    # The largest is 0 before the division: no temperature can overflow it.
+    with np.errstate(over="ignore"):
+        weights = np.exp((values - values.max()) / params.temperature)
+    probs = weights / weights.sum()
+    if ids is None:
+        ids = np.arange(len(probs))
+    if params.top_p < 1:
+        kept = _nucleus(probs, params.top_p)
+        ids, probs = ids[kept], probs[kept]
+    kept = np.flatnonzero((probs > 0) & (probs >= params.min_p * probs.max()))
+    ids, probs = ids[kept], probs[kept]
+    return ids, probs / probs.sum()
+
+
+def top_ids(logits: Logits, count: int) -> NDArray[np.int64]:
+    """The ids of the `count` largest logits, largest first; of equal ones the lowest ids."""
+    count = min(count, len(logits))
+    smallest = np.partition(logits, -count)[-count]
+    above = np.flatnonzero(logits > smallest)
+    ids = np.concatenate([above, np.flatnonzero(logits == smallest)[: count - len(above)]])
+    order = np.lexsort((ids, -logits[ids]))
+    return ids[order]
+
+
+def top_logprobs(logits: Logits, count: int, chosen: int) -> dict[int, float]:
+    """Log-probabilities of the `count` likeliest tokens, best first, and of `chosen`."""
+    normaliser = _log_sum_exp(logits)
+    ids = [int(i) for i in top_ids(logits, count) if logits[i] > -np.inf]
+    if chosen not in ids:
+        ids.append(chosen)
+    return {i: float(logits[i]) - normaliser for i in ids}
+
+
+def mean_cross_entropy(logits: NDArray[np.float32], targets: Sequence[int]) -> float:
+    """Mean of -log p(target), in nats: the logarithm of the perplexity.
+
+    Args:
+        logits: `[n, vocab]`, row i from before target i.
+        targets: n ids, n > 0.
+    """
+    losses = [
+        _log_sum_exp(row) - float(row[target]) for row, target in zip(logits, targets, strict=True)
+    ]
+    return math.fsum(losses) / len(losses)
+
+
+def _log_sum_exp(logits: Logits) -> float:
+    values = logits.astype(np.float64)
+    peak = float(values.max())
+    return peak + math.log(float(np.exp(values - peak).sum()))
+
+
+def _nucleus(probs: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Places of the smallest set of the largest `probs` that sums to `top_p` or more."""
+    # All places below this bound together hold less than 1 - top_p, so none of them is needed.
+    places = np.flatnonzero(probs >= (1 - top_p) / (2 * len(probs)))
+    places = places[np.argsort(-probs[places], kind="stable")]
+    before = np.cumsum(probs[places]) - probs[places]
+    before[0] = -1.0  # the largest is always kept
+    return places[before < top_p]
+
+
+def _draw(ids: NDArray[np.int64], probs: NDArray[np.float64], rng: np.random.Generator) -> int:
+    total = np.cumsum(probs)
+    return int(ids[np.searchsorted(total, rng.random() * total[-1], side="right")])
+
+
+def _penalise(logits: Logits, seen: NDArray[np.bool_], penalty: float) -> None:
+    """Keskar et al. 2019, once for each distinct id."""
+    values = logits[seen]
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        logits[seen] = np.where(values < 0, values * penalty, values / penalty)
+
+
+def _ends_with(ids: list[int], end: tuple[int, ...]) -> bool:
+    return tuple(ids[-len(end) :]) == end
+
+
+def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
+    outside = [i for i in ids if not 0 <= i < vocab_size]
+    if outside:
+        raise ConfigError(
+            f"An id of {what} is outside the vocabulary.",
+            found=str(outside[0]),
+            expected=f"ids in [0, {vocab_size - 1}]",
+            fix="take the ids from the tokenizer of this engine",
+        )
+
+
+def _check_engine(peak: float) -> None:
+    if not math.isfinite(peak):
+        raise EngineError(
+            "The decoder gave logits that are not finite.",
+            found=str(peak),
+            expected="finite logits",
+            fix="check the engine: vlmforge verify ENGINE; if it fails, build it again, with "
+            "--dtype float32 if it was built with less",
+        )
+
+
+def _check_edited(peak: float) -> None:
+    if peak == -math.inf:
+        raise ConfigError(
+            "Every token is banned, so none can be generated.",
+            found="bad_words, bad_token_ids, min_new_tokens, logits_processors or response_format "
+            "leave none",
+            expected="at least one token that is allowed",
+            fix="ban fewer tokens",
+        )
+    if not math.isfinite(peak):
+        raise ConfigError(
+            "The logits are not finite after repetition_penalty and logits_processors.",
+            found=str(peak),
+            expected="finite logits, or -inf for a token that must not be generated",
+            fix="choose a repetition_penalty nearer to 1, or mend the logits processor",
+        )

@@ -1,0 +1,41 @@
+"""Who chooses a sequence's tokens, as the runner sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from vlmforge.backends import FloatArray
+
+
+class TokenChooser(Protocol):
+    """Chooses the tokens of one sequence and hands them to its caller."""
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether the logits after every token of the prompt are needed."""
+
+    def begin(self, facts: PrefillFacts) -> None:
+        """The prompt has been run."""
+
+    def accept(self, logits: FloatArray) -> int | None:
+        """Choose from logits `[vocab_size]`; the token to run next, or None at the end."""
+
+    def fail(self, error: Exception) -> None:
+        """The sequence ends with an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillFacts:
+    """What is known once a prompt has been run; times in seconds.
+
+    `prompt_logits` is `[tokens, vocab_size]` when they were wanted. `cached_images` needed no
+    encoding: their features were known, or all their tokens were in the cache.
+    """
+
+    queue: float
+    encode: float
+    prefill: float
+    cached_tokens: int
+    cached_images: int
+    prompt_logits: FloatArray | None

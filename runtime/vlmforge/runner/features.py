@@ -1,0 +1,93 @@
+"""Image features, computed in batches and kept by the images' content."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vlmforge.backends import FloatArray
+from vlmforge.vl.prepared import PreparedImage
+
+Encoder = Callable[[FloatArray], FloatArray]
+
+
+class FeatureCache:
+    """Features of the images seen last, at most `capacity` of them (least recently used go).
+
+    One thread calls `get`; any may call `known`.
+
+    Args:
+        encode: Views `[n, 3, H, W]` to their rows `[n, rows, hidden]`.
+        batch: Views in one run of `encode`.
+        capacity: Images that are kept.
+    """
+
+    def __init__(self, encode: Encoder, *, batch: int, capacity: int = 64) -> None:
+        self._encode, self._batch, self._capacity = encode, batch, capacity
+        self._features: OrderedDict[bytes, FloatArray] = OrderedDict()
+
+    def known(self, digest: bytes) -> FloatArray | None:
+        """Features `[tokens, hidden]` that are kept; None if they are not."""
+        return self._features.get(digest)
+
+    def get(
+        self, images: Sequence[PreparedImage], ahead: Sequence[PreparedImage] = ()
+    ) -> tuple[list[FloatArray], int]:
+        """Features `[tokens, hidden]` of each image, and how many were known already.
+
+        The views of all unknown images are run together, at most `batch` at once; images that will
+        be asked for next (`ahead`) fill up the last run if all their views fit in. When a run with
+        such images fails, the images that are needed are run without them.
+        """
+        for image in images:
+            if image.features is not None:
+                self._features.setdefault(image.digest, image.features)
+        known = sum(image.digest in self._features for image in images)
+        unknown = self._unknown(images)
+        fillers = self._fillers(unknown, ahead)
+        try:
+            self._run(unknown + fillers)
+        except Exception:
+            if not fillers:
+                raise
+            # Perhaps one of another request's images did it: this one must not pay for it.
+            self._run(self._unknown(images))
+        found = []
+        for image in images:
+            self._features.move_to_end(image.digest)
+            found.append(self._features[image.digest])
+        while len(self._features) > self._capacity:
+            self._features.popitem(last=False)
+        return found, known
+
+    def _fillers(
+        self, unknown: list[PreparedImage], ahead: Sequence[PreparedImage]
+    ) -> list[PreparedImage]:
+        spare = -sum(len(image.pixel_values) for image in unknown) % self._batch
+        chosen, fillers = {image.digest for image in unknown}, list[PreparedImage]()
+        for image in self._unknown(ahead) if spare else ():
+            if image.digest not in chosen and 0 < len(image.pixel_values) <= spare:
+                fillers.append(image)
+                spare -= len(image.pixel_values)
+        return fillers
+
+    def _unknown(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:
+        found = {image.digest: image for image in images if image.digest not in self._features}
+        return list(found.values())
+
+    def _run(self, images: list[PreparedImage]) -> None:
+        views = [(image, view) for image in images for view in image.pixel_values]
+        done: list[FloatArray] = []  # of the image whose views are being run
+        for start in range(0, len(views), self._batch):
+            group = views[start : start + self._batch]
+            features = self._encode(np.stack([view for _, view in group]))
+            for (image, _), rows in zip(group, features, strict=True):
+                done.append(rows)
+                if len(done) == len(image.pixel_values):
+                    whole = np.concatenate(done)
+                    self._features[image.digest] = (
+                        whole if image.rows is None else whole[image.rows]
+                    )
+                    done = []

@@ -1,0 +1,266 @@
+"""A loaded engine: its stages, each as a function. Pipeline and verification both run on these."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import PIL.Image
+
+from vlmforge.backends import (
+    DecoderBatch,
+    DecoderSession,
+    FloatArray,
+    IntArray,
+    LoadOptions,
+    VisionSession,
+    load_backend,
+)
+from vlmforge.engine.bundle import Bundle, check_sizes
+from vlmforge.engine.image_policy import Colour
+from vlmforge.engine.manifest import Manifest
+from vlmforge.inputs.history import newest_turns
+from vlmforge.inputs.image_names import given_name
+from vlmforge.inputs.messages import Conversation, Image, ImageSource, Message, Text
+from vlmforge.inputs.render import RenderedPrompt, marked_tokenizer_json, render_prompt
+from vlmforge.inputs.template_choice import ActiveTemplate
+from vlmforge.inputs.tokenizer import TextTokenizer
+from vlmforge.kv.cache import Keys
+from vlmforge.vl.decode import upright_size
+from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
+from vlmforge.vl.load import OpenedImage, open_image
+from vlmforge.vl.prepared import PreparedImage, features_digest, prepare, row_keys
+from vlmforge.vl.preprocess import preprocess
+from vlmforge.vl.tiling import Rows, token_rows
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderInput:
+    """A prompt as the decoder takes it.
+
+    Attributes:
+        ids: int64 `[tokens]`; an id >= vocab_size is row `id - vocab_size` of `features`.
+        features: `[rows, hidden]` of all images, or None without images.
+        rotary_level: Of the sequence that the prompt begins (see `PositionPolicy`).
+    """
+
+    ids: IntArray
+    features: FloatArray | None
+    rotary_level: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The parts of an engine, loaded, and the functions of its stages."""
+
+    manifest: Manifest
+    tokenizer: TextTokenizer
+    template: ActiveTemplate
+    vision: VisionSession
+    decoder: DecoderSession
+    options: LoadOptions
+    limits: ImageLimits = DEFAULT_LIMITS
+
+    def on_background(self, colour: Colour) -> Engine:
+        """This engine with transparent images composited on `colour`."""
+        image = dataclasses.replace(self.manifest.image, background=colour)
+        manifest = dataclasses.replace(self.manifest, image=image)
+        return dataclasses.replace(self, manifest=manifest)
+
+    def prepare_image(self, image: PIL.Image.Image, digest: bytes | None = None) -> PreparedImage:
+        """Preprocess by the engine's image policy (ImageError otherwise).
+
+        `digest` identifies the image's content; None: its pixel values do.
+        """
+        rows = self._image_rows(upright_size(image))
+        return prepare(preprocess(image, self.manifest.image), rows, digest)
+
+    def features_digest(self, image: OpenedImage) -> bytes:
+        """What `prepare_image(image.decode(), image.digest)` would have as its digest."""
+        return features_digest(image.digest, self._image_rows(image.size))
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether the number of an image's tokens depends on its size."""
+        return self.manifest.image.tiling is not None
+
+    def image_tokens(self, image: ImageSource) -> int:
+        """Tokens that an image takes; its header is read only if that depends on its size.
+
+        Raises:
+            ImageError: it had to be opened, and cannot be.
+        """
+        if not self.needs_sizes:
+            return self.manifest.decode.tokens_per_image
+        rows = self._image_rows(self.open_image(image).size)
+        return self.manifest.decode.tokens_per_image if rows is None else len(rows)
+
+    def open_image(self, source: ImageSource) -> OpenedImage:
+        """The image with its header read, within `limits` (ImageError otherwise).
+
+        One that was opened before is itself.
+        """
+        if isinstance(source, OpenedImage):
+            return source
+        return open_image(source, limits=self.limits)
+
+    def opened(self, conversation: Conversation, *, but_pillow: bool = False) -> Conversation:
+        """The conversation with its images opened, each under the name that it was given by.
+
+        `but_pillow` leaves Pillow images as they are.
+        """
+
+        def block(given: Text | Image) -> Text | Image:
+            if isinstance(given, Text):
+                return given
+            if but_pillow and isinstance(given.source, PIL.Image.Image):
+                return given
+            return Image(self.open_image(given.source), given_name(given))
+
+        return Conversation(
+            tuple(Message(m.role, tuple(map(block, m.blocks))) for m in conversation.messages)
+        )
+
+    def _image_rows(self, size: tuple[int, int]) -> Rows | None:
+        """The rows that become the tokens of an image of this size; None: all, in order."""
+        tiling = self.manifest.image.tiling
+        return None if tiling is None else token_rows(size, tiling)
+
+    def render(self, conversation: Conversation, *, do_preprocess: bool = True) -> RenderedPrompt:
+        """The prompt's text, ids and image spans; the vision part is not run.
+
+        Raises:
+            PromptError: the messages cannot be rendered.
+            ImageError: see `image_tokens`.
+        """
+        return self.fitted(conversation, do_preprocess=do_preprocess)[1]
+
+    def fitted(
+        self, conversation: Conversation, *, do_preprocess: bool = True
+    ) -> tuple[Conversation, RenderedPrompt]:
+        """The conversation without the turns that the engine's policy leaves out, and its prompt.
+
+        Raises: see `render`.
+        """
+        if self.needs_sizes:
+            conversation = self.opened(conversation)  # once, not once for each rendering
+        rendered = self._render(conversation, do_preprocess)
+        window = self.manifest.prompt.history_window
+        if window is None or not do_preprocess or len(conversation.messages) < 2:
+            return conversation, rendered
+        kept = newest_turns(conversation, rendered, window)
+        if kept is not conversation:
+            rendered = self._render(kept, do_preprocess)
+        return kept, rendered
+
+    def _render(self, conversation: Conversation, do_preprocess: bool) -> RenderedPrompt:
+        return render_prompt(
+            conversation,
+            policy=self.manifest.prompt,
+            template=self.template,
+            encoder=self.tokenizer,
+            image_lengths=[self.image_tokens(image.source) for image in conversation.images],
+            preprocess=do_preprocess,
+        )
+
+    def keys(self, rendered: RenderedPrompt, images: Sequence[PreparedImage]) -> Keys:
+        """int64 `[tokens]`, what identifies each token's content; no image need be encoded."""
+        keys = np.array(rendered.token_ids, np.int64)
+        for span in rendered.image_spans:
+            place = slice(span.start, span.start + span.length)
+            keys[place] = row_keys(images[span.image], span.length)
+        return keys
+
+    def rotary_level(self, tokens: int) -> int:
+        """The level of a sequence whose prompt has that many tokens (see `PositionPolicy`)."""
+        return self.manifest.decode.positions.level(tokens)
+
+    def decoder_input(
+        self,
+        rendered: RenderedPrompt,
+        features: Sequence[FloatArray | None],
+    ) -> DecoderInput:
+        """Point the image positions of a prompt at the rows of its images' features.
+
+        `features`, one for each image span, are None where the tokens will not be run: they are in
+        the cache.
+        """
+        ids = np.array(rendered.token_ids, np.int64)
+        row = 0
+        for span, known in zip(rendered.image_spans, features, strict=True):
+            if known is not None:
+                rows = np.arange(row, row + span.length, dtype=np.int64)
+                ids[span.start : span.start + span.length] = self.manifest.decode.vocab_size + rows
+                row += span.length
+        found = [rows for rows in features if rows is not None]
+        whole = np.concatenate(found) if found else None
+        return DecoderInput(ids, whole, self.rotary_level(len(ids)))
+
+    def prefill(
+        self, slot: int, chunk: DecoderInput, past: int, *, logits: Literal["none", "last", "all"]
+    ) -> FloatArray:
+        """Run the next tokens of a sequence that has its first `past` in the cache.
+
+        Returns logits `[n, vocab_size]`: those after the last token (n = 1), after all, or none.
+        """
+        vocab = self.manifest.decode.vocab_size
+        ids, features = chunk.ids, None
+        rows = ids[ids >= vocab]
+        if len(rows) and chunk.features is not None:
+            # Only the rows of this chunk are handed over.
+            first = int(rows[0]) - vocab
+            features = chunk.features[first : int(rows[-1]) - vocab + 1]
+            ids = np.where(ids >= vocab, ids - first, ids)
+        every = np.arange(len(ids), dtype=np.int64)
+        wanted = {"none": every[:0], "last": every[-1:], "all": every}[logits]
+        levels = self._levels(np.array([chunk.rotary_level], np.int64))
+        lengths = np.array([past], np.int64)
+        batch = DecoderBatch((slot,), ids[None], lengths, features, wanted[None], levels)
+        found: FloatArray = self.decoder.step(batch)[0]
+        return found
+
+    def decode(
+        self, slots: Sequence[int], tokens: IntArray, lengths: IntArray, levels: IntArray
+    ) -> FloatArray:
+        """One step of sequences: `tokens` `[B]` to logits `[B, vocab_size]`.
+
+        `slots` `[B]` is where they are; `lengths` and `levels` `[B]` are the tokens before, and
+        each sequence's rotary level.
+        """
+        zeros = np.zeros((len(tokens), 1), np.int64)
+        batch = DecoderBatch(
+            tuple(slots), tokens[:, None], lengths, None, zeros, self._levels(levels)
+        )
+        logits: FloatArray = self.decoder.step(batch)[:, 0]
+        return logits
+
+    def _levels(self, levels: IntArray) -> IntArray | None:
+        return levels if self.manifest.decode.positions.has_levels else None
+
+
+def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) -> Engine:
+    """Load the parts of an engine directory (EngineError otherwise).
+
+    Parts may be mapped, so that a file which is cut later ends the process: sizes are compared once
+    more when all are loaded, and when one cannot be.
+    """
+    manifest = bundle.manifest
+    backend = load_backend(manifest.backend)
+    text = marked_tokenizer_json(bundle.text(manifest.tokenizer_file), manifest.prompt)
+    try:
+        vision = backend.load_vision(bundle.folder, manifest, options)
+        decoder = backend.load_decoder(bundle.folder, manifest, options)
+    finally:
+        # It names the file, where a backend would say that it cannot load a part.
+        check_sizes(bundle, [name for part in manifest.parts for name in (part.file, *part.data)])
+    return Engine(
+        manifest=manifest,
+        tokenizer=TextTokenizer(text),
+        template=template,
+        vision=vision,
+        decoder=decoder,
+        options=options,
+    )

@@ -1,0 +1,62 @@
+"""An image as the vision part takes it, and what identifies its features."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmforge.backends import FloatArray
+from vlmforge.kv.cache import Keys
+from vlmforge.vl.tiling import Rows
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class PreparedImage:
+    """An image, preprocessed.
+
+    Attributes:
+        pixel_values: `[views, 3, H, W]`; without views where the features are known.
+        digest: Identifies the image's features: made of its content and rows.
+        rows: int64 `[tokens]`, which rows of all its views become tokens; None: all, in order.
+        features: `[tokens, hidden]` of an image that was encoded before; None: to be encoded.
+    """
+
+    pixel_values: FloatArray
+    digest: bytes
+    rows: Rows | None = None
+    features: FloatArray | None = None
+
+
+_NO_VIEWS: FloatArray = np.empty((0, 3, 0, 0), np.float32)
+
+
+def prepare(
+    pixel_values: FloatArray, rows: Rows | None = None, digest: bytes | None = None
+) -> PreparedImage:
+    """Attach the digest that identifies an image by its content: `digest`, or the pixel values'."""
+    if digest is None:
+        content = hashlib.blake2b(repr(pixel_values.shape).encode(), digest_size=16)
+        content.update(pixel_values.tobytes())
+        digest = content.digest()
+    return PreparedImage(pixel_values, features_digest(digest, rows), rows)
+
+
+def encoded(digest: bytes, features: FloatArray) -> PreparedImage:
+    """An image whose `features` are known by its `features_digest`: it needs no pixels."""
+    return PreparedImage(_NO_VIEWS, digest, None, features)
+
+
+def features_digest(content: bytes, rows: Rows | None) -> bytes:
+    """16 bytes that identify an image's features on one engine, by its content and its rows."""
+    if rows is None:
+        return content
+    # Pictures of one colour and of different sizes can have equal pixels and other rows.
+    return hashlib.blake2b(content + rows.tobytes(), digest_size=16).digest()
+
+
+def row_keys(image: PreparedImage, length: int) -> Keys:
+    """Keys of the `length` rows of an image: negative, so that no text token has the same."""
+    stream = hashlib.shake_128(image.digest).digest(8 * length)
+    return np.frombuffer(stream, np.int64) | np.iinfo(np.int64).min
