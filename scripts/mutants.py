@@ -59,7 +59,7 @@ MUTANTS = (
     Mutant(
         "images that come later fill more than the batch",
         "runtime/vlmforge/runner/features.py",
-        "and len(image.pixel_values) <= spare",
+        "and 0 < len(image.pixel_values) <= spare",
         "",
         ("tests/runtime/test_features.py",),
     ),
