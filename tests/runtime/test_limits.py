@@ -321,8 +321,6 @@ def test_a_window_that_is_too_large_names_the_checkpoint(hf_engine: Path) -> Non
 def test_a_pipeline_is_planned_within_the_limits(
     hf_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "vlmforge.backends.onnxruntime.available_memory", lambda: Room(1000, "a limit")
-    )
+    monkeypatch.setattr(api, "available_memory", lambda: Room(1000, "a limit"))
     with pytest.raises(BackendUnavailableError, match="does not fit the memory"):
         api.pipeline(hf_engine)

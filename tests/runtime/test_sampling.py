@@ -390,6 +390,15 @@ def test_mean_cross_entropy_is_that_of_another_implementation() -> None:
         mean_cross_entropy(logits, targets[1:])
 
 
+@given(st.sampled_from([0.0, 0.5, 3, 30]), st.sampled_from([0.00101, 0.30001, 0.90001, 0.99991]))
+def test_a_large_nucleus_is_that_of_sorting_all(spread: float, top_p: float) -> None:
+    logits = (spread * np.random.default_rng(3).standard_normal(5000)).astype(np.float32)
+    probs = np.exp(logits.astype(np.float64) - logits.max())
+    order = np.argsort(-probs, kind="stable")
+    count = np.searchsorted(np.cumsum(probs[order]) / probs.sum(), top_p) + 1
+    assert distribution(logits, SamplingParams(False, top_p=top_p))[0].tolist() == [*order[:count]]
+
+
 # --- when the id of the largest is all that is known ------------------------------------------
 
 

@@ -20,6 +20,7 @@ from vlmforge.backends import (
     DecoderBatch,
     DecoderSession,
     FloatArray,
+    KeyValues,
     LoadOptions,
     VisionSession,
 )
@@ -28,7 +29,7 @@ from vlmforge.backends.rows import Rows
 from vlmforge.engine.manifest import KVLayout, Manifest, Part
 from vlmforge.errors import EngineError
 from vlmforge.kv.cache import Copy, Move
-from vlmforge.limits import Room, available_cpus, available_memory
+from vlmforge.limits import available_cpus
 from vlmforge.ort import ort
 from vlmforge.runner import interface
 
@@ -106,6 +107,15 @@ class _Decoder(DecoderSession):
         else:
             self._cache.drop(self._rows.row(move.place), move.tokens)
             self._rows.set_tokens(move.place, move.tokens)
+
+    @override
+    def read(self, place: Sequence[int], tokens: int) -> KeyValues:
+        return self._cache.read(self._rows.row(place[0]), tokens)
+
+    @override
+    def write(self, place: Sequence[int], rows: KeyValues, start: int) -> None:
+        tokens = self._cache.write(self._rows.row(place[0]), rows, start)
+        self._rows.set_tokens(place[0], tokens)
 
     def step(self, batch: DecoderBatch) -> FloatArray:
         arrangement = self._rows.arrange(batch.slots)
@@ -189,8 +199,8 @@ class OnnxRuntimeBackend(Backend):
         )
 
     @override
-    def memory(self) -> Room:
-        return available_memory()
+    def memory(self) -> None:
+        return None
 
     @override
     def check(self) -> None:

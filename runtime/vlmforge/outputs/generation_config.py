@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, TypeAlias
@@ -29,6 +30,7 @@ from vlmforge.outputs.stopping import StopRules
 OutputLogits: TypeAlias = Literal["all", "generation"]
 UNSET_TOP_K = 50
 """What `top_k` means when `do_sample=True` and it has its default."""
+_MOST_ANSWERS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class TokenFacts:
 class GenerationPlan:
     """A `GenerationConfig` resolved for one request: nothing in it can change any more.
 
-    `max_new_tokens=None` is as many as the window holds; `output_logits=None` is none.
+    `max_new_tokens=None` is as many as the window holds; `output_logits=None` is none; `n` is how
+    many answers are wanted.
     """
 
     sampling: SamplingParams
@@ -67,6 +70,17 @@ class GenerationPlan:
     spaces_between_special_tokens: bool
     output_logits: OutputLogits | None
     return_ppl: bool
+    n: int = 1
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether the logits after every token of the prompt are needed."""
+        return self.return_ppl or self.output_logits == "all"
+
+    def choice(self, number: int) -> GenerationPlan:
+        """The plan of one of the `n` answers."""
+        sampling = dataclasses.replace(self.sampling, choice=number)
+        return dataclasses.replace(self, sampling=sampling)
 
 
 @dataclass(slots=True)
@@ -83,7 +97,9 @@ class GenerationConfig:
     Greedy ignores `temperature`, `top_k`, `top_p` and `min_p`; everything else applies to both.
 
     Attributes:
-        n: Answers for each prompt; only 1.
+        n: Answers for each prompt, at most 128: `Response.choices` has all of them, and pieces of a
+            stream say by `choice` which they belong to. The prompt is run once. Greedy ones are
+            equal.
         max_new_tokens: Exactly this many tokens at most; None fills the window.
         do_sample: See above.
         top_p: Sample from the smallest set of tokens with this probability. [0, 1]
@@ -93,7 +109,8 @@ class GenerationConfig:
         repetition_penalty: > 1 makes tokens of the prompt's text and of the answer less likely.
         ignore_eos: Neither the model's EOS nor the template's stop words end the answer; they may
             be generated and it goes on. `stop_words` and `stop_token_ids` of this config do.
-        random_seed: None draws one for each prompt, so equal prompts get different answers.
+        random_seed: None draws one for each prompt, so equal prompts get different answers. Of `n`
+            answers, the first is that of `n=1`, and the others have seeds derived from this one.
         stop_words: Texts that end the answer, beside the template's; of any number of tokens.
         bad_words: Words that are never generated, at the start of a text or after a space.
         stop_token_ids: Tokens that end the answer.
@@ -219,6 +236,7 @@ class GenerationConfig:
             spaces_between_special_tokens=self.spaces_between_special_tokens,
             output_logits=self.output_logits,
             return_ppl=self.return_ppl,
+            n=int(self.n),
         )
 
 
@@ -227,7 +245,7 @@ _WORDS = OrNone(ListOf(Text(empty=False)))
 _LOGITS = OrNone(Choice(("all", "generation")))
 
 RULES: Mapping[str, Rule] = {
-    "n": Int(1),
+    "n": Int(1, _MOST_ANSWERS),
     "max_new_tokens": OrNone(Int(1)),
     "do_sample": OrNone(Flag()),
     "top_p": Number(0, 1),
@@ -255,11 +273,6 @@ RULES: Mapping[str, Rule] = {
 
 _STATELESS = "leave it out: prompts that begin alike share their cache without being asked"
 REFUSALS: Mapping[str, Refusal] = {
-    "n": Refusal(
-        (1,),
-        "a request has one answer",
-        "send the prompt n times in a list, each with a GenerationConfig of another random_seed",
-    ),
     "output_last_hidden_state": Refusal(
         (None,), "engines give logits only", "use output_logits='generation' or 'all'"
     ),

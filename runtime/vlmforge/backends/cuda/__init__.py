@@ -47,7 +47,7 @@ class CudaBackend(Backend):
         return ChainDecoder(self.device(), folder, manifest.part("decoder"), manifest.kv, options)
 
     @override
-    def memory(self) -> Room:
+    def memory(self) -> Room | None:
         """What is free on the GPU now."""
         gpu = _check()
         return Room(gpu.free, f"the free memory of {gpu.name}")
