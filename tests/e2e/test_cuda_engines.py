@@ -134,7 +134,7 @@ def test_ids_alone_give_what_logits_give(pipe: Pipeline, monkeypatch: pytest.Mon
     plain = GenerationConfig(max_new_tokens=12, ignore_eos=True)
     whole = replace(plain, output_logits="generation")
     by_ids = [answer.token_ids for answer in pipe(texts, gen_config=plain)]  # type: ignore[union-attr]
-    assert len(steps) >= 11
+    assert max(steps) == 4 and min(steps) >= 1  # by the GPU's graph, and by the host
     steps.clear()
     by_logits = [answer.token_ids for answer in pipe(texts, gen_config=whole)]  # type: ignore[union-attr]
     assert by_ids == by_logits

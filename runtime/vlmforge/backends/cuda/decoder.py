@@ -46,6 +46,7 @@ from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.plan import Plan, Shape, max_workspace, plan
 
 _EAGER_FRAMES = 16
+_FEW = 2  # rows for which the host finds the largest logits sooner than the GPU
 _DTYPES: dict[str, Any] = {"int32": np.int32, "int64": np.int64, "float32": np.float32}
 
 
@@ -104,6 +105,8 @@ class ChainDecoder(DecoderSession):
 
     def likeliest(self, batch: DecoderBatch) -> IntArray:
         """See `LikeliestDecoder`."""
+        if len(batch.slots) <= _FEW:
+            return _largest(self.step(batch)[:, 0])
         frame = self._frame(_size(batch))
         self._fill(frame, batch)
         self._run(frame)
@@ -219,7 +222,7 @@ class ChainDecoder(DecoderSession):
 
     def _steps(self, size: Size) -> tuple[ChainStep, ...]:
         """Those that are of use: without logits, none behind the last attention."""
-        if size.replayed:
+        if size.replayed and size.batch > _FEW:
             return self._chain.steps
         last = LOGITS if size.outputs else self._chain.attention[-1].out
         return self._chain.steps[: made_by(self._chain, last) + 1]
@@ -264,6 +267,13 @@ class ChainDecoder(DecoderSession):
         scales = launcher.Scales(call.scale, call.key_scale, call.value_scale)
         stream, kernels = self._device.stream, self._loaded.kernels
         return partial(launcher.run, planned, tensors, scales, kernels, stream)
+
+
+def _largest(logits: FloatArray) -> IntArray:
+    """Ids `[B]` of the largest of logits `[B, vocab_size]`; -1 where it is not finite."""
+    ids = logits.argmax(-1)
+    found = np.take_along_axis(logits, ids[:, None], -1)[:, 0]
+    return np.where(np.isfinite(found), ids, -1)
 
 
 def _all(works: list[Work]) -> None:
