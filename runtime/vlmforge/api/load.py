@@ -14,11 +14,11 @@ from typing import Any
 from vlmforge import env
 from vlmforge.api.arguments import path_text
 from vlmforge.api.config import MAX_CHUNK, EngineConfig, VisionConfig
-from vlmforge.api.memory import load_options
+from vlmforge.api.memory import load_options, longest_window
 from vlmforge.api.pipeline import Pipeline
 from vlmforge.engine.build_cache import engine_for
 from vlmforge.engine.bundle import open_bundle
-from vlmforge.engine.manifest import Manifest
+from vlmforge.engine.manifest import Manifest, load_manifest
 from vlmforge.errors import ConfigError
 from vlmforge.field_rules import Instance, OrNone, check_value, shown
 from vlmforge.inputs.template_choice import choose_template
@@ -69,7 +69,7 @@ def pipeline(
         template_config.validate()
     vision = vision_config or VisionConfig()
     vision.validate()
-    folder = engine_for(path, _build_options(config))
+    folder = _engine(path, config)
     with _patience(f"vlmforge: checking and loading {folder} ..."):
         engine = _load(folder, config, template_config, finished=folder == env.expanded(path))
     if vision.background is not None:
@@ -180,10 +180,23 @@ def _apply(
     return config, template
 
 
+def _engine(path: str, config: EngineConfig) -> Path:
+    """The engine of `path`; one of a checkpoint is built for a window only if it cannot be loaded
+    with it, as what is built with levels or for a GPU.
+    """
+    options = _build_options(config)
+    folder = engine_for(path, options)
+    if config.session_len is None or folder == env.expanded(path):
+        return folder
+    manifest = load_manifest(folder)
+    if longest_window(manifest) == manifest.decode.session_len < config.session_len:
+        return engine_for(path, {**options, "session-len": str(config.session_len)})
+    return folder
+
+
 def _build_options(config: EngineConfig) -> dict[str, str]:
     """What a checkpoint is built with: only what was asked for."""
     options = {
-        "session-len": config.session_len,
         "max-batch-size": config.max_batch_size,
         "dtype": None if config.dtype == "auto" else config.dtype,
         "revision": config.revision,

@@ -7,6 +7,7 @@ import logging
 from vlmforge.api.config import EngineConfig
 from vlmforge.backends import LoadOptions
 from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.field_rules import shown
 from vlmforge.limits import available_cpus, available_memory
@@ -23,20 +24,12 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     """Slots and window that fit `free` bytes, so that nothing dies for want of memory later.
 
     Raises:
-        ConfigError: the engine has no window of this size.
+        ConfigError: the engine cannot be given a window of this size.
         BackendUnavailableError: not even one sequence fits.
     """
     manifest = bundle.manifest
-    capacity = config.session_len or manifest.decode.session_len
-    if capacity > manifest.decode.session_len:
-        raise ConfigError(
-            "session_len is larger than the engine's window.",
-            found=f"session_len={capacity}",
-            expected=f"at most {manifest.decode.session_len}",
-            fix=f"build-engine CHECKPOINT -o {bundle.folder} --session-len {capacity} --force, "
-            f"where CHECKPOINT is {manifest.provenance.source}",
-        )
-    weights = sum(part.loaded_bytes for part in manifest.parts)
+    capacity = _window(bundle, config)
+    weights = sum(part.loaded_bytes for part in manifest.parts) + _longer_tables(manifest, capacity)
     pack = weights <= _PACK_SHARE * free
     if not pack:
         logger.warning(
@@ -61,6 +54,56 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
             shown(wanted),
         )
     return LoadOptions(slots, capacity, _threads(config.threads), pack, blocks, block)
+
+
+def longest_window(manifest: Manifest) -> int | None:
+    """Tokens of the longest window that the engine can be given at load; None: any that fits."""
+    built = manifest.decode.session_len
+    if manifest.part("decoder").rotary_tables is None:
+        return built
+    return manifest.decode.positions.most_tokens(built)
+
+
+def _window(bundle: Bundle, config: EngineConfig) -> int:
+    """Tokens of a sequence: as asked for, or as the engine was built."""
+    decode, asked = bundle.manifest.decode, config.session_len
+    built, positions = decode.session_len, decode.positions
+    if asked is None or asked <= built:
+        return asked or built
+    most = longest_window(bundle.manifest)
+    if most is not None and asked > most:
+        raise _too_long(bundle, asked, most)
+    if positions.trained_length is not None and asked > positions.trained_length:
+        logger.warning(
+            "session_len=%s is beyond the %d tokens that the model was trained for; answers to "
+            "longer conversations may degrade",
+            shown(asked),
+            positions.trained_length,
+        )
+    return asked
+
+
+def _too_long(bundle: Bundle, asked: int, most: int) -> ConfigError:
+    manifest = bundle.manifest
+    rebuild = (
+        f"build-engine CHECKPOINT -o {bundle.folder} --session-len {asked} --force, "
+        f"where CHECKPOINT is {manifest.provenance.source}"
+    )
+    compiled_in = most == manifest.decode.session_len
+    return ConfigError(
+        "session_len is larger than the engine's window."
+        if compiled_in
+        else "session_len is larger than what the model attends to.",
+        found=f"session_len={shown(asked)}",
+        expected=f"at most {most}",
+        fix=rebuild if compiled_in else f"EngineConfig(session_len={most})",
+    )
+
+
+def _longer_tables(manifest: Manifest, capacity: int) -> int:
+    """Bytes of the rotary tables that are made for a longer window than the built one."""
+    decode = manifest.decode
+    return decode.positions.table_bytes(capacity) if capacity > decode.session_len else 0
 
 
 def _threads(asked: int | None) -> int | None:
