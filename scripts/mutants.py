@@ -86,7 +86,7 @@ MUTANTS = (
     ),
     Mutant(
         "the reference of attention does not see the newest token",
-        "builder/vlmforge_builder/op_bodies.py",
+        "builder/vlmforge_builder/ops/cached_attention.py",
         "visible = op.LessOrEqual(",
         "visible = op.Less(",
         ("tests/builder/test_cached_attention.py", "-k", "the_body_is"),

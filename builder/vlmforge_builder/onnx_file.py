@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from vlmforge.engine.manifest import TensorSpec
 from vlmforge.errors import BuildError
+from vlmforge.runner.interface import Interface
 from vlmforge_builder.weights import Layout
 
 
@@ -37,6 +38,28 @@ def refer(model: ir.Model, layout: Layout, data: Path) -> None:
             name=tensor.name,
             base_dir=data.parent,
         )
+
+
+def check_interface(graph: ir.Graph, interface: Interface) -> None:
+    """Raises BuildError where a graph takes or gives other than `interface` says."""
+    for values, listed in ((graph.inputs, interface.inputs), (graph.outputs, interface.outputs)):
+        found = tensor_specs(values)
+        if found != listed:
+            odd = [spec for spec in (*found, *listed) if spec not in found or spec not in listed]
+            raise BuildError(
+                "A graph's inputs or outputs are not those that the runtime will bind.",
+                found=", ".join(str(spec) for spec in found if spec in odd) or "an other order",
+                expected=", ".join(str(spec) for spec in listed if spec in odd) or "the list's",
+                fix="correct the recipe or the pass, or vlmforge/runner/interface.py",
+            )
+
+
+def add_input(graph: ir.Graph, spec: TensorSpec) -> ir.Value:
+    """Give a graph an input of the runtime's list."""
+    dtype = ir.DataType[spec.dtype.upper()]
+    value = ir.Value(name=spec.name, type=ir.TensorType(dtype), shape=ir.Shape(spec.shape))
+    graph.inputs.append(value)
+    return value
 
 
 def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:

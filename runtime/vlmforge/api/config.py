@@ -36,7 +36,7 @@ class EngineConfig:
     """How an engine is loaded. Checked when it is made, and again by `pipeline`; never changed.
 
     Attributes:
-        model_format: Of a checkpoint: "hf", or None to see for oneself.
+        model_format: Of a checkpoint: "hf"; None: detect.
         session_len: Tokens of one conversation, images and answers included; None: the engine's.
         max_batch_size: Sequences at once; None: the engine's.
         cache_max_entry_count: Share of the free memory that the key/value cache may take. (0, 1]

@@ -1,7 +1,8 @@
 """Image policies: how an image becomes pixel values and tokens. A tagged union, one file each.
 
-All of them have a `format` and answer `pixels(rgb)`, `sized`, `rows(size)`, `most_tokens(rows)`
-and `str()`. A new one is a file here and a name in the union.
+All of them have a `format` and answer `pixels(rgb)`, `view_size`, `view_rows(most_tokens)`,
+`sized`, `rows(size)`, `most_tokens(rows)` and `str()`. A new one is a file here and a name in the
+union.
 """
 
 from __future__ import annotations

@@ -32,6 +32,11 @@ class AnyRes:
         canvases = ", ".join(f"{width}x{height}" for width, height in self.tiling.canvases)
         return f"{self.name} in views of {tile}x{tile} from {canvases}, {self.format.resample}"
 
+    @property
+    def view_size(self) -> tuple[int, int]:
+        """Height and width of a view."""
+        return self.tiling.tile, self.tiling.tile
+
     def pixels(self, rgb: Image.Image) -> PixelValues:
         """Pixel values `[views, 3, tile, tile]` of an RGB image."""
         tiling = self.tiling
@@ -56,3 +61,8 @@ class AnyRes:
         """Tokens of the image that takes most."""
         del rows
         return most_tokens(self.tiling)
+
+    def view_rows(self, most_tokens: int) -> int:
+        """What the vision part gives a view."""
+        del most_tokens
+        return self.tiling.view_rows

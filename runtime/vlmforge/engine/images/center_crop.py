@@ -34,6 +34,11 @@ class CenterCrop(OneView):
     def __str__(self) -> str:
         return f"{self.name} to {self.crop[1]}x{self.crop[0]}, {self.format.resample}"
 
+    @property
+    def view_size(self) -> tuple[int, int]:
+        """Height and width of a view."""
+        return self.crop
+
     def pixels(self, rgb: Image.Image) -> PixelValues:
         """Pixel values `[1, 3, *crop]` of an RGB image."""
         size = shortest_edge_size(rgb.size, self.shortest_edge)

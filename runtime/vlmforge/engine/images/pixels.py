@@ -50,6 +50,10 @@ class OneView:
         """Tokens of the image that takes most; `rows` are what the vision part gives a view."""
         return rows
 
+    def view_rows(self, most_tokens: int) -> int:
+        """What the vision part gives a view, of an engine whose largest image takes so many."""
+        return most_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class PixelFormat:

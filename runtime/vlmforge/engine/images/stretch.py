@@ -22,6 +22,11 @@ class Stretch(OneView):
     def __str__(self) -> str:
         return f"{self.name} to {self.target[1]}x{self.target[0]}, {self.format.resample}"
 
+    @property
+    def view_size(self) -> tuple[int, int]:
+        """Height and width of a view."""
+        return self.target
+
     def pixels(self, rgb: Image.Image) -> PixelValues:
         """Pixel values `[1, 3, *target]` of an RGB image."""
         height, width = self.target
