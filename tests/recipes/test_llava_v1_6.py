@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import drawn_v1_6
 from conftest import DATA
 from vlmforge.engine.images import AnyRes
-from vlmforge.engine.images.tiling import UnpaddedLines
+from vlmforge.engine.images.tiling import Lines, Merge, UnpaddedLines, Views
 from vlmforge.errors import CheckpointError, UnsupportedModelError, VlmforgeError
 from vlmforge_builder.checkpoint.config import read_config
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions, find_recipe
@@ -134,15 +134,15 @@ def test_a_template_is_found_where_a_checkpoint_has_none(hf: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "merge", "rows"),
-    [("spatial_unpad", "unpadded_lines", 577), ("spatial", "lines", 576), ("ABSENT", "views", 576)],
+    [("spatial_unpad", UnpaddedLines(), 577), ("spatial", Lines(), 576), ("ABSENT", Views(), 576)],
 )
-def test_ways_to_merge_views(original: Path, value: str, merge: str, rows: int) -> None:
+def test_ways_to_merge_views(original: Path, value: str, merge: Merge, rows: int) -> None:
     change(original / "config.json", mm_patch_merge_type=value)
     spec = load(original)
-    assert spec.image.tiling is not None
+    assert isinstance(spec.image, AnyRes)
     assert (spec.image.tiling.merge, spec.image.tiling.view_rows) == (merge, rows)
     vision = next(part for part in spec.parts if part.name == "vision")
-    assert ("extra_row" in vision.weights) == (merge == "unpadded_lines")
+    assert ("extra_row" in vision.weights) == isinstance(merge, UnpaddedLines)
 
 
 # --- what is refused ---------------------------------------------------------------------------

@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from conftest import DATA
 from sample_manifest import FORMAT, IMAGE, MANIFEST, PARTS, PROMPT, RICH
@@ -20,7 +23,7 @@ from vlmforge.engine.images.tiling import Tiling, UnpaddedLines
 from vlmforge.engine.manifest import MANIFEST_FILE, dump_manifest, load_manifest, manifest_digest
 from vlmforge.engine.migration import SCHEMA_VERSION, upgraded
 from vlmforge.engine.prompts import SplitText
-from vlmforge.errors import EngineFormatError, EngineIntegrityError
+from vlmforge.errors import EngineError, EngineFormatError, EngineIntegrityError
 
 OLD = DATA / "manifests"
 # The parts of an engine of before have no names of tables.
@@ -63,8 +66,7 @@ def test_an_old_manifest_is_read_and_written_as_a_new_one(tmp_path: Path, name: 
 
 def test_an_engine_of_before_keeps_its_window() -> None:
     positions = EXPECTED["2_center_crop"].decode.positions
-    assert positions.most_tokens(64) == 64
-    assert positions.longer_tables(128) is None
+    assert not positions.extends
     assert PARTS[1].rotary_tables is None
 
 
@@ -104,6 +106,54 @@ def test_what_is_malformed_is_named(tmp_path: Path, change: dict[str, object], w
         load_manifest(tmp_path)
     assert caught.value.summary.startswith(where)
     assert caught.value.fix
+
+
+def leaves_of(data: object, place: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    yield place
+    items = (
+        data.items()
+        if isinstance(data, dict)
+        else enumerate(data)
+        if isinstance(data, list)
+        else ()
+    )
+    for key, inner in items:
+        yield from leaves_of(inner, (*place, key))
+
+
+PLACES = [
+    (name, place)
+    for name in sorted(EXPECTED)
+    for place in leaves_of(json.loads((OLD / f"{name}.json").read_text("utf-8")))
+    if len(place) > 1
+]
+NASTY = [None, True, -1, 0, 10**400, 0.5, "", "x", "../x", [], {}, [[]], {"name": []}, {"": 0}]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(st.sampled_from(PLACES), st.sampled_from(NASTY))
+@example(("2_anyres_named", ("image", "tiling", "rounding")), [])
+@example(("2_anyres_named", ("image", "tiling", "rounding")), None)
+@example(("2_anyres_named", ("image", "tiling", "merge")), {})
+@example(("2_anyres_named", ("image", "name")), [])
+@example(("2_anyres_named", ("prompt", "spelling")), None)
+@example(("2_center_crop", ("prompt", "image_splice")), {})
+def test_a_nasty_value_in_an_old_manifest_is_a_typed_error_or_does_no_harm(
+    tmp_path: Path, where: tuple[str, tuple[str | int, ...]], value: object
+) -> None:
+    name, place = where
+    data = json.loads((OLD / f"{name}.json").read_text("utf-8"))
+    inner = data
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    if "digest" in data:
+        data["digest"] = manifest_digest(data)
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(data), "utf-8")
+    try:
+        load_manifest(tmp_path)
+    except EngineError as error:
+        assert error.found and error.expected and error.fix
 
 
 def test_an_old_rounding_that_nobody_knows(tmp_path: Path) -> None:

@@ -100,10 +100,9 @@ def test_tables_are_those_of_transformers(theta: float, head_dim: int) -> None:
         torch.testing.assert_close(ours, theirs[0, :, : head_dim // 2], atol=6e-8, rtol=1.2e-7)
 
 
-def test_how_long_a_window_can_be() -> None:
-    assert Absolute().most_tokens(64) == 64
-    assert Absolute().longer_tables(128) is None
-    assert Absolute(inverse_frequencies=(1.0,)).most_tokens(64) is None
-    assert Absolute(attention_window=99, inverse_frequencies=(1.0,)).most_tokens(64) == 99
-    assert DynamicNTK(10, 3).most_tokens(64) == 64
-    assert DynamicNTK(10, 3).longer_tables(128) is None
+def test_which_tables_can_be_longer() -> None:
+    for fixed in (Absolute(), Absolute(trained_length=9, attention_window=9), DynamicNTK(10, 3)):
+        assert not fixed.extends
+        assert fixed.longer_tables(128) is None
+        assert fixed.table_bytes(128) == 0
+    assert Absolute(inverse_frequencies=(1.0,)).extends

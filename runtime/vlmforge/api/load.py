@@ -14,7 +14,7 @@ from typing import Any
 from vlmforge import env
 from vlmforge.api.arguments import path_text
 from vlmforge.api.config import MAX_CHUNK, EngineConfig, VisionConfig
-from vlmforge.api.memory import load_options, longest_window
+from vlmforge.api.memory import load_options, window_is_fixed
 from vlmforge.api.pipeline import Pipeline
 from vlmforge.engine.build_cache import engine_for
 from vlmforge.engine.bundle import open_bundle
@@ -181,16 +181,18 @@ def _apply(
 
 
 def _engine(path: str, config: EngineConfig) -> Path:
-    """The engine of `path`; one of a checkpoint is built for a window only if it cannot be loaded
-    with it, as what is built with levels or for a GPU.
+    """The engine of `path`.
+
+    One of a checkpoint is built for the window asked for only where that cannot be made at load:
+    an engine takes long to build, and all the space of its weights.
     """
-    options = _build_options(config)
+    options, asked = _build_options(config), config.session_len
     folder = engine_for(path, options)
-    if config.session_len is None or folder == env.expanded(path):
+    if asked is None or folder == env.expanded(path):
         return folder
     manifest = load_manifest(folder)
-    if longest_window(manifest) == manifest.decode.session_len < config.session_len:
-        return engine_for(path, {**options, "session-len": str(config.session_len)})
+    if asked > manifest.decode.session_len and window_is_fixed(manifest):
+        return engine_for(path, {**options, "session-len": str(asked)})
     return folder
 
 

@@ -56,48 +56,42 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     return LoadOptions(slots, capacity, _threads(config.threads), pack, blocks, block)
 
 
-def longest_window(manifest: Manifest) -> int | None:
-    """Tokens of the longest window that the engine can be given at load; None: any that fits."""
-    built = manifest.decode.session_len
-    if manifest.part("decoder").rotary_tables is None:
-        return built
-    return manifest.decode.positions.most_tokens(built)
+def window_is_fixed(manifest: Manifest) -> bool:
+    """Whether the engine's window can only be shorter than the one that it was built for."""
+    compiled_in = manifest.part("decoder").rotary_tables is None
+    return compiled_in or not manifest.decode.positions.extends
 
 
 def _window(bundle: Bundle, config: EngineConfig) -> int:
     """Tokens of a sequence: as asked for, or as the engine was built."""
-    decode, asked = bundle.manifest.decode, config.session_len
-    built, positions = decode.session_len, decode.positions
+    manifest, asked = bundle.manifest, config.session_len
+    built, positions = manifest.decode.session_len, manifest.decode.positions
     if asked is None or asked <= built:
         return asked or built
-    most = longest_window(bundle.manifest)
-    if most is not None and asked > most:
-        raise _too_long(bundle, asked, most)
-    if positions.trained_length is not None and asked > positions.trained_length:
+    if window_is_fixed(manifest):
+        rebuild = f"build-engine CHECKPOINT -o {bundle.folder} --session-len {asked} --force"
+        raise ConfigError(
+            "session_len is larger than the engine's window.",
+            found=f"session_len={asked}",
+            expected=f"at most {built}",
+            fix=f"{rebuild}, where CHECKPOINT is {manifest.provenance.source}",
+        )
+    attended, trained = positions.attention_window, positions.trained_length
+    if attended is not None and asked > attended:
+        raise ConfigError(
+            "session_len is larger than what the model attends to.",
+            found=f"session_len={asked}",
+            expected=f"at most {attended}",
+            fix=f"EngineConfig(session_len={attended})",
+        )
+    if trained is not None and asked > trained:
         logger.warning(
-            "session_len=%s is beyond the %d tokens that the model was trained for; answers to "
+            "session_len=%d is beyond the %d tokens that the model was trained for; answers to "
             "longer conversations may degrade",
-            shown(asked),
-            positions.trained_length,
+            asked,
+            trained,
         )
     return asked
-
-
-def _too_long(bundle: Bundle, asked: int, most: int) -> ConfigError:
-    manifest = bundle.manifest
-    rebuild = (
-        f"build-engine CHECKPOINT -o {bundle.folder} --session-len {asked} --force, "
-        f"where CHECKPOINT is {manifest.provenance.source}"
-    )
-    compiled_in = most == manifest.decode.session_len
-    return ConfigError(
-        "session_len is larger than the engine's window."
-        if compiled_in
-        else "session_len is larger than what the model attends to.",
-        found=f"session_len={shown(asked)}",
-        expected=f"at most {most}",
-        fix=rebuild if compiled_in else f"EngineConfig(session_len={most})",
-    )
 
 
 def _longer_tables(manifest: Manifest, capacity: int) -> int:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, cast
 
+from typing_extensions import override
+
 from vlmforge.engine.fields import (
     FLOATS,
     ByteCount,
@@ -33,7 +35,7 @@ from vlmforge.engine.migration import SCHEMA_VERSION, upgraded
 from vlmforge.engine.positions import PositionPolicy
 from vlmforge.engine.prompts import PromptPolicy
 from vlmforge.engine.regular_file import read_regular
-from vlmforge.engine.schema import data_json, from_json, parse_json, to_data
+from vlmforge.engine.schema import Agreeing, data_json, from_json, parse_json, to_data
 from vlmforge.errors import EngineFormatError, EngineIntegrityError
 from vlmforge.field_rules import Choice, Int
 
@@ -173,7 +175,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Agreeing):
     """All that the runtime knows of an engine.
 
     `dtype` is how weights are stored, but for those of the decoder that `quantisation`, "int8" or
@@ -195,8 +197,8 @@ class Manifest:
     files: tuple[FileEntry, ...]
     provenance: Provenance
 
+    @override
     def disagreements(self) -> Iterator[tuple[str, str]]:
-        """See `schema.Agreeing`."""
         names, paths = [part.name for part in self.parts], [entry.path for entry in self.files]
         outputs = [output for part in self.parts for output in part.outputs]
         logits = [n for output in outputs if output.name == "logits" for n in output.shape[-1:]]

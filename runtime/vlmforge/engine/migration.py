@@ -27,7 +27,7 @@ _IDLE_OF_IMAGES: Mapping[str, tuple[str, ...]] = {
     "anyres": ("shortest_edge", "crop", "pad_fill"),
 }
 _FORMAT = ("resample", "rescale_factor", "mean", "std", "background")
-_DIGITS: Mapping[object, object] = {"down": None, "down_after_7_digits": 7}
+_DIGITS: Mapping[str, object] = {"down": None, "down_after_7_digits": 7}
 
 
 def upgraded(data: Mapping[str, object], version: int) -> Table:
@@ -53,7 +53,7 @@ def _image(image: Table) -> Table:
 
 
 def _tiling(tiling: Table) -> Table:
-    merge, rounding = tiling.get("merge"), tiling.pop("rounding", None)
+    merge, rounding = tiling.get("merge"), str(tiling.pop("rounding", None))
     tiling["merge"] = {"name": merge}
     if merge == "unpadded_lines":
         tiling["merge"] = {"name": merge, "digits": _DIGITS.get(rounding, rounding)}

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
+from typing_extensions import override
 
 from vlmforge.engine.fields import MOST_TOKENS, ImageTokens, Pixels, Side
 from vlmforge.engine.images.pixels import Box, Colour, Rows, Size
+from vlmforge.engine.schema import Agreeing
 from vlmforge.field_rules import Int
 
 
@@ -54,7 +56,7 @@ Merge: TypeAlias = Views | Lines | UnpaddedLines
 
 
 @dataclass(frozen=True, slots=True)
-class Tiling:
+class Tiling(Agreeing):
     """How an image is cut into views, and which of their rows become tokens.
 
     Attributes:
@@ -75,8 +77,8 @@ class Tiling:
     view_rows: ImageTokens
     merge: Merge
 
+    @override
     def disagreements(self) -> Iterator[tuple[str, str]]:
-        """See `schema.Agreeing`."""
         tile, canvases = self.tile, self.canvases
         whole = all(width % tile == 0 == height % tile for width, height in canvases)
         if not canvases or not whole:

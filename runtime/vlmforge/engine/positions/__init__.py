@@ -1,8 +1,8 @@
 """Position policies: how the places of a sequence's tokens become rotary angles.
 
-A tagged union, one file each. All of them answer `has_levels`, `level(prompt_tokens)`, and what
-longer window than the built one an engine can be given at load: `most_tokens(built)` and
-`longer_tables(positions)`.
+A tagged union, one file each. All of them answer `has_levels` and `level(prompt_tokens)`, and of
+windows that are longer than the built one: `extends`, `trained_length`, `attention_window`,
+`table_bytes(positions)` and `longer_tables(positions)`.
 """
 
 from __future__ import annotations

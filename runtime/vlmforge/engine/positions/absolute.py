@@ -49,9 +49,10 @@ class Absolute:
         del prompt_tokens
         return 0
 
-    def most_tokens(self, built: int) -> int | None:
-        """The longest window of an engine built for `built` tokens; None: any length."""
-        return self.attention_window if self.inverse_frequencies else built
+    @property
+    def extends(self) -> bool:
+        """Whether tables can be made of more positions than were built."""
+        return bool(self.inverse_frequencies)
 
     def table_bytes(self, positions: int) -> int:
         """Bytes of the tables of that many positions."""
@@ -59,9 +60,7 @@ class Absolute:
 
     def longer_tables(self, positions: int) -> RotaryTables | None:
         """The tables of that many positions: those of the build, continued; None: not known."""
-        if not self.inverse_frequencies:
-            return None
-        return rotary_tables(self.inverse_frequencies, positions)
+        return rotary_tables(self.inverse_frequencies, positions) if self.extends else None
 
 
 def rotary_tables(inverse_frequencies: Sequence[float], positions: int) -> RotaryTables:

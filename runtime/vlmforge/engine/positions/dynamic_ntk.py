@@ -35,9 +35,15 @@ class DynamicNTK:
         """The level of a sequence with a prompt of that many tokens, > 0."""
         return min(level_of(prompt_tokens, self.trained_length), self.levels - 1)
 
-    def most_tokens(self, built: int) -> int | None:
-        """The window that the engine was built for: its levels are compiled in."""
-        return built
+    @property
+    def extends(self) -> bool:
+        """False: the levels, and where each begins among the tables, are compiled in."""
+        return False
+
+    @property
+    def attention_window(self) -> int | None:
+        """None: the model attends to all tokens."""
+        return None
 
     def table_bytes(self, positions: int) -> int:
         """No tables are made at load."""
