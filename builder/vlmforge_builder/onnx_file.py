@@ -12,6 +12,9 @@ from vlmforge.errors import BuildError
 from vlmforge.runner.interface import Interface
 from vlmforge_builder.weights import Layout
 
+# Where ONNX has another name than the manifest.
+_TYPES = {"float32": ir.DataType.FLOAT, "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN}
+
 
 def unread(dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:
     """A tensor for an initialiser whose values are to stay in their file."""
@@ -56,7 +59,7 @@ def check_interface(graph: ir.Graph, interface: Interface) -> None:
 
 def add_input(graph: ir.Graph, spec: TensorSpec) -> ir.Value:
     """Give a graph an input of the runtime's list."""
-    dtype = ir.DataType[spec.dtype.upper()]
+    dtype = _TYPES.get(spec.dtype) or ir.DataType[spec.dtype.upper()]
     value = ir.Value(name=spec.name, type=ir.TensorType(dtype), shape=ir.Shape(spec.shape))
     graph.inputs.append(value)
     return value
@@ -71,5 +74,5 @@ def _spec(value: ir.Value) -> TensorSpec:
     assert value.dtype is not None
     shape = value.shape if value.shape is not None else ()
     dims = tuple(d if isinstance(d, int) else str(d) for d in shape)
-    names = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn"}
+    names = {dtype: name for name, dtype in _TYPES.items()}
     return TensorSpec(value.name or "", names.get(value.dtype, value.dtype.name.lower()), dims)

@@ -145,7 +145,7 @@ class TensorRTTarget(Target):
 
     def _interface(self, part: PartSpec, settings: Settings) -> Interface:
         """What the compiled part takes and gives."""
-        traced = dataclasses.replace(part.interface, dtype=settings.dtype)
+        traced = dataclasses.replace(part.interface, features=settings.dtype)
         if not isinstance(traced, DecoderInterface):
             return traced
         capacity = settings.session_len if settings.attention == "native" else None

@@ -15,6 +15,8 @@ from vlmforge.engine.manifest import KVLayout, Manifest, TensorSpec
 IMAGES, BATCH, TOKENS, ROWS, OUTPUTS = "images", "batch", "tokens", "rows", "outputs"
 CAPACITY, PAGES, SEQUENCE_PAGES = "capacity", "pages", "sequence_pages"
 
+_CHAINED = ("cuda",)  # backends whose attention runs between graphs
+
 PIXEL_VALUES, IMAGE_FEATURES, LOGITS = "pixel_values", "image_features", "logits"
 
 INPUT_IDS = TensorSpec("input_ids", "int64", (BATCH, TOKENS))
@@ -39,13 +41,13 @@ class VisionInterface:
         image_size: Height and width of a view.
         rows: Features of a view.
         hidden_size: Width of the decoder's embeddings.
-        dtype: What the part calculates in.
+        features: Dtype of the features.
     """
 
     image_size: tuple[int, int]
     rows: int
     hidden_size: int
-    dtype: str = "float32"
+    features: str = "float32"
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -56,7 +58,7 @@ class VisionInterface:
     def outputs(self) -> tuple[TensorSpec, ...]:
         """In the order of the graph."""
         shape = IMAGES, self.rows, self.hidden_size
-        return (TensorSpec(IMAGE_FEATURES, self.dtype, shape),)
+        return (TensorSpec(IMAGE_FEATURES, self.features, shape),)
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -72,28 +74,30 @@ class DecoderInterface:
         vocab_size, hidden_size: Of the model.
         kv: The cache; with a page size, its tensors are pools, and sequences have block tables.
         has_levels: Whether each sequence has a rotary level.
-        dtype: What the part calculates in.
+        features: Dtype of the image features.
         capacity: Tokens of a sequence in a dense cache; None: varies.
+        chained: Attention runs between graphs, which neither know where pages are nor write them.
     """
 
     vocab_size: int
     hidden_size: int
     kv: KVLayout
     has_levels: bool = False
-    dtype: str = "float32"
+    features: str = "float32"
     capacity: int | None = None
+    chained: bool = False
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """In the order of the graph."""
         return (
             INPUT_IDS,
-            TensorSpec(IMAGE_FEATURES, self.dtype, (ROWS, self.hidden_size)),
+            TensorSpec(IMAGE_FEATURES, self.features, (ROWS, self.hidden_size)),
             PAST_LENGTHS,
             LOGITS_INDICES,
-            *(self._cache(past) for past in self.aliases.values()),
+            *(self._cache(past) for past in cache_names(self.kv)),
             *((ROTARY_LEVELS,) if self.has_levels else ()),
-            *((QUERY_LENGTHS, BLOCK_TABLE) if self.kv.page_size else ()),
+            *((QUERY_LENGTHS, BLOCK_TABLE) if self.kv.page_size and not self.chained else ()),
         )
 
     @property
@@ -105,7 +109,8 @@ class DecoderInterface:
     @property
     def aliases(self) -> Mapping[str, str]:
         """Each cache after a step, by the cache before it; the two may be one memory."""
-        return {present_of(past): past for past in cache_names(self.kv)}
+        names = () if self.chained else cache_names(self.kv)
+        return {present_of(past): past for past in names}
 
     def _cache(self, name: str) -> TensorSpec:
         kv = self.kv
@@ -130,23 +135,19 @@ def present_of(past: str) -> str:
 
 def interface_of(manifest: Manifest, part: str) -> Interface:
     """What a part of an engine takes and gives; whatever is not the vision part is a decoder."""
-    return _vision(manifest) if part == "vision" else _decoder(manifest)
-
-
-def _vision(manifest: Manifest) -> VisionInterface:
+    chained = manifest.backend in _CHAINED
+    features = "float32" if chained else manifest.compute_dtype
     image, decode = manifest.image, manifest.decode
-    rows = image.view_rows(decode.tokens_per_image)
-    return VisionInterface(image.view_size, rows, decode.hidden_size, manifest.compute_dtype)
-
-
-def _decoder(manifest: Manifest) -> DecoderInterface:
-    decode = manifest.decode
+    if part == "vision":
+        rows = image.view_rows(decode.tokens_per_image)
+        return VisionInterface(image.view_size, rows, decode.hidden_size, features)
     return DecoderInterface(
         decode.vocab_size,
         decode.hidden_size,
         manifest.kv,
         decode.positions.has_levels,
-        manifest.compute_dtype,
+        features,
+        chained=chained,
     )
 
 
