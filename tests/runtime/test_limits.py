@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -19,6 +20,7 @@ from vlmforge.api import memory
 from vlmforge.api.config import EngineConfig
 from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.manifest import load_manifest
+from vlmforge.engine.positions import Absolute
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.limits import Room, available_cpus, available_memory
 
@@ -275,13 +277,50 @@ def test_what_does_not_fit_names_who_limits_it(hf_engine: Path) -> None:
 
 
 def test_a_window_that_is_too_large_names_the_checkpoint(hf_engine: Path) -> None:
-    bundle = Bundle(hf_engine, load_manifest(hf_engine))
-    with pytest.raises(ConfigError) as caught:
-        memory.load_options(bundle, EngineConfig(session_len=5000), 1e12)
-    assert caught.value.fix == (
-        f"build-engine CHECKPOINT -o {hf_engine} --session-len 5000 --force, "
-        f"where CHECKPOINT is {bundle.manifest.provenance.source}"
+    """Of plans, and of engines of before, whose tables nobody knows."""
+    manifest = load_manifest(hf_engine)
+    vision, decoder = manifest.parts
+    plan = dataclasses.replace(decoder, rotary_tables=None)
+    unknown = dataclasses.replace(manifest.decode, positions=Absolute())
+    for fixed in (
+        dataclasses.replace(manifest, parts=(vision, plan)),
+        dataclasses.replace(manifest, decode=unknown),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            memory.load_options(Bundle(hf_engine, fixed), EngineConfig(session_len=5000), 1e12)
+        assert caught.value.summary == "session_len is larger than the engine's window."
+        assert caught.value.expected == "at most 1024"
+        assert caught.value.fix == (
+            f"build-engine CHECKPOINT -o {hf_engine} --session-len 5000 --force, "
+            f"where CHECKPOINT is {manifest.provenance.source}"
+        )
+
+
+def test_a_window_beyond_what_the_model_attends_to_is_refused(hf_engine: Path) -> None:
+    manifest = load_manifest(hf_engine)
+    positions = dataclasses.replace(manifest.decode.positions, attention_window=3000)
+    narrow = dataclasses.replace(
+        manifest, decode=dataclasses.replace(manifest.decode, positions=positions)
     )
+    bundle = Bundle(hf_engine, narrow)
+    assert memory.load_options(bundle, EngineConfig(session_len=3000), 1e12).capacity == 3000
+    with pytest.raises(ConfigError, match="what the model attends to") as caught:
+        memory.load_options(bundle, EngineConfig(session_len=3001), 1e12)
+    assert caught.value.fix == "EngineConfig(session_len=3000)"
+
+
+def test_longer_tables_are_counted(hf_engine: Path) -> None:
+    """A window that fits to the byte as it was built, and as it is made at load."""
+    manifest = load_manifest(hf_engine)
+    bundle = Bundle(hf_engine, manifest)
+    weights = sum(part.loaded_bytes for part in manifest.parts)
+    length = 64 * 100
+    config = EngineConfig(session_len=length, cache_max_entry_count=1.0, max_batch_size=1)
+    tables = 2 * 4 * length * manifest.kv.head_dim // 2
+    exact = weights + tables + length * manifest.kv.bytes_per_token
+    assert memory.load_options(bundle, config, exact).capacity == length
+    with pytest.raises(BackendUnavailableError, match="does not fit the memory"):
+        memory.load_options(bundle, config, exact - 1)
 
 
 def test_a_pipeline_is_planned_within_the_limits(

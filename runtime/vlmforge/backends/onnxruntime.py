@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from typing_extensions import override
@@ -53,8 +54,17 @@ def physical_cores() -> int:
     return min(len(cores) or allowed, allowed)
 
 
-def _session(path: Path, part: Part, options: LoadOptions, dtype: str) -> ort.InferenceSession:
+def _session(
+    path: Path,
+    part: Part,
+    options: LoadOptions,
+    dtype: str,
+    weights: Mapping[str, ort.OrtValue] = MappingProxyType({}),
+) -> ort.InferenceSession:
+    """`weights` take the place of those of the file; they must live as long as the session."""
     settings = ort.SessionOptions()
+    for name, value in weights.items():
+        settings.add_initializer(name, value)
     settings.intra_op_num_threads = options.threads or physical_cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
@@ -78,6 +88,18 @@ def _session(path: Path, part: Part, options: LoadOptions, dtype: str) -> ort.In
         ) from error
 
 
+def _longer_tables(manifest: Manifest, part: Part, capacity: int) -> Mapping[str, ort.OrtValue]:
+    """Rotary tables for a longer window than the engine was built for, by their weights' names."""
+    decode = manifest.decode
+    if capacity <= decode.session_len or part.rotary_tables is None:
+        return {}
+    made = decode.positions.longer_tables(capacity)
+    if made is None:
+        return {}
+    values = map(ort.OrtValue.ortvalue_from_numpy, made)
+    return dict(zip(part.rotary_tables, values, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class _Vision(VisionSession):
     session: ort.InferenceSession
@@ -88,8 +110,15 @@ class _Vision(VisionSession):
 
 
 class _Decoder(DecoderSession):
-    def __init__(self, session: ort.InferenceSession, kv: KVLayout, options: LoadOptions) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        kv: KVLayout,
+        options: LoadOptions,
+        weights: Mapping[str, ort.OrtValue],
+    ) -> None:
         self._session = session
+        self._weights = weights  # the session refers to them
         self._cache = DenseCache(kv, options.slots, options.capacity)
         self._rows = Rows(options.slots)
         self._hidden = self._feature_width()
@@ -194,9 +223,9 @@ class OnnxRuntimeBackend(Backend):
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
         part = manifest.part("decoder")
-        return _Decoder(
-            _session(folder / part.file, part, options, manifest.dtype), manifest.kv, options
-        )
+        weights = _longer_tables(manifest, part, options.capacity)
+        session = _session(folder / part.file, part, options, manifest.dtype, weights)
+        return _Decoder(session, manifest.kv, options, weights)
 
     @override
     def check(self) -> None:
