@@ -5,9 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from vlmforge.kv.cache import Keys
+from vlmforge.kv.cache import NO_KEYS, Keys, joined
 
 
 class State(enum.Enum):
@@ -47,6 +45,7 @@ class TokenSequence:
     cached: int = 0
     preempted: int = 0
     prompt_length: int = field(init=False)
+    _room: Keys = field(default_factory=lambda: NO_KEYS, repr=False)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -64,4 +63,4 @@ class TokenSequence:
     def append(self, token: int) -> None:
         """A token was generated."""
         self.tokens.append(token)
-        self.keys = np.append(self.keys, np.int64(token))
+        self.keys, self._room = joined(self.keys, (token,), self._room)
