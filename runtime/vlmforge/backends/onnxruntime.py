@@ -6,6 +6,7 @@ the data file as they are. The graph reads and writes the key/value cache in pla
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -85,17 +86,59 @@ class _Vision(VisionSession):
         return np.asarray(features, np.float32)
 
 
+class _TokenSteps:
+    """What steps of one token for each row give and take: arrays that stay where they are.
+
+    Binding a step anew takes as long as a small decoder's arithmetic.
+    """
+
+    def __init__(self, session: ort.InferenceSession, rows: int) -> None:
+        inputs = {item.name: item for item in session.get_inputs()}
+        outputs = {item.name: item for item in session.get_outputs()}
+        self.has_levels = "rotary_levels" in inputs
+        self._session = session
+        self._inputs = {
+            "input_ids": np.zeros((rows, 1), np.int64),
+            "past_lengths": np.zeros(rows, np.int64),
+            "logits_indices": np.zeros((rows, 1), np.int64),
+        }
+        if self.has_levels:
+            self._inputs["rotary_levels"] = np.zeros(rows, np.int64)
+        self.no_features = np.zeros((1, inputs["image_features"].shape[1]), np.float32)
+        self.logits = np.zeros((rows, 1, outputs["logits"].shape[2]), np.float32)
+
+    def bind(self, rows: int) -> ort.IOBinding:
+        """The first `rows` rows of all arrays; the caches are still to be bound."""
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("image_features", self.no_features)
+        for name, array in self._inputs.items():
+            binding.bind_cpu_input(name, array[:rows])
+        logits = ort.OrtValue.ortvalue_from_numpy(self.logits[:rows])
+        binding.bind_ortvalue_output("logits", logits)
+        return binding
+
+    def take(self, batch: DecoderBatch) -> bool:
+        """Whether it is such a step, and its arrays are taken over."""
+        rows, length = batch.input_ids.shape
+        levels = batch.rotary_levels
+        if length != 1 or batch.image_features is not None or batch.logits_indices.shape[1] != 1:
+            return False
+        if (levels is not None) != self.has_levels:
+            return False
+        self._inputs["input_ids"][:rows] = batch.input_ids
+        self._inputs["past_lengths"][:rows] = batch.past_lengths
+        if levels is not None:
+            self._inputs["rotary_levels"][:rows] = levels
+        return True
+
+
 class _Decoder(DecoderSession):
     def __init__(self, session: ort.InferenceSession, kv: KVLayout, options: LoadOptions) -> None:
         self._session = session
         self._cache = DenseCache(kv, options.slots, options.capacity)
         self._rows = Rows(options.slots)
-        self._hidden = self._feature_width()
-        self._bound: OrderedDict[tuple[int, int], dict[str, ort.OrtValue]] = OrderedDict()
-
-    def _feature_width(self) -> int:
-        inputs = {item.name: item for item in self._session.get_inputs()}
-        return int(inputs["image_features"].shape[1])
+        self._tokens = _TokenSteps(session, options.slots)
+        self._bound: OrderedDict[tuple[int, int], ort.IOBinding] = OrderedDict()
 
     @override
     def move(self, move: Move) -> None:
@@ -106,13 +149,32 @@ class _Decoder(DecoderSession):
             self._cache.drop(self._rows.row(move.place), move.tokens)
             self._rows.set_tokens(move.place, move.tokens)
 
+    @override
     def step(self, batch: DecoderBatch) -> FloatArray:
         arrangement = self._rows.arrange(batch.slots)
         for exchange in arrangement.exchanges:
             self._cache.exchange(exchange.first, exchange.second, exchange.tokens)
         order = list(arrangement.order)
         in_order = order == sorted(order)
-        binding = self._bind(batch, None if in_order else order, arrangement.first_row)
+        placed = batch if in_order else _reordered(batch, order)
+        rows, length = batch.input_ids.shape
+        one_token = self._tokens.take(placed)
+        if one_token:
+            binding = self._token_binding(arrangement.first_row, rows)
+        else:
+            binding = self._binding(placed, arrangement.first_row)
+        self._run(binding, batch)
+        for slot, past in zip(batch.slots, batch.past_lengths.tolist(), strict=True):
+            self._rows.set_tokens(slot, past + length)
+        # Copied: what comes may be a view of memory that goes with the binding, or is used again.
+        given = self._tokens.logits[:rows] if one_token else binding.get_outputs()[-1].numpy()
+        if in_order:
+            return np.array(given, np.float32)
+        logits = np.empty(given.shape, np.float32)
+        logits[order] = given
+        return logits
+
+    def _run(self, binding: ort.IOBinding, batch: DecoderBatch) -> None:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
@@ -122,51 +184,55 @@ class _Decoder(DecoderSession):
                 expected=f"a step of {batch.input_ids.shape} tokens",
                 fix="vlmforge verify ENGINE; if it fails too, rebuild the engine",
             ) from error
-        for slot, past in zip(batch.slots, batch.past_lengths, strict=True):
-            self._rows.set_tokens(slot, int(past) + batch.input_ids.shape[1])
-        # Copied: what comes may be a view of memory that goes with the binding.
-        given = binding.get_outputs()[-1].numpy()
-        if in_order:
-            return np.array(given, np.float32)
-        logits = np.empty(given.shape, np.float32)
-        logits[order] = given
-        return logits
 
-    def _bind(self, batch: DecoderBatch, order: list[int] | None, first: int) -> ort.IOBinding:
-        """`order`: of the batch's rows in the cache; None: theirs."""
+    def _binding(self, batch: DecoderBatch, first: int) -> ort.IOBinding:
+        """Of a batch whose rows lie in the cache from row `first` on, in order."""
         features = batch.image_features
-        if features is None:
-            features = np.zeros((1, self._hidden), np.float32)
-        rows = {
+        inputs = {
+            "image_features": self._tokens.no_features if features is None else features,
             "input_ids": batch.input_ids,
             "past_lengths": batch.past_lengths,
             "logits_indices": batch.logits_indices,
         }
         if batch.rotary_levels is not None:
-            rows["rotary_levels"] = batch.rotary_levels
+            inputs["rotary_levels"] = batch.rotary_levels
         binding = self._session.io_binding()
-        binding.bind_cpu_input("image_features", np.ascontiguousarray(features))
-        for name, value in rows.items():
-            placed = value if order is None else value[order]
-            binding.bind_cpu_input(name, np.ascontiguousarray(placed))
-        for name, cache in self._buffers(first, len(batch.input_ids)).items():
-            binding.bind_ortvalue_input(f"past_{name}", cache)
-            binding.bind_ortvalue_output(f"present_{name}", cache)
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        self._bind_cache(binding, first, len(batch.input_ids))
         binding.bind_output("logits", "cpu")
         return binding
 
-    def _buffers(self, first: int, count: int) -> dict[str, ort.OrtValue]:
-        """The rows `first .. first + count` of each cache, where they lie."""
-        key = (first, count)
+    def _token_binding(self, first: int, rows: int) -> ort.IOBinding:
+        """Of one token for each of the rows `first .. first + rows`; made once."""
+        key = (first, rows)
         if key not in self._bound:
-            self._bound[key] = {
-                name: ort.OrtValue.ortvalue_from_numpy(rows)
-                for name, rows in self._cache.rows(first, count)
-            }
+            binding = self._tokens.bind(rows)
+            self._bind_cache(binding, first, rows)
+            self._bound[key] = binding
         self._bound.move_to_end(key)
         if len(self._bound) > _BOUND_LAYOUTS:
             self._bound.popitem(last=False)
         return self._bound[key]
+
+    def _bind_cache(self, binding: ort.IOBinding, first: int, count: int) -> None:
+        """The rows `first .. first + count` of each tensor, where they lie."""
+        for name, rows in self._cache.rows(first, count):
+            value = ort.OrtValue.ortvalue_from_numpy(rows)
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
+
+
+def _reordered(batch: DecoderBatch, order: list[int]) -> DecoderBatch:
+    levels = batch.rotary_levels
+    return dataclasses.replace(
+        batch,
+        slots=[batch.slots[index] for index in order],
+        input_ids=batch.input_ids[order],
+        past_lengths=batch.past_lengths[order],
+        logits_indices=batch.logits_indices[order],
+        rotary_levels=None if levels is None else levels[order],
+    )
 
 
 @dataclass(frozen=True, slots=True)

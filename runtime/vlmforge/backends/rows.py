@@ -49,6 +49,8 @@ class Rows:
 
     def arrange(self, slots: Sequence[int]) -> Arrangement:
         """Bring the slots, all different, side by side; as few tokens as possible are moved."""
+        if len(slots) == 1:
+            return Arrangement(self._row_of[slots[0]], (0,), ())
         members = {self._row_of[slot] for slot in slots}
         first = min(members)
         if max(members) - first + 1 > len(slots):  # mostly they are side by side already
