@@ -58,7 +58,7 @@ class TokenSequence:
     @property
     def decoding(self) -> bool:
         """Whether nothing but its newest token is left to run."""
-        return self.begun and self.computed == len(self.tokens) - 1
+        return self.prompt_length < len(self.tokens) == self.computed + 1
 
     def append(self, token: int) -> None:
         """A token was generated."""
