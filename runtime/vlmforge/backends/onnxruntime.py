@@ -6,7 +6,6 @@ the data file as they are. The graph reads and writes the key/value cache in pla
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -34,6 +33,9 @@ from vlmforge.ort import ort
 
 PROVIDER = "CPUExecutionProvider"
 _BOUND_LAYOUTS = 256
+
+Order = list[int] | slice
+"""Of a batch's rows in the cache; a slice where they lie as they are."""
 
 
 def physical_cores() -> int:
@@ -95,14 +97,14 @@ class _TokenSteps:
     def __init__(self, session: ort.InferenceSession, rows: int) -> None:
         inputs = {item.name: item for item in session.get_inputs()}
         outputs = {item.name: item for item in session.get_outputs()}
-        self.has_levels = "rotary_levels" in inputs
+        self._has_levels = "rotary_levels" in inputs
         self._session = session
         self._inputs = {
             "input_ids": np.zeros((rows, 1), np.int64),
             "past_lengths": np.zeros(rows, np.int64),
             "logits_indices": np.zeros((rows, 1), np.int64),
         }
-        if self.has_levels:
+        if self._has_levels:
             self._inputs["rotary_levels"] = np.zeros(rows, np.int64)
         self.no_features = np.zeros((1, inputs["image_features"].shape[1]), np.float32)
         self.logits = np.zeros((rows, 1, outputs["logits"].shape[2]), np.float32)
@@ -117,18 +119,18 @@ class _TokenSteps:
         binding.bind_ortvalue_output("logits", logits)
         return binding
 
-    def take(self, batch: DecoderBatch) -> bool:
+    def take(self, batch: DecoderBatch, order: Order) -> bool:
         """Whether it is such a step, and its arrays are taken over."""
         rows, length = batch.input_ids.shape
         levels = batch.rotary_levels
         if length != 1 or batch.image_features is not None or batch.logits_indices.shape[1] != 1:
             return False
-        if (levels is not None) != self.has_levels:
+        if (levels is not None) != self._has_levels:
             return False
-        self._inputs["input_ids"][:rows] = batch.input_ids
-        self._inputs["past_lengths"][:rows] = batch.past_lengths
+        self._inputs["input_ids"][:rows] = batch.input_ids[order]
+        self._inputs["past_lengths"][:rows] = batch.past_lengths[order]
         if levels is not None:
-            self._inputs["rotary_levels"][:rows] = levels
+            self._inputs["rotary_levels"][:rows] = levels[order]
         return True
 
 
@@ -153,23 +155,21 @@ class _Decoder(DecoderSession):
     def step(self, batch: DecoderBatch) -> FloatArray:
         arrangement = self._rows.arrange(batch.slots)
         for exchange in arrangement.exchanges:
-            self._cache.exchange(exchange.first, exchange.second, exchange.tokens)
-        order = list(arrangement.order)
-        in_order = order == sorted(order)
-        placed = batch if in_order else _reordered(batch, order)
+            self._cache.exchange(exchange)
         rows, length = batch.input_ids.shape
-        one_token = self._tokens.take(placed)
+        order: Order = list(arrangement.order)
+        if order == list(range(rows)):
+            order = slice(rows)
+        one_token = self._tokens.take(batch, order)
         if one_token:
             binding = self._token_binding(arrangement.first_row, rows)
         else:
-            binding = self._binding(placed, arrangement.first_row)
+            binding = self._binding(batch, order, arrangement.first_row)
         self._run(binding, batch)
         for slot, past in zip(batch.slots, batch.past_lengths.tolist(), strict=True):
             self._rows.set_tokens(slot, past + length)
         # Copied: what comes may be a view of memory that goes with the binding, or is used again.
         given = self._tokens.logits[:rows] if one_token else binding.get_outputs()[-1].numpy()
-        if in_order:
-            return np.array(given, np.float32)
         logits = np.empty(given.shape, np.float32)
         logits[order] = given
         return logits
@@ -185,20 +185,22 @@ class _Decoder(DecoderSession):
                 fix="vlmforge verify ENGINE; if it fails too, rebuild the engine",
             ) from error
 
-    def _binding(self, batch: DecoderBatch, first: int) -> ort.IOBinding:
-        """Of a batch whose rows lie in the cache from row `first` on, in order."""
+    def _binding(self, batch: DecoderBatch, order: Order, first: int) -> ort.IOBinding:
+        """`order`: of the batch's rows in the cache, from row `first` on."""
         features = batch.image_features
         inputs = {
-            "image_features": self._tokens.no_features if features is None else features,
             "input_ids": batch.input_ids,
             "past_lengths": batch.past_lengths,
             "logits_indices": batch.logits_indices,
         }
         if batch.rotary_levels is not None:
             inputs["rotary_levels"] = batch.rotary_levels
+        if features is None:
+            features = self._tokens.no_features
         binding = self._session.io_binding()
+        binding.bind_cpu_input("image_features", np.ascontiguousarray(features))
         for name, value in inputs.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            binding.bind_cpu_input(name, np.ascontiguousarray(value[order]))
         self._bind_cache(binding, first, len(batch.input_ids))
         binding.bind_output("logits", "cpu")
         return binding
@@ -221,18 +223,6 @@ class _Decoder(DecoderSession):
             value = ort.OrtValue.ortvalue_from_numpy(rows)
             binding.bind_ortvalue_input(f"past_{name}", value)
             binding.bind_ortvalue_output(f"present_{name}", value)
-
-
-def _reordered(batch: DecoderBatch, order: list[int]) -> DecoderBatch:
-    levels = batch.rotary_levels
-    return dataclasses.replace(
-        batch,
-        slots=[batch.slots[index] for index in order],
-        input_ids=batch.input_ids[order],
-        past_lengths=batch.past_lengths[order],
-        logits_indices=batch.logits_indices[order],
-        rotary_levels=None if levels is None else levels[order],
-    )
 
 
 @dataclass(frozen=True, slots=True)
