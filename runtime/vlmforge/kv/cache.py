@@ -95,5 +95,8 @@ def joined(keys: Keys, more: Keys | Sequence[int], room: Keys) -> tuple[Keys, Ke
     if keys.base is not room or end > len(room):
         room = np.empty(2 * end, np.int64)
         room[:start] = keys
-    room[start:end] = more
+    if end - start == 1:  # mostly
+        room[start] = more[0]
+    else:
+        room[start:end] = more
     return room[:end], room

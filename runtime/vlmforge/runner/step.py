@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vlmforge.kv.cache import Move
 
 Logits = Literal["none", "last", "all"]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What a step runs of one sequence.
+class Row(NamedTuple):
+    """What a step runs of one sequence. A tuple: there are many, and they are made fast.
 
     Attributes:
         sequence: Its id.
