@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stand_in import Parts, plain, png, stand_in
-from vlmforge import Pipeline, Session
+from vlmforge import Pipeline, Response, Session
 
 Turn = tuple[str, list[int]]
 """The text, and the seeds of its pictures."""
@@ -80,3 +80,12 @@ def test_what_is_reused_is_as_counted(turns: list[Turn], tokens: int) -> None:
 def test_the_first_picture_is_never_run_again(second: list[int]) -> None:
     (_, all_of_it), (reused, _) = check([("look", [1]), ("and", second)], tokens=3)
     assert reused >= all_of_it - 1
+
+
+def test_of_the_same_prompt_the_last_token_is_run() -> None:
+    with stand_in(slots=1) as pipe:
+        first, again = (pipe(("look", png(1)), plain(1)) for _ in range(2))
+    assert isinstance(first, Response)
+    assert isinstance(again, Response)
+    assert (first.cached_tokens, again.cached_tokens) == (0, again.input_token_len - 1)
+    assert first.text == again.text
