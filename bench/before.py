@@ -19,10 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from child import Child
+from new_image import saved_image
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("runtime", "builder", "plugins_cuda", "recipes")
@@ -89,7 +87,7 @@ class Sides:
         """What each took for the same prompts, which nobody has seen."""
         self._asked += 1
         texts = [f"{self._asked}.{i}: what is shown here?" for i in range(case.prompts)]
-        image = str(new_image(self._work, self._asked)) if case.image else None
+        image = str(saved_image(self._work, self._asked)) if case.image else None
         question = {"prompts": texts, "image": image, "tokens": case.tokens}
         found = {index: self._children[index].ask(question) for index in self._order()}
         if found[0]["text"] != found[1]["text"]:
@@ -103,14 +101,6 @@ class Sides:
 
     def _order(self) -> tuple[int, int]:
         return (0, 1) if self._asked % 2 else (1, 0)
-
-
-def new_image(work: Path, seed: int) -> Path:
-    """An image that no cache has seen."""
-    path = work / "round.png"
-    pixels = np.random.default_rng(seed).integers(0, 256, (480, 640, 3), np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
 
 
 def measure(

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from new_image import new_image
 from timeline import Steps, draw
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, Session, pipeline
 
@@ -157,11 +158,6 @@ def turns(pipe: Pipeline, image: Image.Image) -> tuple[float, float, int, int]:
     return found[0], found[1], answer.input_token_len, answer.cached_tokens
 
 
-def _new_image(seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (480, 640, 3), np.uint8)
-    return Image.fromarray(pixels)
-
-
 def alternate(
     rounds: int, first: Callable[[int], float], second: Callable[[int], float]
 ) -> list[tuple[float, float]]:
@@ -212,7 +208,7 @@ def poisson(pipe: Pipeline, rounds: int, rate: float) -> list[str]:
 
 def second_turn(pipe: Pipeline, rounds: int) -> list[str]:
     """The first token of the second turn about an image against that of the first."""
-    found = [turns(pipe, _new_image(index)) for index in range(rounds)]
+    found = [turns(pipe, new_image(index)) for index in range(rounds)]
     pairs = [(second, first) for first, second, _, _ in found]
     _, _, tokens, cached = found[-1]
     return [
@@ -254,7 +250,7 @@ def _pictured(pipe: Pipeline) -> Steps:
     """The steps of a mixed load."""
     prompts: list[object] = [request.prompt for request in MIXED]
     for index in (2, 5):
-        prompts[index] = (MIXED[index].prompt, _new_image(1000 + index))
+        prompts[index] = (MIXED[index].prompt, new_image(1000 + index))
     with Steps() as steps:
         pipe(prompts, [request.config for request in MIXED])
     return steps
