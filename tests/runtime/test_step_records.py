@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -61,6 +64,32 @@ def test_a_record_reads_as_a_sentence(records: Records) -> None:
     assert first.startswith("1 images in 0.")
     assert "prompt of 0 [0:" in first
     assert second.startswith("a token of 0 in 0.")
+
+
+@pytest.fixture
+def timeline() -> ModuleType:
+    """bench/timeline.py."""
+    path = Path(__file__).parents[2] / "bench" / "timeline.py"
+    spec = importlib.util.spec_from_file_location("timeline", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_picture_has_a_bar_for_each_piece_of_work(timeline: ModuleType, tmp_path: Path) -> None:
+    prompts = [("look", png(1)), "a longer text of some words", "short"]
+    with stand_in(slots=3, max_prefill_token_num=8) as pipe, timeline.Steps() as steps:
+        pipe(prompts, plain(7))
+    bars = timeline.bars(steps.records)
+    assert [len(pieces) for pieces in bars["decode"].values()] == [6] * 3
+    assert [len(pieces) for pieces in bars["encode"].values()] == [1]
+    for sequence in bars["prompt"]:  # a sequence does one thing at a time
+        pieces = sorted(piece for kind in bars.values() for piece in kind.get(sequence, []))
+        ends = [begin + length for begin, length in pieces]
+        assert all(end <= begin + 1e-6 for end, (begin, _) in zip(ends, pieces[1:], strict=False))
+    timeline.draw(tmp_path / "steps.png", steps)
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_nothing_is_told_to_nobody(records: Records) -> None:
