@@ -48,8 +48,9 @@ bench: $(STAMP) ## against transformers, on 60 M and 1 B parameters; what batchi
 	@$(BIN)/python bench/compare.py --sizes 60m 1b --work $(OUT)/bench
 	@$(BIN)/python bench/serving.py --engine $(OUT)/bench/1b.engine --picture $(OUT)/bench/steps.png
 
-bench-before: $(STAMP) ## is anything slower than at COMMIT? side by side, on engines that are built already
-	@$(BIN)/python bench/before.py $(COMMIT) --engines $(OUT)/demo/engine $(OUT)/bench/1b.engine --work $(OUT)/bench
+bench-before: $(STAMP) ## is anything slower than at COMMIT? side by side (1 B: after make bench)
+	@$(BIN)/python bench/before.py $(COMMIT) --work $(OUT)/bench \
+	  --checkpoints recipes/vlmforge_recipes/llava/demo/checkpoint $(OUT)/bench/1b.checkpoint
 
 bench-large: $(STAMP) ## build a 7 B checkpoint (random, 14 GB) and print seconds and peak memory
 	@$(BIN)/python bench/build_memory.py --size 7b --work $(OUT)/bench

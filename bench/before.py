@@ -1,16 +1,18 @@
 """Is anything slower than it was? This tree against an earlier commit, side by side.
 
-    python bench/before.py 058addf --engines out/demo/engine out/bench/1b.engine --work out/bench
+    python bench/before.py 058addf --checkpoints out/bench/1b.checkpoint --work out/bench
 
 Both are asked the same, one right after the other, in an order that alternates; what is shown are
 medians, the median of the rounds' ratios, and the ratio of the best rounds, which neighbours on the
-machine disturb least. Both use the packages that are installed here and
-load the same engines. The texts of their answers are compared too.
+machine disturb least. Both use the packages that are installed here and load the same engines:
+those that the earlier commit builds of `--checkpoints`, or `--engines` that both can read. The texts
+of their answers are compared too.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -61,6 +63,21 @@ def at_commit(commit: str, work: Path) -> Path:
     return folder
 
 
+def sources(tree: Path) -> tuple[Path, ...]:
+    """Where the packages of a tree are."""
+    return tuple((tree / package).resolve() for package in PACKAGES)
+
+
+def built(tree: Path, checkpoint: Path, work: Path) -> Path:
+    """The engine that a tree's own builder makes of a checkpoint, unless it is there."""
+    engine = work / f"{checkpoint.name}.{tree.name}.engine"
+    program = "import sys; from vlmforge_builder.cli import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sources(tree)))}
+    command = [sys.executable, "-c", program, checkpoint, "-o", engine]
+    subprocess.run(command, check=True, env=environment)
+    return engine
+
+
 class Sides:
     """Both versions with an engine, each in a process of its own."""
 
@@ -70,8 +87,7 @@ class Sides:
         self._asked = 0
 
     def _child(self, tree: Path) -> Child:
-        sources = tuple((tree / package).resolve() for package in PACKAGES)
-        return Child("burst.py", *self._arguments, sources=sources)
+        return Child("burst.py", *self._arguments, sources=sources(tree))
 
     def load(self) -> tuple[float, float]:
         """How long each takes to load: a second process, beside the one that is there."""
@@ -139,7 +155,8 @@ def main(given: Sequence[str] | None = None) -> None:
     """Measure each engine and print its table."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("commit")
-    arguments.add_argument("--engines", nargs="+", type=Path, required=True)
+    arguments.add_argument("--checkpoints", nargs="+", type=Path, default=[])
+    arguments.add_argument("--engines", nargs="+", type=Path, default=[])
     arguments.add_argument("--work", type=Path, required=True)
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--loads", type=int, default=3)
@@ -147,7 +164,8 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments.add_argument("--threads", type=int, default=0, help="of arithmetic; 0: as usual")
     values = arguments.parse_args(given)
     tree = at_commit(values.commit, values.work)
-    for engine in values.engines:
+    made = [built(tree, checkpoint, values.work) for checkpoint in values.checkpoints]
+    for engine in (*values.engines, *made):
         sides = Sides(tree, engine, values.threads, values.work)
         found = measure(sides, values.rounds, values.loads, values.tokens)
         sides.close()
