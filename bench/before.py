@@ -5,8 +5,8 @@
 Both are asked the same, one right after the other, in an order that alternates; what is shown are
 medians, the median of the rounds' ratios, and the ratio of the best rounds, which neighbours on the
 machine disturb least. Both use the packages that are installed here and load the same engines:
-those that the earlier commit builds of `--checkpoints`, or `--engines` that both can read. The texts
-of their answers are compared too.
+those that the earlier commit builds of `--checkpoints`, or `--engines` that both can read. The
+texts of their answers are compared too.
 """
 
 from __future__ import annotations
