@@ -5,10 +5,11 @@ BIN    := $(VENV)/bin
 # Without a home pip would make its cache in a folder called "~".
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q $(if $(HOME),,--no-cache-dir)
 OUT    ?= out
+COMMIT ?= HEAD~1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-nightly mutants check fmt bench bench-large bench-tiny precision train plugins test-gpu bench-gpu clean
+.PHONY: help demo test test-nightly mutants check fmt bench bench-before bench-large bench-tiny precision train plugins test-gpu bench-gpu clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -43,8 +44,13 @@ fmt: $(STAMP) ## format and mend what ruff can
 	@$(BIN)/ruff check --fix -q .
 	@$(BIN)/ruff format -q .
 
-bench: $(STAMP) ## speed and memory against transformers, on checkpoints of 60 M and 1 B parameters
+bench: $(STAMP) ## against transformers, on 60 M and 1 B parameters; what batching and the cache are worth
 	@$(BIN)/python bench/compare.py --sizes 60m 1b --work $(OUT)/bench
+	@$(BIN)/python bench/serving.py --engine $(OUT)/bench/1b.engine --picture $(OUT)/bench/steps.png
+
+bench-before: $(STAMP) ## is anything slower than at COMMIT? side by side (1 B: after make bench)
+	@$(BIN)/python bench/before.py $(COMMIT) --work $(OUT)/bench \
+	  --checkpoints recipes/vlmforge_recipes/llava/demo/checkpoint $(OUT)/bench/1b.checkpoint
 
 bench-large: $(STAMP) ## build a 7 B checkpoint (random, 14 GB) and print seconds and peak memory
 	@$(BIN)/python bench/build_memory.py --size 7b --work $(OUT)/bench
