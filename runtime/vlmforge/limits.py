@@ -67,6 +67,18 @@ def available_cpus(root: Path = _ROOT) -> int:
     return max(1, min([affinity or 1, *(math.ceil(quota) for quota in quotas)]))
 
 
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it.
+
+    glibc keeps pieces of less than 32 MB, and large pictures are made of such pieces: mallopt(3).
+    """
+    import ctypes  # not at the top, for the time of `import vlmforge`
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 def _machine(root: Path) -> Room:
     rows = _table(root / "proc/meminfo")
     if "MemAvailable" in rows:

@@ -15,6 +15,7 @@ from vlmforge.backends import FloatArray
 from vlmforge.errors import ContextLengthError, TokenLedger
 from vlmforge.inputs.messages import Conversation
 from vlmforge.inputs.render import RenderedPrompt
+from vlmforge.limits import return_freed_memory
 from vlmforge.outputs.generation_config import TokenFacts
 from vlmforge.outputs.grammar import Guides
 from vlmforge.outputs.token_generator import TokenGenerator
@@ -24,6 +25,8 @@ from vlmforge.scheduler.request import Request
 from vlmforge.vl.boxes import Grounding
 from vlmforge.vl.load import OpenedImage
 from vlmforge.vl.prepared import PreparedImage, encoded
+
+_LARGE_IMAGE = 8 << 20  # pixels; it takes longer than to give its memory back
 
 
 class InFlight:
@@ -108,12 +111,19 @@ class Preparation:
             known = self.known_features(digest)
             if known is not None:
                 return encoded(digest, known)
-            with request.watch.stage("load"):
-                pixels = image.decode(request.cancelled.is_set)
-            with request.watch.stage("preprocess"):
-                return self.engine.prepare_image(pixels, image.digest)
+            try:
+                return self._prepared(image, request)
+            finally:
+                if image.size[0] * image.size[1] >= _LARGE_IMAGE:
+                    return_freed_memory()
 
         return self._in_flight.get(digest, make)
+
+    def _prepared(self, image: OpenedImage, request: Request) -> PreparedImage:
+        with request.watch.stage("load"):
+            pixels = image.decode(request.cancelled.is_set)
+        with request.watch.stage("preprocess"):
+            return self.engine.prepare_image(pixels, image.digest)
 
     def _grounding(self, kept: Conversation, request: Request) -> Grounding | None:
         """`kept` is what is left of the request's conversation: the latest of its images."""
