@@ -15,7 +15,6 @@ from vlmforge.backends import FloatArray
 from vlmforge.errors import ContextLengthError, TokenLedger
 from vlmforge.inputs.messages import Conversation
 from vlmforge.inputs.render import RenderedPrompt
-from vlmforge.limits import return_freed_memory
 from vlmforge.outputs.generation_config import TokenFacts
 from vlmforge.outputs.grammar import Guides
 from vlmforge.outputs.token_generator import TokenGenerator
@@ -24,9 +23,8 @@ from vlmforge.runner.stages import Engine
 from vlmforge.scheduler.request import Request
 from vlmforge.vl.boxes import Grounding
 from vlmforge.vl.load import OpenedImage
+from vlmforge.vl.pixel_room import PIXEL_ROOM
 from vlmforge.vl.prepared import PreparedImage, encoded
-
-_LARGE_IMAGE = 8 << 20  # pixels; it takes longer than to give its memory back
 
 
 class InFlight:
@@ -111,11 +109,8 @@ class Preparation:
             known = self.known_features(digest)
             if known is not None:
                 return encoded(digest, known)
-            try:
+            with PIXEL_ROOM.hold(image.size, image.name, request.cancelled.is_set):
                 return self._prepared(image, request)
-            finally:
-                if image.size[0] * image.size[1] >= _LARGE_IMAGE:
-                    return_freed_memory()
 
         return self._in_flight.get(digest, make)
 
