@@ -17,7 +17,7 @@ from drawn_requests import Drawing, Outcome, Pictures, judged
 
 def test_a_short_run(hf_engine: Path, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "scripts/fuzz.py", "--engine", hf_engine, "--seed", "3"]
-    options = ["--requests", "120", "--no-large", "--memory", "3", "--growth", "inf"]
+    options = ["--requests", "50", "--no-large", "--memory", "3", "--growth", "inf"]
     done = subprocess.run(
         [*map(str, command), *options, "--work", str(tmp_path), "--hangs", str(HANGS / 2)],
         capture_output=True,
@@ -27,7 +27,7 @@ def test_a_short_run(hf_engine: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "; 0 faults" in done.stdout
-    for end in ("length", "stop", "invalid_request", "invalid_config", "left", "looked"):
+    for end in ("length", "stop", "invalid_request", "left", "looked"):
         assert f" {end}\n" in done.stdout
 
 
