@@ -119,8 +119,11 @@ class Loop(lifetime.Owner):
             refusal = _Died(error)
         with self._lock:
             self._refusal = refusal
-        self._take(block=False)  # nothing comes behind these
+        left = self._left()  # nothing comes behind these
         self._jobs.fail_all(refusal)
+        for job in left:
+            job.let_go()
+            job.fail(refusal())
 
     def _receive(self) -> bool:
         """Take what callers sent, waiting when there is nothing to do; False at the end."""
@@ -135,7 +138,18 @@ class Loop(lifetime.Owner):
                 return
             block = False
             if job is not None:
-                self._jobs.add(job)
+                try:
+                    self._jobs.add(job)
+                except BaseException:
+                    self._inbox.put(job)  # it ends with the others
+                    raise
+
+    def _left(self) -> list[Job]:
+        left = []
+        while not self._inbox.empty():  # nobody else takes from it
+            job = self._inbox.get()
+            left += [] if job is None else [job]
+        return left
 
 
 class _Died:
