@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from drawn_requests import Drawing, Outcome, send
+from drawn_requests import Drawing
+from sent_requests import Outcome, send
 from vlmforge import GenerationConfig, Pipeline
 
 _LOOK_S = 0.5

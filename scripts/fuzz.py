@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 from callers import Callers, resident_bytes, settle
-from drawn_requests import Drawing, draw_pictures, send
+from drawn_requests import Drawing, draw_pictures
+from sent_requests import send
 from vlmforge import EngineConfig, Pipeline, pipeline
 from vlmforge.limits import return_freed_memory
 

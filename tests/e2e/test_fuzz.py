@@ -12,7 +12,8 @@ from conftest import HANGS, ROOT
 from vlmforge import Response
 
 sys.path.append(str(ROOT / "scripts"))  # programs of their own, which import each other
-from drawn_requests import Drawing, Outcome, Pictures, judged
+from drawn_requests import Drawing, Pictures
+from sent_requests import Outcome, judged
 
 
 def test_a_short_run(hf_engine: Path, tmp_path: Path) -> None:
