@@ -9,7 +9,7 @@ COMMIT ?= HEAD~1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-nightly mutants check fmt bench bench-before bench-large bench-tiny precision train plugins test-gpu bench-gpu clean
+.PHONY: help demo test test-nightly mutants fuzz soak interleavings check fmt bench bench-before bench-large bench-tiny precision train plugins test-gpu bench-gpu clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -33,6 +33,15 @@ test-nightly: $(STAMP) ## the grids of which `make test` takes a part: every ker
 
 mutants: $(STAMP) ## plant known faults, one after the other: does the suite notice each? (minutes)
 	@$(BIN)/python scripts/mutants.py
+
+fuzz: $(STAMP) ## 10,000 fuzzed requests at a memory ceiling: no crash, hang, untyped error, lost memory (minutes)
+	@$(BIN)/python scripts/fuzz.py
+
+soak: $(STAMP) ## 30 minutes at full load: is memory flat, and does every request end?
+	@$(BIN)/python scripts/soak.py
+
+interleavings: $(STAMP) ## histories of requests on every golden family: is each answer the one alone? (minutes)
+	@$(BIN)/python scripts/interleavings.py
 
 check: $(STAMP) ## ruff, ruff format, mypy --strict and the import rules
 	@$(BIN)/ruff check .

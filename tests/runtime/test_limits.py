@@ -22,7 +22,7 @@ from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.manifest import load_manifest
 from vlmforge.engine.positions import Absolute
 from vlmforge.errors import BackendUnavailableError, ConfigError
-from vlmforge.limits import Room, available_cpus, available_memory
+from vlmforge.limits import Room, available_cpus, available_memory, return_freed_memory
 
 GIB = 1 << 30
 MACHINE = 64 * GIB
@@ -329,3 +329,54 @@ def test_a_pipeline_is_planned_within_the_limits(
     monkeypatch.setattr(api, "available_memory", lambda: Room(1000, "a limit"))
     with pytest.raises(BackendUnavailableError, match="does not fit the memory"):
         api.pipeline(hf_engine)
+
+
+# --- what is given back -----------------------------------------------------------------------
+
+# Threads that all have memory at once, and how many heaps it came from.
+HEAPS = """
+import ctypes, sys, threading
+from vlmforge.limits import keep_one_heap
+keep_one_heap()
+everybody = threading.Barrier(6)
+def allocate():
+    kept = [bytearray(50_000) for _ in range(20)]
+    everybody.wait()
+threads = [threading.Thread(target=allocate) for _ in range(6)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "single"),
+    [({}, True), ({"MALLOC_ARENA_MAX": "4"}, False), ({"GLIBC_TUNABLES": "arena_max"}, False)],
+)
+def test_one_heap_unless_somebody_chose(
+    tmp_path: Path, environment: dict[str, str], single: bool
+) -> None:
+    command = [sys.executable, "-c", HEAPS, str(tmp_path / "heaps.xml")]
+    subprocess.run(command, env={**os.environ, **environment}, check=True)
+    heaps = (tmp_path / "heaps.xml").read_text("ascii").count("<heap ")
+    assert (heaps == 1) == single
+
+
+def test_freed_memory_goes_back() -> None:
+    """Blocks between others that stay: the C library would keep them."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
+
+    blocks = [bytearray(b"1" * 100_000) for _ in range(1000)]
+    del blocks[::2]
+    before = resident()
+    return_freed_memory()
+    assert before - resident() > 40_000_000
+    assert len(blocks) == 500
