@@ -147,7 +147,6 @@ def taken(pipe: Pipeline, before: machine.FoundGpu) -> dict[str, float]:
 def accuracy(engines: list[Path]) -> None:
     """The demo model's share of right answers, by the kind of question, for each engine."""
     from precision import table
-
     from vlmforge.evaluation.cases import held_out_cases
     from vlmforge.evaluation.evaluate import evaluate
 

@@ -5,17 +5,27 @@ Plain data of the manifest. Tensors are told by their names: what one step gives
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated
+
+from typing_extensions import override
+
+from vlmforge.engine.fields import ByteCount, Count, Dimension, FilePath, ImageTokens, Name
+from vlmforge.engine.schema import Agreeing
+from vlmforge.field_rules import Int, Number
+
+Heads = Annotated[int, Int(1, 1 << 12)]
+Unit = Annotated[float, Number(0, 1e6, above=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """An input or output of a part. A string in `shape` is a symbolic dimension."""
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    name: Name
+    dtype: Name
+    shape: tuple[Annotated[int | str, Dimension()], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +39,10 @@ class Segment:
             most; an estimate, by which memory is planned.
     """
 
-    file: str
+    file: FilePath
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    token_bytes: int
+    token_bytes: ByteCount
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +60,15 @@ class AttentionCall:
         rotary: Whether it rotates query and key by the chain's tables.
     """
 
-    layer: int
-    qkv: str
-    out: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    key_scale: float
-    value_scale: float
+    layer: Annotated[int, Int(0, 1 << 12)]
+    qkv: Name
+    out: Name
+    heads: Heads
+    kv_heads: Heads
+    head_dim: Annotated[int, Int(1, 1 << 14)]
+    scale: Annotated[float, Number(-1e6, 1e6)]
+    key_scale: Unit
+    value_scale: Unit
     rotary: bool
 
 
@@ -69,20 +79,34 @@ class ChainStep:
     segment: Segment | None = None
     attention: AttentionCall | None = None
 
+    @property
+    def taken(self) -> frozenset[str]:
+        """Names of the tensors that it takes."""
+        if self.segment is not None:
+            return frozenset(spec.name for spec in self.segment.inputs)
+        return frozenset(() if self.attention is None else (self.attention.qkv,))
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the tensors that it gives."""
+        if self.segment is not None:
+            return frozenset(spec.name for spec in self.segment.outputs)
+        return frozenset(() if self.attention is None else (self.attention.out,))
+
 
 @dataclass(frozen=True, slots=True)
 class RotaryTables:
     """Cosines and sines, float32 `[positions, width]` each, at their offsets in bytes in `file`."""
 
-    file: str
-    cos_offset: int
-    sin_offset: int
-    positions: int
-    width: int
+    file: FilePath
+    cos_offset: ByteCount
+    sin_offset: ByteCount
+    positions: ImageTokens
+    width: Count
 
 
 @dataclass(frozen=True, slots=True)
-class PartChain:
+class PartChain(Agreeing):
     """What is run, in order.
 
     Attributes:
@@ -93,7 +117,21 @@ class PartChain:
 
     steps: tuple[ChainStep, ...]
     rotary: RotaryTables | None
-    kernels: Mapping[str, str]
+    kernels: Mapping[str, FilePath]
+
+    @override
+    def disagreements(self) -> Iterator[tuple[str, str]]:
+        steps, calls = self.steps, self.attention
+        if any((step.segment is None) == (step.attention is None) for step in steps):
+            yield "steps", "each a segment or a call"
+        if not steps or None in (steps[0].segment, steps[-1].segment):
+            yield "steps", "segments at both ends"
+        if not calls or len({(call.kv_heads, call.head_dim) for call in calls}) > 1:
+            yield "steps", "with attention of one shape"
+        if any(call.heads % call.kv_heads for call in calls):
+            yield "steps", "of heads that share keys evenly"
+        if self.rotary is None and any(call.rotary for call in calls):
+            yield "rotary", "given where attention rotates"
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -110,3 +148,11 @@ class PartChain:
         """All that it names."""
         tables = () if self.rotary is None else (self.rotary.file,)
         return frozenset((*(s.file for s in self.segments), *self.kernels.values(), *tables))
+
+    def missing(self, inputs: frozenset[str]) -> frozenset[str]:
+        """Tensors that a step takes and neither the part's `inputs` nor an earlier step gives."""
+        known, missing = set(inputs), set[str]()
+        for step in self.steps:
+            missing |= step.taken - known
+            known |= step.given
+        return frozenset(missing)
