@@ -9,14 +9,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sample_manifest import MANIFEST
 from vlmforge.api import load as api
 from vlmforge.api import memory
 from vlmforge.api.config import EngineConfig
@@ -276,38 +274,6 @@ def test_what_does_not_fit_names_who_limits_it(hf_engine: Path) -> None:
         memory.load_options(bundle, EngineConfig(), 1000.0)
     assert caught.value.found == f"0.00 GB for the cache, by {available_memory().limit}"
     assert "raise the limit" in caught.value.fix
-
-
-def paged(folder: Path) -> Bundle:
-    """The sample manifest as that of an engine with pages."""
-    kv = replace(MANIFEST.kv, layers=32, kv_heads=32, head_dim=128, dtype="float16", page_size=64)
-    decode = replace(MANIFEST.decode, session_len=2048, max_batch_size=64)
-    return Bundle(folder, replace(MANIFEST, kv=kv, decode=decode))
-
-
-def test_a_gpu_engine_gets_a_pool_of_what_is_free(tmp_path: Path) -> None:
-    bundle = paged(tmp_path)
-    page = 64 * bundle.manifest.kv.bytes_per_token
-    config = EngineConfig(cache_max_entry_count=0.5)
-    taken = sum(memory.part_bytes(part, 512) for part in bundle.manifest.parts)
-    planned = memory.load_options(bundle, config, taken + 1000 * page)
-    assert (planned.blocks, planned.block_size, planned.paged) == (500, 64, True)
-    assert (planned.slots, planned.capacity, planned.chunk) == (64, 2048, 512)
-    # No more than all sequences can ever fill; and a prompt's chunk is no more than a window.
-    few = EngineConfig(max_batch_size=2, session_len=100)
-    planned = memory.load_options(bundle, few, taken + 1000 * page)
-    assert (planned.blocks, planned.slots, planned.chunk) == (2 * 2, 2, 100)
-
-
-def test_what_does_not_fit_a_gpu_says_what_to_change(tmp_path: Path) -> None:
-    bundle = paged(tmp_path)
-    taken = sum(memory.part_bytes(part, 512) for part in bundle.manifest.parts)
-    with pytest.raises(BackendUnavailableError, match="memory of this GPU") as caught:
-        memory.load_options(bundle, EngineConfig(), taken + 1e9)
-    needed = 2048 * bundle.manifest.kv.bytes_per_token
-    assert caught.value.expected == f"{needed / 1e9:.2f} GB for a cache of 2048 tokens"
-    assert f"{taken / 1e9:.2f} GB go to weights" in caught.value.found
-    assert "EngineConfig(session_len=...)" in caught.value.fix
 
 
 def test_a_window_that_is_too_large_names_the_checkpoint(hf_engine: Path) -> None:

@@ -1,0 +1,55 @@
+"""What an engine with pages gets of a GPU's memory, by arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sample_manifest import MANIFEST, RICH
+from vlmforge.api import memory
+from vlmforge.api.config import EngineConfig
+from vlmforge.engine.bundle import Bundle
+from vlmforge.errors import BackendUnavailableError
+
+
+def paged(folder: Path) -> Bundle:
+    """The sample manifest as that of an engine with pages."""
+    kv = replace(MANIFEST.kv, layers=32, kv_heads=32, head_dim=128, dtype="float16", page_size=64)
+    decode = replace(MANIFEST.decode, session_len=2048, max_batch_size=64)
+    return Bundle(folder, replace(MANIFEST, kv=kv, decode=decode))
+
+
+def test_a_gpu_engine_gets_a_pool_of_what_is_free(tmp_path: Path) -> None:
+    bundle = paged(tmp_path)
+    page = 64 * bundle.manifest.kv.bytes_per_token
+    config = EngineConfig(cache_max_entry_count=0.5)
+    taken = sum(memory.part_bytes(part, 512) for part in bundle.manifest.parts)
+    planned = memory.load_options(bundle, config, taken + 1000 * page)
+    assert (planned.blocks, planned.block_size, planned.paged) == (500, 64, True)
+    assert (planned.slots, planned.capacity, planned.chunk) == (64, 2048, 512)
+    # No more than all sequences can ever fill; and a prompt's chunk is no more than a window.
+    few = EngineConfig(max_batch_size=2, session_len=100)
+    planned = memory.load_options(bundle, few, taken + 1000 * page)
+    assert (planned.blocks, planned.slots, planned.chunk) == (2 * 2, 2, 100)
+
+
+def test_what_does_not_fit_a_gpu_says_what_to_change(tmp_path: Path) -> None:
+    bundle = paged(tmp_path)
+    taken = sum(memory.part_bytes(part, 512) for part in bundle.manifest.parts)
+    with pytest.raises(BackendUnavailableError, match="memory of this GPU") as caught:
+        memory.load_options(bundle, EngineConfig(), taken + 1e9)
+    needed = 2048 * bundle.manifest.kv.bytes_per_token
+    assert caught.value.expected == f"{needed / 1e9:.2f} GB for a cache of 2048 tokens"
+    assert f"{taken / 1e9:.2f} GB go to weights" in caught.value.found
+    assert "EngineConfig(session_len=...)" in caught.value.fix
+
+
+def test_a_chain_takes_more_the_more_tokens_are_run_at_once() -> None:
+    part = RICH.part("decoder")
+    assert part.chain is not None
+    one, many = (memory.part_bytes(part, tokens) for tokens in (1, 101))
+    row = sum(segment.token_bytes for segment in part.chain.segments)
+    assert many - one == pytest.approx(100 * 1.2 * row)
+    assert one > part.loaded_bytes
