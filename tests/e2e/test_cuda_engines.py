@@ -33,6 +33,7 @@ from vlmforge.backends.cuda.decoder import ChainDecoder
 from vlmforge.backends.fake import HostDevice, cuda_on_cpu
 from vlmforge.errors import CancelledError
 from vlmforge.kv.blocks import BlockPool
+from vlmforge.kv.cache import Move
 
 LIMITS = TOLERANCES["float16"]
 PHOTO, TALL = str(IMAGES / "photo_640x480.png"), str(IMAGES / "tall_300x900.png")
@@ -171,6 +172,27 @@ def test_prompts_that_begin_alike_share_pages(pipe: Pipeline) -> None:
     page = pipe._engine.options.block_size
     assert first.token_ids == again.token_ids
     assert again.cached_tokens == (again.input_token_len - 1) // page * page > 0
+
+
+def test_several_answers_part_on_pages_of_their_own(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[Move] = []
+    real = ChainDecoder.move
+
+    def noted(decoder: ChainDecoder, move: Move) -> None:
+        copies.append(move)
+        real(decoder, move)
+
+    monkeypatch.setattr(ChainDecoder, "move", noted)
+    sampled = GenerationConfig(max_new_tokens=12, ignore_eos=True, top_k=50, random_seed=3)
+    several = replace(sampled, n=3)
+    with small(pipe, 64) as fresh:
+        alone = fresh("Tell me about cats.", gen_config=sampled)
+        answers = fresh("Tell me about cats.", gen_config=several).choices
+        assert len({tuple(answer.token_ids) for answer in answers}) == 3
+        assert answers[0].token_ids == alone.token_ids
+    assert len(copies) == 2  # the last page of the prompt, for all but one
 
 
 def test_cancelled_requests_leave_no_page(pipe: Pipeline) -> None:
