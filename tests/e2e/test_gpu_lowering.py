@@ -55,7 +55,9 @@ def open_lowered(shared: Path, folder: str, stack: ExitStack) -> Lowered:
         )
         features = FeatureCache(vision.encode, batch=1)
         loop = Loop(engine, features, chunk=512, reuse_prefixes=True)
-        goldens[name] = Golden(folder, stack.enter_context(Pipeline(engine, loop)))
+        goldens[name] = Golden(
+            folder, stack.enter_context(Pipeline(engine, loop, max_queued_requests=64))
+        )
     return Lowered(goldens, pipe._engine.decoder)
 
 
