@@ -227,6 +227,8 @@ class VisionConfig:
         image_formats: Those that are read, as the bytes say: of "PNG", "JPEG", "WEBP", "GIF",
             "BMP" (uncompressed), and "TIFF", "AVIF", "PPM", "QOI". The last four are not read
             unless asked for: a small file of theirs can cost much time.
+        media_domains: Hosts that images are fetched from, redirects included: "example.org" is
+            that host, ".example.org" all below it. None: every public one.
 
     Raises:
         ConfigError: a field of a wrong type or out of range.
@@ -238,6 +240,7 @@ class VisionConfig:
     _: KW_ONLY
     local_files: bool | str | os.PathLike[str] = True
     image_formats: Sequence[str] = DEFAULT_FORMATS
+    media_domains: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -251,6 +254,7 @@ class VisionConfig:
             "background": colour,
             "local_files": FlagOrFolder(),
             "image_formats": ListOf(Choice(FORMATS)),
+            "media_domains": OrNone(ListOf(Text(empty=False))),
         }
         check_fields(self, rules)
 
@@ -258,7 +262,12 @@ class VisionConfig:
         """What the images of prompts may be and may cost."""
         files = self.local_files
         folder = files if isinstance(files, bool) else Path(files).absolute()
-        return ImageLimits(formats=tuple(self.image_formats), local_files=folder)
+        domains = self.media_domains
+        return ImageLimits(
+            formats=tuple(self.image_formats),
+            local_files=folder,
+            media_domains=None if domains is None else tuple(domains),
+        )
 
 
 VisonConfig = VisionConfig

@@ -6,7 +6,7 @@ import queue
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 from vlmforge.api.arguments import (
@@ -17,9 +17,11 @@ from vlmforge.api.arguments import (
     refuse_state,
 )
 from vlmforge.api.session import Session
+from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import VlmforgeError
 from vlmforge.inputs.messages import Prompts, parse_prompt, parse_prompts
 from vlmforge.inputs.render import RenderedPrompt
+from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.outputs.events import Event, GenOut, error_response, gen_out
 from vlmforge.outputs.generation_config import GenerationConfig
 from vlmforge.outputs.response import Response
@@ -239,6 +241,51 @@ class Pipeline:
                         yield gen_out(event.delta if stream_response else whole, whole)
                 if event.last:
                     return
+
+    async def astream(
+        self, prompt: object, gen_config: GenerationConfig | None = None, do_preprocess: bool = True
+    ) -> AsyncGenerator[Response, None]:
+        """X"""
+        import asyncio
+
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        cancelled = threading.Event()
+
+        def sink(event: Event) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop is gone, and with it who would read this
+                cancelled.set()
+
+        config = one_for_each(gen_config, 1)[0]
+        request = Request(
+            parse_prompt(prompt), config, sink, do_preprocess=do_preprocess, cancelled=cancelled
+        )
+        with self._known_as(0, request):
+            self._intake.submit(request)
+            while True:
+                event = await events.get()
+                if event.error is not None:
+                    raise event.error
+                if event.delta is not None:
+                    yield event.delta
+                if event.last:
+                    return
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the engine is, as its `engine.json` says."""
+        return self._engine.manifest
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The engine's."""
+        return self._engine.tokenizer
+
+    @property
+    def session_len(self) -> int:
+        """Tokens that a conversation may have, images and answers included."""
+        return self._engine.options.capacity
 
     # --- looking without running -------------------------------------------------------------
 
