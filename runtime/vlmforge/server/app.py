@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.resources
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from vlmforge.server.body import read_json
 from vlmforge.server.fields import Asked, parse_chat, parse_completion, parse_tokenize
 from vlmforge.server.guard import Guard
 from vlmforge.server.metrics import Metrics
+from vlmforge.server.page import read_page
 from vlmforge.server.served import Served, chosen
 from vlmforge.server.settings import ServerSettings
 from vlmforge.server.token_text import TokenTexts
@@ -128,11 +128,10 @@ def make_app(engines: Sequence[Served], settings: ServerSettings | None = None) 
     admission = Admission(settings)
     metrics = Metrics(table, admission)
     api = Api(table, settings, admission, metrics)
-    page = importlib.resources.files("vlmforge.server") / "page/index.html"
-    html = page.read_text("utf-8")
+    html, policy = read_page()
 
     async def index(request: Request) -> Response:
-        return HTMLResponse(html)
+        return HTMLResponse(html, headers={"Content-Security-Policy": policy})
 
     def get(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
         return Route(path, endpoint, methods=["GET"])
