@@ -25,7 +25,7 @@ def run_serve(values: argparse.Namespace) -> int:
     """
     try:
         from vlmforge.server.app import make_app
-        from vlmforge.server.run import serve
+        from vlmforge.server.run import make_server
         from vlmforge.server.served import Served
         from vlmforge.server.settings import ServerSettings, server_vision_config
     except ImportError as error:
@@ -62,11 +62,16 @@ def run_serve(values: argparse.Namespace) -> int:
         engines = []
         for name, engine in names.items():
             pipe = stack.enter_context(
-                pipeline(engine, backend_config=config, vision_config=vision)
+                pipeline(
+                    engine,
+                    backend_config=config,
+                    vision_config=vision,
+                    log_level=values.log_level.upper(),
+                )
             )
             engines.append(Served(name, pipe))
         _announce(sock, list(names), settings.api_keys)
-        serve(make_app(engines, settings), settings, sock)
+        make_server(make_app(engines, settings), settings).run([sock])
     return 0
 
 
@@ -98,6 +103,7 @@ def _listening(host: str, port: int) -> socket.socket:
         sock = socket.socket(family, kind, proto)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(2048)
     except (OSError, OverflowError) as error:
         raise ConfigError(
             "The server cannot listen there.",
@@ -124,8 +130,8 @@ def _announce(sock: socket.socket, names: list[str], keys: tuple[str, ...]) -> N
 def _log(level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name in ("vlmforge", "uvicorn"):
+    for name, least in (("vlmforge", level.upper()), ("uvicorn", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.propagate = False
-        logger.setLevel(level.upper() if name == "vlmforge" else "WARNING")
+        logger.setLevel(least)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from types import FrameType
 from typing import Any
 
@@ -96,9 +95,9 @@ class DrainingServer(uvicorn.Server):
         return self.should_exit
 
 
-def serve(app: Starlette, settings: ServerSettings, sock: socket.socket) -> None:
-    """Serve until a signal ends it; returns when all that ran is finished."""
-    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call] # streams are finished, not cut
+def make_server(app: Starlette, settings: ServerSettings) -> DrainingServer:
+    """A server for an application of `make_app`; `run(sockets=[...])` serves until it ends."""
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call] # streams end whole
     protocol: Any = type(
         "Protocol", (PatientProtocol,), {"header_seconds": settings.header_seconds}
     )
@@ -114,4 +113,4 @@ def serve(app: Starlette, settings: ServerSettings, sock: socket.socket) -> None
         h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
         backlog=2048,
     )
-    DrainingServer(config, app, settings).run(sockets=[sock])
+    return DrainingServer(config, app, settings)
