@@ -46,8 +46,9 @@ def affinity(body: bytes) -> str:
             for part in message["content"]
         ]
         pictures = [part["image_url"] for part in parts if part.get("type") == "image_url"]
-        beginning: object = pictures[:1] or messages[:2]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+        beginning: object = pictures[:1] or messages[: first + 1]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, StopIteration):
         beginning = ""  # the replica says what is wrong with it
     return hashlib.sha256(json.dumps(beginning, sort_keys=True).encode()).hexdigest()
 
