@@ -12,7 +12,7 @@ import io
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ import PIL.Image
 from sample_manifest import MANIFEST, PROMPT, TEMPLATE
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig
 from vlmforge.api.load import serve
-from vlmforge.backends import DecoderBatch, FloatArray, LoadOptions
+from vlmforge.backends import DecoderBatch, FloatArray, KeyValues, LoadOptions
 from vlmforge.engine.manifest import Manifest
 from vlmforge.inputs.render import marked_tokenizer_json
 from vlmforge.inputs.template import jinja_from_parts
@@ -81,6 +81,15 @@ class Parts:
             self._called("drop")
             self._cache[move.place, move.tokens :] = -7
 
+    def read(self, place: Sequence[int], tokens: int) -> KeyValues:
+        self._called("read")
+        return {"key.0": self._cache[place[0], None, :tokens, None].copy()}
+
+    def write(self, place: Sequence[int], rows: KeyValues, start: int) -> None:
+        self._called("write")
+        (given,) = rows.values()
+        self._cache[place[0], start : given.shape[1]] = given[0, start:, 0]
+
     def _called(self, name: str) -> None:
         self.calls[name] += 1
         self.before(name, self.calls[name])
@@ -108,9 +117,10 @@ def stand_in(
     slots: int = 3,
     of: Manifest = MANIFEST,
     vision: VisionConfig | None = None,
+    budget: int | None = None,
     **config: Any,
 ) -> Pipeline:
-    """A pipeline with `slots` slots of `CAPACITY` tokens over the given parts."""
+    """A pipeline with `slots` slots of `CAPACITY` tokens, `budget` blocks, over the given parts."""
     parts = Parts(slots) if parts is None else parts
     template = jinja_from_parts(TEMPLATE, of.prompt.image_placeholder)
     engine = Engine(
@@ -119,7 +129,7 @@ def stand_in(
         template=ActiveTemplate("plain", template, ()),
         vision=parts,
         decoder=parts,
-        options=LoadOptions(slots=slots, capacity=CAPACITY),
+        options=LoadOptions(slots=slots, capacity=CAPACITY, budget=budget, block_size=16),
     )
     return serve(engine, EngineConfig(**config), vision or VisionConfig())
 

@@ -25,10 +25,14 @@ if TYPE_CHECKING:
         EngineError,
         ImageError,
         PromptError,
+        QueueFullError,
+        RequestTimeoutError,
+        SessionError,
         VlmforgeError,
     )
     from vlmforge.inputs.template_config import ChatTemplateConfig
     from vlmforge.outputs.generation_config import GenerationConfig
+    from vlmforge.outputs.metrics import Metrics
     from vlmforge.outputs.response import Response
     from vlmforge.vl.boxes import Box
 
@@ -45,6 +49,7 @@ __all__ = [
     "Response",
     "Box",
     "Session",
+    "Metrics",
     "VlmforgeError",
     "ConfigError",
     "PromptError",
@@ -54,6 +59,9 @@ __all__ = [
     "EngineError",
     "BuildError",
     "CancelledError",
+    "SessionError",
+    "QueueFullError",
+    "RequestTimeoutError",
     "__version__",
 ]
 
@@ -70,6 +78,7 @@ _MODULES = {
     "Response": "outputs.response",
     "Box": "vl.boxes",
     "Session": "api.session",
+    "Metrics": "outputs.metrics",
     "VlmforgeError": "errors",
     "ConfigError": "errors",
     "PromptError": "errors",
@@ -79,6 +88,9 @@ _MODULES = {
     "EngineError": "errors",
     "BuildError": "errors",
     "CancelledError": "errors",
+    "SessionError": "errors",
+    "QueueFullError": "errors",
+    "RequestTimeoutError": "errors",
 }
 
 

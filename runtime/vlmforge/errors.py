@@ -16,9 +16,12 @@
     |   |-- BackendUnavailableError             ... or this machine lacks its backend
     |   `-- EngineStepError                     ... or it failed while it ran
     |-- BuildError                              a build failed; nothing was published
+    |-- SessionError                            a saved session that cannot be used here
     |-- NotSupportedError        (NotImplementedError)  a name that is here only to say so
     |-- PipelineError                           the pipeline cannot serve this caller: it was made
     |                                           before a fork, or is called by its own callback
+    |-- QueueFullError                          too many requests wait already
+    |-- RequestTimeoutError      (TimeoutError) a request was not finished in the time it was given
     |-- InternalError                           what is not ours ended a request: a callback, a bug
     `-- CancelledError                          the request was cancelled, or the pipeline closed
 
@@ -157,6 +160,12 @@ class BuildError(VlmforgeError):
     code = "build_failed"
 
 
+class SessionError(VlmforgeError):
+    """A saved session that is damaged, of another engine, or cannot be written."""
+
+    code = "invalid_session"
+
+
 class NotSupportedError(VlmforgeError, NotImplementedError):
     """A name that older programs import and that does nothing here."""
 
@@ -167,6 +176,18 @@ class PipelineError(VlmforgeError):
     """The pipeline cannot serve this caller here; the message says what can."""
 
     code = "pipeline_unusable"
+
+
+class QueueFullError(VlmforgeError):
+    """Too many requests wait already; nothing was done for this one."""
+
+    code = "queue_full"
+
+
+class RequestTimeoutError(VlmforgeError, TimeoutError):
+    """A request was not finished within its `timeout`, waiting included."""
+
+    code = "request_timeout"
 
 
 class InternalError(VlmforgeError):

@@ -316,12 +316,13 @@ CALLS: dict[str, Callable[..., object]] = {
     "stop_session": lambda pipe, **a: asyncio.run(pipe.stop_session(**{"session_id": 0, **a})),
     "end_session": lambda pipe, **a: asyncio.run(pipe.end_session(**{"session_id": 0, **a})),
 }
+TERMS = "priority salt timeout"
 ARGUMENTS = {
-    "__call__": "prompts gen_config do_preprocess adapter_name use_tqdm",
-    "stream_infer": "prompts gen_config do_preprocess adapter_name",
-    "chat": "prompt session gen_config stream_response do_preprocess adapter_name",
+    "__call__": f"prompts gen_config do_preprocess adapter_name use_tqdm {TERMS}",
+    "stream_infer": f"prompts gen_config do_preprocess adapter_name {TERMS}",
+    "chat": f"prompt session gen_config stream_response do_preprocess adapter_name {TERMS}",
     "generate": "messages session_id gen_config stream_response sequence_start sequence_end step "
-    "do_preprocess adapter_name",
+    f"do_preprocess adapter_name {TERMS}",
     "render": "prompt do_preprocess",
     "count_tokens": "prompt do_preprocess",
     "stop_session": "session_id",

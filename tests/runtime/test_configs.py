@@ -35,7 +35,8 @@ def names(config: object) -> list[str]:
 
 
 def test_engine_config_has_the_fields_of_both_versions_and_ours() -> None:
-    assert set(names(EngineConfig)) == {*FIELDS_OF_0_4_2.split(), *ADDED_SINCE.split(), "threads"}
+    ours = {"threads", "max_queued_requests"}
+    assert set(names(EngineConfig)) == {*FIELDS_OF_0_4_2.split(), *ADDED_SINCE.split(), *ours}
 
 
 def test_every_field_is_checked_or_refused() -> None:

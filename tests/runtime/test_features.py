@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmforge.api.memory import feature_bytes
 from vlmforge.backends import FloatArray
+from vlmforge.errors import BackendUnavailableError
 from vlmforge.runner.features import FeatureCache
 from vlmforge.vl.prepared import PreparedImage, prepare, row_keys
 
 TOKENS, HIDDEN = 3, 2
+IMAGE = TOKENS * HIDDEN * 4  # bytes of the features of one view
 
 
 def image(value: float, views: int = 1) -> PreparedImage:
@@ -47,17 +50,18 @@ def images(*values: float) -> list[PreparedImage]:
     st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=6),
     st.lists(st.integers(0, 9), max_size=4),
     st.integers(1, 4),
-    st.integers(1, 5),
+    st.integers(0, 9 * IMAGE),
 )
 def test_whatever_is_asked_for_comes_in_order_and_is_its_own(
-    requests: list[list[int]], ahead: list[int], batch: int, capacity: int
+    requests: list[list[int]], ahead: list[int], batch: int, budget: int
 ) -> None:
     encoder = Encoder()
-    cache = FeatureCache(encoder, batch=batch, capacity=capacity)
+    cache = FeatureCache(encoder, batch=batch, budget=budget)
     for request in requests:
         asked = [image(value, views=1 + value % 3) for value in request]
         found, known = cache.get(asked, [image(value, 1 + value % 3) for value in ahead])
         assert 0 <= known <= len(asked)
+        assert cache.bytes <= budget
         for features, prepared in zip(found, asked, strict=True):
             np.testing.assert_array_equal(features, expected(prepared))
 
@@ -104,7 +108,7 @@ def test_images_ahead_cause_no_run_of_their_own() -> None:
 
 
 def test_the_least_recently_used_image_goes() -> None:
-    cache = FeatureCache(Encoder(), batch=1, capacity=2)
+    cache = FeatureCache(Encoder(), batch=1, budget=2 * IMAGE)
     cache.get(images(1))
     cache.get(images(2))
     cache.get(images(1))
@@ -113,9 +117,31 @@ def test_the_least_recently_used_image_goes() -> None:
     assert cache.get(images(2))[1] == 0
 
 
+def test_who_asks_whether_an_image_is_known_uses_it() -> None:
+    cache = FeatureCache(Encoder(), batch=1, budget=2 * IMAGE)
+    first, second, third = images(1, 2, 3)
+    cache.get([first, second])
+    assert cache.known(first.digest) is not None
+    cache.get([third])
+    assert cache.known(first.digest) is not None
+    assert cache.known(second.digest) is None
+
+
+def test_a_large_image_takes_the_place_of_several() -> None:
+    cache = FeatureCache(Encoder(), batch=4, budget=3 * IMAGE)
+    small, large, larger = images(1, 2, 3), image(4, views=3), image(5, views=4)
+    cache.get(small)
+    assert cache.bytes == 3 * IMAGE
+    cache.get([large])
+    assert [cache.known(i.digest) is not None for i in [*small, large]] == [False] * 3 + [True]
+    found, _ = cache.get([larger])  # too large to be kept
+    np.testing.assert_array_equal(found[0], expected(larger))
+    assert cache.bytes == 0
+
+
 def test_a_request_may_have_more_images_than_are_kept() -> None:
     encoder = Encoder()
-    cache = FeatureCache(encoder, batch=2, capacity=2)
+    cache = FeatureCache(encoder, batch=2, budget=2 * IMAGE)
     found, _ = cache.get(images(1, 2, 3, 4, 5))
     assert [float(rows[0, 0]) for rows in found] == [1, 2, 3, 4, 5]
     assert cache.get(images(5, 4))[1] == 2
@@ -204,3 +230,15 @@ def test_only_the_chosen_rows_are_kept() -> None:
     np.testing.assert_array_equal(found[0], expected(whole)[rows])
     # Equal pixels with other rows are another image.
     assert len({chosen.digest, whole.digest, prepare(pixels, rows[::-1].copy()).digest}) == 3
+
+
+def test_features_have_a_part_of_the_plan() -> None:
+    """Of what is free before anything is loaded."""
+    assert feature_bytes(None, 64e9) == 128 << 20
+    assert feature_bytes(None, 1e9) == 50_000_000
+    assert feature_bytes(0, 1e9) == 0
+    assert feature_bytes(700_000_000, 1e9) == 700_000_000
+    with pytest.raises(BackendUnavailableError, match="does not fit the memory") as caught:
+        feature_bytes(2_000_000_000, 1e9)
+    assert "feature_cache_bytes=2000000000" in caught.value.expected
+    assert caught.value.found.startswith("1.00 GB")

@@ -188,11 +188,11 @@ def test_leaving_the_loop_cancels(pipe: Pipeline, parts: Parts) -> None:
 def test_an_exception_beside_a_stream_cancels_it(pipe: Pipeline, parts: Parts) -> None:
     """Also while somebody holds the traceback, and with it the frames."""
 
-    def printing(*_: object, **__: object) -> None:
+    def showing(*_: object) -> None:
         raise BrokenPipeError
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("builtins.print", printing)
+        patched.setattr("tqdm.tqdm.update", showing)
         with pytest.raises(BrokenPipeError) as caught:
             pipe(["short", "long"], [plain(1), plain(140)], use_tqdm=True)
     check_idle(pipe, parts)

@@ -52,7 +52,8 @@ def test_repr_shows_the_rest_briefly_and_only_if_set() -> None:
     tail = repr(response).partition("logprobs=None, ")[2]
     assert tail == (
         "logits=<float32 [3, 32000]>, index=2, timings=<1.750 s = queue 0.000 + load 0.000 + "
-        "preprocess 0.000 + encode 0.000 + prefill 1.500 + decode 0.250 + other 0.000>, "
+        "image_wait 0.000 + preprocess 0.000 + encode 0.000 + prefill 1.500 + decode 0.250 + "
+        "other 0.000>, "
         "cached_tokens=576, ppl=2.5)"
     )
 

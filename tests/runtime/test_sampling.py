@@ -388,3 +388,22 @@ def test_mean_cross_entropy_is_that_of_another_implementation() -> None:
     assert mean_cross_entropy(logits, targets) == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(ValueError, match="zip"):
         mean_cross_entropy(logits, targets[1:])
+
+
+@given(
+    presence=st.floats(-2, 2, width=32),
+    frequency=st.floats(-2, 2, width=32),
+    seed=st.integers(0, 1000),
+)
+def test_presence_and_frequency_penalties(presence: float, frequency: float, seed: int) -> None:
+    """OpenAI's formula: logits[t] - count[t] * frequency - (count[t] > 0) * presence."""
+    rng, done = np.random.default_rng(seed), list[int]()
+    params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
+    sampler = Sampler(params, 5, [4, 4])  # the prompt's tokens are not counted
+    for _ in range(12):
+        logits = rng.normal(size=5).astype(np.float32)
+        counts = np.array([done.count(token) for token in range(5)])
+        wanted = logits - counts * frequency - (counts > 0) * presence
+        token = sampler.step(logits).id
+        assert wanted[token] >= wanted.max() - 1e-5
+        done.append(token)

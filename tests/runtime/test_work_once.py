@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vlmforge.api.load
 import vlmforge.runner.stages
 from sample_manifest import MANIFEST
-from stand_in import CAPACITY, TOKENS, Gate, Parts, SlowFile, manifest, plain, png, stand_in
+from stand_in import CAPACITY, HIDDEN, TOKENS, Gate, Parts, SlowFile, manifest, plain, png, stand_in
 from vlmforge import Pipeline, Response, Session, VisionConfig
 from vlmforge.engine.image_policy import Tiling
 from vlmforge.engine.manifest import Manifest
@@ -46,10 +45,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-@pytest.fixture
-def few_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features of one image are kept."""
-    monkeypatch.setattr(vlmforge.api.load, "_FEATURE_CACHE_BYTES", 1)
+ONE_IMAGE = 4 * TOKENS * HIDDEN  # bytes of its features
+FEW_FEATURES = VisionConfig(feature_cache_bytes=ONE_IMAGE)
 
 
 def whole(response: object) -> Response:
@@ -132,7 +129,7 @@ def test_a_later_turn_does_nothing_again_for_earlier_images(
         assert session.response.timings.cached_images == 2
 
 
-def test_a_later_turn_sees_an_image_as_it_was(counted: Counter[str], few_features: None) -> None:
+def test_a_later_turn_sees_an_image_as_it_was(counted: Counter[str]) -> None:
     """Its owner draws on it meanwhile, and its features are forgotten."""
     picture = PIL.Image.new("RGB", (8, 8), "red")
     texts = ("look", "and", "again")
@@ -148,7 +145,7 @@ def test_a_later_turn_sees_an_image_as_it_was(counted: Counter[str], few_feature
 
     found = []
     for change in (lambda: None, lambda: picture.paste("blue", (0, 0, 8, 8))):
-        with stand_in(slots=1, enable_prefix_caching=False) as pipe:
+        with stand_in(slots=1, vision=FEW_FEATURES, enable_prefix_caching=False) as pipe:
             found.append(answers(pipe, change))
     assert found[0] == found[1]
 
@@ -161,9 +158,9 @@ def test_equal_images_under_way_are_prepared_once(counted: Counter[str]) -> None
     assert (counted["decode"], counted["preprocess"]) == (1, 1)
 
 
-def test_an_image_whose_tokens_are_all_in_the_cache_is_not_encoded(few_features: None) -> None:
+def test_an_image_whose_tokens_are_all_in_the_cache_is_not_encoded() -> None:
     parts = Parts(2)
-    with stand_in(parts, slots=2) as pipe:
+    with stand_in(parts, slots=2, vision=FEW_FEATURES) as pipe:
         first = whole(pipe(("look", png(1)), plain(4)))
         pipe(("other", png(2)), plain(4))  # its features take the place of the first one's
         assert parts.calls["encode"] == 2
@@ -174,11 +171,9 @@ def test_an_image_whose_tokens_are_all_in_the_cache_is_not_encoded(few_features:
     assert again.timings.cached_images == 1
 
 
-def test_of_two_images_only_the_one_that_is_not_in_the_cache_is_encoded(
-    few_features: None,
-) -> None:
+def test_of_two_images_only_the_one_that_is_not_in_the_cache_is_encoded() -> None:
     parts = Parts(2)
-    with stand_in(parts, slots=2) as pipe:
+    with stand_in(parts, slots=2, vision=FEW_FEATURES) as pipe:
         pipe(("look", png(1)), plain(2))
         pipe(("other", png(2)), plain(2))
         answer = whole(pipe(("look", [png(1), png(3)]), plain(6)))
@@ -197,20 +192,18 @@ def test_whatever_is_left_out_the_answers_are_the_same(
 ) -> None:
     """Prefixes, features and images under way are shared; each answer is as if nothing were."""
     asked: list[Any] = [(text, [png(n) for n in images]) for text, images in prompts]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(vlmforge.api.load, "_FEATURE_CACHE_BYTES", 1)
-        vision = VisionConfig(max_batch_size=batch)
-        with stand_in(slots=slots, vision=vision, max_prefill_token_num=5) as pipe:
-            found = [*pipe(asked, plain(4)), *pipe(asked[::-1], plain(4))[::-1]]  # type: ignore[misc,index]
+    vision = VisionConfig(max_batch_size=batch, feature_cache_bytes=ONE_IMAGE)
+    with stand_in(slots=slots, vision=vision, max_prefill_token_num=5) as pipe:
+        found = [*pipe(asked, plain(4)), *pipe(asked[::-1], plain(4))[::-1]]  # type: ignore[misc,index]
     with stand_in(slots=1, enable_prefix_caching=False) as alone:
         expected = [whole(alone(prompt, plain(4))).token_ids for prompt in asked]
     assert [answer.token_ids for answer in found] == expected * 2
 
 
-def test_prompts_with_all_logits_are_run_whole(few_features: None) -> None:
+def test_prompts_with_all_logits_are_run_whole() -> None:
     """Nothing of the cache is used, so every image is needed again."""
     parts = Parts(1)
-    with stand_in(parts, slots=1) as pipe:
+    with stand_in(parts, slots=1, vision=FEW_FEATURES) as pipe:
         config = plain(2, output_logits="all")
         first, again = (whole(pipe(("look", png(1)), config)) for _ in range(2))
         assert again.cached_tokens == 0

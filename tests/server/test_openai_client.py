@@ -143,6 +143,46 @@ def test_a_seed_answers_alike(server: Running) -> None:
     assert len({text(seed) for seed in range(4)}) > 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers(server: Running, pipe: Pipeline, stream: bool) -> None:
+    given = {"temperature": 1.2, "seed": 3, "n": 3}
+    found = ask(server, PROMPTS["picture"], stream=stream, **given)
+    texts = dict.fromkeys(range(3), "")
+    for chunk in found if stream else [found]:
+        for choice in chunk.choices:
+            texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+    config = GenerationConfig(
+        n=3, max_new_tokens=12, do_sample=True, top_k=0, temperature=1.2, random_seed=3
+    )
+    wanted = pipe(PROMPTS["picture"], config)
+    assert not isinstance(wanted, list)
+    assert [texts[i] for i in range(3)] == [choice.text for choice in wanted.choices]
+    assert len(set(texts.values())) > 1
+    if not stream:
+        assert found.usage.completion_tokens == sum(
+            choice.generate_token_len for choice in wanted.choices
+        )
+
+
+def test_penalties_reach_the_sampler(server: Running, pipe: Pipeline) -> None:
+    given = {"frequency_penalty": 2.0, "presence_penalty": -1.0}
+    found = ask(server, PROMPTS["picture"], max_tokens=30, **given)
+    wanted = pipe(PROMPTS["picture"], GenerationConfig(max_new_tokens=30, do_sample=False, **given))
+    assert not isinstance(wanted, list)
+    assert found.choices[0].message.content == wanted.text
+
+
+def test_a_salt_shares_nothing(server: Running) -> None:
+    def cached(salt: str | None) -> int:
+        turn = [user("salted or not", picture("purple"))]
+        found = ask(server, turn, extra_body={"salt": salt})
+        return int(found.usage.prompt_tokens_details.cached_tokens)
+
+    assert cached("a") == 0
+    assert cached("a") > 0
+    assert cached("b") == 0
+
+
 def test_stop_words_and_limits(server: Running, pipe: Pipeline) -> None:
     wanted = pipe(PROMPTS["text"], GREEDY)
     assert not isinstance(wanted, list)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlmforge.api.session import Session
@@ -14,6 +15,7 @@ from vlmforge.field_rules import (
     Identity,
     Instance,
     Int,
+    Number,
     OrNone,
     Rule,
     Text,
@@ -33,6 +35,9 @@ _RULES: dict[str, Rule] = {
     "adapter_name": OrNone(Text()),
     "session": OrNone(Instance(Session, "a Session")),
     "session_id": Identity(),
+    "priority": Int(-(2**31), 2**31 - 1),
+    "salt": Text(),
+    "timeout": OrNone(Number(0, above=True)),
 }
 
 
@@ -77,24 +82,32 @@ def _no_path(found: object, reason: str) -> ConfigError:
 GenConfigs = GenerationConfig | Sequence[GenerationConfig | None] | None
 
 
-def one_for_each(given: GenConfigs, count: int) -> list[GenerationConfig]:
-    """A config for each of `count` prompts (ConfigError when that many were not given)."""
+def one_for_each(given: GenConfigs, count: int | None) -> Iterable[GenerationConfig]:
+    """A config for each of `count` prompts (ConfigError when that many were not given).
+
+    None is an iterator's unknown number: there must be one for all.
+    """
+    if count is None:
+        if not isinstance(given, GenerationConfig | None):
+            raise _misfit(f"gen_config={shown(given)}", "one GenerationConfig for all prompts")
+        return itertools.repeat(given or GenerationConfig())
+    expected = f"a GenerationConfig, or a list of {count} of them"
     if given is None or isinstance(given, GenerationConfig):
         given = [given] * count
     if not isinstance(given, list | tuple) or len(given) != count:
-        raise _misfit(f"gen_config={shown(given)}", count)
+        raise _misfit(f"gen_config={shown(given)}", expected)
     for config in given:
         if not isinstance(config, GenerationConfig | None):
-            raise _misfit(f"{shown(config)} in the list gen_config", count)
+            raise _misfit(f"{shown(config)} in the list gen_config", expected)
     return [config if config is not None else GenerationConfig() for config in given]
 
 
-def _misfit(found: str, count: int) -> ConfigError:
+def _misfit(found: str, expected: str) -> ConfigError:
     return ConfigError(
         "gen_config does not fit the prompts.",
         found=found,
-        expected=f"a GenerationConfig, or a list of {count} of them",
-        fix="give one for all, or one for each prompt",
+        expected=expected,
+        fix="give one for all, or a list of prompts and one for each",
     )
 
 
@@ -106,6 +119,19 @@ def refuse_adapter(name: str | None) -> None:
             found=f"adapter_name={shown(name)}",
             expected="None",
             fix="merge the adapter into the checkpoint and build an engine of that",
+        )
+
+
+def refuse_choices(config: object) -> None:
+    """ConfigError for a turn with several answers: a conversation goes on from one."""
+    n = config.n if isinstance(config, GenerationConfig) else 1
+    if n != 1:
+        raise ConfigError(
+            "A turn of a conversation has one answer.",
+            found=f"chat() with n={shown(n)}",
+            expected="n=1",
+            fix="ask pipe(messages, gen_config=GenerationConfig(n=...)) with the whole "
+            "conversation, and go on from the answer that you choose",
         )
 
 

@@ -48,6 +48,8 @@ class EngineConfig:
         revision: Of a checkpoint on the hub; refused for an engine.
         threads: Of arithmetic; None: one for each physical core that this process may use. More
             than processors is as many as those, with a warning.
+        max_queued_requests: Requests that may wait for a place, each with its prompt in memory. One
+            more is refused by `generate` (QueueFullError); calls that block wait instead.
         model_name: Accepted for older programs. The template is chosen by `ChatTemplateConfig`.
         cache_block_seq_len: Tokens of a block, by which the cache's memory is counted. When none is
             left, the request that came last makes room and is computed again later.
@@ -84,6 +86,7 @@ class EngineConfig:
     max_prefill_iters: int = 1
     dtype: str = "auto"
     threads: int | None = None
+    max_queued_requests: int = 1024
     dp: int = 1
     cp: int = 1
     ep: int = 1
@@ -137,6 +140,7 @@ RULES: Mapping[str, Rule] = {
     "max_prefill_iters": Int(1),
     "dtype": Choice(("auto", "float32", "float16", "bfloat16")),
     "threads": OrNone(Int(1)),
+    "max_queued_requests": Int(1),
     "cache_checkpoint_interval": Int(0),
     "cache_prompt_boundary_skip": Int(0),
     "async_": Int(0, 1),
@@ -229,6 +233,10 @@ class VisionConfig:
             unless asked for: a small file of theirs can cost much time.
         media_domains: Hosts that images are fetched from, redirects included: "example.org" is
             that host, ".example.org" all below it. None: every public one.
+        feature_cache_bytes: Memory for what the vision part made of earlier images (float32, tokens
+            x hidden size each), so that they are neither decoded nor encoded again; the least
+            recently used go. 0 keeps none. None: 128 MiB, or 5 % of the free memory if that is
+            less.
 
     Raises:
         ConfigError: a field of a wrong type or out of range.
@@ -241,6 +249,7 @@ class VisionConfig:
     local_files: bool | str | os.PathLike[str] = True
     image_formats: Sequence[str] = DEFAULT_FORMATS
     media_domains: Sequence[str] | None = None
+    feature_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -255,6 +264,7 @@ class VisionConfig:
             "local_files": FlagOrFolder(),
             "image_formats": ListOf(Choice(FORMATS)),
             "media_domains": OrNone(ListOf(Text(empty=False))),
+            "feature_cache_bytes": OrNone(Int(0)),
         }
         check_fields(self, rules)
 

@@ -14,7 +14,7 @@ from typing import Any
 from vlmforge import env
 from vlmforge.api.arguments import path_text
 from vlmforge.api.config import MAX_CHUNK, EngineConfig, VisionConfig
-from vlmforge.api.memory import load_options
+from vlmforge.api.memory import feature_bytes, load_options
 from vlmforge.api.pipeline import Pipeline
 from vlmforge.engine.build_cache import engine_for
 from vlmforge.engine.bundle import open_bundle
@@ -24,13 +24,11 @@ from vlmforge.field_rules import Instance, OrNone, check_value, shown
 from vlmforge.inputs.template_choice import choose_template
 from vlmforge.inputs.template_config import ChatTemplateConfig
 from vlmforge.limits import available_memory
-from vlmforge.runner.features import FeatureCache
+from vlmforge.runner.features import USUAL_BUDGET, FeatureCache
 from vlmforge.runner.stages import Engine, load_engine
 from vlmforge.scheduler.loop import Loop
 
 logger = logging.getLogger("vlmforge")
-
-_FEATURE_CACHE_BYTES = 128 << 20
 
 
 def pipeline(
@@ -70,8 +68,12 @@ def pipeline(
     vision = vision_config or VisionConfig()
     vision.validate()
     folder = engine_for(path, _build_options(config))
+    free = _available_memory()
+    features = feature_bytes(vision.feature_cache_bytes, free)
+    vision = dataclasses.replace(vision, feature_cache_bytes=features)
+    finished = folder == env.expanded(path)
     with _patience(f"vlmforge: checking and loading {folder} ..."):
-        engine = _load(folder, config, template_config, finished=folder == env.expanded(path))
+        engine = _load(folder, config, template_config, free - features, finished=finished)
     if vision.background is not None:
         engine = engine.on_background(vision.background)
     engine = dataclasses.replace(engine, limits=vision.image_limits())
@@ -80,12 +82,11 @@ def pipeline(
 
 def serve(engine: Engine, config: EngineConfig, vision: VisionConfig) -> Pipeline:
     """A pipeline for an engine that is loaded already."""
-    manifest = engine.manifest
-    image_bytes = manifest.decode.tokens_per_image * manifest.decode.hidden_size * 4
+    budget = vision.feature_cache_bytes
     features = FeatureCache(
-        engine.vision.encode,
+        engine.encode,
         batch=vision.max_batch_size,
-        capacity=max(1, _FEATURE_CACHE_BYTES // image_bytes),
+        budget=USUAL_BUDGET if budget is None else int(budget),
     )
     loop = Loop(
         engine,
@@ -93,7 +94,7 @@ def serve(engine: Engine, config: EngineConfig, vision: VisionConfig) -> Pipelin
         chunk=_chunk(config.max_prefill_token_num),
         reuse_prefixes=config.enable_prefix_caching,
     )
-    return Pipeline(engine, loop)
+    return Pipeline(engine, loop, max_queued_requests=int(config.max_queued_requests))
 
 
 def _check_kinds(engine: object, template: object, vision: object) -> None:
@@ -106,15 +107,20 @@ def _check_kinds(engine: object, template: object, vision: object) -> None:
 
 
 def _load(
-    folder: Path, config: EngineConfig, template: ChatTemplateConfig | None, *, finished: bool
+    folder: Path,
+    config: EngineConfig,
+    template: ChatTemplateConfig | None,
+    free: float,
+    *,
+    finished: bool,
 ) -> Engine:
-    """`finished`: it was not built for this call."""
+    """Within `free` bytes; `finished`: it was not built for this call."""
     bundle = open_bundle(folder)
     manifest = bundle.manifest
     if finished:
         _check_finished(config, manifest)
     _check_parallel(config, manifest)
-    options = load_options(bundle, config, _available_memory())
+    options = load_options(bundle, config, free)
     frozen = bundle.text(manifest.prompt.template_file)
     return load_engine(bundle, choose_template(manifest.prompt, frozen, template), options)
 

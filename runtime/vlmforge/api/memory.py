@@ -10,11 +10,14 @@ from vlmforge.engine.bundle import Bundle
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.field_rules import shown
 from vlmforge.limits import available_cpus, available_memory
+from vlmforge.runner.features import USUAL_BUDGET
 
 logger = logging.getLogger("vlmforge")
 
 # Weights are packed (copied) only when they leave this share of the free memory to the cache.
 _PACK_SHARE = 0.7
+# At most this share of the free memory is for the features of images, unless more is asked for.
+_FEATURES_SHARE = 0.05
 # Sequences rarely fill their windows: address space is kept for this many times what memory holds.
 _OVERCOMMIT = 4
 
@@ -61,6 +64,24 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
             shown(wanted),
         )
     return LoadOptions(slots, capacity, _threads(config.threads), pack, blocks, block)
+
+
+def feature_bytes(asked: int | None, free: float) -> int:
+    """Bytes of `free` that are set apart for the features of images seen before.
+
+    Raises:
+        BackendUnavailableError: what was asked for leaves nothing for anything else.
+    """
+    if asked is None:
+        return min(USUAL_BUDGET, int(_FEATURES_SHARE * free))
+    if asked >= free:
+        raise BackendUnavailableError(
+            "The cache of image features does not fit the memory.",
+            found=f"{free / 1e9:.2f} GB, by {available_memory().limit}",
+            expected=f"more than feature_cache_bytes={shown(asked)}",
+            fix="VisionConfig(feature_cache_bytes=...) with less, or leave it out",
+        )
+    return int(asked)
 
 
 def _threads(asked: int | None) -> int | None:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import queue
-import sys
-import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, closing, contextmanager, nullcontext
 
 from vlmforge.api.arguments import (
     GenConfigs,
     check_call,
     one_for_each,
     refuse_adapter,
+    refuse_choices,
     refuse_state,
 )
-from vlmforge.api.session import Session
+from vlmforge.api.calls import Call, progress, terms_of
+from vlmforge.api.session import Sent, Session
+from vlmforge.api.session_cache import SessionCache
 from vlmforge.engine.manifest import Manifest
-from vlmforge.errors import VlmforgeError
-from vlmforge.inputs.messages import Prompts, parse_prompt, parse_prompts
+from vlmforge.inputs.messages import parse_prompt, parse_prompts
 from vlmforge.inputs.render import RenderedPrompt
 from vlmforge.inputs.tokenizer import TextTokenizer
-from vlmforge.outputs.events import Event, GenOut, error_response, gen_out
+from vlmforge.outputs.events import GenOut, error_response, gen_out, piece_of
 from vlmforge.outputs.generation_config import GenerationConfig
+from vlmforge.outputs.metrics import Metrics
 from vlmforge.outputs.response import Response
 from vlmforge.runner.stages import Engine
 from vlmforge.scheduler.intake import Intake
@@ -35,16 +35,26 @@ from vlmforge.scheduler.request import Request
 class Pipeline:
     """Serves one engine. Thread-safe. Made by `pipeline(...)`.
 
+    All calls take these, for each of their requests:
+
+    - `priority`: Higher goes first, and takes the place of lower ones when none is free; equal ones
+      in the order in which they came.
+    - `salt`: Requests with another salt share no cache with these, neither of prompts nor of
+      images: nobody can tell by the time that it takes whether others have asked the same.
+    - `timeout`: Seconds for the whole call, waiting and fetching of images included. What is not
+      finished then ends with `RequestTimeoutError`; the work stops with the step that is being run.
+
     Close it, or use it in a `with`. One that is dropped frees its engine too, and one that is left
     open when the interpreter ends is closed then. A process that is forked from the one that made
     it cannot use it (PipelineError), nor can a logits processor that it is calling.
     """
 
-    def __init__(self, engine: Engine, loop: Loop) -> None:
+    def __init__(self, engine: Engine, loop: Loop, *, max_queued_requests: int) -> None:
         self._engine, self._scheduler = engine, loop
+        self.session_cache = SessionCache(engine, loop)
         self._ahead = 2 * engine.options.slots
         preparation = Preparation(engine, loop.known_features, token_facts(engine))
-        self._intake = Intake(preparation.job, loop, ahead=self._ahead)
+        self._intake = Intake(preparation.job, loop, ahead=self._ahead, most=max_queued_requests)
         self._requests: dict[Request, int] = {}  # of `generate`, and each one's session id
         # No thread holds the pipeline: once nobody does, they end, and the engine goes with them.
         weakref.finalize(self, self._intake.stop).atexit = False
@@ -58,19 +68,27 @@ class Pipeline:
         do_preprocess: bool = True,
         adapter_name: str | None = None,
         use_tqdm: bool = False,
+        *,
+        priority: int = 0,
+        salt: str = "",
+        timeout: float | None = None,
     ) -> Response | list[Response]:
         """Answer a prompt, or a list of them.
 
         Args:
-            prompts: Text, (text, image), (text, [images]), OpenAI messages, or a list of these.
+            prompts: Text, (text, image), (text, [images]), OpenAI messages, or a list of these. Of
+                an iterator, prompts are taken as they are needed: it may be of any length.
             gen_config: How to generate; one for all or one for each prompt. None is greedy.
             do_preprocess: False sends text verbatim, without the chat template.
             adapter_name: Not supported; must be None.
-            use_tqdm: Show how many prompts are done.
+            use_tqdm: Show on standard error how many prompts are done.
+            priority, salt, timeout: See the class.
 
         Returns:
-            A `Response`, or for a list a list in the same order. In a list, an item that fails
-            becomes a response with `finish_reason='error'` and its siblings go on.
+            A `Response`, or for several a list in the same order. In a list, an item that fails
+            becomes a response with `finish_reason='error'` and its siblings go on. Of `n` answers
+            it is the first, and `Response.choices` has them all; one of them that fails alone is
+            such a response too.
 
         Raises:
             VlmforgeError: a single prompt fails, a configuration is out of range, or the pipeline
@@ -79,24 +97,26 @@ class Pipeline:
                 an error response.
         """
         check_call("pipe", do_preprocess=do_preprocess, use_tqdm=use_tqdm)
+        call = self._call("pipe", do_preprocess, priority=priority, salt=salt, timeout=timeout)
         parsed = parse_prompts(prompts)
-        configs = one_for_each(gen_config, len(parsed.items))
+        configs = one_for_each(gen_config, parsed.count)
         refuse_adapter(adapter_name)
-        responses = [Response(index=i, session_id=i) for i in range(len(parsed.items))]
-        done = 0
-        with closing(self._events(parsed, configs, do_preprocess)) as events:
+        responses: list[Response] = []
+        ends = progress(parsed.count) if use_tqdm else nullcontext()
+        with ends as bar, closing(call.events(parsed.items, configs)) as events:
             for event in events:
+                while len(responses) <= event.index:
+                    responses.append(Response(index=len(responses), session_id=len(responses)))
+                response = responses[event.index]
                 if event.error is not None:
-                    if parsed.single:
+                    response.extend(error_response(event.index, event.error, event.choice))
+                    failed = all(choice.finish_reason == "error" for choice in response.choices)
+                    if parsed.single and (event.whole or (event.last and failed)):
                         raise event.error
-                    responses[event.index] = error_response(event.index, event.error)
                 elif event.delta is not None:
-                    responses[event.index].extend(event.delta)
-                done += event.last
-                if use_tqdm and event.last:
-                    print(f"\r{done}/{len(responses)} prompts", end="", file=sys.stderr, flush=True)
-        if use_tqdm:
-            print(file=sys.stderr)
+                    response.extend(event.delta)
+                if bar is not None and event.last:
+                    bar.update()
         return responses[0] if parsed.single else responses
 
     infer = batch_infer = __call__
@@ -107,24 +127,31 @@ class Pipeline:
         gen_config: GenConfigs = None,
         do_preprocess: bool = True,
         adapter_name: str | None = None,
+        *,
+        priority: int = 0,
+        salt: str = "",
+        timeout: float | None = None,
     ) -> Iterator[Response]:
         """Answer as `__call__` does, yielding pieces as they come.
 
-        Each piece is a `Response` with the new text and ids only; `index` says of which prompt.
-        The last piece of a prompt has a `finish_reason` and the timings.
+        Each piece is a `Response` with the new text and ids only; `index` says of which prompt,
+        `choice` of which of its `n` answers. The last piece of an answer has a `finish_reason`
+        and the timings.
         """
-        check_call("stream_infer", do_preprocess=do_preprocess)
+        call = self._call(
+            "stream_infer", do_preprocess, priority=priority, salt=salt, timeout=timeout
+        )
         parsed = parse_prompts(prompts)
-        configs = one_for_each(gen_config, len(parsed.items))
+        configs = one_for_each(gen_config, parsed.count)
         refuse_adapter(adapter_name)
-        with closing(self._events(parsed, configs, do_preprocess)) as events:
+        with closing(call.events(parsed.items, configs)) as events:
             for event in events:
                 if event.delta is not None:
                     yield event.delta
                 elif event.error is not None:
-                    if parsed.single:
+                    if parsed.single and event.whole:
                         raise event.error
-                    yield error_response(event.index, event.error)
+                    yield error_response(event.index, event.error, event.choice)
 
     def chat(
         self,
@@ -134,6 +161,10 @@ class Pipeline:
         stream_response: bool = False,
         do_preprocess: bool = True,
         adapter_name: str | None = None,
+        *,
+        priority: int = 0,
+        salt: str = "",
+        timeout: float | None = None,
     ) -> Session | Iterator[Response]:
         """One turn of a conversation; `session=None` begins one.
 
@@ -144,15 +175,12 @@ class Pipeline:
         Raises:
             VlmforgeError: the turn fails; the session is as before.
         """
-        check_call(
-            "chat",
-            session=session,
-            stream_response=stream_response,
-            do_preprocess=do_preprocess,
-        )
+        check_call("chat", session=session, stream_response=stream_response)
+        call = self._call("chat", do_preprocess, priority=priority, salt=salt, timeout=timeout)
         refuse_adapter(adapter_name)
+        refuse_choices(gen_config)
         session = Session() if session is None else session
-        pieces = self._turn(prompt, session, gen_config, do_preprocess)
+        pieces = self._turn(prompt, session, gen_config, call)
         if stream_response:
             return pieces
         for _ in pieces:
@@ -164,14 +192,13 @@ class Pipeline:
         prompt: object,
         session: Session,
         gen_config: GenerationConfig | None,
-        do_preprocess: bool,
+        call: Call,
     ) -> Iterator[Response]:
         self._scheduler.check()
         opened = self._engine.opened(parse_prompt(prompt), but_pillow=True)  # files: read once
         asked = session.with_prompt(opened)
         whole = Response(session_id=session.session_id)
-        configs = one_for_each(gen_config, 1)
-        with closing(self._events(Prompts((asked,), True), configs, do_preprocess)) as events:
+        with closing(call.events((asked,), one_for_each(gen_config, 1))) as events:
             for event in events:
                 if event.error is not None:
                     raise event.error
@@ -180,7 +207,8 @@ class Pipeline:
                     whole.extend(event.delta)
                     yield event.delta
         session.gen_config = gen_config
-        session.finish_turn(prompt, asked, whole)
+        sent = Sent(asked, call.do_preprocess, call.terms)
+        session.finish_turn(prompt, sent, whole, self.session_cache)
 
     async def generate(
         self,
@@ -193,84 +221,75 @@ class Pipeline:
         step: int = 0,
         do_preprocess: bool = True,
         adapter_name: str | None = None,
+        *,
+        priority: int = 0,
+        salt: str = "",
+        timeout: float | None = None,
     ) -> AsyncIterator[GenOut]:
         """Answer one prompt without blocking the event loop.
 
-        Yields pieces, or with `stream_response=False` one whole. Leaving the loop early cancels
+        Yields pieces, or with `stream_response=False` one whole; of `n` answers each, with its
+        `choice`. Leaving the loop early cancels
         the request, and so does cancelling the task, also while images are still loading.
         Sessions are stateless: send the whole conversation. Requests may share a `session_id`:
         `stop_session` then stops all of them.
 
         Raises:
+            QueueFullError: as many requests wait as may (`EngineConfig.max_queued_requests`).
             VlmforgeError: the prompt fails, or the pipeline cannot be used here.
             Exception: what a logits processor raised, as it is.
         """
-        import asyncio  # not at the top: it would be a sixth of the time of `import vlmforge`
-
         refuse_adapter(adapter_name)
-        check_call(
-            "generate",
-            session_id=session_id,
-            stream_response=stream_response,
-            do_preprocess=do_preprocess,
-        )
+        check_call("generate", session_id=session_id, stream_response=stream_response)
         refuse_state(sequence_start, sequence_end, step)
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        cancelled = threading.Event()
-
-        def sink(event: Event) -> None:
-            try:
-                loop.call_soon_threadsafe(events.put_nowait, event)
-            except RuntimeError:  # the loop is gone, and with it who would read this
-                cancelled.set()
-
-        config = one_for_each(gen_config, 1)[0]
-        request = Request(
-            parse_prompt(messages), config, sink, do_preprocess=do_preprocess, cancelled=cancelled
-        )
         whole = Response()
-        with self._known_as(session_id, request):
-            self._intake.submit(request)
-            while True:
-                event = await events.get()
-                if event.error is not None:
-                    raise event.error
-                if event.delta is not None:
-                    whole.extend(event.delta)
-                    if stream_response or event.last:
-                        yield gen_out(event.delta if stream_response else whole, whole)
-                if event.last:
-                    return
+        pieces = self.astream(
+            messages,
+            gen_config,
+            do_preprocess,
+            session_id=session_id,
+            priority=priority,
+            salt=salt,
+            timeout=timeout,
+        )
+        async with aclosing(pieces):
+            async for piece in pieces:
+                answer = whole.extend(piece).choices[piece.choice]
+                if stream_response or piece.finish_reason is not None:
+                    yield gen_out(piece if stream_response else answer, answer)
 
     async def astream(
-        self, prompt: object, gen_config: GenerationConfig | None = None, do_preprocess: bool = True
+        self,
+        prompt: object,
+        gen_config: GenerationConfig | None = None,
+        do_preprocess: bool = True,
+        *,
+        session_id: int = 0,
+        priority: int = 0,
+        salt: str = "",
+        timeout: float | None = None,
     ) -> AsyncGenerator[Response, None]:
-        """X"""
-        import asyncio
+        """Answer one prompt without blocking the event loop: pieces as of `stream_infer`.
 
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        cancelled = threading.Event()
+        Closing it early, or cancelling the task, cancels the request, also while its images are
+        still loading.
 
-        def sink(event: Event) -> None:
-            try:
-                loop.call_soon_threadsafe(events.put_nowait, event)
-            except RuntimeError:  # the loop is gone, and with it who would read this
-                cancelled.set()
-
-        config = one_for_each(gen_config, 1)[0]
-        request = Request(
-            parse_prompt(prompt), config, sink, do_preprocess=do_preprocess, cancelled=cancelled
-        )
-        with self._known_as(0, request):
-            self._intake.submit(request)
-            while True:
-                event = await events.get()
-                if event.error is not None:
-                    raise event.error
-                if event.delta is not None:
-                    yield event.delta
-                if event.last:
-                    return
+        Raises: as `generate`.
+        """
+        check_call("astream", session_id=session_id)
+        call = self._call("astream", do_preprocess, priority=priority, salt=salt, timeout=timeout)
+        (config,) = one_for_each(gen_config, 1)
+        with (
+            call.in_event_loop(parse_prompt(prompt), config) as (request, next_event),
+            self._known_as(session_id, request),
+        ):
+            self._intake.submit(request, refuse=True)
+            last = False
+            while not last:
+                event = await next_event()
+                last, piece = event.last, piece_of(event)
+                if piece is not None:
+                    yield piece
 
     @property
     def manifest(self) -> Manifest:
@@ -300,6 +319,13 @@ class Pipeline:
     def count_tokens(self, prompt: object, do_preprocess: bool = True) -> int:
         """Length of one prompt in tokens, image tokens included."""
         return len(self.render(prompt, do_preprocess).token_ids)
+
+    def metrics(self) -> Metrics:
+        """What has been done since the pipeline was made, and what is going on; after `close` too.
+
+        Takes microseconds and no lock that answers wait for: ask as often as you like.
+        """
+        return self._scheduler.metrics()
 
     # --- sessions and the end ----------------------------------------------------------------
 
@@ -333,44 +359,13 @@ class Pipeline:
 
     # --- inside ------------------------------------------------------------------------------
 
-    def _events(
-        self, prompts: Prompts, configs: Sequence[GenerationConfig], do_preprocess: bool
-    ) -> Generator[Event, None, None]:
-        """Events of all items as they come.
-
-        No more items are under way than the engine can take soon, so a long list of images needs
-        no more memory than a short one. An abandoned iterator cancels its requests.
-        """
-        self._scheduler.check()
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        waiting = list(enumerate(zip(prompts.items, configs, strict=True)))[::-1]
-        requests: dict[int, Request] = {}
-        try:
-            while waiting or requests:
-                while waiting and len(requests) < self._ahead:
-                    index, (item, config) = waiting.pop()
-                    try:
-                        if isinstance(item, Exception):
-                            raise item
-                        request = Request(item, config, events.put, index, do_preprocess)
-                        requests[index] = request
-                        self._intake.submit(request)
-                    except VlmforgeError as error:
-                        requests.pop(index, None)
-                        yield Event(index, error=error)
-                if requests:
-                    event = self._next(events)
-                    if event.last:
-                        del requests[event.index]
-                    yield event
-        finally:
-            for request in requests.values():
-                self._intake.cancel(request)
-
-    def _next(self, events: queue.SimpleQueue[Event]) -> Event:
-        """The next event; a process that was forked while one was awaited gets no more of them."""
-        self._scheduler.check_process()
-        return events.get()
+    def _call(
+        self, call: str, do_preprocess: bool, *, priority: int, salt: str, timeout: float | None
+    ) -> Call:
+        """A call that begins now (ConfigError for an argument of a wrong type)."""
+        check_call(call, do_preprocess=do_preprocess, priority=priority, salt=salt, timeout=timeout)
+        terms = terms_of(priority, salt, timeout)
+        return Call(self._intake, self._scheduler, terms, do_preprocess, self._ahead)
 
     @contextmanager
     def _known_as(self, session_id: int, request: Request) -> Iterator[None]:

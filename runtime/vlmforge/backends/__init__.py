@@ -6,10 +6,10 @@ A backend shares its stem with the target of the builder that compiles for it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,11 @@ class DecoderBatch:
     rotary_levels: IntArray | None = None
 
 
+KeyValues = Mapping[str, NDArray[Any]]
+"""Keys and values of a sequence's first tokens: "key.0", "value.0", ... of each layer, in the
+cache's dtype `[kv_heads, tokens, head_dim]`."""
+
+
 class DecoderSession(Protocol):
     """Runs the decoder part over key/value slots that it owns."""
 
@@ -90,6 +95,34 @@ class DecoderSession(Protocol):
 
     def move(self, move: Move) -> None:
         """Copy or drop what the cache's bookkeeping asks for."""
+
+    def read(self, place: Sequence[int], tokens: int) -> KeyValues:
+        """A copy of the first `tokens` tokens of a sequence (see `KVCache.place`).
+
+        Raises:
+            BackendUnavailableError: this backend cannot.
+        """
+        raise _no_rows()
+
+    def write(self, place: Sequence[int], rows: KeyValues, start: int) -> None:
+        """Put back what `read` gave: from now on these are the first tokens at `place`.
+
+        The first `start` of them are there already, and may be others' too: they are left alone.
+
+        Raises:
+            BackendUnavailableError: this backend cannot.
+            SessionError: they are not of this decoder's cache; nothing was written.
+        """
+        raise _no_rows()
+
+
+def _no_rows() -> BackendUnavailableError:
+    return BackendUnavailableError(
+        "The engine's backend does not hand out its key/value cache.",
+        found="a session to be saved, or restored, with its cache",
+        expected="a backend that can read and write it, such as onnxruntime",
+        fix="save it without: session.save(path, cache=False); it is computed again",
+    )
 
 
 class Backend(Protocol):

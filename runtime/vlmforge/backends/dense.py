@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vlmforge.backends import FloatArray
+from vlmforge.backends import FloatArray, KeyValues
 from vlmforge.engine.manifest import KVLayout
-from vlmforge.errors import BackendUnavailableError
+from vlmforge.errors import BackendUnavailableError, SessionError
 
 
 class DenseCache:
@@ -47,6 +47,34 @@ class DenseCache:
                 kept[:] = a
                 a[:] = b
                 b[:] = kept
+
+    def read(self, row: int, tokens: int) -> KeyValues:
+        """A copy of the first `tokens` tokens of a row: `[kv_heads, tokens, head_dim]` each."""
+        return {name: array[row, :, :tokens].copy() for name, array in self._arrays.items()}
+
+    def write(self, row: int, rows: KeyValues, start: int) -> int:
+        """Put back what `read` gave, from token `start` on; returns how many tokens it holds.
+
+        Raises:
+            SessionError: it is of another cache; nothing was written.
+        """
+        _, heads, capacity, width = self._shape
+        given = next(iter(rows.values())).shape if rows else ()
+        tokens = given[1] if len(given) == 3 else 0
+        shape = (heads, tokens, width)
+        fit = all(one.shape == shape and one.dtype == np.float32 for one in rows.values())
+        if not fit or rows.keys() != self._arrays.keys() or not 0 < tokens <= capacity:
+            kinds = sorted({f"{one.dtype} {list(one.shape)}" for one in rows.values()})
+            raise SessionError(
+                "Saved keys and values are not of this engine's cache.",
+                found=f"{len(rows)} tensors: {', '.join(kinds)}"[:200],
+                expected=f"{len(self._arrays)} tensors: float32 [{heads}, up to {capacity}, "
+                f"{width}]",
+                fix="load the session into the engine that it was saved from, with its window",
+            )
+        for name, array in self._arrays.items():
+            array[row, :, start:tokens] = rows[name][:, start:]
+        return tokens
 
     def drop(self, row: int, tokens: int) -> None:
         """Give the memory behind the first `tokens` tokens of a row back to the system."""

@@ -20,6 +20,7 @@ from vlmforge.backends import (
     DecoderBatch,
     DecoderSession,
     FloatArray,
+    KeyValues,
     LoadOptions,
     VisionSession,
 )
@@ -105,6 +106,15 @@ class _Decoder(DecoderSession):
         else:
             self._cache.drop(self._rows.row(move.place), move.tokens)
             self._rows.set_tokens(move.place, move.tokens)
+
+    @override
+    def read(self, place: Sequence[int], tokens: int) -> KeyValues:
+        return self._cache.read(self._rows.row(place[0]), tokens)
+
+    @override
+    def write(self, place: Sequence[int], rows: KeyValues, start: int) -> None:
+        tokens = self._cache.write(self._rows.row(place[0]), rows, start)
+        self._rows.set_tokens(place[0], tokens)
 
     def step(self, batch: DecoderBatch) -> FloatArray:
         arrangement = self._rows.arrange(batch.slots)

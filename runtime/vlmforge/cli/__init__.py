@@ -34,19 +34,8 @@ def parser() -> argparse.ArgumentParser:
         "--static", action="store_true", help="files and description only; nothing is run"
     )
 
-    evaluation = commands.add_parser(
-        "eval", help="ask about held-out drawn pictures; accuracy by kind of question"
-    )
-    evaluation.add_argument("engine", metavar="ENGINE")
-    evaluation.add_argument("--limit", type=int, default=650, help="questions (default: 650)")
-    evaluation.add_argument("--seed", type=int, default=0, help="which pictures and questions")
-    evaluation.add_argument("--sheet", type=Path, metavar="FILE.html", help="write a picture sheet")
-    evaluation.add_argument(
-        "--minimum",
-        action="append",
-        default=[],
-        metavar="KIND=PERCENT",
-        help="fail below it, such as color=95 or all=90; may be repeated",
+    _add_eval(
+        commands.add_parser("eval", help="accuracy on drawn pictures, or on your own questions")
     )
 
     commands.add_parser("models", help="the models that can be built, as a table")
@@ -61,6 +50,42 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=512)
     chat.add_argument("--temperature", type=float, help="sample with it (default: greedy)")
     return root
+
+
+def _add_eval(evaluation: argparse.ArgumentParser) -> None:
+    evaluation.add_argument("engine", metavar="ENGINE")
+    evaluation.add_argument(
+        "--limit", type=int, help="questions (default: 650, or all of the file's)"
+    )
+    evaluation.add_argument("--min-accuracy", type=float, metavar="PERCENT", help="fail below it")
+    drawn = evaluation.add_argument_group("drawn pictures")
+    drawn.add_argument("--seed", type=int, help="which pictures and questions (default: 0)")
+    drawn.add_argument("--sheet", type=Path, metavar="FILE.html", help="write a picture sheet")
+    drawn.add_argument(
+        "--minimum",
+        action="append",
+        default=[],
+        metavar="KIND=PERCENT",
+        help="fail below it, such as color=95 or all=90; may be repeated",
+    )
+    own = evaluation.add_argument_group("your own questions")
+    own.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='lines of {"image": path, URL or null, "question": ..., "answers": [...]}; paths are '
+        "relative to the file",
+    )
+    own.add_argument(
+        "--match",
+        choices=("contains", "exact"),
+        help="what makes a reply right: an answer's words are in it (default), or are all of it; "
+        "case, punctuation and articles do not count, numbers to ten may be words",
+    )
+    own.add_argument(
+        "--max-new-tokens", type=int, help="of a reply, where it is cut off (default: 96)"
+    )
+    own.add_argument("--results", type=Path, metavar="FILE.jsonl", help="write each reply to it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`vlmforge eval`: how many questions about held-out drawn pictures does an engine answer right?"""
+"""`vlmforge eval`: how many questions, about drawn pictures or the user's, are answered right?"""
 
 from __future__ import annotations
 
@@ -12,20 +12,60 @@ from vlmforge.evaluation.evaluate import Report, evaluate
 from vlmforge.evaluation.sheet import html_sheet
 
 _SHEET_PICTURES = 60
+_QUESTIONS = 650
+_OF_DRAWN = ("seed", "sheet", "minimum")
+_OF_DATA = ("match", "max_new_tokens", "results")
 
 
 def run_eval(values: argparse.Namespace) -> int:
-    """Print accuracy by kind; 1 when a `--minimum` is not reached (ConfigError: a wrong one)."""
-    minimums = _minimums(values.minimum)
-    if values.limit < 1:
+    """Print the accuracy; 1 when it is below what was asked for.
+
+    Raises:
+        ConfigError: an argument is out of range, or one of the other kind of evaluation.
+    """
+    _check(values)
+    if values.data is None:
+        return _run_drawn(values)
+    from vlmforge.cli.eval_data import run_data
+
+    return run_data(values)
+
+
+def _check(values: argparse.Namespace) -> None:
+    foreign = _OF_DATA if values.data is None else _OF_DRAWN
+    given = [name for name in foreign if getattr(values, name) not in (None, [])]
+    if given:
+        raise ConfigError(
+            "An option is of the other kind of evaluation.",
+            found=f"--{given[0].replace('_', '-')} "
+            + ("without --data" if values.data is None else "with --data"),
+            expected="--data, --match, --max-new-tokens and --results for questions of your own; "
+            "--seed, --sheet and --minimum for drawn pictures",
+            fix="leave it out",
+        )
+    if values.min_accuracy is not None and not 0 <= values.min_accuracy <= 100:
+        raise ConfigError(
+            "A minimum is not understood.",
+            found=f"--min-accuracy {values.min_accuracy}",
+            expected="a percentage, 0 to 100",
+            fix="--min-accuracy 90",
+        )
+    if values.limit is not None and values.limit < 1:
         raise ConfigError(
             "There is nothing to ask.",
             found=f"--limit {values.limit}",
             expected="a positive number",
             fix="--limit 130",
         )
-    print(f"drawing {values.limit} questions ...", file=sys.stderr, flush=True)
-    cases = list(held_out_cases(values.limit, seed=values.seed))
+
+
+def _run_drawn(values: argparse.Namespace) -> int:
+    minimums = _minimums(values.minimum)
+    if values.min_accuracy is not None:
+        minimums["all"] = max(minimums.get("all", 0.0), values.min_accuracy / 100)
+    limit = values.limit or _QUESTIONS
+    print(f"drawing {limit} questions ...", file=sys.stderr, flush=True)
+    cases = list(held_out_cases(limit, seed=values.seed or 0))
     with pipeline(values.engine) as pipe:
         report = evaluate(pipe, cases, _tell)
     print(_table(report))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ ROLES = ("system", "user", "assistant")
 _ADDRESS = re.compile(r"(https?|file)://|data:(image|[^,\s]*;base64,)", re.IGNORECASE)
 _IMAGE_KEYS = ("image", "url", "path", "base64")
 _FORMS = (
-    "'text', ('text', image), ('text', [image, ...]), a list of these, OpenAI messages "
+    "'text', ('text', image), ('text', [image, ...]), a list or iterator of these, OpenAI messages "
     "[{'role': ..., 'content': ...}, ...], or a list of such conversations"
 )
 
@@ -80,11 +80,17 @@ class Conversation:
 class Prompts:
     """A call's prompts; `single` when the caller wants one response and not a list.
 
-    An item that is of no known form is kept as its error, so that its siblings go on.
+    An item that is of no known form is kept as its error, so that its siblings go on. Of an
+    iterator, `items` is one too: its prompts are taken as they are needed.
     """
 
-    items: tuple[Conversation | PromptError, ...]
+    items: Iterable[Conversation | PromptError]
     single: bool
+
+    @property
+    def count(self) -> int | None:
+        """How many there are; None: an iterator does not tell."""
+        return len(self.items) if isinstance(self.items, tuple) else None
 
 
 def parse_prompts(prompts: object) -> Prompts:
@@ -95,6 +101,8 @@ def parse_prompts(prompts: object) -> Prompts:
     """
     if isinstance(prompts, list) and not _is_messages(prompts):
         return Prompts(tuple(_item(prompt) for prompt in prompts), single=False)
+    if isinstance(prompts, Iterator):
+        return Prompts(map(_item, prompts), single=False)
     return Prompts((parse_prompt(prompts),), single=True)
 
 
@@ -157,7 +165,7 @@ def _images(value: object) -> tuple[Image, ...]:
 
 
 def _source(value: object) -> ImageSource:
-    if isinstance(value, PIL.Image.Image | np.ndarray | os.PathLike | bytes | str):
+    if isinstance(value, PIL.Image.Image | np.ndarray | os.PathLike | bytes | str | OpenedImage):
         return value
     if isinstance(value, bytearray | memoryview):
         return bytes(value)

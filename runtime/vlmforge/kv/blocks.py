@@ -45,6 +45,11 @@ class BlockPool(KVCache):
         return len(self._empty) + len(self._kept)
 
     @override
+    def find(self, keys: Keys, *, salt: bytes) -> tuple[tuple[int, ...], int]:
+        _, blocks = self._match(keys, salt)
+        return tuple(blocks), len(blocks) * self.block_size
+
+    @override
     def place(self, sequence: int) -> tuple[int, ...]:
         return tuple(self._sequences[sequence].blocks)
 
@@ -100,29 +105,26 @@ class BlockPool(KVCache):
             tail = tail[self.block_size :]
         held.tail = tail
 
-    def fork(self, parent: int, child: int) -> None:
-        """A second sequence with all that the first has; the last block is copied on writing."""
-        given = self._sequences[parent]
-        for block in given.blocks:
+    @override
+    def fork(self, parent: int, child: int, keys: Keys) -> bool:
+        if not self.free_blocks:  # its next token needs a block of its own
+            return False
+        given, full = self._sequences[parent], len(keys) // self.block_size
+        blocks = given.blocks[: self._count(len(keys))]
+        for block in blocks:
             self._use(block)
+        tail = keys[full * self.block_size :]
         self._sequences[child] = _Sequence(
-            given.salt, list(given.blocks), list(given.digests), given.length, given.tail
+            given.salt, blocks, given.digests[:full], len(keys), tail
         )
+        return True
 
     @override
     def free(self, sequence: int, *, valid: bool = True) -> None:
         held = self._sequences.pop(sequence)
         # From the end: what others can use longest, the beginning, is given up last.
         for block in reversed(held.blocks):
-            self._uses[block] -= 1
-            if self._uses[block]:
-                continue
-            if not valid:
-                self._forget(block)
-            if digest := self._digest_of.get(block):
-                self._kept[block] = digest
-            else:
-                self._empty.append(block)
+            self._let_go(block, valid=valid)
 
     def _count(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -150,6 +152,17 @@ class BlockPool(KVCache):
         self._kept.pop(block, None)
         self._uses[block] += 1
 
+    def _let_go(self, block: int, *, valid: bool = True) -> None:
+        self._uses[block] -= 1
+        if self._uses[block]:
+            return
+        if not valid:
+            self._forget(block)
+        if digest := self._digest_of.get(block):
+            self._kept[block] = digest
+        else:
+            self._empty.append(block)
+
     def _take(self) -> int:
         """A block for new content; there must be one."""
         if self._empty:
@@ -166,14 +179,17 @@ class BlockPool(KVCache):
             del self._found[digest]
 
     def _writes_to_shared(self, sequence: _Sequence) -> bool:
-        """Whether the next token goes into a block that another sequence has too."""
+        """Whether the next token goes into a block that others have too, or may find."""
         index, offset = divmod(sequence.length, self.block_size)
-        return offset > 0 and self._uses[sequence.blocks[index]] > 1
+        if not offset:
+            return False
+        block = sequence.blocks[index]
+        return self._uses[block] > 1 or block in self._digest_of
 
     def _split(self, sequence: _Sequence) -> None:
         index, offset = divmod(sequence.length, self.block_size)
         shared = sequence.blocks[index]
         own = self._take()
-        self._uses[shared] -= 1
         sequence.blocks[index] = own
         self._copies.append(Copy(shared, own, offset))
+        self._let_go(shared)

@@ -55,6 +55,12 @@ class KVCache(Protocol):
             there is no room for it: nothing was changed.
         """
 
+    def fork(self, parent: int, child: int, keys: Keys) -> bool:
+        """A second sequence that has the first tokens of another, whose keys are `keys`.
+
+        Prefixes need not be reused for that; False while there is no room: nothing was changed.
+        """
+
     def grow(self, sequence: int, tokens: int) -> bool:
         """Make room for `tokens` tokens in all; False when there is none: nothing was changed."""
 
@@ -65,6 +71,12 @@ class KVCache(Protocol):
         """The sequence ends. Its tokens are kept for others until room is needed.
 
         `valid=False` forgets them: after an error it is unknown what was written.
+        """
+
+    def find(self, keys: Keys, *, salt: bytes) -> tuple[tuple[int, ...], int]:
+        """Where the longest beginning of `keys` is (see `place`), and of how many tokens.
+
+        Nothing is changed. What `take_moves` has not given yet may be missing there.
         """
 
     def place(self, sequence: int) -> tuple[int, ...]:

@@ -50,6 +50,11 @@ class SlotCache(KVCache):
         return sum(slot.room for slot in self._slots if slot.owner is not None)
 
     @override
+    def find(self, keys: Keys, *, salt: bytes) -> tuple[tuple[int, ...], int]:
+        slot, tokens = self._longest_prefix(keys, salt)
+        return ((), 0) if slot is None else ((slot,), tokens)
+
+    @override
     def place(self, sequence: int) -> tuple[int, ...]:
         return (self._place[sequence],)
 
@@ -77,13 +82,19 @@ class SlotCache(KVCache):
             cached = 0
         elif source != target:
             self._moves.append(Copy(source, target, cached))
-        slot = self._slots[target]
-        slot.owner, slot.keys, slot.salt = sequence, keys[:cached], salt
-        slot.room = max(slot.room, self._count(cached))
-        self._place[sequence] = target
-        self._trim(target, cached)
-        self._evict()
+        self._occupy(target, sequence, keys[:cached], salt)
         return cached
+
+    @override
+    def fork(self, parent: int, child: int, keys: Keys) -> bool:
+        full = len(self._place) == len(self._slots)
+        if full or self._count(len(keys) + 1) > self._budget - self.held_blocks:
+            return False
+        source = self._place[parent]
+        target = self._oldest(None)
+        self._moves.append(Copy(source, target, len(keys)))
+        self._occupy(target, child, keys, self._slots[source].salt)
+        return True
 
     @override
     def grow(self, sequence: int, tokens: int) -> bool:
@@ -108,6 +119,14 @@ class SlotCache(KVCache):
         self._clock += 1
         slot.last_used = self._clock
         self._trim(index, len(slot.keys) if valid and self._reuse else 0)
+
+    def _occupy(self, index: int, sequence: int, keys: Keys, salt: bytes) -> None:
+        slot = self._slots[index]
+        slot.owner, slot.keys, slot.salt = sequence, keys, salt
+        slot.room = max(slot.room, self._count(len(keys)))
+        self._place[sequence] = index
+        self._trim(index, len(keys))
+        self._evict()
 
     def _count(self, tokens: int) -> int:
         return -(-tokens // self._block_size)

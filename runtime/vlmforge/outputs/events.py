@@ -19,34 +19,48 @@ class GenOut:
     finish_reason: str | None = None
     token_ids: list[int] | None = None
     logprobs: list[dict[int, float]] | None = None
+    choice: int = 0
+    error_code: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A delta, or an error, of the item `index` of a call."""
+    """A delta, or an error, of the item `index` of a call.
+
+    Attributes:
+        choice: Which of its answers.
+        whole: The error is the item's: it has no other answers.
+        last: The item ends with it.
+    """
 
     index: int
     delta: Response | None = None
     error: Exception | None = None
-
-    @property
-    def last(self) -> bool:
-        """Whether the item ends with it."""
-        return self.error is not None or (
-            self.delta is not None and self.delta.finish_reason is not None
-        )
+    choice: int = 0
+    whole: bool = True
+    last: bool = True
 
 
-def error_response(index: int, error: Exception) -> Response:
+def error_response(index: int, error: Exception, choice: int = 0) -> Response:
     """What stands in a list for an item that failed."""
     error = as_ours(error)
     return Response(
         index=index,
         session_id=index,
+        choice=choice,
         finish_reason="error",
         error_code=error.code,
         error_message=str(error),
     )
+
+
+def piece_of(event: Event) -> Response | None:
+    """What an event adds to an answer; an error of the whole item is raised."""
+    if event.error is None:
+        return event.delta
+    if event.whole:
+        raise event.error
+    return error_response(event.index, event.error, event.choice)
 
 
 def gen_out(piece: Response, whole: Response) -> GenOut:
@@ -59,4 +73,6 @@ def gen_out(piece: Response, whole: Response) -> GenOut:
         piece.finish_reason,
         piece.token_ids,
         piece.logprobs,
+        piece.choice,
+        piece.error_code,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, TypeAlias
@@ -29,6 +30,7 @@ from vlmforge.outputs.stopping import StopRules
 OutputLogits: TypeAlias = Literal["all", "generation"]
 UNSET_TOP_K = 50
 """What `top_k` means when `do_sample=True` and it has its default."""
+_MOST_ANSWERS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class TokenFacts:
 class GenerationPlan:
     """A `GenerationConfig` resolved for one request: nothing in it can change any more.
 
-    `max_new_tokens=None` is as many as the window holds; `output_logits=None` is none.
+    `max_new_tokens=None` is as many as the window holds; `output_logits=None` is none; `n` is how
+    many answers are wanted.
     """
 
     sampling: SamplingParams
@@ -67,6 +70,12 @@ class GenerationPlan:
     spaces_between_special_tokens: bool
     output_logits: OutputLogits | None
     return_ppl: bool
+    n: int = 1
+
+    def choice(self, number: int) -> GenerationPlan:
+        """The plan of one of the `n` answers."""
+        sampling = dataclasses.replace(self.sampling, choice=number)
+        return dataclasses.replace(self, sampling=sampling)
 
 
 @dataclass(slots=True)
@@ -83,7 +92,9 @@ class GenerationConfig:
     Greedy ignores `temperature`, `top_k`, `top_p` and `min_p`; everything else applies to both.
 
     Attributes:
-        n: Answers for each prompt; only 1.
+        n: Answers for each prompt, at most 128: `Response.choices` has all of them, and pieces of a
+            stream say by `choice` which they belong to. The prompt is run once. Greedy ones are
+            equal.
         max_new_tokens: Exactly this many tokens at most; None fills the window.
         do_sample: See above.
         top_p: Sample from the smallest set of tokens with this probability. [0, 1]
@@ -91,9 +102,12 @@ class GenerationConfig:
         min_p: Leave out tokens below this times the largest probability. [0, 1]
         temperature: Divides the logits. [0, 2]
         repetition_penalty: > 1 makes tokens of the prompt's text and of the answer less likely.
+        presence_penalty: Taken from the logits of tokens that the answer has. [-2, 2]
+        frequency_penalty: Taken from them once for each time that it has them. [-2, 2]
         ignore_eos: Neither the model's EOS nor the template's stop words end the answer; they may
             be generated and it goes on. `stop_words` and `stop_token_ids` of this config do.
-        random_seed: None draws one for each prompt, so equal prompts get different answers.
+        random_seed: None draws one for each prompt, so equal prompts get different answers. Of `n`
+            answers, the first is that of `n=1`, and the others have seeds derived from this one.
         stop_words: Texts that end the answer, beside the template's; of any number of tokens.
         bad_words: Words that are never generated, at the start of a text or after a space.
         stop_token_ids: Tokens that end the answer.
@@ -141,6 +155,8 @@ class GenerationConfig:
     spaces_between_special_tokens: bool = True
     logprobs: int | None = None
     response_format: Mapping[str, object] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     logits_processors: Sequence[LogitsProcessor] | None = None
     output_logits: OutputLogits | None = None
     output_last_hidden_state: OutputLogits | None = None
@@ -219,6 +235,7 @@ class GenerationConfig:
             spaces_between_special_tokens=self.spaces_between_special_tokens,
             output_logits=self.output_logits,
             return_ppl=self.return_ppl,
+            n=int(self.n),
         )
 
 
@@ -227,7 +244,7 @@ _WORDS = OrNone(ListOf(Text(empty=False)))
 _LOGITS = OrNone(Choice(("all", "generation")))
 
 RULES: Mapping[str, Rule] = {
-    "n": Int(1),
+    "n": Int(1, _MOST_ANSWERS),
     "max_new_tokens": OrNone(Int(1)),
     "do_sample": OrNone(Flag()),
     "top_p": Number(0, 1),
@@ -235,6 +252,8 @@ RULES: Mapping[str, Rule] = {
     "min_p": Number(0, 1),
     "temperature": Number(0, 2),
     "repetition_penalty": Number(0, above=True),
+    "presence_penalty": Number(-2, 2),
+    "frequency_penalty": Number(-2, 2),
     "ignore_eos": Flag(),
     "random_seed": OrNone(Int(0)),
     "stop_words": _WORDS,
@@ -255,11 +274,6 @@ RULES: Mapping[str, Rule] = {
 
 _STATELESS = "leave it out: prompts that begin alike share their cache without being asked"
 REFUSALS: Mapping[str, Refusal] = {
-    "n": Refusal(
-        (1,),
-        "a request has one answer",
-        "send the prompt n times in a list, each with a GenerationConfig of another random_seed",
-    ),
     "output_last_hidden_state": Refusal(
         (None,), "engines give logits only", "use output_logits='generation' or 'all'"
     ),
@@ -307,6 +321,8 @@ def _sampling_params(
         top_p=float(config.top_p),
         min_p=float(config.min_p),
         repetition_penalty=float(config.repetition_penalty),
+        presence_penalty=float(config.presence_penalty),
+        frequency_penalty=float(config.frequency_penalty),
         seed=None if config.random_seed is None else int(config.random_seed),
         logits_processors=tuple(config.logits_processors or ()),
         bad_words=_bad_words(config, facts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -16,10 +17,13 @@ from numpy.typing import NDArray
 from vlmforge.vl.boxes import Box
 
 FinishReason: TypeAlias = Literal["stop", "length", "error", "abort"]
-Stage: TypeAlias = Literal["queue", "load", "preprocess", "encode", "prefill", "decode", "other"]
+Stage: TypeAlias = Literal[
+    "queue", "load", "image_wait", "preprocess", "encode", "prefill", "decode", "other"
+]
 _STAGES: tuple[Stage, ...] = (
     "queue",
     "load",
+    "image_wait",
     "preprocess",
     "encode",
     "prefill",
@@ -35,6 +39,7 @@ class Timings:
     Attributes:
         queue: Waiting for a free slot.
         load: Fetching and decoding images.
+        image_wait: Waiting for an image that another request is preparing.
         preprocess: Pixel values, template, tokenizer.
         encode: The vision part.
         prefill: The prompt through the decoder.
@@ -42,10 +47,13 @@ class Timings:
         other: The rest.
         cached_prefix_tokens: Prompt tokens that did not need prefill.
         cached_images: Images that did not need encoding.
+        host_share: The part of the engine's steps, from the request to its end, that was not spent
+            inside the engine's parts: sampling, text, bookkeeping. 0 to 1; 0 where none was seen.
     """
 
     queue: float = 0.0
     load: float = 0.0
+    image_wait: float = 0.0
     preprocess: float = 0.0
     encode: float = 0.0
     prefill: float = 0.0
@@ -53,6 +61,7 @@ class Timings:
     other: float = 0.0
     cached_prefix_tokens: int = 0
     cached_images: int = 0
+    host_share: float = 0.0
 
     @property
     def total(self) -> float:
@@ -76,6 +85,12 @@ class Stopwatch:
         self._mark = clock()
         self._current: Stage = "other"
         self._seconds: dict[Stage, float] = dict.fromkeys(_STAGES, 0.0)
+
+    def copy(self) -> Stopwatch:
+        """Another one that has measured the same so far, and goes on by itself."""
+        other = copy.copy(self)
+        other._seconds = dict(self._seconds)
+        return other
 
     def switch(self, stage: Stage) -> None:
         """From now on, time is charged to `stage`."""
@@ -107,6 +122,7 @@ class Stopwatch:
         return Timings(
             queue=seconds["queue"],
             load=seconds["load"],
+            image_wait=seconds["image_wait"],
             preprocess=seconds["preprocess"],
             encode=seconds["encode"],
             prefill=seconds["prefill"],
@@ -137,6 +153,8 @@ class Response:
         timings: Where the time went; in a stream on the last piece.
         cached_tokens: Prompt tokens that did not need prefill.
         ppl: Mean cross-entropy of the prompt's text, if it was asked for.
+        choice: Which of the `n` answers to the prompt this is, from 0.
+        others: The answers from 1 on, when `n` of them were asked for; see `choices`.
         boxes: What the text grounds in the latest image, for models that write boxes; the text
             keeps them too. In a stream, those of the whole text, on the last piece.
     """
@@ -156,12 +174,23 @@ class Response:
     cached_tokens: int = 0
     ppl: float | None = None
     boxes: tuple[Box, ...] = ()
+    choice: int = 0
+    others: tuple[Response, ...] = ()
+
+    @property
+    def choices(self) -> tuple[Response, ...]:
+        """All `n` answers to the prompt, this one first."""
+        return (self, *self.others)
 
     def extend(self, delta: Response) -> Response:
         """Append a piece of the stream to what came before it; returns `self`.
 
-        `session_id` and `index` say whose answer this is and stay as they are.
+        A piece of another of the `n` answers goes to that one, in `others`. `session_id` and
+        `index` say whose answer this is and stay as they are.
         """
+        if delta.choice > self.choice:
+            self._other(delta.choice).extend(delta)
+            return self
         self.text += delta.text
         self.token_ids = self.token_ids + delta.token_ids
         if delta.logprobs is not None:
@@ -176,6 +205,13 @@ class Response:
                 setattr(self, name, getattr(delta, name))
         self.boxes = delta.boxes or self.boxes
         return self
+
+    def _other(self, choice: int) -> Response:
+        while len(self.others) < choice - self.choice:
+            number = self.choice + len(self.others) + 1
+            other = Response(session_id=self.session_id, index=self.index, choice=number)
+            self.others = (*self.others, other)
+        return self.others[choice - self.choice - 1]
 
     def __repr__(self) -> str:
         shown = [(name, getattr(self, name)) for name in _ALWAYS_SHOWN]

@@ -1,7 +1,7 @@
 """From the logits of one step to the next token.
 
-The order: logits processors, repetition penalty, bad words, minimum length, response format,
-temperature, top-k, softmax, top-p, min-p, renormalise, draw.
+The order: logits processors, repetition penalty, presence and frequency penalties, bad words,
+minimum length, response format, temperature, top-k, softmax, top-p, min-p, renormalise, draw.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ class SamplingParams:
         top_p: Keep the smallest set of the likeliest tokens whose probability reaches this.
         min_p: Then drop those below `min_p` times the largest probability.
         repetition_penalty: Divides positive and multiplies negative logits of ids that occurred.
+        presence_penalty: Taken from the logits of ids that were generated.
+        frequency_penalty: Taken from them once for each time.
         seed: Of the random generator; None draws one from the system.
+        choice: Which of the answers to a prompt: each draws from a stream of its own, which the
+            seed and this number determine.
         logits_processors: Applied first, in order.
         bad_words: Id sequences that must not be generated, of one id or more.
         held_ids: Masked until `min_new_tokens` tokens were generated.
@@ -49,7 +53,10 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
+    choice: int = 0
     logits_processors: tuple[LogitsProcessor, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     held_ids: tuple[int, ...] = ()
@@ -97,7 +104,7 @@ class Sampler:
         _check_ids("the prompt", prompt_ids, vocab_size)
         _check_ids("bad words", [i for word in params.bad_words for i in word], vocab_size)
         _check_ids("stop tokens", params.held_ids, vocab_size)
-        self.rng = np.random.Generator(np.random.PCG64(params.seed)) if rng is None else rng
+        self.rng = _generator(params) if rng is None else rng
         self._params = params
         self._vocab_size = vocab_size
         self._prompt = tuple(prompt_ids)
@@ -138,7 +145,10 @@ class Sampler:
         """`logits` itself when nothing is to be edited, else an edited copy."""
         params = self._params
         banned = self._banned_now()
-        edits = params.logits_processors or params.repetition_penalty != 1 or params.guide
+        penalty = params.presence_penalty or params.frequency_penalty
+        edits = (
+            params.logits_processors or params.repetition_penalty != 1 or penalty or params.guide
+        )
         if not (edits or banned):
             return logits
         logits = np.array(logits, np.float32)
@@ -146,6 +156,9 @@ class Sampler:
             logits = self._processed(processor, logits)
         if params.repetition_penalty != 1:
             _penalise(logits, self._seen, params.repetition_penalty)
+        if penalty and self._generated:
+            ids, counts = np.unique(self._generated, return_counts=True)
+            logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
         logits[banned] = -np.inf
         if self._matcher is not None:
             logits[~self._matcher.allowed()] = -np.inf
@@ -169,6 +182,12 @@ class Sampler:
         if len(done) < params.min_new_tokens:
             banned += params.held_ids
         return banned
+
+
+def _generator(params: SamplingParams) -> np.random.Generator:
+    """For choice 0 that of the seed alone: it does not depend on how many there are."""
+    key = (params.choice,) if params.choice else ()
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(params.seed, spawn_key=key)))
 
 
 def distribution(

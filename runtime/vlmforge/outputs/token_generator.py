@@ -24,14 +24,18 @@ class Caller(Protocol):
     """Who waits for the tokens.
 
     Attributes:
-        index: Its place among the prompts of its call.
+        choice: Which of the answers to the prompt it waits for.
         watch: Of its wall time.
         begun: Set once its answer is being generated.
     """
 
-    index: int
+    choice: int
     watch: Stopwatch
     begun: bool
+
+    @property
+    def index(self) -> int:
+        """Its place among the prompts of its call."""
 
     def send(self, delta: Response | None, error: Exception | None) -> None:
         """Take a piece, or the error that ends the answer."""
@@ -155,6 +159,7 @@ class TokenGenerator(TokenChooser):
             token_ids=self._ids[first : self._sent],
             logprobs=self._logprobs[first : self._sent] or None,
             index=self._caller.index,
+            choice=self._caller.choice,
         )
         if reason is not None:
             self._complete(piece)

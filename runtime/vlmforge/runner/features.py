@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -11,26 +12,44 @@ from vlmforge.backends import FloatArray
 from vlmforge.vl.prepared import PreparedImage
 
 Encoder = Callable[[FloatArray], FloatArray]
+USUAL_BUDGET = 128 << 20
 
 
 class FeatureCache:
-    """Features of the images seen last, at most `capacity` of them (least recently used go).
+    """Features of the images seen last, at most `budget` bytes of them (least recently used go).
 
     One thread calls `get`; any may call `known`.
 
     Args:
         encode: Views `[n, 3, H, W]` to their rows `[n, rows, hidden]`.
         batch: Views in one run of `encode`.
-        capacity: Images that are kept.
+        budget: Bytes of features that are kept for later, beside those that requests have.
     """
 
-    def __init__(self, encode: Encoder, *, batch: int, capacity: int = 64) -> None:
-        self._encode, self._batch, self._capacity = encode, batch, capacity
+    def __init__(self, encode: Encoder, *, batch: int, budget: int = USUAL_BUDGET) -> None:
+        self._encode, self._batch, self._budget = encode, batch, budget
+        self.encoded = 0  # images, ever
         self._features: OrderedDict[bytes, FloatArray] = OrderedDict()
 
     def known(self, digest: bytes) -> FloatArray | None:
-        """Features `[tokens, hidden]` that are kept; None if they are not."""
-        return self._features.get(digest)
+        """Features `[tokens, hidden]` that are kept; None if they are not.
+
+        Who asks uses them, also where the image's tokens will be found in the cache.
+        """
+        found = self._features.get(digest)
+        with suppress(KeyError):  # it may go at this moment
+            self._features.move_to_end(digest)
+        return found
+
+    def keep(self, digest: bytes, features: FloatArray) -> None:
+        """Take in features that were computed earlier. From the thread that calls `get`."""
+        self._features.setdefault(digest, features)
+        self._evict()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the features that are kept."""
+        return sum(features.nbytes for features in list(self._features.values()))
 
     def get(
         self, images: Sequence[PreparedImage], ahead: Sequence[PreparedImage] = ()
@@ -58,9 +77,14 @@ class FeatureCache:
         for image in images:
             self._features.move_to_end(image.digest)
             found.append(self._features[image.digest])
-        while len(self._features) > self._capacity:
-            self._features.popitem(last=False)
+        self._evict()
         return found, known
+
+    def _evict(self) -> None:
+        over = self.bytes - self._budget
+        while over > 0:
+            _, features = self._features.popitem(last=False)
+            over -= features.nbytes
 
     def _fillers(
         self, unknown: list[PreparedImage], ahead: Sequence[PreparedImage]
@@ -90,4 +114,5 @@ class FeatureCache:
                     self._features[image.digest] = (
                         whole if image.rows is None else whole[image.rows]
                     )
+                    self.encoded += 1
                     done = []

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from vlmforge.errors import as_exception
 from vlmforge.inputs.render import RenderedPrompt
 from vlmforge.outputs.token_chooser import TokenChooser
+from vlmforge.runner.terms import USUAL, Terms
 from vlmforge.vl.prepared import PreparedImage
 
 logger = logging.getLogger("vlmforge")
@@ -25,12 +26,16 @@ class Job:
     """A prepared request: its prompt, its images and who chooses its tokens.
 
     Attributes:
+        siblings: Of other answers to the same prompt, which is run once; they need no images.
+        terms: Its turn, its salt and its time.
         taken: Called once, when the job waits no more.
     """
 
     prompt: RenderedPrompt
     images: Sequence[PreparedImage]
     generation: TokenChooser
+    siblings: Sequence[Job] = ()
+    terms: Terms = USUAL
     taken: Callable[[], None] = _nothing
     submitted: float = field(default_factory=time.perf_counter)
     cancelled: threading.Event = field(default_factory=threading.Event)

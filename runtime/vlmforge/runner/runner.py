@@ -124,8 +124,22 @@ class _Work:
             active.prompt_logits.append(logits)
         if row.logits == "none" or not self._ends_prompt(active, row):
             return
-        if active.begun or self._begin(row.sequence, active):
+        if active.begun:
             self._accept(row.sequence, logits[-1])
+            return
+        facts = self._facts(active)
+        for sequence in (row.sequence, *self._part(row, active)):
+            if self._begin(sequence, facts):
+                self._accept(sequence, logits[-1])
+
+    def _part(self, row: Row, active: _Active) -> tuple[int, ...]:
+        """Other answers to the prompt become jobs of their own; returns their sequences."""
+        jobs, active.job.siblings = active.job.siblings, ()
+        for fork, job in zip(row.forks, jobs, strict=True):
+            self.active[fork] = dataclasses.replace(
+                active, job=job, images=list(active.images), features=list(active.features)
+            )
+        return row.forks
 
     def decode(self, rows: Sequence[Row]) -> None:
         rows = [row for row in rows if row.sequence not in self.failed]
@@ -179,9 +193,9 @@ class _Work:
             raise ValueError(f"the decoder gave {len(logits)} rows for {len(rows)} sequences")
         return logits
 
-    def _begin(self, sequence: int, active: _Active) -> bool:
+    def _facts(self, active: _Active) -> PrefillFacts:
         rows, active.prompt_logits = active.prompt_logits, []
-        facts = PrefillFacts(
+        return PrefillFacts(
             queue=active.admitted - active.job.submitted,
             encode=active.encode,
             prefill=time.perf_counter() - active.admitted - active.encode,
@@ -189,6 +203,9 @@ class _Work:
             cached_images=active.cached_images,
             prompt_logits=np.concatenate(rows) if rows else None,
         )
+
+    def _begin(self, sequence: int, facts: PrefillFacts) -> bool:
+        active = self.active[sequence]
         try:
             active.job.generation.begin(facts)
         except BaseException as error:  # noqa: BLE001 - ends this sequence, whatever it is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ from vlmforge.inputs.render import RenderedPrompt, marked_tokenizer_json, render
 from vlmforge.inputs.template_choice import ActiveTemplate
 from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.kv.cache import Keys
+from vlmforge.runner.clock import PartClock
 from vlmforge.vl.decode import upright_size
 from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.load import OpenedImage, open_image
@@ -63,6 +64,7 @@ class Engine:
     decoder: DecoderSession
     options: LoadOptions
     limits: ImageLimits = DEFAULT_LIMITS
+    clock: PartClock = field(default_factory=PartClock)
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -78,9 +80,9 @@ class Engine:
         rows = self._image_rows(upright_size(image))
         return prepare(preprocess(image, self.manifest.image), rows, digest)
 
-    def features_digest(self, image: OpenedImage) -> bytes:
-        """What `prepare_image(image.decode(), image.digest)` would have as its digest."""
-        return features_digest(image.digest, self._image_rows(image.size))
+    def features_digest(self, image: OpenedImage, content: bytes) -> bytes:
+        """What `prepare_image(image.decode(), content)` would have as its digest."""
+        return features_digest(content, self._image_rows(image.size))
 
     @property
     def needs_sizes(self) -> bool:
@@ -219,7 +221,7 @@ class Engine:
         levels = self._levels(np.array([chunk.rotary_level], np.int64))
         lengths = np.array([past], np.int64)
         batch = DecoderBatch((slot,), ids[None], lengths, features, wanted[None], levels)
-        found: FloatArray = self.decoder.step(batch)[0]
+        found: FloatArray = self._run(batch)[0]
         return found
 
     def decode(
@@ -234,8 +236,17 @@ class Engine:
         batch = DecoderBatch(
             tuple(slots), tokens[:, None], lengths, None, zeros, self._levels(levels)
         )
-        logits: FloatArray = self.decoder.step(batch)[:, 0]
-        return logits
+        found: FloatArray = self._run(batch)[:, 0]
+        return found
+
+    def encode(self, pixel_values: FloatArray) -> FloatArray:
+        """Views `[n, 3, H, W]` to features `[n, tokens, hidden]`."""
+        with self.clock.running():
+            return self.vision.encode(pixel_values)
+
+    def _run(self, batch: DecoderBatch) -> FloatArray:
+        with self.clock.running():
+            return self.decoder.step(batch)
 
     def _levels(self, levels: IntArray) -> IntArray | None:
         return levels if self.manifest.decode.positions.has_levels else None

@@ -21,6 +21,8 @@ class Row:
         start: Tokens of the sequence that come before them.
         place: Where the cache has it (see `KVCache.place`).
         logits: After which of the tokens they are wanted.
+        forks: Sequences of other answers to this prompt, which ends here: the first token of each
+            is chosen from the same logits.
     """
 
     sequence: int
@@ -28,6 +30,7 @@ class Row:
     start: int
     place: tuple[int, ...]
     logits: Logits
+    forks: tuple[int, ...] = ()
 
     @property
     def stop(self) -> int:

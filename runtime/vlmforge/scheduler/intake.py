@@ -7,15 +7,17 @@ text alone have threads of their own, so that they never wait for somebody's ima
 
 from __future__ import annotations
 
+import functools
+import itertools
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 
 from typing_extensions import override
 
-from vlmforge.errors import PipelineError, as_ours
+from vlmforge.errors import PipelineError, QueueFullError, as_ours
 from vlmforge.runner.job import Job
 from vlmforge.scheduler import lifetime
 from vlmforge.scheduler.loop import Loop, closed
@@ -34,35 +36,63 @@ class Intake:
         prepare: Makes a request's job; its errors end the request.
         loop: Runs the jobs.
         ahead: Requests with images that may be prepared, or being prepared, before they run; and
-            as many without.
+            as many without. Of a higher priority, as many more.
+        most: Requests that may wait.
     """
 
-    def __init__(self, prepare: Prepare, loop: Loop, *, ahead: int) -> None:
-        self._loop = loop
+    def __init__(self, prepare: Prepare, loop: Loop, *, ahead: int, most: int) -> None:
+        self._loop, self._most = loop, most
+        self._lock = threading.RLock()
         self._texts, self._images = (
             Lane(prepare, loop, threads=min(threads, ahead), ahead=ahead)
             for threads in (_TEXT_THREADS, _IMAGE_THREADS)
         )
 
-    def submit(self, request: Request) -> None:
+    @property
+    def waiting(self) -> int:
+        """Requests that have been submitted and do not run yet."""
+        return self._texts.waiting + self._images.waiting
+
+    @property
+    def full(self) -> bool:
+        """Whether as many requests wait as may."""
+        return self.waiting >= self._most
+
+    def submit(self, request: Request, *, refuse: bool = False) -> None:
         """Begin a request; never waits. Once begun, its sink gets an event that ends it.
 
+        Args:
+            request: New.
+            refuse: Whether to refuse it when the queue is full. A caller whose thread waits for
+                its answer is not refused: it sends no more meanwhile.
+
         Raises:
+            QueueFullError: as many wait as may, see `refuse`.
             PipelineError, CancelledError: see `Loop.check`.
         """
         self._loop.check()
-        request.watch.switch("queue")
-        self._lane(request).put(request)
+        with self._lock:  # two that come at once may find one place
+            if refuse and self.full:
+                raise _full(self.waiting, self._most)
+            request.sink = self._loop.meter.watched(request.sink)
+            request.watch.switch("queue")
+            self._lane(request).put(request)
 
     def cancel(self, request: Request) -> None:
         """End a request: at once, or with what it has at the worker's next step."""
         if self._loop.forked or request.ended:
             return
-        request.cancelled.set()
-        self._lane(request).discard(request)
+        self._stop(request)
         if not request.begun:
             request.fail(cancelled())
         self._loop.wake()
+
+    def expire(self, request: Request) -> None:
+        """End a request whose time is over; its work stops at the worker's next step."""
+        if not request.ended:
+            request.fail(request.terms.timed_out())
+            self._stop(request)
+            self._loop.wake()
 
     def close(self) -> None:
         """End every request, and the worker. May be called more than once."""
@@ -78,6 +108,10 @@ class Intake:
             lane.stop()
         self._loop.stop()
 
+    def _stop(self, request: Request) -> None:
+        request.cancelled.set()
+        self._lane(request).discard(request)
+
     def _lane(self, request: Request) -> Lane:
         return self._images if request.conversation.images else self._texts
 
@@ -87,9 +121,10 @@ class Lane(lifetime.Owner):
 
     def __init__(self, prepare: Prepare, loop: Loop, *, threads: int, ahead: int) -> None:
         self._prepare, self._loop = prepare, loop
-        self._most_threads, self._places = threads, ahead
+        self._most_threads, self._ahead = threads, ahead
+        self._held: Counter[int] = Counter()  # places by the priority of who has them
         self._lock = threading.RLock()  # a signal's handler may close what its thread is using
-        self._waiting: deque[Request] = deque()
+        self._waiting: dict[int, deque[Request]] = {}  # by priority
         self._preparing: set[Request] = set()
         self._todo: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -102,16 +137,22 @@ class Lane(lifetime.Owner):
         if self._closed:  # meanwhile, and whoever did it may not have seen the request
             request.fail(closed())
 
+    @property
+    def waiting(self) -> int:
+        """Requests that are here, or prepared and not taken yet."""
+        with self._lock:
+            return sum(map(len, list(self._waiting.values()))) + self._held.total()
+
     def discard(self, request: Request) -> None:
         """Forget a request that waits here. Takes no lock, for a garbage collector's sake."""
-        with suppress(ValueError):
-            self._waiting.remove(request)
+        with suppress(KeyError, ValueError):
+            self._waiting[request.terms.priority].remove(request)
 
     def close(self) -> None:
         """End every request that has not reached the worker, and the threads when they can."""
         with self._lock:
             self._closed = True
-            left = [*self._waiting, *self._preparing]
+            left = [*itertools.chain(*list(self._waiting.values())), *self._preparing]
             self._waiting.clear()
         self.stop()
         for request in left:
@@ -138,11 +179,11 @@ class Lane(lifetime.Owner):
             if self._closed:
                 raise closed()
             self._provide_thread()
-            self._waiting.append(request)
+            self._waiting.setdefault(request.terms.priority, deque()).append(request)
             self._advance()
 
     def _provide_thread(self) -> None:
-        busy = len(self._preparing) + len(self._waiting)
+        busy = len(self._preparing) + sum(map(len, list(self._waiting.values())))
         if busy < len(self._threads) or len(self._threads) == self._most_threads:
             return
         thread = threading.Thread(target=self._serve, name="vlmforge-prepare", daemon=True)
@@ -160,14 +201,21 @@ class Lane(lifetime.Owner):
         self._threads.append(thread)
 
     def _advance(self) -> None:
-        while self._waiting and self._places:
-            try:
-                request = self._waiting.popleft()
-            except IndexError:  # it was discarded at this moment
-                return
-            self._places -= 1
-            self._preparing.add(request)
-            self._todo.put(request)
+        """Give places, to higher priorities first; those of lower ones do not keep them out."""
+        for priority in sorted(self._waiting, reverse=True):
+            waiting = self._waiting.get(priority, deque())  # closed at this moment: none
+            held = sum(count for other, count in list(self._held.items()) if other >= priority)
+            while waiting and held < self._ahead:
+                try:
+                    request = waiting.popleft()
+                except IndexError:  # it was discarded at this moment
+                    break
+                held += 1
+                self._held[priority] += 1
+                self._preparing.add(request)
+                self._todo.put(request)
+            if not waiting:
+                self._waiting.pop(priority, None)
 
     def _serve(self) -> None:
         while self._serve_one(self._todo.get()):
@@ -177,11 +225,11 @@ class Lane(lifetime.Owner):
     def _serve_one(self, request: Request | None) -> bool:
         if request is None:
             return False
-        handed = False
+        handed, priority = False, request.terms.priority
         try:
             if not (request.ended or self._closed):
                 job = self._prepare(request)
-                job.taken = self._give_place
+                job.taken = functools.partial(self._give_place, priority)
                 self._loop.submit(job)
                 handed = True
         except BaseException as error:  # noqa: BLE001 - ends this request, whatever it is
@@ -190,10 +238,21 @@ class Lane(lifetime.Owner):
             self._preparing.discard(request)
         if not handed:
             request.fail(closed())  # unless it has ended
-            self._give_place()
+            self._give_place(priority)
         return True
 
-    def _give_place(self) -> None:
+    def _give_place(self, priority: int) -> None:
         with self._lock:
-            self._places += 1
+            self._held[priority] -= 1
+            self._held += Counter()  # forgets priorities that nobody has
             self._advance()
+
+
+def _full(found: int, most: int) -> QueueFullError:
+    return QueueFullError(
+        "The pipeline has as many requests waiting as it may.",
+        found=f"{found} requests that wait",
+        expected=f"at most {most}",
+        fix="send it again when others have ended, or from several machines; "
+        "EngineConfig(max_queued_requests=...) lets more wait",
+    )

@@ -6,12 +6,15 @@ import itertools
 import logging
 from collections.abc import Callable
 
+from vlmforge.backends import KeyValues
 from vlmforge.errors import BackendUnavailableError, EngineStepError
+from vlmforge.kv.cache import Keys
 from vlmforge.kv.slots import SlotCache
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.runner import Runner
 from vlmforge.runner.stages import Engine
+from vlmforge.runner.terms import Terms
 from vlmforge.scheduler.request import cancelled
 from vlmforge.scheduler.scheduler import Scheduler, SequenceError
 from vlmforge.scheduler.sequence import State, TokenSequence
@@ -29,7 +32,18 @@ class Jobs:
         self._runner = Runner(engine, features)
         self._ids = itertools.count()
         self._jobs: dict[int, tuple[TokenSequence, Job]] = {}
+        self.preemptions = 0  # of jobs that have ended
         self._forget_cache()
+
+    @property
+    def running(self) -> int:
+        """Sequences that have a place. From any thread, as the next properties."""
+        return len(self._scheduler.running)
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks of the cache with tokens in them."""
+        return self._cache.used_blocks
 
     @property
     def idle(self) -> bool:
@@ -50,12 +64,59 @@ class Jobs:
             job.fail(self._too_long(len(sequence.tokens)))
             return
         self._jobs[sequence.id] = sequence, job
+        for sibling in job.siblings:
+            sequence.fork(next(self._ids))
+            self._jobs[sequence.forks[-1].id] = sequence.forks[-1], sibling
         self._scheduler.add(sequence)
+
+    def salt(self, prompt_tokens: int, terms: Terms) -> bytes:
+        """What a sequence is told by beside its keys: its rotary level and its caller's salt."""
+        return str(self._engine.rotary_level(prompt_tokens)).encode() + terms.salt
+
+    def read(self, keys: Keys, salt: bytes) -> KeyValues:
+        """A copy of what the cache has of the longest beginning of `keys`; empty: nothing."""
+        self._carry_out()
+        place, tokens = self._cache.find(keys, salt=salt)
+        return self._engine.decoder.read(place, tokens) if tokens else {}
+
+    def write(self, keys: Keys, salt: bytes, rows: KeyValues) -> bool:
+        """Put what was read under `keys` into the cache, for whoever begins so.
+
+        False when that would take the place of sequences that run, or nothing is kept here.
+
+        Raises: see `DecoderSession.write`.
+        """
+        if not self._reuse or not self._cache.fits(len(keys)):
+            return False
+        sequence = next(self._ids)
+        start = self._cache.begin(sequence, keys, salt=salt, reuse=True)
+        if start is None:
+            return False
+        written = False
+        try:
+            if self._cache.grow(sequence, len(keys)):
+                self._carry_out()
+                self._engine.decoder.write(self._cache.place(sequence), rows, start)
+                self._cache.note(sequence, keys[start:])
+                written = True
+        finally:
+            self._cache.free(sequence, valid=written)
+        return written
+
+    def _carry_out(self) -> None:
+        """What the cache's bookkeeping asks for, without a step; if that fails, nobody knows."""
+        try:
+            for move in self._cache.take_moves():
+                self._engine.decoder.move(move)
+        except BaseException as error:
+            cause = error
+            self.fail_all(lambda: EngineStepError.of(cause))
+            raise
 
     def step(self) -> None:
         """Run a part of a prompt, and one token of every sequence that has its prompt behind it."""
         try:
-            self._drop_cancelled()
+            self._drop_unwanted()
             self._step()
         except BaseException as error:  # nobody knows whom it concerns
             logger.critical("a step could not be planned", exc_info=True)
@@ -90,9 +151,9 @@ class Jobs:
         ahead = (image for job in waiting for image in job.images)
         for lost in self._scheduler.update(step, self._runner.run(step, ahead)):
             self._lost(lost)
-        for row in step.rows:
-            if row.sequence in self._jobs and self._jobs[row.sequence][0].state is State.ENDED:
-                self._forget(row.sequence)
+        for sequence, _ in list(self._jobs.values()):
+            if sequence.state is State.ENDED:
+                self._forget(sequence.id)
 
     def _lost(self, error: SequenceError) -> None:
         """The cache failed at a sequence that has ended."""
@@ -101,17 +162,18 @@ class Jobs:
         job.let_go()
         job.fail(EngineStepError.of(error.__cause__ or error))
 
-    def _drop_cancelled(self) -> None:
+    def _drop_unwanted(self) -> None:
         for sequence, job in list(self._jobs.values()):
-            if job.cancelled.is_set():
+            over = job.terms.over
+            if over or job.cancelled.is_set():
                 self._scheduler.remove(sequence)
                 self._forget(sequence.id)
                 job.let_go()
-                job.fail(cancelled())
+                job.fail(job.terms.timed_out() if over else cancelled())
 
     def _forget(self, sequence: int) -> None:
         self._runner.end(sequence)
-        del self._jobs[sequence]
+        self.preemptions += self._jobs.pop(sequence)[0].preempted
 
     def _forget_cache(self) -> None:
         options = self._engine.options
@@ -126,12 +188,12 @@ class Jobs:
 
     def _sequence(self, job: Job) -> TokenSequence:
         tokens = list(job.prompt.token_ids)
-        level = self._engine.rotary_level(len(tokens))
         return TokenSequence(
             next(self._ids),
             tokens,
             self._engine.keys(job.prompt, job.images),
-            salt=str(level).encode(),
+            salt=self.salt(len(tokens), job.terms),
+            priority=job.terms.priority,
             fresh=job.generation.wants_prompt_logits,
         )
 

@@ -10,18 +10,23 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
 
 from typing_extensions import override
 
 from vlmforge.backends import FloatArray
 from vlmforge.errors import CancelledError, PipelineError, VlmforgeError
+from vlmforge.outputs.metrics import Metrics
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.stages import Engine
 from vlmforge.scheduler import lifetime
 from vlmforge.scheduler.jobs import Jobs
+from vlmforge.scheduler.meter import Meter
 
 logger = logging.getLogger("vlmforge")
+T = TypeVar("T")
 
 
 class Loop(lifetime.Owner):
@@ -32,7 +37,8 @@ class Loop(lifetime.Owner):
     ) -> None:
         self._engine, self._features = engine, features
         self._jobs = Jobs(engine, features, chunk=chunk, reuse_prefixes=reuse_prefixes)
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.meter = Meter(engine.clock)
+        self._inbox: queue.SimpleQueue[Job | _Question[Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._refusal: Callable[[], VlmforgeError] | None = None
         self._stopping = False
@@ -49,6 +55,30 @@ class Loop(lifetime.Owner):
     def known_features(self, digest: bytes) -> FloatArray | None:
         """Features of an image that was encoded before, if they are kept. From any thread."""
         return self._features.known(digest)
+
+    def metrics(self) -> Metrics:
+        """What has been counted, and what is going on. From any thread; waits for nobody."""
+        meter, jobs, options = self.meter, self._jobs, self._engine.options
+        running = jobs.running
+        return Metrics(
+            requests=meter.counted("how"),
+            errors=meter.counted("errors"),
+            prompt_tokens=meter.total("prompt_tokens"),
+            cached_tokens=meter.total("cached_tokens"),
+            generated_tokens=meter.total("generated_tokens"),
+            images_encoded=self._features.encoded,
+            images_cached=meter.total("images_cached"),
+            preemptions=jobs.preemptions,
+            waiting=max(0, meter.under_way - running),
+            running=running,
+            blocks_used=jobs.used_blocks,
+            blocks_total=options.blocks,
+            step_seconds=meter.steps.now(),
+            step_host_share=meter.shares.now(),
+            first_token_seconds=meter.first_token.now(),
+            between_tokens_seconds=meter.between_tokens.now(),
+            request_seconds=meter.request_seconds(),
+        )
 
     def check(self) -> None:
         """Refuse a caller who would wait for ever, or for nothing.
@@ -70,11 +100,24 @@ class Loop(lifetime.Owner):
 
     def submit(self, job: Job) -> None:
         """Queue a job (see `check`)."""
+        self._put(job)
+
+    def _put(self, item: Job | _Question[Any]) -> None:
         self.check()
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal()
-            self._inbox.put(job)
+            self._inbox.put(item)
+
+    def ask(self, question: Callable[[Jobs], T]) -> T:
+        """What `question` gives or raises, asked by the worker between two steps (see `check`)."""
+        asked = _Question(question)
+        self._put(asked)
+        return asked.answer.result()
+
+    def keep_features(self, digest: bytes, features: FloatArray) -> None:
+        """Take in features that were computed earlier (see `check`)."""
+        self.ask(lambda _: self._features.keep(digest, features))
 
     def cancel(self, job: Job) -> None:
         """End a job at its next step; its generation fails with `CancelledError`."""
@@ -112,8 +155,10 @@ class Loop(lifetime.Owner):
     def _work(self) -> None:
         refusal: Callable[[], VlmforgeError] = closed
         try:
+            self.meter.begin()
             while self._receive():
-                self._jobs.step()
+                with self.meter.step():
+                    self._jobs.step()
         except BaseException as error:  # told to every caller, now and later
             logger.critical("the worker of a pipeline died", exc_info=True)
             refusal = _Died(error)
@@ -130,12 +175,31 @@ class Loop(lifetime.Owner):
     def _take(self, *, block: bool) -> None:
         while True:
             try:
-                job = self._inbox.get(block)
+                item = self._inbox.get(block)
             except queue.Empty:
                 return
             block = False
-            if job is not None:
-                self._jobs.add(job)
+            if isinstance(item, _Question):
+                item.put(self._jobs, self._refusal)
+            elif item is not None:
+                self._jobs.add(item)
+
+
+class _Question(Generic[T]):
+    """What somebody wants of the worker's own things, and waits for."""
+
+    def __init__(self, question: Callable[[Jobs], T]) -> None:
+        self._question = question
+        self.answer: Future[T] = Future()
+
+    def put(self, jobs: Jobs, refusal: Callable[[], VlmforgeError] | None) -> None:
+        """Answer it; `refusal`: the worker is at its end."""
+        try:
+            if refusal is not None:
+                raise refusal()
+            self.answer.set_result(self._question(jobs))
+        except BaseException as error:  # noqa: BLE001 - raised where it was asked
+            self.answer.set_exception(error)
 
 
 class _Died:

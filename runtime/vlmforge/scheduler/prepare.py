@@ -89,20 +89,30 @@ class Preparation:
             conversation = self.engine.opened(conversation)
         images = [self._image(image, request) for image in opened_images(conversation)]
         request.check()
-        generator = TokenGenerator(
-            self.engine.tokenizer,
-            self.engine.manifest.decode.vocab_size,
-            plan,
-            rendered,
-            budget,
-            request,
-            self._grounding(conversation, request),
+        grounding = self._grounding(conversation, request)
+        generators = [
+            TokenGenerator(
+                self.engine.tokenizer,
+                self.engine.manifest.decode.vocab_size,
+                plan.choice(answer.choice),
+                rendered,
+                budget,
+                answer,
+                grounding,
+            )
+            for answer in request.expect(plan.n)
+        ]
+        first, *others = (
+            Job(rendered, (), generator, terms=request.terms, cancelled=request.cancelled)
+            for generator in generators
         )
-        return Job(rendered, images, generator, cancelled=request.cancelled)
+        first.images, first.siblings = images, others
+        return first
 
     def _image(self, image: OpenedImage, request: Request) -> PreparedImage:
         with request.watch.stage("load"):
-            digest = self.engine.features_digest(image)
+            content = request.terms.content(image.digest)
+            digest = self.engine.features_digest(image, content)
 
         def make() -> PreparedImage:
             known = self.known_features(digest)
@@ -111,9 +121,10 @@ class Preparation:
             with request.watch.stage("load"):
                 pixels = image.decode(request.cancelled.is_set)
             with request.watch.stage("preprocess"):
-                return self.engine.prepare_image(pixels, image.digest)
+                return self.engine.prepare_image(pixels, content)
 
-        return self._in_flight.get(digest, make)
+        with request.watch.stage("image_wait"):  # for whoever is making it just now
+            return self._in_flight.get(digest, make)
 
     def _grounding(self, kept: Conversation, request: Request) -> Grounding | None:
         """`kept` is what is left of the request's conversation: the latest of its images."""

@@ -7,11 +7,15 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from typing_extensions import override
+
 from vlmforge.errors import CancelledError, as_exception
 from vlmforge.inputs.messages import Conversation
 from vlmforge.outputs.events import Event
 from vlmforge.outputs.generation_config import GenerationConfig
 from vlmforge.outputs.response import Response, Stopwatch
+from vlmforge.outputs.token_generator import Caller
+from vlmforge.runner.terms import USUAL, Terms
 
 logger = logging.getLogger("vlmforge")
 
@@ -28,8 +32,9 @@ class Request:
         index: Its place in the call.
         do_preprocess: False sends text verbatim.
         watch: Has been running since the request was made.
+        terms: Its turn, its salt and its time.
         cancelled: Nobody wants it any more.
-        begun: The worker generates its answer: cancelled, it ends with what it has.
+        answers: To its prompt; it ends when all of them have.
     """
 
     conversation: Conversation
@@ -38,37 +43,96 @@ class Request:
     index: int = 0
     do_preprocess: bool = True
     watch: Stopwatch = field(default_factory=Stopwatch)
+    terms: Terms = USUAL
     cancelled: threading.Event = field(default_factory=threading.Event)
-    begun: bool = False
-    ended: bool = False
+    answers: tuple[Answer, ...] = field(init=False)
     # A garbage collector may cancel a request whose thread is just sending.
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def send(self, delta: Response | None, error: Exception | None) -> None:
-        """Hand an event to the caller; nothing once the request has ended.
+    def __post_init__(self) -> None:
+        self.answers = (Answer(self, 0, self.watch),)
 
-        A request that was cancelled before it began ends as those that had: with "abort".
-        """
-        if isinstance(error, CancelledError) and self.cancelled.is_set():
-            abort = Response(session_id=self.index, index=self.index, finish_reason="abort")
-            delta, error = abort, None
-        event = Event(self.index, delta, error)
+    @property
+    def begun(self) -> bool:
+        """The worker generates its answers: cancelled, they end with what they have."""
+        return any(answer.begun for answer in self.answers)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its last event has been sent."""
+        return all(answer.ended for answer in self.answers)
+
+    def expect(self, answers: int) -> tuple[Answer, ...]:
+        """From now on there are so many answers, none of them begun; each has a watch."""
         with self._lock:
+            more = (Answer(self, i, self.watch.copy()) for i in range(1, answers))
             if not self.ended:
-                self.sink(event)
-                self.ended = event.last
+                self.answers = (*self.answers[:1], *more)
+        return self.answers
 
     def fail(self, error: BaseException) -> None:
-        """End the request with an error, unless it has ended."""
-        try:
-            self.send(None, as_exception(error))
-        except BaseException:  # its caller can be told no more; the others go on
-            logger.critical("the end of a request could not be reported: %s", error, exc_info=True)
+        """End the request, what is left of it, with an error."""
+        for answer in self.answers:
+            try:
+                answer.send(None, as_exception(error))
+            except BaseException:  # its caller can be told no more; the others go on
+                logger.critical(
+                    "the end of a request could not be reported: %s", error, exc_info=True
+                )
 
     def check(self) -> None:
         """CancelledError when nobody wants it any more."""
         if self.cancelled.is_set():
             raise cancelled()
+
+    def send(self, answer: Answer, delta: Response | None, error: Exception | None) -> None:
+        """Hand an event of an answer to the caller; nothing once that has ended.
+
+        An error before any answer has begun is that of all. A request that was cancelled before
+        it began ends as those that had: with "abort".
+        """
+        with self._lock:
+            whole = len(self.answers) == 1 or not self.begun
+            for receiver in self.answers if error is not None and whole else (answer,):
+                if isinstance(error, CancelledError) and self.cancelled.is_set():
+                    self._send(receiver, self._abort(receiver.choice), None, whole)
+                else:
+                    self._send(receiver, delta, error, whole)
+
+    def _send(
+        self, answer: Answer, delta: Response | None, error: Exception | None, whole: bool
+    ) -> None:
+        if answer.ended:
+            return
+        ends = error is not None or (delta is not None and delta.finish_reason is not None)
+        last = ends and all(other.ended for other in self.answers if other is not answer)
+        self.sink(Event(self.index, delta, error, answer.choice, whole, last))
+        answer.ended = ends
+
+    def _abort(self, choice: int) -> Response:
+        return Response(
+            session_id=self.index, index=self.index, choice=choice, finish_reason="abort"
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Answer(Caller):
+    """One of the answers to a request's prompt."""
+
+    request: Request
+    choice: int
+    watch: Stopwatch
+    begun: bool = False
+    ended: bool = False
+
+    @property
+    @override
+    def index(self) -> int:
+        return self.request.index
+
+    @override
+    def send(self, delta: Response | None, error: Exception | None) -> None:
+        self.request.send(self, delta, error)
 
 
 def cancelled() -> CancelledError:

@@ -57,6 +57,8 @@ class Scheduler:
         elif sequence.state is State.WAITING:
             self._waiting.remove(sequence)
         sequence.state = State.ENDED
+        for fork in sequence.forks:  # that have not parted from it
+            fork.state = State.ENDED
 
     def schedule(self) -> Step | None:
         """The next step; None when there is nothing to do.
@@ -66,6 +68,7 @@ class Scheduler:
         Raises:
             SequenceError: remove that one, and ask again.
         """
+        self._place_forks()
         decoding = list(self._grown())
         prefill = self._prefill_row()
         # Some made room for the prompt just now, and one may have come back as the prompt.
@@ -91,20 +94,52 @@ class Scheduler:
             if sequence is None:
                 continue
             try:
-                with _at(sequence):
-                    self._cache.note(sequence.id, sequence.keys[row.start : row.stop])
+                self._note(sequence, row, result)
             except SequenceError as error:
                 errors.append(error)
-                self.remove(sequence, valid=False)
-                continue
-            sequence.computed = row.stop
-            if row.sequence in result.tokens:
+                self.remove(error.sequence, valid=False)
+            if sequence.state is State.RUNNING and row.sequence in result.tokens:
                 token = result.tokens[row.sequence]
                 if token is None:
                     self.remove(sequence)
                 else:
                     sequence.append(token)
         return tuple(errors)
+
+    def _note(self, sequence: TokenSequence, row: Row, result: StepResult) -> None:
+        with _at(sequence):
+            self._cache.note(sequence.id, sequence.keys[row.start : row.stop])
+        sequence.computed = row.stop
+        if not row.forks:
+            return
+        forks, sequence.forks = sequence.forks, []
+        for fork in forks:
+            token = result.tokens.get(fork.id)
+            if token is None:
+                fork.state = State.ENDED
+            elif fork.state is State.HELD:
+                fork.append(token)
+                fork.state = State.WAITING
+                self.add(fork)
+        self._place_forks()  # now: the parent may have ended with its first token
+
+    def _place_forks(self) -> None:
+        """Give places to the forks that are next, as long as there are any to be had."""
+        while self._waiting and len(self._running) < self._rows:
+            fork = self._waiting[0]
+            parent, prompt = fork.parent, fork.prompt_length
+            there = parent is not None and parent.state is State.RUNNING
+            if parent is None or not there or parent.computed < prompt or fork.preempted:
+                return
+            with _at(fork):
+                if not self._cache.fork(parent.id, fork.id, fork.keys[:prompt]):
+                    return
+            self._run(fork, prompt)
+
+    def _run(self, sequence: TokenSequence, cached: int) -> None:
+        self._waiting.remove(sequence)
+        sequence.state, sequence.computed, sequence.cached = State.RUNNING, cached, cached
+        bisect.insort(self._running, sequence, key=_order)
 
     def _grown(self) -> Iterator[TokenSequence]:
         """The sequences that decode, with room for one token more."""
@@ -130,7 +165,9 @@ class Scheduler:
     def _row(self, sequence: TokenSequence, start: int, stop: int, logits: Logits) -> Row:
         with _at(sequence):
             place = self._cache.place(sequence.id)
-        return Row(sequence.id, tuple(sequence.tokens[start:stop]), start, place, logits)
+        ends = stop == len(sequence.tokens)
+        forks = tuple(fork.id for fork in sequence.forks) if ends else ()
+        return Row(sequence.id, tuple(sequence.tokens[start:stop]), start, place, logits, forks)
 
     def _make_room(self, sequence: TokenSequence, tokens: int) -> bool:
         """Room for `tokens` tokens, if need be of those served later; False: it lost its own."""
@@ -152,9 +189,7 @@ class Scheduler:
             if last is None or last.priority >= sequence.priority:
                 return None
             self._preempt(last)
-        self._waiting.remove(sequence)
-        sequence.state, sequence.computed, sequence.cached = State.RUNNING, cached, cached
-        bisect.insort(self._running, sequence, key=_order)
+        self._run(sequence, cached)
         return sequence
 
     def _begin(self, sequence: TokenSequence) -> int | None:

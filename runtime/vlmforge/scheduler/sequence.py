@@ -11,8 +11,12 @@ from vlmforge.kv.cache import Keys
 
 
 class State(enum.Enum):
-    """Where a sequence is: it begins WAITING, and may go back to it when room is short."""
+    """Where a sequence is: it begins WAITING, and may go back to it when room is short.
 
+    HELD are the forks of one whose prompt has not been run.
+    """
+
+    HELD = "held"
     WAITING = "waiting"
     RUNNING = "running"
     ENDED = "ended"
@@ -32,6 +36,8 @@ class TokenSequence:
         fresh: The whole prompt is run, because the logits after each of its tokens are wanted.
         computed: Tokens whose keys and values are in the cache.
         cached: Tokens that were there when it was admitted (last).
+        parent: Another answer to the same prompt, whose tokens this one goes on from.
+        forks: Sequences that part from it once its prompt has been run.
         prompt_length: Tokens of the prompt.
         preempted: How often it has lost its place.
     """
@@ -46,6 +52,8 @@ class TokenSequence:
     computed: int = 0
     cached: int = 0
     preempted: int = 0
+    parent: TokenSequence | None = None
+    forks: list[TokenSequence] = field(default_factory=list)
     prompt_length: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +68,12 @@ class TokenSequence:
     def decoding(self) -> bool:
         """Whether nothing but its newest token is left to run."""
         return self.begun and self.computed == len(self.tokens) - 1
+
+    def fork(self, sequence: int) -> None:
+        """Have a fork of this id, for another answer to the prompt; `append` nothing before."""
+        fork = TokenSequence(sequence, list(self.tokens), self.keys, self.salt, self.priority)
+        fork.state, fork.parent = State.HELD, self
+        self.forks.append(fork)
 
     def append(self, token: int) -> None:
         """A token was generated."""

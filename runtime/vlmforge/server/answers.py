@@ -50,7 +50,7 @@ class Writer:
         """A piece as a chunk."""
         content = {"content": delta.text} if delta.text else {}
         chunk = self._chunk(
-            delta.index, content, self._logprobs(delta), finish_reason(delta.finish_reason)
+            delta.choice, content, self._logprobs(delta), finish_reason(delta.finish_reason)
         )
         if delta.finish_reason is not None:
             chunk["vlmforge"] = ledger(delta)
@@ -72,7 +72,7 @@ class Writer:
         if self.kind == "chat.completion":
             content = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
         return {
-            "index": answer.index,
+            "index": answer.choice,
             **content,
             "logprobs": self._logprobs(answer),
             "finish_reason": finish_reason(answer.finish_reason),

@@ -19,6 +19,8 @@ from vlmforge.errors import (
     ImageError,
     PipelineError,
     PromptError,
+    QueueFullError,
+    RequestTimeoutError,
     VlmforgeError,
     as_ours,
 )
@@ -86,8 +88,8 @@ def _status(error: VlmforgeError) -> int:
         return 422
     if isinstance(error, ConfigError | PromptError | ContextLengthError):
         return 400
-    if error.code == "queue_full":
+    if isinstance(error, QueueFullError):
         return 429
-    if isinstance(error, CancelledError | PipelineError):
+    if isinstance(error, CancelledError | PipelineError | RequestTimeoutError):
         return 503
     return 500

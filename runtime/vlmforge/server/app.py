@@ -108,7 +108,7 @@ class Api:
             pieces = served.pieces(asked, self.settings.request_seconds)
             await stack.enter_async_context(contextlib.aclosing(pieces))
             if not asked.stream:
-                answers = await _while_connected(request, _gather(pieces, asked.config.n))
+                answers = await _while_connected(request, _gather(pieces))
                 request.state.log.update(_tokens(answers))
                 return JSONResponse(writer.whole(answers))
             # A request that fails before its first piece has a status of its own.
@@ -176,11 +176,18 @@ async def _http_problem(request: Request, error: Exception) -> Response:
     return JSONResponse(failed.body, error.status_code, error.headers)
 
 
-async def _gather(pieces: AsyncIterator[Piece], count: int) -> list[Piece]:
-    answers = [Piece(index=i) for i in range(count)]
+async def _gather(pieces: AsyncIterator[Piece]) -> Sequence[Piece]:
+    whole = Piece()
     async for piece in pieces:
-        answers[piece.index].extend(piece)
-    return answers
+        whole.extend(_sound(piece))
+    return whole.choices
+
+
+def _sound(piece: Piece) -> Piece:
+    """The piece; ApiError where it is the end of one answer of several that failed."""
+    if piece.finish_reason == "error":
+        raise ApiError(500, str(piece.error_message), str(piece.error_code))
+    return piece
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T:
@@ -216,14 +223,14 @@ async def _events(
     request: Request,
     held: contextlib.AsyncExitStack,
 ) -> AsyncGenerator[ServerSentEvent, None]:
-    answers = [Piece(index=i) for i in range(asked.config.n)]
+    whole = Piece()
     async with held:  # the request's place, and the request itself
         if writer.kind == "chat.completion":
             for index in range(asked.config.n):
                 yield _event(writer.first(index))
         try:
             async for piece in pieces:
-                answers[piece.index].extend(piece)
+                whole.extend(_sound(piece))
                 yield _event(writer.piece(piece))
         except Exception as error:  # noqa: BLE001 - the stream's client gets it
             failed: ApiError = api_error(error)
@@ -231,8 +238,8 @@ async def _events(
             yield _event(failed.body, "error")
         else:
             if asked.usage:
-                yield _event(writer.last(answers))
-        request.state.log.update(_tokens(answers))
+                yield _event(writer.last(whole.choices))
+        request.state.log.update(_tokens(whole.choices))
         yield ServerSentEvent("[DONE]")
 
 

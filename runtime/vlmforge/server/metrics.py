@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from vlmforge.api.prometheus import PipelineCollector
 from vlmforge.server.admission import Admission
 from vlmforge.server.served import Served
 
@@ -43,6 +44,8 @@ class Metrics:
             buckets=(0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300),
             registry=self._registry,
         )
+        for served in engines.values():
+            self._registry.register(PipelineCollector(served.pipe, {"model": served.name}))
         running = Gauge(
             "vlmforge_http_requests_running",
             "Requests that are being answered or wait for it.",

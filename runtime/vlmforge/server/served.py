@@ -23,7 +23,13 @@ class Served:
 
     def pieces(self, asked: Asked, seconds: float | None) -> AsyncGenerator[Response, None]:
         """The answers' pieces as they come; closing it cancels the request."""
-        return self.pipe.astream(asked.prompt, asked.config, do_preprocess=asked.templated)
+        return self.pipe.astream(
+            asked.prompt,
+            asked.config,
+            do_preprocess=asked.templated,
+            salt=asked.salt or "",
+            timeout=seconds,
+        )
 
     def render(self, prompt: object, *, templated: bool) -> RenderedPrompt:
         """See `Pipeline.render`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import struct
 import time
@@ -53,6 +54,13 @@ class EncodedImage:
     def content(self) -> tuple[bytes, int]:
         """What decides the pixels: the decoder's bytes, and how they are turned."""
         return self._container.data, self._container.orientation or 0
+
+    def oriented(self, orientation: int) -> EncodedImage:
+        """This one, turned by an orientation that was read earlier and is in its file no more."""
+        container = dataclasses.replace(self._container, orientation=orientation)
+        own = self._container.orientation or 0
+        size = turned_size(turned_size(self.size, own), orientation)
+        return dataclasses.replace(self, size=size, _container=container)
 
     def decode(self, cancelled: Cancelled | None = None) -> Image.Image:
         """The first frame, upright, in the file's own mode.

@@ -23,6 +23,7 @@ from vlmforge.vl.encoded import Cancelled, check_size, open_encoded
 from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.local_files import described, read_file, shown
 from vlmforge.vl.pillow_images import identity, loaded
+from vlmforge.vl.stored import StoredImage, pixels_image, stored_pixels
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 
@@ -43,6 +44,7 @@ class OpenedImage:
     name: str | None
     _pixels: Callable[[Cancelled | None], Image.Image]
     _digest: Callable[[], bytes]
+    _stored: Callable[[], StoredImage]
 
     @cached_property
     def digest(self) -> bytes:
@@ -51,6 +53,10 @@ class OpenedImage:
         A Pillow image that is not loaded yet is loaded for it (ImageError, as of `decode`).
         """
         return self._digest()
+
+    def stored(self) -> StoredImage:
+        """The content as plain data, for `reopen` (ImageError: pixels that are not whole)."""
+        return self._stored()
 
     def decode(self, cancelled: Cancelled | None = None) -> Image.Image:
         """The image in its own mode, upright; of a Pillow image, itself.
@@ -116,11 +122,40 @@ def open_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
     )
 
 
-def _encoded(
-    data: bytes, called: str, limits: ImageLimits, *, name: str | None = None, quoted: bool = False
+def reopen(
+    stored: StoredImage, *, name: str | None, limits: ImageLimits = DEFAULT_LIMITS
 ) -> OpenedImage:
-    """An encoded file: `called` so in errors, `name` in prompts that spell names."""
+    """The image whose content was stored: of the same pixels and the same digest.
+
+    Raises:
+        ImageError: it is not one's content, or not within `limits`.
+    """
+    if stored.pixels is None:
+        return _encoded(
+            stored.data, "The stored image", limits, name=name, orientation=stored.orientation
+        )
+    image = pixels_image(stored)
+    if name is not None:
+        image.filename = name  # type: ignore[attr-defined]
+    return _from_pillow(image, limits)
+
+
+def _encoded(
+    data: bytes,
+    called: str,
+    limits: ImageLimits,
+    *,
+    name: str | None = None,
+    quoted: bool = False,
+    orientation: int = 0,
+) -> OpenedImage:
+    """An encoded file: `called` so in errors, `name` in prompts that spell names.
+
+    `orientation` is EXIF's, if that was read before; 0: it is in the file.
+    """
     encoded = open_encoded(data, name=called, limits=limits, quoted=quoted)
+    if orientation:
+        encoded = encoded.oriented(orientation)
 
     def pixels(cancelled: Cancelled | None) -> Image.Image:
         image = encoded.decode(cancelled)
@@ -132,7 +167,11 @@ def _encoded(
         content, orientation = encoded.content
         return _digest(b"file", content, str(orientation).encode())
 
-    return OpenedImage(encoded.size, name, pixels, digest)
+    def stored() -> StoredImage:
+        content, orientation = encoded.content
+        return StoredImage(content, b"", orientation, None)
+
+    return OpenedImage(encoded.size, name, pixels, digest, stored)
 
 
 def _from_pillow(image: Image.Image, limits: ImageLimits) -> OpenedImage:
@@ -146,6 +185,7 @@ def _from_pillow(image: Image.Image, limits: ImageLimits) -> OpenedImage:
         name,
         lambda _: loaded(image, called),
         lambda: _digest(b"pixels", *identity(loaded(image, called))),
+        lambda: stored_pixels(loaded(image, called)),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from vlmforge.backends import dense
 from vlmforge.backends.dense import DenseCache
 from vlmforge.engine.manifest import KVLayout
-from vlmforge.errors import BackendUnavailableError
+from vlmforge.errors import BackendUnavailableError, SessionError
 
 LAYOUT = KVLayout(layers=2, kv_heads=3, head_dim=64, dtype="float32", page_size=None)
 ROWS, CAPACITY = 4, 256
@@ -46,6 +47,41 @@ def test_what_is_dropped_goes_back_and_nothing_else_does(tokens: int) -> None:
     found = content(cache)
     found[:, 1, :, tokens:] = values[:, 1, :, tokens:] = 0  # nobody reads it
     np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize(("tokens", "start"), [(1, 0), (100, 0), (100, 40), (256, 255)])
+def test_what_was_read_is_written_back(tokens: int, start: int) -> None:
+    cache, values = filled()
+    rows = cache.read(2, tokens)
+    assert sorted(rows) == ["key.0", "key.1", "value.0", "value.1"]
+    cache.copy(1, 2, tokens)  # a copy was read
+    assert cache.write(3, rows, start) == tokens
+    values[:, 3, :, start:tokens] = values[:, 2, :, start:tokens]
+    values[:, 2, :, :tokens] = values[:, 1, :, :tokens]
+    np.testing.assert_array_equal(content(cache), values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: {},
+        lambda rows: {**rows, "key.2": rows["key.0"]},
+        lambda rows: {name: rows[name] for name in rows if name != "value.1"},
+        lambda rows: {**rows, "key.1": rows["key.1"][:, :4]},
+        lambda rows: {name: array[:2] for name, array in rows.items()},
+        lambda rows: {name: array[:, :0] for name, array in rows.items()},
+        lambda rows: {name: array[..., :32] for name, array in rows.items()},
+        lambda rows: {name: array.astype(np.float16) for name, array in rows.items()},
+        lambda rows: {name: np.repeat(array, 90, axis=1) for name, array in rows.items()},
+        lambda rows: {name: array[0, 0] for name, array in rows.items()},
+    ],
+)
+def test_rows_of_another_cache_are_refused_before_any_is_written(change: Any) -> None:
+    cache, values = filled()
+    with pytest.raises(SessionError, match="not of this engine's cache") as caught:
+        cache.write(3, change(cache.read(2, 5)), 0)
+    assert "4 tensors: float32 [3, up to 256, 64]" in caught.value.expected
+    np.testing.assert_array_equal(content(cache), values)
 
 
 def resident() -> int:

@@ -59,8 +59,13 @@ class Pool(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         parent = data.draw(st.sampled_from(sorted(self.content)))
-        self.pool.fork(parent, self.next_id)
-        self.content[self.next_id] = list(self.content[parent])
+        written = self.content[parent]
+        shared = written[: data.draw(st.integers(0, len(written)))]
+        there = self.pool.free_blocks > 0
+        assert self.pool.fork(parent, self.next_id, np.array(shared, np.int64)) is there
+        if not there:
+            return
+        self.content[self.next_id] = list(shared)
         self.check(self.next_id)
         self.next_id += 1
 
@@ -102,6 +107,9 @@ def test_prefixes_are_found_as_by_brute_force(past: list[list[int]], asked: list
         if request % 2:
             pool.free(request)
     common = max(sum(1 for n in range(1, len(asked) + 1) if asked[:n] == keys[:n]) for keys in past)
+    place, tokens = pool.find(np.array(asked), salt=b"")
+    assert tokens == common // BLOCK * BLOCK == len(place) * BLOCK
+    assert pool.find(np.array(asked), salt=b"x") == ((), 0)
     expected = min(common, len(asked) - 1) // BLOCK * BLOCK
     assert pool.begin(99, np.array(asked), salt=b"", reuse=True) == expected
     assert pool.begin(98, np.array(asked), salt=b"other", reuse=True) == 0
@@ -131,7 +139,7 @@ def test_a_forked_sequence_shares_until_it_writes() -> None:
     pool.begin(0, keys, salt=b"", reuse=True)
     pool.grow(0, 6)
     pool.note(0, keys)
-    pool.fork(0, 1)
+    assert pool.fork(0, 1, keys)
     assert pool.place(0) == pool.place(1)
     assert pool.free_blocks == 1
     assert pool.grow(1, 7)

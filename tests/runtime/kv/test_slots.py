@@ -60,6 +60,14 @@ class Slots(RuleBasedStateMachine):
         self.carry_out()
         del self.content[request]
 
+    @rule(keys=st.lists(st.integers(0, 1), max_size=CAPACITY))
+    def find(self, keys: list[int]) -> None:
+        place, tokens = self.cache.find(np.array(keys, np.int64), salt=b"")
+        assert tokens == max(_common(stored, keys) for stored in self.stored)
+        assert not tokens or self.stored[place[0]][:tokens] == keys[:tokens]
+        assert self.cache.find(np.array(keys, np.int64), salt=b"x")[1] == 0
+        assert not self.cache.take_moves()
+
     def carry_out(self) -> None:
         for move in self.cache.take_moves():
             match move:

@@ -17,6 +17,7 @@ from vlmforge.errors import CancelledError
 from vlmforge.inputs.render import RenderedPrompt
 from vlmforge.kv.cache import Copy, Move
 from vlmforge.outputs.token_chooser import PrefillFacts
+from vlmforge.runner.clock import PartClock
 from vlmforge.runner.job import Job
 from vlmforge.runner.stages import DecoderInput
 from vlmforge.scheduler.loop import Loop
@@ -65,7 +66,7 @@ class FakeEngine:
     """The functions of an engine that a loop uses."""
 
     def __init__(self, slots: int, blocks: int | None) -> None:
-        self.decoder = Cache(slots)
+        self.decoder, self.clock = Cache(slots), PartClock()
         self.options = LoadOptions(slots, CAPACITY, budget=blocks, block_size=BLOCK)
 
     def rotary_level(self, tokens: int) -> int:

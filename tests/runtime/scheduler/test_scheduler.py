@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from token_store import BlockStore, SlotStore, Store, alone, next_token
+from token_store import VOCAB, BlockStore, SlotStore, Store, alone, next_token
 from vlmforge.kv.blocks import BlockPool
-from vlmforge.kv.cache import KVCache
+from vlmforge.kv.cache import Copy, KVCache
 from vlmforge.kv.slots import SlotCache
 from vlmforge.runner.step import Step, StepResult
 from vlmforge.scheduler.scheduler import Scheduler
@@ -29,6 +30,13 @@ class Asked:
     cancelled: int | None = None
     priority: int = 0
     salt: bytes = b""
+    n: int = 1
+
+    def answers(self) -> list[list[int]]:
+        """Each alone. The first token of another answer than the first is another one."""
+        first, *_ = alone(self.prompt, 1)
+        starts = [(first + number) % VOCAB for number in range(self.n)]
+        return [[start, *alone([*self.prompt, start], self.count - 1)] for start in starts]
 
 
 @dataclass
@@ -50,7 +58,10 @@ class World:
             asked.salt,
             asked.priority,
         )
-        self.sequences[sequence.id], self.counts[sequence.id] = sequence, asked.count
+        for number in range(1, asked.n):
+            sequence.fork(sequence.id + number)
+        for answer in (sequence, *sequence.forks):
+            self.sequences[answer.id], self.counts[answer.id] = answer, asked.count
         self.scheduler.add(sequence)
         return sequence
 
@@ -69,9 +80,11 @@ class World:
                 continue
             left = self.counts[row.sequence] - (len(sequence.tokens) - sequence.prompt_length)
             token = next_token(self.store.read(row.place, row.stop))
-            if left == 1:
-                sequence.append(token)  # it is part of the answer, and will not be run
-            tokens[row.sequence] = None if left == 1 else token
+            for number, name in enumerate((row.sequence, *row.forks)):
+                chosen = (token + number) % VOCAB
+                if left == 1:  # it is part of the answer, and will not be run
+                    self.sequences[name].append(chosen)
+                tokens[name] = None if left == 1 else chosen
         failed = [row.sequence for row in step.rows if row.sequence in fail]
         self.scheduler.update(step, StepResult(tokens, frozenset(failed)))
         return True
@@ -100,37 +113,43 @@ ASKED = st.builds(
     st.none() | st.integers(0, 60),
     st.integers(0, 2),
     st.sampled_from([b"", b"salt"]),
+    st.integers(1, 4),
 )
 # As few blocks as can hold the longest sequence: who comes last loses its place all the time.
 SIZES = st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 9), st.integers(1, 50))
 
 
-@given(st.lists(ASKED, min_size=1, max_size=10), SIZES, st.sampled_from([slots, blocks]))
+@given(
+    st.lists(ASKED, min_size=1, max_size=10), SIZES, st.sampled_from([slots, blocks]), st.booleans()
+)
 @settings(max_examples=120)
-def test_histories(history: list[Asked], sizes: tuple[int, int, int, int], make: object) -> None:
+def test_histories(
+    history: list[Asked], sizes: tuple[int, int, int, int], make: object, reuse: bool
+) -> None:
     rows, spare, block, chunk = sizes
-    cache, store = make(rows, -(-LONGEST // block) + spare, block)  # type: ignore[operator]
+    cache, store = make(rows, -(-LONGEST // block) + spare, block, reuse=reuse)  # type: ignore[operator]
     world = World(Scheduler(cache, rows=rows, chunk=chunk), cache, store)
     coming = sorted(history, key=lambda asked: asked.arrival)
-    placed: list[tuple[Asked, TokenSequence]] = []
+    placed: list[tuple[Asked, list[TokenSequence]]] = []
     time = 0
     while coming or world.scheduler.running or world.scheduler.waiting:
         while coming and coming[0].arrival <= time:
             asked = coming.pop(0)
-            placed.append((asked, world.add(asked)))
-        for asked, sequence in placed:
-            if asked.cancelled is not None and asked.cancelled <= time:
+            sequence = world.add(asked)
+            placed.append((asked, [sequence, *sequence.forks]))
+        for asked, sequences in placed:
+            for sequence in sequences if asked.cancelled in range(time + 1) else ():
                 world.scheduler.remove(sequence)
         busy = world.scheduler.running or world.scheduler.waiting
         assert world.step() or not busy
         time += 1
         assert time < 20_000
-    for asked, sequence in placed:
-        assert sequence.state is State.ENDED
-        whole = alone(asked.prompt, asked.count)
-        answer = world.answer(sequence)
-        assert answer == whole[: len(answer)]
-        assert answer == whole or asked.cancelled is not None
+    for asked, sequences in placed:
+        for sequence, whole in zip(sequences, asked.answers(), strict=True):
+            assert sequence.state is State.ENDED
+            answer = world.answer(sequence)
+            assert answer == whole[: len(answer)]
+            assert answer == whole or asked.cancelled is not None
 
 
 @given(st.lists(ASKED, min_size=2, max_size=6), st.data(), st.sampled_from([slots, blocks]))
@@ -141,14 +160,16 @@ def test_what_fails_takes_nobody_along(
     cache, store = make(3, 30, 4)  # type: ignore[operator]
     world = World(Scheduler(cache, rows=3, chunk=7), cache, store)
     placed = [(asked, world.add(asked)) for asked in history]
-    bad = data.draw(st.sets(st.sampled_from([sequence.id for _, sequence in placed])))
+    bad = data.draw(st.sets(st.sampled_from(sorted(world.sequences))))
     when = data.draw(st.integers(0, 20))
     while world.scheduler.running or world.scheduler.waiting:
         assert world.step(frozenset(bad) if len(world.log) >= when else frozenset())
-    for asked, sequence in placed:
-        answer = world.answer(sequence)
-        whole = alone(asked.prompt, asked.count)
-        assert answer == whole or (sequence.id in bad and answer == whole[: len(answer)])
+    for asked, first in placed:
+        for number, whole in enumerate(asked.answers()):
+            sequence = world.sequences[first.id + number]
+            answer, without = world.answer(sequence), not world.answer(first)
+            failed = sequence.id in bad or (first.id in bad and without)  # before they parted
+            assert answer == whole or (failed and answer == whole[: len(answer)])
 
 
 def test_first_come_first_served_within_a_priority() -> None:
@@ -194,6 +215,33 @@ def test_what_a_preempted_sequence_had_is_found_again() -> None:
     while low.state is State.WAITING:
         world.step()
     assert low.cached == had
+
+
+@pytest.mark.parametrize("make", [slots, blocks])
+@pytest.mark.parametrize("reuse", [True, False])
+def test_answers_share_their_prompt(make: object, reuse: bool) -> None:
+    """It is run once, and then all of them decode together."""
+    cache, store = make(4, 100, 8, reuse=reuse)  # type: ignore[operator]
+    world = World(Scheduler(cache, rows=4, chunk=64), cache, store)
+    world.add(Asked([1, 2] * 9, 6, n=4))
+    while world.step():
+        pass
+    assert sum(len(row.tokens) for step in world.log for row in step.rows) == 18 + 4 * 5
+    assert [len(step.rows) for step in world.log] == [1, 4, 4, 4, 4, 4]
+    copied = [move.tokens for step in world.log for move in step.moves if isinstance(move, Copy)]
+    assert copied == ([18] * 3 if make is slots else [2] * 3)  # of a pool, what will be written to
+
+
+def test_answers_without_places_of_their_own_follow() -> None:
+    cache, store = slots(1, 100, 8)
+    world = World(Scheduler(cache, rows=1, chunk=64), cache, store)
+    asked = Asked([1, 2] * 9, 6, n=3)
+    world.add(asked)
+    late = world.add(Asked([2, 2], 3))
+    while late.state is State.WAITING:
+        world.step()
+    assert [world.answer(world.sequences[i]) for i in range(3)] == asked.answers()
+    assert sum(len(row.tokens) for step in world.log[:-1] for row in step.rows) == 18 + 3 * 5
 
 
 def test_decoding_goes_on_while_a_long_prompt_is_run() -> None:

@@ -1,0 +1,157 @@
+"""What all calls do: prompts go in as the engine can take them, events come out."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vlmforge.errors import VlmforgeError
+from vlmforge.inputs.messages import Conversation
+from vlmforge.outputs.events import Event
+from vlmforge.outputs.generation_config import GenerationConfig
+from vlmforge.runner.terms import Terms
+from vlmforge.scheduler.intake import Intake
+from vlmforge.scheduler.loop import Loop
+from vlmforge.scheduler.request import Request
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def terms_of(priority: int, salt: str, timeout: float | None) -> Terms:
+    """The terms of a call that begins now; `timeout` is in seconds."""
+    # Behind whatever else the cache's salt is made of.
+    given = b"\0" + salt.encode("utf-8", "surrogatepass") if salt else b""
+    if timeout is None or timeout >= threading.TIMEOUT_MAX:  # 292 years
+        return Terms(int(priority), given)
+    return Terms(int(priority), given, float(timeout), time.monotonic() + float(timeout))
+
+
+def progress(count: int | None) -> tqdm[Any]:
+    """A bar of prompts on standard error; `count=None` where nobody knows how many there are."""
+    from tqdm import tqdm  # not at the top: few ask for it
+
+    return tqdm(total=count, unit="prompt", file=sys.stderr, dynamic_ncols=True)
+
+
+@dataclass(slots=True)
+class Call:
+    """A call that has begun.
+
+    Attributes:
+        intake: Takes its requests.
+        loop: Answers them.
+        terms: Of all of them.
+        do_preprocess: False sends texts verbatim.
+        ahead: Requests that are under way at once.
+    """
+
+    intake: Intake
+    loop: Loop
+    terms: Terms
+    do_preprocess: bool
+    ahead: int
+    _events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
+    _requests: dict[int, Request] = field(default_factory=dict)
+
+    def events(
+        self,
+        items: Iterable[Conversation | Exception],
+        configs: Iterable[GenerationConfig],
+    ) -> Generator[Event, None, None]:
+        """Events of all items as they come, for a caller whose thread waits.
+
+        No more items are under way than the engine can take soon, and while the queue is full only
+        one waits in it: a long list of images needs no more memory than a short one. An abandoned
+        iterator cancels its requests.
+        """
+        self.loop.check()
+        asked = enumerate(zip(items, configs, strict=False))
+        more = True
+        try:
+            while more or self._requests:
+                while more and self._may_ask():
+                    more = yield from self._ask(asked)
+                if self._requests:
+                    yield self._next()
+        finally:
+            for request in self._requests.values():
+                self.intake.cancel(request)
+
+    @contextmanager
+    def in_event_loop(
+        self, conversation: Conversation, config: GenerationConfig
+    ) -> Iterator[tuple[Request, Callable[[], Awaitable[Event]]]]:
+        """A request, to be submitted, and what gives its next event to a running event loop."""
+        import asyncio  # not at the top: it would be a sixth of the time of `import vlmforge`
+
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        cancelled = threading.Event()
+
+        def sink(event: Event) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop is gone, and with it who would read this
+                cancelled.set()
+
+        request = self._request(conversation, config, sink)
+        request.cancelled = cancelled
+        left = self.terms.left
+        timer = None if left is None else loop.call_later(left, self.intake.expire, request)
+        try:
+            yield request, events.get
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _request(
+        self,
+        conversation: Conversation,
+        config: GenerationConfig,
+        sink: Callable[[Event], None],
+        index: int = 0,
+    ) -> Request:
+        return Request(conversation, config, sink, index, self.do_preprocess, terms=self.terms)
+
+    def _may_ask(self) -> bool:
+        count = len(self._requests)
+        return not count or (count < self.ahead and not self.intake.full)
+
+    def _ask(
+        self, asked: Iterator[tuple[int, tuple[Conversation | Exception, GenerationConfig]]]
+    ) -> Generator[Event, None, bool]:
+        """Submit the next item; False when there is none. What fails at once is its event."""
+        found = next(asked, None)
+        if found is None:
+            return False
+        index, (item, config) = found
+        try:
+            if isinstance(item, Exception):
+                raise item
+            if self.terms.over:
+                raise self.terms.timed_out()
+            self._requests[index] = request = self._request(item, config, self._events.put, index)
+            self.intake.submit(request)
+        except VlmforgeError as error:
+            self._requests.pop(index, None)
+            yield Event(index, error=error)
+        return True
+
+    def _next(self) -> Event:
+        """The next event; a process that was forked while one was awaited gets no more of them."""
+        self.loop.check_process()
+        try:
+            event = self._events.get(timeout=self.terms.left)
+        except queue.Empty:
+            for request in self._requests.values():
+                self.intake.expire(request)
+            event = self._events.get()
+        if event.last:
+            del self._requests[event.index]
+        return event

@@ -1,0 +1,176 @@
+"""Counting, without a lock that the worker would wait for.
+
+What the worker counts is its own, and whoever reads it may see a value that is about to change.
+Requests that end elsewhere, before they reached the worker, are counted apart, under a lock that
+the worker never takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from vlmforge.errors import as_ours
+from vlmforge.outputs.events import Event
+from vlmforge.outputs.metrics import SHARES, Histogram, Tally
+from vlmforge.outputs.response import Response
+from vlmforge.runner.clock import PartClock
+
+Sink = Callable[[Event], None]
+
+ENDS = ("stop", "length", "abort", "error")
+
+
+@dataclass(slots=True)
+class Ends:
+    """Of answers."""
+
+    how: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(ENDS, 0)))
+    errors: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    images_cached: int = 0
+    requests: int = 0
+    seconds: Tally = field(default_factory=Tally)
+
+    def add(self, event: Event, seconds: float) -> None:
+        """Note an event that ends an answer, so long after its request began."""
+        self.requests += event.last
+        self.seconds.add(seconds)
+        if event.error is not None:
+            self.how["error"] += 1
+            self.errors[as_ours(event.error).code] += 1
+        elif event.delta is not None:
+            self.how[event.delta.finish_reason or "error"] += 1
+            if not event.choice:  # all answers have one prompt
+                self.prompt_tokens += event.delta.input_token_len
+                self.cached_tokens += event.delta.cached_tokens
+            self.generated_tokens += event.delta.generate_token_len
+            if event.delta.timings is not None and not event.choice:
+                self.images_cached += event.delta.timings.cached_images
+
+
+class Meter:
+    """Of one pipeline."""
+
+    def __init__(self, parts: PartClock, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._parts, self._clock = parts, clock
+        self._worker = 0
+        self._lock = threading.Lock()  # of `_elsewhere` and `_submitted`
+        self._elsewhere, self.ends = Ends(), Ends()
+        self._submitted = 0
+        self.steps, self.shares = Tally(), Tally(SHARES)
+        self.first_token, self.between_tokens = Tally(), Tally()
+        self._step_begun: float | None = None
+        self._steps = 0.0  # seconds of steps that have ended
+
+    # --- the worker --------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """This thread is the worker."""
+        self._worker = threading.get_ident()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A step is run."""
+        begun, parts = self._clock(), self._parts.seconds
+        self._step_begun = begun
+        try:
+            yield
+        finally:
+            seconds, inside = self._clock() - begun, self._parts.seconds - parts
+            self._step_begun = None
+            self._steps += seconds
+            if inside:  # one that found nothing to run is none
+                self.steps.add(seconds)
+                self.shares.add(max(0.0, 1 - inside / seconds) if seconds else 0.0)
+
+    # --- requests, on any thread -------------------------------------------------------------
+
+    def watched(self, sink: Sink) -> Sink:
+        """The sink of a request that begins now; its events are counted on their way."""
+        with self._lock:
+            self._submitted += 1
+        return _Watched(self, sink, self._clock()).send
+
+    def ended(self, event: Event, seconds: float) -> None:
+        """An answer has ended."""
+        if threading.get_ident() == self._worker:
+            self.ends.add(event, seconds)
+        else:
+            with self._lock:
+                self._elsewhere.add(event, seconds)
+
+    def now(self) -> tuple[float, float, float]:
+        """The time; seconds of steps and inside of the engine's parts, ever."""
+        now, begun = self._clock(), self._step_begun
+        return now, self._steps + (0.0 if begun is None else now - begun), self._parts.seconds
+
+    # --- whoever wants to know ---------------------------------------------------------------
+
+    @property
+    def under_way(self) -> int:
+        """Requests that have not ended."""
+        with self._lock:
+            return self._submitted - self._elsewhere.requests - self.ends.requests
+
+    def total(self, name: str) -> int:
+        """A number of `Ends`, of all threads."""
+        return int(getattr(self.ends, name) + getattr(self._elsewhere, name))
+
+    def counted(self, name: str) -> dict[str, int]:
+        """A counter of `Ends`, of all threads."""
+        with self._lock:
+            found = Counter(dict(getattr(self._elsewhere, name)))
+        found.update(dict(getattr(self.ends, name)))  # copied at once: the worker adds to it
+        return dict(found)
+
+    def request_seconds(self) -> Histogram:
+        """From requests to their ends."""
+        with self._lock:
+            return self.ends.seconds.plus(self._elsewhere.seconds)
+
+
+class _Watched:
+    """The events of one request, one at a time."""
+
+    def __init__(self, meter: Meter, sink: Sink, begun: float) -> None:
+        self._meter, self._sink = meter, sink
+        self._begun = begun
+        self._said: dict[int, tuple[int, float]] = {}  # tokens of each answer so far, and when
+        _, self._steps, self._parts = meter.now()
+
+    def send(self, event: Event) -> None:
+        now, steps, parts = self._meter.now()
+        delta = event.delta
+        if delta is not None and delta.finish_reason != "abort":
+            self._note(event.choice, delta.generate_token_len, now)
+        ends = event.error is not None or (delta is not None and delta.finish_reason is not None)
+        if ends:
+            if delta is not None:
+                self._share(delta, steps - self._steps, parts - self._parts)
+            self._meter.ended(event, now - self._begun)
+        self._sink(event)
+
+    def _note(self, choice: int, tokens: int, now: float) -> None:
+        before, last = self._said.get(choice, (0, self._begun))
+        new = tokens - before
+        if new <= 0:
+            return
+        if not before:
+            self._meter.first_token.add(now - self._begun)
+            new -= 1
+        if new:
+            self._meter.between_tokens.add((now - last) / new, new)
+        self._said[choice] = tokens, now
+
+    def _share(self, delta: Response, steps: float, parts: float) -> None:
+        if delta.timings is not None and steps > 0:
+            share = min(max(0.0, 1 - parts / steps), 1.0)
+            delta.timings = dataclasses.replace(delta.timings, host_share=share)

@@ -1,0 +1,206 @@
+"""Files of sessions: what is damaged, of another engine or made up is refused before it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sample_manifest import MANIFEST
+from stand_in import Parts, plain, png, stand_in
+from vlmforge import Pipeline, Response, Session
+from vlmforge.api.array_file import read_arrays, write_arrays
+from vlmforge.api.session_file import read_session
+from vlmforge.engine.manifest import FileEntry
+from vlmforge.errors import (
+    ConfigError,
+    ImageError,
+    SessionError,
+)
+from vlmforge.vl.image_limits import DEFAULT_LIMITS
+
+
+def turn(pipe: Pipeline, prompt: object, session: Session, count: int = 5) -> Response:
+    pipe.chat(prompt, session, plain(count))
+    assert session.response is not None
+    return session.response
+
+
+def talk(pipe: Pipeline) -> Session:
+    """Two turns about two pictures: one encoded, one of pixels."""
+    session = pipe.session()
+    turn(pipe, ("look", [png(1), PIL.Image.new("RGB", (8, 8), "red")]), session)
+    turn(pipe, "and", session)
+    return session
+
+
+def test_a_session_of_another_engine_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "talk.session"
+    with stand_in() as pipe:
+        session = talk(pipe)
+        session.save(path)
+        built_again = dataclasses.replace(
+            MANIFEST, provenance=dataclasses.replace(MANIFEST.provenance, built_at="later")
+        )
+    with stand_in(of=built_again) as pipe:
+        assert turn(pipe, "so", Session.load(path, pipe)).cached_tokens > 0
+    file = FileEntry("decoder.onnx", 7, "0" * 64)
+    parts, other = Parts(3), dataclasses.replace(MANIFEST, files=(file,))
+    with stand_in(parts, of=other) as pipe:
+        with pytest.raises(SessionError, match="from another engine") as caught:
+            Session.load(path, pipe)
+        assert pipe.session_cache.engine_digest in caught.value.expected
+        assert "engine " in caught.value.found
+        assert not parts.calls
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("saved") / "talk.session"
+    with stand_in() as pipe:
+        talk(pipe).save(path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("damaged") / "talk.session"
+
+
+@pytest.fixture(scope="module")
+def counted() -> Iterator[tuple[Parts, Pipeline]]:
+    parts = Parts(3)
+    with stand_in(parts) as pipe:
+        yield parts, pipe
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_damaged_file_is_refused_or_as_it_was(
+    saved: bytes, place: Path, counted: tuple[Parts, Pipeline], data: st.DataObject
+) -> None:
+    parts, pipe = counted
+    at, cut = data.draw(st.integers(0, len(saved) - 1)), data.draw(st.booleans())
+    wrong = bytearray(saved)
+    wrong[at] ^= data.draw(st.integers(1, 255))
+    place.write_bytes(saved[:at] if cut else bytes(wrong))
+    before = parts.calls.copy()
+    try:
+        loaded = Session.load(place, pipe)
+    except SessionError as error:
+        assert error.fix
+        assert parts.calls == before
+    else:  # what says when and how a member was packed is not looked at
+        assert not cut
+        place.write_bytes(saved)
+        assert loaded.turns.messages[0].texts == ("look",)
+        assert [text for _, text in loaded.history] == [
+            text for _, text in Session.load(place, pipe).history
+        ]
+
+
+def test_what_is_no_session_is_refused(tmp_path: Path, counted: tuple[Parts, Pipeline]) -> None:
+    path = tmp_path / "x"
+    for content in (b"", b"hello", b"PK\x03\x04", png(1)):
+        path.write_bytes(content)
+        with pytest.raises(SessionError, match="not a whole saved session"):
+            Session.load(path, counted[1])
+    for missing in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(SessionError, match="cannot be read"):
+            Session.load(missing, counted[1])
+    with pytest.raises(ConfigError, match="path"):
+        Session.load(3, counted[1])  # type: ignore[arg-type]
+
+
+def test_a_file_cannot_take_more_memory_than_it_has(tmp_path: Path) -> None:
+    path, member = tmp_path / "x", io.BytesIO()
+    np.save(member, np.zeros(1 << 20, np.uint8))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("record.npy", member.getvalue())
+    with pytest.raises(SessionError, match="not a whole") as caught:
+        read_arrays(path)
+    assert "compressed" in caught.value.found
+    huge = b"\x93NUMPY\x01\x00v\x00" + (
+        b"{'descr': '|u1', 'fortran_order': False, 'shape': (1152921504606846976,), }".ljust(117)
+        + b"\n"
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("record.npy", huge)
+    with pytest.raises(SessionError, match="not a whole"):
+        read_arrays(path)
+
+
+def test_nothing_in_a_file_can_run(tmp_path: Path) -> None:
+    path, member = tmp_path / "x", io.BytesIO()
+    np.save(member, np.array([object], object), allow_pickle=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("record.npy", member.getvalue())
+    with pytest.raises(SessionError, match="not a whole") as caught:
+        read_arrays(path)
+    assert "allow_pickle" in caught.value.found
+
+
+def changed(saved: bytes, path: Path, old: str, new: str, **arrays: Any) -> Path:
+    path.write_bytes(saved)
+    text, there = read_arrays(path)
+    assert old in text
+    write_arrays(path, text.replace(old, new), {**there, **arrays})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"version": 1', '"version": 2', "another version"),
+        ('"version": 1', '"version": true', "another version"),
+        ('"role": "user"', '"role": "wizard"', "not a whole"),
+        ('"finish_reason": "length"', '"finish_reason": "luck"', "not a whole"),
+        ('"image": 0', '"image": 7', "not a whole"),
+        ('"image": 0', '"image": -1', "not a whole"),
+        ('"turns"', '"turn"', "not a whole"),
+        ('"salt": "', '"salt": "x', "not a whole"),
+        ('"key.0"', '"key.9"', "not a whole"),
+    ],
+)
+def test_a_record_that_makes_no_sense_is_refused(
+    saved: bytes, tmp_path: Path, counted: tuple[Parts, Pipeline], old: str, new: str, words: str
+) -> None:
+    parts, pipe = counted
+    path, before = changed(saved, tmp_path / "x", old, new), parts.calls.copy()
+    with pytest.raises(SessionError, match=words):
+        Session.load(path, pipe)
+    assert parts.calls == before
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("keys", np.zeros(3, np.int64)),
+        ("keys", np.zeros(3, np.float32)),
+        ("rows.key.0", np.zeros((1, 2, 1), np.int64)),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(
+    saved: bytes, tmp_path: Path, counted: tuple[Parts, Pipeline], name: str, array: Any
+) -> None:
+    path = changed(saved, tmp_path / "x", "{", "{", **{name: array})
+    with pytest.raises(SessionError, match="does not fit"):
+        Session.load(path, counted[1])
+
+
+def test_images_beyond_what_this_pipeline_reads_are_refused(saved: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "talk.session"
+    path.write_bytes(saved)
+    limits = dataclasses.replace(DEFAULT_LIMITS, formats=("JPEG",))
+    with stand_in() as pipe, pytest.raises(ImageError) as caught:
+        read_session(path, pipe.session_cache.engine_digest, limits)
+    assert "a PNG file" in caught.value.found
