@@ -59,7 +59,7 @@ MUTANTS = (
     Mutant(
         "images that come later fill more than the batch",
         "runtime/vlmforge/runner/features.py",
-        "and len(image.pixel_values) <= spare",
+        "and 0 < len(image.pixel_values) <= spare",
         "",
         ("tests/runtime/test_features.py",),
     ),
@@ -86,7 +86,7 @@ MUTANTS = (
     ),
     Mutant(
         "the reference of attention does not see the newest token",
-        "builder/vlmforge_builder/op_bodies.py",
+        "builder/vlmforge_builder/ops/cached_attention.py",
         "visible = op.LessOrEqual(",
         "visible = op.Less(",
         ("tests/builder/test_cached_attention.py", "-k", "the_body_is"),
@@ -132,6 +132,34 @@ MUTANTS = (
         "return max(-(-even // 64) * 64, MIN_SPLIT_KEYS)",
         "return max(-(-even // 32) * 32, MIN_SPLIT_KEYS)",
         ("tests/plugins_cuda/test_kernels.py", "-k", "cut_as_planned"),
+    ),
+    Mutant(
+        "Hopper's prefill takes the last tile before the diagonal for one behind it",
+        f"{KERNELS}/kernels/prefill_hopper.cuh",
+        "> at.past + at.first_row + thread_index() / 32 * 16) {",
+        "> at.past + at.first_row + thread_index() / 32 * 16 + 15) {",
+        ("tests/plugins_cuda/test_kernels.py", "-k", "prefill and len989"),
+    ),
+    Mutant(
+        "the prefill of other GPUs takes it so too",
+        f"{KERNELS}/kernels/prefill.cuh",
+        "if ((i + 1) * kKeys - 1 > low) {",
+        "if ((i + 1) * kKeys - 1 > high) {",
+        ("tests/plugins_cuda/test_kernels.py", "-k", "prefill and len4097"),
+    ),
+    Mutant(
+        "a checkpoint may ask for any number of positions",
+        "builder/vlmforge_builder/checkpoint/limits.py",
+        "POSITIONS = range(1, (1 << 24) + 1)",
+        "POSITIONS = range(1, 1 << 62)",
+        ("tests/recipes/test_numbers_of_configs.py", "-k", "llava_1_5_hf"),
+    ),
+    Mutant(
+        "a build imports what lies where it is started",
+        "runtime/vlmforge/engine/build_cache.py",
+        '"-P", "-m", "vlmforge_builder"',
+        '"-m", "vlmforge_builder"',
+        ("tests/e2e/test_nothing_is_executed.py", "-k", "pipeline"),
     ),
 )
 

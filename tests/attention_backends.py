@@ -79,7 +79,7 @@ def host_library(chosen: Sizes, sources: Path = SOURCES) -> ctypes.CDLL:
     ]
     flags = [
         "-std=c++20",
-        "-O2",
+        "-Og",  # compiled in a third of the time; what runs long asks for more itself
         "-march=native",
         "-shared",
         "-fPIC",

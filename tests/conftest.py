@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import os
@@ -10,11 +11,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
+
+# Before a test imports numpy: one thread for each worker, see `_few_threads`.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 # No test judges time: a busy machine would fail it. Hypothesis does so in two places.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -38,6 +43,12 @@ HF = DATA / "llava_1_5_hf"
 ORIGINAL = DATA / "llava_v1_5_liuhaotian"
 
 Builder = Callable[..., Path]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -65,10 +76,21 @@ def _few_threads() -> Iterator[None]:
     """
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    # Its records are for torch's own tools; here pytest would keep and format thousands of them.
-    logging.getLogger("torch.__trace").propagate = False
+    # pytest adds handlers to loggers that do not propagate; torch makes these records, which are
+    # for tools of its own, only if there are any.
+    logging.getLogger("torch.__trace").propagate = True
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vlmforge.backends.onnxruntime.physical_cores", lambda: 1)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _recipes_found_once() -> Iterator[None]:
+    """Looking through all that is installed takes longer than most of what is tested of recipes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "vlmforge_builder.recipe" in sys.modules:
+            module = sys.modules["vlmforge_builder.recipe"]
+            patch.setattr(module, "installed_recipes", cache(module.installed_recipes))
         yield
 
 

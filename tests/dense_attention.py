@@ -112,7 +112,7 @@ def attention_node(shape: Shape, inputs: Sequence[str], suffix: str = "") -> onn
     rotary = () if shape.plain else ROTARY
     return make_node(
         "PlainCachedAttention" if shape.plain else "CachedAttention",
-        [*inputs[:3], f"past_key{suffix}", f"past_value{suffix}", *rotary, "past_lengths"],
+        [*inputs[:3], f"past_key{suffix}", f"past_value{suffix}", "past_lengths", *rotary],
         [f"out{suffix}", f"present_key{suffix}", f"present_value{suffix}"],
         name=f"attention{suffix}",
         domain=DOMAIN,
@@ -125,7 +125,10 @@ def attention_node(shape: Shape, inputs: Sequence[str], suffix: str = "") -> onn
 def model_of(nodes: Sequence[onnx.NodeProto], inputs: Arrays, outputs: Sequence[str]) -> ir.Model:
     def declared(name: str, value: NDArray[Any]) -> onnx.ValueInfoProto:
         kind = TensorProto.INT64 if value.dtype == np.int64 else TensorProto.FLOAT
-        return make_tensor_value_info(name, kind, [None] * value.ndim)
+        shape: list[int | None] = [None] * value.ndim
+        if value.ndim == 4:  # a cache, whose last dimension is always said
+            shape[-1] = value.shape[-1]
+        return make_tensor_value_info(name, kind, shape)
 
     graph = make_graph(
         nodes,

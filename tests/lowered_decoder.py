@@ -19,10 +19,9 @@ from vlmforge.ort import ort
 from vlmforge_builder import build
 from vlmforge_builder.checkpoint.config import read_config
 from vlmforge_builder.export import Traced
-from vlmforge_builder.ops import DOMAIN, VERSION
-from vlmforge_builder.paged_bodies import paged_functions
-from vlmforge_builder.passes.native_attention import native_attention
-from vlmforge_builder.passes.paged_attention import paged_attention
+from vlmforge_builder.ops import DOMAIN, VERSION, functions
+from vlmforge_builder.passes.native_attention import NativeAttentionPass
+from vlmforge_builder.passes.paged_attention import PagedAttentionPass
 from vlmforge_builder.recipe import ModelSpec, PartSpec, RecipeOptions, find_recipe
 
 PAGE_SIZE = 16
@@ -63,8 +62,8 @@ class Vision:
 
     def __init__(self, spec: ModelSpec) -> None:
         model = filled(spec, part_of(spec, "vision"))
-        assert not native_attention(model, capacity=1)
-        assert not paged_attention(model, page_size=PAGE_SIZE)
+        assert not NativeAttentionPass(capacity=1)(model).modified
+        assert not PagedAttentionPass(PAGE_SIZE)(model).modified
         self._session = session(model)
 
     def encode(self, pixel_values: FloatArray) -> FloatArray:
@@ -107,7 +106,7 @@ class NativeDecoder(_Decoder):
 
     def __init__(self, decoder: ir.Model, slots: int, capacity: int) -> None:
         model = decoder.clone()
-        assert native_attention(model, capacity=capacity)
+        assert NativeAttentionPass(capacity)(model).modified
         super().__init__(model)
         for name in self.cache_names():
             kv_heads, held, head_dim = self._inputs[name].shape[1:]
@@ -135,8 +134,8 @@ class PagedDecoder(_Decoder):
 
     def __init__(self, decoder: ir.Model, slots: int, capacity: int) -> None:
         model = decoder.clone()
-        assert paged_attention(model, page_size=PAGE_SIZE)
-        for function in paged_functions():
+        assert PagedAttentionPass(PAGE_SIZE)(model).modified
+        for function in functions():
             model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = VERSION
         super().__init__(model)

@@ -22,6 +22,9 @@ def encode(values: NDArray[np.floating], kind: str) -> NDArray[np.unsignedintege
     if kind == "float16":
         return values.astype(np.float16).view(np.uint16)
     if kind == "bfloat16":
+        if values.dtype == np.float32:
+            bits = np.ascontiguousarray(values).view(np.uint32)
+            return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         # Rounding float64 to float32 first could round twice; keep a sticky bit instead.
         single = values.astype(np.float32)
         bits = single.view(np.uint32).astype(np.int64)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from openai import OpenAI
 from starlette.applications import Starlette
 
+from conftest import HANGS
 from vlmforge import Pipeline
 from vlmforge.server.app import make_app
 from vlmforge.server.run import make_server
@@ -32,10 +33,10 @@ class Running:
 
     @property
     def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=HANGS)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=HANGS)
 
     def send(self, data: bytes) -> bytes:
         """All that comes back for `data` until the server closes or has answered once."""
@@ -79,5 +80,5 @@ def running(
             yield Running(app, sock.getsockname()[1], key)
         finally:
             app.state.admission.draining = True
-            thread.join(60)
+            thread.join(HANGS)
             assert not thread.is_alive()

@@ -29,7 +29,7 @@ def identity(part: PartSpec) -> str | None:
     if not isinstance(made, partial):
         return None
     function = f"{made.func.__module__}.{made.func.__qualname__}"
-    text = repr((function, made.args, sorted(made.keywords.items()), part.inputs, part.outputs))
+    text = repr((function, made.args, sorted(made.keywords.items()), part.interface))
     # An address, or an array that is cut short, would say less than what is there.
     return None if " at 0x" in text or "..." in text else text
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from vlmforge_builder.weights import DTYPES, TensorShape
+from vlmforge_builder.weights import DTYPES, Encoding, TensorShape
 
 BLOCK = 128
 _SMALLEST_BLOCK = 16
@@ -93,27 +94,27 @@ def scales_name(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class InBlocks:
+class InBlocks(Encoding):
     """`Encoding` of a quantised weight as DequantizeLinear takes it."""
 
     blocks: Blocks
     scale_dtype: str
 
+    @override
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorShape, ...]:
-        """See `Encoding.tensors`."""
         return (
             TensorShape(name, f"int{self.blocks.bits}", shape),
             TensorShape(scales_name(name), self.scale_dtype, self.blocks.scales_shape(shape)),
         )
 
+    @override
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        """See `Encoding.encode`."""
         numbers, scales = quantise(values, self.blocks, self.scale_dtype)
         return numbers if self.blocks.bits == 8 else pack_int4(numbers), scales
 
 
 @dataclass(frozen=True, slots=True)
-class ForMatMulNBits:
+class ForMatMulNBits(Encoding):
     """`Encoding` of a quantised matrix `[K, N]` as ONNX Runtime's MatMulNBits takes it.
 
     Numbers are stored without sign, `[N, K / size, size * bits / 8]` bytes; scales `[N, K / size]`
@@ -122,16 +123,16 @@ class ForMatMulNBits:
 
     blocks: Blocks
 
+    @override
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorShape, ...]:
-        """See `Encoding.tensors`."""
         width, size = shape[0] // self.blocks.size, self.blocks.size * self.blocks.bits // 8
         return (
             TensorShape(name, "uint8", (shape[1], width, size)),
             TensorShape(scales_name(name), "float32", (shape[1], width)),
         )
 
+    @override
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        """See `Encoding.encode`."""
         numbers, scales = quantise(values, self.blocks, "float32")
         rows = numbers.T.contiguous()
         if self.blocks.bits == 8:

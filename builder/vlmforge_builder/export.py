@@ -8,16 +8,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
+from vlmforge.engine.manifest import TensorSpec
 from vlmforge.errors import BuildError
-from vlmforge_builder.onnx_file import unread
-from vlmforge_builder.recipe import PartSpec, TensorArg, parameters
+from vlmforge_builder.onnx_file import check_interface, unread
+from vlmforge_builder.recipe import PartSpec, parameters
 from vlmforge_builder.weights import DTYPES
 
 OPSET = 23  # the first with RMSNormalization and Attention
@@ -84,20 +87,18 @@ def _example(part: PartSpec) -> tuple[tuple[object, ...], tuple[object, ...]]:
             sizes[name], dims[name] = _EXAMPLES[len(sizes)], Dim(name)
         return sizes[name]
 
-    def fake(arg: TensorArg) -> torch.Tensor:
-        dtype = torch.int64 if arg.dtype == "int64" else DTYPES[arg.dtype]
-        shape = [d if isinstance(d, int) else dimension(d) for d in arg.shape]
+    def fake(spec: TensorSpec) -> torch.Tensor:
+        dtype = torch.int64 if spec.dtype == "int64" else DTYPES[spec.dtype]
+        shape = [d if isinstance(d, int) else dimension(d) for d in spec.shape]
         return torch.zeros(shape, dtype=dtype)
 
-    def dynamic(arg: TensorArg) -> dict[int, Dim]:
-        return {i: dims[d] for i, d in enumerate(arg.shape) if isinstance(d, str)}
+    def dynamic(spec: TensorSpec) -> dict[int, Dim]:
+        return {i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)}
 
-    arguments = tuple(
-        [fake(a) for a in arg] if isinstance(arg, tuple) else fake(arg) for arg in part.inputs
-    )
-    shapes = tuple(
-        [dynamic(a) for a in arg] if isinstance(arg, tuple) else dynamic(arg) for arg in part.inputs
-    )
+    by_name = groupby(part.interface.inputs, lambda spec: spec.name.partition(".")[:2])
+    groups = [(dot, tuple(specs)) for (_, dot), specs in by_name]
+    arguments = tuple([fake(s) for s in specs] if dot else fake(*specs) for dot, specs in groups)
+    shapes = tuple([dynamic(s) for s in specs] if dot else dynamic(*specs) for dot, specs in groups)
     return arguments, shapes
 
 
@@ -121,25 +122,23 @@ def _attach_parameters(graph: ir.Graph, shapes: dict[str, tuple[int, ...]]) -> N
 
 
 def _name_interface(graph: ir.Graph, part: PartSpec) -> None:
-    flat = [a for arg in part.inputs for a in (arg if isinstance(arg, tuple) else (arg,))]
-    for value, arg in zip(graph.inputs, flat, strict=True):
-        value.name = arg.name
-    for value, name in zip(graph.outputs, part.outputs, strict=True):
-        value.name = name
+    for values, specs in (
+        (graph.inputs, part.interface.inputs),
+        (graph.outputs, part.interface.outputs),
+    ):
+        for value, spec in zip(values, specs, strict=True):
+            value.name = spec.name
+    check_interface(graph, part.interface)
 
 
 def _strip(model: ir.Model) -> None:
     """Drop what differs between two exports or tells of the builder's machine."""
     model.producer_name, model.producer_version = "vlmforge", None
     model.metadata_props.clear()
-    model.graph.metadata_props.clear()
     model.graph.name = "main"
-    for node in model.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+    ClearMetadataAndDocStringPass()(model)
+    made = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *made):
         value.metadata_props.clear()
 
 

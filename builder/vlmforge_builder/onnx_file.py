@@ -9,7 +9,11 @@ import onnx_ir as ir
 
 from vlmforge.engine.manifest import TensorSpec
 from vlmforge.errors import BuildError
+from vlmforge.runner.interface import Interface
 from vlmforge_builder.weights import Layout
+
+# Where ONNX has another name than the manifest.
+_TYPES = {"float32": ir.DataType.FLOAT, "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN}
 
 
 def unread(dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:
@@ -39,6 +43,28 @@ def refer(model: ir.Model, layout: Layout, data: Path) -> None:
         )
 
 
+def check_interface(graph: ir.Graph, interface: Interface) -> None:
+    """Raises BuildError where a graph takes or gives other than `interface` says."""
+    for values, listed in ((graph.inputs, interface.inputs), (graph.outputs, interface.outputs)):
+        found = tensor_specs(values)
+        if found != listed:
+            odd = [spec for spec in (*found, *listed) if spec not in found or spec not in listed]
+            raise BuildError(
+                "A graph's inputs or outputs are not those that the runtime will bind.",
+                found=", ".join(str(spec) for spec in found if spec in odd) or "an other order",
+                expected=", ".join(str(spec) for spec in listed if spec in odd) or "the list's",
+                fix="correct the recipe or the pass, or vlmforge/runner/interface.py",
+            )
+
+
+def add_input(graph: ir.Graph, spec: TensorSpec) -> ir.Value:
+    """Give a graph an input of the runtime's list."""
+    dtype = _TYPES.get(spec.dtype) or ir.DataType[spec.dtype.upper()]
+    value = ir.Value(name=spec.name, type=ir.TensorType(dtype), shape=ir.Shape(spec.shape))
+    graph.inputs.append(value)
+    return value
+
+
 def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
     """Inputs or outputs of a graph."""
     return tuple(_spec(value) for value in values)
@@ -48,5 +74,5 @@ def _spec(value: ir.Value) -> TensorSpec:
     assert value.dtype is not None
     shape = value.shape if value.shape is not None else ()
     dims = tuple(d if isinstance(d, int) else str(d) for d in shape)
-    names = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn"}
+    names = {dtype: name for name, dtype in _TYPES.items()}
     return TensorSpec(value.name or "", names.get(value.dtype, value.dtype.name.lower()), dims)

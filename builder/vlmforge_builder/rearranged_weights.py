@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from vlmforge.errors import TensorError
 from vlmforge_builder.checkpoint.store import TensorStore, expect
+from vlmforge_builder.weights import Weight
 
 
 @dataclass(frozen=True, slots=True)
-class ResizedGrid:
+class ResizedGrid(Weight):
     """A table `[rows * rows, width]` of a square grid, resized to the parameter's grid.
 
     Bicubic in fp32 without aligned corners, as originals do at run time for a fixed image size.
@@ -23,12 +25,12 @@ class ResizedGrid:
     rows: int
 
     @property
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `Weight.names`."""
         return (self.key,)
 
+    @override
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
-        """See `Weight.read`."""
         expect(store, self.key, (self.rows**2, shape[1]))
         table, target = store.read(self.key), math.isqrt(shape[0])
         if target**2 != shape[0]:
@@ -48,7 +50,7 @@ class ResizedGrid:
 
 
 @dataclass(frozen=True, slots=True)
-class PerHead:
+class PerHead(Weight):
     """Projections that are stored head by head, each head's parts together, as ours: part by part.
 
     A matrix `[heads * parts * head_dim, in]` becomes `[in, parts * heads * head_dim]`, a bias keeps
@@ -60,12 +62,12 @@ class PerHead:
     parts: int = 3
 
     @property
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `Weight.names`."""
         return (self.key,)
 
+    @override
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
-        """See `Weight.read`."""
         expect(store, self.key, shape[::-1])
         stored = store.read(self.key)
         apart = stored.reshape(self.heads, self.parts, -1, *stored.shape[1:])
@@ -74,7 +76,7 @@ class PerHead:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(Weight):
     """Some rows of a tensor that has `total`, from row `start` on.
 
     A matrix `[total, in]` becomes `[in, n]`, a bias `[total]` becomes `[n]`.
@@ -85,12 +87,12 @@ class Rows:
     total: int
 
     @property
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `Weight.names`."""
         return (self.key,)
 
+    @override
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
-        """See `Weight.read`."""
         expect(store, self.key, (self.total, *shape[:-1]))
         rows = store.read(self.key)[self.start : self.start + shape[-1]]
         return rows.T if rows.ndim == 2 else rows

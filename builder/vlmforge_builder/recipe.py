@@ -19,6 +19,7 @@ from vlmforge.engine.image_policy import ImagePolicy
 from vlmforge.engine.manifest import KVLayout, PromptPolicy
 from vlmforge.engine.positions import PositionPolicy
 from vlmforge.errors import UnsupportedModelError
+from vlmforge.runner.interface import Interface
 from vlmforge_builder.checkpoint.config import ConfigReader
 
 if TYPE_CHECKING:
@@ -29,33 +30,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorArg:
-    """An argument of a part's forward: shape with symbolic dimensions, and dtype.
-
-    A whole number in `shape` is fixed; a string is a dimension that varies at run time.
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str = "float32"
-
-
-@dataclass(frozen=True, slots=True)
 class PartSpec:
     """One graph to export.
 
     Attributes:
         name: "vision" or "decoder".
         module: Builds the torch module; called where every tensor is fake.
-        inputs: Arguments of forward in order; a tuple of arguments is passed as a list.
-        outputs: Names of the results, flattened.
+        interface: What it takes and gives in float32, over a dense cache. Inputs whose names
+            differ in what follows a dot are one argument of forward, a list.
         weights: Where the values of each parameter are, by the module's parameter names.
     """
 
     name: str
     module: Callable[[], nn.Module]
-    inputs: tuple[TensorArg | tuple[TensorArg, ...], ...]
-    outputs: tuple[str, ...]
+    interface: Interface
     weights: Mapping[str, Weight]
 
 

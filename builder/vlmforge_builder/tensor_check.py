@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from vlmforge.errors import TensorError, UnsupportedModelError
 from vlmforge_builder.checkpoint.altered import quantised
@@ -91,21 +92,21 @@ def _refuse_altered(unread: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Headers:
+class _Headers(TensorStore):
     """A store whose tensors have no values."""
 
     store: TensorStore
 
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `TensorStore`."""
         return self.store.names()
 
+    @override
     def info(self, name: str) -> TensorInfo:
-        """See `TensorStore`."""
         return self.store.info(name)
 
+    @override
     def read(self, name: str) -> Tensor:
-        """See `TensorStore`."""
         info = self.store.info(name)
         return torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
 

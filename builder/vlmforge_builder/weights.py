@@ -12,6 +12,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from vlmforge.errors import TensorError
 from vlmforge_builder.checkpoint.store import TensorStore, expect
@@ -35,24 +36,24 @@ class Weight(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(Weight):
     """A tensor of the checkpoint, as it is."""
 
     key: str
 
     @property
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `Weight.names`."""
         return (self.key,)
 
+    @override
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
-        """See `Weight.read`."""
         expect(store, self.key, shape)
         return store.read(self.key)
 
 
 @dataclass(frozen=True, slots=True)
-class Transposed:
+class Transposed(Weight):
     """Matrices `[out_i, in]` of the checkpoint, stacked and transposed to `[in, sum of out_i]`.
 
     `widths` are the expected `out_i`.
@@ -62,31 +63,31 @@ class Transposed:
     widths: tuple[int, ...]
 
     @property
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `Weight.names`."""
         return self.keys
 
+    @override
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
-        """See `Weight.read`."""
         for key, width in zip(self.keys, self.widths, strict=True):
             expect(store, key, (width, shape[0]))
         return torch.cat([store.read(key).T for key in self.keys], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Stacked:
+class Stacked(Weight):
     """Vectors of the checkpoint, one after the other; `widths` are their expected lengths."""
 
     keys: tuple[str, ...]
     widths: tuple[int, ...]
 
     @property
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `Weight.names`."""
         return self.keys
 
+    @override
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
-        """See `Weight.read`."""
         del shape
         for key, width in zip(self.keys, self.widths, strict=True):
             expect(store, key, (width,))
@@ -94,18 +95,18 @@ class Stacked:
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(Weight):
     """Values that follow from the configuration; kept in fp32 whatever the engine's dtype."""
 
     compute: Callable[[], Tensor]
 
     @property
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `Weight.names`."""
         return ()
 
+    @override
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
-        """See `Weight.read`."""
         del store, shape
         return self.compute()
 
@@ -135,17 +136,17 @@ class Encoding(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class AsDtype:
+class AsDtype(Encoding):
     """`Encoding` of a parameter as one tensor of a floating dtype."""
 
     dtype: str
 
+    @override
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorShape, ...]:
-        """See `Encoding.tensors`."""
         return (TensorShape(name, self.dtype, shape),)
 
+    @override
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        """See `Encoding.encode`."""
         return (values.to(DTYPES[self.dtype]),)
 
 

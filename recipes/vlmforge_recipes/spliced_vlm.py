@@ -14,11 +14,12 @@ from vlmforge.engine.image_policy import ImagePolicy
 from vlmforge.engine.manifest import KVLayout, PromptPolicy, TemplateParts
 from vlmforge.engine.positions import ABSOLUTE
 from vlmforge.errors import CheckpointError
+from vlmforge.runner.interface import VisionInterface
 from vlmforge.vl.tiling import most_tokens
 from vlmforge_builder.blocks.decoder import DecoderConfig
 from vlmforge_builder.blocks.vision import VisionConfig, VisionEncoder
 from vlmforge_builder.checkpoint.store import TensorStore
-from vlmforge_builder.recipe import ChatTemplate, ModelSpec, PartSpec, RecipeOptions, TensorArg
+from vlmforge_builder.recipe import ChatTemplate, ModelSpec, PartSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
 from vlmforge_builder.weights import Stored, Weight
 from vlmforge_recipes.clip_tower import linear, norm, tower_weights
@@ -143,6 +144,7 @@ def _check_tokens(decoder: DecoderConfig, tokenizer: ConvertedTokenizer) -> None
 
 def _vision_part(geometry: Geometry, names: Names) -> PartSpec:
     tower, width = geometry.tower, geometry.decoder.hidden_size
+    extra_row = names.newline is not None
     return PartSpec(
         name="vision",
         module=partial(
@@ -151,10 +153,9 @@ def _vision_part(geometry: Geometry, names: Names) -> PartSpec:
             outputs=width,
             projector_act=geometry.projector_act,
             projector_norm_eps=geometry.projector_norm_eps,
-            extra_row=names.newline is not None,
+            extra_row=extra_row,
         ),
-        inputs=(TensorArg("pixel_values", ("images", 3, tower.image_size, tower.image_size)),),
-        outputs=("image_features",),
+        interface=VisionInterface((tower.image_size,) * 2, tower.tokens + extra_row, width),
         weights={
             **tower_weights(tower, ours="tower.", prefix=names.vision),
             **linear("projector.fc1", (names.projector[0],), (width,)),

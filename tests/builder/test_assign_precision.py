@@ -16,8 +16,8 @@ from conftest import HF
 from lowered_decoder import model_spec, part_of
 from vlmforge_builder.export import OPSET, trace
 from vlmforge_builder.ops import DOMAIN, VERSION
-from vlmforge_builder.passes.assign_precision import TYPES, assign_precision
-from vlmforge_builder.passes.native_attention import native_attention
+from vlmforge_builder.passes.assign_precision import TYPES, AssignPrecisionPass
+from vlmforge_builder.passes.native_attention import NativeAttentionPass
 from vlmforge_builder.weights import stored_dtype
 
 SIXTEEN = ("float16", "bfloat16")
@@ -64,14 +64,9 @@ def small_model() -> ir.Model:
 
 
 def assigned(model: ir.Model, dtype: str) -> ir.Model:
-    changed = assign_precision(
-        model,
-        dtype,
-        {"weight": dtype, "table": "float32"},
-        inputs={"x": "float32"},
-        outputs={"logits": "float32"},
-    )
-    assert changed is (dtype != "float32")
+    stored = {"weight": dtype, "table": "float32"}
+    result = AssignPrecisionPass(dtype, stored, float32=("x", "logits"))(model)
+    assert result.modified is (dtype != "float32")
     return model
 
 
@@ -160,16 +155,15 @@ def test_float32_is_left_alone() -> None:
 
 @pytest.mark.parametrize("dtype", SIXTEEN)
 def test_tables_of_a_neutral_op_keep_their_type(dtype: str) -> None:
-    names = ["query", "key", "value", "past_key", "past_value", "cos", "sin"]
+    names = ["query", "key", "value", "past_key", "past_value"]
+    names += ["past_lengths", "cos", "sin"]
     shapes: dict[str, list[int | str]] = {n: ["b", "s", 32] for n in names[:3]}
-    shapes |= {n: ["b", 2, "c", 16] for n in names[3:5]} | {n: [9, 8] for n in names[5:]}
+    shapes |= {n: ["b", 2, "c", 16] for n in names[3:5]} | {n: [9, 8] for n in names[6:]}
     outputs = {"out": shapes["query"], "present_key": shapes["past_key"]}
     outputs["present_value"] = shapes["past_value"]
     attributes = {"num_heads": 2, "kv_num_heads": 2, "scale": 0.25}
-    node = make_node(
-        "CachedAttention", [*names, "past_lengths"], list(outputs), domain=DOMAIN, **attributes
-    )
-    tables = [numpy_helper.from_array(np.ones((9, 8), np.float32), n) for n in names[5:]]
+    node = make_node("CachedAttention", names, list(outputs), domain=DOMAIN, **attributes)
+    tables = [numpy_helper.from_array(np.ones((9, 8), np.float32), n) for n in names[6:]]
     graph = make_graph(
         [node],
         "main",
@@ -180,11 +174,11 @@ def test_tables_of_a_neutral_op_keep_their_type(dtype: str) -> None:
     opsets = [make_opsetid("", OPSET), make_opsetid(DOMAIN, VERSION)]
     model = ir.from_proto(make_model(graph, opset_imports=opsets, ir_version=10))
     stored = {"cos": "float32", "sin": "float32"}
-    assert assign_precision(model, dtype, stored, inputs={}, outputs={})
+    assert AssignPrecisionPass(dtype, stored, float32=())(model).modified
     (made,) = model.graph
-    assert [v.dtype for v in made.inputs if v is not None][5:7] == [F32, F32]
+    assert [v.dtype for v in made.inputs if v is not None][6:] == [F32, F32]
     assert {v.dtype for v in (*model.graph.inputs[:5], *made.outputs)} == {TYPES[dtype]}
-    assert native_attention(model, capacity=12)
+    assert NativeAttentionPass(capacity=12)(model).modified
     check_types(without_values(model, ("cos", "sin")))
 
 
@@ -194,14 +188,8 @@ def test_the_types_of_a_traced_part_are_those_inferred(name: str, dtype: str) ->
     part = part_of(model_spec(HF.name), name)
     traced = trace(part)
     stored = {n: stored_dtype(part.weights[n], dtype) for n in traced.shapes}
-    assign_precision(
-        traced.model,
-        dtype,
-        stored,
-        inputs={"pixel_values": "float32"},
-        outputs={"logits": "float32"},
-    )
-    assert native_attention(traced.model, capacity=64) is (name == "decoder")
+    AssignPrecisionPass(dtype, stored, float32=("pixel_values", "logits"))(traced.model)
+    assert NativeAttentionPass(capacity=64)(traced.model).modified is (name == "decoder")
     types = {v.name: v.dtype for v in (*traced.model.graph.inputs, *traced.model.graph.outputs)}
     if name == "vision":
         assert types["pixel_values"] == F32

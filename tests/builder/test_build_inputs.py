@@ -278,10 +278,25 @@ def test_a_tower_beside_and_a_tower_that_is_named(original: Path, tmp_path: Path
 # --- hub --------------------------------------------------------------------------------------
 
 
-def command(arguments: Sequence[object], **environment: str) -> subprocess.CompletedProcess[str]:
+# `python -m vlmforge_builder` that keeps its traces where the other tests do.
+KEEPING = """
+import pathlib, sys
+from traces import remember_traces
+from vlmforge_builder.cli import main
+remember_traces(pathlib.Path(sys.argv.pop(1)))
+sys.exit(main())
+"""
+
+
+def command(
+    arguments: Sequence[object],
+    *,
+    program: Sequence[str] = ("-m", "vlmforge_builder"),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     return subprocess.run(
-        [sys.executable, "-m", "vlmforge_builder", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -289,12 +304,14 @@ def command(arguments: Sequence[object], **environment: str) -> subprocess.Compl
     )
 
 
-def test_both_repositories_from_the_hub(original: Path, tmp_path: Path) -> None:
+def test_both_repositories_from_the_hub(original: Path, shared: Path, tmp_path: Path) -> None:
     """A checkpoint by its id; its tower, named in its config, from the hub too."""
     engine = tmp_path / "it.engine"
     with HubServer({"org/it": original, TOWER: original.parent / TOWER}) as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-        done = command(["org/it", "-o", engine], **env)
+        env["PYTHONPATH"] = str(Path(__file__).parents[1])
+        keeping = ("-c", KEEPING, str(shared / "traces"))
+        done = command(["org/it", "-o", engine], program=keeping, **env)
         assert done.returncode == 0, done.stderr
         missing = command(["org/other", "-o", tmp_path / "other.engine"], **env)
     assert f"fetching org/it (main) from {hub.url}" in done.stderr
@@ -311,9 +328,16 @@ def test_both_repositories_from_the_hub(original: Path, tmp_path: Path) -> None:
 # --- memory -----------------------------------------------------------------------------------
 
 
+HEAVY = replace(
+    SMALL,
+    text=replace(SMALL.text, hidden=1024, intermediate=2816, layers=4, heads=8, kv_heads=8),
+    vision=replace(SMALL.vision, hidden=512, intermediate=2048, layers=2, heads=8),
+)
+
+
 def test_weights_are_streamed(tmp_path: Path) -> None:
     """Bytes that only this process holds; mapped files do not count, the system can drop them."""
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", PRESETS["60m"])
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", HEAVY)
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     assert weights > 200 << 20
     events = tmp_path / "events.jsonl"

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.helper import make_node
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes import Sequential
+from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from dense_attention import (
     OUTPUTS,
@@ -32,14 +33,14 @@ from dense_attention import (
 from vlmforge.errors import BuildError
 from vlmforge.ort import ort
 from vlmforge_builder.ops import DOMAIN
-from vlmforge_builder.passes.lower_cached_attention import lower_cached_attention
-from vlmforge_builder.passes.store_weights import store_weights
+from vlmforge_builder.passes.lower_cached_attention import LowerCachedAttentionPass
+from vlmforge_builder.passes.store_weights import StoreWeightsPass
 
 
 def run_lowered(model: ir.Model, inputs: Arrays) -> list[Array]:
     """In the way of the runtime: each present cache is bound to the buffer of its past."""
-    assert lower_cached_attention(model)
-    RemoveUnusedNodesPass()(model)
+    lower = LowerCachedAttentionPass(), RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass()
+    assert Sequential(*lower)(model).modified
     assert DOMAIN not in model.opset_imports
     made = session(model)
     binding = made.io_binding()
@@ -145,16 +146,16 @@ def test_heads_that_cannot_be_rotated_are_refused() -> None:
         if value.name == "past_key":
             value.shape = ir.Shape(["batch", 1, "capacity", 24])
     with pytest.raises(BuildError) as caught:
-        lower_cached_attention(model)
+        LowerCachedAttentionPass()(model)
     assert caught.value.found == "head size 24"
     plain = replace(shape, plain=True)
     nodes = [attention_node(plain, ("query", "key", "value"))]
-    assert lower_cached_attention(model_of(nodes, plain.inputs(), OUTPUTS))
+    assert LowerCachedAttentionPass()(model_of(nodes, plain.inputs(), OUTPUTS)).modified
 
 
 def test_a_graph_without_the_op_is_left_alone() -> None:
     model = model_of([make_node("Neg", ["x"], ["out"])], {"x": np.ones(2, np.float32)}, ["out"])
-    assert not lower_cached_attention(model)
+    assert not LowerCachedAttentionPass()(model).modified
     assert [node.op_type for node in model.graph] == ["Neg"]
 
 
@@ -199,7 +200,7 @@ def table_model() -> ir.Model:
 def test_stored_weights_are_the_rounded_ones(dtype: str) -> None:
     model = table_model()
     plan = {"table": dtype, "matrix": dtype, "bias": dtype, "exact": "float32"}
-    assert store_weights(model, plan)
+    assert StoreWeightsPass(plan)(model).modified
     for name, wanted in plan.items():
         value = model.graph.initializers[name]
         if wanted != "float32":
@@ -220,7 +221,7 @@ def test_stored_weights_are_the_rounded_ones(dtype: str) -> None:
 
 def test_casts_come_after_gathers_and_before_products() -> None:
     model = table_model()
-    store_weights(model, {"table": "float16", "matrix": "float16"})
+    StoreWeightsPass({"table": "float16", "matrix": "float16"})(model)
     nodes = {node.name: node for node in model.graph}
     table, matrix = (model.graph.initializers[name] for name in ("table", "matrix"))
     assert nodes["gather"].inputs[0] is table  # only the rows in use are cast
@@ -235,5 +236,5 @@ def test_casts_come_after_gathers_and_before_products() -> None:
 def test_float32_changes_nothing() -> None:
     model = table_model()
     before = ir.to_proto(model).SerializeToString()
-    assert not store_weights(model, dict.fromkeys(weights(), "float32"))
+    assert not StoreWeightsPass(dict.fromkeys(weights(), "float32"))(model).modified
     assert ir.to_proto(model).SerializeToString() == before

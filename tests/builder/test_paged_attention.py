@@ -21,13 +21,13 @@ from dense_attention import (
     Arrays,
     Shape,
     attention_node,
+    bodies,
     model_of,
     run_body,
     session,
 )
 from vlmforge_builder.ops import DOMAIN
-from vlmforge_builder.paged_bodies import paged_functions
-from vlmforge_builder.passes.paged_attention import paged_attention
+from vlmforge_builder.passes.paged_attention import PagedAttentionPass
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ def dense_model(shape: Shape, inputs: Arrays) -> ir.Model:
 
 def lowered(call: Pages) -> ir.Model:
     model = dense_model(call.dense, call.dense.inputs())
-    assert paged_attention(model, page_size=call.page_size)
+    assert PagedAttentionPass(call.page_size)(model).modified
     return model
 
 
 def run_paged(model: ir.Model, inputs: Arrays) -> list[Array]:
-    for function in paged_functions():
+    for function in bodies():
         model.functions[function.identifier()] = function
     # Inlined: the types that a session deduces for a function's parameters leave fp8 out.
     whole = inline_local_functions(ir.to_proto(model))
@@ -159,7 +159,7 @@ def rounded(array: Array) -> Array:
 def with_fp8_pools(call: Pages) -> ir.Model:
     """The op over fp8 pools, between casts: fp8 has no numpy type that the session takes."""
     model = dense_model(call.dense, call.dense.inputs())
-    assert paged_attention(model, page_size=call.page_size, stored=FP8)
+    assert PagedAttentionPass(call.page_size, stored=FP8)(model).modified
     (node,) = (n for n in model.graph if n.domain == DOMAIN)
     for index in (1, 2):
         pool = node.inputs[index]
@@ -235,5 +235,5 @@ def test_the_node_is_the_plugins(plain: bool) -> None:
 def test_a_graph_without_the_ops_is_left_alone() -> None:
     model = lowered(FIXED)
     inputs = [value.name for value in model.graph.inputs]
-    assert not paged_attention(model, page_size=16)
+    assert not PagedAttentionPass(page_size=16)(model).modified
     assert [value.name for value in model.graph.inputs] == inputs

@@ -17,10 +17,15 @@ from vlmforge import EngineConfig, pipeline
 from vlmforge.backends import DecoderBatch
 from vlmforge.engine.manifest import load_manifest
 from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits, InBlocks, quantise
-from vlmforge_builder.passes.lint import lint
-from vlmforge_builder.passes.lower_cached_attention import lower_cached_attention
-from vlmforge_builder.passes.lower_dequantize import lower_dequantize
-from vlmforge_builder.passes.quantise_weights import quantise_part, quantise_weights
+from vlmforge_builder.ops.dequantize_linear import DequantizeLinearNode
+from vlmforge_builder.passes.lint import LintPass
+from vlmforge_builder.passes.lower_cached_attention import LowerCachedAttentionPass
+from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
+from vlmforge_builder.passes.quantise_weights import (
+    QuantiseWeightsPass,
+    blocks_of_part,
+    choose_blocks,
+)
 from vlmforge_builder.weights import Computed
 
 Array = NDArray[np.float32]
@@ -66,6 +71,12 @@ def with_values(model: ir.Model, values: dict[str, Array]) -> ir.Model:
     return model
 
 
+def quantised(model: ir.Model, kind: str) -> dict[str, Blocks]:
+    blocks = blocks_of_part(model.graph, DECODER, kind)
+    assert QuantiseWeightsPass(blocks)(model).modified
+    return blocks
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_products_are_those_of_the_dequantised_weights(kind: str) -> None:
     """MatMulNBits in full precision against plain float32 products of what the numbers stand for.
@@ -74,9 +85,10 @@ def test_the_products_are_those_of_the_dequantised_weights(kind: str) -> None:
     """
     subject, oracle = TRACED().clone(), TRACED().clone()
     values = values_of(oracle)
-    blocks = quantise_part(subject, DECODER, kind)
-    assert lower_cached_attention(subject) and lower_cached_attention(oracle)
-    assert lower_dequantize(subject, accuracy_level=1)
+    blocks = quantised(subject, kind)
+    for model in (subject, oracle):
+        assert LowerCachedAttentionPass()(model).modified
+    assert LowerDequantizePass(accuracy_level=1)(subject).modified
     for name, cut in blocks.items():
         encoding = InBlocks(cut, "float32") if cut.axis else ForMatMulNBits(cut)
         tensors = encoding.encode(torch.from_numpy(values[name]))
@@ -100,7 +112,7 @@ def test_the_products_are_those_of_the_dequantised_weights(kind: str) -> None:
 
 def filled_lowered() -> ir.Model:
     model = TRACED().clone()
-    lower_cached_attention(model)
+    LowerCachedAttentionPass()(model)
     return model
 
 
@@ -108,24 +120,19 @@ def filled_lowered() -> ir.Model:
 def test_the_graph_of_the_gpu_targets(kind: str) -> None:
     """Blocked DequantizeLinear without a zero point, in front of every product and the table."""
     model = TRACED().clone()
-    blocks = quantise_part(model, DECODER, kind)
-    made = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+    blocks = quantised(model, kind)
+    made = DequantizeLinearNode.all_in(model.graph)
     assert len(made) == len(blocks) == 4 * SPEC.kv.layers + 2
-    assert {len(node.inputs) for node in made} == {2}
-    for node in made:
-        weight, scales = node.inputs
-        assert weight is not None and scales is not None
-        cut = blocks[weight.name or ""]
-        assert weight.dtype == (ir.DataType.INT4 if cut.bits == 4 else ir.DataType.INT8)
-        assert scales.dtype == node.outputs[0].dtype == ir.DataType.FLOAT
-        assert (node.attributes["axis"].as_int(), node.attributes["block_size"].as_int()) == (
-            cut.axis,
-            cut.size,
-        )
+    assert {len(weight.node.inputs) for weight in made} == {2}
+    for weight in made:
+        cut = blocks[weight.numbers.name or ""]
+        assert weight.numbers.dtype == (ir.DataType.INT4 if cut.bits == 4 else ir.DataType.INT8)
+        assert weight.scales.dtype == weight.out.dtype == ir.DataType.FLOAT
+        assert (weight.axis, weight.block_size) == (cut.axis, cut.size)
     products = [node for node in model.graph if node.op_type == "MatMul"]
     sources = [node.inputs[1].producer() for node in products if node.inputs[1] is not None]
     assert {node.op_type if node else None for node in sources} == {"DequantizeLinear"}
-    lint(model)
+    LintPass()(model)
 
 
 def small_model(vocabulary: int, inner: int) -> ir.Model:
@@ -161,12 +168,12 @@ def small_model(vocabulary: int, inner: int) -> ir.Model:
 )
 def test_eight_bits_for_what_is_a_small_share(inner: int, expected: dict[str, int]) -> None:
     names = ["table", *(f"layer.{i}" for i in range(inner)), "odd", "head"]
-    found = quantise_weights(small_model(96, inner), 4, names)
+    found = choose_blocks(small_model(96, inner).graph, 4, names)
     assert {name: found[name].bits for name in ("head", "table")} == expected
     assert {found[f"layer.{i}"].bits for i in range(inner)} == {4}
     assert (found["head"].axis, found["table"].axis) == (0, 1)
     assert "odd" not in found
-    whole = quantise_weights(small_model(96, inner), 8, names)
+    whole = choose_blocks(small_model(96, inner).graph, 8, names)
     assert {blocks.bits for blocks in whole.values()} == {8}
 
 
@@ -174,9 +181,9 @@ def test_only_the_checkpoints_weights_of_a_decoder_are_quantised() -> None:
     for folder in (HF.name, "qwen_vl_chat"):
         spec = model_spec(folder)
         vision, decoder = part_of(spec, "vision"), part_of(spec, "decoder")
-        assert quantise_part(filled(spec, vision), vision, "int4") == {}
-        assert quantise_part(filled(spec, decoder), decoder, None) == {}
-        blocks = quantise_part(filled(spec, decoder), decoder, "int4")
+        assert blocks_of_part(filled(spec, vision).graph, vision, "int4") == {}
+        assert blocks_of_part(filled(spec, decoder).graph, decoder, None) == {}
+        blocks = blocks_of_part(filled(spec, decoder).graph, decoder, "int4")
         computed = {n for n, weight in decoder.weights.items() if isinstance(weight, Computed)}
         assert computed and not computed & set(blocks)
 

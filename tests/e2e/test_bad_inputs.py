@@ -340,7 +340,7 @@ TABLE: list[tuple[str, Action, type[e.VlmforgeError], str]] = [
     ("a config too few", ask(["a", "b"], gen_config=[None]), e.ConfigError, "2"),
     ("an adapter", ask("a", adapter_name="lora"), e.ConfigError, "lora"),
     ("temperature 9", lambda p: GenerationConfig(temperature=9), e.ConfigError, "temperature"),
-    ("two answers", lambda p: GenerationConfig(n=2), e.ConfigError, "random_seed"),
+    ("too many answers", lambda p: GenerationConfig(n=129), e.ConfigError, "128"),
     (
         "no such token",
         ask("a", gen_config=GenerationConfig(stop_token_ids=[9**9])),

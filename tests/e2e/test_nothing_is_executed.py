@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from conftest import build_once
 from hub_server import HubServer
 from vlmforge.engine.bundle import open_bundle
+from vlmforge.engine.manifest import MANIFEST_FILE
+from vlmforge.errors import CheckpointError
 from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
 
 SMALL = replace(
@@ -91,33 +94,29 @@ def test_the_poison_works(checkpoint: Path, marker: Path) -> None:
     assert marker.read_text("utf-8") == "unpickled\n"
 
 
-def test_a_build_executes_nothing(checkpoint: Path, marker: Path, tmp_path: Path) -> None:
-    """In the checkpoint, where the installed `build-engine` does not look for modules."""
-    engine = tmp_path / "it.engine"
-    done = run(["-P", "-m", "vlmforge_builder", ".", "-o", engine], checkpoint)
-    assert done.returncode == 0, done.stderr
-    assert not marker.exists()
-    assert not any(path.suffix == ".py" for path in engine.rglob("*"))
-    assert open_bundle(engine).manifest.provenance.source == checkpoint.name
-
-
 def test_a_pipeline_on_a_checkpoint_executes_nothing(checkpoint: Path, marker: Path) -> None:
-    """Its child process is started in the same folder."""
+    """In the checkpoint, and so does its child, an installed `build-engine`, in the same folder."""
     program = "from vlmforge import pipeline\nwith pipeline('.') as p: print(p('hi').finish_reason)"
-    cache = str(marker.parent / "cache")
-    done = run(["-P", "-c", program], checkpoint, VLMFORGE_CACHE=cache)
+    cache = marker.parent / "cache"
+    done = run(["-P", "-c", program], checkpoint, VLMFORGE_CACHE=str(cache))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] in ("stop", "length")
     assert not marker.exists()
+    (engine,) = (path.parent for path in cache.rglob(MANIFEST_FILE))
+    assert not any(path.suffix == ".py" for path in engine.rglob("*"))
+    assert open_bundle(engine).manifest.provenance.source == checkpoint.name
 
 
 def test_from_the_hub_code_is_not_even_fetched(
     checkpoint: Path, marker: Path, tmp_path: Path
 ) -> None:
+    """What is not there cannot run when an engine is built of it."""
+    program = (
+        "from vlmforge_builder.checkpoint.source import resolve_checkpoint as get\nget('org/it')"
+    )
     with HubServer({"org/it": checkpoint}) as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-        command = ["-m", "vlmforge_builder", "org/it", "-o", tmp_path / "it.engine"]
-        done = run(command, tmp_path, **env)
+        done = run(["-c", program], tmp_path, **env)
         assert done.returncode == 0, done.stderr
         assert "model.safetensors" in hub.downloaded()
         assert not any(name.endswith(".py") for name in hub.downloaded())
@@ -131,10 +130,7 @@ def test_pickles_that_would_run_code_are_refused(tmp_path: Path, marker: Path) -
     path = folder / "pytorch_model.bin"
     tensors = torch.load(path, weights_only=True)
     torch.save({**tensors, "extra": Payload(marker)}, path)
-    done = run(["-m", "vlmforge_builder", folder, "-o", tmp_path / "it.engine"], tmp_path)
-    assert done.returncode == 1
-    assert "CheckpointError" in done.stderr
-    assert "pytorch_model.bin" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+        build_once(tmp_path / "it.engine", folder)
     assert not marker.exists()
     assert not (tmp_path / "it.engine").exists()

@@ -220,7 +220,14 @@ def write(name: str, folder: Path) -> tuple[Path, int, bool]:
     return write_checkpoint(folder, spec), spec.seed, spec.text.tied
 
 
-@pytest.fixture(scope="module", params=[*SPECS, *ANYRES])
+# As published, it is one of the golden checkpoints.
+DRAWN = [
+    pytest.param(name, marks=pytest.mark.nightly if name == "published" else ())
+    for name in (*SPECS, *ANYRES)
+]
+
+
+@pytest.fixture(scope="module", params=DRAWN)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:

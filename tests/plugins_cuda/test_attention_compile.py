@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -37,35 +39,35 @@ KERNELS = {"vf_write", "vf_decode", "vf_decode_narrow", "vf_combine", "vf_prefil
 CONFIG = Config(128, "float16", "float16")
 TARGET = {target.name: target for target in TARGETS}
 SHIPPED = [(config, target) for config in configs() for target in targets(config)]
-# Whose producer is read below, on Hopper.
+F16, BF16, FP8 = "float16", "bfloat16", "float8_e4m3fn"
+CARRIED = Config(32, F16, F16)  # by plans that other tests build: it is compiled for every GPU
+# On Hopper a producer feeds the others. Its code is of a size and of how the cache is stored; what
+# fp8 is widened to takes turns.
 PRODUCERS = [
     Config(head_size, *types)
-    for types in (
-        ("float16", "float16"),
-        ("float16", "float8_e4m3fn"),
-        ("bfloat16", "float8_e4m3fn"),
-    )
+    for types in ((F16, F16), (F16, FP8), (BF16, FP8))
     for head_size in HEAD_SIZES
     if head_size >= 64
 ]
-
-
-def quick() -> list[tuple[Config, Target]]:
-    """Every producer on Hopper, and every second configuration on one of the others in turn.
-
-    Mostly what other tests compile too; the rest is left to nightly runs.
-    """
-    hopper = [(config, TARGET["sm_90"]) for config in PRODUCERS]
-    others = [c for c in configs() if c not in PRODUCERS or c.head_size == max(HEAD_SIZES)]
-    turns = [
-        (config, fitting[i % len(fitting)])
-        for i, config in enumerate(others)
-        if (fitting := [t for t in targets(config) if t.name != "sm_90"])
-    ]
-    return [*hopper, *turns[::2]]
-
-
-QUICK = quick()
+QUICK_PRODUCERS = [
+    config
+    for config in PRODUCERS
+    if not config.fp8 or (config.activation == F16) == (config.head_size in (64, 96, 128))
+]
+# On all others: each GPU, each size and type, most of which other tests compile too.
+OTHERS = [
+    (Config(32, F16, F16), "sm_86"),
+    (Config(32, BF16, FP8), "sm_89"),
+    (Config(64, BF16, BF16), "sm_80"),
+    (Config(80, F16, FP8), "sm_89"),
+    (Config(96, BF16, BF16), "sm_80"),
+    (Config(104, F16, F16), "sm_120"),
+    (Config(128, F16, F16), "sm_120"),
+]
+QUICK = [
+    *((config, TARGET["sm_90"]) for config in QUICK_PRODUCERS),
+    *((config, TARGET[name]) for config, name in OTHERS),
+]
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +109,24 @@ def test_nothing_spills_anywhere(config: Config, target: Target, nvrtc: Nvrtc, c
     _check_report(config, target, nvrtc, cache)
 
 
-def machine_code(binary: Binary, folder: Path) -> dict[str, str]:
+MachineCode = Callable[[Config, str], dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def machine_code(
+    nvrtc: Nvrtc, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> MachineCode:
+    """SASS by kernel, of a configuration on a target."""
+    folder = tmp_path_factory.mktemp("sass")
+
+    @functools.cache
+    def of(config: Config, target: str) -> dict[str, str]:
+        return disassembled(compile_one(config, TARGET[target], nvrtc, cache), folder)
+
+    return of
+
+
+def disassembled(binary: Binary, folder: Path) -> dict[str, str]:
     """SASS by kernel, from nvdisasm's wheel."""
     files = distribution("nvidia-cuda-nvdisasm").files or []
     program = next(Path(str(f.locate())) for f in files if f.name.startswith("nvdisasm"))
@@ -124,19 +143,25 @@ def machine_code(binary: Binary, folder: Path) -> dict[str, str]:
     ("config", "target", "instruction"),
     [
         (CONFIG, "sm_80", "HMMA.16816.F32"),
-        (Config(80, "bfloat16", "float8_e4m3fn"), "sm_90", "HGMMA.64x80x16.F32.BF16"),
-        (Config(80, "bfloat16", "bfloat16"), "sm_90", "HGMMA.64x80x16.F32.BF16"),
-        (Config(104, "float16", "float16"), "sm_90", "HGMMA.64x104x16.F32"),
+        (Config(80, BF16, FP8), "sm_90", "HGMMA.64x80x16.F32.BF16"),
+        pytest.param(
+            *(Config(80, BF16, BF16), "sm_90", "HGMMA.64x80x16.F32.BF16"),
+            marks=pytest.mark.nightly,
+        ),
+        (Config(104, F16, F16), "sm_90", "HGMMA.64x104x16.F32"),
         (CONFIG, "sm_90", "HGMMA.64x128x16.F32"),
-        (Config(64, "bfloat16", "bfloat16"), "sm_90", "HGMMA.64x"),
-        (Config(128, "float16", "float8_e4m3fn"), "sm_120", "HMMA.16816.F32"),
+        (Config(64, BF16, BF16), "sm_90", "HGMMA.64x"),
+        (Config(32, BF16, FP8), "sm_120", "HMMA.16816.F32"),
+        pytest.param(
+            *(Config(128, F16, FP8), "sm_120", "HMMA.16816.F32"), marks=pytest.mark.nightly
+        ),
     ],
     ids=str,
 )
 def test_prefill_runs_on_tensor_cores(
-    config: Config, target: str, instruction: str, nvrtc: Nvrtc, cache: Path, tmp_path: Path
+    config: Config, target: str, instruction: str, machine_code: MachineCode
 ) -> None:
-    code = machine_code(compile_one(config, TARGET[target], nvrtc, cache), tmp_path)
+    code = machine_code(config, target)
     assert set(code) == KERNELS
     assert instruction in code["vf_prefill"]
     assert "HMMA.16816" in code["vf_decode"]
@@ -146,12 +171,10 @@ def test_prefill_runs_on_tensor_cores(
         assert not re.search(r"\b(LDL|STL)\b", code[kernel]), "local memory"
 
 
-def test_only_what_overlaps_waits_for_the_kernel_in_front(
-    nvrtc: Nvrtc, cache: Path, tmp_path: Path
-) -> None:
+def test_only_what_overlaps_waits_for_the_kernel_in_front(machine_code: MachineCode) -> None:
     """A wait that is left out would be a race; GPUs before Hopper have no such instruction."""
     for target in ("sm_80", "sm_90", "sm_120"):
-        code = machine_code(compile_one(CONFIG, TARGET[target], nvrtc, cache), tmp_path)
+        code = machine_code(CONFIG, target)
         waiting = {kernel for kernel in KERNELS if "ACQBULK" in code[kernel]}
         starting = {kernel for kernel in KERNELS if "PREEXIT" in code[kernel]}
         early = {"vf_write", "vf_decode", "vf_decode_narrow"} if target != "sm_80" else set()
@@ -159,17 +182,17 @@ def test_only_what_overlaps_waits_for_the_kernel_in_front(
         assert waiting == starting == early
 
 
-def test_softmax_overlaps_the_products(nvrtc: Nvrtc, cache: Path, tmp_path: Path) -> None:
+def test_softmax_overlaps_the_products(machine_code: MachineCode) -> None:
     """The assembler is free to wait for the output before the softmax; then nothing overlaps."""
-    code = machine_code(compile_one(CONFIG, TARGET["sm_90"], nvrtc, cache), tmp_path)
+    code = machine_code(CONFIG, "sm_90")
     waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, ", code["vf_prefill"])
     (between,) = (part for part in waits[1:] if part.startswith("0x1"))
     assert between.count("MUFU.EX2") >= 64
 
 
-def test_bulk_copies_are_issued_once(nvrtc: Nvrtc, cache: Path, tmp_path: Path) -> None:
+def test_bulk_copies_are_issued_once(machine_code: MachineCode) -> None:
     """Not in a loop over the lanes that may have come: it cost Hopper's prefill 8 %."""
-    code = machine_code(compile_one(CONFIG, TARGET["sm_90"], nvrtc, cache), tmp_path)
+    code = machine_code(CONFIG, "sm_90")
     assert "UTMALDG" in code["vf_prefill"] and "UBLKCP" in code["vf_decode"]
     assert not any("BRA.U.ANY" in code[kernel] for kernel in KERNELS)
 
@@ -193,16 +216,18 @@ def reached(code: str, start: str) -> str:
     return "\n".join(lines[at] for at in sorted(seen))
 
 
-@pytest.mark.parametrize("config", PRODUCERS, ids=lambda x: x.name)
-def test_the_producer_keeps_to_its_registers(
-    config: Config, nvrtc: Nvrtc, cache: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, marks=() if c in QUICK_PRODUCERS else pytest.mark.nightly) for c in PRODUCERS],
+    ids=lambda x: x.name,
+)
+def test_the_producer_keeps_to_its_registers(config: Config, machine_code: MachineCode) -> None:
     """It gave all but 56 away, as did who widens fp8. The assembler's figure does not show this.
 
     Nor may a descriptor of memory, 64 bits, start at an odd register: an illegal instruction, met
     when copies carried a cache policy.
     """
-    code = machine_code(compile_one(config, TARGET["sm_90"], nvrtc, cache), tmp_path)
+    code = machine_code(config, "sm_90")
     producer = reached(code["vf_prefill"], "USETMAXREG.DEALLOC.CTAPOOL 0x38")
     assert "HGMMA" not in producer
     assert max(int(n) for n in re.findall(r"\bR(\d+)\b", producer)) < 56
@@ -213,7 +238,7 @@ def test_the_producer_keeps_to_its_registers(
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_ptx_for_all_other_gpus(fp8: bool, nvrtc: Nvrtc, cache: Path) -> None:
-    config = Config(64, "float16", "float8_e4m3fn" if fp8 else "float16")
+    config = Config(32, BF16, FP8) if fp8 else CARRIED
     code = compile_one(config, PTX_TARGETS[fp8], nvrtc, cache).code
     assert code.endswith(b"\0")
     assert f".target sm_{89 if fp8 else 80}".encode() in code
@@ -221,7 +246,7 @@ def test_ptx_for_all_other_gpus(fp8: bool, nvrtc: Nvrtc, cache: Path) -> None:
 
 
 def test_a_set_has_a_cubin_for_every_gpu_and_ptx(nvrtc: Nvrtc, cache: Path) -> None:
-    names = [binary.target.name for binary in compile_set(CONFIG, nvrtc, cache)]
+    names = [binary.target.name for binary in compile_set(CARRIED, nvrtc, cache)]
     assert names == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "ptx"]
     fp8 = Config(64, "float16", "float8_e4m3fn")
     assert [target.name for target in targets(fp8)] == ["sm_89", "sm_90", "sm_120"]
@@ -342,10 +367,10 @@ def test_nvcc_is_told_what_nvrtc_is(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: Path) -> None:
     compiling.main(
-        ["--out", str(tmp_path), "--config", CONFIG.name, "--cache", str(cache)],
+        ["--out", str(tmp_path), "--config", CARRIED.name, "--cache", str(cache)],
     )
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"{CONFIG.name}.{t.name}.cubin" for t in TARGETS} | {f"{CONFIG.name}.ptx"}
+    assert names == {f"{CARRIED.name}.{t.name}.cubin" for t in TARGETS} | {f"{CARRIED.name}.ptx"}
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     assert re.search(r"sm_90 .* vf_prefill \d+ regs", "\n".join(lines))

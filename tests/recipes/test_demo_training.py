@@ -15,13 +15,14 @@ from vlmforge.evaluation.scenes import COLORS, SHAPES, SIZES, Scene, Thing
 from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge_builder.tokenizer.convert import convert_tokenizer
 from vlmforge_recipes.llava.demo import CHECKPOINT
+from vlmforge_recipes.llava.demo import train as training_module
 from vlmforge_recipes.llava.demo.data import Batch, Conversations, batches, patch_classes
 from vlmforge_recipes.llava.demo.model import DemoModel
 from vlmforge_recipes.llava.demo.optimize import optimizers, rate
 from vlmforge_recipes.llava.demo.spec import SPEC, Training
 from vlmforge_recipes.llava.demo.train import train
 
-TINY = Training(steps=20, batch_size=2, turns=2, warmup=2)
+TINY = Training(steps=6, batch_size=2, turns=2, warmup=2)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +83,15 @@ def test_every_parameter_is_optimised_once() -> None:
     assert len(chosen) == len({id(p) for p in chosen}) == len(list(model.parameters()))
 
 
-def test_training_lowers_the_loss_and_writes_a_checkpoint_that_builds(tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_writes_a_checkpoint_that_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_module, "LOG_EVERY", 3)
     folder = train(tmp_path / "checkpoint", TINY, device="cpu", workers=0)
     with (folder / "training_log.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == [20]
+    assert [int(row["step"]) for row in rows] == [3, 6]
+    assert float(rows[1]["words"]) < float(rows[0]["words"])
     assert (folder / "training_loss.png").read_bytes().startswith(b"\x89PNG")
     build_once(tmp_path / "engine", folder)
     shipped = {path.relative_to(CHECKPOINT) for path in CHECKPOINT.rglob("*")}

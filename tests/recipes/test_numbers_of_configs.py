@@ -106,7 +106,7 @@ def load(checkpoint: Path) -> ModelSpec:
 def plan(spec: ModelSpec) -> object:
     """All that an engine is made of, but the weights' values."""
     parts = [
-        (part.name, part.inputs, part.outputs, sorted(part.weights), *_configs(part.module))
+        (part.name, part.interface, sorted(part.weights), *_configs(part.module))
         for part in spec.parts
     ]
     fields = {name: getattr(spec, name) for name in spec.__slots__}

@@ -336,7 +336,7 @@ def test_all_arguments_of_all_calls_are_tried() -> None:
         parameters = [*inspect.signature(getattr(Pipeline, name)).parameters][1:]
         assert parameters == ARGUMENTS[name].split()
     public = {name for name in vars(Pipeline) if not name.startswith("_")}
-    assert public - CALLS.keys() == {"infer", "batch_infer", "session", "close"}
+    assert public - CALLS.keys() == {"infer", "batch_infer", "session", "metrics", "close"}
 
 
 @pytest.mark.parametrize(("call", "name"), EACH)

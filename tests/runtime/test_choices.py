@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stand_in import Parts, answered, plain, png, stand_in
+from stand_in import HANG_S, Gate, Parts, answered, plain, png, stand_in
 from vlmforge import GenerationConfig, Response
 from vlmforge.errors import ConfigError, EngineStepError, ImageError
 from vlmforge.kv.cache import Keys
 from vlmforge.kv.slots import SlotCache
+from vlmforge.outputs.events import GenOut
 
 PROMPT = ("look at this, and say something about it", png(1))
 
@@ -201,6 +202,46 @@ def test_leaving_a_stream_ends_all(slots: int) -> None:
         seen = len(parts.rows)
         whole(pipe("after", plain(20)))
         assert set(parts.rows[seen:]) == {1}
+
+
+@pytest.mark.parametrize("end", ["stop_session", "close"])
+def test_each_ends_with_what_it_has(end: str) -> None:
+    gate, steps = Gate(), list[int]()
+
+    def processor(ids: list[int], logits: Any) -> Any:
+        steps.append(len(ids))
+        if len(steps) == 3 * 20:
+            gate.passed()
+        return logits
+
+    async def main() -> dict[int, list[GenOut]]:
+        found: dict[int, list[GenOut]] = {0: [], 1: [], 2: []}
+
+        async def stream() -> None:
+            async for out in pipe.generate(PROMPT, 7, config):
+                found[out.choice].append(out)
+
+        task = asyncio.create_task(stream())
+        assert await asyncio.to_thread(gate.reached.wait, HANG_S)
+        ending = asyncio.create_task(
+            pipe.stop_session(7) if end == "stop_session" else asyncio.to_thread(pipe.close)
+        )
+        if end == "close":
+            while not pipe._scheduler._stopping:
+                await asyncio.sleep(0.001)
+        else:
+            await ending
+        gate.open.set()
+        await asyncio.gather(task, ending)
+        return found
+
+    config = drawn(100, n=3, random_seed=5, logits_processors=[processor])
+    with stand_in(slots=3) as pipe:
+        found = asyncio.run(main())
+    for outs in found.values():
+        assert [out.finish_reason for out in outs][-1] == "abort"
+        assert sum(len(out.token_ids or ()) for out in outs) == 20
+        assert outs[-1].generate_token_len == 20
 
 
 def test_greedy_answers_are_equal() -> None:

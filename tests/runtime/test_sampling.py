@@ -390,20 +390,10 @@ def test_mean_cross_entropy_is_that_of_another_implementation() -> None:
         mean_cross_entropy(logits, targets[1:])
 
 
-@given(
-    presence=st.floats(-2, 2, width=32),
-    frequency=st.floats(-2, 2, width=32),
-    seed=st.integers(0, 1000),
-)
-def test_presence_and_frequency_penalties(presence: float, frequency: float, seed: int) -> None:
-    """OpenAI's formula: logits[t] - count[t] * frequency - (count[t] > 0) * presence."""
-    rng, done = np.random.default_rng(seed), list[int]()
-    params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
-    sampler = Sampler(params, 5, [4, 4])  # the prompt's tokens are not counted
-    for _ in range(12):
-        logits = rng.normal(size=5).astype(np.float32)
-        counts = np.array([done.count(token) for token in range(5)])
-        wanted = logits - counts * frequency - (counts > 0) * presence
-        token = sampler.step(logits).id
-        assert wanted[token] >= wanted.max() - 1e-5
-        done.append(token)
+@given(st.sampled_from([0.0, 0.5, 3, 30]), st.sampled_from([0.00101, 0.30001, 0.90001, 0.99991]))
+def test_a_large_nucleus_is_that_of_sorting_all(spread: float, top_p: float) -> None:
+    logits = (spread * np.random.default_rng(3).standard_normal(5000)).astype(np.float32)
+    probs = np.exp(logits.astype(np.float64) - logits.max())
+    order = np.argsort(-probs, kind="stable")
+    count = np.searchsorted(np.cumsum(probs[order]) / probs.sum(), top_p) + 1
+    assert distribution(logits, SamplingParams(False, top_p=top_p))[0].tolist() == [*order[:count]]

@@ -266,6 +266,21 @@ def test_a_session_is_restored_for_those_of_its_salt(tmp_path: Path) -> None:
             assert parts.calls["encode"] == (0 if hits else 1)
 
 
+def test_what_is_restored_is_not_dropped_with_what_was_there_before(tmp_path: Path) -> None:
+    """A sequence that ends leaves work for the next step, at lengths around a block's."""
+    path = tmp_path / "talk.session"
+    with stand_in(slots=1) as pipe:
+        session = talk(pipe)
+        session.save(path)
+        expected = turn(pipe, "so", session)
+    with stand_in(slots=1) as pipe:
+        for words in range(16):
+            pipe("a " * words, plain(2))
+            found = turn(pipe, "so", Session.load(path, pipe))
+            assert found.token_ids == expected.token_ids
+            assert found.cached_tokens == expected.cached_tokens
+
+
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "talk.session"
     with stand_in() as pipe:

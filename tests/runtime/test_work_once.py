@@ -171,6 +171,44 @@ def test_an_image_whose_tokens_are_all_in_the_cache_is_not_encoded() -> None:
     assert again.timings.cached_images == 1
 
 
+def test_nor_is_it_decoded_or_preprocessed(counted: Counter[str]) -> None:
+    """No features are kept at all: what the cache has of its tokens is enough."""
+    parts = Parts(2)
+    with stand_in(parts, slots=2, vision=VisionConfig(feature_cache_bytes=0)) as pipe:
+        session = pipe.chat(("look", png(1)), gen_config=plain(4))
+        work = [(counted["decode"], counted["preprocess"], parts.calls["encode"])]
+        for prompt in ("and", "then", ("and this", png(2)), "or"):
+            session = pipe.chat(prompt, session, plain(4))  # type: ignore[arg-type]
+            work.append((counted["decode"], counted["preprocess"], parts.calls["encode"]))
+    assert work == [(1, 1, 1)] * 3 + [(2, 2, 2)] * 2
+    assert isinstance(session, Session)
+    with stand_in(slots=1, enable_prefix_caching=False) as alone:
+        again = alone.chat(("look", png(1)), gen_config=plain(4))
+        for prompt in ("and", "then", ("and this", png(2)), "or"):
+            again = alone.chat(prompt, again, plain(4))  # type: ignore[arg-type]
+    assert isinstance(again, Session)
+    assert again.history[-1][1] == session.history[-1][1]
+
+
+def test_what_has_left_the_cache_meanwhile_is_made_by_the_worker(
+    counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[Any] = [("look", png(1)), ("and", [png(2), png(1)]), ("look", png(1))]
+    with stand_in(slots=2) as pipe:
+        expected = [whole(pipe(prompt, plain(5))).token_ids for prompt in prompts]
+    counted.clear()
+    parts = Parts(2)
+    with stand_in(parts, slots=2, vision=VisionConfig(feature_cache_bytes=0)) as pipe:
+        monkeypatch.setattr(pipe._scheduler, "cached", lambda keys, terms: len(keys))
+        found = pipe(prompts, plain(5))
+        assert isinstance(found, list)
+        assert [answer.token_ids for answer in found] == expected
+        assert 2 <= counted["decode"] == counted["preprocess"] <= 4
+        broken = whole(pipe([("look", png(3)[:90])], plain(5))[0])  # type: ignore[index]
+        assert broken.error_code == "engine_step"
+        assert whole(pipe("fine", plain(2))).finish_reason == "length"
+
+
 def test_of_two_images_only_the_one_that_is_not_in_the_cache_is_encoded() -> None:
     parts = Parts(2)
     with stand_in(parts, slots=2, vision=FEW_FEATURES) as pipe:

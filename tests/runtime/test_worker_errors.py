@@ -221,7 +221,8 @@ class Breaking(Parts):
 )
 def test_what_was_half_done_is_nobodys(alone: list[list[int]], function: str, number: int) -> None:
     """Whoever the data belonged to is told, and nobody goes on from what is left of it."""
-    with stand_in(Breaking(function, number), max_prefill_token_num=7) as pipe:
+    parts = Breaking(function, number)
+    with stand_in(parts, max_prefill_token_num=7) as pipe:
         ends = []
         for _ in range(2):
             for response, expected in zip(batch(pipe), alone, strict=True):
@@ -233,6 +234,9 @@ def test_what_was_half_done_is_nobodys(alone: list[list[int]], function: str, nu
                     assert response.token_ids == expected
         # Memory that does not go back concerns nobody.
         least, most = {"step": (1, 3), "drop": (0, 0)}.get(function, (1, 1))
+        if parts.calls[function] < number:  # who is prepared first, and finds what, may differ
+            assert (function, number) == ("copy", 4)
+            least = 0
         assert least <= ends.count("error") <= most
         check_alive(pipe, alone)
 

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from conftest import HANGS
 from running_server import Running, running
 from vlmforge import Pipeline, pipeline
 from vlmforge.server.settings import ServerSettings, server_vision_config
@@ -150,7 +151,7 @@ def test_more_requests_than_places(pipe: Pipeline) -> None:
             "ignore_eos": True,
         }
         url = f"{server.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=body, timeout=60) as held:
+        with httpx.stream("POST", url, json=body, timeout=HANGS) as held:
             assert held.status_code == 200
             refused = httpx.post(url, json=body | {"stream": False})
             assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"

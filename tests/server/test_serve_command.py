@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from conftest import HANGS
 from vlmforge.cli import main
 
 
@@ -36,7 +37,7 @@ def served(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str], lis
             address = re.search(r"http://\S+", log[-3])
             assert address is not None
             yield address[0], process, log
-            reader.join(60)
+            reader.join(HANGS)
         finally:
             process.kill()
 
@@ -50,7 +51,7 @@ def test_a_signal_lets_what_runs_finish_and_refuses_the_rest(hf_engine: Path) ->
     }
     with served(hf_engine, "--served-model-name", "tiny", "--log-json") as (url, process, log):
         chat = f"{url}/v1/chat/completions"
-        with httpx.Client(timeout=60) as other, httpx.stream("POST", chat, json=body) as stream:
+        with httpx.Client(timeout=HANGS) as other, httpx.stream("POST", chat, json=body) as stream:
             assert stream.status_code == 200, stream.read()
             lines = stream.iter_lines()
             first = next(lines)
@@ -62,7 +63,7 @@ def test_a_signal_lets_what_runs_finish_and_refuses_the_rest(hf_engine: Path) ->
             assert refused.status_code == 503 and "shutting down" in refused.text
             rest = list(lines)
         assert "[DONE]" in rest[-2] + rest[-1] and len([first, *rest]) > 100
-        assert process.wait(60) == 0
+        assert process.wait(HANGS) == 0
     written = [json.loads(line.partition(" INFO ")[2]) for line in log if '{"method"' in line]
     whole = next(line for line in written if line["status"] == 200 and "chat" in line["path"])
     assert whole["completion_tokens"] == 150 and whole["finish_reason"] == "length"
@@ -82,7 +83,7 @@ def test_two_engines_and_a_key_from_the_environment(
         answer = httpx.post(f"{url}/v1/chat/completions", json=unnamed, headers=headers)
         assert answer.status_code == 404 and hf_engine.name in answer.text
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) in (0, 130)
+        assert process.wait(HANGS) in (0, 130)
 
 
 def test_what_cannot_begin(hf_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vlmforge_builder.blocks.layers import Linear, RMSNorm, activation
 from vlmforge_builder.blocks.long_context import LevelPositions, LongContext, Rotation, rotate
-from vlmforge_builder.ops import cached_attention, plain_cached_attention
+from vlmforge_builder.ops.cached_attention import cached_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +68,16 @@ class Attention(nn.Module):
         kv_width = self.kv_heads * self.head_dim
         q, k, v = self.qkv(x).split((self.heads * self.head_dim, kv_width, kv_width), dim=-1)
         heads, kv_heads, scale = self.heads, self.kv_heads, self.head_dim**-0.5
+        tables = None if isinstance(rotary, Rotation) else rotary
         if isinstance(rotary, Rotation):
             q = rotate(q, rotary.query_cos, rotary.query_sin)
             k = rotate(k, rotary.key_cos, rotary.key_sin)
-            mixed, key, value = plain_cached_attention(
-                q, k, v, *past, lengths, num_heads=heads, kv_num_heads=kv_heads, scale=scale
-            )
-        else:
-            mixed, key, value = cached_attention(
-                q,
-                k,
-                v,
-                *past,
-                *rotary,
-                lengths,
-                num_heads=heads,
-                kv_num_heads=kv_heads,
-                scale=scale,
-            )
+        mixed, key, value = cached_attention(
+            *(q, k, v, *past, lengths, tables),
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            scale=scale,
+        )
         return self.out(mixed), key, value
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from vlmforge.errors import CheckpointError, TensorError
 from vlmforge_builder.checkpoint.config import read_json
@@ -53,21 +54,21 @@ class TensorStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class FileStore:
+class FileStore(TensorStore):
     """Tensors that lie in files."""
 
     tensors: Mapping[str, MappedTensor]
 
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `TensorStore`."""
         return tuple(self.tensors)
 
+    @override
     def info(self, name: str) -> TensorInfo:
-        """See `TensorStore`."""
         return self._tensor(name).info
 
+    @override
     def read(self, name: str) -> Tensor:
-        """See `TensorStore`."""
         return self._tensor(name).read()
 
     def __contains__(self, name: object) -> bool:
@@ -79,7 +80,7 @@ class FileStore:
         return self.tensors[name]
 
 
-class RenamedStore:
+class RenamedStore(TensorStore):
     """A store under other names: `mapping` gives each tensor's new name, or None to hide it."""
 
     def __init__(self, store: TensorStore, mapping: Callable[[str], str | None]) -> None:
@@ -95,16 +96,16 @@ class RenamedStore:
                     fix="check that config.json belongs to these weight files",
                 )
 
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `TensorStore`."""
         return tuple(self._old)
 
+    @override
     def info(self, name: str) -> TensorInfo:
-        """See `TensorStore`."""
         return dataclasses.replace(self._store.info(self._former(name)), name=name)
 
+    @override
     def read(self, name: str) -> Tensor:
-        """See `TensorStore`."""
         return self._store.read(self._former(name))
 
     def __contains__(self, name: object) -> bool:
@@ -117,21 +118,21 @@ class RenamedStore:
 
 
 @dataclass(frozen=True, slots=True)
-class JoinedStore:
+class JoinedStore(TensorStore):
     """Several stores as one; where a name occurs in more than one, the first wins."""
 
     stores: tuple[TensorStore, ...]
 
+    @override
     def names(self) -> tuple[str, ...]:
-        """See `TensorStore`."""
         return tuple(dict.fromkeys(name for store in self.stores for name in store.names()))
 
+    @override
     def info(self, name: str) -> TensorInfo:
-        """See `TensorStore`."""
         return self._holder(name).info(name)
 
+    @override
     def read(self, name: str) -> Tensor:
-        """See `TensorStore`."""
         return self._holder(name).read(name)
 
     def __contains__(self, name: object) -> bool:

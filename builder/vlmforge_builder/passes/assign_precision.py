@@ -7,11 +7,13 @@ float32, and casts only where the two meet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
+from typing_extensions import override
 
-from vlmforge_builder.ops import DOMAIN
+from vlmforge_builder import ops
 
 TYPES: Mapping[str, ir.DataType] = {
     "float32": ir.DataType.FLOAT,
@@ -21,41 +23,41 @@ TYPES: Mapping[str, ir.DataType] = {
 _FLOATS = frozenset(TYPES.values())
 # Ops that run in the engine's dtype whatever their inputs come in.
 _IN_DTYPE = frozenset({"MatMul", "Conv", "Attention"})
-_TABLES = {"CachedAttention": (5, 6)}  # inputs of a neutral op that keep their own type
 
 
-def assign_precision(
-    model: ir.Model,
-    dtype: str,
-    parameters: Mapping[str, str],
-    *,
-    inputs: Mapping[str, str],
-    outputs: Mapping[str, str],
-) -> bool:
-    """Type the graph; returns whether anything changed.
+@dataclass(frozen=True)
+class AssignPrecisionPass(ir.passes.InPlacePass):
+    """Type a traced graph in float32.
 
-    Args:
-        model: A traced graph in float32.
+    Attributes:
         dtype: What matrix products run in: a key of `TYPES`.
         parameters: The dtype that each weight is stored in.
-        inputs, outputs: Dtypes of the graph's float inputs and outputs that are not `dtype`.
+        float32: Names of the graph's inputs and outputs that stay in float32; the other float ones
+            are of `dtype`.
     """
-    if dtype == "float32":
-        return False
-    graph, wanted = model.graph, TYPES[dtype]
-    for name, stored in parameters.items():
-        graph.initializers[name].type = ir.TensorType(TYPES[stored])
-    for value in graph.inputs:
-        if value.dtype in _FLOATS:
-            value.type = ir.TensorType(TYPES[inputs.get(value.name or "", dtype)])
-    casts = _Casts(graph, frozenset(parameters))
-    for node in tuple(graph):
-        _type_node(node, wanted, casts)
-    for index, value in enumerate(graph.outputs):
-        if value.dtype in _FLOATS:
-            name = value.name or ""
-            _type_output(graph, index, value, TYPES[outputs.get(name, dtype)])
-    return True
+
+    dtype: str
+    parameters: Mapping[str, str]
+    float32: Collection[str]
+
+    @override
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        if self.dtype == "float32":
+            return ir.passes.PassResult(model, modified=False)
+        graph, wanted = model.graph, TYPES[self.dtype]
+        for name, stored in self.parameters.items():
+            graph.initializers[name].type = ir.TensorType(TYPES[stored])
+        for value in graph.inputs:
+            if value.dtype in _FLOATS and value.name not in self.float32:
+                value.type = ir.TensorType(wanted)
+        casts = _Casts(graph, frozenset(self.parameters))
+        for node in tuple(graph):
+            _type_node(node, wanted, casts)
+        for index, value in enumerate(graph.outputs):
+            if value.dtype in _FLOATS:
+                kept = value.name in self.float32
+                _type_output(graph, index, value, ir.DataType.FLOAT if kept else wanted)
+        return ir.passes.PassResult(model, modified=True)
 
 
 class _Casts:
@@ -101,16 +103,17 @@ class _Casts:
 
 
 def _type_node(node: ir.Node, wanted: ir.DataType, casts: _Casts) -> None:
-    kept = _TABLES.get(node.op_type, ()) if node.domain == DOMAIN else ()
+    neutral = ops.read(node)
+    kept = () if neutral is None else neutral.tables
     floats = [
         (index, value)
         for index, value in enumerate(node.inputs)
-        if value is not None and value.dtype in _FLOATS and index not in kept
+        if value is not None and value.dtype in _FLOATS and value not in kept
     ]
     if not floats and not _makes_floats(node):
         return
     chosen = wanted
-    if node.op_type not in _IN_DTYPE and node.domain != DOMAIN:
+    if node.op_type not in _IN_DTYPE and neutral is None:
         chosen = _common(value for _, value in floats if not casts.is_constant(value)) or wanted
     for index, value in floats:
         node.replace_input_with(index, casts.to(value, chosen, node))

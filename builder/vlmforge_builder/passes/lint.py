@@ -5,34 +5,60 @@ Each rule is a trap that was met: the compilers say nothing, or end the process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 import onnx_ir as ir
+from typing_extensions import override
 
 from vlmforge.errors import BuildError
 
-_LENGTHS_INPUT = 6  # nonpad_kv_seqlen of Attention
 _CAPACITY_AXIS = 2
 
 Finding = tuple[str, str]
 """What was found, and what to do instead."""
 
 
-def lint(model: ir.Model) -> None:
-    """Raises BuildError for the first node that falls into a known trap."""
-    for node in model.graph:
-        for rule in _RULES.get(node.op_type, ()):
-            for found, instead in rule(node):
-                raise BuildError(
-                    f"The graph would be compiled wrongly at the node {node.name!r}.",
-                    found=found,
-                    expected=instead,
-                    fix="change the pass that made the node; this is an error of the builder",
-                )
+class LintPass(ir.passes.PassBase):
+    """Raises BuildError for the first node that falls into a known trap; changes nothing."""
+
+    @property
+    @override
+    def in_place(self) -> Literal[True]:
+        return True
+
+    @property
+    @override
+    def changes_input(self) -> Literal[False]:
+        return False
+
+    @override
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for node in model.graph:
+            for rule in _RULES.get(node.op_type, ()):
+                for found, instead in rule(node):
+                    raise BuildError(
+                        f"The graph would be compiled wrongly at the node {node.name!r}.",
+                        found=found,
+                        expected=instead,
+                        fix="change the pass that made the node; this is an error of the builder",
+                    )
+        return ir.passes.PassResult(model, modified=False)
+
+
+def _inputs(node: ir.Node, *names: str) -> Mapping[str, ir.Value]:
+    """The inputs that are there, by the names of their places."""
+    places = zip(names, node.inputs, strict=False)
+    return {name: value for name, value in places if value is not None}
+
+
+def _of_attention(node: ir.Node) -> Mapping[str, ir.Value]:
+    past = ("past_key", "past_value", "nonpad_kv_seqlen")
+    return _inputs(node, "query", "key", "value", "mask", *past)
 
 
 def _lengths(node: ir.Node) -> Iterator[Finding]:
-    if len(node.inputs) > _LENGTHS_INPUT and node.inputs[_LENGTHS_INPUT] is not None:
+    if "nonpad_kv_seqlen" in _of_attention(node):
         yield (
             "Attention with nonpad_kv_seqlen, which the parser drops without a word: queries "
             "would see the stale end of the cache",
@@ -41,7 +67,8 @@ def _lengths(node: ir.Node) -> Iterator[Finding]:
 
 
 def _same_tensor(node: ir.Node) -> Iterator[Finding]:
-    sources = {_source(value).name for value in node.inputs[:3] if value is not None}
+    given = _of_attention(node)
+    sources = {_source(given[name]) for name in ("query", "key", "value")}
     if len(sources) == 1:
         yield (
             "Attention whose query, key and value are one tensor, which ends the builder's process",
@@ -60,7 +87,7 @@ def _source(value: ir.Value) -> ir.Value:
 
 def _mask_and_causal(node: ir.Node) -> Iterator[Finding]:
     causal = node.attributes.get("is_causal")
-    if causal is not None and causal.as_int() and len(node.inputs) > 3 and node.inputs[3]:
+    if causal is not None and causal.as_int() and "mask" in _of_attention(node):
         yield "Attention with a mask and is_causal", "one of them"
 
 
@@ -76,7 +103,7 @@ def _several_results(node: ir.Node) -> Iterator[Finding]:
 
 
 def _capacity(node: ir.Node) -> Iterator[Finding]:
-    cache = node.inputs[0]
+    cache = _inputs(node, "cache").get("cache")
     shape = cache.shape if cache is not None else None
     if cache is None or not cache.is_graph_input():
         yield "TensorScatter into a value that is no input of the graph", "the cache's input"
@@ -85,7 +112,7 @@ def _capacity(node: ir.Node) -> Iterator[Finding]:
 
 
 def _zero_point(node: ir.Node) -> Iterator[Finding]:
-    point = node.inputs[2] if len(node.inputs) > 2 else None
+    point = _inputs(node, "numbers", "scales", "zero_point").get("zero_point")
     if point is None:
         return
     values = point.const_value

@@ -8,42 +8,52 @@ dequantised.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx_ir as ir
+from typing_extensions import override
 
 from vlmforge_builder.onnx_file import unread
+from vlmforge_builder.ops.dequantize_linear import DequantizeLinearNode
 
 DOMAIN = "com.microsoft"
 _EIGHT_BIT_ACTIVATIONS = 4
 
 
-def lower_dequantize(model: ir.Model, *, accuracy_level: int = _EIGHT_BIT_ACTIVATIONS) -> bool:
-    """Replace every blocked DequantizeLinear of a weight; returns whether there was one.
+@dataclass(frozen=True)
+class LowerDequantizePass(ir.passes.InPlacePass):
+    """Replace every blocked DequantizeLinear of a weight.
 
     The initialisers of matrices get the shapes that `ForMatMulNBits` writes; those of tables stay.
     """
-    graph = model.graph
-    found = [node for node in graph if node.op_type == "DequantizeLinear"]
-    for node in found:
-        for user, _ in tuple(node.outputs[0].uses()):
-            if user.op_type == "MatMul":
-                _lower_product(graph, node, user, accuracy_level)
-            else:
-                _lower_rows(graph, node, user)
-        graph.remove(node, safe=True)
-    if found:
-        model.opset_imports[DOMAIN] = 1
-    return bool(found)
+
+    accuracy_level: int = _EIGHT_BIT_ACTIVATIONS
+
+    @override
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        found = DequantizeLinearNode.all_in(model.graph)
+        for weight in found:
+            for user, _ in tuple(weight.out.uses()):
+                if user.op_type == "MatMul":
+                    _lower_product(model.graph, weight, user, self.accuracy_level)
+                else:
+                    _lower_rows(model.graph, weight, user)
+            model.graph.remove(weight.node, safe=True)
+        if found:
+            model.opset_imports[DOMAIN] = 1
+        return ir.passes.PassResult(model, modified=bool(found))
 
 
-def _lower_product(graph: ir.Graph, node: ir.Node, product: ir.Node, accuracy_level: int) -> None:
-    weight, scales = _weights(node)
-    assert node.outputs[0].shape is not None
-    inputs, outputs = node.outputs[0].shape.numpy()
-    size = node.attributes["block_size"].as_int()
-    bits = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}[weight.dtype or ir.DataType.INT8]
+def _lower_product(
+    graph: ir.Graph, weight: DequantizeLinearNode, product: ir.Node, accuracy_level: int
+) -> None:
+    assert weight.out.shape is not None
+    inputs, outputs = weight.out.shape.numpy()
+    size = weight.block_size
+    bits = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}[weight.numbers.dtype or ir.DataType.INT8]
     lowered = ir.node(
         "MatMulNBits",
-        [product.inputs[0], weight, scales],
+        [product.inputs[0], weight.numbers, weight.scales],
         domain=DOMAIN,
         attributes={
             "K": inputs,
@@ -57,8 +67,8 @@ def _lower_product(graph: ir.Graph, node: ir.Node, product: ir.Node, accuracy_le
     ir.convenience.replace_nodes_and_values(
         graph, product, [product], [lowered], product.outputs, lowered.outputs
     )
-    _reshape(weight, ir.DataType.UINT8, (outputs, inputs // size, size * bits // 8))
-    _reshape(scales, ir.DataType.FLOAT, (outputs, inputs // size))
+    _reshape(weight.numbers, ir.DataType.UINT8, (outputs, inputs // size, size * bits // 8))
+    _reshape(weight.scales, ir.DataType.FLOAT, (outputs, inputs // size))
 
 
 def _reshape(value: ir.Value, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
@@ -66,16 +76,15 @@ def _reshape(value: ir.Value, dtype: ir.DataType, shape: tuple[int, ...]) -> Non
     value.const_value = unread(dtype, value.shape)
 
 
-def _lower_rows(graph: ir.Graph, node: ir.Node, gather: ir.Node) -> None:
+def _lower_rows(graph: ir.Graph, table: DequantizeLinearNode, gather: ir.Node) -> None:
     """`Gather(DequantizeLinear(table))` to the same of the rows that are gathered."""
-    weight, scales = _weights(node)
-    size, indices = node.attributes["block_size"].as_int(), gather.inputs[1]
-    if weight.dtype == ir.DataType.INT4:  # which Gather does not take
+    size, indices = table.block_size, gather.inputs[1]
+    if table.numbers.dtype == ir.DataType.INT4:  # which Gather does not take
         attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": size}
-        inputs = [weight, indices, scales]
+        inputs = [table.numbers, indices, table.scales]
         made = [ir.node("GatherBlockQuantized", inputs, domain=DOMAIN, attributes=attributes)]
     else:
-        made = [ir.node("Gather", [value, indices]) for value in (weight, scales)]
+        made = [ir.node("Gather", [value, indices]) for value in (table.numbers, table.scales)]
         rows, rank = [node.outputs[0] for node in made], len(gather.outputs[0].shape or ())
         attributes = {"axis": rank - 1, "block_size": size}
         made.append(ir.node("DequantizeLinear", rows, attributes=attributes))
@@ -84,9 +93,3 @@ def _lower_rows(graph: ir.Graph, node: ir.Node, gather: ir.Node) -> None:
     ir.convenience.replace_nodes_and_values(
         graph, gather, [gather], made, gather.outputs, made[-1].outputs
     )
-
-
-def _weights(node: ir.Node) -> tuple[ir.Value, ir.Value]:
-    weight, scales = node.inputs[:2]
-    assert weight is not None and scales is not None
-    return weight, scales

@@ -1,4 +1,4 @@
-"""Lower the cached attention ops to standard ones: RotaryEmbedding, TensorScatter and Attention.
+"""Lower cached attention to standard ops: RotaryEmbedding, TensorScatter and Attention.
 
 The mask says which keys a query may see. The length inputs of `Attention` would do too, but
 compilers drop them or read them wrongly (`passes/lint.py`), so they are not used.
@@ -11,29 +11,32 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
+from typing_extensions import override
 
-from vlmforge_builder.passes.attention_nodes import Attention, attention_nodes
+from vlmforge_builder.ops.cached_attention import CachedAttentionNode
 
 OPSET = 24  # the first with TensorScatter
 
 
-def native_attention(model: ir.Model, *, capacity: int) -> bool:
-    """Replace every cached attention op; returns whether there was one.
+@dataclass(frozen=True)
+class NativeAttentionPass(ir.passes.InPlacePass):
+    """Replace every cached attention.
 
-    Args:
-        model: A graph with neutral ops.
-        capacity: Tokens that a sequence's cache holds. It becomes a fixed dimension: the compilers
-            refuse a cache whose capacity varies.
+    `capacity` is how many tokens a sequence's cache holds. It becomes a fixed dimension: the
+    compilers refuse a cache whose capacity varies.
     """
-    found = attention_nodes(model.graph)
-    if not found:
-        return False
-    model.opset_imports[""] = OPSET
-    model.opset_imports.pop(found[0].node.domain, None)
-    places = _places(found[0], capacity)
-    for attention in found:
-        _lower(model.graph, attention, places, capacity)
-    return True
+
+    capacity: int
+
+    @override
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        found = CachedAttentionNode.all_in(model.graph)
+        if found:
+            model.opset_imports[""] = OPSET
+            places = _places(model.graph, found[0], self.capacity)
+        for attention in found:
+            _lower(model.graph, attention, places, self.capacity)
+        return ir.passes.PassResult(model, modified=bool(found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,8 @@ class _Places:
     mask: ir.Value
 
 
-def _places(first: Attention, capacity: int) -> _Places:
-    tape, graph = Tape(), first.node.graph
-    assert graph is not None
+def _places(graph: ir.Graph, first: CachedAttentionNode, capacity: int) -> _Places:
+    tape = Tape()
     zero, one = _integers(tape, 0), _integers(tape, 1)
     length = tape.op("Shape", [first.query], {"start": 1, "end": 2})
     scalar = tape.op("Squeeze", [length, _integers(tape, [0])])
@@ -64,52 +66,46 @@ def _integers(tape: Tape, values: object) -> ir.Value:
     return tape.op("Constant", [], {"value": ir.tensor(np.array(values, np.int64))})
 
 
-def _lower(graph: ir.Graph, attention: Attention, places: _Places, capacity: int) -> None:
-    tape = Tape()
-    d = attention.head_dim
-    query, key = (
-        _heads(tape, value, heads, d, attention, places.positions)
-        for value, heads in (
-            (attention.query, attention.heads),
-            (attention.key, attention.kv_heads),
-        )
-    )
-    value = _heads(tape, attention.value, attention.kv_heads, d, attention, None)
+def _lower(graph: ir.Graph, attention: CachedAttentionNode, places: _Places, capacity: int) -> None:
+    tape, d = Tape(), attention.head_dim
+    heads, kv_heads = attention.num_heads, attention.kv_num_heads
+    query = _turned(tape, _split(tape, attention.query, heads, d), attention, places)
+    key = _turned(tape, _split(tape, attention.key, kv_heads, d), attention, places)
+    value = _split(tape, attention.value, kv_heads, d)
     caches = []
-    for past, new in ((attention.past_key, key), (attention.past_value, value)):
+    for (past, _), new in zip(attention.caches, (key, value), strict=True):
         assert past.shape is not None
-        past.shape = ir.Shape([past.shape[0], attention.kv_heads, capacity, d])
+        past.shape = ir.Shape([past.shape[0], kv_heads, capacity, d])
         inputs = [past, new, attention.past_lengths]
         caches.append(tape.op("TensorScatter", inputs, {"axis": -2, "mode": "linear"}))
     mixed = tape.op("Attention", [query, *caches, places.mask], {"scale": attention.scale})
     rows = tape.op("Transpose", [mixed], {"perm": [0, 2, 1, 3]})
-    flat = tape.op("Reshape", [rows, _integers(tape, [0, 0, attention.heads * d])])
+    flat = tape.op("Reshape", [rows, _integers(tape, [0, 0, heads * d])])
     node = attention.node
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], tape.nodes, node.outputs, (flat, *caches)
     )
     for cache in caches:
         assert cache.shape is not None
-        cache.shape = ir.Shape([cache.shape[0], attention.kv_heads, capacity, d])
+        cache.shape = ir.Shape([cache.shape[0], kv_heads, capacity, d])
 
 
-def _heads(
-    tape: Tape,
-    value: ir.Value,
-    heads: int,
-    head_dim: int,
-    attention: Attention,
-    positions: ir.Value | None,
-) -> ir.Value:
-    """`[B, S, heads * D]` to `[B, heads, S, D]`, rotated if it has `positions`."""
+def _split(tape: Tape, value: ir.Value, heads: int, head_dim: int) -> ir.Value:
+    """`[B, S, heads * D]` to `[B, heads, S, D]`."""
     split = tape.op("Reshape", [value, _integers(tape, [0, 0, heads, head_dim])])
-    turned = tape.op("Transpose", [split], {"perm": [0, 2, 1, 3]})
-    if positions is None or attention.cos is None or attention.sin is None:
-        return turned
-    tables = attention.cos, attention.sin
-    if value.dtype == attention.cos.dtype:
-        return tape.op("RotaryEmbedding", [turned, *tables, positions])
+    return tape.op("Transpose", [split], {"perm": [0, 2, 1, 3]})
+
+
+def _turned(
+    tape: Tape, heads: ir.Value, attention: CachedAttentionNode, places: _Places
+) -> ir.Value:
+    """Rotated by the positions, if there are tables."""
+    if attention.rotary is None:
+        return heads
+    cos, sin = attention.rotary
+    if attention.query.dtype == cos.dtype:
+        return tape.op("RotaryEmbedding", [heads, cos, sin, places.positions])
     # Angles are float32 in the original implementations, and so is the product with them.
-    wide = tape.op("Cast", [turned], {"to": attention.cos.dtype})
-    rotated = tape.op("RotaryEmbedding", [wide, *tables, positions])
-    return tape.op("Cast", [rotated], {"to": value.dtype})
+    wide = tape.op("Cast", [heads], {"to": cos.dtype})
+    rotated = tape.op("RotaryEmbedding", [wide, cos, sin, places.positions])
+    return tape.op("Cast", [rotated], {"to": attention.query.dtype})

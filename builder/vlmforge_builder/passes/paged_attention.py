@@ -1,102 +1,111 @@
-"""Lower the cached attention ops to those of the attention plugin, over pools of pages.
+"""Lower cached attention to the op of the attention plugin, over pools of pages.
 
-The plugin is found by the node's domain and op type. What a node says beyond the neutral op is its
-pages: which ones a sequence has, and how many of a row's tokens are there; and it takes query, key
-and value as one product makes them and gives rows as the next one takes them, since splitting and
-reshaping would copy. The first also carries
-the compiled kernels into the plan, for all.
+What a node says beyond the neutral op is its pages: which ones a sequence has, and how many of a
+row's tokens are there. It takes query, key and value as one product makes them and gives rows as
+the next one takes them, since splitting and reshaping would copy. The first also carries the
+compiled kernels into the plan, for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import onnx_ir as ir
+from onnx_ir.tape import Tape
+from typing_extensions import override
 
-from vlmforge_builder.ops import DOMAIN
-from vlmforge_builder.passes.attention_nodes import Attention, attention_nodes, packed
+from vlmforge.runner.interface import BLOCK_TABLE, PAGES, QUERY_LENGTHS
+from vlmforge_builder.onnx_file import add_input
+from vlmforge_builder.ops.cached_attention import CachedAttentionNode
+from vlmforge_builder.ops.paged_attention import PagedAttentionNode
 
 _SCALE = 1.0  # what one unit of an fp8 cache is worth: E4M3 reaches to 448
-QUERY_LENGTHS, BLOCK_TABLE = "query_lengths", "block_table"
 
 
-def paged_attention(model: ir.Model, *, page_size: int, stored: ir.DataType | None = None) -> bool:
-    """Replace every cached attention op; returns whether there was one.
+@dataclass(frozen=True)
+class PagedAttentionPass(ir.passes.InPlacePass):
+    """Replace every cached attention.
 
     The caches become pools `[pages, kv_heads, page_size, D]` and keep the names of their inputs and
-    outputs; they are of the type `stored`, if it is given. Two int32 inputs are added:
-    `query_lengths` `[batch]` and `block_table` `[batch, sequence_pages]`.
+    outputs; they are of the type `stored`, if it is given. The inputs `query_lengths` and
+    `block_table` are added.
     """
-    graph, found = model.graph, attention_nodes(model.graph)
-    if not found:
-        return False
-    shape = _rows_shape(graph, found[0])
-    batch = found[0].past_lengths.shape
-    assert batch is not None
-    lengths = _input(graph, QUERY_LENGTHS, [batch[0]])
-    table = _input(graph, BLOCK_TABLE, [batch[0], "sequence_pages"])
-    cast = ir.node("Cast", [found[0].past_lengths], attributes={"to": ir.DataType.INT32})
+
+    page_size: int
+    stored: ir.DataType | None = None
+
+    @override
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph, found = model.graph, CachedAttentionNode.all_in(model.graph)
+        if found:
+            shape = _rows_shape(graph, found[0])
+            pages = _pages(graph, found[0])
+        for index, attention in enumerate(found):
+            for cache in (cache for pair in attention.caches for cache in pair):
+                cache.shape = _pool(attention, self.page_size)
+            lowered = _lower(graph, attention, pages, holds_kernels=index == 0)
+            _restore_rows(graph, lowered.out, shape)
+            if self.stored is not None:
+                _store(lowered, self.stored)
+        return ir.passes.PassResult(model, modified=bool(found))
+
+
+class _Pages(NamedTuple):
+    """What says where tokens are, int32."""
+
+    past_lengths: ir.Value
+    query_lengths: ir.Value
+    block_table: ir.Value
+
+
+def _pages(graph: ir.Graph, first: CachedAttentionNode) -> _Pages:
+    lengths, table = (add_input(graph, spec) for spec in (QUERY_LENGTHS, BLOCK_TABLE))
+    cast = ir.node("Cast", [first.past_lengths], attributes={"to": ir.DataType.INT32})
     past, past.name = cast.outputs[0], "past_lengths_int32"
-    graph.insert_before(found[0].node, cast)
-    for index, attention in enumerate(found):
-        first = index == 0
-        out = _lower(graph, attention, (past, lengths, table), page_size, holds_kernels=first)
-        _restore_rows(graph, out, shape)
-        if stored is not None:
-            _store(attention, out, stored)
-    return True
+    graph.insert_before(first.node, cast)
+    return _Pages(past, lengths, table)
 
 
-def _input(graph: ir.Graph, name: str, shape: Sequence[int | str | ir.SymbolicDim]) -> ir.Value:
-    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape(shape))
-    graph.inputs.append(value)
-    return value
+def _pool(attention: CachedAttentionNode, page_size: int) -> ir.Shape:
+    return ir.Shape([PAGES, attention.kv_num_heads, page_size, attention.head_dim])
 
 
 def _lower(
-    graph: ir.Graph,
-    attention: Attention,
-    places: tuple[ir.Value, ...],
-    page_size: int,
-    *,
-    holds_kernels: bool,
-) -> ir.Value:
+    graph: ir.Graph, attention: CachedAttentionNode, pages: _Pages, *, holds_kernels: bool
+) -> PagedAttentionNode:
     node = attention.node
-    pool: list[int | str] = ["pages", attention.kv_heads, page_size, attention.head_dim]
-    for cache in (attention.past_key, attention.past_value, *node.outputs[1:]):
-        cache.shape = ir.Shape(pool)
-    tables = () if attention.cos is None else (attention.cos, attention.sin)
-    qkv = packed(node) or _concatenated(graph, node)
-    lowered = ir.node(
-        "PagedAttention" if tables else "PlainPagedAttention",
-        [qkv, attention.past_key, attention.past_value, *places, *tables],
-        domain=DOMAIN,
-        attributes={
-            "num_heads": attention.heads,
-            "kv_num_heads": attention.kv_heads,
-            "scale": attention.scale,
-            "key_scale": _SCALE,
-            "value_scale": _SCALE,
-            "holds_kernels": int(holds_kernels),
-        },
-        num_outputs=3,
-        name=node.name,
+    lowered = PagedAttentionNode(
+        qkv=attention.packed or _concatenated(graph, attention),
+        key_pool=attention.past_key,
+        value_pool=attention.past_value,
+        past_lengths=pages.past_lengths,
+        query_lengths=pages.query_lengths,
+        block_table=pages.block_table,
+        cos=attention.cos,
+        sin=attention.sin,
+        num_heads=attention.num_heads,
+        kv_num_heads=attention.kv_num_heads,
+        scale=attention.scale,
+        key_scale=_SCALE,
+        value_scale=_SCALE,
+        holds_kernels=int(holds_kernels),
+        out=ir.Value(),
+        key_pool_out=ir.Value(),
+        value_pool_out=ir.Value(),
     )
-    ir.convenience.replace_nodes_and_values(
-        graph, node, [node], [lowered], node.outputs, lowered.outputs
-    )
-    return lowered.outputs[0]
+    made = lowered.write(node.name)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [made], node.outputs, made.outputs)
+    return lowered
 
 
-def _rows_shape(graph: ir.Graph, first: Attention) -> ir.Value:
+def _rows_shape(graph: ir.Graph, first: CachedAttentionNode) -> ir.Value:
     """`[B, S, -1]` of a step."""
-    rows = ir.node("Shape", [packed(first.node) or first.query], attributes={"start": 0, "end": 2})
-    last = ir.node("Constant", [], attributes={"value_ints": [-1]})
-    made = ir.node("Concat", [rows.outputs[0], last.outputs[0]], attributes={"axis": 0})
-    for node, name in ((rows, "rows"), (last, "rows_last"), (made, "rows_shape")):
-        node.name = node.outputs[0].name = name
-    graph.insert_before(first.node, [rows, last, made])
-    return made.outputs[0]
+    tape = Tape()
+    rows = tape.op("Shape", [first.packed or first.query], {"start": 0, "end": 2})
+    shape = tape.op("Concat", [rows, tape.op("Constant", [], {"value_ints": [-1]})], {"axis": 0})
+    graph.insert_before(first.node, tape.nodes)
+    return shape
 
 
 def _restore_rows(graph: ir.Graph, out: ir.Value, shape: ir.Value) -> None:
@@ -119,18 +128,17 @@ def _restore_rows(graph: ir.Graph, out: ir.Value, shape: ir.Value) -> None:
     graph.insert_after(producer, whole)
 
 
-def _concatenated(graph: ir.Graph, node: ir.Node) -> ir.Value:
+def _concatenated(graph: ir.Graph, attention: CachedAttentionNode) -> ir.Value:
     """Query, key and value as the plugin takes them: one after the other in each row."""
-    concat = ir.node("Concat", node.inputs[:3], attributes={"axis": -1}, name=f"{node.name}_qkv")
+    node, parts = attention.node, [attention.query, attention.key, attention.value]
+    concat = ir.node("Concat", parts, attributes={"axis": -1}, name=f"{node.name}_qkv")
     made = concat.outputs[0]
-    made.name, made.type = concat.name, node.inputs[0].type if node.inputs[0] is not None else None
+    made.name, made.type = concat.name, attention.query.type
     graph.insert_before(node, concat)
     return made
 
 
-def _store(attention: Attention, out: ir.Value, stored: ir.DataType) -> None:
+def _store(attention: PagedAttentionNode, stored: ir.DataType) -> None:
     """Give the pools their type."""
-    node = out.producer()
-    assert node is not None
-    for pool in (attention.past_key, attention.past_value, *node.outputs[1:]):
+    for pool in (pool for pair in attention.pools for pool in pair):
         pool.type = ir.TensorType(stored)

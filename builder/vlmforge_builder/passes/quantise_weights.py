@@ -7,14 +7,17 @@ they are a small share of the whole: they are the most sensitive one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+from typing_extensions import override
 
 from vlmforge_builder.block_quantisation import Blocks, cut, scales_name
 from vlmforge_builder.dtypes import BITS
 from vlmforge_builder.onnx_file import unread
+from vlmforge_builder.ops.dequantize_linear import DequantizeLinearNode
 from vlmforge_builder.weights import Computed
 
 if TYPE_CHECKING:
@@ -28,8 +31,8 @@ _SPARED_BITS = 8
 _SPARED_SHARE = 1 / 12
 
 
-def quantise_part(model: ir.Model, part: PartSpec, kind: str | None) -> dict[str, Blocks]:
-    """`quantise_weights` of what is quantised of a part, to `kind`, a key of `BITS`, or None.
+def blocks_of_part(graph: ir.Graph, part: PartSpec, kind: str | None) -> dict[str, Blocks]:
+    """`choose_blocks` for what is quantised of a part, to `kind`, a key of `BITS`, or None.
 
     That is the decoder's checkpoint weights. A vision tower is a small share of the whole, and
     answers suffer first from errors there.
@@ -37,24 +40,34 @@ def quantise_part(model: ir.Model, part: PartSpec, kind: str | None) -> dict[str
     if kind is None or part.name != "decoder":
         return {}
     candidates = [name for name, w in part.weights.items() if not isinstance(w, Computed)]
-    return quantise_weights(model, BITS[kind], candidates)
+    return choose_blocks(graph, BITS[kind], candidates)
 
 
-def quantise_weights(model: ir.Model, bits: int, candidates: Iterable[str]) -> dict[str, Blocks]:
-    """Put a DequantizeLinear after every matrix and table among the initialisers `candidates`.
+def choose_blocks(graph: ir.Graph, bits: int, candidates: Iterable[str]) -> dict[str, Blocks]:
+    """How to cut each matrix and table among the initialisers `candidates`.
 
-    Its result has the type that the weight had. Returns how each quantised weight is cut; the
-    others are those that are neither, and those whose width no block of 16 or more divides.
+    The others are those that are neither, and those whose width no block of 16 or more divides.
     """
-    weights = [model.graph.initializers[name] for name in candidates]
+    weights = [graph.initializers[name] for name in candidates]
     spared = _spared(weights) if bits < _SPARED_BITS else frozenset()
-    made = {}
-    for weight in weights:
-        blocks = _blocks(weight, _SPARED_BITS if weight.name in spared else bits)
-        if blocks is not None:
-            _dequantize(model.graph, weight, blocks)
-            made[weight.name or ""] = blocks
-    return made
+    chosen = {
+        weight.name or "": _blocks(weight, _SPARED_BITS if weight.name in spared else bits)
+        for weight in weights
+    }
+    return {name: blocks for name, blocks in chosen.items() if blocks is not None}
+
+
+@dataclass(frozen=True)
+class QuantiseWeightsPass(ir.passes.InPlacePass):
+    """Put a DequantizeLinear, of the weight's type, after every initialiser that is to be cut."""
+
+    blocks: Mapping[str, Blocks]
+
+    @override
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for name, blocks in self.blocks.items():
+            _dequantize(model.graph, model.graph.initializers[name], blocks)
+        return ir.passes.PassResult(model, modified=bool(self.blocks))
 
 
 def _spared(weights: Sequence[ir.Value]) -> frozenset[str]:
@@ -105,16 +118,11 @@ def _dequantize(graph: ir.Graph, weight: ir.Value, blocks: Blocks) -> None:
         const_value=unread(dtype, scales_shape),
     )
     graph.register_initializer(scales)
-    node = ir.node(
-        "DequantizeLinear",
-        [weight, scales],
-        attributes={"axis": blocks.axis, "block_size": blocks.size},
-        name=f"{name}_dequantize",
-    )
-    result = node.outputs[0]
-    result.name, result.type, result.shape = f"{name}_dequantized", ir.TensorType(dtype), shape
+    result = ir.Value(name=f"{name}_dequantized", type=ir.TensorType(dtype), shape=ir.Shape(shape))
     weight.replace_all_uses_with(result)
-    node.replace_input_with(0, weight)
+    node = DequantizeLinearNode(
+        numbers=weight, scales=scales, axis=blocks.axis, block_size=blocks.size, out=result
+    )
     weight.type = ir.TensorType(_TYPES[blocks.bits])
     weight.const_value = unread(_TYPES[blocks.bits], shape)
-    graph.insert_before(graph[0], node)
+    graph.insert_before(graph[0], node.write(f"{name}_dequantize"))

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
+from typing_extensions import override
 
-_TYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
+from vlmforge_builder.passes.assign_precision import TYPES
+
+_FLOAT = ir.DataType.FLOAT
 _GATHERS = {"Gather", "GatherND"}
 
 
-def store_weights(model: ir.Model, dtypes: Mapping[str, str]) -> bool:
-    """Set the dtype of the initialisers named in `dtypes`; arithmetic stays in float32.
+@dataclass(frozen=True)
+class StoreWeightsPass(ir.passes.InPlacePass):
+    """Set the dtypes of initialisers by their names; arithmetic stays in float32.
 
     A table that is only gathered from is cast after the gather, so that only the rows in use are.
-    Returns whether anything changed.
+    Weights that are quantised already keep their type.
     """
-    changed = False
-    for name, dtype in dtypes.items():
-        if dtype == "float32":
-            continue
-        weight = model.graph.initializers[name]
-        weight.type = ir.TensorType(_TYPES[dtype])
-        for node, index in tuple(weight.uses()):
-            _cast_use(model.graph, weight, node, index)
-        changed = True
-    return changed
+
+    dtypes: Mapping[str, str]
+
+    @override
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        weights = {model.graph.initializers[name]: TYPES[d] for name, d in self.dtypes.items()}
+        floats = {w: t for w, t in weights.items() if w.dtype == _FLOAT and t != _FLOAT}
+        for weight, dtype in floats.items():
+            weight.type = ir.TensorType(dtype)
+            for node, index in tuple(weight.uses()):
+                _cast_use(model.graph, weight, node, index)
+        return ir.passes.PassResult(model, modified=bool(floats))
 
 
 def _cast_use(graph: ir.Graph, weight: ir.Value, node: ir.Node, index: int) -> None:
@@ -47,8 +50,8 @@ def _cast_use(graph: ir.Graph, weight: ir.Value, node: ir.Node, index: int) -> N
 
 
 def _cast(value: ir.Value, name: str) -> ir.Node:
-    cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}, name=name)
+    cast = ir.node("Cast", [value], attributes={"to": _FLOAT}, name=name)
     cast.outputs[0].name = name
-    cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    cast.outputs[0].type = ir.TensorType(_FLOAT)
     cast.outputs[0].shape = value.shape
     return cast

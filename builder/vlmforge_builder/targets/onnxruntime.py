@@ -7,21 +7,24 @@ matrices stay as they are stored, in memory too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+from typing_extensions import override
 
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.errors import ConfigError
+from vlmforge_builder import passes
 from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits, InBlocks
 from vlmforge_builder.export import Traced
-from vlmforge_builder.onnx_file import refer, tensor_specs
-from vlmforge_builder.passes.lower_cached_attention import lower_cached_attention
-from vlmforge_builder.passes.lower_dequantize import lower_dequantize
-from vlmforge_builder.passes.quantise_weights import quantise_part
-from vlmforge_builder.passes.store_weights import store_weights
-from vlmforge_builder.targets import CompileJob, Settings
+from vlmforge_builder.onnx_file import check_interface, refer
+from vlmforge_builder.passes.lower_cached_attention import LowerCachedAttentionPass
+from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
+from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
+from vlmforge_builder.passes.store_weights import StoreWeightsPass
+from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import (
     AsDtype,
     Encoding,
@@ -37,14 +40,14 @@ _FILES = {"vision": "vision", "decoder": "decoder.rank0"}
 
 
 @dataclass(frozen=True, slots=True)
-class OnnxRuntimeTarget:
-    """See the module."""
+class OnnxRuntimeTarget(Target):
+    """Compiles for the CPU provider."""
 
     name: str = "onnxruntime"
     runs_here: bool = True
 
+    @override
     def check(self, settings: Settings) -> None:
-        """See `Target.check`."""
         for option, value in (
             ("kv-dtype", settings.kv_dtype),
             ("attention", settings.attention),
@@ -58,28 +61,26 @@ class OnnxRuntimeTarget:
                     fix=f"leave --{option} out, or build with --target tensorrt_rtx",
                 )
 
+    @override
     def compute_dtype(self, settings: Settings) -> str:
-        """See `Target.compute_dtype`."""
         del settings
         return "float32"
 
+    @override
     def kv_layout(self, kv: KVLayout, settings: Settings) -> KVLayout:
-        """See `Target.kv_layout`."""
         del settings
         return kv
 
+    @override
     def compile(self, traced: Traced, job: CompileJob) -> Part:
         """Write `<part>.onnx` and `<part>.data` (TensorError names a weight that is not right)."""
-        model, stem = traced.model, _FILES[job.part.name]
-        interface = tensor_specs(model.graph.inputs), tensor_specs(model.graph.outputs)
+        model, part, stem = traced.model, job.part, _FILES[job.part.name]
         dtypes = {
-            name: stored_dtype(job.part.weights[name], job.settings.dtype) for name in traced.shapes
+            name: stored_dtype(part.weights[name], job.settings.dtype) for name in traced.shapes
         }
-        blocks = quantise_part(model, job.part, job.settings.weights)
-        lower_cached_attention(model)
-        lower_dequantize(model)
-        store_weights(model, {name: dtypes[name] for name in dtypes if name not in blocks})
-        RemoveUnusedNodesPass()(model)
+        blocks = blocks_of_part(model.graph, part, job.settings.weights)
+        passes.run(_sequence(dtypes, blocks), model)
+        check_interface(model.graph, part.interface)
         layout = plan(
             traced.shapes,
             {name: _encoding(dtype, blocks.get(name)) for name, dtype in dtypes.items()},
@@ -87,19 +88,31 @@ class OnnxRuntimeTarget:
         data = job.folder / f"{stem}.data"
         refer(model, layout, data)
         ir.save(model, job.folder / f"{stem}.onnx")
-        for done, total in write(data, layout, job.part.weights, job.store):
+        for done, total in write(data, layout, part.weights, job.store):
             job.report(done, total)
         return Part(
-            job.part.name,
+            part.name,
             f"{stem}.onnx",
             (data.name,),
-            *interface,
+            part.interface.inputs,
+            part.interface.outputs,
             weight_bytes=weight_bytes(layout),
             loaded_bytes=sum(map(_loaded_bytes, layout)),
             profiles=(),
             layers=None,
             aliases={},
         )
+
+
+def _sequence(dtypes: Mapping[str, str], blocks: Mapping[str, Blocks]) -> ir.passes.Sequential:
+    return ir.passes.Sequential(
+        QuantiseWeightsPass(blocks),
+        LowerCachedAttentionPass(),
+        LowerDequantizePass(),
+        StoreWeightsPass(dtypes),
+        RemoveUnusedNodesPass(),
+        RemoveUnusedOpsetsPass(),
+    )
 
 
 def _encoding(dtype: str, blocks: Blocks | None) -> Encoding:

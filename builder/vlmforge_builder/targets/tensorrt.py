@@ -7,27 +7,42 @@ The attention over the cache is our plugin's (paged, as long as its sequences), 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+from typing_extensions import override
 
 from vlmforge.engine.manifest import DimRange, KVLayout, Part, Profile
 from vlmforge.env import writable_cache
 from vlmforge.errors import ConfigError
-from vlmforge_builder.block_quantisation import InBlocks
+from vlmforge.runner.interface import (
+    BATCH,
+    IMAGES,
+    OUTPUTS,
+    PAGES,
+    ROWS,
+    SEQUENCE_PAGES,
+    TOKENS,
+    DecoderInterface,
+    Interface,
+)
+from vlmforge_builder import passes
+from vlmforge_builder.block_quantisation import Blocks, InBlocks
 from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced
-from vlmforge_builder.onnx_file import refer, tensor_specs
-from vlmforge_builder.passes.assign_precision import assign_precision
-from vlmforge_builder.passes.attention_nodes import attention_nodes
-from vlmforge_builder.passes.lint import lint
-from vlmforge_builder.passes.native_attention import native_attention
-from vlmforge_builder.passes.paged_attention import paged_attention
-from vlmforge_builder.passes.quantise_weights import quantise_part
-from vlmforge_builder.targets import CompileJob, Settings
+from vlmforge_builder.onnx_file import check_interface, refer
+from vlmforge_builder.ops.cached_attention import CachedAttentionNode
+from vlmforge_builder.passes.assign_precision import AssignPrecisionPass
+from vlmforge_builder.passes.lint import LintPass
+from vlmforge_builder.passes.native_attention import NativeAttentionPass
+from vlmforge_builder.passes.paged_attention import PagedAttentionPass
+from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
+from vlmforge_builder.recipe import PartSpec
+from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.tensorrt.flavours import (
     TENSORRT,
     Flavour,
@@ -48,23 +63,22 @@ VIEWS = 4
 # Of GPUs with tensor cores for our types, and of those that convert fp8.
 LEAST_CAPABILITY, FP8_CAPABILITY = 8.0, 8.9
 _STEMS = {"vision": "vision", "decoder": "decoder.rank0"}
-_FLOAT32_INPUTS, _FLOAT32_OUTPUTS = {"pixel_values": "float32"}, {"logits": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRTTarget:
-    """See the module."""
+class TensorRTTarget(Target):
+    """Compiles by the library of a flavour."""
 
     flavour: Flavour
     runs_here: bool = False
 
     @property
+    @override
     def name(self) -> str:
-        """See `Target.name`."""
         return self.flavour.name
 
+    @override
     def check(self, settings: Settings) -> None:
-        """See `Target.check`."""
         if settings.dtype not in ("float16", "bfloat16"):
             raise ConfigError(
                 f"The target {self.name} compiles no {settings.dtype} engines.",
@@ -83,15 +97,16 @@ class TensorRTTarget:
         _check_kernels(settings)
         check_installed(self.flavour)
 
+    @override
     def compute_dtype(self, settings: Settings) -> str:
-        """See `Target.compute_dtype`."""
         return settings.dtype
 
+    @override
     def kv_layout(self, kv: KVLayout, settings: Settings) -> KVLayout:
-        """See `Target.kv_layout`."""
         page_size = None if settings.attention == "native" else PAGE_SIZE
         return dataclasses.replace(kv, dtype=_stored(settings), page_size=page_size)
 
+    @override
     def compile(self, traced: Traced, job: CompileJob) -> Part:
         """Write the part's plan and its layer report.
 
@@ -99,17 +114,13 @@ class TensorRTTarget:
             TensorError: a weight that is not right.
             BuildError: a graph that the library refuses or dies of, or kernels that there are not.
         """
-        model, settings, name = traced.model, job.settings, job.part.name
-        dtypes = {
-            name: stored_dtype(job.part.weights[name], settings.dtype) for name in traced.shapes
-        }
-        assign_precision(
-            model, settings.dtype, dtypes, inputs=_FLOAT32_INPUTS, outputs=_FLOAT32_OUTPUTS
-        )
-        blocks = quantise_part(model, job.part, settings.weights)
-        kernels = _lower(model, settings)
-        RemoveUnusedNodesPass()(model)
-        lint(model)
+        part, settings, stem = job.part, job.settings, _STEMS[job.part.name]
+        dtypes = {name: stored_dtype(part.weights[name], settings.dtype) for name in traced.shapes}
+        blocks = blocks_of_part(traced.model.graph, part, settings.weights)
+        kernels = _kernels(traced.model, settings)
+        interface = self._interface(part, settings)
+        passes.run(_sequence(dtypes, blocks, interface, settings), traced.model)
+        check_interface(traced.model.graph, interface)
         layout = plan(
             traced.shapes,
             {
@@ -117,26 +128,29 @@ class TensorRTTarget:
                 for name, dtype in dtypes.items()
             },
         )
-        profiles = _profiles(name, settings)
-        inputs, outputs = tensor_specs(model.graph.inputs), tensor_specs(model.graph.outputs)
-        self._build(model, layout, profiles, kernels, job)
-        stem = _STEMS[name]
+        profiles = _profiles(part.name, settings)
+        self._build(traced.model, layout, profiles, kernels, job)
         return Part(
-            name,
+            part.name,
             f"{stem}.plan",
             (f"{stem}.layers.json",),
-            inputs,
-            outputs,
+            interface.inputs,
+            interface.outputs,
             weight_bytes=weight_bytes(layout),
             loaded_bytes=weight_bytes(layout),
             profiles=profiles,
             layers=f"{stem}.layers.json",
-            aliases={
-                out.name: out.name.replace("present_", "past_")
-                for out in outputs
-                if out.name.startswith("present_")
-            },
+            aliases=interface.aliases,
         )
+
+    def _interface(self, part: PartSpec, settings: Settings) -> Interface:
+        """What the compiled part takes and gives."""
+        traced = dataclasses.replace(part.interface, features=settings.dtype)
+        if not isinstance(traced, DecoderInterface):
+            return traced
+        capacity = settings.session_len if settings.attention == "native" else None
+        kv = self.kv_layout(traced.kv, settings)
+        return dataclasses.replace(traced, kv=kv, capacity=capacity)
 
     def _build(
         self,
@@ -182,13 +196,34 @@ def _write_graph(model: ir.Model, layout: Layout, graph: Path, job: CompileJob) 
     return graph
 
 
-def _lower(model: ir.Model, settings: Settings) -> KernelSet | None:
-    """Lower attention over the cache; returns the kernels that the graph then needs."""
-    found = attention_nodes(model.graph)
-    if not found:
-        return None
+def _sequence(
+    dtypes: Mapping[str, str],
+    blocks: Mapping[str, Blocks],
+    interface: Interface,
+    settings: Settings,
+) -> ir.passes.Sequential:
+    specs = (*interface.inputs, *interface.outputs)
+    float32 = [spec.name for spec in specs if spec.dtype == "float32"]
+    return ir.passes.Sequential(
+        AssignPrecisionPass(settings.dtype, dtypes, float32),
+        QuantiseWeightsPass(blocks),
+        _attention(settings),
+        RemoveUnusedNodesPass(),
+        RemoveUnusedOpsetsPass(),
+        LintPass(),
+    )
+
+
+def _attention(settings: Settings) -> ir.passes.InPlacePass:
     if settings.attention == "native":
-        native_attention(model, capacity=settings.session_len)
+        return NativeAttentionPass(settings.session_len)
+    return PagedAttentionPass(PAGE_SIZE, ir.DataType.FLOAT8E4M3FN if settings.kv_dtype else None)
+
+
+def _kernels(model: ir.Model, settings: Settings) -> KernelSet | None:
+    """What the graph's attention will run (ConfigError: there are none); None: it has no plugin."""
+    found = CachedAttentionNode.all_in(model.graph)
+    if not found or settings.attention == "native":
         return None
     kernels = KernelSet(found[0].head_dim, settings.dtype, _stored(settings))
     config = Config(kernels.head_size, kernels.activation, kernels.stored)  # type: ignore[arg-type]
@@ -198,8 +233,6 @@ def _lower(model: ir.Model, settings: Settings) -> KernelSet | None:
         raise ConfigError(
             error.summary, found=error.found, expected=error.expected, fix=error.fix
         ) from error
-    stored = ir.DataType.FLOAT8E4M3FN if settings.kv_dtype else None
-    paged_attention(model, page_size=PAGE_SIZE, stored=stored)
     return kernels
 
 
@@ -239,24 +272,20 @@ def _check_kernels(settings: Settings) -> None:
 
 def _profiles(part: str, settings: Settings) -> tuple[Profile, ...]:
     if part == "vision":
-        return (Profile("encode", {"images": DimRange(1, 1, VIEWS)}),)
+        return (Profile("encode", {IMAGES: DimRange(1, 1, VIEWS)}),)
     pages, batch = -(-settings.session_len // PAGE_SIZE), settings.max_batch_size
     one, chunk = DimRange(1, 1, 1), min(CHUNK, settings.session_len)
     shared = {
-        "outputs": one,
-        "pages": DimRange(1, pages * batch, pages * batch + 1),
-        "sequence_pages": DimRange(1, pages, pages),
+        OUTPUTS: one,
+        PAGES: DimRange(1, pages * batch, pages * batch + 1),
+        SEQUENCE_PAGES: DimRange(1, pages, pages),
     }
     # Both have the same ranges but for the tokens: where one fixes what the other leaves open, the
     # compiler lays all weights out anew for it, and the plan has them twice.
     tokens, rows = DimRange(1, chunk, chunk), DimRange(1, chunk, chunk)
     return (
-        Profile(
-            "prefill", {**shared, "batch": DimRange(1, 1, batch), "tokens": tokens, "rows": rows}
-        ),
-        Profile(
-            "decode", {**shared, "batch": DimRange(1, batch, batch), "tokens": one, "rows": rows}
-        ),
+        Profile("prefill", {**shared, BATCH: DimRange(1, 1, batch), TOKENS: tokens, ROWS: rows}),
+        Profile("decode", {**shared, BATCH: DimRange(1, batch, batch), TOKENS: one, ROWS: rows}),
     )
 
 

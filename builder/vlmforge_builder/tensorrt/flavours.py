@@ -67,7 +67,7 @@ def check_installed(flavour: Flavour) -> None:
 
 
 def capability_name(flavour: Flavour, wanted: str | None) -> str | None:
-    """The library's word for a compute capability such as "8.9"; None asks for its default.
+    """The library's word for a compute capability such as "8.9"; None: its default.
 
     Raises:
         ConfigError: one that the library does not compile for, or it takes none.

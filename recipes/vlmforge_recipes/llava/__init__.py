@@ -11,19 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from typing_extensions import override
+
 from vlmforge_builder.checkpoint.config import ConfigReader
-from vlmforge_builder.recipe import ModelSpec, RecipeOptions
+from vlmforge_builder.recipe import ModelSpec, Recipe, RecipeOptions
 from vlmforge_recipes.llava.layout import IN_HF, layout_of
 
 
 @dataclass(frozen=True, slots=True)
-class LlavaRecipe:
-    """See `Recipe`."""
+class LlavaRecipe(Recipe):
+    """The family, by its layouts."""
 
     name: str = "llava"
 
+    @override
     def matches(self, config: ConfigReader) -> bool:
-        """See `Recipe.matches`."""
         layout = layout_of(config)
         if layout is None:
             return False
@@ -32,8 +34,8 @@ class LlavaRecipe:
         (hf if layout in IN_HF else original).check_variant(config)
         return True
 
+    @override
     def load(self, checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
-        """See `Recipe.load`."""
         from vlmforge_recipes.llava import hf, original
 
         if layout_of(config) in IN_HF:

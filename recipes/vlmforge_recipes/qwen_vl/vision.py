@@ -7,12 +7,13 @@ from functools import partial
 
 from vlmforge.engine.image_policy import ImagePolicy
 from vlmforge.errors import UnsupportedModelError
+from vlmforge.runner.interface import VisionInterface
 from vlmforge_builder.blocks.resampler import ResampledEncoder, ResamplerConfig
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.rearranged_weights import PerHead, ResizedGrid, Rows
-from vlmforge_builder.recipe import PartSpec, TensorArg
+from vlmforge_builder.recipe import PartSpec
 from vlmforge_builder.weights import Stored, Transposed, Weight
 from vlmforge_recipes.clip_tower import check_tower, linear, norm
 
@@ -83,8 +84,7 @@ def vision_part(tower: VisionConfig, resampler: ResamplerConfig) -> PartSpec:
     return PartSpec(
         name="vision",
         module=partial(ResampledEncoder, tower, resampler),
-        inputs=(TensorArg("pixel_values", ("images", 3, tower.image_size, tower.image_size)),),
-        outputs=("image_features",),
+        interface=VisionInterface((tower.image_size,) * 2, resampler.queries, resampler.width),
         weights={
             **_tower_weights(tower),
             **_resampler_weights(resampler),

@@ -5,26 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from typing_extensions import override
+
 from vlmforge_builder.checkpoint.config import ConfigReader
-from vlmforge_builder.recipe import ModelSpec, RecipeOptions
+from vlmforge_builder.recipe import ModelSpec, Recipe, RecipeOptions
 from vlmforge_recipes.yi_vl.layout import check, is_family
 
 
 @dataclass(frozen=True, slots=True)
-class YiVLRecipe:
-    """See `Recipe`. Another family has the same architecture; the projector tells them apart."""
+class YiVLRecipe(Recipe):
+    """Another family has the same architecture; the projector tells them apart."""
 
     name: str = "yi_vl"
 
+    @override
     def matches(self, config: ConfigReader) -> bool:
-        """See `Recipe.matches`."""
         if not is_family(config):
             return False
         check(config)
         return True
 
+    @override
     def load(self, checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:
-        """See `Recipe.load`."""
         # Imported here: recognising a checkpoint needs none of a build's libraries.
         from vlmforge_recipes.yi_vl.model import load
 

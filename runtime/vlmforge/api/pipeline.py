@@ -53,7 +53,7 @@ class Pipeline:
         self._engine, self._scheduler = engine, loop
         self.session_cache = SessionCache(engine, loop)
         self._ahead = 2 * engine.options.slots
-        preparation = Preparation(engine, loop.known_features, token_facts(engine))
+        preparation = Preparation(engine, loop, token_facts(engine))
         self._intake = Intake(preparation.job, loop, ahead=self._ahead, most=max_queued_requests)
         self._requests: dict[Request, int] = {}  # of `generate`, and each one's session id
         # No thread holds the pipeline: once nobody does, they end, and the engine goes with them.

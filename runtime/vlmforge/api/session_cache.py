@@ -131,17 +131,19 @@ def engine_digest(manifest: Manifest) -> str:
     Not where and when it was built, nor what may be chosen when it is loaded: its window, its
     batch, and the colour behind transparent images.
     """
-    data = to_data(manifest)
-    assert isinstance(data, dict)
-    for name in ("schema_version", "provenance"):
-        data.pop(name, None)
-    for part, names in (
-        ("decode", ("session_len", "max_batch_size", "positions")),
-        ("image", ("background",)),
-    ):
-        for name in names:
-            data[part].pop(name, None)
-    return _digest(data)
+    return _digest(_without(to_data(manifest), _CHOSEN_AT_LOAD))
+
+
+_CHOSEN_AT_LOAD = frozenset(
+    ("schema_version", "provenance", "session_len", "max_batch_size", "positions", "background")
+)
+
+
+def _without(data: object, names: frozenset[str]) -> object:
+    """Plain data without the keys of these names, at whatever depth."""
+    if isinstance(data, dict):
+        return {key: _without(item, names) for key, item in data.items() if key not in names}
+    return [_without(item, names) for item in data] if isinstance(data, list) else data
 
 
 def _digest(data: object) -> str:

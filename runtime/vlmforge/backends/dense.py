@@ -11,6 +11,7 @@ import numpy as np
 from vlmforge.backends import FloatArray, KeyValues
 from vlmforge.engine.manifest import KVLayout
 from vlmforge.errors import BackendUnavailableError, SessionError
+from vlmforge.runner.interface import cache_names
 
 
 class DenseCache:
@@ -18,7 +19,7 @@ class DenseCache:
 
     def __init__(self, kv: KVLayout, rows: int, capacity: int) -> None:
         self._shape = (rows, kv.kv_heads, capacity, kv.head_dim)
-        names = [f"{kind}.{i}" for kind in ("key", "value") for i in range(kv.layers)]
+        names = cache_names(kv)
         self._scratch = np.empty((capacity, kv.head_dim), np.float32)
         self._memory = {name: _lazy_memory(math.prod(self._shape) * 4) for name in names}
         self._arrays = {
@@ -27,7 +28,7 @@ class DenseCache:
         }
 
     def rows(self, first: int, count: int) -> Iterator[tuple[str, FloatArray]]:
-        """Name and `[count, kv_heads, capacity, head_dim]` of each tensor, in place."""
+        """Each tensor in place by its name as an input, `[count, kv_heads, capacity, head_dim]`."""
         for name, array in self._arrays.items():
             yield name, array[first : first + count]
 

@@ -31,6 +31,7 @@ from vlmforge.errors import EngineError
 from vlmforge.kv.cache import Copy, Move
 from vlmforge.limits import available_cpus
 from vlmforge.ort import ort
+from vlmforge.runner import interface
 
 PROVIDER = "CPUExecutionProvider"
 _BOUND_LAYOUTS = 256
@@ -82,7 +83,7 @@ class _Vision(VisionSession):
     session: ort.InferenceSession
 
     def encode(self, pixel_values: FloatArray) -> FloatArray:
-        (features,) = self.session.run(None, {"pixel_values": pixel_values})
+        (features,) = self.session.run(None, {interface.PIXEL_VALUES: pixel_values})
         return np.asarray(features, np.float32)
 
 
@@ -96,7 +97,7 @@ class _Decoder(DecoderSession):
 
     def _feature_width(self) -> int:
         inputs = {item.name: item for item in self._session.get_inputs()}
-        return int(inputs["image_features"].shape[1])
+        return int(inputs[interface.IMAGE_FEATURES].shape[1])
 
     @override
     def move(self, move: Move) -> None:
@@ -148,21 +149,21 @@ class _Decoder(DecoderSession):
         if features is None:
             features = np.zeros((1, self._hidden), np.float32)
         rows = {
-            "input_ids": batch.input_ids,
-            "past_lengths": batch.past_lengths,
-            "logits_indices": batch.logits_indices,
+            interface.INPUT_IDS.name: batch.input_ids,
+            interface.PAST_LENGTHS.name: batch.past_lengths,
+            interface.LOGITS_INDICES.name: batch.logits_indices,
         }
         if batch.rotary_levels is not None:
-            rows["rotary_levels"] = batch.rotary_levels
+            rows[interface.ROTARY_LEVELS.name] = batch.rotary_levels
         binding = self._session.io_binding()
-        binding.bind_cpu_input("image_features", np.ascontiguousarray(features))
+        binding.bind_cpu_input(interface.IMAGE_FEATURES, np.ascontiguousarray(features))
         for name, value in rows.items():
             placed = value if order is None else value[order]
             binding.bind_cpu_input(name, np.ascontiguousarray(placed))
-        for name, cache in self._buffers(first, len(batch.input_ids)).items():
-            binding.bind_ortvalue_input(f"past_{name}", cache)
-            binding.bind_ortvalue_output(f"present_{name}", cache)
-        binding.bind_output("logits", "cpu")
+        for past, cache in self._buffers(first, len(batch.input_ids)).items():
+            binding.bind_ortvalue_input(past, cache)
+            binding.bind_ortvalue_output(interface.present_of(past), cache)
+        binding.bind_output(interface.LOGITS, "cpu")
         return binding
 
     def _buffers(self, first: int, count: int) -> dict[str, ort.OrtValue]:

@@ -18,6 +18,7 @@ from vlmforge.engine.image_policy import Tiling
 from vlmforge.engine.manifest import MANIFEST_FILE, SCHEMA_VERSION, Manifest
 from vlmforge.errors import EngineFormatError
 from vlmforge.field_rules import Choice, Int, Number, OrNone, Rule, Text
+from vlmforge.runner.interface import LOGITS
 
 _MOST_TOKENS = 1 << 22
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -199,7 +200,7 @@ def leaves(
 def _agreements(manifest: Manifest) -> Iterator[tuple[str, str, bool]]:
     image, prompt, positions = manifest.image, manifest.prompt, manifest.decode.positions
     outputs = [output for part in manifest.parts for output in part.outputs]
-    logits = [n for output in outputs if output.name == "logits" for n in output.shape[-1:]]
+    logits = [n for output in outputs if output.name == LOGITS for n in output.shape[-1:]]
     names = [part.name for part in manifest.parts]
     paths = [entry.path for entry in manifest.files]
     yield "engine.json.parts", "parts of different names", len(set(names)) == len(names)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.layer_report import read_layers
-from vlmforge.engine.manifest import KVLayout, Part, TensorSpec
+from vlmforge.engine.manifest import Part
 from vlmforge.errors import EngineFormatError
-
-_CACHES = ("past_key.", "past_value.")
+from vlmforge.runner.interface import fits, interface_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ def check_static(bundle: Bundle) -> Iterator[StaticResult]:
         "files": _files,
         "layers": _layers,
         "profiles": _profiles,
+        "interface": _interface,
         "caches": _caches,
         "aliases": _aliases,
     }
@@ -70,24 +71,34 @@ def _profiles(bundle: Bundle, part: Part) -> Finding:
     return True, names or "none: any shape"
 
 
+def _interface(bundle: Bundle, part: Part) -> Finding:
+    wrong = [name for name in _unlisted(bundle, part) if not _is_cache(name)]
+    if wrong:
+        return False, f"not as the runtime binds them: {', '.join(wrong)}"
+    return True, f"{len(part.inputs)} inputs, {len(part.outputs)} outputs"
+
+
 def _caches(bundle: Bundle, part: Part) -> Finding:
-    caches = [spec for spec in part.inputs if spec.name.startswith(_CACHES)]
-    if not caches:
-        return True, "none"
+    caches = [spec.name for spec in part.inputs if _is_cache(spec.name)]
+    wrong = [name for name in _unlisted(bundle, part) if _is_cache(name)]
     kv = bundle.manifest.kv
-    wrong = [spec.name for spec in caches if not _fits(spec, kv)]
-    if wrong or len(caches) != 2 * kv.layers:
+    if wrong:
         return False, f"{len(caches)} of {2 * kv.layers}; not as the KV layout: {wrong}"
     pages = f"pages of {kv.page_size} tokens" if kv.page_size else "dense"
-    return True, f"{len(caches)} in {kv.dtype}, {pages}"
+    return True, f"{len(caches)} in {kv.dtype}, {pages}" if caches else "none"
 
 
-def _fits(spec: TensorSpec, kv: KVLayout) -> bool:
-    if len(spec.shape) != 4:
-        return False
-    _, heads, tokens, head_dim = spec.shape
-    paged = kv.page_size is None or tokens == kv.page_size
-    return (spec.dtype, heads, head_dim) == (kv.dtype, kv.kv_heads, kv.head_dim) and paged
+def _is_cache(name: str) -> bool:
+    return "." in name  # one tensor of many
+
+
+def _unlisted(bundle: Bundle, part: Part) -> Iterator[str]:
+    """Names of inputs and outputs that are not those of the runtime's list, or not there."""
+    listed = interface_of(bundle.manifest, part.name)
+    for found, wanted in ((part.inputs, listed.inputs), (part.outputs, listed.outputs)):
+        for spec, by_list in zip_longest(found, wanted):
+            if spec is None or by_list is None or not fits(spec, by_list):
+                yield (spec or by_list).name
 
 
 def _aliases(bundle: Bundle, part: Part) -> Finding:

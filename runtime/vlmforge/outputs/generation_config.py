@@ -72,6 +72,11 @@ class GenerationPlan:
     return_ppl: bool
     n: int = 1
 
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether the logits after every token of the prompt are needed."""
+        return self.return_ppl or self.output_logits == "all"
+
     def choice(self, number: int) -> GenerationPlan:
         """The plan of one of the `n` answers."""
         sampling = dataclasses.replace(self.sampling, choice=number)

@@ -87,7 +87,7 @@ class TokenGenerator(TokenChooser):
     @property
     @override
     def wants_prompt_logits(self) -> bool:
-        return self._plan.return_ppl or self._plan.output_logits == "all"
+        return self._plan.wants_prompt_logits
 
     @override
     def begin(self, facts: PrefillFacts) -> None:

@@ -60,6 +60,8 @@ class FeatureCache:
         be asked for next (`ahead`) fill up the last run if all their views fit in. When a run with
         such images fails, the images that are needed are run without them.
         """
+        images = [i if i.digest in self._features else i.whole() for i in images]
+        ahead = [image for image in ahead if image.later is None]
         for image in images:
             if image.features is not None:
                 self._features.setdefault(image.digest, image.features)

@@ -73,6 +73,10 @@ class Jobs:
         """What a sequence is told by beside its keys: its rotary level and its caller's salt."""
         return str(self._engine.rotary_level(prompt_tokens)).encode() + terms.salt
 
+    def cached(self, keys: Keys, terms: Terms) -> int:
+        """How many first tokens of a prompt are in the cache now. From any thread, as a hint."""
+        return self._cache.find(keys, salt=self.salt(len(keys), terms))[1] if self._reuse else 0
+
     def read(self, keys: Keys, salt: bytes) -> KeyValues:
         """A copy of what the cache has of the longest beginning of `keys`; empty: nothing."""
         self._carry_out()

@@ -17,10 +17,12 @@ from typing_extensions import override
 
 from vlmforge.backends import FloatArray
 from vlmforge.errors import CancelledError, PipelineError, VlmforgeError
+from vlmforge.kv.cache import Keys
 from vlmforge.outputs.metrics import Metrics
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.stages import Engine
+from vlmforge.runner.terms import Terms
 from vlmforge.scheduler import lifetime
 from vlmforge.scheduler.jobs import Jobs
 from vlmforge.scheduler.meter import Meter
@@ -55,6 +57,10 @@ class Loop(lifetime.Owner):
     def known_features(self, digest: bytes) -> FloatArray | None:
         """Features of an image that was encoded before, if they are kept. From any thread."""
         return self._features.known(digest)
+
+    def cached(self, keys: Keys, terms: Terms) -> int:
+        """How many first tokens of a prompt are in the cache now. From any thread, as a hint."""
+        return self._jobs.cached(keys, terms)
 
     def metrics(self) -> Metrics:
         """What has been counted, and what is going on. From any thread; waits for nobody."""

@@ -1,17 +1,18 @@
 """From a request to a job: the prompt rendered and checked, its images as pixel values.
 
 In the order of cost: nothing is fetched or decoded for a prompt that does not fit the window, and
-nothing is decoded whose features are known.
+nothing is decoded whose features are known, or whose tokens are in the cache.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-from vlmforge.backends import FloatArray
 from vlmforge.errors import ContextLengthError, TokenLedger
 from vlmforge.inputs.messages import Conversation
 from vlmforge.inputs.render import RenderedPrompt
@@ -20,10 +21,11 @@ from vlmforge.outputs.grammar import Guides
 from vlmforge.outputs.token_generator import TokenGenerator
 from vlmforge.runner.job import Job
 from vlmforge.runner.stages import Engine
+from vlmforge.scheduler.loop import Loop
 from vlmforge.scheduler.request import Request
 from vlmforge.vl.boxes import Grounding
 from vlmforge.vl.load import OpenedImage
-from vlmforge.vl.prepared import PreparedImage, encoded
+from vlmforge.vl.prepared import PreparedImage, deferred, encoded
 
 
 class InFlight:
@@ -57,12 +59,12 @@ class Preparation:
 
     Attributes:
         engine: Whose prompts and images.
-        known_features: Features by their digest, where they are kept.
+        loop: Knows what is in its caches.
         facts: Of the engine, see `token_facts`.
     """
 
     engine: Engine
-    known_features: Callable[[bytes], FloatArray | None]
+    loop: Loop
     facts: TokenFacts
     _in_flight: InFlight = field(default_factory=InFlight)
 
@@ -87,7 +89,8 @@ class Preparation:
         request.check()
         with watch.stage("load"):
             conversation = self.engine.opened(conversation)
-        images = [self._image(image, request) for image in opened_images(conversation)]
+        fresh = plan.wants_prompt_logits
+        images = self._images(opened_images(conversation), rendered, request, fresh=fresh)
         request.check()
         grounding = self._grounding(conversation, request)
         generators = [
@@ -109,22 +112,54 @@ class Preparation:
         first.images, first.siblings = images, others
         return first
 
-    def _image(self, image: OpenedImage, request: Request) -> PreparedImage:
+    def _images(
+        self,
+        images: Sequence[OpenedImage],
+        rendered: RenderedPrompt,
+        request: Request,
+        *,
+        fresh: bool,
+    ) -> list[PreparedImage]:
+        """Those with pixels or features whose tokens are not in the cache, or are wanted `fresh`.
+
+        Should tokens leave the cache before the request runs, the worker makes the others itself.
+        """
         with request.watch.stage("load"):
-            content = request.terms.content(image.digest)
-            digest = self.engine.features_digest(image, content)
+            contents = [request.terms.content(image.digest) for image in images]
+        made = [
+            deferred(
+                self.engine.features_digest(image, content),
+                functools.partial(self._image, image, content),
+            )
+            for image, content in zip(images, contents, strict=True)
+        ]
+        there = 0
+        if images and not fresh:
+            there = self.loop.cached(self.engine.keys(rendered, made), request.terms)
+        needed = {s.image for s in rendered.image_spans if s.start + s.length > there}
+        for index in sorted(needed):
+            with request.watch.stage("image_wait"):  # for whoever is making it just now
+                made[index] = self._image(images[index], contents[index], request)
+        return made
+
+    def _image(
+        self, image: OpenedImage, content: bytes, request: Request | None = None
+    ) -> PreparedImage:
+        """With pixels or features; `request` is whose preparation it is a part of."""
+        digest = self.engine.features_digest(image, content)
+        stage = nullcontext if request is None else request.watch.stage
+        ended = _never if request is None else request.cancelled.is_set
 
         def make() -> PreparedImage:
-            known = self.known_features(digest)
+            known = self.loop.known_features(digest)
             if known is not None:
                 return encoded(digest, known)
-            with request.watch.stage("load"):
-                pixels = image.decode(request.cancelled.is_set)
-            with request.watch.stage("preprocess"):
+            with stage("load"):
+                pixels = image.decode(ended)
+            with stage("preprocess"):
                 return self.engine.prepare_image(pixels, content)
 
-        with request.watch.stage("image_wait"):  # for whoever is making it just now
-            return self._in_flight.get(digest, make)
+        return self._in_flight.get(digest, make)
 
     def _grounding(self, kept: Conversation, request: Request) -> Grounding | None:
         """`kept` is what is left of the request's conversation: the latest of its images."""
@@ -142,6 +177,10 @@ class Preparation:
                 TokenLedger(rendered.text_tokens, rendered.image_tokens, requested, window)
             )
         return min(requested, window - prompt)
+
+
+def _never() -> bool:
+    return False
 
 
 def opened_images(conversation: Conversation) -> list[OpenedImage]:

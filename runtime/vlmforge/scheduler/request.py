@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from typing_extensions import override
 
-from vlmforge.errors import CancelledError, as_exception
+from vlmforge.errors import CancelledError, RequestTimeoutError, as_exception
 from vlmforge.inputs.messages import Conversation
 from vlmforge.outputs.events import Event
 from vlmforge.outputs.generation_config import GenerationConfig
@@ -88,11 +88,13 @@ class Request:
     def send(self, answer: Answer, delta: Response | None, error: Exception | None) -> None:
         """Hand an event of an answer to the caller; nothing once that has ended.
 
-        An error before any answer has begun is that of all. A request that was cancelled before
+        An error before any answer has begun is that of all, and so is the end of its time. A
+        request that was cancelled before
         it began ends as those that had: with "abort".
         """
         with self._lock:
-            whole = len(self.answers) == 1 or not self.begun
+            late = isinstance(error, RequestTimeoutError)
+            whole = len(self.answers) == 1 or not self.begun or late
             for receiver in self.answers if error is not None and whole else (answer,):
                 if isinstance(error, CancelledError) and self.cancelled.is_set():
                     self._send(receiver, self._abort(receiver.choice), None, whole)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -42,9 +42,9 @@ class OpenedImage:
 
     size: tuple[int, int]
     name: str | None
-    _pixels: Callable[[Cancelled | None], Image.Image]
-    _digest: Callable[[], bytes]
-    _stored: Callable[[], StoredImage]
+    _pixels: Callable[[Cancelled | None], Image.Image] = field(repr=False)
+    _digest: Callable[[], bytes] = field(repr=False)
+    _stored: Callable[[], StoredImage] = field(repr=False)
 
     @cached_property
     def digest(self) -> bytes:

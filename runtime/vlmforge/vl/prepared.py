@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +22,18 @@ class PreparedImage:
         digest: Identifies the image's features: made of its content and rows.
         rows: int64 `[tokens]`, which rows of all its views become tokens; None: all, in order.
         features: `[tokens, hidden]` of an image that was encoded before; None: to be encoded.
+        later: Makes the image, should its pixels be needed after all; None: they are here.
     """
 
     pixel_values: FloatArray
     digest: bytes
     rows: Rows | None = None
     features: FloatArray | None = None
+    later: Callable[[], PreparedImage] | None = None
+
+    def whole(self) -> PreparedImage:
+        """The image with its pixels or features (ImageError: it cannot be decoded)."""
+        return self if self.later is None else self.later()
 
 
 _NO_VIEWS: FloatArray = np.empty((0, 3, 0, 0), np.float32)
@@ -46,6 +53,11 @@ def prepare(
 def encoded(digest: bytes, features: FloatArray) -> PreparedImage:
     """An image whose `features` are known by its `features_digest`: it needs no pixels."""
     return PreparedImage(_NO_VIEWS, digest, None, features)
+
+
+def deferred(digest: bytes, later: Callable[[], PreparedImage]) -> PreparedImage:
+    """An image, known by its `features_digest`, that will hardly be needed; `later` makes it."""
+    return PreparedImage(_NO_VIEWS, digest, later=later)
 
 
 def features_digest(content: bytes, rows: Rows | None) -> bytes:

@@ -2,9 +2,6 @@
 #pragma once
 
 #include <cmath>
-#if defined(__F16C__) && defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #include "fibres.h"
 
@@ -117,13 +114,20 @@ template <> VF_DEVICE u16 narrow<f16>(float x) {
   return bits;
 }
 
+// What is done for every product is optimised well, all else so that it is compiled soon.
+#pragma GCC push_options
+#pragma GCC optimize("O3")
+
 template <class T>
 VF_DEVICE void widen_all(const u16* from, float* to, int count) {
 #if defined(__F16C__) && defined(__AVX2__)
   if constexpr (is_same<T, f16>::value) {
     for (int i = 0; i < count; i += 8) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
+      using Halves = short __attribute__((vector_size(16)));
+      Halves halves;
+      std::memcpy(&halves, from + i, sizeof(halves));
+      const auto floats = __builtin_ia32_vcvtph2ps256(halves);
+      std::memcpy(to + i, &floats, sizeof(floats));
     }
     return;
   }
@@ -160,6 +164,9 @@ VF_DEVICE void multiply(void* const* lanes) {
     for (int i = 0; i < 4; ++i) to[i] += c[g + i / 2 * 8][t + i % 2];
   }
 }
+
+#pragma GCC pop_options
+
 template <class T>
 VF_DEVICE void mma_16816(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   MmaLane lane{c, a, {b0, b1}};

@@ -4,16 +4,19 @@
 
 #include "host_device.h"
 
-#include <functional>
 #include <vector>
 
 namespace vf {
 
 struct ProductLane { float* c; const u32* a; u64 b; int keep; };
 
-// Element (k, n) of the operand that `descriptor` describes.
+#pragma GCC push_options
+#pragma GCC optimize("O3")
+
+// Elements of the operand that `descriptor` describes, eight that lie side by side: of (k, n) and those
+// behind it along n, or along k if it is not transposed.
 template <bool TRANSPOSED>
-VF_DEVICE u16 operand_element(u64 descriptor, int k, int n) {
+VF_DEVICE const char* operand_eight(u64 descriptor, int k, int n) {
   const u32 start = static_cast<u32>(descriptor & 0x3fff) << 4;
   const u32 leading = static_cast<u32>(descriptor >> 16 & 0x3fff) << 4;
   const u32 stride = static_cast<u32>(descriptor >> 32 & 0x3fff) << 4;
@@ -26,20 +29,22 @@ VF_DEVICE u16 operand_element(u64 descriptor, int k, int n) {
     address += un % 8 * 128 + un / 8 * stride + uk * 2;
   }
   address ^= (address >> 7 & 7) << 4;
-  if (static_cast<int>(address) + 2 > vf_host::block.shared_bytes) {
+  if (static_cast<int>(address) + 16 > vf_host::block.shared_bytes) {
     vf_host::die("product: operand outside of shared memory");
   }
-  u16 bits;
-  std::memcpy(&bits, vf_host::block.shared + address, 2);
-  return bits;
+  return vf_host::block.shared + address;
 }
 
 template <class T, int N, int TRANSPOSED>
 VF_DEVICE void multiply_group(void* const* lanes) {
   const auto& first = *static_cast<ProductLane*>(lanes[0]);
   u16 a16[64][16], b16[16][N];
-  for (int k = 0; k < 16; ++k) {
-    for (int n = 0; n < N; ++n) b16[k][n] = operand_element<TRANSPOSED>(first.b, k, n);
+  for (int k = 0; k < 16; k += TRANSPOSED ? 1 : 8) {
+    for (int n = 0; n < N; n += TRANSPOSED ? 8 : 1) {
+      u16 eight[8];
+      std::memcpy(eight, operand_eight<TRANSPOSED>(first.b, k, n), sizeof(eight));
+      for (int i = 0; i < 8; ++i) b16[TRANSPOSED ? k : k + i][TRANSPOSED ? n + i : n] = eight[i];
+    }
   }
   for (int thread = 0; thread < 128; ++thread) {
     const auto& from = *static_cast<ProductLane*>(lanes[thread]);
@@ -65,6 +70,8 @@ VF_DEVICE void multiply_group(void* const* lanes) {
     }
   }
 }
+
+#pragma GCC pop_options
 
 template <class T, int N, int TRANSPOSED>
 VF_DEVICE void product(float (&c)[N / 8][4], const u32 (&a)[4], u64 b, int keep) {
@@ -97,9 +104,34 @@ VF_DEVICE void publish_shared() {}
 struct HostBarrier { unsigned char arrivals, pending; u16 phase; int bytes; };  // still to come
 static_assert(sizeof(HostBarrier) == sizeof(u64));
 
+// What HostKernels puts in place of a tensor map.
+struct HostMap { const char* pool; i64 rows, columns, box_rows; };
+
 // Bulk copies not yet made: they are made when somebody waits for their barrier, and no sooner; but
-// what they find is what there was when they were asked for.
-struct BulkCopy { std::function<void()> make; int bytes; u64* barrier; bool waited; };
+// what they find is what there was when they were asked for. Of a box (`map` has rows) or of bytes.
+struct BulkCopy {
+  char* to;
+  const void* from;
+  HostMap map;
+  int row, column, bytes;
+  u64* barrier;
+  bool waited;
+
+  void make() const {
+    if (map.box_rows == 0) {
+      std::memcpy(to, from, static_cast<size_t>(bytes));
+      return;
+    }
+    const u32 start = shared_address(to);
+    for (u32 i = 0; i < static_cast<u32>(bytes); i += 16) {
+      const i64 at = row + i / 128, first = column + i % 128 / 2;
+      char* place = vf_host::block.shared + ((start + i) ^ (i >> 7 & 7) << 4);
+      const bool there = at < map.rows && first < map.columns;
+      if (there) std::memcpy(place, map.pool + (at * map.columns + first) * 2, 16);
+      else std::memset(place, 0, 16);
+    }
+  }
+};
 inline std::vector<BulkCopy> bulk_copies;
 
 VF_DEVICE void end_phase_if_done(HostBarrier* state) {
@@ -127,29 +159,17 @@ template <bool ONCE>
 VF_DEVICE void copy_bulk(void* shared, const void* global, int bytes, u64* barrier) {
   const auto ends = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
   if ((ends | static_cast<uintptr_t>(bytes)) % 16 != 0) vf_host::die("bulk copy: not aligned");
-  const auto make = [=] { std::memcpy(shared, global, static_cast<size_t>(bytes)); };
-  bulk_copies.push_back({make, bytes, barrier, vf_host::self->waited});
+  auto* to = static_cast<char*>(shared);
+  bulk_copies.push_back({to, global, {}, 0, 0, bytes, barrier, vf_host::self->waited});
 }
-
-// What HostKernels puts in place of a tensor map.
-struct HostMap { const char* pool; i64 rows, columns, box_rows; };
 
 VF_DEVICE void copy_tile(void* shared, const TileMap* map, int column, int row, u64* barrier) {
   HostMap host;
   std::memcpy(&host, map, sizeof(host));
-  const u32 start = shared_address(shared);
-  if (start % 1024 != 0) vf_host::die("box: not aligned to the swizzle");
-  const auto make = [=] {
-    for (u32 i = 0; i < host.box_rows * 128; i += 16) {
-      const i64 from = row + i / 128, first = column + i % 128 / 2;
-      char* to = vf_host::block.shared + ((start + i) ^ (i >> 7 & 7) << 4);
-      const bool there = from < host.rows && first < host.columns;
-      if (there) std::memcpy(to, host.pool + (from * host.columns + first) * 2, 16);
-      else std::memset(to, 0, 16);
-    }
-  };
+  if (shared_address(shared) % 1024 != 0) vf_host::die("box: not aligned to the swizzle");
   const int bytes = static_cast<int>(host.box_rows) * 128;
-  bulk_copies.push_back({make, bytes, barrier, vf_host::self->waited});
+  auto* to = static_cast<char*>(shared);
+  bulk_copies.push_back({to, nullptr, host, row, column, bytes, barrier, vf_host::self->waited});
 }
 VF_DEVICE void make_bulk_copies(u64* barrier) {
   for (size_t i = 0; i < bulk_copies.size();) {

@@ -53,7 +53,7 @@ def test_what_is_dropped_goes_back_and_nothing_else_does(tokens: int) -> None:
 def test_what_was_read_is_written_back(tokens: int, start: int) -> None:
     cache, values = filled()
     rows = cache.read(2, tokens)
-    assert sorted(rows) == ["key.0", "key.1", "value.0", "value.1"]
+    assert sorted(rows) == ["past_key.0", "past_key.1", "past_value.0", "past_value.1"]
     cache.copy(1, 2, tokens)  # a copy was read
     assert cache.write(3, rows, start) == tokens
     values[:, 3, :, start:tokens] = values[:, 2, :, start:tokens]
@@ -65,9 +65,9 @@ def test_what_was_read_is_written_back(tokens: int, start: int) -> None:
     "change",
     [
         lambda rows: {},
-        lambda rows: {**rows, "key.2": rows["key.0"]},
-        lambda rows: {name: rows[name] for name in rows if name != "value.1"},
-        lambda rows: {**rows, "key.1": rows["key.1"][:, :4]},
+        lambda rows: {**rows, "key.2": rows["past_key.0"]},
+        lambda rows: {name: rows[name] for name in rows if name != "past_value.1"},
+        lambda rows: {**rows, "past_key.1": rows["past_key.1"][:, :4]},
         lambda rows: {name: array[:2] for name, array in rows.items()},
         lambda rows: {name: array[:, :0] for name, array in rows.items()},
         lambda rows: {name: array[..., :32] for name, array in rows.items()},

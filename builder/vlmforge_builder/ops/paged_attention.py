@@ -1,29 +1,73 @@
-"""The paged attention ops of the GPU targets as ONNX functions: their meaning and their oracle.
+"""Paged attention: `CachedAttention` over pools of pages, as the kernels of the GPU targets do it.
 
-The plugin that runs them is `vlmforge_plugins.cached_attention`; its kernels do the same.
+The kernels are `vlmforge_plugins.cached_attention`. No block emits these ops: a pass makes them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import onnx_ir as ir
-from onnxscript import FLOAT, INT32, script
-from onnxscript import opset23 as op
-from onnxscript.values import Opset
+from onnxscript import script
+from typing_extensions import override
 
-from vlmforge_builder.op_bodies import PlainCachedAttention, Rotate
-from vlmforge_builder.ops import DOMAIN, VERSION, functions
-
-_domain = Opset(DOMAIN, VERSION)
+from vlmforge_builder.ops.cached_attention import PlainCachedAttention, Rotate
+from vlmforge_builder.ops.node import OPSET, Floats, In, Int32s, OpNode, Out, Table, op
 
 
-@script(_domain, default_opset=op)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedAttentionNode(OpNode):
+    """A node of either op; without `cos` and `sin` nothing is turned.
+
+    The plugin finds its node by domain and type. `holds_kernels` is 1 for the one that carries the
+    compiled kernels into the plan, for all.
+    """
+
+    op_types: ClassVar[tuple[str, ...]] = ("PagedAttention", "PlainPagedAttention")
+
+    qkv: In
+    key_pool: In
+    value_pool: In
+    past_lengths: In
+    query_lengths: In
+    block_table: In
+    cos: Table | None = None
+    sin: Table | None = None
+    num_heads: int
+    kv_num_heads: int
+    scale: float
+    key_scale: float
+    value_scale: float
+    holds_kernels: int = 0
+    out: Out
+    key_pool_out: Out
+    value_pool_out: Out
+
+    @property
+    @override
+    def op_type(self) -> str:
+        return self.op_types[0 if self.rotary else 1]
+
+    @property
+    def rotary(self) -> tuple[ir.Value, ir.Value] | None:
+        """Cosines and sines; None: nothing is turned."""
+        return None if self.cos is None or self.sin is None else (self.cos, self.sin)
+
+    @property
+    def pools(self) -> tuple[tuple[ir.Value, ir.Value], ...]:
+        """Of keys and of values: before the op, and after it."""
+        return (self.key_pool, self.key_pool_out), (self.value_pool, self.value_pool_out)
+
+
+@script(OPSET, default_opset=op)
 def ReadPages(  # noqa: N802 - an ONNX function carries its op's name
-    pool: FLOAT[...],
-    past_lengths: INT32[...],
-    block_table: INT32[...],
-    rows: FLOAT[...],
+    pool: Floats,
+    past_lengths: Int32s,
+    block_table: Int32s,
+    rows: Floats,
     unit: float,
-) -> FLOAT[...]:
+) -> Floats:
     """Each sequence's pages as one cache `[B, kv_heads, pages * page_size + S, D]`.
 
     Zero where no token is: unused pages may hold anything. Of `rows`' type; `unit` is what one of
@@ -45,15 +89,15 @@ def ReadPages(  # noqa: N802 - an ONNX function carries its op's name
     return op.Concat(cache, room, axis=2)
 
 
-@script(_domain, default_opset=op)
+@script(OPSET, default_opset=op)
 def WritePages(  # noqa: N802
-    pool: FLOAT[...],
-    rows: FLOAT[...],
-    past_lengths: INT32[...],
-    query_lengths: INT32[...],
-    block_table: INT32[...],
+    pool: Floats,
+    rows: Floats,
+    past_lengths: Int32s,
+    query_lengths: Int32s,
+    block_table: Int32s,
     unit: float,
-) -> FLOAT[...]:
+) -> Floats:
     """The pool with the first `query_lengths[b]` of `rows` `[B, S, kv_heads * D]` in its pages."""
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     page_size = op.Cast(op.Squeeze(op.Shape(pool, start=2, end=3)), to=6)
@@ -76,17 +120,17 @@ def WritePages(  # noqa: N802
     return op.CastLike(written, pool)
 
 
-@script(_domain, default_opset=op)
-def AsStored(rows: FLOAT[...], pool: FLOAT[...], unit: float) -> FLOAT[...]:  # noqa: N802
+@script(OPSET, default_opset=op)
+def AsStored(rows: Floats, pool: Floats, unit: float) -> Floats:  # noqa: N802
     """New keys or values as they are read back from the pool."""
     size = op.CastLike(op.Constant(value_float=unit), rows)
     return op.Mul(op.CastLike(op.CastLike(op.Div(rows, size), pool), rows), size)
 
 
-@script(_domain, default_opset=op)
+@script(OPSET, default_opset=op)
 def SplitHeads(  # noqa: N802
-    qkv: FLOAT[...], pool: FLOAT[...], num_heads: int, kv_num_heads: int
-) -> tuple[FLOAT[...], FLOAT[...], FLOAT[...]]:
+    qkv: Floats, pool: Floats, num_heads: int, kv_num_heads: int
+) -> tuple[Floats, Floats, Floats]:
     """Query, key and value of rows that hold them one after the other; D is the pool's."""
     d = op.Shape(pool, start=3)
     kv_width = op.Mul(d, op.Constant(value_int=kv_num_heads))
@@ -95,20 +139,20 @@ def SplitHeads(  # noqa: N802
     return query, key, value
 
 
-@script(_domain, default_opset=op)
+@script(OPSET, default_opset=op)
 def PlainPagedAttention(  # noqa: N802
-    qkv: FLOAT[...],
-    key_pool: FLOAT[...],
-    value_pool: FLOAT[...],
-    past_lengths: INT32[...],
-    query_lengths: INT32[...],
-    block_table: INT32[...],
+    qkv: Floats,
+    key_pool: Floats,
+    value_pool: Floats,
+    past_lengths: Int32s,
+    query_lengths: Int32s,
+    block_table: Int32s,
     num_heads: int,
     kv_num_heads: int,
     scale: float,
     key_scale: float,
     value_scale: float,
-) -> tuple[FLOAT[...], FLOAT[...], FLOAT[...]]:
+) -> tuple[Floats, Floats, Floats]:
     """Write new keys and values to the pools' pages, and attend over a sequence's pages.
 
     `qkv` `[B, S, (heads + 2 * kv_heads) * D]` holds query, key and value of a token one after the
@@ -140,22 +184,22 @@ def PlainPagedAttention(  # noqa: N802
     return op.Reshape(out, width), key_pool_out, value_pool_out
 
 
-@script(_domain, default_opset=op)
+@script(OPSET, default_opset=op)
 def PagedAttention(  # noqa: N802
-    qkv: FLOAT[...],
-    key_pool: FLOAT[...],
-    value_pool: FLOAT[...],
-    past_lengths: INT32[...],
-    query_lengths: INT32[...],
-    block_table: INT32[...],
-    cos: FLOAT[...],
-    sin: FLOAT[...],
+    qkv: Floats,
+    key_pool: Floats,
+    value_pool: Floats,
+    past_lengths: Int32s,
+    query_lengths: Int32s,
+    block_table: Int32s,
+    cos: Floats,
+    sin: Floats,
     num_heads: int,
     kv_num_heads: int,
     scale: float,
     key_scale: float,
     value_scale: float,
-) -> tuple[FLOAT[...], FLOAT[...], FLOAT[...]]:
+) -> tuple[Floats, Floats, Floats]:
     """The rotation of query and key by their positions, then the other op."""
     past = op.Cast(past_lengths, to=7)
     query, key, value = SplitHeads(qkv, key_pool, num_heads=num_heads, kv_num_heads=kv_num_heads)
@@ -175,10 +219,3 @@ def PagedAttention(  # noqa: N802
         value_scale=value_scale,
     )
     return out, key_pool_out, value_pool_out
-
-
-def paged_functions() -> tuple[ir.Function, ...]:
-    """The bodies of both ops and what they call, for a model that is to run without the plugin."""
-    bodies = (ReadPages, WritePages, AsStored, SplitHeads, PlainPagedAttention, PagedAttention)
-    made = tuple(ir.serde.deserialize_function(body.to_function_proto()) for body in bodies)
-    return (*functions(), *made)

@@ -1,0 +1,161 @@
+"""What each graph takes and gives: the one list of names, dtypes and dimensions.
+
+The builder exports by it, a pass that adds an input takes it from here, backends bind by it, and
+the static check holds an engine's parts against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vlmforge.engine.manifest import KVLayout, Manifest, TensorSpec
+
+# Dimensions that vary at run time.
+IMAGES, BATCH, TOKENS, ROWS, OUTPUTS = "images", "batch", "tokens", "rows", "outputs"
+CAPACITY, PAGES, SEQUENCE_PAGES = "capacity", "pages", "sequence_pages"
+
+_CHAINED = ("cuda",)  # backends whose attention runs between graphs
+
+PIXEL_VALUES, IMAGE_FEATURES, LOGITS = "pixel_values", "image_features", "logits"
+
+INPUT_IDS = TensorSpec("input_ids", "int64", (BATCH, TOKENS))
+"""Ids >= vocab_size are rows of the image features."""
+PAST_LENGTHS = TensorSpec("past_lengths", "int64", (BATCH,))
+"""Tokens that each sequence has in the cache already."""
+LOGITS_INDICES = TensorSpec("logits_indices", "int64", (BATCH, OUTPUTS))
+"""Places among the tokens to give logits of."""
+ROTARY_LEVELS = TensorSpec("rotary_levels", "int64", (BATCH,))
+"""Levels of the sequences, where the position policy has some."""
+QUERY_LENGTHS = TensorSpec("query_lengths", "int32", (BATCH,))
+"""How many of the tokens of a row are there, where the cache is paged."""
+BLOCK_TABLE = TensorSpec("block_table", "int32", (BATCH, SEQUENCE_PAGES))
+"""The pages of each sequence, where the cache is paged."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisionInterface:
+    """Of the part "vision".
+
+    Attributes:
+        image_size: Height and width of a view.
+        rows: Features of a view.
+        hidden_size: Width of the decoder's embeddings.
+        features: Dtype of the features.
+    """
+
+    image_size: tuple[int, int]
+    rows: int
+    hidden_size: int
+    features: str = "float32"
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """In the order of the graph."""
+        return (TensorSpec(PIXEL_VALUES, "float32", (IMAGES, 3, *self.image_size)),)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """In the order of the graph."""
+        shape = IMAGES, self.rows, self.hidden_size
+        return (TensorSpec(IMAGE_FEATURES, self.features, shape),)
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Outputs that may be written where an input is, by the input's name."""
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderInterface:
+    """Of the part "decoder".
+
+    Attributes:
+        vocab_size, hidden_size: Of the model.
+        kv: The cache; with a page size, its tensors are pools, and sequences have block tables.
+        has_levels: Whether each sequence has a rotary level.
+        features: Dtype of the image features.
+        capacity: Tokens of a sequence in a dense cache; None: varies.
+        chained: Attention runs between graphs, which neither know where pages are nor write them.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    kv: KVLayout
+    has_levels: bool = False
+    features: str = "float32"
+    capacity: int | None = None
+    chained: bool = False
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """In the order of the graph."""
+        return (
+            INPUT_IDS,
+            TensorSpec(IMAGE_FEATURES, self.features, (ROWS, self.hidden_size)),
+            PAST_LENGTHS,
+            LOGITS_INDICES,
+            *(self._cache(past) for past in cache_names(self.kv)),
+            *((ROTARY_LEVELS,) if self.has_levels else ()),
+            *((QUERY_LENGTHS, BLOCK_TABLE) if self.kv.page_size and not self.chained else ()),
+        )
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """In the order of the graph."""
+        logits = TensorSpec(LOGITS, "float32", (BATCH, OUTPUTS, self.vocab_size))
+        return (logits, *(self._cache(present) for present in self.aliases))
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Each cache after a step, by the cache before it; the two may be one memory."""
+        names = () if self.chained else cache_names(self.kv)
+        return {present_of(past): past for past in names}
+
+    def _cache(self, name: str) -> TensorSpec:
+        kv = self.kv
+        if kv.page_size:
+            return TensorSpec(name, kv.dtype, (PAGES, kv.kv_heads, kv.page_size, kv.head_dim))
+        capacity = self.capacity or CAPACITY
+        return TensorSpec(name, kv.dtype, (BATCH, kv.kv_heads, capacity, kv.head_dim))
+
+
+Interface = VisionInterface | DecoderInterface
+
+
+def cache_names(kv: KVLayout) -> tuple[str, ...]:
+    """Names of the cache's tensors before a step: keys of all layers, then values."""
+    return tuple(f"past_{kind}.{i}" for kind in ("key", "value") for i in range(kv.layers))
+
+
+def present_of(past: str) -> str:
+    """The name after the step of what is called `past` before it."""
+    return past.replace("past_", "present_", 1)
+
+
+def interface_of(manifest: Manifest, part: str) -> Interface:
+    """What a part of an engine takes and gives; whatever is not the vision part is a decoder."""
+    chained = manifest.backend in _CHAINED
+    features = "float32" if chained else manifest.compute_dtype
+    image, decode, tiling = manifest.image, manifest.decode, manifest.image.tiling
+    if part == "vision":
+        size = image.crop if tiling is None else (tiling.tile, tiling.tile)
+        rows = decode.tokens_per_image if tiling is None else tiling.view_rows
+        return VisionInterface(size, rows, decode.hidden_size, features)
+    return DecoderInterface(
+        decode.vocab_size,
+        decode.hidden_size,
+        manifest.kv,
+        decode.positions.has_levels,
+        features,
+        chained=chained,
+    )
+
+
+def fits(found: TensorSpec, listed: TensorSpec) -> bool:
+    """Whether a graph's tensor is the listed one; it may fix a size that varies in the list."""
+    if (found.name, found.dtype) != (listed.name, listed.dtype):
+        return False
+    pairs = list(zip(found.shape, listed.shape, strict=False))
+    same = all(a == b or (isinstance(a, int) and isinstance(b, str)) for a, b in pairs)
+    return same and len(pairs) == len(found.shape) == len(listed.shape)
