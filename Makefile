@@ -5,10 +5,11 @@ BIN    := $(VENV)/bin
 # Without a home pip would make its cache in a folder called "~".
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q $(if $(HOME),,--no-cache-dir)
 OUT    ?= out
+COMMIT ?= HEAD~1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-nightly mutants check fmt bench bench-large bench-tiny precision train plugins test-gpu bench-gpu clean
+.PHONY: help demo test test-nightly mutants fuzz soak interleavings check fmt bench bench-before bench-large bench-tiny precision train plugins test-gpu bench-gpu clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -33,6 +34,15 @@ test-nightly: $(STAMP) ## the grids of which `make test` takes a part: every ker
 mutants: $(STAMP) ## plant known faults, one after the other: does the suite notice each? (minutes)
 	@$(BIN)/python scripts/mutants.py
 
+fuzz: $(STAMP) ## 10,000 fuzzed requests at a memory ceiling: no crash, hang, untyped error, lost memory (minutes)
+	@$(BIN)/python scripts/fuzz.py
+
+soak: $(STAMP) ## 30 minutes at full load: is memory flat, and does every request end?
+	@$(BIN)/python scripts/soak.py
+
+interleavings: $(STAMP) ## histories of requests on every golden family: is each answer the one alone? (minutes)
+	@$(BIN)/python scripts/interleavings.py
+
 check: $(STAMP) ## ruff, ruff format, mypy --strict and the import rules
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -43,8 +53,13 @@ fmt: $(STAMP) ## format and mend what ruff can
 	@$(BIN)/ruff check --fix -q .
 	@$(BIN)/ruff format -q .
 
-bench: $(STAMP) ## speed and memory against transformers, on checkpoints of 60 M and 1 B parameters
+bench: $(STAMP) ## against transformers, on 60 M and 1 B parameters; what batching and the cache are worth
 	@$(BIN)/python bench/compare.py --sizes 60m 1b --work $(OUT)/bench
+	@$(BIN)/python bench/serving.py --engine $(OUT)/bench/1b.engine --picture $(OUT)/bench/steps.png
+
+bench-before: $(STAMP) ## is anything slower than at COMMIT? side by side (1 B: after make bench)
+	@$(BIN)/python bench/before.py $(COMMIT) --work $(OUT)/bench \
+	  --checkpoints recipes/vlmforge_recipes/llava/demo/checkpoint $(OUT)/bench/1b.checkpoint
 
 bench-large: $(STAMP) ## build a 7 B checkpoint (random, 14 GB) and print seconds and peak memory
 	@$(BIN)/python bench/build_memory.py --size 7b --work $(OUT)/bench

@@ -9,7 +9,6 @@ are medians over the rounds. Peak memory is the whole process's, loading include
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -20,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from child import Child
+from new_image import saved_image
 from vlmforge.engine.manifest import load_manifest
 from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
 
@@ -43,41 +43,6 @@ class Figures:
     peak_rss: int
 
 
-class Worker:
-    """A child process of `worker.py`."""
-
-    def __init__(self, side: str, model: Path) -> None:
-        script = Path(__file__).with_name("worker.py")
-        self._child = subprocess.Popen(
-            [sys.executable, str(script), side, str(model)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if side == "transformers" else None,
-            text=True,
-        )
-        self.load = self._read()["load"]
-
-    def _read(self) -> dict[str, float]:
-        assert self._child.stdout is not None
-        line = self._child.stdout.readline()
-        if not line:
-            raise SystemExit(f"a worker died with status {self._child.wait()}")
-        return dict(json.loads(line))
-
-    def ask(self, image: Path, tokens: int) -> dict[str, float]:
-        """Time one run."""
-        assert self._child.stdin is not None
-        request = {"image": str(image), "question": QUESTION, "tokens": tokens}
-        print(json.dumps(request), file=self._child.stdin, flush=True)
-        return self._read()
-
-    def close(self) -> None:
-        """End the child."""
-        assert self._child.stdin is not None
-        self._child.stdin.close()
-        self._child.wait()
-
-
 def read_bandwidth(threads: int, size: int = 1 << 28) -> float:
     """Bytes per second that `threads` threads read from memory, best of five (AVX maximum)."""
     blocks = [np.ones(size // 4, np.float32) for _ in range(threads)]
@@ -97,28 +62,26 @@ def measure(size: str, work: Path, rounds: int, tokens: int) -> dict[str, Figure
         write_checkpoint(checkpoint, PRESETS[size])
     build = Path(sys.executable).with_name("build-engine")
     subprocess.run([build, checkpoint, "-o", engine], check=True)
-    workers = {"ours": Worker("ours", engine), "transformers": Worker("transformers", checkpoint)}
+    workers = {
+        "ours": Child("worker.py", "ours", engine),
+        "transformers": Child("worker.py", "transformers", checkpoint, quiet=True),
+    }
     firsts: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     longs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for index in range(rounds + 1):
         order = SIDES if index % 2 else SIDES[::-1]
         for count, kept in ((1, firsts), (tokens, longs)):
-            image = _new_image(work, index * 1000 + count)
+            image = saved_image(work, index * 1000 + count)
+            question = {"image": str(image), "question": QUESTION, "tokens": count}
             for side in order:
-                answer = workers[side].ask(image, count)
+                answer = workers[side].ask(question)
                 if index:  # the first round warms up
                     kept[side].append(answer)
     for worker in workers.values():
         worker.close()
-    return {side: _figures(workers[side].load, firsts[side], longs[side]) for side in SIDES}
-
-
-def _new_image(work: Path, seed: int) -> Path:
-    """An image that no cache has seen."""
-    path = work / "round.png"
-    pixels = np.random.default_rng(seed).integers(0, 256, (480, 640, 3), np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
+    return {
+        side: _figures(workers[side].hello["load"], firsts[side], longs[side]) for side in SIDES
+    }
 
 
 def _figures(

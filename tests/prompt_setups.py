@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from conftest import DATA, HF, ORIGINAL
 from sample_manifest import PROMPT, TEMPLATE
-from vlmforge.engine.manifest import PromptPolicy
+from vlmforge.engine.prompts import InlineToken, PromptPolicy, SplitText
 from vlmforge.errors import PromptError
 from vlmforge.inputs.messages import Conversation, Image, Message, Text
 from vlmforge.inputs.render import RenderedPrompt, TextEncoder, marked_tokenizer_json, render_prompt
@@ -87,7 +87,7 @@ HF_JSON = (HF / "checkpoint/tokenizer.json").read_text("utf-8")
 def hf_setup() -> Setup:
     """The placeholder is a token of the tokenizer; 144 features for each image."""
     published = json.loads((HF / "checkpoint/chat_template.json").read_text("utf-8"))
-    policy = dataclasses.replace(PROMPT, image_splice="inline_token", image_token_id=640)
+    policy = dataclasses.replace(PROMPT, splice=InlineToken(), image_token_id=640)
     return Setup(
         policy,
         ActiveTemplate("published", published["chat_template"], ()),
@@ -104,7 +104,7 @@ def original_setup() -> Setup:
         "gives helpful, detailed, and polite answers to the human's questions."
     )
     parts = dataclasses.replace(TEMPLATE, meta_instruction=system)
-    policy = dataclasses.replace(PROMPT, image_splice="split_text", image_token_id=-200)
+    policy = dataclasses.replace(PROMPT, splice=SplitText(), image_token_id=-200)
     return Setup(
         policy,
         ActiveTemplate("parts", jinja_from_parts(parts, policy.image_placeholder), ()),

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 
-from vlmforge.engine.image_policy import ImagePolicy, Tiling
+from vlmforge.engine.images import AnyRes, CenterCrop
+from vlmforge.engine.images.pixels import PixelFormat
+from vlmforge.engine.images.tiling import Tiling, UnpaddedLines
 from vlmforge.engine.manifest import (
-    SCHEMA_VERSION,
     DecodePolicy,
     DimRange,
     FileEntry,
-    ImageSpelling,
     KVLayout,
     Manifest,
     ParallelLayout,
     Part,
     Profile,
-    PromptPolicy,
     Provenance,
-    TemplateParts,
     TensorSpec,
 )
-from vlmforge.engine.positions import ABSOLUTE, PositionPolicy
+from vlmforge.engine.migration import SCHEMA_VERSION
+from vlmforge.engine.positions import Absolute, DynamicNTK
+from vlmforge.engine.prompts import InlineToken, NamedSpan, PromptPolicy, TemplateParts
 
 TEMPLATE = TemplateParts(
     system="",
@@ -42,7 +42,7 @@ PROMPT = PromptPolicy(
     stop_words=("</s>",),
     templates={"plain": TEMPLATE},
     image_placeholder="<image>",
-    image_splice="inline_token",
+    splice=InlineToken(),
     image_token_id=640,
     bos_id=1,
     bos_token="<s>",
@@ -50,23 +50,19 @@ PROMPT = PromptPolicy(
     image_line="{image}",
     text_separator="\n",
     content_tokens=None,
-    spelling=None,
     history_window=None,
     box_format=None,
 )
 
-IMAGE = ImagePolicy(
-    name="center_crop",
-    shortest_edge=8,
-    crop=(8, 8),
+FORMAT = PixelFormat(
     resample="bicubic",
     rescale_factor=1 / 255,
     mean=(0.5, 0.25, 0.125),
     std=(0.1, 1e-3, 3.0000000000000004),
     background=(255, 255, 255),
-    pad_fill=(0, 0, 0),
-    tiling=None,
 )
+
+IMAGE = CenterCrop(FORMAT, shortest_edge=8, crop=(8, 8))
 
 PARTS = (
     Part(
@@ -93,7 +89,7 @@ MANIFEST = Manifest(
     parts=PARTS,
     image=IMAGE,
     prompt=PROMPT,
-    decode=DecodePolicy(704, 16, (2,), 4, 64, 2, ABSOLUTE),
+    decode=DecodePolicy(704, 16, (2,), 4, 64, 2, Absolute()),
     kv=KVLayout(2, 2, 8, "float32", None),
     parallel=ParallelLayout(1),
     tokenizer_file="tokenizer.json",
@@ -111,22 +107,17 @@ RICH = dataclasses.replace(
             layers="vision.layers.json",
             aliases={"features": "pixel_values"},
         ),
-        dataclasses.replace(PARTS[1], outputs=PARTS[0].outputs),
+        dataclasses.replace(PARTS[1], outputs=PARTS[0].outputs, rotary_tables=("cos", "sin")),
     ),
-    image=dataclasses.replace(
-        IMAGE,
-        name="anyres",
-        tiling=Tiling(8, ((8, 16), (16, 16)), (0, 0, 0), 2, 5, "unpadded_lines", "down"),
-    ),
+    image=AnyRes(FORMAT, Tiling(8, ((8, 16), (16, 16)), (0, 0, 0), 2, 5, UnpaddedLines(digits=7))),
     prompt=dataclasses.replace(
         PROMPT,
-        image_splice="named_span",
-        spelling=ImageSpelling("<img>", "</img>", 5, 6, 10, "image"),
+        splice=NamedSpan("<img>", "</img>", 5, 6, 10, "image"),
         content_tokens=("<img>",),
         history_window=5,
         box_format="ref_box_1000",
     ),
-    decode=dataclasses.replace(MANIFEST.decode, positions=PositionPolicy("dynamic_ntk", 2048, 3)),
+    decode=dataclasses.replace(MANIFEST.decode, positions=DynamicNTK(2048, 3)),
     files=(FileEntry("vision.data", 3, "0" * 64),),
     provenance=dataclasses.replace(MANIFEST.provenance, options={"a": "b"}, versions={"c": "1"}),
 )

@@ -115,13 +115,19 @@ def stand_in(
     parts: Parts | None = None,
     *,
     slots: int = 3,
+    blocks: tuple[int, int] | None = None,
     of: Manifest = MANIFEST,
     vision: VisionConfig | None = None,
-    budget: int | None = None,
     **config: Any,
 ) -> Pipeline:
-    """A pipeline with `slots` slots of `CAPACITY` tokens, `budget` blocks, over the given parts."""
+    """A pipeline with `slots` slots of `CAPACITY` tokens over the given parts.
+
+    `blocks` is tokens of a block and their number; None: as many as fill the slots.
+    """
     parts = Parts(slots) if parts is None else parts
+    options = LoadOptions(slots=slots, capacity=CAPACITY, block_size=16)
+    if blocks is not None:
+        options = dataclasses.replace(options, block_size=blocks[0], budget=blocks[1])
     template = jinja_from_parts(TEMPLATE, of.prompt.image_placeholder)
     engine = Engine(
         manifest=of,
@@ -129,7 +135,7 @@ def stand_in(
         template=ActiveTemplate("plain", template, ()),
         vision=parts,
         decoder=parts,
-        options=LoadOptions(slots=slots, capacity=CAPACITY, budget=budget, block_size=16),
+        options=options,
     )
     return serve(engine, EngineConfig(**config), vision or VisionConfig())
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from vlmforge.engine.bundle import open_bundle
 from vlmforge.engine.manifest import (
     MANIFEST_FILE,
-    SCHEMA_VERSION,
     DecodePolicy,
     FileEntry,
     Manifest,
@@ -24,6 +23,7 @@ from vlmforge.engine.manifest import (
     dump_manifest,
     load_manifest,
 )
+from vlmforge.engine.migration import SCHEMA_VERSION
 from vlmforge.errors import BuildError, ConfigError, EngineError, VlmforgeError
 from vlmforge_builder.checkpoint.altered import refuse_altered
 from vlmforge_builder.checkpoint.config import ConfigReader

@@ -5,12 +5,12 @@ Sources: `CLIPImageProcessor`, `LlavaImageProcessor` and `LlavaNextImageProcesso
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlmforge.engine.image_policy import ImagePolicy
+from vlmforge.engine.images import CenterCrop, PadSquare, Stretch
+from vlmforge.engine.images.pixels import PixelFormat
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
@@ -27,8 +27,8 @@ _DEFAULT_SIZE = 224
 
 
 def read_image_policy(
-    config: ConfigReader, *, image_size: int, pad_to_square: bool, tiled: bool = False
-) -> ImagePolicy:
+    config: ConfigReader, *, image_size: int, pad_to_square: bool
+) -> CenterCrop | PadSquare | Stretch:
     """The policy of an image processor's configuration.
 
     Args:
@@ -37,7 +37,6 @@ def read_image_policy(
         pad_to_square: Put the image on a square of the mean's colour first, as the original LLaVA
             code does (`expand2square` in `llava/mm_utils.py`), and `LlavaImageProcessor` with
             `do_pad`.
-        tiled: Only tiles of that side reach the steps, which leave their size as it is.
 
     Raises:
         CheckpointError: sizes that are none, or do not end in the tower's image size.
@@ -45,39 +44,52 @@ def read_image_policy(
     """
     pads = pad_to_square or _llava_pads(config)
     edge, box = _size(config)
-    crop = _box(config, "crop_size") or (_DEFAULT_SIZE, _DEFAULT_SIZE)
+    crop = _crop(config)
     resizes = config.bool("do_resize", default=True)
     crops = config.bool("do_center_crop", default=True)
-    if not tiled:
-        _check_steps(config, resizes=resizes, fixed=crops or box is not None or pads)
+    _check_steps(config, resizes=resizes, fixed=crops or box is not None or pads)
     target = (image_size, image_size)
-    if box is not None or tiled or not crops:
+    if box is not None or not crops:
         _check_fit(config, "size", box or edge, box or (edge, edge), target)
-    if tiled or crops:
+    if crops:
         _check_fit(config, "crop_size", crop, crop, target)
+    if pads:
+        mean = _triple(config, "image_mean", _MEAN)
+        fill = (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255))
+        return PadSquare(_format(config), edge if box is None else image_size, target, fill)
+    if box is not None:
+        return Stretch(_format(config), target)
+    return CenterCrop(_format(config), edge, target)
+
+
+def read_tile_format(config: ConfigReader, *, image_size: int) -> PixelFormat:
+    """How the pixels of tiles of the tower's size become values; the steps leave their size.
+
+    Raises: see `read_image_policy`.
+    """
+    (edge, box), crop, target = _size(config), _crop(config), (image_size, image_size)
+    _check_fit(config, "size", box or edge, box or (edge, edge), target)
+    _check_fit(config, "crop_size", crop, crop, target)
+    return _format(config)
+
+
+def _format(config: ConfigReader) -> PixelFormat:
+    """Steps that are left out have neutral numbers."""
+    rescales = config.bool("do_rescale", default=True)
+    normalizes = config.bool("do_normalize", default=True)
+    scale = config.float("rescale_factor", 1 / 255, within=limits.SCALE)
     mean, std = _triple(config, "image_mean", _MEAN), _triple(config, "image_std", _STD)
-    policy = ImagePolicy(
-        name="pad_square" if pads else "center_crop" if box is None else "stretch",
-        shortest_edge=edge if box is None else image_size,
-        crop=target,
+    return PixelFormat(
         resample=_resample(config),
-        rescale_factor=config.float("rescale_factor", 1 / 255, within=limits.SCALE),
-        mean=mean,
-        std=std,
+        rescale_factor=scale if rescales else 1.0,
+        mean=mean if normalizes else (0.0, 0.0, 0.0),
+        std=std if normalizes else (1.0, 1.0, 1.0),
         background=None,  # the originals' `convert("RGB")`
-        pad_fill=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
-        tiling=None,
     )
-    return _without_skipped(config, policy)
 
 
-def _without_skipped(config: ConfigReader, policy: ImagePolicy) -> ImagePolicy:
-    """What the steps on values are left out of has neutral numbers for them."""
-    if not config.bool("do_rescale", default=True):
-        policy = dataclasses.replace(policy, rescale_factor=1.0)
-    if not config.bool("do_normalize", default=True):
-        policy = dataclasses.replace(policy, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return policy
+def _crop(config: ConfigReader) -> tuple[int, int]:
+    return _box(config, "crop_size") or (_DEFAULT_SIZE, _DEFAULT_SIZE)
 
 
 def find_processor(folder: Path, tables: Iterable[KeyTable], config: ConfigReader) -> ConfigReader:

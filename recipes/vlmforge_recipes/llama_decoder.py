@@ -81,6 +81,7 @@ def read_decoder_config(
         rope_theta=_rope_theta(text),
         activation=text.str("hidden_act", "silu"),
         max_positions=max_positions,
+        attention_window=window,
     )
 
 

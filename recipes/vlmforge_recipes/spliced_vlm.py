@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vlmforge.engine.image_policy import ImagePolicy
-from vlmforge.engine.manifest import KVLayout, PromptPolicy, TemplateParts
-from vlmforge.engine.positions import ABSOLUTE
+from vlmforge.engine.images import ImagePolicy
+from vlmforge.engine.manifest import KVLayout
+from vlmforge.engine.positions import Absolute
+from vlmforge.engine.prompts import PromptPolicy, Splice, TemplateParts
 from vlmforge.errors import CheckpointError
 from vlmforge.runner.interface import VisionInterface
-from vlmforge.vl.tiling import most_tokens
-from vlmforge_builder.blocks.decoder import DecoderConfig
+from vlmforge_builder.blocks.decoder import DecoderConfig, inverse_frequencies
 from vlmforge_builder.blocks.vision import VisionConfig, VisionEncoder
 from vlmforge_builder.checkpoint.store import TensorStore
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, PartSpec, RecipeOptions
@@ -60,7 +60,7 @@ class Prompting:
 
     template: ChatTemplate
     placeholder: str
-    splice: str
+    splice: Splice
     image_token_id: int
     templates: Mapping[str, TemplateParts]
 
@@ -98,7 +98,7 @@ def assemble(
             stop_words=prompting.template.stop_words,
             templates=prompting.templates,
             image_placeholder=prompting.placeholder,
-            image_splice=prompting.splice,
+            splice=prompting.splice,
             image_token_id=prompting.image_token_id,
             bos_id=tokenizer.bos_id if tokenizer.add_bos else None,
             bos_token=tokenizer.bos_token,
@@ -106,7 +106,6 @@ def assemble(
             image_line="{image}",
             text_separator="\n",
             content_tokens=None,
-            spelling=None,
             history_window=None,
             box_format=None,
         ),
@@ -116,11 +115,13 @@ def assemble(
         vocab_size=decoder.vocab_size,
         hidden_size=decoder.hidden_size,
         eos_ids=tokenizer.eos_ids,
-        tokens_per_image=tower.tokens if image.tiling is None else most_tokens(image.tiling),
+        tokens_per_image=image.most_tokens(tower.tokens),
         session_len=decoder.max_positions,
         trained_len=geometry.trained_len,
         source_files=extra_files,
-        positions=ABSOLUTE,
+        positions=Absolute(
+            geometry.trained_len, decoder.attention_window, inverse_frequencies(decoder)
+        ),
         unused=unused,
     )
 

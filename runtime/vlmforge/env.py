@@ -35,6 +35,11 @@ def writable_cache(name: str) -> Path | None:
     return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
+def heaps_chosen() -> bool:
+    """Whether somebody decided already how many heaps the C library has: see mallopt(3)."""
+    return "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
+
+
 def _caches() -> Path:
     if root := os.environ.get("XDG_CACHE_HOME"):
         return expanded(root)

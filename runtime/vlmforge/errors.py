@@ -247,8 +247,8 @@ class ContextLengthError(VlmforgeError, ValueError):
             "The prompt does not fit the context window.",
             found=str(ledger),
             expected=f"a prompt of at most {ledger.window - 1} tokens",
-            fix="send fewer or shorter turns or fewer images, or use an engine built with a larger "
-            "--session-len",
+            fix="send fewer or shorter turns or fewer images, or ask for a larger window: "
+            "EngineConfig(session_len=...), or where that is refused build-engine --session-len",
         )
 
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from vlmforge import env
 
 _ROOT = Path("/")
 # Where mounts are when /proc does not say so.
@@ -24,6 +26,7 @@ _USUAL_MOUNTS = {
     "memory": "/sys/fs/cgroup/memory",
     "cpu": "/sys/fs/cgroup/cpu",
 }
+_M_ARENA_MAX = -8  # of <malloc.h>
 # Version 1 has no word for "unlimited", only a figure that no machine reaches.
 _V1_UNLIMITED = 1 << 60
 
@@ -65,6 +68,35 @@ def available_cpus(root: Path = _ROOT) -> int:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quotas = [quota for quota in _quotas(root) if quota > 0]
     return max(1, min([affinity or 1, *(math.ceil(quota) for quota in quotas)]))
+
+
+def keep_one_heap() -> None:
+    """Have the C library make no more heaps, one for each of many threads, from now on.
+
+    glibc gives back what was freed only of the first: pictures that a dozen threads decoded would
+    leave a dozen heaps of 64 MB. Nothing is done where MALLOC_ARENA_MAX or GLIBC_TUNABLES say how
+    many there are, or with another C library. See mallopt(3).
+    """
+    if (mallopt := _of_libc("mallopt")) is not None and not env.heaps_chosen():
+        mallopt(_M_ARENA_MAX, 1)
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it.
+
+    glibc keeps pieces of less than 32 MB, and large pictures are made of such pieces.
+    """
+    if (trim := _of_libc("malloc_trim")) is not None:
+        trim(0)
+
+
+def _of_libc(name: str) -> Callable[..., int] | None:
+    import ctypes  # not at the top, for the time of `import vlmforge`
+
+    found: Callable[..., int] | None = None
+    if os.name == "posix":
+        found = getattr(ctypes.CDLL(None), name, None)
+    return found
 
 
 def _machine(root: Path) -> Room:

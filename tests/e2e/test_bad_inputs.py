@@ -293,10 +293,10 @@ TABLE: list[tuple[str, Action, type[e.VlmforgeError], str]] = [
     ),
     ("short file", engine(shorten("vision.data", 1)), e.EngineIntegrityError, "vision.data"),
     (
-        "window too large",
-        engine(nothing, backend_config=EngineConfig(session_len=99_999)),
-        e.ConfigError,
-        "--session-len 99999",
+        "window too large for the memory",
+        engine(nothing, backend_config=EngineConfig(session_len=10**12)),
+        e.BackendUnavailableError,
+        "EngineConfig(session_len=...) with a smaller window",
     ),
     (
         "tensor parallelism",

@@ -252,6 +252,15 @@ def _altered(engine: Path, folder: Path, change: Callable[[dict[str, object]], N
     return folder
 
 
+def put(table: dict[str, object], place: str, value: object) -> None:
+    *above, last = place.split(".")
+    for key in above:
+        inner = table[key]
+        assert isinstance(inner, dict)
+        table = inner
+    table[last] = value
+
+
 def _first_difference(engine: Path) -> str | None:
     return next((result.stage for result in verify(engine) if not result.passed), None)
 
@@ -263,16 +272,16 @@ def test_the_sound_engine_verifies(engine: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "key", "value"),
     [
-        ("bilinear", "resample", "bilinear"),
-        ("a wrong mean", "mean", [0.5, 0.5, 0.5]),
-        ("a wrong deviation", "std", [0.5, 0.5, 0.5]),
-        ("centre crop", "name", "center_crop"),
+        ("bilinear", "format.resample", "bilinear"),
+        ("a wrong mean", "format.mean", [0.5, 0.5, 0.5]),
+        ("a wrong deviation", "format.std", [0.5, 0.5, 0.5]),
+        ("another fill", "pad_fill", [0, 0, 0]),
     ],
 )
 def test_verify_catches_a_wrong_image_policy(
     fault: str, key: str, value: object, engine: Path, tmp_path: Path
 ) -> None:
-    altered = _altered(engine, tmp_path / "engine", lambda image: image.update({key: value}))
+    altered = _altered(engine, tmp_path / "engine", lambda image: put(image, key, value))
     assert _first_difference(altered) == "pixels", fault
 
 

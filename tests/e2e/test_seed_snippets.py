@@ -17,15 +17,14 @@ from urllib.parse import urlsplit
 import pytest
 
 import vlmforge.vl.fetch
-from conftest import DATA, IMAGES, ORIGINAL, build_once
+from conftest import DATA, IMAGES, ORIGINAL
 from vlmforge import Pipeline, Response, Session
 from vlmforge.compat import install_as_lmdeploy
+from vlmforge.engine.manifest import load_manifest
 from vlmforge.errors import ConfigError
 from vlmforge.vl.image_limits import ImageLimits
 
 SNIPPETS = DATA / "seed_snippets"
-# The snippets ask for 512 tokens; the window of 8192 is what several of them ask for.
-WINDOW = 8192
 SERVED = {
     "tiger.jpeg": "photo_640x480.png",
     "human-pose.jpg": "square_450x450.png",
@@ -66,15 +65,23 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     server.server_close()
 
 
-@pytest.fixture
-def folders(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory in which the snippets' model paths are engines."""
-    checkpoint = ORIGINAL / "checkpoint"
-    engine = build_once(shared / "window.engine", checkpoint, "--session-len", WINDOW)
-    (tmp_path / "liuhaotian").mkdir()
+def stand(model: Path, folder: Path) -> None:
+    """Let the snippets' model paths below `folder` be `model`."""
     for name in ("liuhaotian/llava-v1.6-vicuna-7b", "liuhaotian/llava-v1.5-7b"):
-        (tmp_path / name).symlink_to(engine)
-    (tmp_path / "local_model_folder").symlink_to(engine)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(model)
+    (folder / "local_model_folder").symlink_to(model)
+
+
+@pytest.fixture
+def folders(original_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory in which the snippets' model paths are a prebuilt engine.
+
+    It was built without options, so that its window is the model's: 4096 tokens. Several snippets
+    ask for 8192.
+    """
+    assert load_manifest(original_engine).decode.session_len == 4096
+    stand(original_engine, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -152,6 +159,23 @@ def test_sampling_without_tensor_parallelism(run, folders: Path) -> None:
     assert not values["gen_config"].greedy
     assert values["gen_config"].random_seed is None  # the caller's config is left as it was
     values["pipe"].close()
+
+
+def test_from_the_checkpoint(
+    run, folders: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One engine is built, whatever window a snippet asks for, and answers as the prebuilt one."""
+    expected = run("multi_images")["response"].token_ids
+    elsewhere = tmp_path_factory.mktemp("checkpoint")
+    monkeypatch.setenv("VLMFORGE_CACHE", str(elsewhere / "cache"))
+    (elsewhere / "openai").symlink_to(ORIGINAL / "openai")  # where it finds its vision tower
+    stand(ORIGINAL / "checkpoint", elsewhere)
+    monkeypatch.chdir(elsewhere)
+    assert answered(run("multi_images")["response"]).token_ids == expected
+    assert all(answered(run(name)["response"]) for name in (*ONE_IMAGE, "chat_template"))
+    assert all(answered(response).text for response in run("batch")["response"])
+    assert answered(run("multi_turn")["sess"].response, sampled=True).cached_tokens > 576
+    assert len(list((elsewhere / "cache" / "engines").iterdir())) == 1
 
 
 def test_multi_images(run, served: list[str]) -> None:

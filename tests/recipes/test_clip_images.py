@@ -22,7 +22,7 @@ from vlmforge.vl.preprocess import preprocess
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_recipes.clip_images import read_image_policy
-from vlmforge_recipes.llava.anyres import hf_tiling
+from vlmforge_recipes.llava.anyres import hf_anyres
 
 SIDE = 28
 TOWER = VisionConfig(SIDE, 14, 8, 8, 1, 1, 1e-5, "gelu", keep_class_token=False)
@@ -74,11 +74,9 @@ def ours(kind: str, values: dict[str, Any], image: Image.Image) -> NDArray[np.fl
     reader = ConfigReader(
         {"image_processor_type": kind, **values}, Path("preprocessor_config.json")
     )
-    tiled = kind == "LlavaNextImageProcessor"
-    policy = read_image_policy(reader, image_size=SIDE, pad_to_square=False, tiled=tiled)
-    if tiled:
-        policy = hf_tiling(policy, TOWER, reader, reader)
-    return preprocess(image, policy)
+    if kind == "LlavaNextImageProcessor":
+        return preprocess(image, hf_anyres(reader, TOWER, reader))
+    return preprocess(image, read_image_policy(reader, image_size=SIDE, pad_to_square=False))
 
 
 def theirs(kind: str, values: dict[str, Any], image: Image.Image) -> NDArray[np.float32]:

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import drawn_v1_6
 from conftest import DATA
+from vlmforge.engine.images import AnyRes
+from vlmforge.engine.images.tiling import Lines, Merge, UnpaddedLines, Views
 from vlmforge.errors import CheckpointError, UnsupportedModelError, VlmforgeError
-from vlmforge.vl.tiling import most_tokens
 from vlmforge_builder.checkpoint.config import read_config
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions, find_recipe
 
@@ -100,26 +101,26 @@ def test_the_window_is_what_the_original_cuts_prompts_to(original: Path) -> None
 
 def test_tokens_of_an_image(original: Path) -> None:
     spec = load(original)
-    assert spec.image.name == "anyres"
-    assert spec.image.tiling is not None
-    assert spec.tokens_per_image == most_tokens(spec.image.tiling) == 2928
+    assert isinstance(spec.image, AnyRes)
+    assert spec.tokens_per_image == len(spec.image.rows((672, 672))) == 2928
     # The published files of v1.6 have the list, older ones its text.
     text = str([[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]])
     change(original / "config.json", image_grid_pinpoints=text)
     assert load(original).image == spec.image
     change(original / "config.json", image_grid_pinpoints=[[672, 336]])
-    changed = load(original).image.tiling
-    assert changed is not None
-    assert changed.canvases == ((672, 336),)
+    changed = load(original).image
+    assert isinstance(changed, AnyRes)
+    assert changed.tiling.canvases == ((672, 336),)
 
 
 def test_pinpoints_of_transformers_are_height_first(hf: Path) -> None:
     for name in ("config.json", "preprocessor_config.json"):
         change(hf / name, image_grid_pinpoints=[[168, 336], [504, 168]])
-    tiling = load(hf).image.tiling
-    assert tiling is not None
+    image = load(hf).image
+    assert isinstance(image, AnyRes)
+    tiling = image.tiling
     assert tiling.canvases == ((336, 168), (168, 504))
-    assert (tiling.tile, tiling.side, tiling.rounding) == (168, 12, "down_after_7_digits")
+    assert (tiling.tile, tiling.side, tiling.merge) == (168, 12, UnpaddedLines(digits=7))
 
 
 def test_a_template_is_found_where_a_checkpoint_has_none(hf: Path) -> None:
@@ -133,15 +134,15 @@ def test_a_template_is_found_where_a_checkpoint_has_none(hf: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "merge", "rows"),
-    [("spatial_unpad", "unpadded_lines", 577), ("spatial", "lines", 576), ("ABSENT", "views", 576)],
+    [("spatial_unpad", UnpaddedLines(), 577), ("spatial", Lines(), 576), ("ABSENT", Views(), 576)],
 )
-def test_ways_to_merge_views(original: Path, value: str, merge: str, rows: int) -> None:
+def test_ways_to_merge_views(original: Path, value: str, merge: Merge, rows: int) -> None:
     change(original / "config.json", mm_patch_merge_type=value)
     spec = load(original)
-    assert spec.image.tiling is not None
+    assert isinstance(spec.image, AnyRes)
     assert (spec.image.tiling.merge, spec.image.tiling.view_rows) == (merge, rows)
     vision = next(part for part in spec.parts if part.name == "vision")
-    assert ("extra_row" in vision.weights) == (merge == "unpadded_lines")
+    assert ("extra_row" in vision.weights) == isinstance(merge, UnpaddedLines)
 
 
 # --- what is refused ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 
 from sample_manifest import PROMPT
 from vlmforge import ChatTemplateConfig
-from vlmforge.engine.manifest import PromptPolicy, TemplateParts
+from vlmforge.engine.prompts import PromptPolicy, SplitText, TemplateParts
 from vlmforge.inputs.messages import Image, Text, parse_prompt
 from vlmforge.inputs.render import render_prompt
 from vlmforge.inputs.template_choice import choose_template
@@ -213,7 +213,7 @@ def policy_of(family: str) -> PromptPolicy:
         template_name=next(iter(templates)),
         templates=templates,
         image_placeholder=placeholder,
-        image_splice="split_text",
+        splice=SplitText(),
         bos_id=None,
         image_line=LINES.get(family, PROMPT.image_line),
         text_separator="" if family in LINES else PROMPT.text_separator,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -19,8 +20,9 @@ from vlmforge.api import memory
 from vlmforge.api.config import EngineConfig
 from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.manifest import load_manifest
+from vlmforge.engine.positions import Absolute
 from vlmforge.errors import BackendUnavailableError, ConfigError
-from vlmforge.limits import Room, available_cpus, available_memory
+from vlmforge.limits import Room, available_cpus, available_memory, return_freed_memory
 
 GIB = 1 << 30
 MACHINE = 64 * GIB
@@ -275,13 +277,50 @@ def test_what_does_not_fit_names_who_limits_it(hf_engine: Path) -> None:
 
 
 def test_a_window_that_is_too_large_names_the_checkpoint(hf_engine: Path) -> None:
-    bundle = Bundle(hf_engine, load_manifest(hf_engine))
-    with pytest.raises(ConfigError) as caught:
-        memory.load_options(bundle, EngineConfig(session_len=5000), 1e12)
-    assert caught.value.fix == (
-        f"build-engine CHECKPOINT -o {hf_engine} --session-len 5000 --force, "
-        f"where CHECKPOINT is {bundle.manifest.provenance.source}"
+    """Of plans, and of engines of before, whose tables nobody knows."""
+    manifest = load_manifest(hf_engine)
+    vision, decoder = manifest.parts
+    plan = dataclasses.replace(decoder, rotary_tables=None)
+    unknown = dataclasses.replace(manifest.decode, positions=Absolute())
+    for fixed in (
+        dataclasses.replace(manifest, parts=(vision, plan)),
+        dataclasses.replace(manifest, decode=unknown),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            memory.load_options(Bundle(hf_engine, fixed), EngineConfig(session_len=5000), 1e12)
+        assert caught.value.summary == "session_len is larger than the engine's window."
+        assert caught.value.expected == "at most 1024"
+        assert caught.value.fix == (
+            f"build-engine CHECKPOINT -o {hf_engine} --session-len 5000 --force, "
+            f"where CHECKPOINT is {manifest.provenance.source}"
+        )
+
+
+def test_a_window_beyond_what_the_model_attends_to_is_refused(hf_engine: Path) -> None:
+    manifest = load_manifest(hf_engine)
+    positions = dataclasses.replace(manifest.decode.positions, attention_window=3000)
+    narrow = dataclasses.replace(
+        manifest, decode=dataclasses.replace(manifest.decode, positions=positions)
     )
+    bundle = Bundle(hf_engine, narrow)
+    assert memory.load_options(bundle, EngineConfig(session_len=3000), 1e12).capacity == 3000
+    with pytest.raises(ConfigError, match="what the model attends to") as caught:
+        memory.load_options(bundle, EngineConfig(session_len=3001), 1e12)
+    assert caught.value.fix == "EngineConfig(session_len=3000)"
+
+
+def test_longer_tables_are_counted(hf_engine: Path) -> None:
+    """A window that fits to the byte as it was built, and as it is made at load."""
+    manifest = load_manifest(hf_engine)
+    bundle = Bundle(hf_engine, manifest)
+    weights = sum(part.loaded_bytes for part in manifest.parts)
+    length = 64 * 100
+    config = EngineConfig(session_len=length, cache_max_entry_count=1.0, max_batch_size=1)
+    tables = 2 * 4 * length * manifest.kv.head_dim // 2
+    exact = weights + tables + length * manifest.kv.bytes_per_token
+    assert memory.load_options(bundle, config, exact).capacity == length
+    with pytest.raises(BackendUnavailableError, match="does not fit the memory"):
+        memory.load_options(bundle, config, exact - 1)
 
 
 def test_a_pipeline_is_planned_within_the_limits(
@@ -290,3 +329,54 @@ def test_a_pipeline_is_planned_within_the_limits(
     monkeypatch.setattr(api, "available_memory", lambda: Room(1000, "a limit"))
     with pytest.raises(BackendUnavailableError, match="does not fit the memory"):
         api.pipeline(hf_engine)
+
+
+# --- what is given back -----------------------------------------------------------------------
+
+# Threads that all have memory at once, and how many heaps it came from.
+HEAPS = """
+import ctypes, sys, threading
+from vlmforge.limits import keep_one_heap
+keep_one_heap()
+everybody = threading.Barrier(6)
+def allocate():
+    kept = [bytearray(50_000) for _ in range(20)]
+    everybody.wait()
+threads = [threading.Thread(target=allocate) for _ in range(6)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "single"),
+    [({}, True), ({"MALLOC_ARENA_MAX": "4"}, False), ({"GLIBC_TUNABLES": "arena_max"}, False)],
+)
+def test_one_heap_unless_somebody_chose(
+    tmp_path: Path, environment: dict[str, str], single: bool
+) -> None:
+    command = [sys.executable, "-c", HEAPS, str(tmp_path / "heaps.xml")]
+    subprocess.run(command, env={**os.environ, **environment}, check=True)
+    heaps = (tmp_path / "heaps.xml").read_text("ascii").count("<heap ")
+    assert (heaps == 1) == single
+
+
+def test_freed_memory_goes_back() -> None:
+    """Blocks between others that stay: the C library would keep them."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
+
+    blocks = [bytearray(b"1" * 100_000) for _ in range(1000)]
+    del blocks[::2]
+    before = resident()
+    return_freed_memory()
+    assert before - resident() > 40_000_000
+    assert len(blocks) == 500

@@ -102,7 +102,7 @@ def test_answers_to_one_prompt_have_one_prompt() -> None:
 
 
 def test_preemptions_are_counted() -> None:
-    with stand_in(slots=3, budget=8) as pipe:
+    with stand_in(slots=3, blocks=(16, 8)) as pipe:
         found = answers(pipe([f"prompt {n}" for n in range(3)], gen_config=plain(60)))
         assert [answer.generate_token_len for answer in found] == [60] * 3
         wait_until(lambda: pipe.metrics().running == 0)

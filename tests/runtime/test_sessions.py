@@ -240,9 +240,9 @@ def test_other_image_settings_do_not_use_the_cache(
     with stand_in() as pipe:
         talk(pipe).save(path)
     parts = Parts(3)
-    engine = dataclasses.replace(
-        MANIFEST, image=dataclasses.replace(MANIFEST.image, background=(1, 2, 3))
-    )
+    white = dataclasses.replace(MANIFEST.image.format, background=(1, 2, 3))
+    image = dataclasses.replace(MANIFEST.image, format=white)
+    engine = dataclasses.replace(MANIFEST, image=image)
     with stand_in(parts, of=engine) as pipe:
         assert turn(pipe, "so", Session.load(path, pipe)).cached_tokens == 0
     assert parts.calls["encode"] > 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from conftest import HF
-from vlmforge.engine.manifest import TemplateParts
+from vlmforge.engine.prompts import TemplateParts
 from vlmforge.errors import PromptError
 from vlmforge.inputs.template import jinja_from_parts, render_template
 

@@ -25,11 +25,12 @@ from transformers.models.llava_next.modeling_llava_next import (
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 import anyres_original
-from vlmforge.engine.image_policy import Size, Tiling
-from vlmforge.errors import EngineFormatError
-from vlmforge.vl.tiling import (
-    MERGES,
-    Rows,
+from vlmforge.engine.images.pixels import Rows, Size
+from vlmforge.engine.images.tiling import (
+    Lines,
+    Tiling,
+    UnpaddedLines,
+    Views,
     best_canvas,
     fitted_size,
     most_tokens,
@@ -46,8 +47,7 @@ PUBLISHED = Tiling(
     fill=(0, 0, 0),
     side=24,
     view_rows=577,
-    merge="unpadded_lines",
-    rounding="down",
+    merge=UnpaddedLines(),
 )
 TINY = dataclasses.replace(
     PUBLISHED,
@@ -56,7 +56,7 @@ TINY = dataclasses.replace(
     side=2,
     view_rows=5,
 )
-HF = dataclasses.replace(PUBLISHED, rounding="down_after_7_digits")
+HF = dataclasses.replace(PUBLISHED, merge=UnpaddedLines(digits=7))
 PRIMES = (2, 3, 5, 7, 23, 97, 331, 337, 499, 673, 1009, 1999, 3989)
 
 
@@ -125,7 +125,7 @@ def test_rows_are_the_originals(tiling: Tiling) -> None:
 
 
 def test_rows_are_those_of_transformers() -> None:
-    tiling = dataclasses.replace(TINY, rounding="down_after_7_digits")
+    tiling = dataclasses.replace(TINY, merge=UnpaddedLines(digits=7))
     for size in SIZES:
         expected = original_rows(size, tiling, unpad=hf_unpad)
         np.testing.assert_array_equal(token_rows(size, tiling), expected, str(size))
@@ -176,7 +176,7 @@ def test_published_counts(size: Size, tokens: int) -> None:
 
 def test_no_image_takes_more_than_most_tokens() -> None:
     for tiling in (PUBLISHED, TINY):
-        for merge in MERGES:
+        for merge in (Views(), Lines(), UnpaddedLines(), UnpaddedLines(digits=7)):
             merged = dataclasses.replace(tiling, merge=merge)
             most = most_tokens(merged)
             assert all(len(token_rows(size, merged)) <= most for size in SIZES[::11])
@@ -197,18 +197,8 @@ def test_boxes_cover_the_canvas_once(canvas: Size) -> None:
 @given(st.integers(1, 5000), st.integers(1, 5000))
 @settings(max_examples=300)
 def test_padded_lines_hold_every_row_once(width: int, height: int) -> None:
-    lines = dataclasses.replace(TINY, merge="lines", view_rows=4)
+    lines = dataclasses.replace(TINY, merge=Lines(), view_rows=4)
     rows = token_rows((width, height), lines)
     assert sorted(rows) == list(range(view_count((width, height), lines) * 4))
-    views = dataclasses.replace(lines, merge="views")
+    views = dataclasses.replace(lines, merge=Views())
     assert token_rows((width, height), views).tolist() == sorted(rows)
-
-
-@pytest.mark.parametrize(
-    ("field", "what"), [("merge", "way to merge views"), ("rounding", "rounding")]
-)
-def test_unknown_names_are_typed_errors(field: str, what: str) -> None:
-    with pytest.raises(EngineFormatError, match=what) as caught:
-        token_rows((5, 6), dataclasses.replace(TINY, **{field: "new"}))
-    assert caught.value.found == "'new'"
-    assert "install a newer vlmforge" in caught.value.fix

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import mmap
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,13 @@ from vlmforge.errors import EngineFormatError, PromptError
 from vlmforge.inputs import tokenizer as text_module
 from vlmforge.inputs import tokenizer_file
 from vlmforge.inputs.tokenizer import TextTokenizer
-from vlmforge.inputs.tokenizer_file import KNOWN_EXPRESSIONS, parse_tokenizer, unbounded_work
+from vlmforge.inputs.tokenizer_file import (
+    KNOWN_EXPRESSIONS,
+    load_tokenizer,
+    parse_tokenizer,
+    unbounded_work,
+)
+from vlmforge.limits import return_freed_memory
 from vlmforge_builder.tokenizer.byte_bpe import SPLIT
 
 SOURCE = Path(__file__).parents[1] / "data/llava_1_5_hf/checkpoint/tokenizer.json"
@@ -150,3 +159,21 @@ def test_ids_that_no_tokenizer_can_have_have_no_text(token: int) -> None:
 
 def test_parsing_keeps_all_that_was_there() -> None:
     assert parse_tokenizer(json.dumps(DATA)) == DATA
+
+
+def test_few_texts_are_remembered() -> None:
+    """A server's prompts are all different: ten thousand of them would stay, 3 KB each."""
+
+    def resident() -> int:
+        gc.collect()
+        return_freed_memory()
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * mmap.PAGESIZE
+
+    tokenizer = load_tokenizer(SOURCE.read_text("utf-8"))
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdefgh ", k=200)) for _ in range(4000)]
+    tokenizer.encode(texts[0])
+    before = resident()
+    for text in texts:
+        tokenizer.encode(text)
+    assert resident() - before < 6 << 20

@@ -18,7 +18,8 @@ import vlmforge.runner.stages
 from sample_manifest import MANIFEST
 from stand_in import CAPACITY, HIDDEN, TOKENS, Gate, Parts, SlowFile, manifest, plain, png, stand_in
 from vlmforge import Pipeline, Response, Session, VisionConfig
-from vlmforge.engine.image_policy import Tiling
+from vlmforge.engine.images import AnyRes
+from vlmforge.engine.images.tiling import Lines, Tiling
 from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import ContextLengthError
 from vlmforge.vl.load import OpenedImage
@@ -56,11 +57,9 @@ def whole(response: object) -> Response:
 
 TILED = dataclasses.replace(
     MANIFEST,
-    image=dataclasses.replace(
-        MANIFEST.image,
-        name="anyres",
-        shortest_edge=8,
-        tiling=Tiling(8, ((8, 8), (16, 8), (8, 16)), (0, 0, 0), 2, TOKENS, "lines", "down"),
+    image=AnyRes(
+        MANIFEST.image.format,
+        Tiling(8, ((8, 8), (16, 8), (8, 16)), (0, 0, 0), 2, TOKENS, Lines()),
     ),
 )
 

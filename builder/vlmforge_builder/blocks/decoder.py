@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmforge.engine.positions import absolute
 from vlmforge_builder.blocks.layers import Linear, RMSNorm, activation
 from vlmforge_builder.blocks.long_context import LevelPositions, LongContext, Rotation, rotate
 from vlmforge_builder.ops.cached_attention import cached_attention
@@ -18,7 +19,8 @@ from vlmforge_builder.ops.cached_attention import cached_attention
 class DecoderConfig:
     """Geometry of a decoder. `max_positions` is how many tokens one sequence may hold.
 
-    `long_context` is None where positions are plain rotary ones at every length.
+    `long_context` is None where positions are plain rotary ones at every length. The attention is
+    that of the model up to `attention_window` tokens; None: at every length.
     """
 
     vocab_size: int
@@ -34,17 +36,22 @@ class DecoderConfig:
     max_positions: int
     qkv_bias: bool = False
     long_context: LongContext | None = None
+    attention_window: int | None = None
+
+
+def inverse_frequencies(config: DecoderConfig) -> tuple[float, ...]:
+    """Radians a position, `head_dim / 2` of them (https://arxiv.org/abs/2104.09864).
+
+    Computed in fp32, as the original implementations do.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    return tuple((1.0 / (config.rope_theta**exponent)).tolist())
 
 
 def rotary_tables(config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[max_positions, head_dim / 2]`, fp32 (https://arxiv.org/abs/2104.09864).
-
-    The inverse frequencies are computed in fp32, as the original implementations do.
-    """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponent)
-    angles = torch.outer(torch.arange(config.max_positions).float(), frequencies)
-    return angles.cos(), angles.sin()
+    """Cosines and sines `[max_positions, head_dim / 2]`, fp32: the runtime's, to continue them."""
+    tables = absolute.rotary_tables(inverse_frequencies(config), config.max_positions)
+    return torch.from_numpy(tables.cos), torch.from_numpy(tables.sin)
 
 
 # The tables of all positions, or the rows of a step's own tokens.

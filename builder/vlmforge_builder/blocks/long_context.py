@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlmforge.engine.positions import level_of
+from vlmforge.engine.positions.dynamic_ntk import level_of
 
 
 @dataclass(frozen=True, slots=True)

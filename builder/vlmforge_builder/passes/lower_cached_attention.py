@@ -56,6 +56,8 @@ def _lengths(graph: ir.Graph, first: CachedAttentionNode) -> tuple[ir.Value, ir.
     one = tape.op("Constant", [], {"value_ints": [1]})
     last = tape.op("Cast", [tape.op("Sub", [totals, one])], int32)
     largest = tape.op("Cast", [tape.op("ReduceMax", [totals], {"keepdims": 0})], int32)
+    for index, node in enumerate(tape.nodes):  # a graph would count on from what it made before
+        node.name = node.outputs[0].name = f"lengths_{index}"
     graph.insert_before(first.node, tape.nodes)
     return last, largest
 

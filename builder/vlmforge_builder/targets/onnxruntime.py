@@ -36,6 +36,8 @@ from vlmforge_builder.weights import (
     write,
 )
 
+# Where GroupQueryAttention has the cosines and sines among its inputs.
+_TABLES = slice(7, 9)
 _FILES = {"vision": "vision", "decoder": "decoder.rank0"}
 
 
@@ -101,7 +103,18 @@ class OnnxRuntimeTarget(Target):
             profiles=(),
             layers=None,
             aliases={},
+            rotary_tables=_rotary_tables(model),
         )
+
+
+def _rotary_tables(model: ir.Model) -> tuple[str, str] | None:
+    """Names of the tables that the attention reads whole: it takes longer ones as well."""
+    for node in model.graph:
+        names = [value.name or "" for value in node.inputs[_TABLES] if value is not None]
+        stored = [name for name in names if name in model.graph.initializers]
+        if node.op_type == "GroupQueryAttention" and len(stored) == 2:
+            return stored[0], stored[1]
+    return None
 
 
 def _sequence(dtypes: Mapping[str, str], blocks: Mapping[str, Blocks]) -> ir.passes.Sequential:

@@ -10,17 +10,20 @@ import ast
 import dataclasses
 from collections.abc import Mapping
 
-from vlmforge.engine.image_policy import ImagePolicy, Size, Tiling
+from vlmforge.engine.images import AnyRes
+from vlmforge.engine.images.pixels import Size
+from vlmforge.engine.images.tiling import Lines, Merge, Tiling, UnpaddedLines, Views
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_recipes.clip_images import read_tile_format
 
 PINPOINTS = "image_grid_pinpoints"
-MERGES: Mapping[str, str] = {
-    "flat": "views",
-    "spatial": "lines",
-    "spatial_unpad": "unpadded_lines",
+MERGES: Mapping[str, Merge] = {
+    "flat": Views(),
+    "spatial": Lines(),
+    "spatial_unpad": UnpaddedLines(),
 }
 """`mm_patch_merge_type` as the runtime calls it."""
 
@@ -28,28 +31,29 @@ MERGES: Mapping[str, str] = {
 _DEFAULT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
-def original_tiling(policy: ImagePolicy, tower: VisionConfig, config: ConfigReader) -> ImagePolicy:
-    """The policy with the tiling of the original layout.
+def original_anyres(processor: ConfigReader, tower: VisionConfig, config: ConfigReader) -> AnyRes:
+    """The policy of the original layout.
 
     Raises:
         CheckpointError: pinpoints that are none, or an image processor of another size.
         UnsupportedModelError: pinpoints that cannot be cut into tiles, or class tokens in a grid.
     """
     merge = config.str("mm_patch_merge_type", "flat")
-    canvases = _pinpoints(config, config.get(PINPOINTS))
     # The tiles are resized by Pillow's default filter, whatever the processor says.
-    policy = dataclasses.replace(policy, resample="bicubic")
-    return _tiled(policy, tower, config, canvases, MERGES[merge], "down")
+    pixels = dataclasses.replace(
+        read_tile_format(processor, image_size=tower.image_size), resample="bicubic"
+    )
+    canvases = _pinpoints(config, config.get(PINPOINTS))
+    return AnyRes(pixels, _tiling(tower, config, canvases, MERGES[merge]))
 
 
-def hf_tiling(
-    policy: ImagePolicy, tower: VisionConfig, config: ConfigReader, processor: ConfigReader
-) -> ImagePolicy:
-    """The policy with the tiling of the layout of transformers (errors as `original_tiling`).
+def hf_anyres(processor: ConfigReader, tower: VisionConfig, config: ConfigReader) -> AnyRes:
+    """The policy of the layout of transformers (errors as `original_anyres`).
 
     The processor counts tokens by its own pinpoints and the model makes rows by those of its
     configuration, so they must be the same. Both are height first.
     """
+    pixels = read_tile_format(processor, image_size=tower.image_size)
     found = [
         _pinpoints(reader, reader.get(PINPOINTS) or _DEFAULT_PINPOINTS)
         for reader in (config, processor)
@@ -62,41 +66,26 @@ def hf_tiling(
             fix="check both files against the published ones",
         )
     canvases = tuple((width, height) for height, width in found[0])
-    merge = MERGES["spatial_unpad"]
-    return _tiled(policy, tower, config, canvases, merge, "down_after_7_digits")
+    return AnyRes(pixels, _tiling(tower, config, canvases, UnpaddedLines(digits=7)))
 
 
-def _tiled(
-    policy: ImagePolicy,
-    tower: VisionConfig,
-    config: ConfigReader,
-    canvases: tuple[Size, ...],
-    merge: str,
-    rounding: str,
-) -> ImagePolicy:
+def _tiling(
+    tower: VisionConfig, config: ConfigReader, canvases: tuple[Size, ...], merge: Merge
+) -> Tiling:
     tile = tower.image_size
     if any(length % tile for canvas in canvases for length in canvas):
         found = f"{PINPOINTS} {[list(canvas) for canvas in canvases]}"
         raise _unsupported(config, found, f"multiples of {tile}, the tower's image_size")
-    if tower.keep_class_token and merge != MERGES["flat"]:
+    if tower.keep_class_token and merge != Views():
         raise _unsupported(config, "class tokens among the patches of a grid", "patches only")
-    if policy.shortest_edge != tile:
-        raise CheckpointError(
-            f"The image processor of {config.file.parent} does not fit the vision tower.",
-            found=f"size {policy.shortest_edge}",
-            expected=f"{tile}, the tower's image_size",
-            fix="check that the file belongs to this checkpoint",
-        )
-    tiling = Tiling(
+    return Tiling(
         tile=tile,
         canvases=canvases,
         fill=(0, 0, 0),
         side=tile // tower.patch_size,
-        view_rows=tower.tokens + (merge == MERGES["spatial_unpad"]),
+        view_rows=tower.tokens + isinstance(merge, UnpaddedLines),
         merge=merge,
-        rounding=rounding,
     )
-    return dataclasses.replace(policy, name="anyres", tiling=tiling)
 
 
 def _pinpoints(config: ConfigReader, value: object) -> tuple[Size, ...]:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmforge.engine.image_policy import ImagePolicy
+from vlmforge.engine.images import ImagePolicy
+from vlmforge.engine.prompts import InlineToken
 from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
 from vlmforge_builder.blocks.layers import ACTIVATIONS
 from vlmforge_builder.blocks.vision import VisionConfig
@@ -26,7 +27,7 @@ from vlmforge_recipes.clip_tower import read_tower_config, unused_in_tower
 from vlmforge_recipes.config_keys import PROCESSOR, check_files
 from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.llama_decoder import TEXT_DEFAULTS, read_decoder_config, trained_length
-from vlmforge_recipes.llava.anyres import hf_tiling
+from vlmforge_recipes.llava.anyres import hf_anyres
 from vlmforge_recipes.llava.keys import LAYOUTS
 from vlmforge_recipes.llava.layout import HF_ANYRES, layout_of
 from vlmforge_recipes.llava.templates import (
@@ -77,7 +78,7 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
     tower = _tower(config)
     image = _image_policy(checkpoint, config, tower)
     store = open_store(checkpoint, options.note)
-    names = _names(store, checkpoint, config, options, newline=image.tiling is not None)
+    names = _names(store, checkpoint, config, options, newline=layout_of(config) == HF_ANYRES)
     tokenizer = with_end_ids(convert_tokenizer(checkpoint), checkpoint, config, text)
     return assemble(
         Geometry(
@@ -94,7 +95,7 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
         Prompting(
             _template(checkpoint, config, tokenizer),
             PLACEHOLDER,
-            "inline_token",
+            InlineToken(),
             _image_token(config, tokenizer),
             TEMPLATES,
         ),
@@ -121,13 +122,11 @@ def _tower(config: ConfigReader) -> VisionConfig:
 
 def _image_policy(checkpoint: Path, config: ConfigReader, tower: VisionConfig) -> ImagePolicy:
     processor = find_processor(checkpoint, _tables(config), config)
-    tiled = layout_of(config) == HF_ANYRES
-    policy = read_image_policy(
-        processor, image_size=tower.image_size, pad_to_square=False, tiled=tiled
-    )
     if (path := checkpoint / PROCESSOR).exists():
         _check_counts(read_config(path), tower)
-    return hf_tiling(policy, tower, config, processor) if tiled else policy
+    if layout_of(config) == HF_ANYRES:
+        return hf_anyres(processor, tower, config)
+    return read_image_policy(processor, image_size=tower.image_size, pad_to_square=False)
 
 
 def _check_counts(processor: ConfigReader, tower: VisionConfig) -> None:

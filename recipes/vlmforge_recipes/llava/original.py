@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vlmforge.engine.image_policy import ImagePolicy
+from vlmforge.engine.images import AnyRes, ImagePolicy
+from vlmforge.engine.images.tiling import UnpaddedLines
+from vlmforge.engine.prompts import SplitText
 from vlmforge.errors import UnsupportedModelError
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint import limits
@@ -28,7 +30,7 @@ from vlmforge_recipes.clip_tower import (
 from vlmforge_recipes.config_keys import check_files
 from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
-from vlmforge_recipes.llava.anyres import MERGES, PINPOINTS, original_tiling
+from vlmforge_recipes.llava.anyres import MERGES, PINPOINTS, original_anyres
 from vlmforge_recipes.llava.keys import LAYOUTS
 from vlmforge_recipes.llava.layout import ORIGINAL_MISTRAL, layout_of
 from vlmforge_recipes.llava.templates import PLACEHOLDER, TEMPLATES, original_template
@@ -65,7 +67,7 @@ def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions
         Prompting(
             original_template(kind, tokenizer),
             PLACEHOLDER,
-            "split_text",
+            SplitText(),
             _IMAGE_TOKEN_INDEX,
             TEMPLATES,
         ),
@@ -107,17 +109,14 @@ def _tower(config: ConfigReader, vision: ConfigReader) -> VisionConfig:
 
 def _image_policy(config: ConfigReader, folder: Path, tower: VisionConfig) -> ImagePolicy:
     aspect = config.str("image_aspect_ratio", "square")
-    policy = read_image_policy(
-        find_tower_processor(folder, _tables(config), config),
-        image_size=tower.image_size,
-        pad_to_square=aspect == "pad",
-        tiled=aspect == "anyres",
-    )
-    return original_tiling(policy, tower, config) if aspect == "anyres" else policy
+    processor = find_tower_processor(folder, _tables(config), config)
+    if aspect == "anyres":
+        return original_anyres(processor, tower, config)
+    return read_image_policy(processor, image_size=tower.image_size, pad_to_square=aspect == "pad")
 
 
 def _has_newline(image: ImagePolicy) -> bool:
-    return image.tiling is not None and image.tiling.merge == MERGES["spatial_unpad"]
+    return isinstance(image, AnyRes) and isinstance(image.tiling.merge, UnpaddedLines)
 
 
 def _names(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vlmforge.engine.manifest import TemplateParts
+from vlmforge.engine.prompts import TemplateParts
 from vlmforge.inputs.template import jinja_from_parts
 from vlmforge_builder.recipe import ChatTemplate
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer

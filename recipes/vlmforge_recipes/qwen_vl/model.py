@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmforge.engine.manifest import KVLayout
-from vlmforge.engine.positions import PositionPolicy
+from vlmforge.engine.positions import DynamicNTK
 from vlmforge.errors import CheckpointError
 from vlmforge.inputs.template import jinja_from_parts
 from vlmforge_builder.blocks.decoder import DecoderConfig
@@ -88,11 +88,11 @@ def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> Mode
     )
 
 
-def _positions(decoder: DecoderConfig) -> PositionPolicy:
+def _positions(decoder: DecoderConfig) -> DynamicNTK:
     context = decoder.long_context
     assert context is not None
     levels = context.levels(decoder.max_positions)
-    return PositionPolicy("dynamic_ntk", context.trained_length, levels)
+    return DynamicNTK(context.trained_length, levels)
 
 
 def _check_sizes(

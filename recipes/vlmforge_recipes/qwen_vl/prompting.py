@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlmforge.engine.manifest import ImageSpelling, PromptPolicy, TemplateParts
+from vlmforge.engine.prompts import NamedSpan, PromptPolicy, TemplateParts
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.tokenizer.byte_bpe import SpecialTokens, convert_byte_bpe, expect_ids
@@ -93,7 +93,7 @@ def prompt_policy(
         stop_words=TEMPLATES[DEFAULT].stop_words,
         templates=TEMPLATES,
         image_placeholder=PLACEHOLDER,
-        image_splice="named_span",
+        splice=NamedSpan("<img>", "</img>", start, start + 1, _MAX_PATH_BYTES, _STAND_IN),
         image_token_id=start + _IMAGE.index("<imgpad>"),
         bos_id=None,
         bos_token="",
@@ -101,7 +101,6 @@ def prompt_policy(
         image_line=IMAGE_LINE,
         text_separator="",
         content_tokens=_CONTENT_TOKENS,
-        spelling=ImageSpelling("<img>", "</img>", start, start + 1, _MAX_PATH_BYTES, _STAND_IN),
         history_window=_history_window(checkpoint, tokenizer),
         box_format="ref_box_1000",
     )

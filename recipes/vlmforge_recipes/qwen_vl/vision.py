@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from vlmforge.engine.image_policy import ImagePolicy
+from vlmforge.engine.images import Stretch
+from vlmforge.engine.images.pixels import PixelFormat
 from vlmforge.errors import UnsupportedModelError
 from vlmforge.runner.interface import VisionInterface
 from vlmforge_builder.blocks.resampler import ResampledEncoder, ResamplerConfig
@@ -63,19 +64,11 @@ def read_resampler_config(visual: ConfigReader) -> ResamplerConfig:
     return ResamplerConfig(queries, width, width // _RESAMPLER_HEAD_DIM, _NORM_EPS)
 
 
-def image_policy(tower: VisionConfig) -> ImagePolicy:
+def image_policy(tower: VisionConfig) -> Stretch:
     """The whole image squeezed into a square, as `ImageTransform` of the original does."""
-    return ImagePolicy(
-        name="stretch",
-        shortest_edge=tower.image_size,
-        crop=(tower.image_size, tower.image_size),
-        resample="bicubic",
-        rescale_factor=1 / 255,
-        mean=_MEAN,
-        std=_STD,
-        background=None,  # the original's `convert("RGB")`
-        pad_fill=(0, 0, 0),
-        tiling=None,
+    # The original's `convert("RGB")` leaves transparency out of account.
+    return Stretch(
+        PixelFormat("bicubic", 1 / 255, _MEAN, _STD), (tower.image_size, tower.image_size)
     )
 
 

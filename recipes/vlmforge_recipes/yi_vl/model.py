@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from vlmforge.engine.image_policy import ImagePolicy
+from vlmforge.engine.images import ImagePolicy
+from vlmforge.engine.prompts import SplitText
 from vlmforge.inputs.template import jinja_from_parts
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
@@ -81,7 +82,7 @@ def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> Mode
         Prompting(
             ChatTemplate(DEFAULT, template, TEMPLATES[DEFAULT].stop_words),
             PLACEHOLDER,
-            "split_text",
+            SplitText(),
             _IMAGE_TOKEN_INDEX,
             TEMPLATES,
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vlmforge.engine.manifest import TemplateParts
+from vlmforge.engine.prompts import TemplateParts
 
 PLACEHOLDER = "<image_placeholder>"
 DEFAULT = "mm_default"

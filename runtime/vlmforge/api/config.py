@@ -38,6 +38,7 @@ class EngineConfig:
     Attributes:
         model_format: Of a checkpoint: "hf"; None: detect.
         session_len: Tokens of one conversation, images and answers included; None: the engine's.
+            It may be longer than that, as long as memory holds it and nothing is compiled in.
         max_batch_size: Sequences at once; None: the engine's.
         cache_max_entry_count: Share of the free memory that the key/value cache may take. (0, 1]
         enable_prefix_caching: Reuse the cache of prompts that begin alike, images included. The

@@ -14,16 +14,16 @@ from typing import Any
 from vlmforge import env
 from vlmforge.api.arguments import path_text
 from vlmforge.api.config import MAX_CHUNK, EngineConfig, VisionConfig
-from vlmforge.api.memory import feature_bytes, load_options
+from vlmforge.api.memory import feature_bytes, load_options, window_is_fixed
 from vlmforge.api.pipeline import Pipeline
 from vlmforge.engine.build_cache import engine_for
 from vlmforge.engine.bundle import open_bundle
-from vlmforge.engine.manifest import Manifest
+from vlmforge.engine.manifest import Manifest, load_manifest
 from vlmforge.errors import ConfigError
 from vlmforge.field_rules import Instance, OrNone, check_value, shown
 from vlmforge.inputs.template_choice import choose_template
 from vlmforge.inputs.template_config import ChatTemplateConfig
-from vlmforge.limits import available_memory
+from vlmforge.limits import available_memory, keep_one_heap
 from vlmforge.runner.features import USUAL_BUDGET, FeatureCache
 from vlmforge.runner.stages import Engine, load_engine
 from vlmforge.scheduler.loop import Loop
@@ -59,6 +59,7 @@ def pipeline(
         ConfigError: a configuration is out of range or asks for what the engine does not have.
     """
     _set_level(log_level)
+    keep_one_heap()
     path = path_text(model_path)
     _check_kinds(backend_config, chat_template_config, vision_config)
     config, template_config = _apply(kwargs, backend_config or EngineConfig(), chat_template_config)
@@ -67,7 +68,7 @@ def pipeline(
         template_config.validate()
     vision = vision_config or VisionConfig()
     vision.validate()
-    folder = engine_for(path, _build_options(config))
+    folder = _engine(path, config)
     free = _available_memory()
     features = feature_bytes(vision.feature_cache_bytes, free)
     vision = dataclasses.replace(vision, feature_cache_bytes=features)
@@ -186,10 +187,25 @@ def _apply(
     return config, template
 
 
+def _engine(path: str, config: EngineConfig) -> Path:
+    """The engine of `path`.
+
+    One of a checkpoint is built for the window asked for only where that cannot be made at load:
+    an engine takes long to build, and all the space of its weights.
+    """
+    options, asked = _build_options(config), config.session_len
+    folder = engine_for(path, options)
+    if asked is None or folder == env.expanded(path):
+        return folder
+    manifest = load_manifest(folder)
+    if asked > manifest.decode.session_len and window_is_fixed(manifest):
+        return engine_for(path, {**options, "session-len": str(asked)})
+    return folder
+
+
 def _build_options(config: EngineConfig) -> dict[str, str]:
     """What a checkpoint is built with: only what was asked for."""
     options = {
-        "session-len": config.session_len,
         "max-batch-size": config.max_batch_size,
         "dtype": None if config.dtype == "auto" else config.dtype,
         "revision": config.revision,

@@ -7,6 +7,7 @@ import logging
 from vlmforge.api.config import EngineConfig
 from vlmforge.backends import LoadOptions
 from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.field_rules import shown
 from vlmforge.limits import available_cpus, available_memory
@@ -26,20 +27,12 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     """Slots and window that fit `free` bytes, so that nothing dies for want of memory later.
 
     Raises:
-        ConfigError: the engine has no window of this size.
+        ConfigError: the engine cannot be given a window of this size.
         BackendUnavailableError: not even one sequence fits.
     """
     manifest = bundle.manifest
-    capacity = config.session_len or manifest.decode.session_len
-    if capacity > manifest.decode.session_len:
-        raise ConfigError(
-            "session_len is larger than the engine's window.",
-            found=f"session_len={capacity}",
-            expected=f"at most {manifest.decode.session_len}",
-            fix=f"build-engine CHECKPOINT -o {bundle.folder} --session-len {capacity} --force, "
-            f"where CHECKPOINT is {manifest.provenance.source}",
-        )
-    weights = sum(part.loaded_bytes for part in manifest.parts)
+    capacity = _window(bundle, config)
+    weights = sum(part.loaded_bytes for part in manifest.parts) + _longer_tables(manifest, capacity)
     pack = weights <= _PACK_SHARE * free
     if not pack:
         logger.warning(
@@ -82,6 +75,50 @@ def feature_bytes(asked: int | None, free: float) -> int:
             fix="VisionConfig(feature_cache_bytes=...) with less, or leave it out",
         )
     return int(asked)
+
+
+def window_is_fixed(manifest: Manifest) -> bool:
+    """Whether the engine's window can only be shorter than the one that it was built for."""
+    compiled_in = manifest.part("decoder").rotary_tables is None
+    return compiled_in or not manifest.decode.positions.extends
+
+
+def _window(bundle: Bundle, config: EngineConfig) -> int:
+    """Tokens of a sequence: as asked for, or as the engine was built."""
+    manifest, asked = bundle.manifest, config.session_len
+    built, positions = manifest.decode.session_len, manifest.decode.positions
+    if asked is None or asked <= built:
+        return asked or built
+    if window_is_fixed(manifest):
+        rebuild = f"build-engine CHECKPOINT -o {bundle.folder} --session-len {asked} --force"
+        raise ConfigError(
+            "session_len is larger than the engine's window.",
+            found=f"session_len={asked}",
+            expected=f"at most {built}",
+            fix=f"{rebuild}, where CHECKPOINT is {manifest.provenance.source}",
+        )
+    attended, trained = positions.attention_window, positions.trained_length
+    if attended is not None and asked > attended:
+        raise ConfigError(
+            "session_len is larger than what the model attends to.",
+            found=f"session_len={asked}",
+            expected=f"at most {attended}",
+            fix=f"EngineConfig(session_len={attended})",
+        )
+    if trained is not None and asked > trained:
+        logger.warning(
+            "session_len=%d is beyond the %d tokens that the model was trained for; answers to "
+            "longer conversations may degrade",
+            asked,
+            trained,
+        )
+    return asked
+
+
+def _longer_tables(manifest: Manifest, capacity: int) -> int:
+    """Bytes of the rotary tables that are made for a longer window than the built one."""
+    decode = manifest.decode
+    return decode.positions.table_bytes(capacity) if capacity > decode.session_len else 0
 
 
 def _threads(asked: int | None) -> int | None:

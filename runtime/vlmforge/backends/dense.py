@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vlmforge.backends import FloatArray, KeyValues
+from vlmforge.backends.rows import Exchange
 from vlmforge.engine.manifest import KVLayout
 from vlmforge.errors import BackendUnavailableError, SessionError
 from vlmforge.runner.interface import cache_names
@@ -20,7 +21,8 @@ class DenseCache:
     def __init__(self, kv: KVLayout, rows: int, capacity: int) -> None:
         self._shape = (rows, kv.kv_heads, capacity, kv.head_dim)
         names = cache_names(kv)
-        self._scratch = np.empty((capacity, kv.head_dim), np.float32)
+        # As long as a row of one tensor, but only as much of it is touched as is used.
+        self._scratch = np.empty(math.prod(self._shape[1:]), np.float32)
         self._memory = {name: _lazy_memory(math.prod(self._shape) * 4) for name in names}
         self._arrays = {
             name: np.frombuffer(memory, np.float32).reshape(self._shape)
@@ -37,17 +39,24 @@ class DenseCache:
         for array in self._arrays.values():
             array[target, :, :tokens] = array[source, :, :tokens]
 
-    def exchange(self, first: int, second: int, tokens: int) -> None:
-        """The first `tokens` tokens of two rows change places.
+    def exchange(self, rows: Exchange) -> None:
+        """Two rows change places, and memory goes back behind what is the shorter one now.
 
         Needs no memory of its own, so that it cannot fail halfway.
         """
-        kept = self._scratch[:tokens]
+        longer, shorter = (rows.first, rows.first_tokens), (rows.second, rows.second_tokens)
+        if longer[1] < shorter[1]:
+            longer, shorter = shorter, longer
+        (full, most), (other, common) = longer, shorter
+        _, heads, _, width = self._shape
+        kept = self._scratch[: heads * common * width].reshape(heads, common, width)
         for array in self._arrays.values():
-            for a, b in zip(array[first, :, :tokens], array[second, :, :tokens], strict=True):
-                kept[:] = a
-                a[:] = b
-                b[:] = kept
+            kept[:] = array[full, :, :common]
+            array[full, :, :common] = array[other, :, :common]
+            array[other, :, :common] = kept
+            array[other, :, common:most] = array[full, :, common:most]
+        if most > common:
+            self.drop(full, common)
 
     def read(self, row: int, tokens: int) -> KeyValues:
         """A copy of the first `tokens` tokens of a row: `[kv_heads, tokens, head_dim]` each."""

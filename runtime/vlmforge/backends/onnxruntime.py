@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from typing_extensions import override
@@ -36,6 +37,9 @@ from vlmforge.runner import interface
 PROVIDER = "CPUExecutionProvider"
 _BOUND_LAYOUTS = 256
 
+Order = list[int] | slice
+"""Of a batch's rows in the cache; a slice where they lie as they are."""
+
 
 def physical_cores() -> int:
     """Cores that this process may use, hyper-threads counted once; no more than its quota of time.
@@ -53,8 +57,17 @@ def physical_cores() -> int:
     return min(len(cores) or allowed, allowed)
 
 
-def _session(path: Path, part: Part, options: LoadOptions, dtype: str) -> ort.InferenceSession:
+def _session(
+    path: Path,
+    part: Part,
+    options: LoadOptions,
+    dtype: str,
+    weights: Mapping[str, ort.OrtValue] = MappingProxyType({}),
+) -> ort.InferenceSession:
+    """`weights` take the place of those of the file; they must live as long as the session."""
     settings = ort.SessionOptions()
+    for name, value in weights.items():
+        settings.add_initializer(name, value)
     settings.intra_op_num_threads = options.threads or physical_cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
@@ -78,6 +91,18 @@ def _session(path: Path, part: Part, options: LoadOptions, dtype: str) -> ort.In
         ) from error
 
 
+def _longer_tables(manifest: Manifest, part: Part, capacity: int) -> Mapping[str, ort.OrtValue]:
+    """Rotary tables for a longer window than the engine was built for, by their weights' names."""
+    decode = manifest.decode
+    if capacity <= decode.session_len or part.rotary_tables is None:
+        return {}
+    made = decode.positions.longer_tables(capacity)
+    if made is None:
+        return {}
+    values = map(ort.OrtValue.ortvalue_from_numpy, made)
+    return dict(zip(part.rotary_tables, values, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class _Vision(VisionSession):
     session: ort.InferenceSession
@@ -87,17 +112,66 @@ class _Vision(VisionSession):
         return np.asarray(features, np.float32)
 
 
-class _Decoder(DecoderSession):
-    def __init__(self, session: ort.InferenceSession, kv: KVLayout, options: LoadOptions) -> None:
+class _TokenSteps:
+    """What steps of one token for each row give and take: arrays that stay where they are.
+
+    Binding a step anew takes as long as a small decoder's arithmetic.
+    """
+
+    def __init__(self, session: ort.InferenceSession, rows: int) -> None:
+        inputs = {item.name: item for item in session.get_inputs()}
+        outputs = {item.name: item for item in session.get_outputs()}
+        self._has_levels = interface.ROTARY_LEVELS.name in inputs
         self._session = session
+        self._inputs = {
+            interface.INPUT_IDS.name: np.zeros((rows, 1), np.int64),
+            interface.PAST_LENGTHS.name: np.zeros(rows, np.int64),
+            interface.LOGITS_INDICES.name: np.zeros((rows, 1), np.int64),
+        }
+        if self._has_levels:
+            self._inputs[interface.ROTARY_LEVELS.name] = np.zeros(rows, np.int64)
+        self.no_features = np.zeros((1, inputs[interface.IMAGE_FEATURES].shape[1]), np.float32)
+        self.logits = np.zeros((rows, 1, outputs[interface.LOGITS].shape[2]), np.float32)
+
+    def bind(self, rows: int) -> ort.IOBinding:
+        """The first `rows` rows of all arrays; the caches are still to be bound."""
+        binding = self._session.io_binding()
+        binding.bind_cpu_input(interface.IMAGE_FEATURES, self.no_features)
+        for name, array in self._inputs.items():
+            binding.bind_cpu_input(name, array[:rows])
+        logits = ort.OrtValue.ortvalue_from_numpy(self.logits[:rows])
+        binding.bind_ortvalue_output(interface.LOGITS, logits)
+        return binding
+
+    def take(self, batch: DecoderBatch, order: Order) -> bool:
+        """Whether it is such a step, and its arrays are taken over."""
+        rows, length = batch.input_ids.shape
+        levels = batch.rotary_levels
+        if length != 1 or batch.image_features is not None or batch.logits_indices.shape[1] != 1:
+            return False
+        if (levels is not None) != self._has_levels:
+            return False
+        self._inputs[interface.INPUT_IDS.name][:rows] = batch.input_ids[order]
+        self._inputs[interface.PAST_LENGTHS.name][:rows] = batch.past_lengths[order]
+        if levels is not None:
+            self._inputs[interface.ROTARY_LEVELS.name][:rows] = levels[order]
+        return True
+
+
+class _Decoder(DecoderSession):
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        kv: KVLayout,
+        options: LoadOptions,
+        weights: Mapping[str, ort.OrtValue],
+    ) -> None:
+        self._session = session
+        self._weights = weights  # the session refers to them
         self._cache = DenseCache(kv, options.slots, options.capacity)
         self._rows = Rows(options.slots)
-        self._hidden = self._feature_width()
-        self._bound: OrderedDict[tuple[int, int], dict[str, ort.OrtValue]] = OrderedDict()
-
-    def _feature_width(self) -> int:
-        inputs = {item.name: item for item in self._session.get_inputs()}
-        return int(inputs[interface.IMAGE_FEATURES].shape[1])
+        self._tokens = _TokenSteps(session, options.slots)
+        self._bound: OrderedDict[tuple[int, int], ort.IOBinding] = OrderedDict()
 
     @override
     def move(self, move: Move) -> None:
@@ -120,10 +194,26 @@ class _Decoder(DecoderSession):
     def step(self, batch: DecoderBatch) -> FloatArray:
         arrangement = self._rows.arrange(batch.slots)
         for exchange in arrangement.exchanges:
-            self._cache.exchange(exchange.first, exchange.second, exchange.tokens)
-        order = list(arrangement.order)
-        in_order = order == sorted(order)
-        binding = self._bind(batch, None if in_order else order, arrangement.first_row)
+            self._cache.exchange(exchange)
+        rows, length = batch.input_ids.shape
+        order: Order = list(arrangement.order)
+        if order == list(range(rows)):
+            order = slice(rows)
+        one_token = self._tokens.take(batch, order)
+        if one_token:
+            binding = self._token_binding(arrangement.first_row, rows)
+        else:
+            binding = self._binding(batch, order, arrangement.first_row)
+        self._run(binding, batch)
+        for slot, past in zip(batch.slots, batch.past_lengths.tolist(), strict=True):
+            self._rows.set_tokens(slot, past + length)
+        # Copied: what comes may be a view of memory that goes with the binding, or is used again.
+        given = self._tokens.logits[:rows] if one_token else binding.get_outputs()[-1].numpy()
+        logits = np.empty(given.shape, np.float32)
+        logits[order] = given
+        return logits
+
+    def _run(self, binding: ort.IOBinding, batch: DecoderBatch) -> None:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
@@ -133,51 +223,45 @@ class _Decoder(DecoderSession):
                 expected=f"a step of {batch.input_ids.shape} tokens",
                 fix="vlmforge verify ENGINE; if it fails too, rebuild the engine",
             ) from error
-        for slot, past in zip(batch.slots, batch.past_lengths, strict=True):
-            self._rows.set_tokens(slot, int(past) + batch.input_ids.shape[1])
-        # Copied: what comes may be a view of memory that goes with the binding.
-        given = binding.get_outputs()[-1].numpy()
-        if in_order:
-            return np.array(given, np.float32)
-        logits = np.empty(given.shape, np.float32)
-        logits[order] = given
-        return logits
 
-    def _bind(self, batch: DecoderBatch, order: list[int] | None, first: int) -> ort.IOBinding:
-        """`order`: of the batch's rows in the cache; None: theirs."""
+    def _binding(self, batch: DecoderBatch, order: Order, first: int) -> ort.IOBinding:
+        """`order`: of the batch's rows in the cache, from row `first` on."""
         features = batch.image_features
-        if features is None:
-            features = np.zeros((1, self._hidden), np.float32)
-        rows = {
+        inputs = {
             interface.INPUT_IDS.name: batch.input_ids,
             interface.PAST_LENGTHS.name: batch.past_lengths,
             interface.LOGITS_INDICES.name: batch.logits_indices,
         }
         if batch.rotary_levels is not None:
-            rows[interface.ROTARY_LEVELS.name] = batch.rotary_levels
+            inputs[interface.ROTARY_LEVELS.name] = batch.rotary_levels
+        if features is None:
+            features = self._tokens.no_features
         binding = self._session.io_binding()
         binding.bind_cpu_input(interface.IMAGE_FEATURES, np.ascontiguousarray(features))
-        for name, value in rows.items():
-            placed = value if order is None else value[order]
-            binding.bind_cpu_input(name, np.ascontiguousarray(placed))
-        for past, cache in self._buffers(first, len(batch.input_ids)).items():
-            binding.bind_ortvalue_input(past, cache)
-            binding.bind_ortvalue_output(interface.present_of(past), cache)
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value[order]))
+        self._bind_cache(binding, first, len(batch.input_ids))
         binding.bind_output(interface.LOGITS, "cpu")
         return binding
 
-    def _buffers(self, first: int, count: int) -> dict[str, ort.OrtValue]:
-        """The rows `first .. first + count` of each cache, where they lie."""
-        key = (first, count)
+    def _token_binding(self, first: int, rows: int) -> ort.IOBinding:
+        """Of one token for each of the rows `first .. first + rows`; made once."""
+        key = (first, rows)
         if key not in self._bound:
-            self._bound[key] = {
-                name: ort.OrtValue.ortvalue_from_numpy(rows)
-                for name, rows in self._cache.rows(first, count)
-            }
+            binding = self._tokens.bind(rows)
+            self._bind_cache(binding, first, rows)
+            self._bound[key] = binding
         self._bound.move_to_end(key)
         if len(self._bound) > _BOUND_LAYOUTS:
             self._bound.popitem(last=False)
         return self._bound[key]
+
+    def _bind_cache(self, binding: ort.IOBinding, first: int, count: int) -> None:
+        """The rows `first .. first + count` of each tensor, where they lie."""
+        for past, rows in self._cache.rows(first, count):
+            value = ort.OrtValue.ortvalue_from_numpy(rows)
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(interface.present_of(past), value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +278,9 @@ class OnnxRuntimeBackend(Backend):
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
         part = manifest.part("decoder")
-        return _Decoder(
-            _session(folder / part.file, part, options, manifest.dtype), manifest.kv, options
-        )
+        weights = _longer_tables(manifest, part, options.capacity)
+        session = _session(folder / part.file, part, options, manifest.dtype, weights)
+        return _Decoder(session, manifest.kv, options, weights)
 
     @override
     def check(self) -> None:

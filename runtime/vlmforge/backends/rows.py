@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Rows `first` and `second` change places, as far as their first `tokens` tokens."""
+    """Rows `first` and `second` change places; so many tokens of each matter."""
 
     first: int
     second: int
-    tokens: int
+    first_tokens: int
+    second_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Rows:
         self._row_of = list(range(count))
         self._slot_in = list(range(count))
         self._tokens = [0] * count  # by row
+        self._latest = range(0)  # the rows of the latest arrangement
 
     def row(self, slot: int) -> int:
         """Where a slot is now."""
@@ -49,6 +51,8 @@ class Rows:
 
     def arrange(self, slots: Sequence[int]) -> Arrangement:
         """Bring the slots, all different, side by side; as few tokens as possible are moved."""
+        if len(slots) == 1:
+            return self._alone(slots[0])
         members = {self._row_of[slot] for slot in slots}
         first = min(members)
         if max(members) - first + 1 > len(slots):  # mostly they are side by side already
@@ -58,7 +62,19 @@ class Rows:
         away = sorted(members.difference(window))
         exchanges = tuple(self._exchange(a, b) for a, b in zip(guests, away, strict=True))
         place = {slot: index for index, slot in enumerate(slots)}
+        self._latest = window
         return Arrangement(first, tuple(place[self._slot_in[row]] for row in window), exchanges)
+
+    def _alone(self, slot: int) -> Arrangement:
+        """One that holds nothing yet goes where it will be wanted: beside those that ran last."""
+        row, latest = self._row_of[slot], self._latest
+        exchanges: tuple[Exchange, ...] = ()
+        beside = [r for r in (latest.start - 1, latest.stop) if 0 <= r < len(self._row_of)]
+        if self._tokens[row] == 0 and row not in (*latest, *beside) and latest and beside:
+            exchanges = (self._exchange(row, min(beside, key=self._tokens.__getitem__)),)
+            row = self._row_of[slot]
+        self._latest = range(row, row + 1)
+        return Arrangement(row, (0,), exchanges)
 
     def _cheapest_window(self, members: set[int], length: int) -> int:
         """The first of `length` rows for which the fewest tokens have to move."""
@@ -76,9 +92,9 @@ class Rows:
         return first
 
     def _exchange(self, first: int, second: int) -> Exchange:
-        tokens = max(self._tokens[first], self._tokens[second])
+        exchange = Exchange(first, second, self._tokens[first], self._tokens[second])
         for values in (self._slot_in, self._tokens):
             values[first], values[second] = values[second], values[first]
         for row in (first, second):
             self._row_of[self._slot_in[row]] = row
-        return Exchange(first, second, tokens)
+        return exchange

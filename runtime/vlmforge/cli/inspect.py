@@ -12,7 +12,6 @@ from vlmforge.inputs.messages import parse_prompt
 from vlmforge.inputs.render import marked_tokenizer_json, render_prompt
 from vlmforge.inputs.template_choice import choose_template
 from vlmforge.inputs.tokenizer import TextTokenizer
-from vlmforge.vl.tiling import token_rows
 
 _QUESTION = "What is shown in this picture?"
 _PHOTO = (640, 480)
@@ -104,11 +103,10 @@ def _part(folder: Path, part: Part) -> str:
 
 def _policies(manifest: Manifest) -> str:
     image, prompt, decode = manifest.image, manifest.prompt, manifest.decode
-    height, width = image.crop
     rows = {
-        "image": f"{image.name} to {width}x{height}, {image.resample}; " + _image_tokens(manifest),
+        "image": f"{image}; {_image_tokens(manifest)}",
         "prompt": f"template {prompt.template_name!r}, images at {prompt.image_placeholder!r} "
-        f"({prompt.image_splice}); also: {', '.join(prompt.templates) or 'none'}",
+        f"({prompt.splice.name}); also: {', '.join(prompt.templates) or 'none'}",
         "stops": f"ids {', '.join(map(str, decode.eos_ids))}"
         + (f", words {', '.join(map(repr, prompt.stop_words))}" if prompt.stop_words else ""),
     }
@@ -116,19 +114,15 @@ def _policies(manifest: Manifest) -> str:
 
 
 def _image_tokens(manifest: Manifest) -> str:
-    tiling, most = manifest.image.tiling, manifest.decode.tokens_per_image
-    if tiling is None:
+    most = manifest.decode.tokens_per_image
+    if not manifest.image.sized:
         return f"{most} tokens an image"
-    canvases = ", ".join(f"{width}x{height}" for width, height in tiling.canvases)
-    return (
-        f"at most {most} tokens an image, {_example_tokens(manifest)} one of {_photo()}; "
-        f"in views of {tiling.tile}x{tiling.tile} from {canvases}"
-    )
+    return f"at most {most} tokens an image, {_example_tokens(manifest)} one of {_photo()}"
 
 
 def _example_tokens(manifest: Manifest) -> int:
-    tiling = manifest.image.tiling
-    return manifest.decode.tokens_per_image if tiling is None else len(token_rows(_PHOTO, tiling))
+    rows = manifest.image.rows(_PHOTO)
+    return manifest.decode.tokens_per_image if rows is None else len(rows)
 
 
 def _photo() -> str:

@@ -1,32 +1,48 @@
 """The manifest (`engine.json`): the one typed thing that flows from the builder to the runtime.
 
-The runtime branches on the policies named here and never on a model's name.
+The runtime calls the policies that stand here and never branches on a model's name, nor on a
+policy's. A new field has a default, so that engines of before it load; where a layout changes, the
+schema version goes up and `migration` reads the older ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
-from vlmforge.engine.image_policy import ImagePolicy
+from typing_extensions import override
+
+from vlmforge.engine.fields import (
+    FLOATS,
+    ByteCount,
+    Count,
+    Dimension,
+    DimSize,
+    FilePath,
+    FloatType,
+    ImageTokens,
+    Name,
+    Sha256,
+    TokenCount,
+    TokenId,
+)
+from vlmforge.engine.images import ImagePolicy
+from vlmforge.engine.migration import SCHEMA_VERSION, upgraded
 from vlmforge.engine.positions import PositionPolicy
+from vlmforge.engine.prompts import PromptPolicy
 from vlmforge.engine.regular_file import read_regular
-from vlmforge.engine.schema import data_json, from_json, parse_json, to_data
+from vlmforge.engine.schema import Agreeing, data_json, from_json, parse_json, to_data
 from vlmforge.errors import EngineFormatError, EngineIntegrityError
+from vlmforge.field_rules import Choice, Int
 
-SCHEMA_VERSION = 2
-"""What build-engine writes.
-
-1 is read too: it differs in having no digest, so that nothing tells if its values were changed.
-"""
 MANIFEST_FILE = "engine.json"
 
 _WITHOUT_DIGEST = 1
-_READ = (_WITHOUT_DIGEST, SCHEMA_VERSION)
+_READ = range(1, SCHEMA_VERSION + 1)
 _DIGEST = "digest"
 _MOST_BYTES = 1 << 24
 
@@ -35,34 +51,34 @@ _MOST_BYTES = 1 << 24
 class TensorSpec:
     """An input or output of a part. A string in `shape` is a symbolic dimension."""
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    name: Name
+    dtype: Name
+    shape: tuple[Annotated[int | str, Dimension()], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
     """A file of the engine: path relative to `engine.json`, size in bytes, sha256 in hex."""
 
-    path: str
-    size: int
-    sha256: str
+    path: FilePath
+    size: ByteCount
+    sha256: Annotated[str, Sha256()]
 
 
 @dataclass(frozen=True, slots=True)
 class DimRange:
     """Least, usual and most of a symbolic dimension."""
 
-    least: int
-    usual: int
-    most: int
+    least: DimSize
+    usual: DimSize
+    most: DimSize
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
     """Ranges of all symbolic dimensions that a part was compiled for, and what it is for."""
 
-    name: str
+    name: Name
     dims: Mapping[str, DimRange]
 
 
@@ -80,125 +96,37 @@ class Part:
         profiles: Shapes that it was compiled for, in order; empty: any.
         layers: File of its layer report (`layer_report`), or None.
         aliases: Outputs that are written where an input is, by the input's name.
+        rotary_tables: Names of its weights that are the cosines and sines of positions, where the
+            backend can be given longer ones at load; None: they are compiled in, or not known.
     """
 
-    name: str
-    file: str
-    data: tuple[str, ...]
+    name: Name
+    file: FilePath
+    data: tuple[FilePath, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    weight_bytes: int
-    loaded_bytes: int
+    weight_bytes: ByteCount
+    loaded_bytes: ByteCount
     profiles: tuple[Profile, ...]
-    layers: str | None
-    aliases: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class TemplateParts:
-    """A chat template by its parts, in the layout of `ChatTemplateConfig`.
-
-    `{system}{meta_instruction}{eosys}{user}{q}{eoh}{assistant}{a}{eoa}{separator}{user}...`
-    `meta_instruction=None` leaves the whole system block out. `strip_end` removes trailing white
-    space from the end of the prompt.
-    """
-
-    system: str
-    meta_instruction: str | None
-    eosys: str
-    user: str
-    eoh: str
-    assistant: str
-    eoa: str
-    separator: str
-    stop_words: tuple[str, ...]
-    strip_end: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSpelling:
-    """How the image splice "named_span" writes an image.
-
-    `{begin}{name}{end}` in text; in ids the begin token, the bytes of the name as ids, padding with
-    the policy's `image_token_id` up to the image's length, and the end token.
-
-    Attributes:
-        begin, end: Texts of the tokens around the name.
-        begin_id, end_id: Their ids.
-        max_name_bytes: The longest name; a longer path is refused.
-        stand_in: The name of an image that has none, such as one given as bytes.
-    """
-
-    begin: str
-    end: str
-    begin_id: int
-    end_id: int
-    max_name_bytes: int
-    stand_in: str
-
-
-@dataclass(frozen=True, slots=True)
-class PromptPolicy:
-    """How messages become token ids and image spans.
-
-    Attributes:
-        template_name: Name of the template frozen into `chat_template.jinja`.
-        template_file: Path of that file.
-        stop_words: Stop words of the frozen template; they stop generation beside the eos ids.
-        templates: Named alternatives that `ChatTemplateConfig(model_name=...)` selects.
-        image_placeholder: What the template writes where an image goes.
-        image_splice: "inline_token": the placeholder is a token of the tokenizer, the text is
-            encoded as a whole. "split_text": the text is split at the placeholder and each chunk
-            is encoded alone. "named_span": as "split_text", and an image is written as `spelling`
-            says.
-        image_token_id: Id of the placeholder's token; where the tokenizer has none, the id that
-            the original implementation writes at an image.
-        bos_id: Token put before the prompt, or None.
-        bos_token, eos_token: Their texts, for templates that use them.
-        image_line: What is written for an image that the user has not placed, before the text
-            or between texts; `{image}` is the image and `{n}` its number in its message, from 1.
-        text_separator: Put between the texts and image lines of a message.
-        content_tokens: None: the prompt's text is encoded as a whole, special tokens in it
-            recognised. Otherwise what the template writes and each message's content are encoded
-            apart, and in a content only these special tokens are recognised.
-        spelling: How "named_span" writes images; None for the others.
-        history_window: The oldest turns are left out until fewer tokens than this come before
-            the content of the last user message; None leaves nothing out.
-        box_format: How the boxes in an answer are written (`vlmforge.vl.boxes`), or None.
-    """
-
-    template_name: str
-    template_file: str
-    stop_words: tuple[str, ...]
-    templates: Mapping[str, TemplateParts]
-    image_placeholder: str
-    image_splice: str
-    image_token_id: int
-    bos_id: int | None
-    bos_token: str
-    eos_token: str
-    image_line: str
-    text_separator: str
-    content_tokens: tuple[str, ...] | None
-    spelling: ImageSpelling | None
-    history_window: int | None
-    box_format: str | None
+    layers: FilePath | None
+    aliases: Mapping[str, Name]
+    rotary_tables: tuple[Name, Name] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePolicy:
     """Facts of the decoder that generation needs. Ids >= `vocab_size` index image features.
 
-    `tokens_per_image` is what every image takes, or, with a tiling in the image policy, the most
-    that one takes.
+    `tokens_per_image` is what every image takes, or, where that depends on its size, the most that
+    one takes. `session_len` is the window that it was built for.
     """
 
-    vocab_size: int
-    hidden_size: int
-    eos_ids: tuple[int, ...]
-    tokens_per_image: int
-    session_len: int
-    max_batch_size: int
+    vocab_size: TokenCount
+    hidden_size: Count
+    eos_ids: tuple[TokenId, ...]
+    tokens_per_image: ImageTokens
+    session_len: TokenCount
+    max_batch_size: Count
     positions: PositionPolicy
 
 
@@ -210,11 +138,11 @@ class KVLayout:
     `[pages, kv_heads, page_size, head_dim]`.
     """
 
-    layers: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-    page_size: int | None
+    layers: Annotated[int, Int(1, 1 << 12)]
+    kv_heads: Annotated[int, Int(1, 1 << 12)]
+    head_dim: Annotated[int, Int(1, 1 << 14)]
+    dtype: Annotated[str, Choice((*FLOATS, "float8_e4m3fn"))]
+    page_size: Count | None
 
     @property
     def bytes_per_token(self) -> int:
@@ -227,7 +155,7 @@ class KVLayout:
 class ParallelLayout:
     """Tensor parallelism that the parts were sharded for."""
 
-    tp: int
+    tp: Annotated[int, Int(1, 1 << 10)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,27 +175,39 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Agreeing):
     """All that the runtime knows of an engine.
 
     `dtype` is how weights are stored, but for those of the decoder that `quantisation`, "int8" or
     "int4", is of; `compute_dtype` is what the backend calculates in.
     """
 
-    schema_version: int
-    backend: str
-    dtype: str
-    quantisation: str | None
-    compute_dtype: str
+    schema_version: Annotated[int, Int(SCHEMA_VERSION, SCHEMA_VERSION)]
+    backend: Name
+    dtype: FloatType
+    quantisation: Annotated[str, Choice(("int8", "int4"))] | None
+    compute_dtype: FloatType
     parts: tuple[Part, ...]
     image: ImagePolicy
     prompt: PromptPolicy
     decode: DecodePolicy
     kv: KVLayout
     parallel: ParallelLayout
-    tokenizer_file: str
+    tokenizer_file: FilePath
     files: tuple[FileEntry, ...]
     provenance: Provenance
+
+    @override
+    def disagreements(self) -> Iterator[tuple[str, str]]:
+        names, paths = [part.name for part in self.parts], [entry.path for entry in self.files]
+        outputs = [output for part in self.parts for output in part.outputs]
+        logits = [n for output in outputs if output.name == "logits" for n in output.shape[-1:]]
+        if len(set(names)) < len(names):
+            yield "parts", "parts of different names"
+        if len(set(paths)) < len(paths):
+            yield "files", "each file once"
+        if any(n != self.decode.vocab_size for n in logits if isinstance(n, int)):
+            yield "decode.vocab_size", "as many as the decoder gives logits"
 
     def part(self, name: str) -> Part:
         """The part called `name` (EngineFormatError when there is none)."""
@@ -292,9 +232,7 @@ def manifest_digest(data: Mapping[str, object]) -> str:
 def dump_manifest(manifest: Manifest) -> str:
     """The text of `engine.json`, with a digest of all that it says."""
     data = cast("dict[str, object]", to_data(manifest))
-    if manifest.schema_version > _WITHOUT_DIGEST:
-        data[_DIGEST] = manifest_digest(data)
-    return data_json(data)
+    return data_json({**data, _DIGEST: manifest_digest(data)})
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -305,8 +243,6 @@ def load_manifest(folder: Path) -> Manifest:
             missing, twice there or of a wrong type, or a value out of range.
         EngineIntegrityError: its digest is not that of its values.
     """
-    from vlmforge.engine.manifest_rules import check_manifest  # it needs the classes above
-
     path = folder / MANIFEST_FILE
     data = _read(folder, path)
     version = data.get("schema_version") if isinstance(data, dict) else None
@@ -314,14 +250,12 @@ def load_manifest(folder: Path) -> Manifest:
         raise EngineFormatError(
             f"{path} is of another schema version.",
             found=f"schema_version {version!r}"[:100],
-            expected=" or ".join(f"schema_version {known}" for known in _READ),
+            expected="one of " + ", ".join(map(str, _READ)),
             fix="rebuild the engine with the build-engine of this version",
         )
     if version > _WITHOUT_DIGEST:
         _check_digest(path, data)
-    manifest = from_json(Manifest, data, MANIFEST_FILE)
-    check_manifest(manifest)
-    return manifest
+    return from_json(Manifest, upgraded(data, version), MANIFEST_FILE)
 
 
 def _read(folder: Path, path: Path) -> object:

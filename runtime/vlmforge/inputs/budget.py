@@ -28,6 +28,8 @@ _MOST_CHARACTERS = 16_000_000
 _MOST_ITEMS = 500_000
 _MOST_DEPTH = 100
 _CONTAINERS = (list, tuple, Mapping, AbstractSet, ValuesView)
+_PLAIN = frozenset((str, int, bool, float, type(None)))
+"""The types of most values; what they hold is told without asking whether they are containers."""
 
 
 class TemplateLimitError(jinja2.TemplateError):
@@ -86,6 +88,8 @@ def size_of(value: object) -> int:
         below: list[object] = []
         for item in level:
             total += _PER_ITEM + _own_size(item)
+            if type(item) in _PLAIN:
+                continue
             items += _length(item)
             if items > _MOST_ITEMS:
                 raise TemplateLimitError(f"a value of more than {_MOST_ITEMS} items")

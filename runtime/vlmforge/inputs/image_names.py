@@ -7,11 +7,10 @@ the prefix cache knows an image by its pixels. It still decides the prompt's tex
 from __future__ import annotations
 
 import os
-import unicodedata
 
 import PIL.Image
 
-from vlmforge.engine.manifest import ImageSpelling, PromptPolicy
+from vlmforge.engine.prompts import NamedSpan, PromptPolicy
 from vlmforge.errors import PromptError
 from vlmforge.inputs.image_marks import first_content
 from vlmforge.inputs.messages import Image, is_image_address
@@ -38,14 +37,14 @@ def spelled_name(policy: PromptPolicy, image: Image, typed: str | None) -> str:
     Raises:
         PromptError: a path, or what the user typed, is too long.
     """
-    spelling = policy.spelling
-    if spelling is None:
+    spelling = policy.splice
+    if not isinstance(spelling, NamedSpan):
         return ""
     name = typed or given_name(image)
     if not name or spelling.end in name:
         return spelling.stand_in
     try:
-        length = len(_bytes(name))
+        length = len(spelling.name_bytes(name))
     except UnicodeEncodeError:  # a file's name that is no text
         return spelling.stand_in
     if length <= spelling.max_name_bytes:
@@ -57,14 +56,14 @@ def spelled_name(policy: PromptPolicy, image: Image, typed: str | None) -> str:
 
 def name_ids(name: str, length: int, policy: PromptPolicy) -> list[int]:
     """What stands at the positions of an image: its name's bytes, padded to `length` ids."""
-    spelled = list(_bytes(name)) if policy.spelling is not None else []
+    spelled = policy.splice.name_ids(name)
     return spelled + [policy.image_token_id] * (length - len(spelled))
 
 
 def refuse_spelled(text: str, policy: PromptPolicy) -> None:
     """PromptError for a text without images that spells one, or begins to."""
-    spelling = policy.spelling
-    if spelling is None or spelling.begin not in text:
+    spelling = policy.splice
+    if not isinstance(spelling, NamedSpan) or spelling.begin not in text:
         return
     written = first_content(text[text.index(spelling.begin) :])
     closed = spelling.end in written
@@ -80,11 +79,7 @@ def refuse_spelled(text: str, policy: PromptPolicy) -> None:
     )
 
 
-def _bytes(name: str) -> bytes:
-    return unicodedata.normalize("NFC", name).encode("utf-8")
-
-
-def _too_long(name: str, length: int, spelling: ImageSpelling) -> PromptError:
+def _too_long(name: str, length: int, spelling: NamedSpan) -> PromptError:
     return PromptError(
         "The name of an image is too long for this model's prompts.",
         found=f"{length} bytes: {name[:40]!r}...",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmforge.engine.manifest import PromptPolicy
+from vlmforge.engine.prompts import PromptPolicy
 from vlmforge.errors import PromptError
 from vlmforge.inputs import image_marks as marks
 from vlmforge.inputs.content import string_roles
@@ -67,7 +67,7 @@ def marked_tokenizer_json(tokenizer_json: str, policy: PromptPolicy) -> str:
     Raises:
         EngineFormatError: it is no tokenizer.
     """
-    if policy.image_splice != "inline_token":
+    if not policy.splice.whole:
         return tokenizer_json
     data = parse_tokenizer(tokenizer_json)
     for token in data["added_tokens"]:
@@ -131,10 +131,9 @@ def _cut(marked: str) -> tuple[list[str], list[str | None]]:
 
 
 def _text(chunks: Sequence[str], names: Sequence[str], policy: PromptPolicy) -> str:
-    text, spelling = chunks[0], policy.spelling
+    text = chunks[0]
     for name, chunk in zip(names, chunks[1:], strict=True):
-        spelled = f"{spelling.begin}{name}{spelling.end}" if spelling else policy.image_placeholder
-        text += spelled + chunk
+        text += policy.splice.written(name, policy.image_placeholder) + chunk
     return without_borders(text)
 
 
@@ -236,16 +235,13 @@ def _interleaved(message: Message, policy: PromptPolicy) -> str:
 
 def _placeholder(policy: PromptPolicy) -> re.Pattern[str]:
     """What an image looks like in the family's own prompts."""
-    spelling = policy.spelling
-    if spelling is None:
-        return re.compile(re.escape(policy.image_placeholder))
-    return re.compile(f"{re.escape(spelling.begin)}(.*?){re.escape(spelling.end)}", re.DOTALL)
+    return policy.splice.pattern(policy.image_placeholder)
 
 
 def _mark_placeholders(text: str, policy: PromptPolicy) -> str:
-    named = policy.spelling is not None
     return _placeholder(policy).sub(
-        lambda found: f"{marks.IMAGE}{found[1]}{marks.NAMED}" if named else marks.IMAGE, text
+        lambda found: f"{marks.IMAGE}{found[1]}{marks.NAMED}" if found.re.groups else marks.IMAGE,
+        text,
     )
 
 
@@ -269,14 +265,12 @@ def _expand(
     lengths: Sequence[int],
 ) -> RenderedPrompt:
     ids, spans, contents = list(pieces[0].ids), list[ImageSpan](), list(pieces[0].contents)
-    spelling = policy.spelling
+    before, behind = policy.splice.around
     for image, (piece, name, length) in enumerate(zip(pieces[1:], names, lengths, strict=True)):
-        if spelling is not None:
-            ids.append(spelling.begin_id)
+        ids += before
         spans.append(ImageSpan(len(ids), length, image))
         ids += name_ids(name, length, policy)
-        if spelling is not None:
-            ids.append(spelling.end_id)
+        ids += behind
         contents += [len(ids) + start for start in piece.contents]
         ids += piece.ids
     return RenderedPrompt(text, tuple(ids), tuple(spans), tuple(contents))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from vlmforge.engine.manifest import TemplateParts
+from vlmforge.engine.prompts import TemplateParts
 from vlmforge.errors import PromptError
 
 _BODY = """\

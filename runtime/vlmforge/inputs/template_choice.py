@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from vlmforge.engine.manifest import PromptPolicy, TemplateParts
+from vlmforge.engine.prompts import PromptPolicy, TemplateParts
 from vlmforge.errors import ConfigError
 from vlmforge.field_rules import shown
 from vlmforge.inputs.template import jinja_from_parts

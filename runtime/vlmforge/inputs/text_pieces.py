@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vlmforge.engine.manifest import PromptPolicy
+from vlmforge.engine.prompts import PromptPolicy
 from vlmforge.inputs import image_marks as marks
 
 _BORDER = re.compile(f"({marks.OPEN}|{marks.CLOSE})")
@@ -42,7 +42,7 @@ def encode_chunks(
     """Ids of the chunks of a text that was cut at its images."""
     if policy.content_tokens is not None:
         pieces = _apart(chunks, policy.content_tokens, encoder)
-    elif policy.image_splice == "inline_token":
+    elif policy.splice.whole:
         pieces = [Encoded()]
         for token in encoder.encode(marks.IMAGE.join(chunks)):
             if token == policy.image_token_id:

@@ -198,6 +198,8 @@ class Spacing:
 
 def _mend_bytes(tokens: Sequence[str]) -> list[str]:
     """`tokens`, those of bytes that are no part of a UTF-8 character replaced by U+FFFD."""
+    if "<0x" not in "".join(tokens):  # mostly
+        return list(tokens)
     mended: list[str] = []
     run: list[str] = []
     for token in tokens:

@@ -6,6 +6,7 @@ derived from the image's content, so equal placeholders of different images neve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,3 +95,20 @@ def common_prefix(first: Keys, second: Keys) -> int:
     length = min(len(first), len(second))
     differs = np.flatnonzero(first[:length] != second[:length])
     return int(differs[0]) if len(differs) else length
+
+
+def joined(keys: Keys, more: Keys | Sequence[int], room: Keys) -> tuple[Keys, Keys]:
+    """`keys` with `more` behind them, and the memory where both lie.
+
+    That is `room` again if `keys` is a beginning of it and `more` fits, so that a token costs no
+    copy of those before it. Who shares `room` sees what is behind `keys` change.
+    """
+    start, end = len(keys), len(keys) + len(more)
+    if keys.base is not room or end > len(room):
+        room = np.empty(2 * end, np.int64)
+        room[:start] = keys
+    if end - start == 1:  # mostly
+        room[start] = more[0]
+    else:
+        room[start:end] = more
+    return room[:end], room

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 from typing_extensions import override
 
-from vlmforge.kv.cache import NO_KEYS, Copy, Drop, Keys, KVCache, Move, common_prefix
+from vlmforge.kv.cache import NO_KEYS, Copy, Drop, Keys, KVCache, Move, common_prefix, joined
 
 
 @dataclass(slots=True)
@@ -21,6 +20,10 @@ class _Slot:
     salt: bytes = b""
     room: int = 0  # blocks that are accounted for
     last_used: int = 0
+    _memory: Keys = field(default_factory=lambda: NO_KEYS)
+
+    def extend(self, keys: Keys) -> None:
+        self.keys, self._memory = joined(self.keys, keys, self._memory)
 
 
 class SlotCache(KVCache):
@@ -100,16 +103,17 @@ class SlotCache(KVCache):
     def grow(self, sequence: int, tokens: int) -> bool:
         slot = self._slots[self._place[sequence]]
         wanted = self._count(tokens)
+        if wanted <= slot.room:  # mostly
+            return tokens <= self._capacity
         if tokens > self._capacity or wanted - slot.room > self._budget - self.held_blocks:
             return False
-        slot.room = max(slot.room, wanted)
+        slot.room = wanted
         self._evict()
         return True
 
     @override
     def note(self, sequence: int, keys: Keys) -> None:
-        slot = self._slots[self._place[sequence]]
-        slot.keys = np.concatenate((slot.keys, keys))
+        self._slots[self._place[sequence]].extend(keys)
 
     @override
     def free(self, sequence: int, *, valid: bool = True) -> None:

@@ -124,11 +124,11 @@ class Sampler:
         """
         if logits.shape != (self._vocab_size,):
             raise ValueError(f"logits of shape {logits.shape}, not ({self._vocab_size},)")
-        token = int(np.argmax(logits))
+        token = int(logits.argmax())
         _check_engine(float(logits[token]))
         edited = self._edited(logits)
         if edited is not logits:
-            token = int(np.argmax(edited))
+            token = int(edited.argmax())
             _check_edited(float(edited[token]))
         if not self._params.greedy:
             token = _draw(*_weights(edited, self._params), self.rng)

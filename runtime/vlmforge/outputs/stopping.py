@@ -54,6 +54,10 @@ class StopScanner:
         """Add the text of one token (it may be empty); the text that can be let through now."""
         if self.matched is not None:
             return ""
+        if self._pattern is None:  # mostly: nothing is held
+            self._passed += len(piece)
+            self._ends.append(self._passed)
+            return piece
         self._held += piece
         end = self._passed + len(self._held)
         self._ends.append(end)

@@ -137,11 +137,10 @@ def interface_of(manifest: Manifest, part: str) -> Interface:
     """What a part of an engine takes and gives; whatever is not the vision part is a decoder."""
     chained = manifest.backend in _CHAINED
     features = "float32" if chained else manifest.compute_dtype
-    image, decode, tiling = manifest.image, manifest.decode, manifest.image.tiling
+    image, decode = manifest.image, manifest.decode
     if part == "vision":
-        size = image.crop if tiling is None else (tiling.tile, tiling.tile)
-        rows = decode.tokens_per_image if tiling is None else tiling.view_rows
-        return VisionInterface(size, rows, decode.hidden_size, features)
+        rows = image.view_rows(decode.tokens_per_image)
+        return VisionInterface(image.view_size, rows, decode.hidden_size, features)
     return DecoderInterface(
         decode.vocab_size,
         decode.hidden_size,

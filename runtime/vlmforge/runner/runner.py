@@ -22,10 +22,10 @@ from vlmforge.outputs.token_chooser import PrefillFacts
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.stages import DecoderInput, Engine
-from vlmforge.runner.step import Row, Step, StepResult
+from vlmforge.runner.step import Row, Step, StepRecord, StepResult
 from vlmforge.vl.prepared import PreparedImage
 
-logger = logging.getLogger("vlmforge")
+logger, steps = logging.getLogger("vlmforge"), logging.getLogger("vlmforge.steps")
 T = TypeVar("T")
 
 
@@ -83,10 +83,15 @@ class Runner:
             ahead: Images that will be asked for next, to fill up a run of the vision part.
         """
         work = _Work(self._engine, self._features, self._active)
+        begun = time.perf_counter()
         work.move(step)
         if step.prefill is not None:
             work.prefill(step.prefill, ahead)
+        prompted = time.perf_counter()
         work.decode(step.decode)
+        if steps.isEnabledFor(logging.DEBUG):
+            prompt, decode = prompted - begun - work.encode, time.perf_counter() - prompted
+            steps.debug("%s", StepRecord(step, begun, work.images, work.encode, prompt, decode))
         return StepResult(work.tokens, frozenset(work.failed))
 
 
@@ -99,6 +104,8 @@ class _Work:
     active: dict[int, _Active]
     tokens: dict[int, int | None] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
+    images: int = 0
+    encode: float = 0.0
 
     def move(self, step: Step) -> None:
         for move in step.moves:
@@ -170,7 +177,8 @@ class _Work:
             active.cached_images = known + len(spans) - len(needed)
         if needed or active.given is None:
             active.given = self.engine.decoder_input(active.job.prompt, active.features)
-        active.encode += time.perf_counter() - begun
+        self.images, self.encode = len(images) - known, time.perf_counter() - begun
+        active.encode += self.encode
         return True
 
     def _run_prompt(self, active: _Active, row: Row) -> FloatArray:

@@ -20,7 +20,7 @@ from vlmforge.backends import (
     load_backend,
 )
 from vlmforge.engine.bundle import Bundle, check_sizes
-from vlmforge.engine.image_policy import Colour
+from vlmforge.engine.images.pixels import Colour
 from vlmforge.engine.manifest import Manifest
 from vlmforge.inputs.history import newest_turns
 from vlmforge.inputs.image_names import given_name
@@ -35,7 +35,6 @@ from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.load import OpenedImage, open_image
 from vlmforge.vl.prepared import PreparedImage, features_digest, prepare, row_keys
 from vlmforge.vl.preprocess import preprocess
-from vlmforge.vl.tiling import Rows, token_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +67,11 @@ class Engine:
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
-        image = dataclasses.replace(self.manifest.image, background=colour)
-        manifest = dataclasses.replace(self.manifest, image=image)
+        image = self.manifest.image
+        shown = dataclasses.replace(
+            image, format=dataclasses.replace(image.format, background=colour)
+        )
+        manifest = dataclasses.replace(self.manifest, image=shown)
         return dataclasses.replace(self, manifest=manifest)
 
     def prepare_image(self, image: PIL.Image.Image, digest: bytes | None = None) -> PreparedImage:
@@ -77,17 +79,17 @@ class Engine:
 
         `digest` identifies the image's content; None: its pixel values do.
         """
-        rows = self._image_rows(upright_size(image))
+        rows = self.manifest.image.rows(upright_size(image))
         return prepare(preprocess(image, self.manifest.image), rows, digest)
 
     def features_digest(self, image: OpenedImage, content: bytes) -> bytes:
         """What `prepare_image(image.decode(), content)` would have as its digest."""
-        return features_digest(content, self._image_rows(image.size))
+        return features_digest(content, self.manifest.image.rows(image.size))
 
     @property
     def needs_sizes(self) -> bool:
         """Whether the number of an image's tokens depends on its size."""
-        return self.manifest.image.tiling is not None
+        return self.manifest.image.sized
 
     def image_tokens(self, image: ImageSource) -> int:
         """Tokens that an image takes; its header is read only if that depends on its size.
@@ -97,7 +99,7 @@ class Engine:
         """
         if not self.needs_sizes:
             return self.manifest.decode.tokens_per_image
-        rows = self._image_rows(self.open_image(image).size)
+        rows = self.manifest.image.rows(self.open_image(image).size)
         return self.manifest.decode.tokens_per_image if rows is None else len(rows)
 
     def open_image(self, source: ImageSource) -> OpenedImage:
@@ -125,11 +127,6 @@ class Engine:
         return Conversation(
             tuple(Message(m.role, tuple(map(block, m.blocks))) for m in conversation.messages)
         )
-
-    def _image_rows(self, size: tuple[int, int]) -> Rows | None:
-        """The rows that become the tokens of an image of this size; None: all, in order."""
-        tiling = self.manifest.image.tiling
-        return None if tiling is None else token_rows(size, tiling)
 
     def render(self, conversation: Conversation, *, do_preprocess: bool = True) -> RenderedPrompt:
         """The prompt's text, ids and image spans; the vision part is not run.

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vlmforge.kv.cache import Move
 
 Logits = Literal["none", "last", "all"]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What a step runs of one sequence.
+class Row(NamedTuple):
+    """What a step runs of one sequence. A tuple: there are many, and they are made fast.
 
     Attributes:
         sequence: Its id.
@@ -70,3 +69,36 @@ class StepResult:
 
     tokens: Mapping[int, int | None]
     failed: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What a step did, and when: the logger "vlmforge.steps" gets one for each, at level DEBUG.
+
+    Attributes:
+        step: As it was planned.
+        begun: When (`time.perf_counter`).
+        images: Of the prompt, that the vision part was run for.
+        encode: Seconds that this took.
+        prompt: Seconds that the part of the prompt took beside.
+        decode: Seconds of the decoding, the choice of tokens included.
+    """
+
+    step: Step
+    begun: float
+    images: int
+    encode: float
+    prompt: float
+    decode: float
+
+    def __str__(self) -> str:
+        did, prefill = [], self.step.prefill
+        if self.images:
+            did.append(f"{self.images} images in {self.encode:.4f} s")
+        if prefill is not None:
+            part = f"prompt of {prefill.sequence} [{prefill.start}:{prefill.stop}]"
+            did.append(f"{part} in {self.prompt:.4f} s")
+        if self.step.decode:
+            names = " ".join(str(row.sequence) for row in self.step.decode)
+            did.append(f"a token of {names} in {self.decode:.4f} s")
+        return ", ".join(did)

@@ -170,8 +170,11 @@ class Loop(lifetime.Owner):
             refusal = _Died(error)
         with self._lock:
             self._refusal = refusal
-        self._take(block=False)  # nothing comes behind these
+        left = self._left()  # nothing comes behind these
         self._jobs.fail_all(refusal)
+        for job in left:
+            job.let_go()
+            job.fail(refusal())
 
     def _receive(self) -> bool:
         """Take what callers sent, waiting when there is nothing to do; False at the end."""
@@ -185,10 +188,29 @@ class Loop(lifetime.Owner):
             except queue.Empty:
                 return
             block = False
+            if item is not None:
+                self._handle(item)
+
+    def _handle(self, item: Job | _Question[Any]) -> None:
+        if isinstance(item, _Question):
+            item.put(self._jobs, self._refusal)
+            return
+        try:
+            self._jobs.add(item)
+        except BaseException:
+            self._inbox.put(item)  # it ends with the others
+            raise
+
+    def _left(self) -> list[Job]:
+        """Jobs that were never taken in; questions are refused."""
+        left = []
+        while not self._inbox.empty():  # nobody else takes from it
+            item = self._inbox.get()
             if isinstance(item, _Question):
                 item.put(self._jobs, self._refusal)
             elif item is not None:
-                self._jobs.add(item)
+                left.append(item)
+        return left
 
 
 class _Question(Generic[T]):

@@ -12,20 +12,34 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from vlmforge.backends import FloatArray
 from vlmforge.errors import ContextLengthError, TokenLedger
 from vlmforge.inputs.messages import Conversation
 from vlmforge.inputs.render import RenderedPrompt
+from vlmforge.kv.cache import Keys
 from vlmforge.outputs.generation_config import TokenFacts
 from vlmforge.outputs.grammar import Guides
 from vlmforge.outputs.token_generator import TokenGenerator
 from vlmforge.runner.job import Job
 from vlmforge.runner.stages import Engine
-from vlmforge.scheduler.loop import Loop
+from vlmforge.runner.terms import Terms
 from vlmforge.scheduler.request import Request
 from vlmforge.vl.boxes import Grounding
 from vlmforge.vl.load import OpenedImage
+from vlmforge.vl.pixel_room import PIXEL_ROOM
 from vlmforge.vl.prepared import PreparedImage, deferred, encoded
+
+
+class Caches(Protocol):
+    """What is known already. From any thread, as hints: it may be gone when the request runs."""
+
+    def known_features(self, digest: bytes) -> FloatArray | None:
+        """Features of an image that was encoded before, if they are kept."""
+
+    def cached(self, keys: Keys, terms: Terms) -> int:
+        """How many first tokens of a prompt are in the cache now."""
 
 
 class InFlight:
@@ -59,12 +73,12 @@ class Preparation:
 
     Attributes:
         engine: Whose prompts and images.
-        loop: Knows what is in its caches.
+        caches: Of the worker.
         facts: Of the engine, see `token_facts`.
     """
 
     engine: Engine
-    loop: Loop
+    caches: Caches
     facts: TokenFacts
     _in_flight: InFlight = field(default_factory=InFlight)
 
@@ -135,7 +149,7 @@ class Preparation:
         ]
         there = 0
         if images and not fresh:
-            there = self.loop.cached(self.engine.keys(rendered, made), request.terms)
+            there = self.caches.cached(self.engine.keys(rendered, made), request.terms)
         needed = {s.image for s in rendered.image_spans if s.start + s.length > there}
         for index in sorted(needed):
             with request.watch.stage("image_wait"):  # for whoever is making it just now
@@ -151,13 +165,14 @@ class Preparation:
         ended = _never if request is None else request.cancelled.is_set
 
         def make() -> PreparedImage:
-            known = self.loop.known_features(digest)
+            known = self.caches.known_features(digest)
             if known is not None:
                 return encoded(digest, known)
-            with stage("load"):
-                pixels = image.decode(ended)
-            with stage("preprocess"):
-                return self.engine.prepare_image(pixels, content)
+            with PIXEL_ROOM.hold(image.size, image.name, ended):
+                with stage("load"):
+                    pixels = image.decode(ended)
+                with stage("preprocess"):
+                    return self.engine.prepare_image(pixels, content)
 
         return self._in_flight.get(digest, make)
 

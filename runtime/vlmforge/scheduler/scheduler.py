@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from vlmforge.kv.cache import KVCache
 from vlmforge.runner.step import Logits, Row, Step, StepResult
@@ -208,12 +207,20 @@ class Scheduler:
         bisect.insort(self._waiting, sequence, key=_order)
 
 
-@contextmanager
-def _at(sequence: TokenSequence) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        raise SequenceError(sequence) from error
+class _at:  # noqa: N801 - reads as what it is: with _at(sequence)
+    """Makes what the cache raises a `SequenceError`. A class: it costs each row a few entries."""
+
+    __slots__ = ("_sequence",)
+
+    def __init__(self, sequence: TokenSequence) -> None:
+        self._sequence = sequence
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            raise SequenceError(self._sequence) from error
 
 
 def _order(sequence: TokenSequence) -> tuple[int, int]:

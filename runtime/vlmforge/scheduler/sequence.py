@@ -5,9 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from vlmforge.kv.cache import Keys
+from vlmforge.kv.cache import NO_KEYS, Keys, joined
 
 
 class State(enum.Enum):
@@ -55,6 +53,7 @@ class TokenSequence:
     parent: TokenSequence | None = None
     forks: list[TokenSequence] = field(default_factory=list)
     prompt_length: int = field(init=False)
+    _room: Keys = field(default_factory=lambda: NO_KEYS, repr=False)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -67,7 +66,7 @@ class TokenSequence:
     @property
     def decoding(self) -> bool:
         """Whether nothing but its newest token is left to run."""
-        return self.begun and self.computed == len(self.tokens) - 1
+        return self.prompt_length < len(self.tokens) == self.computed + 1
 
     def fork(self, sequence: int) -> None:
         """Have a fork of this id, for another answer to the prompt; `append` nothing before."""
@@ -78,4 +77,4 @@ class TokenSequence:
     def append(self, token: int) -> None:
         """A token was generated."""
         self.tokens.append(token)
-        self.keys = np.append(self.keys, np.int64(token))
+        self.keys, self._room = joined(self.keys, (token,), self._room)

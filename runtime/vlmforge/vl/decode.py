@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlmforge.engine.image_policy import Colour
+from vlmforge.engine.images.pixels import Colour
 from vlmforge.errors import ImageError
 from vlmforge.vl.encoded import DEEP_FORMATS, open_encoded
 from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits

@@ -72,7 +72,11 @@ class EncodedImage:
         feed = _Feed(self._container.data, self.name, self._limits, cancelled)
         image = _header(self._format, feed, self.name, self._quoted)
         _read_in_pieces(image, feed)
-        load_pixels(image, name=self.name, quoted=self._quoted)
+        try:
+            load_pixels(image, name=self.name, quoted=self._quoted)
+        finally:
+            # It holds the image: pixels would stay until the garbage collector comes for cycles.
+            vars(image).pop("load_read", None)
         orientation = self._container.orientation
         if image.mode == "I" and self._format in DEEP_FORMATS:
             image = image.convert("I;16")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmforge.backends import FloatArray
+from vlmforge.engine.images.pixels import Rows
 from vlmforge.kv.cache import Keys
-from vlmforge.vl.tiling import Rows
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)

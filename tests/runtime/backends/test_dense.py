@@ -11,6 +11,7 @@ import pytest
 
 from vlmforge.backends import dense
 from vlmforge.backends.dense import DenseCache
+from vlmforge.backends.rows import Exchange
 from vlmforge.engine.manifest import KVLayout
 from vlmforge.errors import BackendUnavailableError, SessionError
 
@@ -31,13 +32,34 @@ def content(cache: DenseCache) -> np.ndarray:
     return np.stack([array for _, array in cache.rows(0, ROWS)])
 
 
-def test_a_copy_and_an_exchange_move_what_they_say() -> None:
+def test_a_copy_moves_what_it_says() -> None:
     cache, values = filled()
     cache.copy(0, 2, 100)
     values[:, 2, :, :100] = values[:, 0, :, :100]
-    cache.exchange(1, 3, 77)
-    values[:, [1, 3], :, :77] = values[:, [3, 1], :, :77]
     np.testing.assert_array_equal(content(cache), values)
+
+
+@pytest.mark.parametrize("tokens", [(77, 77), (77, 20), (0, 77), (256, 3), (0, 0)])
+def test_rows_that_change_places_have_each_other_s_tokens(tokens: tuple[int, int]) -> None:
+    """And nobody else's are touched; what is behind them is of no use."""
+    cache, values = filled()
+    first, second = tokens
+    cache.exchange(Exchange(1, 3, first, second))
+    found = content(cache)
+    np.testing.assert_array_equal(found[:, 3, :, :first], values[:, 1, :, :first])
+    np.testing.assert_array_equal(found[:, 1, :, :second], values[:, 3, :, :second])
+    np.testing.assert_array_equal(found[:, [0, 2]], values[:, [0, 2]])
+
+
+def test_a_row_that_moves_takes_its_memory_along() -> None:
+    wide = KVLayout(layers=1, kv_heads=1, head_dim=1024, dtype="float32", page_size=None)
+    cache = DenseCache(wide, 2, 16384)
+    ((_, keys), (_, values)) = cache.rows(0, 2)
+    keys[1, :, :8192] = values[1, :, :8192] = 1  # 64 MiB
+    full = resident()
+    cache.exchange(Exchange(0, 1, 0, 8192))
+    assert keys[0, 0, 8191, 0] == 1
+    assert abs(resident() - full) < 8 << 20
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 100, 255, 256])

@@ -40,4 +40,15 @@ def test_the_fewest_tokens_are_moved() -> None:
     for slot, tokens in ((5, 900), (6, 800), (0, 3), (7, 0)):
         rows.set_tokens(slot, tokens)
     (exchange,) = rows.arrange([0, 5, 6]).exchanges
-    assert exchange.tokens == 3
+    assert {exchange.first_tokens, exchange.second_tokens} == {3, 0}
+
+
+def test_who_holds_nothing_yet_goes_beside_those_that_run() -> None:
+    """So that nothing has to move when it runs with them."""
+    rows = Rows(8)
+    for slot, tokens in ((2, 50), (3, 40), (4, 9)):
+        rows.set_tokens(slot, tokens)
+    rows.arrange([2, 3])
+    rows.arrange([7])
+    rows.set_tokens(7, 600)
+    assert rows.arrange([2, 3, 7]).exchanges == ()

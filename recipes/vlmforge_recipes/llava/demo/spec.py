@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmforge.engine.image_policy import ImagePolicy
+from vlmforge.engine.images import PadSquare
+from vlmforge.engine.images.pixels import PixelFormat
 from vlmforge_recipes.llava.synthetic.spec import SyntheticSpec, TextSpec, VisionSpec
 
 TOWER = "clip-vit-patch12-96"
@@ -31,17 +32,11 @@ SPEC = SyntheticSpec(
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 
-IMAGE_POLICY = ImagePolicy(
-    name="pad_square",
+IMAGE_POLICY = PadSquare(
+    PixelFormat("bicubic", 1 / 255, _MEAN, (0.26862954, 0.26130258, 0.27577711)),
     shortest_edge=SPEC.vision.image_size,
     crop=(SPEC.vision.image_size, SPEC.vision.image_size),
-    resample="bicubic",
-    rescale_factor=1 / 255,
-    mean=_MEAN,
-    std=(0.26862954, 0.26130258, 0.27577711),
-    background=None,
     pad_fill=(int(_MEAN[0] * 255), int(_MEAN[1] * 255), int(_MEAN[2] * 255)),
-    tiling=None,
 )
 """What the engine makes of the checkpoint's image processor."""
 

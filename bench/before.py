@@ -1,0 +1,176 @@
+"""Is anything slower than it was? This tree against an earlier commit, side by side.
+
+    python bench/before.py 058addf --checkpoints out/bench/1b.checkpoint --work out/bench
+
+Both are asked the same, one right after the other, in an order that alternates; what is shown are
+medians, the median of the rounds' ratios, and the ratio of the best rounds, which neighbours on the
+machine disturb least. Both use the packages that are installed here and load the same engines:
+those that the earlier commit builds of `--checkpoints`, or `--engines` that both can read. The
+texts of their answers are compared too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from child import Child
+from new_image import saved_image
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("runtime", "builder", "plugins_cuda", "recipes")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A burst: so many prompts at once, with a new image each time or without one."""
+
+    name: str
+    measure: str
+    prompts: int
+    tokens: int
+    image: bool = False
+
+
+def cases(tokens: int) -> tuple[Case, ...]:
+    """What is asked; `tokens` of each answer that is long."""
+    return (
+        Case("first token, text (ms)", "first", 1, 1),
+        Case("first token, a new image (ms)", "first", 1, 1, image=True),
+        Case("a decoding step of 1 (ms)", "step", 1, tokens),
+        Case("a decoding step of 8 (ms)", "step", 8, tokens),
+        Case("8 prompts to the last one's end (ms)", "wall", 8, tokens),
+        Case("processor time of those 8 (ms)", "cpu", 8, tokens),
+    )
+
+
+def at_commit(commit: str, work: Path) -> Path:
+    """The files of a commit, in a folder of their own."""
+    folder = work / f"at-{commit}"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        files = subprocess.run(
+            ["git", "-C", ROOT, "archive", commit], check=True, capture_output=True
+        )
+        subprocess.run(["tar", "-x", "-C", folder], input=files.stdout, check=True)
+    return folder
+
+
+def sources(tree: Path) -> tuple[Path, ...]:
+    """Where the packages of a tree are."""
+    return tuple((tree / package).resolve() for package in PACKAGES)
+
+
+def built(tree: Path, checkpoint: Path, work: Path) -> Path:
+    """The engine that a tree's own builder makes of a checkpoint, unless it is there."""
+    engine = work / f"{checkpoint.name}.{tree.name}.engine"
+    program = "import sys; from vlmforge_builder.cli import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sources(tree)))}
+    command = [sys.executable, "-c", program, checkpoint, "-o", engine]
+    subprocess.run(command, check=True, env=environment)
+    return engine
+
+
+class Sides:
+    """Both versions with an engine, each in a process of its own."""
+
+    def __init__(self, before: Path, engine: Path, threads: int, work: Path) -> None:
+        self._trees, self._arguments, self._work = (before, ROOT), (engine, threads), work
+        self._children = [self._child(tree) for tree in self._trees]
+        self._asked = 0
+
+    def _child(self, tree: Path) -> Child:
+        return Child("burst.py", *self._arguments, sources=sources(tree))
+
+    def load(self) -> tuple[float, float]:
+        """How long each takes to load: a second process, beside the one that is there."""
+        self._asked += 1
+        found = {}
+        for index in self._order():
+            child = self._child(self._trees[index])
+            found[index] = child.hello["load"]
+            child.close()
+        return found[0], found[1]
+
+    def ask(self, case: Case) -> tuple[dict[str, float], dict[str, float]]:
+        """What each took for the same prompts, which nobody has seen."""
+        self._asked += 1
+        texts = [f"{self._asked}.{i}: what is shown here?" for i in range(case.prompts)]
+        image = str(saved_image(self._work, self._asked)) if case.image else None
+        question = {"prompts": texts, "image": image, "tokens": case.tokens}
+        found = {index: self._children[index].ask(question) for index in self._order()}
+        if found[0]["text"] != found[1]["text"]:
+            print(f"the answers to {question} differ", file=sys.stderr)
+        return found[0], found[1]
+
+    def close(self) -> None:
+        """End both."""
+        for child in self._children:
+            child.close()
+
+    def _order(self) -> tuple[int, int]:
+        return (0, 1) if self._asked % 2 else (1, 0)
+
+
+def measure(
+    sides: Sides, rounds: int, loads: int, tokens: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Both sides' figures of each round, by the name of what was measured."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    asked: dict[tuple[int, int, bool], list[Case]] = defaultdict(list)
+    for case in cases(tokens):
+        asked[case.prompts, case.tokens, case.image].append(case)
+    for index in range(rounds + 1):
+        for alike in asked.values():
+            before, now = sides.ask(alike[0])
+            for case in alike if index else ():  # the first round warms up
+                found[case.name].append((before[case.measure], now[case.measure]))
+    found["load (ms)"] += [sides.load() for _ in range(loads)]
+    return found
+
+
+def report(engine: Path, found: dict[str, list[tuple[float, float]]], commit: str) -> str:
+    """The table of an engine; a ratio above 1 says that this tree is faster."""
+    rows = [
+        f"| {engine} | {commit} | now | before / now | of the best rounds |",
+        "|---|---|---|---|---|",
+    ]
+    for name, pairs in found.items():
+        if pairs:
+            before, now = (statistics.median(side) for side in zip(*pairs, strict=True))
+            ratio = statistics.median(first / second for first, second in pairs)
+            best = min(first for first, _ in pairs) / min(second for _, second in pairs)
+            rows.append(f"| {name} | {before:.2f} | {now:.2f} | {ratio:.2f}x | {best:.2f}x |")
+    return "\n".join([*rows, ""])
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure each engine and print its table."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("commit")
+    arguments.add_argument("--checkpoints", nargs="+", type=Path, default=[])
+    arguments.add_argument("--engines", nargs="+", type=Path, default=[])
+    arguments.add_argument("--work", type=Path, required=True)
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--loads", type=int, default=3)
+    arguments.add_argument("--tokens", type=int, default=33)
+    arguments.add_argument("--threads", type=int, default=0, help="of arithmetic; 0: as usual")
+    values = arguments.parse_args(given)
+    tree = at_commit(values.commit, values.work)
+    made = [built(tree, checkpoint, values.work) for checkpoint in values.checkpoints]
+    for engine in (*values.engines, *made):
+        sides = Sides(tree, engine, values.threads, values.work)
+        found = measure(sides, values.rounds, values.loads, values.tokens)
+        sides.close()
+        print(f"\n{report(engine, found, values.commit)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

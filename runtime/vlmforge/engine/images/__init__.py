@@ -1,0 +1,19 @@
+"""Image policies: how an image becomes pixel values and tokens. A tagged union, one file each.
+
+All of them have a `format` and answer `pixels(rgb)`, `view_size`, `view_rows(most_tokens)`,
+`sized`, `rows(size)`, `most_tokens(rows)` and `str()`. A new one is a file here and a name in the
+union.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from vlmforge.engine.images.anyres import AnyRes
+from vlmforge.engine.images.center_crop import CenterCrop
+from vlmforge.engine.images.pad_square import PadSquare
+from vlmforge.engine.images.stretch import Stretch
+
+__all__ = ["AnyRes", "CenterCrop", "ImagePolicy", "PadSquare", "Stretch"]
+
+ImagePolicy: TypeAlias = CenterCrop | PadSquare | Stretch | AnyRes

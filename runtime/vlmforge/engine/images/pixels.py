@@ -1,0 +1,103 @@
+"""What all image policies do to pixels: Pillow's 8-bit resampling, then one table per channel.
+
+Pixel parity is with the processors that resize with Pillow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vlmforge.engine.fields import ColourLevel, Divisor, Scale
+from vlmforge.field_rules import Choice, Number
+
+Colour: TypeAlias = tuple[ColourLevel, ColourLevel, ColourLevel]
+"""RGB, 0 to 255."""
+
+Size: TypeAlias = tuple[int, int]
+"""Width and height."""
+
+Box: TypeAlias = tuple[int, int, int, int]
+"""Left, top, right, bottom."""
+
+PixelValues: TypeAlias = NDArray[np.float32]
+"""`[views, 3, height, width]`."""
+
+Rows: TypeAlias = NDArray[np.int64]
+"""`[tokens]`: row r of view v is `v * rows of a view + r`."""
+
+_FILTERS = {member.name.lower(): member for member in Image.Resampling}
+
+
+class OneView:
+    """What a policy answers whose every image is one view, and all its rows become tokens."""
+
+    @property
+    def sized(self) -> bool:
+        """Whether the number of an image's tokens depends on its size."""
+        return False
+
+    def rows(self, size: Size) -> Rows | None:
+        """The rows that become the tokens of an image of this size; None: all, in order."""
+        del size
+        return None
+
+    def most_tokens(self, rows: int) -> int:
+        """Tokens of the image that takes most; `rows` are what the vision part gives a view."""
+        return rows
+
+    def view_rows(self, most_tokens: int) -> int:
+        """What the vision part gives a view, of an engine whose largest image takes so many."""
+        return most_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class PixelFormat:
+    """How pixels become values.
+
+    Attributes:
+        resample: A filter of Pillow, in lower case ("bicubic", ...).
+        rescale_factor: Multiplies the 8-bit levels.
+        mean: Subtracted after rescaling, per channel.
+        std: Divides after that, per channel.
+        background: RGB under transparent pixels. None: transparency is left out of account, as it
+            was when most models were trained.
+    """
+
+    resample: Annotated[str, Choice(tuple(_FILTERS))]
+    rescale_factor: Annotated[float, Number(0, 1e6, above=True)]
+    mean: tuple[Scale, Scale, Scale]
+    std: tuple[Divisor, Divisor, Divisor]
+    background: Colour | None = None
+
+    @property
+    def filter(self) -> Image.Resampling:
+        """The filter as Pillow has it."""
+        return _FILTERS[self.resample]
+
+    def values(self, rgb: Image.Image) -> PixelValues:
+        """`(level * rescale_factor - mean) / std` of one view, rounded as the originals round.
+
+        They rescale in float64, cast to float32 and normalise in float32; there are only 256
+        levels.
+        """
+        levels = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        table = (levels[:, None] - mean) / std
+        pixels = np.asarray(rgb)
+        return np.stack([table[pixels[..., c], c] for c in range(3)])[None]
+
+
+def centre_box(size: Size, crop: tuple[int, int]) -> Box:
+    """The centre of an image, `crop` (height, width) large.
+
+    Where that is larger than the image the box starts below 0, and Pillow fills zeros.
+    """
+    width, height = size
+    crop_height, crop_width = crop
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height

@@ -1,0 +1,17 @@
+"""Position policies: how the places of a sequence's tokens become rotary angles.
+
+A tagged union, one file each. All of them answer `has_levels` and `level(prompt_tokens)`, and of
+windows that are longer than the built one: `extends`, `trained_length`, `attention_window`,
+`table_bytes(positions)` and `longer_tables(positions)`.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from vlmforge.engine.positions.absolute import Absolute
+from vlmforge.engine.positions.dynamic_ntk import DynamicNTK
+
+__all__ = ["Absolute", "DynamicNTK", "PositionPolicy"]
+
+PositionPolicy: TypeAlias = Absolute | DynamicNTK
