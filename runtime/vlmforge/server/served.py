@@ -39,7 +39,7 @@ class Served:
         """What `/v1/models` says of it."""
         manifest = self.pipe.manifest
         images: dict[str, object] = {"tokens": manifest.decode.tokens_per_image}
-        if manifest.image.tiling is not None:
+        if manifest.image.sized:
             images = {"most_tokens": manifest.decode.tokens_per_image, "depends_on": "size"}
         return {
             "id": self.name,
