@@ -28,7 +28,8 @@ demo: $(STAMP) ## build an engine from the trained demo model and ask it about t
 test: $(STAMP) ## run the tests (all cores)
 	@$(BIN)/python -m pytest -q -n auto --dist loadfile
 
-test-nightly: $(STAMP) ## the grids of which `make test` takes a part: every kernel, binary and plan (hours)
+test-nightly: $(STAMP) ## what `make test` takes a part of: every kernel, binary and plan; other clients, a browser, Ray (hours)
+	@$(PIP) install -c constraints.txt -e '.[nightly]'
 	@$(BIN)/python -m pytest -q -n auto -m nightly
 
 mutants: $(STAMP) ## plant known faults, one after the other: does the suite notice each? (minutes)

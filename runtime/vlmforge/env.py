@@ -80,6 +80,15 @@ def child_environment(libraries: Path | None) -> dict[str, str]:
     return environment
 
 
+def api_keys() -> tuple[str, ...]:
+    """Keys that open a server, from `VLMFORGE_API_KEYS`: between commas; none if it is not set.
+
+    The environment is where deployments keep secrets: arguments are seen by every user of a host.
+    """
+    keys = os.environ.get("VLMFORGE_API_KEYS", "").split(",")
+    return tuple(key.strip() for key in keys if key.strip())
+
+
 # What libraries read, once, when they are imported. The second also leaves names and versions of
 # other software out of the hub client's requests, and a list of programs that it would fetch.
 TELEMETRY_SWITCHES = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")

@@ -57,6 +57,8 @@ ORIGINAL: dict[str, object] = {
     "repetition_ngram_size": 0,
     "repetition_ngram_threshold": 0,
     "logprob_start_len": -1,
+    "presence_penalty": 0.0,  # of OpenAI's API
+    "frequency_penalty": 0.0,  # of OpenAI's API
 }
 
 

@@ -232,6 +232,8 @@ class VisionConfig:
         image_formats: Those that are read, as the bytes say: of "PNG", "JPEG", "WEBP", "GIF",
             "BMP" (uncompressed), and "TIFF", "AVIF", "PPM", "QOI". The last four are not read
             unless asked for: a small file of theirs can cost much time.
+        media_domains: Hosts that images are fetched from, redirects included: "example.org" is
+            that host, ".example.org" all below it. None: every public one.
         feature_cache_bytes: Memory for what the vision part made of earlier images (float32, tokens
             x hidden size each), so that they are neither decoded nor encoded again; the least
             recently used go. 0 keeps none. None: 128 MiB, or 5 % of the free memory if that is
@@ -247,6 +249,7 @@ class VisionConfig:
     _: KW_ONLY
     local_files: bool | str | os.PathLike[str] = True
     image_formats: Sequence[str] = DEFAULT_FORMATS
+    media_domains: Sequence[str] | None = None
     feature_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -261,6 +264,7 @@ class VisionConfig:
             "background": colour,
             "local_files": FlagOrFolder(),
             "image_formats": ListOf(Choice(FORMATS)),
+            "media_domains": OrNone(ListOf(Text(empty=False))),
             "feature_cache_bytes": OrNone(Int(0)),
         }
         check_fields(self, rules)
@@ -269,7 +273,12 @@ class VisionConfig:
         """What the images of prompts may be and may cost."""
         files = self.local_files
         folder = files if isinstance(files, bool) else Path(files).absolute()
-        return ImageLimits(formats=tuple(self.image_formats), local_files=folder)
+        domains = self.media_domains
+        return ImageLimits(
+            formats=tuple(self.image_formats),
+            local_files=folder,
+            media_domains=None if domains is None else tuple(domains),
+        )
 
 
 VisonConfig = VisionConfig

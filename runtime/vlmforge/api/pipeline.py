@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncIterator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, closing, contextmanager, nullcontext
 
 from vlmforge.api.arguments import (
     GenConfigs,
@@ -17,8 +17,10 @@ from vlmforge.api.arguments import (
 from vlmforge.api.calls import Call, progress, terms_of
 from vlmforge.api.session import Sent, Session
 from vlmforge.api.session_cache import SessionCache
+from vlmforge.engine.manifest import Manifest
 from vlmforge.inputs.messages import parse_prompt, parse_prompts
 from vlmforge.inputs.render import RenderedPrompt
+from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.outputs.events import GenOut, error_response, gen_out, piece_of
 from vlmforge.outputs.generation_config import GenerationConfig
 from vlmforge.outputs.metrics import Metrics
@@ -240,12 +242,45 @@ class Pipeline:
         refuse_adapter(adapter_name)
         check_call("generate", session_id=session_id, stream_response=stream_response)
         refuse_state(sequence_start, sequence_end, step)
-        call = self._call("generate", do_preprocess, priority=priority, salt=salt, timeout=timeout)
-        (config,) = one_for_each(gen_config, 1)
         whole = Response()
-        conversation = parse_prompt(messages)
+        pieces = self.astream(
+            messages,
+            gen_config,
+            do_preprocess,
+            session_id=session_id,
+            priority=priority,
+            salt=salt,
+            timeout=timeout,
+        )
+        async with aclosing(pieces):
+            async for piece in pieces:
+                answer = whole.extend(piece).choices[piece.choice]
+                if stream_response or piece.finish_reason is not None:
+                    yield gen_out(piece if stream_response else answer, answer)
+
+    async def astream(
+        self,
+        prompt: object,
+        gen_config: GenerationConfig | None = None,
+        do_preprocess: bool = True,
+        *,
+        session_id: int = 0,
+        priority: int = 0,
+        salt: str = "",
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Response, None]:
+        """Answer one prompt without blocking the event loop: pieces as of `stream_infer`.
+
+        Closing it early, or cancelling the task, cancels the request, also while its images are
+        still loading.
+
+        Raises: as `generate`.
+        """
+        check_call("astream", session_id=session_id)
+        call = self._call("astream", do_preprocess, priority=priority, salt=salt, timeout=timeout)
+        (config,) = one_for_each(gen_config, 1)
         with (
-            call.in_event_loop(conversation, config) as (request, next_event),
+            call.in_event_loop(parse_prompt(prompt), config) as (request, next_event),
             self._known_as(session_id, request),
         ):
             self._intake.submit(request, refuse=True)
@@ -254,9 +289,22 @@ class Pipeline:
                 event = await next_event()
                 last, piece = event.last, piece_of(event)
                 if piece is not None:
-                    answer = whole.extend(piece).choices[event.choice]
-                    if stream_response or piece.finish_reason is not None:
-                        yield gen_out(piece if stream_response else answer, answer)
+                    yield piece
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the engine is, as its `engine.json` says."""
+        return self._engine.manifest
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The engine's."""
+        return self._engine.tokenizer
+
+    @property
+    def session_len(self) -> int:
+        """Tokens that a conversation may have, images and answers included."""
+        return self._engine.options.capacity
 
     # --- looking without running -------------------------------------------------------------
 

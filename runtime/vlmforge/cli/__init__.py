@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("models", help="the models that can be built, as a table")
     commands.add_parser("doctor", help="versions, backends, and what is missing")
 
+    from vlmforge.cli.serve_arguments import add_serve
+
+    add_serve(commands)
     chat = commands.add_parser("chat", help="talk to an engine; images by path or URL")
     chat.add_argument("engine", metavar="ENGINE")
     chat.add_argument("--session-len", type=int, help="tokens of the conversation")
@@ -133,6 +136,10 @@ def _run(values: argparse.Namespace) -> int:
             from vlmforge.cli.eval import run_eval
 
             return run_eval(values)
+        case "serve":
+            from vlmforge.cli.serve import run_serve
+
+            return run_serve(values)
         case "models":
             from vlmforge.engine.families import models_table
 

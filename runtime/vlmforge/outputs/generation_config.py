@@ -107,6 +107,8 @@ class GenerationConfig:
         min_p: Leave out tokens below this times the largest probability. [0, 1]
         temperature: Divides the logits. [0, 2]
         repetition_penalty: > 1 makes tokens of the prompt's text and of the answer less likely.
+        presence_penalty: Taken from the logits of tokens that the answer has. [-2, 2]
+        frequency_penalty: Taken from them once for each time that it has them. [-2, 2]
         ignore_eos: Neither the model's EOS nor the template's stop words end the answer; they may
             be generated and it goes on. `stop_words` and `stop_token_ids` of this config do.
         random_seed: None draws one for each prompt, so equal prompts get different answers. Of `n`
@@ -158,6 +160,8 @@ class GenerationConfig:
     spaces_between_special_tokens: bool = True
     logprobs: int | None = None
     response_format: Mapping[str, object] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     logits_processors: Sequence[LogitsProcessor] | None = None
     output_logits: OutputLogits | None = None
     output_last_hidden_state: OutputLogits | None = None
@@ -253,6 +257,8 @@ RULES: Mapping[str, Rule] = {
     "min_p": Number(0, 1),
     "temperature": Number(0, 2),
     "repetition_penalty": Number(0, above=True),
+    "presence_penalty": Number(-2, 2),
+    "frequency_penalty": Number(-2, 2),
     "ignore_eos": Flag(),
     "random_seed": OrNone(Int(0)),
     "stop_words": _WORDS,
@@ -320,6 +326,8 @@ def _sampling_params(
         top_p=float(config.top_p),
         min_p=float(config.min_p),
         repetition_penalty=float(config.repetition_penalty),
+        presence_penalty=float(config.presence_penalty),
+        frequency_penalty=float(config.frequency_penalty),
         seed=None if config.random_seed is None else int(config.random_seed),
         logits_processors=tuple(config.logits_processors or ()),
         bad_words=_bad_words(config, facts),

@@ -1,7 +1,7 @@
 """From the logits of one step to the next token.
 
-The order: logits processors, repetition penalty, bad words, minimum length, response format,
-temperature, top-k, softmax, top-p, min-p, renormalise, draw.
+The order: logits processors, repetition penalty, presence and frequency penalties, bad words,
+minimum length, response format, temperature, top-k, softmax, top-p, min-p, renormalise, draw.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class SamplingParams:
         top_p: Keep the smallest set of the likeliest tokens whose probability reaches this.
         min_p: Then drop those below `min_p` times the largest probability.
         repetition_penalty: Divides positive and multiplies negative logits of ids that occurred.
+        presence_penalty: Taken from the logits of ids that were generated.
+        frequency_penalty: Taken from them once for each time.
         seed: Of the random generator; None draws one from the system.
         choice: Which of the answers to a prompt: each draws from a stream of its own, which the
             seed and this number determine.
@@ -51,6 +53,8 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
     choice: int = 0
     logits_processors: tuple[LogitsProcessor, ...] = ()
@@ -160,7 +164,10 @@ class Sampler:
         """`logits` itself when nothing is to be edited, else an edited copy."""
         params = self._params
         banned = self._banned_now()
-        edits = params.logits_processors or params.repetition_penalty != 1 or params.guide
+        penalty = params.presence_penalty or params.frequency_penalty
+        edits = (
+            params.logits_processors or params.repetition_penalty != 1 or penalty or params.guide
+        )
         if not (edits or banned):
             return logits
         logits = np.array(logits, np.float32)
@@ -168,6 +175,9 @@ class Sampler:
             logits = self._processed(processor, logits)
         if params.repetition_penalty != 1:
             _penalise(logits, self._seen, params.repetition_penalty)
+        if penalty and self._generated:
+            ids, counts = np.unique(self._generated, return_counts=True)
+            logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
         logits[banned] = -np.inf
         if self._matcher is not None:
             logits[~self._matcher.allowed()] = -np.inf

@@ -74,7 +74,9 @@ def fetch_bytes(url: str, *, limits: ImageLimits, allow_private: bool) -> bytes:
     deadline = _Deadline(time.monotonic() + limits.timeout_s)
     next_url = url
     for _ in range(limits.max_redirects + 1):
-        answer = _get(_target(next_url), deadline, limits, allow_private)
+        target = _target(next_url)
+        _check_domain(target, limits.media_domains)
+        answer = _get(target, deadline, limits, allow_private)
         if isinstance(answer, bytes):
             return answer
         next_url = answer
@@ -118,6 +120,22 @@ def _target(url: str) -> _Target:
     if not _HOST.fullmatch(host):
         raise _bad_url(url, f"the host name {_shown(host)!r}")
     return _Target(url, parts.scheme, host, port, resource)
+
+
+def _check_domain(target: _Target, domains: Sequence[str] | None) -> None:
+    if domains is None:
+        return
+    host = target.host.lower().rstrip(".")
+    for domain in (name.lower() for name in domains):
+        if host == domain or (domain.startswith(".") and host.endswith(domain)):
+            return
+    raise ImageFetchError(
+        f"The image at {shown_url(target.url)} is not at an allowed address.",
+        found=f"the host {_shown(host)}",
+        expected=" or ".join(domains) or "no address at all",
+        fix="send the image as a data URL, or allow the host "
+        "(VisionConfig.media_domains; vlmforge serve --allowed-media-domains)",
+    )
 
 
 def _bad_url(url: str, found: str) -> ImageFetchError:

@@ -27,6 +27,7 @@ class ImageLimits:
         timeout_s: Seconds that a fetch may take in all.
         max_redirects: Redirects that a fetch follows.
         formats: Of `FORMATS`, those that are read. The bytes say which it is, no label.
+        media_domains: Hosts that images are fetched from, redirects included; None: all.
         local_files: Whether paths and `file://` URLs are opened: all, none, or those in a folder.
     """
 
@@ -38,6 +39,7 @@ class ImageLimits:
     max_redirects: int = 3
     formats: tuple[str, ...] = DEFAULT_FORMATS
     local_files: bool | str | os.PathLike[str] = True
+    media_domains: tuple[str, ...] | None = None
 
 
 DEFAULT_LIMITS = ImageLimits()

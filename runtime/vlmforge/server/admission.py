@@ -1,0 +1,78 @@
+"""Who may come in: API keys, the number of requests, and the end of the server."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.datastructures import Headers
+
+from vlmforge.server.api_errors import ApiError, refused
+from vlmforge.server.settings import ServerSettings
+
+
+class Admission:
+    """Counts the requests that run. One thread, the event loop's, uses it."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._keys = [_digest(key) for key in settings.api_keys]
+        self.running = 0
+        self.draining = False
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place for one request while it is answered.
+
+        Raises:
+            ApiError: 503 once the server ends, 429 when there is no place.
+        """
+        if self.draining:
+            raise refused(
+                503,
+                "The server is shutting down.",
+                found="a new request",
+                expected="requests before the server was asked to end",
+                fix="send it again: another replica, or this one when it is back, takes it",
+            )
+        if self.running >= self._settings.max_concurrent_requests:
+            raise refused(
+                429,
+                "The server has as many requests as it takes.",
+                found=f"{self.running} requests that run or wait",
+                expected=f"at most {self._settings.max_concurrent_requests}",
+                fix=f"send it again in {self._settings.retry_seconds} s, or raise "
+                "--max-concurrent-requests",
+            )
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+    def check_key(self, path: str, headers: Headers) -> None:
+        """ApiError 401 for a path that needs a key and a request without a right one."""
+        if not self._keys or path in self._settings.open_paths:
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip())
+        # All are compared, each in constant time: neither which nor how far is told.
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise _no_key()
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _no_key() -> ApiError:
+    return refused(
+        401,
+        "The request has no API key that opens this server.",
+        found="no key, or a wrong one",
+        expected="the header Authorization: Bearer KEY",
+        fix="OpenAI(base_url=..., api_key=KEY), with a key that the server was started with",
+    )
