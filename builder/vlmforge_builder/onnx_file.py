@@ -7,9 +7,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from vlmforge.engine.interface import Interface
 from vlmforge.engine.manifest import TensorSpec
 from vlmforge.errors import BuildError
-from vlmforge.runner.interface import Interface
 from vlmforge_builder.weights import Layout
 
 # Where ONNX has another name than the manifest.
@@ -53,7 +53,7 @@ def check_interface(graph: ir.Graph, interface: Interface) -> None:
                 "A graph's inputs or outputs are not those that the runtime will bind.",
                 found=", ".join(str(spec) for spec in found if spec in odd) or "an other order",
                 expected=", ".join(str(spec) for spec in listed if spec in odd) or "the list's",
-                fix="correct the recipe or the pass, or vlmforge/runner/interface.py",
+                fix="correct the recipe or the pass, or vlmforge/engine/interface.py",
             )
 
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from vlmforge.engine.families import ENTRY_POINT_GROUP, supported
 from vlmforge.engine.images import ImagePolicy
+from vlmforge.engine.interface import Interface
 from vlmforge.engine.manifest import KVLayout
 from vlmforge.engine.positions import PositionPolicy
 from vlmforge.engine.prompts import PromptPolicy
 from vlmforge.errors import UnsupportedModelError
-from vlmforge.runner.interface import Interface
 from vlmforge_builder.checkpoint.config import ConfigReader
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+from vlmforge.engine.interface import DecoderInterface
 from vlmforge.engine.manifest import KVLayout
-from vlmforge.runner.interface import DecoderInterface
 from vlmforge_builder.blocks.decoder import Decoder, DecoderConfig
 from vlmforge_builder.recipe import PartSpec
 from vlmforge_builder.weights import Weight

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from vlmforge.engine.images import ImagePolicy
+from vlmforge.engine.interface import VisionInterface
 from vlmforge.engine.manifest import KVLayout
 from vlmforge.engine.positions import Absolute
 from vlmforge.engine.prompts import PromptPolicy, Splice, TemplateParts
 from vlmforge.errors import CheckpointError
-from vlmforge.runner.interface import VisionInterface
 from vlmforge_builder.blocks.decoder import DecoderConfig, inverse_frequencies
 from vlmforge_builder.blocks.vision import VisionConfig, VisionEncoder
 from vlmforge_builder.checkpoint.store import TensorStore

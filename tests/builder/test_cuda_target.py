@@ -16,9 +16,9 @@ from onnx import TensorProto, helper
 
 from conftest import HF, cuda_engine
 from lowered_decoder import session
+from vlmforge.engine.interface import interface_of
 from vlmforge.engine.manifest import load_manifest
 from vlmforge.errors import ConfigError
-from vlmforge.runner.interface import interface_of
 from vlmforge_builder.passes.float32_features import Float32FeaturesPass
 from vlmforge_builder.passes.fuse_contrib import FuseContribPass
 from vlmforge_builder.passes.likeliest_token import likeliest_token

@@ -9,9 +9,9 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from vlmforge.engine.interface import BLOCK_TABLE, VisionInterface
 from vlmforge.engine.manifest import TensorSpec
 from vlmforge.errors import BuildError
-from vlmforge.runner.interface import BLOCK_TABLE, VisionInterface
 from vlmforge_builder.export import trace
 from vlmforge_builder.onnx_file import add_input, check_interface, tensor_specs
 

@@ -9,8 +9,8 @@ import pytest
 from golden_models import FOLDERS
 from lowered_decoder import model_spec
 from sample_manifest import MANIFEST
+from vlmforge.engine.interface import interface_of
 from vlmforge.engine.manifest import DecodePolicy
-from vlmforge.runner.interface import interface_of
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

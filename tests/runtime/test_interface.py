@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from sample_manifest import MANIFEST, RICH
 from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.interface import DecoderInterface, fits, interface_of
 from vlmforge.engine.manifest import KVLayout, Manifest, Part, TensorSpec, load_manifest
 from vlmforge.engine.static_check import check_static
-from vlmforge.runner.interface import DecoderInterface, fits, interface_of
 
 POOLS = dataclasses.replace(
     RICH, compute_dtype="float16", kv=KVLayout(3, 2, 8, "float8_e4m3fn", 64)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from typing_extensions import override
 
-from vlmforge.runner.interface import IMAGE_FEATURES
+from vlmforge.engine.interface import IMAGE_FEATURES
 
 _NARROW = f"{IMAGE_FEATURES}_narrow"
 

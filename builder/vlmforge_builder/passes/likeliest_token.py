@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from vlmforge.runner.interface import BATCH, LIKELIEST, LOGITS, OUTPUTS
+from vlmforge.engine.interface import BATCH, LIKELIEST, LOGITS, OUTPUTS
 
 _OPSET = 23
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 from typing_extensions import override
 
-from vlmforge.runner.interface import BLOCK_TABLE, PAGES, QUERY_LENGTHS
+from vlmforge.engine.interface import BLOCK_TABLE, PAGES, QUERY_LENGTHS
 from vlmforge_builder.onnx_file import add_input
 from vlmforge_builder.ops.cached_attention import CachedAttentionNode
 from vlmforge_builder.ops.paged_attention import PagedAttentionNode

@@ -6,7 +6,7 @@ from collections import Counter
 
 import onnx_ir as ir
 
-from vlmforge.runner.interface import TOKENS
+from vlmforge.engine.interface import TOKENS
 
 
 def token_bytes(graph: ir.Graph) -> int:

@@ -17,10 +17,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from typing_extensions import override
 
 from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, RotaryTables, Segment
+from vlmforge.engine.interface import IMAGE_FEATURES, DecoderInterface, Interface
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.env import writable_cache
 from vlmforge.errors import BuildError, ConfigError
-from vlmforge.runner.interface import IMAGE_FEATURES, DecoderInterface, Interface
 from vlmforge_builder import passes
 from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced

@@ -16,10 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from typing_extensions import override
 
-from vlmforge.engine.manifest import DimRange, KVLayout, Part, Profile
-from vlmforge.env import writable_cache
-from vlmforge.errors import ConfigError
-from vlmforge.runner.interface import (
+from vlmforge.engine.interface import (
     BATCH,
     IMAGES,
     OUTPUTS,
@@ -30,6 +27,9 @@ from vlmforge.runner.interface import (
     DecoderInterface,
     Interface,
 )
+from vlmforge.engine.manifest import DimRange, KVLayout, Part, Profile
+from vlmforge.env import writable_cache
+from vlmforge.errors import ConfigError
 from vlmforge_builder import passes
 from vlmforge_builder.block_quantisation import Blocks, InBlocks
 from vlmforge_builder.dtypes import KV_DTYPES

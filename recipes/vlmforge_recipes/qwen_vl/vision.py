@@ -7,8 +7,8 @@ from functools import partial
 
 from vlmforge.engine.images import Stretch
 from vlmforge.engine.images.pixels import PixelFormat
+from vlmforge.engine.interface import VisionInterface
 from vlmforge.errors import UnsupportedModelError
-from vlmforge.runner.interface import VisionInterface
 from vlmforge_builder.blocks.resampler import ResampledEncoder, ResamplerConfig
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint import limits

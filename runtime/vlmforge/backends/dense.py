@@ -10,9 +10,9 @@ import numpy as np
 
 from vlmforge.backends import FloatArray, KeyValues
 from vlmforge.backends.rows import Exchange
+from vlmforge.engine.interface import cache_names
 from vlmforge.engine.manifest import KVLayout
 from vlmforge.errors import BackendUnavailableError, SessionError
-from vlmforge.runner.interface import cache_names
 
 
 class DenseCache:

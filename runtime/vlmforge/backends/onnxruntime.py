@@ -27,12 +27,12 @@ from vlmforge.backends import (
 )
 from vlmforge.backends.dense import DenseCache
 from vlmforge.backends.rows import Rows
+from vlmforge.engine import interface
 from vlmforge.engine.manifest import KVLayout, Manifest, Part
 from vlmforge.errors import EngineError
 from vlmforge.kv.cache import Copy, Move
 from vlmforge.limits import available_cpus
 from vlmforge.ort import ort
-from vlmforge.runner import interface
 
 PROVIDER = "CPUExecutionProvider"
 _BOUND_LAYOUTS = 256

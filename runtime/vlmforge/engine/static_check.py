@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.interface import fits, interface_of
 from vlmforge.engine.layer_report import read_layers
 from vlmforge.engine.manifest import Part
 from vlmforge.errors import EngineFormatError
-from vlmforge.runner.interface import fits, interface_of
 
 
 @dataclass(frozen=True, slots=True)

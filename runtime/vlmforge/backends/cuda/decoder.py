@@ -28,9 +28,7 @@ from vlmforge.backends.cuda.frames import (
     made_by,
 )
 from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, TensorSpec
-from vlmforge.engine.manifest import KVLayout, Part
-from vlmforge.kv.cache import Copy, Move
-from vlmforge.runner.interface import (
+from vlmforge.engine.interface import (
     BLOCK_TABLE,
     IMAGE_FEATURES,
     INPUT_IDS,
@@ -41,6 +39,8 @@ from vlmforge.runner.interface import (
     QUERY_LENGTHS,
     ROTARY_LEVELS,
 )
+from vlmforge.engine.manifest import KVLayout, Part
+from vlmforge.kv.cache import Copy, Move
 from vlmforge_plugins.cached_attention import launcher
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.plan import Plan, Shape, max_workspace, plan

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from vlmforge.backends.cuda.device import ITEM_BYTES
 from vlmforge.engine.chain import PartChain, TensorSpec
-from vlmforge.runner.interface import BATCH, BLOCK_TABLE, OUTPUTS, QUERY_LENGTHS, ROWS, TOKENS
+from vlmforge.engine.interface import BATCH, BLOCK_TABLE, OUTPUTS, QUERY_LENGTHS, ROWS, TOKENS
 
 ALIGNMENT = 256
 PAST = TensorSpec("past_lengths.int32", "int32", (BATCH,))
