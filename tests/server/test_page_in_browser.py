@@ -133,10 +133,13 @@ def test_stop_and_error(browser: Any, server: Running) -> None:
     from selenium.webdriver.common.keys import Keys
 
     browser.execute_script("document.getElementById('max_tokens').value = 4000")
-    browser.execute_script("document.getElementById('temperature').value = 2")
+    browser.execute_script(  # an answer that is long enough to be stopped
+        "const real = window.fetch; window.fetch = (url, given) => real(url, given.body ? "
+        "{...given, body: JSON.stringify({...JSON.parse(given.body), ignore_eos: true})} : given)"
+    )
     ask(browser, "tell me a long story")
     wait_until(lambda: browser.find_element("id", "stop").is_displayed())
-    browser.find_element("tag name", "body").send_keys(Keys.ESCAPE)
+    browser.find_element("id", "text").send_keys(Keys.ESCAPE)
     wait_until(lambda: browser.find_element("id", "send").is_displayed())
     wait_until(lambda: server.app.state.admission.running == 0)
     browser.execute_script("document.getElementById('top_p').value = 7")
