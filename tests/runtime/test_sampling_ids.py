@@ -33,11 +33,12 @@ def test_an_id_of_logits_that_were_not_finite_is_an_error_of_the_engine() -> Non
         (SamplingParams(held_ids=(2,), min_new_tokens=1), False),
         (SamplingParams(greedy=False), False),
         (SamplingParams(repetition_penalty=1.1), False),
+        (SamplingParams(presence_penalty=0.5), False),
+        (SamplingParams(frequency_penalty=-0.5), False),
         (SamplingParams(bad_words=((1,),)), False),
         (SamplingParams(logprobs=1), False),
         (SamplingParams(logits_processors=(lambda ids, logits: logits,)), False),
     ],
-    ids=str,
 )
 def test_when_the_id_of_the_largest_is_enough(params: SamplingParams, enough: bool) -> None:
     assert params.likeliest is enough

@@ -69,7 +69,8 @@ class SamplingParams:
         """Whether the id of the largest logit is all that it takes to choose."""
         edited = self.logits_processors or self.bad_words or self.guide
         held = self.held_ids and self.min_new_tokens
-        plain = self.repetition_penalty == 1 and not self.logprobs
+        penalty = self.presence_penalty or self.frequency_penalty
+        plain = self.repetition_penalty == 1 and not penalty and not self.logprobs
         return bool(self.greedy and plain and not (edited or held))
 
 
