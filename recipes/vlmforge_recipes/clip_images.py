@@ -67,6 +67,8 @@ def read_tile_format(config: ConfigReader, *, image_size: int) -> PixelFormat:
 
     Raises: see `read_image_policy`.
     """
+    for step in ("do_resize", "do_center_crop"):
+        config.bool(step, default=True)  # of no effect on tiles, if they are flags
     (edge, box), crop, target = _size(config), _crop(config), (image_size, image_size)
     _check_fit(config, "size", box or edge, box or (edge, edge), target)
     _check_fit(config, "crop_size", crop, crop, target)

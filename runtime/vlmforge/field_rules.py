@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import os
 import re
 import reprlib
 import sys
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
-import numpy as np
 from typing_extensions import override
 
 from vlmforge.errors import ConfigError
@@ -50,7 +51,7 @@ class Int(Rule):
 
     @override
     def admits(self, value: object) -> bool:
-        if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        if not _is_whole(value):
             return False
         return self.low <= int(value) <= (_MOST if self.high is None else self.high)
 
@@ -72,7 +73,7 @@ class Number(Rule):
 
     @override
     def admits(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        if not _is_number(value):
             return False
         number = value if isinstance(value, int) else float(value)
         in_range = self.low <= number <= min(self.high, sys.float_info.max)
@@ -249,9 +250,24 @@ def _same(value: object, neutral: object) -> bool:
     if neutral is None or isinstance(neutral, bool):
         return value is neutral
     if isinstance(neutral, int | float):
-        numbers = (int, float, np.integer, np.floating)
-        return isinstance(value, numbers) and not isinstance(value, bool) and value == neutral
+        return _is_number(value) and value == neutral
     return isinstance(value, type(neutral)) and value == neutral
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is an int (not a bool) or one of numpy's, which need not be imported for that."""
+    return _of(value, int, numbers.Integral)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return _of(value, int | float, numbers.Real)
+
+
+def _of(value: object, own: type | types.UnionType, abstract: type) -> bool:
+    if isinstance(value, bool):
+        return False
+    of_numpy = type(value).__module__ == "numpy"
+    return isinstance(value, own) or (of_numpy and isinstance(value, abstract))
 
 
 class _Short(reprlib.Repr):

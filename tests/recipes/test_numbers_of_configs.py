@@ -33,6 +33,7 @@ WRONG: tuple[Any, ...] = (*NEVER, 0, -1, 10**9, 10**15, 2**63, 1.5, None)
 # By the last part of a key: which of those have a meaning, and are honoured.
 HONOURED: Mapping[str, tuple[Any, ...]] = {
     "rms_norm_eps": (0,),
+    "sliding_window": (10**9, 10**15, 2**63),  # no window of an engine is longer
     "layer_norm_eps": (0,),
     "layer_norm_epsilon": (0,),
     "rope_theta": (10**9, 10**15, 1.5),

@@ -291,26 +291,30 @@ def test_a_chunk_is_cut_with_a_word(hf_engine: Path, caplog: pytest.LogCaptureFi
     assert EngineConfig().max_prefill_token_num == 512
 
 
-# --- calls -----------------------------------------------------------------------------------
-
-
 def exhausted(pieces: Any) -> None:
     for _ in pieces:
         pass
 
 
-async def generated(pipe: Pipeline, **arguments: Any) -> None:
-    async for _ in pipe.generate(**{"messages": "hi", "gen_config": SHORT, **arguments}):
-        pass
+def awaited(pieces: Any) -> None:
+    async def read() -> None:
+        async for _ in pieces:
+            pass
+
+    asyncio.run(read())
+
+
+BRIEF = {"gen_config": SHORT}
 
 
 CALLS: dict[str, Callable[..., object]] = {
     "__call__": lambda pipe, **a: pipe(**{"prompts": "hi", "gen_config": SHORT, **a}),
     "stream_infer": lambda pipe, **a: exhausted(
-        pipe.stream_infer(**{"prompts": "hi", "gen_config": SHORT, **a})
+        pipe.stream_infer(**{"prompts": "hi", **BRIEF, **a})
     ),
     "chat": lambda pipe, **a: pipe.chat(**{"prompt": "hi", "gen_config": SHORT, **a}),
-    "generate": lambda pipe, **a: asyncio.run(generated(pipe, **a)),
+    "generate": lambda pipe, **a: awaited(pipe.generate(**{"messages": "hi", **BRIEF, **a})),
+    "astream": lambda pipe, **a: awaited(pipe.astream(**{"prompt": "hi", **BRIEF, **a})),
     "render": lambda pipe, **a: pipe.render(**{"prompt": "hi", **a}),
     "count_tokens": lambda pipe, **a: pipe.count_tokens(**{"prompt": "hi", **a}),
     "stop_session": lambda pipe, **a: asyncio.run(pipe.stop_session(**{"session_id": 0, **a})),
@@ -321,6 +325,7 @@ ARGUMENTS = {
     "__call__": f"prompts gen_config do_preprocess adapter_name use_tqdm {TERMS}",
     "stream_infer": f"prompts gen_config do_preprocess adapter_name {TERMS}",
     "chat": f"prompt session gen_config stream_response do_preprocess adapter_name {TERMS}",
+    "astream": "prompt gen_config do_preprocess session_id " + TERMS,
     "generate": "messages session_id gen_config stream_response sequence_start sequence_end step "
     f"do_preprocess adapter_name {TERMS}",
     "render": "prompt do_preprocess",
@@ -336,7 +341,8 @@ def test_all_arguments_of_all_calls_are_tried() -> None:
         parameters = [*inspect.signature(getattr(Pipeline, name)).parameters][1:]
         assert parameters == ARGUMENTS[name].split()
     public = {name for name in vars(Pipeline) if not name.startswith("_")}
-    assert public - CALLS.keys() == {"infer", "batch_infer", "session", "metrics", "close"}
+    others = "infer batch_infer session metrics close manifest tokenizer session_len"
+    assert public - CALLS.keys() == set(others.split())
 
 
 @pytest.mark.parametrize(("call", "name"), EACH)
@@ -375,9 +381,6 @@ def test_gen_configs_are_looked_at_one_by_one(pipe: Pipeline) -> None:
         with pytest.raises(ConfigError, match="gen_config does not fit") as caught:
             pipe(["hi"], gen_config=given_)  # type: ignore[arg-type]
         assert words in caught.value.found + caught.value.expected
-
-
-# --- images and sessions ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", [load_image, encode_image_base64])

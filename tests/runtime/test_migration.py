@@ -28,7 +28,14 @@ from vlmforge.errors import EngineError, EngineFormatError, EngineIntegrityError
 OLD = DATA / "manifests"
 # The parts of an engine of before have no names of tables.
 OLD_RICH = dataclasses.replace(
-    RICH, parts=(RICH.parts[0], dataclasses.replace(RICH.parts[1], rotary_tables=None))
+    RICH,
+    kv=dataclasses.replace(RICH.kv, page_size=None),
+    parts=(
+        RICH.parts[0],
+        dataclasses.replace(
+            RICH.parts[1], rotary_tables=None, chain=None, data=("decoder.rank0.data",)
+        ),
+    ),
 )
 
 
