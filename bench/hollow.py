@@ -10,6 +10,8 @@ random numbers there, of a size that keeps activations finite. Speed does not de
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +35,26 @@ def fill(engine: Path) -> None:
                     made[scale, dtype] = _narrow(drawn * np.float32(scale), dtype)
                 file.seek(offset)
                 _repeat(file, made[scale, dtype], 2 * int(np.prod(shape)))
+    _seal(engine)
+
+
+def _seal(engine: Path) -> None:
+    """The files' hashes as they are now, and the check that the first opening would make."""
+    from vlmforge.engine.bundle import open_bundle
+    from vlmforge.engine.manifest import MANIFEST_FILE, dump_manifest, load_manifest
+
+    manifest = load_manifest(engine)
+    sums = [_sha256(engine / entry.path) for entry in manifest.files]
+    pairs = zip(manifest.files, sums, strict=True)
+    files = tuple(dataclasses.replace(entry, sha256=found) for entry, found in pairs)
+    text = dump_manifest(dataclasses.replace(manifest, files=files))
+    (engine / MANIFEST_FILE).write_text(text, "utf-8")
+    open_bundle(engine)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _narrow(values: Any, dtype: str) -> memoryview:

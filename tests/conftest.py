@@ -140,9 +140,24 @@ def golden_engine(shared: Path, name: str) -> Path:
 
 
 def cuda_engine(shared: Path, name: str) -> Path:
-    """The float16 engine of the target cuda of a golden checkpoint, built once for a run."""
+    """The float16 engine of the target cuda of a golden checkpoint, built once for a run.
+
+    That of `HF` carries kernels for every GPU; the others only for one that other tests compile.
+    """
+    from vlmforge_builder.targets import cuda
+    from vlmforge_plugins.cached_attention.compile import compile_one
+    from vlmforge_plugins.cached_attention.config import TARGETS
+
     options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()))
-    return build_once(shared / f"{name}.cuda.engine", DATA / name / "checkpoint", *options)
+    hopper = next(target for target in TARGETS if target.name == "sm_90")
+    with pytest.MonkeyPatch.context() as patch:
+        if name != HF.name:
+            patch.setattr(
+                cuda,
+                "compile_set",
+                lambda config, by, kept: (compile_one(config, hopper, by, kept),),
+            )
+        return build_once(shared / f"{name}.cuda.engine", DATA / name / "checkpoint", *options)
 
 
 @pytest.fixture(scope="session")

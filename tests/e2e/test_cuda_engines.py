@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,8 @@ from vlmforge.kv.blocks import BlockPool
 from vlmforge.kv.cache import Move
 
 LIMITS = TOLERANCES["float16"]
+# Of the architectures of two others; only their files and sizes differ, which other tests see.
+TWINS = {"llava_next_mistral_hf", "llava_v1_5_liuhaotian"}
 PHOTO, TALL = str(IMAGES / "photo_640x480.png"), str(IMAGES / "tall_300x900.png")
 PROMPTS: list[object] = [
     "Write one line about cats.",
@@ -62,13 +65,18 @@ def golden(shared: Path) -> Iterator[Callable[[str], Golden]]:
         yield open_one
 
 
-@pytest.mark.parametrize(("folder", "name"), CASES)
+def marked(folder: str, *values: str) -> Any:
+    marks = [pytest.mark.nightly] if folder in TWINS else []
+    return pytest.param(folder, *values, marks=marks)
+
+
+@pytest.mark.parametrize(("folder", "name"), [marked(*case) for case in CASES])
 def test_every_golden_case(golden: Callable[[str], Golden], folder: str, name: str) -> None:
     check_prompt(golden(folder), name)
     check_answer(golden(folder), name, LIMITS)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [marked(folder) for folder in FOLDERS])
 def test_features_of_every_golden_image(golden: Callable[[str], Golden], folder: str) -> None:
     check_images(golden(folder), LIMITS)
 

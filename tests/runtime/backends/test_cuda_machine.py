@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from vlmforge.backends import load_backend
+from vlmforge.backends.cuda import machine
 from vlmforge.backends.cuda.machine import MEND, PROVIDER, FoundGpu, check_machine
 from vlmforge.errors import BackendUnavailableError
 
@@ -53,8 +54,13 @@ def test_what_is_missing(
     assert fix in caught.value.fix
 
 
-def test_this_machine_says_what_it_lacks() -> None:
-    """The one that runs the tests has no GPU, or the ONNX Runtime that CI has."""
-    with pytest.raises(BackendUnavailableError) as caught:
-        load_backend("cuda").memory()
-    assert "--target onnxruntime" in caught.value.fix
+def test_this_machine_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver of any machine is asked, one that has a GPU too: here it shows none of them."""
+    monkeypatch.setattr(machine, "_DRIVER", "libcuda-of-no-machine.so.1")
+    backend = load_backend("cuda")
+    for ask in (backend.memory, backend.check):
+        with pytest.raises(BackendUnavailableError) as caught:
+            ask()
+        assert "libcuda-of-no-machine.so.1" in caught.value.found
+        assert "nvidia-smi" in caught.value.fix
+        assert "--target onnxruntime" in caught.value.fix
