@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sample_manifest import MANIFEST
-from stand_in import Parts, plain, png, stand_in
-from vlmforge import Pipeline, Response, Session
+from stand_in import Parts, png, stand_in
+from talks import talk, turn
+from vlmforge import Pipeline, Session
 from vlmforge.api.array_file import read_arrays, write_arrays
 from vlmforge.api.session_file import read_session
 from vlmforge.engine.manifest import FileEntry
@@ -27,20 +27,6 @@ from vlmforge.errors import (
     SessionError,
 )
 from vlmforge.vl.image_limits import DEFAULT_LIMITS
-
-
-def turn(pipe: Pipeline, prompt: object, session: Session, count: int = 5) -> Response:
-    pipe.chat(prompt, session, plain(count))
-    assert session.response is not None
-    return session.response
-
-
-def talk(pipe: Pipeline) -> Session:
-    """Two turns about two pictures: one encoded, one of pixels."""
-    session = pipe.session()
-    turn(pipe, ("look", [png(1), PIL.Image.new("RGB", (8, 8), "red")]), session)
-    turn(pipe, "and", session)
-    return session
 
 
 def test_a_session_of_another_engine_is_refused(tmp_path: Path) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import pytest
 
 from sample_manifest import MANIFEST
 from stand_in import Parts, plain, png, stand_in
-from vlmforge import Pipeline, Response, Session
+from talks import talk, turn
+from vlmforge import Response, Session
 from vlmforge.errors import (
     BackendUnavailableError,
     CancelledError,
@@ -23,21 +25,6 @@ from vlmforge.errors import (
 )
 from vlmforge.kv.slots import SlotCache
 from vlmforge.vl.load import OpenedImage
-
-
-def turn(pipe: Pipeline, prompt: object, session: Session, count: int = 5) -> Response:
-    pipe.chat(prompt, session, plain(count))
-    assert session.response is not None
-    return session.response
-
-
-def talk(pipe: Pipeline) -> Session:
-    """Two turns about two pictures: one encoded, one of pixels."""
-    session = pipe.session()
-    turn(pipe, ("look", [png(1), PIL.Image.new("RGB", (8, 8), "red")]), session)
-    turn(pipe, "and", session)
-    return session
-
 
 # --- fork and rewind ----------------------------------------------------------------------------
 
@@ -221,11 +208,14 @@ def test_a_cache_that_has_no_room_is_computed_again(
         session = talk(pipe)
         session.save(path)
         expected = turn(pipe, "so", session)
-    parts = Parts(1)
+    parts, done = Parts(1), threading.Event()
+    # Slow steps, so that the stream still has the only slot when the session is loaded.
+    parts.before = lambda name, _: None if done.is_set() else time.sleep(0.05)
     with stand_in(parts, slots=1) as pipe:
         pieces = pipe.stream_infer("long", plain(50))
         next(pieces)
         loaded = Session.load(path, pipe)
+        done.set()
         assert "computed again" in caplog.text
         pieces.close()  # type: ignore[attr-defined]
         found = turn(pipe, "so", loaded)

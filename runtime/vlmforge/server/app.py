@@ -16,6 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+from typing_extensions import override
 
 from vlmforge.outputs.response import Response as Piece
 from vlmforge.server.admission import Admission
@@ -113,8 +115,8 @@ class Api:
                 return JSONResponse(writer.whole(answers))
             # A request that fails before its first piece has a status of its own.
             first = await _while_connected(request, anext(pieces))
-            events = _events(_chained(first, pieces), asked, writer, request, stack.pop_all())
-            return EventSourceResponse(events, headers={"X-Request-Id": writer.id})
+            events = _events(_chained(first, pieces), asked, writer, request)
+            return _Stream(events, {"X-Request-Id": writer.id}, stack.pop_all())
         raise AssertionError("an exit stack swallows nothing")
 
 
@@ -157,6 +159,24 @@ def make_app(engines: Sequence[Served], settings: ServerSettings | None = None) 
     app.add_middleware(Guard, settings=settings, admission=admission, metrics=metrics)
     app.state.admission = admission
     return app
+
+
+class _Stream(EventSourceResponse):
+    """A stream that gives back what it holds, also when it ends before its first piece."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[ServerSentEvent, None],
+        headers: Mapping[str, str],
+        held: contextlib.AsyncExitStack,
+    ) -> None:
+        super().__init__(events, headers=headers)
+        self._held = held
+
+    @override
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:  # the request's place, and the request itself
+            await super().__call__(scope, receive, send)
 
 
 async def _http_problem(request: Request, error: Exception) -> Response:
@@ -221,26 +241,24 @@ async def _events(
     asked: Asked,
     writer: Writer,
     request: Request,
-    held: contextlib.AsyncExitStack,
 ) -> AsyncGenerator[ServerSentEvent, None]:
     whole = Piece()
-    async with held:  # the request's place, and the request itself
-        if writer.kind == "chat.completion":
-            for index in range(asked.config.n):
-                yield _event(writer.first(index))
-        try:
-            async for piece in pieces:
-                whole.extend(_sound(piece))
-                yield _event(writer.piece(piece))
-        except Exception as error:  # noqa: BLE001 - the stream's client gets it
-            failed: ApiError = api_error(error)
-            request.state.log.update(error=failed.code)
-            yield _event(failed.body, "error")
-        else:
-            if asked.usage:
-                yield _event(writer.last(whole.choices))
-        request.state.log.update(_tokens(whole.choices))
-        yield ServerSentEvent("[DONE]")
+    if writer.kind == "chat.completion":
+        for index in range(asked.config.n):
+            yield _event(writer.first(index))
+    try:
+        async for piece in pieces:
+            whole.extend(_sound(piece))
+            yield _event(writer.piece(piece))
+    except Exception as error:  # noqa: BLE001 - the stream's client gets it
+        failed: ApiError = api_error(error)
+        request.state.log.update(error=failed.code)
+        yield _event(failed.body, "error")
+    else:
+        if asked.usage:
+            yield _event(writer.last(whole.choices))
+    request.state.log.update(_tokens(whole.choices))
+    yield ServerSentEvent("[DONE]")
 
 
 def _event(data: Mapping[str, Any], name: str | None = None) -> ServerSentEvent:

@@ -32,7 +32,7 @@ class Served:
         )
 
     def render(self, prompt: object, *, templated: bool) -> RenderedPrompt:
-        """See `Pipeline.render`."""
+        """The prompt as it would be run; nothing is."""
         return self.pipe.render(prompt, do_preprocess=templated)
 
     def card(self) -> dict[str, object]:

@@ -35,7 +35,6 @@ class ServerSettings:
         shutdown_seconds: Time that running requests get once the server is asked to end.
         retry_seconds: What a client that is refused with 429 or 503 is told to wait.
         log_json: One JSON object a request, instead of one readable line.
-        log_content: Prompts and answers are logged too.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -49,7 +48,6 @@ class ServerSettings:
     shutdown_seconds: float = 60.0
     retry_seconds: int = 1
     log_json: bool = False
-    log_content: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, _RULES)
@@ -75,7 +73,6 @@ _RULES: Mapping[str, Rule] = {
     "shutdown_seconds": Number(0),
     "retry_seconds": Int(0),
     "log_json": Flag(),
-    "log_content": Flag(),
 }
 
 
