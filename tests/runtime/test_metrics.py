@@ -42,9 +42,12 @@ def test_counters_are_what_the_answers_say() -> None:
         assert (nothing.step_seconds.count, nothing.step_seconds.mean) == (0, 0.0)
         prompts = [("look", png(1)), ("see", png(1)), "words", ("x", b"no image"), ("y", png(2))]
         found = answers(pipe(prompts, gen_config=plain(7)))
+        gate, middle = Gate(), parts.calls["step"] + 20  # it cannot end before it is left
+        parts.before = lambda name, n: gate.passed() if (name, n) == ("step", middle) else None
         pieces = pipe.stream_infer("long", plain(90))
         next(pieces)
         pieces.close()  # type: ignore[attr-defined]
+        gate.open.set()
         wait_until(lambda: sum(pipe.metrics().requests.values()) == 6)
         metrics = pipe.metrics()
         whole = [answer for answer in found if answer.finish_reason != "error"]

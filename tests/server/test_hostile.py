@@ -167,6 +167,7 @@ def test_what_is_logged(
             model="tiny", messages=[{"role": "user", "content": "a secret"}], max_tokens=2
         )
         httpx.get(server.url + "/v1/x%0a200%20forged")
+        wait_until(lambda: "forged" in caplog.text)  # a line is written after its answer was sent
     text = caplog.text
     assert "secret" not in text and "completion_tokens=2" in text and "stages=" in text
-    assert "forged" in text and "\n200 forged" not in text
+    assert "\n200 forged" not in text
