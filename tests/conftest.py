@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import os
+import ssl
 import subprocess
 import sys
 import time
@@ -95,6 +96,14 @@ def _recipes_found_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _certificates_read_once() -> Iterator[None]:
+    """Every HTTP client reads them all, which takes longer than most of what tests ask for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _kept_traces(shared: Path) -> None:
     """Builds in this process trace equal parts once for the whole run."""
     if "vlmforge_builder.build" in sys.modules:
@@ -105,6 +114,15 @@ def _keep_traces(shared: Path) -> None:
     from traces import remember_traces
 
     remember_traces(shared / "traces")
+
+
+@pytest.fixture
+def traces_for_children(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds in child processes too; for tests whose point is not the export itself."""
+    before = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    path = os.pathsep.join([str(ROOT / "tests/keeping"), *before])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("KEPT_TRACES", str(shared / "traces"))
 
 
 def run_build(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -184,6 +202,14 @@ def _cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--costs",
+        type=Path,
+        help="a file to write the seconds of CPU time of all tests and files to",
+    )
+
+
 def pytest_runtest_logstart() -> None:
     _spent[0] = _cpu_seconds()
 
@@ -210,3 +236,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, seconds in costs.most_common(_SHOWN):
         terminalreporter.line(f"{seconds:7.1f} s  {name}")
     terminalreporter.line(f"{costs.total():7.1f} s of CPU time in all, without imports")
+    if listing := terminalreporter.config.getoption("--costs"):
+        files: Counter[str] = Counter()
+        for name, seconds in costs.items():
+            files[name.partition("::")[0]] += seconds
+        rows = [*files.most_common(), *costs.most_common()]
+        listing.write_text("".join(f"{seconds:8.2f} {name}\n" for name, seconds in rows))
