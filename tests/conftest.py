@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import os
+import signal
 import ssl
 import subprocess
 import sys
@@ -44,6 +45,11 @@ HF = DATA / "llava_1_5_hf"
 ORIGINAL = DATA / "llava_v1_5_liuhaotian"
 
 Builder = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    """A shell has what it starts in the background ignore interrupts, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
