@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,9 +17,30 @@ from vlmforge_builder.ops.cached_attention import cached_attention
 
 
 @dataclass(frozen=True, slots=True)
+class BandScaling:
+    """Rotary positions whose slow turns are slowed down further, and fast ones are not.
+
+    As Llama 3.1 has them (`_compute_llama3_parameters` in transformers' modeling_rope_utils.py).
+
+    Attributes:
+        factor: How much slower.
+        low, high: Turns in `original` positions below which all of it is done, and above which
+            nothing.
+        original: Positions that the model was trained with before.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original: int
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """Geometry of a decoder. `max_positions` is how many tokens one sequence may hold.
 
+    With `qkv_bias` the projections to query, key and value have biases; with `qk_norm` each head of
+    query and key is normalised before it is rotated. `rope_scaling` changes its frequencies.
     `long_context` is None where positions are plain rotary ones at every length. The attention is
     that of the model up to `attention_window` tokens; None: at every length.
     """
@@ -35,6 +57,8 @@ class DecoderConfig:
     activation: str
     max_positions: int
     qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: BandScaling | None = None
     long_context: LongContext | None = None
     attention_window: int | None = None
 
@@ -45,7 +69,12 @@ def inverse_frequencies(config: DecoderConfig) -> tuple[float, ...]:
     Computed in fp32, as the original implementations do.
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    return tuple((1.0 / (config.rope_theta**exponent)).tolist())
+    plain = 1.0 / (config.rope_theta**exponent)
+    if (scaling := config.rope_scaling) is None:
+        return tuple(plain.tolist())
+    turns = scaling.original / (2 * math.pi / plain)
+    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return tuple(((1 - kept) * plain / scaling.factor + kept * plain).tolist())
 
 
 def rotary_tables(config: DecoderConfig) -> tuple[Tensor, Tensor]:
@@ -67,6 +96,10 @@ class Attention(nn.Module):
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = Linear(config.hidden_size, width, bias=config.qkv_bias)
         self.out = Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(
         self, x: Tensor, past: tuple[Tensor, Tensor], rotary: Rotary, lengths: Tensor
@@ -74,6 +107,9 @@ class Attention(nn.Module):
         """`x [B, S, hidden]` to the same shape, and the two caches."""
         kv_width = self.kv_heads * self.head_dim
         q, k, v = self.qkv(x).split((self.heads * self.head_dim, kv_width, kv_width), dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.unflatten(-1, (self.heads, -1))).flatten(2)
+            k = self.k_norm(k.unflatten(-1, (self.kv_heads, -1))).flatten(2)
         heads, kv_heads, scale = self.heads, self.kv_heads, self.head_dim**-0.5
         tables = None if isinstance(rotary, Rotation) else rotary
         if isinstance(rotary, Rotation):
