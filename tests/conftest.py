@@ -102,10 +102,14 @@ def _recipes_found_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _certificates_read_once() -> Iterator[None]:
-    """Every HTTP client reads them all, which takes longer than most of what tests ask for."""
+def _http_clients() -> Iterator[None]:
+    """They read all certificates once, not each anew; and none judges time, as by default."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        if "httpx" in sys.modules:
+            patience = sys.modules["httpx"]._config.DEFAULT_TIMEOUT_CONFIG
+            for name in ("connect", "read", "write", "pool"):
+                patch.setattr(patience, name, HANGS)
         yield
 
 
