@@ -80,7 +80,22 @@ def turns(driver: Any, who: str) -> list[Any]:
 
 
 def answered(driver: Any, count: int) -> None:
-    wait_until(lambda: len(driver.find_elements("css selector", ".turn.assistant .bar")) == count)
+    def ended() -> bool:
+        assert not [found.text for found in driver.find_elements("css selector", ".error:not(:empty)")]
+        return len(driver.find_elements("css selector", ".turn.assistant .bar")) == count
+
+    wait_until(ended)
+
+
+def button(driver: Any, text: str, number: int = 0) -> Any:
+    return driver.find_elements("xpath", f"//button[text()='{text}']")[number]
+
+
+def dark(driver: Any) -> None:
+    driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": "dark"}]},
+    )
 
 
 def shot(driver: Any, name: str) -> None:
@@ -112,15 +127,33 @@ def test_a_picture_and_two_turns(browser: Any, pipe: Pipeline, tmp_path: Path) -
     assert text.split() == wanted.text.split()
     ask(browser, "and now?")
     answered(browser, 2)
-    browser.find_elements("xpath", "//button[text()='Show the prompt']")[0].click()
-    wait_until(lambda: len(browser.find_elements("css selector", "pre")) == 1)
+    button(browser, "Show the prompt").click()
+    wait_until(lambda: len(browser.find_elements("css selector", "pre mark")) == 1)
+    assert "<image>" in browser.find_element("css selector", "pre mark").text
     shot(browser, "two_turns")
-    browser.find_elements("xpath", "//button[text()='Edit and fork']")[1].click()
+    button(browser, "Edit and fork", 1).click()
     assert browser.find_element("id", "text").get_attribute("value") == "and now?"
     assert len(turns(browser, "user")) == 1
-    browser.set_window_size(360, 740)
-    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    shot(browser, "narrow")
+    ask(browser, " or then?")
+    answered(browser, 2)
+    assert turns(browser, "user")[1].find_element("css selector", ".text").text == (
+        "and now? or then?"
+    )
+    branches = browser.find_elements("css selector", "#branch option")
+    assert [branch.text for branch in branches] == ["Branch 1 of 2", "Branch 2 of 2"]
+    branches[0].click()
+    wait_until(lambda: "or then" not in turns(browser, "user")[1].text)
+    assert len(browser.find_elements("css selector", "pre mark")) == 1  # still shown
+    browser.find_element("css selector", "summary").click()
+    for name, width, height in (("narrow", 360, 740), ("dark", 900, 900)):
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
+        )
+        assert browser.execute_script("return innerWidth") == width
+        assert browser.execute_script("return document.documentElement.scrollWidth") == width
+        shot(browser, name)
+        dark(browser)
 
 
 def image_url(path: Path) -> str:
@@ -144,22 +177,81 @@ def test_stop_and_error(browser: Any, server: Running) -> None:
     wait_until(lambda: server.app.state.admission.running == 0)
     browser.execute_script("document.getElementById('top_p').value = 7")
     ask(browser, "and this is refused")
-    wait_until(lambda: len(browser.find_elements("css selector", ".error")) == 1)
-    assert "top_p" in browser.find_element("css selector", ".error").text
+    wait_until(lambda: len(browser.find_elements("css selector", ".turn .error")) == 1)
+    assert "top_p" in browser.find_element("css selector", ".turn .error").text
     shot(browser, "error")
     browser.get_log("browser")  # that the browser notes the 400 is right
+    browser.execute_script("document.getElementById('top_p').value = 1")
+    ask(browser, "and this is not")  # what was refused is no turn of the conversation
+    wait_until(lambda: len(turns(browser, "assistant")) == 3)
+    wait_until(lambda: browser.find_element("id", "stop").is_displayed())
+    browser.find_element("id", "stop").click()
+    wait_until(lambda: browser.find_element("id", "send").is_displayed())
+    assert len(browser.find_elements("css selector", ".turn .error")) == 1
 
 
 def test_keyboard_and_names(browser: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    active = "return document.activeElement.id"
-    assert browser.execute_script(active) == "text"
-    browser.find_element("id", "text").send_keys(Keys.TAB)
-    assert browser.execute_script(active) == "send"
+    def active() -> str:
+        return str(browser.execute_script("return document.activeElement.id"))
+
+    assert active() == "text"
+    ask(browser, "hello")  # with Enter
+    answered(browser, 1)
+    assert active() == "text"
+    seen = [active()]
+    while (found := press(browser, Keys.TAB)) != "text":
+        seen.append(found)
+        assert len(seen) < 40, seen
+    wanted = {"text", "send", "Settings", "model", "clear", "chat", "pick", "Edit and fork"}
+    assert wanted | {"Answer again", "Show the prompt"} <= set(seen), seen
     unnamed = browser.execute_script(
         "return [...document.querySelectorAll('button, input, select, textarea')].filter("
         "e => !(e.textContent.trim() || e.getAttribute('aria-label') || e.getAttribute("
         "'aria-hidden') || (e.labels && e.labels.length))).length"
     )
     assert unnamed == 0
+    assert browser.find_element("id", "status").get_attribute("textContent").startswith("Answer: ")
+    names = {
+        turn.accessible_name
+        for turn in (*turns(browser, "user"), *turns(browser, "assistant"))
+    }
+    assert names == {"You", "Model"}
+
+
+def press(driver: Any, key: str) -> str:
+    """What has the focus behind this key: its id, or its text."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    ActionChains(driver).send_keys(key).perform()
+    found = "const e = document.activeElement; return e.id || e.textContent.trim()"
+    return str(driver.execute_script(found))
+
+
+def test_boxes_and_what_is_no_picture(browser: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200), "teal").save(tmp_path / "teal.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    browser.find_element("id", "file").send_keys(str(tmp_path / "notes.txt"))
+    wait_until(lambda: bool(browser.find_element("id", "notice").text))
+    assert browser.find_element("id", "notice").text == "Not a picture: notes.txt"
+    # No trained engine that grounds is small enough: an answer as the server would give it.
+    browser.execute_script(
+        "state.turns = [{role: 'user', text: 'where?', pictures: [{url: arguments[0], name: 'p'}]},"
+        "{role: 'assistant', text: 'there', boxes: [{image: 0, x1: 30, y1: 50, x2: 150, y2: 200,"
+        " ref: 'sea'}]}]; draw();",
+        image_url(tmp_path / "teal.png"),
+    )
+    wait_until(lambda: len(browser.find_elements("css selector", ".box")) == 1)
+    box = browser.find_element("css selector", ".box").rect
+    image = browser.find_elements("css selector", ".turn.assistant img")[0].rect
+    found = [
+        (box["x"] - image["x"]) / image["width"],
+        (box["y"] - image["y"]) / image["height"],
+        box["width"] / image["width"],
+        box["height"] / image["height"],
+    ]
+    assert found == pytest.approx([0.1, 0.25, 0.4, 0.75], abs=0.02)
+    alt = browser.find_elements("css selector", ".turn.assistant img")[0].get_attribute("alt")
+    assert alt == "p with boxes: sea"
+    shot(browser, "boxes")

@@ -58,6 +58,7 @@ def make_server(app: Starlette, settings: ServerSettings) -> DrainingServer:
         http=patient_protocol(settings.header_seconds),
         ws="none",
         access_log=False,
+        proxy_headers=False,
         log_config=None,
         server_header=False,
         timeout_keep_alive=_IDLE_SECONDS,
