@@ -173,7 +173,10 @@ async def together(attack: Attack, port: int) -> Counter[str]:
 def run(engine: str, places: int, attacks: tuple[Attack, ...]) -> bool:
     """Print what came back, and the server's memory; whether all was right."""
     good = True
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))  # as a system gives it to a server
     with server(engine, "--max-concurrent-requests", str(places)) as (url, process):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
         port = int(url.rpartition(":")[2])
         asyncio.run(stream(port))
         print(f"{places} places, {memory_mib(process.pid):.0f} MiB at first")
@@ -197,8 +200,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("engine")
     values = parser.parse_args()
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
     good = run(values.engine, 2000, ATTACKS)
     good &= run(values.engine, 64, ATTACKS[:1])
     print("as it must be" if good else "NOT as it must be")

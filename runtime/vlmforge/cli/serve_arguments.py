@@ -32,6 +32,9 @@ def add_serve(commands: Any) -> None:
     )
     serve.add_argument("--max-concurrent-requests", type=int, default=256, metavar="N")
     serve.add_argument("--max-body-mb", type=int, default=64, metavar="MB")
+    serve.add_argument(
+        "--max-bodies-mb", type=int, default=1024, metavar="MB", help="of all requests together"
+    )
     serve.add_argument("--max-images", type=int, default=64, metavar="N", help="of one request")
     serve.add_argument("--request-seconds", type=float, metavar="S", help="longest answer")
     serve.add_argument("--shutdown-seconds", type=float, default=60.0, metavar="S")
