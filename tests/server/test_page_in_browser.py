@@ -166,7 +166,7 @@ def image_url(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def test_stop_and_error(browser: Any, server: Running) -> None:
+def test_stop_and_error(browser: Any, server: Running, tmp_path: Path) -> None:
     from selenium.webdriver.common.keys import Keys
 
     browser.execute_script("document.getElementById('max_tokens').value = 4000")
@@ -174,23 +174,37 @@ def test_stop_and_error(browser: Any, server: Running) -> None:
         "const real = window.fetch; window.fetch = (url, given) => real(url, given.body ? "
         "{...given, body: JSON.stringify({...JSON.parse(given.body), ignore_eos: true})} : given)"
     )
-    ask(browser, "tell me a long story")
-    wait_until(lambda: browser.find_element("id", "stop").is_displayed())
-    browser.find_element("id", "text").send_keys(Keys.ESCAPE)
-    wait_until(lambda: browser.find_element("id", "send").is_displayed())
-    wait_until(lambda: server.app.state.admission.running == 0)
+    for number, stop in enumerate(("button", "Escape"), 1):
+        ask(browser, "tell me a long story")
+        wait_until(lambda: browser.find_element("id", "stop").is_displayed())
+        if stop == "button":
+            browser.find_element("id", "stop").click()
+        else:
+            browser.find_element("id", "text").send_keys(Keys.ESCAPE)
+        wait_until(lambda: browser.find_element("id", "send").is_displayed())
+        wait_until(lambda: server.app.state.admission.running == 0)
+        assert turns(browser, "assistant")[number - 1].text.count("stopped") == 1
+    # A setting that is out of range is shown, where it was folded away.
     browser.execute_script("document.getElementById('top_p').value = 7")
-    ask(browser, "and this is refused")
+    ask(browser, "this is not sent")
+    wait_until(
+        lambda: browser.execute_script("return document.activeElement.id === 'top_p'")
+    )
+    assert len(turns(browser, "user")) == 2
+    browser.execute_script("document.getElementById('top_p').value = 0.33")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    browser.find_element("id", "file").send_keys(str(tmp_path / "broken.png"))
+    wait_until(lambda: len(browser.find_elements("css selector", "#tray img")) == 1)
+    browser.find_element("id", "text").clear()
+    ask(browser, "what is broken?")
     wait_until(lambda: len(browser.find_elements("css selector", ".turn .error")) == 1)
-    assert "top_p" in browser.find_element("css selector", ".turn .error").text
+    assert "found:" in browser.find_element("css selector", ".turn .error").text
     shot(browser, "error")
-    browser.get_log("browser")  # that the browser notes the 400 is right
-    browser.execute_script("document.getElementById('top_p').value = 1")
-    ask(browser, "and this is not")  # what was refused is no turn of the conversation
-    wait_until(lambda: len(turns(browser, "assistant")) == 3)
-    wait_until(lambda: browser.find_element("id", "stop").is_displayed())
-    browser.find_element("id", "stop").click()
-    wait_until(lambda: browser.find_element("id", "send").is_displayed())
+    browser.get_log("browser")  # that the browser notes the 422 is right
+    browser.execute_script("document.getElementById('max_tokens').value = 8")
+    browser.find_element("id", "text").clear()
+    ask(browser, "and this is answered")  # what was refused is no turn of the conversation
+    wait_until(lambda: len(browser.find_elements("css selector", ".turn.assistant .bar")) == 1)
     assert len(browser.find_elements("css selector", ".turn .error")) == 1
 
 
