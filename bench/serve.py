@@ -76,8 +76,8 @@ def measure(engine: str, count: int, picture: Path | None) -> None:
         asyncio.run(poisson(port, 50.0, 20, 1))  # warm
         seconds, _ = asyncio.run(poisson(port, 1e6, count, 2))
         most = count / seconds
-        print(f"{count} streams at once: {most:.1f} requests/s (load average {os.getloadavg()[0]:.0f})")
-        print("| load | arrive/s | requests/s | first token ms p50 / p95 / p99 | between tokens ms |")
+        print(f"{count} at once: {most:.1f} requests/s (load average {os.getloadavg()[0]:.0f})\n")
+        print("| load | arrive/s | answered/s | first token ms p50 / p95 / p99 | between tokens |")
         print("|---|---|---|---|---|")
         found: dict[str, list[Times]] = {}
         for number, share in enumerate(LOADS):

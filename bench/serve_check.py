@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from http_load import ALL, MOST_TOKENS, Question, body_of, server
 
+from http_load import ALL, MOST_TOKENS, Question, body_of, server
 from vlmforge import GenerationConfig, pipeline
 
 BAD: tuple[dict[str, Any], ...] = ({"temperature": 7}, {"messages": []}, {"odd": 1})
@@ -55,6 +55,7 @@ class Tally:
 
     @property
     def good(self) -> bool:
+        """Whether nothing is wrong."""
         return self.wrong == self.strange == self.hung == 0
 
     def __add__(self, other: Tally) -> Tally:

@@ -65,7 +65,7 @@ async def _end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> st
     status = head[9:12].decode()
     length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
     body = b"" if length is None else await reader.readexactly(int(length[1]))
-    words = status == "200" or b"found:" in body and b"fix:" in body
+    words = status == "200" or (b"found:" in body and b"fix:" in body)
     return status if words else f"{status} without words"
 
 
@@ -190,7 +190,10 @@ def run(engine: str, places: int, attacks: tuple[Attack, ...]) -> bool:
             flat = memory[-1] - memory[0] < FLAT_MIB
             good &= flat and set(came) <= attack.allowed
             shown = " ".join(f"{value:.0f}" for value in memory)
-            print(f"  {attack.count} {attack.name}: {dict(came)}; MiB behind each: {shown}", flush=True)
+            print(
+                f"  {attack.count} {attack.name}: {dict(came)}; MiB behind each: {shown}",
+                flush=True,
+            )
         good &= asyncio.run(stream(port)) == "200"
     return good
 

@@ -116,8 +116,8 @@ def print_table(of_pipe: list[Round], of_http: list[Round], count: int, *, strea
     of_seconds = statistics.median(http[0] / pipe[0] for pipe, http in pairs)
     of_processor = statistics.median(http[1] / pipe[1] for pipe, http in pairs)
     print(
-        f"HTTP takes {of_seconds - 1:+.1%} of the time and {of_processor - 1:+.1%} of the processor "
-        f"time (medians of the ratios of {len(pairs)} rounds of {count} requests)\n",
+        f"HTTP: {of_seconds - 1:+.1%} of the time, {of_processor - 1:+.1%} of the processor time "
+        f"(medians of the ratios of {len(pairs)} rounds of {count} requests)\n",
         flush=True,
     )
 

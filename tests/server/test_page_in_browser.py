@@ -187,9 +187,7 @@ def test_stop_and_error(browser: Any, server: Running, tmp_path: Path) -> None:
     # A setting that is out of range is shown, where it was folded away.
     browser.execute_script("document.getElementById('top_p').value = 7")
     ask(browser, "this is not sent")
-    wait_until(
-        lambda: browser.execute_script("return document.activeElement.id === 'top_p'")
-    )
+    wait_until(lambda: browser.execute_script("return document.activeElement.id === 'top_p'"))
     assert len(turns(browser, "user")) == 2
     browser.execute_script("document.getElementById('top_p').value = 0.33")
     (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -232,8 +230,7 @@ def test_keyboard_and_names(browser: Any) -> None:
     assert unnamed == 0
     assert browser.find_element("id", "status").get_attribute("textContent").startswith("Answer: ")
     names = {
-        turn.accessible_name
-        for turn in (*turns(browser, "user"), *turns(browser, "assistant"))
+        turn.accessible_name for turn in (*turns(browser, "user"), *turns(browser, "assistant"))
     }
     assert names == {"You", "Model"}
 

@@ -71,9 +71,8 @@ def cluster() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def served(cluster: str, hf_engine: Path) -> Iterator[None]:
     """Two replicas, behind one address."""
-    from ray import serve
-
     from deploy.ray.serve_app import build
+    from ray import serve
 
     serve.start(http_options={"port": PORT})
     serve.run(build(str(hf_engine), replicas=(2, 2), cpus=1))
@@ -145,7 +144,10 @@ def test_a_replica_that_is_killed_loses_nothing(
     from openai import OpenAI
 
     client = OpenAI(
-        base_url=URL.removesuffix("/chat/completions"), api_key="none", max_retries=20, timeout=HANGS
+        base_url=URL.removesuffix("/chat/completions"),
+        api_key="none",
+        max_retries=20,
+        timeout=HANGS,
     )
     prompts = [[user(f"what is number {i}?", 30 + i % 8)] for i in range(60)]
     begun = threading.Semaphore(0)

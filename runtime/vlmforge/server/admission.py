@@ -15,7 +15,7 @@ from vlmforge.server.settings import ServerSettings
 
 
 class Admission:
-    """Counts the requests that run, and the bytes of bodies. Only the event loop's thread uses it."""
+    """Counts requests that run, and bytes of bodies. Only the event loop's thread uses it."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
@@ -74,8 +74,8 @@ class Admission:
                     "The server has as many bodies in memory as it takes.",
                     found=f"{self.body_bytes} bytes, of requests that arrive or are answered",
                     expected=f"at most {most}",
-                    fix=f"send it again in {self._settings.retry_seconds} s, give images by URL, or "
-                    "raise --max-bodies-mb",
+                    fix=f"send it again in {self._settings.retry_seconds} s, give images by URL, "
+                    "or raise --max-bodies-mb",
                 )
             return message
 

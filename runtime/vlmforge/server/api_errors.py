@@ -5,7 +5,7 @@
 404  no such model or path
 413  a body that is too large
 422  an image that cannot be fetched or read
-429  more requests, or more of their bodies, than the server takes; Retry-After says when to come again
+429  more requests, or bodies, than the server takes; Retry-After says when to come again
 431  headers that are too large
 500  the engine failed
 503  the server is shutting down
