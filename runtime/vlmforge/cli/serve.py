@@ -102,6 +102,8 @@ def _names(engines: list[str], names: list[str]) -> dict[str, str]:
 def _listening(host: str, port: int) -> socket.socket:
     """A socket that is taken before an engine is loaded: an address in use is told at once."""
     try:
+        if not 0 <= port < 1 << 16:  # or it would be another one, in silence
+            raise OverflowError("ports are 0 to 65535")
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
