@@ -158,8 +158,7 @@ class Lane(lifetime.Owner):
 
     def serve_here(self, request: Request) -> None:
         """Prepare a request on the caller's thread; what interrupts that one is raised in it."""
-        if (error := self._serve_one(request)) is not None:
-            raise_unless_fault(error)
+        self._serve_one(request, raise_unless_fault)
 
     @property
     def waiting(self) -> int:
@@ -246,9 +245,11 @@ class Lane(lifetime.Owner):
             self._serve_one(request)
         self._todo.put(None)  # for the next thread
 
-    def _serve_one(self, request: Request) -> BaseException | None:
-        """Prepare a request and hand it over; what it ended with instead."""
-        handed, priority, raised = False, request.terms.priority, None
+    def _serve_one(
+        self, request: Request, judge: Callable[[BaseException], None] = lambda _: None
+    ) -> None:
+        """Prepare a request and hand it over; `judge` may raise what it ended with instead."""
+        handed, priority = False, request.terms.priority
         try:
             if not (request.ended or self._closed):
                 job = self._prepare(request)
@@ -256,14 +257,14 @@ class Lane(lifetime.Owner):
                 self._loop.submit(job)
                 handed = True
         except BaseException as error:  # noqa: BLE001 - ends this request, whatever it is
-            raised = error
             request.fail(as_ours(error))
-        with self._lock:
-            self._preparing.discard(request)
-        if not handed:
-            request.fail(closed())  # unless it has ended
-            self._give_place(priority)
-        return raised
+            judge(error)
+        finally:
+            with self._lock:
+                self._preparing.discard(request)
+            if not handed:
+                request.fail(closed())  # unless it has ended
+                self._give_place(priority)
 
     def _give_place(self, priority: int) -> None:
         with self._lock:
