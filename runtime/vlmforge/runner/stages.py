@@ -65,6 +65,13 @@ class Engine:
     options: LoadOptions
     limits: ImageLimits = DEFAULT_LIMITS
     clock: PartClock = field(default_factory=PartClock)
+    _sparing: LikeliestDecoder | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Asked once: to ask whether something fulfils a protocol takes as long as half a step's
+        # bookkeeping.
+        sparing = self.decoder if isinstance(self.decoder, LikeliestDecoder) else None
+        object.__setattr__(self, "_sparing", sparing)
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -258,9 +265,9 @@ class Engine:
         batch = DecoderBatch(
             slots, tokens[:, None], lengths, None, zeros, self._levels(levels), places
         )
-        if likeliest and isinstance(self.decoder, LikeliestDecoder):
+        if likeliest and self._sparing is not None:
             with self.clock.running():
-                return self.decoder.likeliest(batch)
+                return self._sparing.likeliest(batch)
         found: FloatArray = self._run(batch)[:, 0]
         return found
 
