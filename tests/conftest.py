@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -168,20 +169,24 @@ def cuda_engine(shared: Path, name: str) -> Path:
 
     That of `HF` carries kernels for every GPU; the others only for one that other tests compile.
     """
+    options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()))
+    with nullcontext() if name == HF.name else kernels_for_one_gpu():
+        return build_once(shared / f"{name}.cuda.engine", DATA / name / "checkpoint", *options)
+
+
+@contextmanager
+def kernels_for_one_gpu() -> Iterator[None]:
+    """Builds in this process compile kernels for one GPU, which all tests share."""
     from vlmforge_builder.targets import cuda
     from vlmforge_plugins.cached_attention.compile import compile_one
     from vlmforge_plugins.cached_attention.config import TARGETS
 
-    options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()))
     hopper = next(target for target in TARGETS if target.name == "sm_90")
     with pytest.MonkeyPatch.context() as patch:
-        if name != HF.name:
-            patch.setattr(
-                cuda,
-                "compile_set",
-                lambda config, by, kept: (compile_one(config, hopper, by, kept),),
-            )
-        return build_once(shared / f"{name}.cuda.engine", DATA / name / "checkpoint", *options)
+        patch.setattr(
+            cuda, "compile_set", lambda config, by, kept: (compile_one(config, hopper, by, kept),)
+        )
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ A family is a module `drawn_*` with `SHAPES`, `write(folder, shape)` and `proces
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import AutoModelForImageTextToText
 
 import drawn_idefics3
 import drawn_internvl
-from conftest import build_once
+from conftest import build_once, kernels_for_one_gpu
 from golden_models import Tolerances
 from vlmforge import GenerationConfig, Pipeline
 from vlmforge.inputs.messages import parse_prompt
@@ -67,7 +68,8 @@ def engine(shared: Path, family: str, shape: str, *options: str) -> Path:
     """Its engine, built once for a run."""
     name = "".join(options).replace("--", "_")
     path = shared / f"{family}_{shape}{name}.engine"
-    return build_once(path, checkpoint(shared, family, shape), *options)
+    with kernels_for_one_gpu() if "cuda" in options else nullcontext():
+        return build_once(path, checkpoint(shared, family, shape), *options)
 
 
 def ours(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
@@ -149,6 +151,7 @@ def check_stages(
 ) -> None:
     """Ids, pixels, features and the prompt's logits of one case."""
     held, inputs = pipe._engine, original.inputs(messages)
+    assert held.manifest.decode.positions.name == "absolute"  # a token's number in the prompt
     rendered = pipe.render(ours(messages))
     assert list(rendered.token_ids) == inputs["input_ids"][0].tolist()
     conversation = parse_prompt(ours(messages))

@@ -162,7 +162,7 @@ def _rope_theta(text: ConfigReader) -> float:
 
 
 def _rope(text: ConfigReader) -> ConfigReader | None:
-    return next((text.section(key) for key in _ROPE if text.get(key) is not None), None)
+    return next((text.section(key) for key in _ROPE if text.get(key)), None)
 
 
 def _rope_type(rope: ConfigReader) -> object:
@@ -183,7 +183,7 @@ def _rope_scaling(rope: ConfigReader | None) -> BandScaling | None:
 
 def _refuse_variants(text: ConfigReader) -> None:
     for key in _ROPE:
-        if text.get(key) is not None and (kind := _rope_type(text.section(key))) not in _KNOWN:
+        if text.get(key) and (kind := _rope_type(text.section(key))) not in _KNOWN:
             raise _unsupported(text, f"{key} of type {kind!r}", "one of: " + ", ".join(_KNOWN))
     if text.get("layer_types") and set(_items(text.get("layer_types"))) != {_FULL}:
         raise _unsupported(text, f"layer_types {text.get('layer_types')!r}"[:80], f"{_FULL!r} only")
