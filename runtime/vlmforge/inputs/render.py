@@ -25,11 +25,15 @@ __all__ = ["ImageSpan", "RenderedPrompt", "TextEncoder", "marked_tokenizer_json"
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Where the features of image `image` go: `ids[start : start + length]`."""
+    """Where the features of image `image` go: `ids[start : start + length]`.
+
+    `grid`: its tokens down and across, where positions ask for it.
+    """
 
     start: int
     length: int
     image: int
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
