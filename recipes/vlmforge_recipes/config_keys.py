@@ -134,8 +134,19 @@ ROPE_KEYS = (
 
 
 def text_keys(kind: str) -> tuple[Key, ...]:
-    """Keys of a decoder of Llama's form; `kind` is "llama" or "mistral"."""
-    if kind == "mistral":
+    """Keys of a decoder of Llama's form; `kind` is a key of `llama_decoder.TEXT_DEFAULTS`."""
+    kinds = refused("layers of several kinds", "layer_types")
+    if kind in ("qwen2", "qwen3"):
+        window = (
+            *refused("a window in some layers' attention", "use_sliding_window", False),
+            *unused("without `use_sliding_window`", "sliding_window max_window_layers"),
+        )
+        kinds = honoured("must be full attention in every layer", "layer_types")
+        if kind == "qwen2":
+            bias = unused("Qwen2Attention has its biases, whatever this says", "attention_bias")
+        else:
+            bias = refused("biases in projections", "attention_bias", False)
+    elif kind == "mistral":
         window = honoured("window of the attention; a longer session_len is refused",
                           "sliding_window")  # fmt: skip
         bias = unused("MistralAttention has no biases, whatever this says", "attention_bias")
@@ -158,7 +169,7 @@ def text_keys(kind: str) -> tuple[Key, ...]:
         ),
         *(*window, *bias, *ENDS),
         *refused("part of the head's width is rotated", "partial_rotary_factor", 1.0),
-        *refused("layers of several kinds", "layer_types"),
+        *kinds,
         *DECODER_GENERAL,
     )
 

@@ -1,7 +1,8 @@
 """Decoders of Llama's form: their configuration and their weights' names.
 
-Llama (https://arxiv.org/abs/2302.13971), and Mistral (https://arxiv.org/abs/2310.06825) as far as a
-sequence fits its sliding window.
+Llama (https://arxiv.org/abs/2302.13971), Mistral (https://arxiv.org/abs/2310.06825) as far as a
+sequence fits its sliding window, Qwen2 (https://arxiv.org/abs/2407.10671), whose query, key and
+value have biases, and Qwen3 (https://arxiv.org/abs/2505.09388), whose query and key have norms.
 """
 
 from __future__ import annotations
@@ -15,32 +16,41 @@ from vlmforge_builder.blocks.layers import ACTIVATIONS
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.recipe import PartSpec
-from vlmforge_builder.weights import Computed, Stored, Transposed, Weight
+from vlmforge_builder.weights import Computed, Stacked, Stored, Transposed, Weight
 from vlmforge_recipes.cached_decoder import cached_decoder_part
 
 
 @dataclass(frozen=True, slots=True)
 class TextDefaults:
-    """What a text configuration means by the keys that it leaves out.
+    """What a text configuration means by the keys that it leaves out, and what it cannot say.
 
-    `sliding_window` is None where the architecture has none, whatever the configuration says.
+    `sliding_window` is None where the architecture has none, or none that the recipe allows;
+    `head_dim` where the heads lie side by side in the hidden size. `qkv_bias` and `qk_norm` are of
+    the architecture (see `DecoderConfig`).
     """
 
     intermediate_size: int
     kv_heads: int | None
     max_positions: int
-    sliding_window: int | None
+    sliding_window: int | None = None
+    vocab_size: int = 32000
+    head_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
 
-# By `model_type`: those of `LlamaConfig` and of `MistralConfig`.
+# By `model_type`: those of `LlamaConfig`, `MistralConfig`, `Qwen2Config` and `Qwen3Config`.
 TEXT_DEFAULTS: Mapping[str, TextDefaults] = {
-    "llama": TextDefaults(11008, None, 2048, None),
+    "llama": TextDefaults(11008, None, 2048),
     "mistral": TextDefaults(14336, 8, 131072, 4096),
+    "qwen2": TextDefaults(22016, 32, 32768, vocab_size=151936, qkv_bias=True),
+    "qwen3": TextDefaults(22016, 32, 32768, vocab_size=151936, head_dim=128, qk_norm=True),
 }
 
 
 # In the order in which transformers takes one of them.
 _ROPE = ("rope_scaling", "rope_parameters")
+_FULL = "full_attention"
 
 
 def read_decoder_config(
@@ -68,7 +78,7 @@ def read_decoder_config(
         found = f"sliding_window {window} and a session_len of {max_positions}"
         raise _unsupported(text, found, f"a session_len of at most {window}")
     return DecoderConfig(
-        vocab_size=text.int("vocab_size", 32000, within=limits.VOCABULARY),
+        vocab_size=text.int("vocab_size", defaults.vocab_size, within=limits.VOCABULARY),
         hidden_size=hidden,
         intermediate_size=text.int(
             "intermediate_size", defaults.intermediate_size, within=limits.WIDTH
@@ -76,11 +86,13 @@ def read_decoder_config(
         layers=text.int("num_hidden_layers", 32, within=limits.LAYERS),
         heads=heads,
         kv_heads=_kv_heads(text, defaults, heads),
-        head_dim=_head_dim(text, hidden, heads),
+        head_dim=_head_dim(text, defaults, hidden, heads),
         norm_eps=text.float("rms_norm_eps", 1e-6, within=limits.EPSILON),
         rope_theta=_rope_theta(text),
         activation=text.str("hidden_act", "silu"),
         max_positions=max_positions,
+        qkv_bias=defaults.qkv_bias,
+        qk_norm=defaults.qk_norm,
         attention_window=window,
     )
 
@@ -103,10 +115,12 @@ def _kv_heads(text: ConfigReader, defaults: TextDefaults, heads: int) -> int:
     return kv_heads
 
 
-def _head_dim(text: ConfigReader, hidden: int, heads: int) -> int:
+def _head_dim(text: ConfigReader, defaults: TextDefaults, hidden: int, heads: int) -> int:
     named = text.opt_int("head_dim", within=limits.HEAD_DIM)
     if named is not None:
         return named
+    if defaults.head_dim is not None and "head_dim" not in text.values:
+        return defaults.head_dim
     if hidden % heads or hidden // heads not in limits.HEAD_DIM:
         found = f"hidden_size {hidden} and num_attention_heads {heads}"
         raise _unfit(text, found, "heads of one even width, side by side in hidden_size")
@@ -145,9 +159,15 @@ def _refuse_variants(text: ConfigReader) -> None:
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         if kind != "default":
             raise _unsupported(text, f"{key} of type {kind!r}", "plain rotary positions")
+    if text.get("layer_types") and set(_items(text.get("layer_types"))) != {_FULL}:
+        raise _unsupported(text, f"layer_types {text.get('layer_types')!r}"[:80], f"{_FULL!r} only")
     act = text.str("hidden_act", "silu")
     if act not in ACTIVATIONS:
         raise _unsupported(text, f"hidden_act {act!r}", "one of: " + ", ".join(sorted(ACTIVATIONS)))
+
+
+def _items(value: object) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else [repr(value)]
 
 
 def _unsupported(text: ConfigReader, found: str, expected: str) -> UnsupportedModelError:
@@ -188,7 +208,7 @@ def _layer_weights(config: DecoderConfig, ours: str, theirs: str) -> dict[str, W
     attn, mlp = f"{theirs}self_attn.", f"{theirs}mlp."
     qkv = tuple(f"{attn}{name}_proj.weight" for name in "qkv")
     inner = config.intermediate_size
-    return {
+    weights: dict[str, Weight] = {
         f"{ours}attn_norm.weight": Stored(f"{theirs}input_layernorm.weight"),
         f"{ours}attn.qkv.weight": Transposed(qkv, (width, kv_width, kv_width)),
         f"{ours}attn.out.weight": Transposed((f"{attn}o_proj.weight",), (config.hidden_size,)),
@@ -198,3 +218,10 @@ def _layer_weights(config: DecoderConfig, ours: str, theirs: str) -> dict[str, W
         ),
         f"{ours}mlp.down.weight": Transposed((f"{mlp}down_proj.weight",), (config.hidden_size,)),
     }
+    if config.qkv_bias:
+        biases = tuple(f"{attn}{name}_proj.bias" for name in "qkv")
+        weights[f"{ours}attn.qkv.bias"] = Stacked(biases, (width, kv_width, kv_width))
+    if config.qk_norm:
+        for name in "qk":
+            weights[f"{ours}attn.{name}_norm.weight"] = Stored(f"{attn}{name}_norm.weight")
+    return weights

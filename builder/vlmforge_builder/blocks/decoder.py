@@ -19,6 +19,8 @@ from vlmforge_builder.ops.cached_attention import cached_attention
 class DecoderConfig:
     """Geometry of a decoder. `max_positions` is how many tokens one sequence may hold.
 
+    With `qkv_bias` the projections to query, key and value have biases; with `qk_norm` each head of
+    query and key is normalised before it is rotated.
     `long_context` is None where positions are plain rotary ones at every length. The attention is
     that of the model up to `attention_window` tokens; None: at every length.
     """
@@ -35,6 +37,7 @@ class DecoderConfig:
     activation: str
     max_positions: int
     qkv_bias: bool = False
+    qk_norm: bool = False
     long_context: LongContext | None = None
     attention_window: int | None = None
 
@@ -67,6 +70,10 @@ class Attention(nn.Module):
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = Linear(config.hidden_size, width, bias=config.qkv_bias)
         self.out = Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(
         self, x: Tensor, past: tuple[Tensor, Tensor], rotary: Rotary, lengths: Tensor
@@ -74,6 +81,9 @@ class Attention(nn.Module):
         """`x [B, S, hidden]` to the same shape, and the two caches."""
         kv_width = self.kv_heads * self.head_dim
         q, k, v = self.qkv(x).split((self.heads * self.head_dim, kv_width, kv_width), dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.unflatten(-1, (self.heads, -1))).flatten(2)
+            k = self.k_norm(k.unflatten(-1, (self.kv_heads, -1))).flatten(2)
         heads, kv_heads, scale = self.heads, self.kv_heads, self.head_dim**-0.5
         tables = None if isinstance(rotary, Rotation) else rotary
         if isinstance(rotary, Rotation):

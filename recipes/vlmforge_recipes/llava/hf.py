@@ -26,7 +26,7 @@ from vlmforge_recipes.clip_images import find_processor, read_image_policy
 from vlmforge_recipes.clip_tower import read_tower_config, unused_in_tower
 from vlmforge_recipes.config_keys import PROCESSOR, check_files
 from vlmforge_recipes.end_ids import with_end_ids
-from vlmforge_recipes.llama_decoder import TEXT_DEFAULTS, read_decoder_config, trained_length
+from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
 from vlmforge_recipes.llava.anyres import hf_anyres
 from vlmforge_recipes.llava.keys import LAYOUTS
 from vlmforge_recipes.llava.layout import HF_ANYRES, layout_of
@@ -58,6 +58,9 @@ _DEFAULT_TOWER: Mapping[str, object] = {
     "patch_size": 14,
 }
 
+
+# Decoders of the published checkpoints, by `model_type`.
+_KINDS = ("llama", "mistral")
 
 # What a processor must know for counting the tokens of an image by itself.
 _COUNTS = ("patch_size", "vision_feature_select_strategy")
@@ -161,8 +164,8 @@ def _kind(config: ConfigReader) -> str:
 
 
 def _check(config: ConfigReader) -> None:
-    if (kind := _kind(config)) not in TEXT_DEFAULTS:
-        expected = " or ".join(repr(name) for name in TEXT_DEFAULTS)
+    if (kind := _kind(config)) not in _KINDS:
+        expected = " or ".join(repr(name) for name in _KINDS)
         raise _unsupported(config, f"text_config.model_type {kind!r}", expected)
     if (act := config.str("projector_hidden_act", "gelu")) not in ACTIVATIONS:
         expected = ", ".join(sorted(ACTIVATIONS))
