@@ -56,10 +56,10 @@ def read_image_policy(
     if pads:
         mean = _triple(config, "image_mean", _MEAN)
         fill = (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255))
-        return PadSquare(_format(config), edge if box is None else image_size, target, fill)
+        return PadSquare(read_pixel_format(config), edge if box is None else image_size, target, fill)
     if box is not None:
-        return Stretch(_format(config), target)
-    return CenterCrop(_format(config), edge, target)
+        return Stretch(read_pixel_format(config), target)
+    return CenterCrop(read_pixel_format(config), edge, target)
 
 
 def read_tile_format(config: ConfigReader, *, image_size: int) -> PixelFormat:
@@ -72,11 +72,11 @@ def read_tile_format(config: ConfigReader, *, image_size: int) -> PixelFormat:
     (edge, box), crop, target = _size(config), _crop(config), (image_size, image_size)
     _check_fit(config, "size", box or edge, box or (edge, edge), target)
     _check_fit(config, "crop_size", crop, crop, target)
-    return _format(config)
+    return read_pixel_format(config)
 
 
-def _format(config: ConfigReader) -> PixelFormat:
-    """Steps that are left out have neutral numbers."""
+def read_pixel_format(config: ConfigReader) -> PixelFormat:
+    """How pixels become values; steps that are left out have neutral numbers."""
     rescales = config.bool("do_rescale", default=True)
     normalizes = config.bool("do_normalize", default=True)
     scale = config.float("rescale_factor", 1 / 255, within=limits.SCALE)

@@ -157,6 +157,8 @@ class PromptPolicy:
         history_window: The oldest turns are left out until fewer tokens than this come before
             the content of the last user message; None leaves nothing out.
         box_format: How the boxes in an answer are written (`vlmforge.vl.boxes`), or None.
+        image_around: Texts that the family has around every image; what users place with
+            IMAGE_TOKEN gets them, unless they are there.
     """
 
     template_name: Name
@@ -174,3 +176,4 @@ class PromptPolicy:
     content_tokens: tuple[Name, ...] | None
     history_window: TokenCount | None
     box_format: Name | None
+    image_around: tuple[str, str] = ("", "")

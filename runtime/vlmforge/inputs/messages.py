@@ -21,6 +21,7 @@ ImageSource: TypeAlias = (
 )
 ROLES = ("system", "user", "assistant")
 _ADDRESS = re.compile(r"(https?|file)://|data:(image|[^,\s]*;base64,)", re.IGNORECASE)
+_FILMS = ("video", "input_video")
 _IMAGE_KEYS = ("image", "url", "path", "base64")
 _FORMS = (
     "'text', ('text', image), ('text', [image, ...]), a list or iterator of these, OpenAI messages "
@@ -223,6 +224,13 @@ def _block(item: object, where: str) -> Text | Image:
                 return Image(_source(_unwrap(payload, "url")))
             case "image_data":
                 return Image(_source(_unwrap(payload, "data")))
+    if isinstance(kind, str) and kind.startswith(_FILMS):
+        raise PromptError(
+            f"The content of {where} is a video, which no engine takes.",
+            found=f"a part of type {kind!r}",
+            expected="text and images",
+            fix="give frames of it as images, in order: {'type': 'image', 'image': frame}, ...",
+        )
     raise PromptError(
         f"The content of {where} is not known.",
         found=_describe(item),

@@ -210,7 +210,7 @@ def _placed_text(message: Message, policy: PromptPolicy) -> str | None:
     if tokens:
         if tokens != len(images):
             raise _mismatch("A message", tokens, len(images), optional=True)
-        return _escape(joined, policy).replace(IMAGE_TOKEN, marks.IMAGE)
+        return _marked(_escape(joined, policy), policy)
     if not images:
         return None
     # The family's own placeholder, once for each image, is how its users place images by hand.
@@ -218,6 +218,13 @@ def _placed_text(message: Message, policy: PromptPolicy) -> str | None:
         refuse_marks(joined)
         return _mark_placeholders(joined, policy)
     return _interleaved(message, policy) if len(texts) > 1 else None
+
+
+def _marked(text: str, policy: PromptPolicy) -> str:
+    """The text with images where IMAGE_TOKEN is, and around them what the family writes there."""
+    begin, end = policy.image_around
+    whole, text = f"{begin}{marks.IMAGE}{end}", text.replace(IMAGE_TOKEN, marks.IMAGE)
+    return text.replace(whole, marks.IMAGE).replace(marks.IMAGE, whole)
 
 
 def _images_first(message: Message) -> Message:
@@ -252,7 +259,7 @@ def _mark_placeholders(text: str, policy: PromptPolicy) -> str:
 def _verbatim(conversation: Conversation, policy: PromptPolicy) -> str:
     text = "".join(text for message in conversation.messages for text in message.texts)
     refuse_marks(text)
-    text = text.replace(IMAGE_TOKEN, marks.IMAGE)
+    text = _marked(text, policy)
     return _mark_placeholders(text, policy) if conversation.images else text
 
 
