@@ -154,6 +154,7 @@ RICH = dataclasses.replace(
         content_tokens=("<img>",),
         history_window=5,
         box_format="ref_box_1000",
+        in_order=True,
     ),
     decode=dataclasses.replace(MANIFEST.decode, positions=DynamicNTK(2048, 3)),
     files=(FileEntry("vision.data", 3, "0" * 64),),

@@ -56,7 +56,9 @@ def read_image_policy(
     if pads:
         mean = _triple(config, "image_mean", _MEAN)
         fill = (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255))
-        return PadSquare(read_pixel_format(config), edge if box is None else image_size, target, fill)
+        return PadSquare(
+            read_pixel_format(config), edge if box is None else image_size, target, fill
+        )
     if box is not None:
         return Stretch(read_pixel_format(config), target)
     return CenterCrop(read_pixel_format(config), edge, target)

@@ -63,7 +63,7 @@ _CALLERS_CHOICE = (
 )  # fmt: skip
 GENERATION_KEYS = (*_ANSWER_SHAPING, *_CALLERS_CHOICE)
 
-_ORIGIN = unused(
+NOTES_OF_ORIGIN = unused(
     "notes of where the file came from",
     "_name_or_path name_or_path transformers_version _commit_hash _from_model_config "
     "_transformers_version",
@@ -111,7 +111,16 @@ CODE = unused(
 )
 ENDS = honoured("ids that end an answer, if generation_config.json has none", "eos_token_id")
 _GENERAL: tuple[Key, ...] = (
-    *(*_ORIGIN, *_NOTES, *_LABELS, *_OTHER_TOKENS, *_BEGIN, *_STORAGE, *_COMPUTING, *_TRAINING),
+    *(
+        *NOTES_OF_ORIGIN,
+        *_NOTES,
+        *_LABELS,
+        *_OTHER_TOKENS,
+        *_BEGIN,
+        *_STORAGE,
+        *_COMPUTING,
+        *_TRAINING,
+    ),
     *(*QUANTIZED, *_OTHER_SHAPES),
     *unused("config.json does not choose the tokenizer", "tokenizer_class"),
 )
@@ -136,13 +145,13 @@ ROPE_KEYS = (
 def text_keys(kind: str) -> tuple[Key, ...]:
     """Keys of a decoder of Llama's form; `kind` is a key of `llama_decoder.TEXT_DEFAULTS`."""
     kinds = refused("layers of several kinds", "layer_types")
-    if kind in ("qwen2", "qwen3"):
+    if kind.startswith("qwen"):
         window = (
             *refused("a window in some layers' attention", "use_sliding_window", False),
             *unused("without `use_sliding_window`", "sliding_window max_window_layers"),
         )
         kinds = honoured("must be full attention in every layer", "layer_types")
-        if kind == "qwen2":
+        if kind.startswith("qwen2"):
             bias = unused("Qwen2Attention has its biases, whatever this says", "attention_bias")
         else:
             bias = refused("biases in projections", "attention_bias", False)
@@ -204,7 +213,10 @@ _CLIP_KEYS: tuple[Key, ...] = (
 
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
-_PROCESSOR_NAMES = ("LlavaProcessor", "LlavaNextProcessor", "CLIPProcessor")
+PROCESSORS = (
+    *("LlavaProcessor", "LlavaNextProcessor", "CLIPProcessor"),
+    *("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"),
+)
 
 
 def image_keys(*types: str) -> tuple[Key, ...]:
@@ -212,7 +224,7 @@ def image_keys(*types: str) -> tuple[Key, ...]:
     return (
         *refused("another image processor", "image_processor_type", *types),
         *refused("another image processor", "feature_extractor_type", "CLIPFeatureExtractor"),
-        *refused("another processor", "processor_class", *_PROCESSOR_NAMES),
+        *refused("another processor", "processor_class", *PROCESSORS),
         *honoured("which steps are taken", "do_resize do_center_crop do_rescale do_normalize"),
         *honoured("pixels", "size crop_size resample rescale_factor image_mean image_std"),
         *refused("images that are not RGB would reach the tower", "do_convert_rgb", True),
@@ -224,7 +236,7 @@ def image_keys(*types: str) -> tuple[Key, ...]:
                 "return_tensors device disable_grouping return_metadata model_input_names "
                 "_processor_class _valid_processor_keys use_fast"),
         *unused("counts tokens for other models", "image_seq_length"),
-        *_ORIGIN,
+        *NOTES_OF_ORIGIN,
     )  # fmt: skip
 
 
@@ -252,7 +264,7 @@ GENERATION = KeyTable(
     "",
     (
         *honoured("ids that end an answer", "eos_token_id"),
-        *(*GENERATION_KEYS, *_ORIGIN, *_OTHER_TOKENS, *_BEGIN),
+        *(*GENERATION_KEYS, *NOTES_OF_ORIGIN, *_OTHER_TOKENS, *_BEGIN),
     ),
 )
 
@@ -268,8 +280,8 @@ _TOKENIZER_ALWAYS = (
             "tokenizer_file vocab_file name_or_path special_tokens_map_file backend is_local "
             "local_files_only from_slow use_fast model_input_names "
             "model_specific_special_tokens init_kwargs"),
-    *refused("another processor", "processor_class", *_PROCESSOR_NAMES),
-    *_ORIGIN,
+    *refused("another processor", "processor_class", *PROCESSORS),
+    *NOTES_OF_ORIGIN,
 )  # fmt: skip
 _GIVEN = "a tokenizer.json says this itself"
 _FROM_JSON = (

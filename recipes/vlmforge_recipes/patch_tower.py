@@ -10,16 +10,25 @@ from typing_extensions import override
 
 from vlmforge.engine.images import Patches
 from vlmforge.engine.interface import PatchInterface
+from vlmforge.errors import CheckpointError, UnsupportedModelError
+from vlmforge_builder.blocks.layers import ACTIVATIONS
 from vlmforge_builder.blocks.patch_vision import (
     PatchVision,
     PatchVisionConfig,
     PlacedVision,
     WindowedVision,
 )
+from vlmforge_builder.checkpoint import limits
+from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.store import TensorStore, expect
 from vlmforge_builder.recipe import PartSpec
 from vlmforge_builder.weights import Stored, Weight
 from vlmforge_recipes.clip_tower import linear, norm
+
+_THETA = 10000.0  # of the configuration classes
+
+
+_THETA = 10000.0  # of the configuration classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,36 @@ def inverse_frequencies(head_dim: int, theta: float) -> tuple[float, ...]:
     half = head_dim // 2
     exponent = torch.arange(0, half, 2, dtype=torch.float) / half
     return tuple((1.0 / (theta**exponent)).tolist())
+
+
+def vision_theta(vision: ConfigReader) -> float:
+    """The base of the angles of patches."""
+    if not vision.has("rope_parameters"):
+        return _THETA
+    return vision.section("rope_parameters").float("rope_theta", _THETA, within=limits.ROTARY_BASE)
+
+
+def check_heads(vision: ConfigReader, hidden: int, heads: int) -> None:
+    """Heads must lie side by side, and turn in two directions (CheckpointError otherwise)."""
+    if hidden % heads or (hidden // heads) % 4:
+        raise CheckpointError(
+            f"{vision.file} does not fit itself.",
+            found=f"a vision tower {hidden} wide with {heads} heads",
+            expected="heads of a width that four divides, side by side in the tower's",
+            fix=f"check {vision.file.name} against the published one",
+        )
+
+
+def read_activation(vision: ConfigReader, default: str) -> str:
+    """`hidden_act` of the tower (UnsupportedModelError: not known)."""
+    if (named := vision.str("hidden_act", default)) in ACTIVATIONS:
+        return named
+    raise UnsupportedModelError(
+        f"The vision tower of {vision.file} is a variant that is not supported.",
+        found=f"hidden_act {named!r}",
+        expected="one of: " + ", ".join(sorted(ACTIVATIONS)),
+        fix="choose a published checkpoint, or extend the recipe",
+    )
 
 
 def patch_vision_part(
@@ -105,9 +144,7 @@ def _layer(
         **linear(f"{ours}attn.qkv", (f"{theirs}attn.qkv",), (3 * hidden,)),
         **linear(f"{ours}attn.out", (f"{theirs}attn.proj",), (hidden,)),
         **_norm(config, f"{ours}mlp_norm", f"{theirs}norm2"),
-        **linear(
-            f"{ours}mlp.fc1", tuple(f"{theirs}mlp.{n}" for n in first), (inner,) * len(first)
-        ),
+        **linear(f"{ours}mlp.fc1", tuple(f"{theirs}mlp.{n}" for n in first), (inner,) * len(first)),
         **linear(f"{ours}mlp.fc2", (f"{theirs}mlp.{second}",), (hidden,)),
     }
 

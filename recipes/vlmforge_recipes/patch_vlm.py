@@ -158,6 +158,17 @@ def assemble(
     )
 
 
+def check_width(vision: ConfigReader, width: int, hidden: int) -> None:
+    """What the tower gives must be as wide as an embedding (CheckpointError otherwise)."""
+    if width != hidden:
+        raise CheckpointError(
+            f"{vision.file} does not fit itself.",
+            found=f"a vision tower whose features are {width} wide",
+            expected=f"the decoder's hidden_size, {hidden}",
+            fix=f"check {vision.file.name} against the published one",
+        )
+
+
 def outside(decoder: DecoderConfig, feature_layers: int = 1) -> DecoderConfig:
     """The decoder with its tokens turned by what it is given."""
     return dataclasses.replace(decoder, turned_outside=True, feature_layers=feature_layers)
@@ -183,6 +194,7 @@ def _prompt(
         content_tokens=None,
         history_window=None,
         box_format=None,
+        in_order=True,
         image_around=AROUND,
     )
 

@@ -30,6 +30,7 @@ OLD = DATA / "manifests"
 OLD_RICH = dataclasses.replace(
     RICH,
     kv=dataclasses.replace(RICH.kv, page_size=None),
+    prompt=dataclasses.replace(RICH.prompt, in_order=False),
     parts=(
         RICH.parts[0],
         dataclasses.replace(

@@ -111,8 +111,9 @@ class PatchAttention(nn.Module):
             return grouped.reshape(n * windows, tokens * self.group, width)
 
         there = torch.arange(tokens).unsqueeze(0) < by.sizes.unsqueeze(1)
-        seen = there.unsqueeze(-1).expand(-1, -1, self.group).reshape(1, windows, 1, 1, -1)
-        seen = seen.expand(n, -1, -1, -1, -1).reshape(n * windows, 1, 1, tokens * self.group)
+        there = there.unsqueeze(-1).expand(-1, -1, self.group).reshape(1, windows, 1, -1)
+        size = tokens * self.group
+        seen = there.expand(n, -1, size, -1).reshape(n * windows, 1, size, size)
         q, k, v = (cut(part) for part in projected)
         mixed = self._mix(q, k, v, seen).reshape(n, windows * tokens, self.group, width)
         return mixed[:, by.places].flatten(1, 2)

@@ -145,7 +145,7 @@ def _tuple_blocks(prompt: tuple[object, ...]) -> tuple[Text | Image, ...]:
     if len(prompt) == 2:
         first, second = prompt
         if isinstance(first, str) and not (is_image_address(first) and _is_text(second)):
-            return (Text(first), *_images(second))
+            return (*_images(second), Text(first))  # images go before the text
         if isinstance(second, str):
             return (*_images(first), Text(second))
     raise PromptError(

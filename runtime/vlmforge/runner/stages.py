@@ -22,7 +22,7 @@ from vlmforge.backends import (
 )
 from vlmforge.engine.bundle import Bundle, check_sizes
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Grid
-from vlmforge.engine.images.pixels import Colour
+from vlmforge.engine.images.pixels import Colour, Layout
 from vlmforge.engine.manifest import Manifest
 from vlmforge.engine.positions.axes import AXES
 from vlmforge.engine.positions.in_graph import PlacedGrid, Places
@@ -121,6 +121,11 @@ class Engine:
         rows = self.manifest.image.rows(self.open_image(image).size)
         return self.manifest.decode.tokens_per_image if rows is None else len(rows)
 
+    def image_layout(self, image: ImageSource) -> Layout:
+        """What stands for an image in a prompt (errors as `image_tokens`)."""
+        size = self.open_image(image).size if self.needs_sizes else (0, 0)
+        return self.manifest.image.layout(size, self.image_tokens(image))
+
     def open_image(self, source: ImageSource) -> OpenedImage:
         """The image with its header read, within `limits` (ImageError otherwise).
 
@@ -180,7 +185,7 @@ class Engine:
             policy=self.manifest.prompt,
             template=self.template,
             encoder=self.tokenizer,
-            image_lengths=[self.image_tokens(image.source) for image in conversation.images],
+            layouts=[self.image_layout(image.source) for image in conversation.images],
             preprocess=do_preprocess,
         )
         if not self.manifest.decode.positions.turn_width:
@@ -197,7 +202,8 @@ class Engine:
         keys = np.array(rendered.token_ids, np.int64)
         for span in rendered.image_spans:
             place = slice(span.start, span.start + span.length)
-            keys[place] = row_keys(images[span.image], span.length)
+            last = span.first + span.length
+            keys[place] = row_keys(images[span.image], last)[span.first :]
         return keys
 
     def rotary_level(self, tokens: int) -> int:
@@ -211,16 +217,17 @@ class Engine:
     ) -> DecoderInput:
         """Point the image positions of a prompt at the rows of its images' features.
 
-        `features`, one for each image span, are None where the tokens will not be run: they are in
-        the cache.
+        `features`, one for each image, are None where the tokens will not be run: they are in the
+        cache.
         """
         ids = np.array(rendered.token_ids, np.int64)
-        row = 0
-        for span, known in zip(rendered.image_spans, features, strict=True):
-            if known is not None:
-                rows = np.arange(row, row + span.length, dtype=np.int64)
-                ids[span.start : span.start + span.length] = self.manifest.decode.vocab_size + rows
-                row += span.length
+        begins = [self.manifest.decode.vocab_size]
+        begins += [0 if known is None else len(known) for known in features]
+        rows_of = np.cumsum(begins)
+        for span in rendered.image_spans:
+            if features[span.image] is not None:
+                rows = np.arange(span.first, span.first + span.length, dtype=np.int64)
+                ids[span.start : span.start + span.length] = rows_of[span.image] + rows
         found = [rows for rows in features if rows is not None]
         whole = np.concatenate(found) if found else None
         places = self._places(rendered)

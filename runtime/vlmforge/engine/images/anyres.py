@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from vlmforge.engine.images.pixels import InViews, PixelFormat, PixelValues, Rows, Size
+from vlmforge.engine.images.pixels import InViews, Layout, PixelFormat, PixelValues, Rows, Size
 from vlmforge.engine.images.tiling import (
     Tiling,
     best_canvas,
@@ -56,6 +56,11 @@ class AnyRes(InViews):
     def rows(self, size: Size) -> Rows | None:
         """The rows of an image of this size, in the order of their tokens."""
         return token_rows(size, self.tiling)
+
+    def layout(self, size: Size, tokens: int) -> Layout:
+        """All tokens, and no texts."""
+        del size
+        return (tokens,)
 
     def most_tokens(self, rows: int) -> int:
         """Tokens of the image that takes most."""

@@ -24,7 +24,7 @@ from vlmforge.engine.images.patch_inputs import (
     turns,
     windows,
 )
-from vlmforge.engine.images.pixels import PixelFormat, PixelValues, Rows, Size
+from vlmforge.engine.images.pixels import Layout, PixelFormat, PixelValues, Rows, Size
 from vlmforge.engine.positions.absolute import Frequency
 from vlmforge.engine.schema import Agreeing
 from vlmforge.errors import ConfigError, ImageError
@@ -93,7 +93,7 @@ class Patches(Agreeing):
         return True
 
     @property
-    def patch_inputs(self) -> PatchInputs | None:
+    def patch_inputs(self) -> PatchInputs:
         """What the vision part takes."""
         return PatchInputs(
             self.merge**2,
@@ -145,6 +145,11 @@ class Patches(Agreeing):
         """All rows of the vision part, in order."""
         down, across = self.grid(size)
         return np.arange(down * across, dtype=np.int64)
+
+    def layout(self, size: Size, tokens: int) -> Layout:
+        """All tokens, and no texts."""
+        del size
+        return (tokens,)
 
     def arrays(self, grid: Grid) -> Arrays:
         """What the vision part takes beside the patches, of images of this grid."""

@@ -32,6 +32,9 @@ PixelValues: TypeAlias = NDArray[np.float32]
 Rows: TypeAlias = NDArray[np.int64]
 """`[tokens]`: row r of view v is `v * rows of a view + r`."""
 
+Layout: TypeAlias = tuple[str | int, ...]
+"""An image in a prompt: texts, and numbers of its tokens, which follow each other in order."""
+
 _FILTERS = {member.name.lower(): member for member in Image.Resampling}
 
 
@@ -81,6 +84,11 @@ class OneView(InViews):
         """The rows that become the tokens of an image of this size; None: all, in order."""
         del size
         return None
+
+    def layout(self, size: Size, tokens: int) -> Layout:
+        """What stands in a prompt for an image of this size and so many tokens."""
+        del size
+        return (tokens,)
 
     def most_tokens(self, rows: int) -> int:
         """Tokens of the image that takes most; `rows` are what the vision part gives a view."""

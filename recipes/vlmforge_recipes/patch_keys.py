@@ -1,0 +1,109 @@
+"""Configuration keys of Qwen's vision-language models, and what a build does with each.
+
+Sources: `Qwen2VLConfig`, `Qwen2_5_VLConfig`, `Qwen3VLConfig` and `Qwen2VLImageProcessorPil` of
+transformers, and the files of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from vlmforge_builder.checkpoint.keys import Key, KeyTable, honoured, refused, unused
+from vlmforge_recipes.config_keys import (
+    CODE,
+    DECODER_GENERAL,
+    ENDS,
+    GENERATION,
+    NOTES_OF_ORIGIN,
+    OWN_TEMPLATE,
+    PREPROCESSOR,
+    PROCESSOR,
+    PROCESSORS,
+    VISION_GENERAL,
+    tokenizer_table,
+)
+
+TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
+
+TOP: tuple[Key, ...] = (
+    *honoured("recognises the model", "architectures"),
+    *honoured("sections of their own", "text_config vision_config"),
+    *honoured("ids around and of images, which the tokenizer must agree to",
+              "image_token_id vision_start_token_id vision_end_token_id"),
+    *honoured("the output matrix is the embedding, unless another is stored",
+              "tie_word_embeddings"),
+    *unused("of videos, which are refused in prompts", "video_token_id"),
+    *unused("of no image: the placeholder of training data", "vision_token_id"),
+    *unused("`architectures` tells it", "model_type"),
+    *(*ENDS, *CODE, *DECODER_GENERAL),
+)  # fmt: skip
+
+_TOWER: tuple[Key, ...] = (
+    *honoured("geometry", "depth num_heads patch_size spatial_merge_size temporal_patch_size"),
+    *honoured("activation; unknown ones are refused", "hidden_act"),
+    *honoured("a section of its own", "rope_parameters"),
+    *refused("images of other channels", "in_channels in_chans", 3),
+    *unused("`patch_size` tells it", "spatial_patch_size"),
+    *unused("of videos", "tokens_per_second"),
+    *unused("`architectures` of the file tells it", "model_type architectures"),
+)
+_VISION_THETA = (
+    *honoured("base of the angles of patches", "rope_theta"),
+    *refused("other angles of patches", "rope_type type", "axial"),
+)
+
+
+def patch_tables(
+    *, text: KeyTable, rope: tuple[Key, ...], vision: tuple[Key, ...]
+) -> tuple[KeyTable, ...]:
+    """The tables of a layout.
+
+    Args:
+        text: Of the decoder, wherever it stands.
+        rope: Of how its tokens are turned.
+        vision: Of the tower, beside what all towers have.
+    """
+    inside = f"{text.place}." if text.place else ""
+    own = (*text.keys, *TOP) if not text.place else TOP
+    sections = () if not text.place else (text,)
+    return (
+        KeyTable("config.json", "", own),
+        *sections,
+        *(
+            KeyTable("config.json", f"{inside}{place}", rope)
+            for place in ("rope_parameters", "rope_scaling")
+        ),
+        KeyTable("config.json", "vision_config", (*vision, *_TOWER, *CODE, *VISION_GENERAL)),
+        KeyTable("config.json", "vision_config.rope_parameters", _VISION_THETA),
+        KeyTable(PREPROCESSOR, "", _IMAGES),
+        KeyTable(PROCESSOR, "", _PROCESSOR),
+        KeyTable(PROCESSOR, "image_processor", _IMAGES),
+        GENERATION,
+        KeyTable("chat_template.json", "", OWN_TEMPLATE),
+        tokenizer_table(OWN_TEMPLATE, from_json=True),
+    )
+
+
+_IMAGES: tuple[Key, ...] = (
+    *refused("another image processor", "image_processor_type", *TYPES),
+    *refused("another processor", "processor_class", *PROCESSORS),
+    *honoured("which steps are taken", "do_resize do_rescale do_normalize"),
+    *honoured("pixels", "resample rescale_factor image_mean image_std"),
+    *honoured("limits of an image's pixels; the first two win", "min_pixels max_pixels size"),
+    *honoured("must be the tower's", "patch_size temporal_patch_size merge_size"),
+    *refused("images that are not RGB would reach the tower", "do_convert_rgb", True),
+    *refused("padding to a size, or a crop", "do_pad pad_size do_center_crop", False),
+    *unused("of images that are cropped", "crop_size"),
+    *refused("other axes", "data_format input_data_format", "channels_first"),
+    *CODE,
+    *unused("how the original computes, or what else it returns",
+            "return_tensors device disable_grouping model_input_names default_to_square "
+            "_processor_class _valid_processor_keys use_fast"),
+    *NOTES_OF_ORIGIN,
+)  # fmt: skip
+_PROCESSOR: tuple[Key, ...] = (
+    *refused("another processor", "processor_class", *PROCESSORS),
+    *honoured("a section of its own, which wins over preprocessor_config.json", "image_processor"),
+    *honoured("the chat template", "chat_template"),
+    *unused("of videos", "video_processor"),
+    *CODE,
+    *NOTES_OF_ORIGIN,
+)
