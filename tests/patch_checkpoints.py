@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -70,8 +70,8 @@ class Shape:
     tied: bool = False
     heads: int = 4
     kv_heads: int = 2
-    head_dim: int = 16
-    sections: tuple[int, int, int] = (2, 3, 3)
+    head_dim: int = 32
+    sections: tuple[int, int, int] = (4, 6, 6)
     vision: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
     least: int = 56 * 56
@@ -110,7 +110,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(__import__("tokenizers").Regex(SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -131,7 +131,7 @@ def build(shape: Shape, folder: Path) -> Path:
     """Write the checkpoint of a shape; returns its folder."""
     words = tokenizer()
     ids = {text: words.convert_tokens_to_ids(text) for text in SPECIAL}
-    hidden = shape.heads * shape.head_dim
+    hidden = shape.text.get("hidden_size", shape.heads * shape.head_dim)
     rope = {"rope_type": "default", "mrope_section": list(shape.sections)}
     text = {
         "vocab_size": VOCAB,

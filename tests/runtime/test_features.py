@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmforge.engine.images.patch_inputs import Grid
 from vlmforge.api.memory import feature_bytes
 from vlmforge.backends import FloatArray
 from vlmforge.errors import BackendUnavailableError
@@ -31,7 +32,8 @@ class Encoder:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def __call__(self, pixel_values: FloatArray) -> FloatArray:
+    def __call__(self, pixel_values: FloatArray, grid: Grid | None = None) -> FloatArray:
+        del grid
         self.batches.append(len(pixel_values))
         means = pixel_values.mean(axis=(1, 2, 3))
         rows = means[:, None] + np.arange(TOKENS, dtype=np.float32)
@@ -152,7 +154,8 @@ def test_after_a_failure_nothing_wrong_is_kept() -> None:
     encoder = Encoder()
     failing = iter([None, RuntimeError("out of memory")])
 
-    def encode(pixel_values: FloatArray) -> FloatArray:
+    def encode(pixel_values: FloatArray, grid: Grid | None) -> FloatArray:
+        del grid
         if error := next(failing, None):
             raise error
         return encoder(pixel_values)

@@ -91,6 +91,20 @@ class Engine:
         manifest = dataclasses.replace(self.manifest, image=shown)
         return dataclasses.replace(self, manifest=manifest)
 
+    def with_pixels(self, least: int | None, most: int | None) -> Engine:
+        """This engine with other limits of an image's pixels; None leaves one.
+
+        Raises:
+            ConfigError: see `ImagePolicy.within`.
+        """
+        if least is None and most is None:
+            return self
+        image = self.manifest.image.within(least, most)
+        tokens = image.most_tokens(self.manifest.decode.tokens_per_image)
+        decode = dataclasses.replace(self.manifest.decode, tokens_per_image=tokens)
+        manifest = dataclasses.replace(self.manifest, image=image, decode=decode)
+        return dataclasses.replace(self, manifest=manifest)
+
     def prepare_image(self, image: PIL.Image.Image, digest: bytes | None = None) -> PreparedImage:
         """Preprocess by the engine's image policy (ImageError otherwise).
 
