@@ -13,8 +13,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from conftest import DATA, HF
-from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.backends import DecoderBatch, FloatArray
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.kv.cache import Copy, Move
 from vlmforge.ort import ort
 from vlmforge_builder import build

@@ -22,9 +22,9 @@ import PIL.Image
 
 from sample_manifest import MANIFEST, PROMPT, TEMPLATE
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig
-from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.api.load import serve
 from vlmforge.backends import DecoderBatch, FloatArray, KeyValues, LoadOptions
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.manifest import Manifest
 from vlmforge.inputs.render import marked_tokenizer_json
 from vlmforge.inputs.template import jinja_from_parts

@@ -63,7 +63,7 @@ _CALLERS_CHOICE = (
 )  # fmt: skip
 GENERATION_KEYS = (*_ANSWER_SHAPING, *_CALLERS_CHOICE)
 
-NOTES_OF_ORIGIN = unused(
+_ORIGIN = unused(
     "notes of where the file came from",
     "_name_or_path name_or_path transformers_version _commit_hash _from_model_config "
     "_transformers_version",
@@ -111,16 +111,7 @@ CODE = unused(
 )
 ENDS = honoured("ids that end an answer, if generation_config.json has none", "eos_token_id")
 _GENERAL: tuple[Key, ...] = (
-    *(
-        *NOTES_OF_ORIGIN,
-        *_NOTES,
-        *_LABELS,
-        *_OTHER_TOKENS,
-        *_BEGIN,
-        *_STORAGE,
-        *_COMPUTING,
-        *_TRAINING,
-    ),
+    *(*_ORIGIN, *_NOTES, *_LABELS, *_OTHER_TOKENS, *_BEGIN, *_STORAGE, *_COMPUTING, *_TRAINING),
     *(*QUANTIZED, *_OTHER_SHAPES),
     *unused("config.json does not choose the tokenizer", "tokenizer_class"),
 )
@@ -140,6 +131,15 @@ ROPE_KEYS = (
     *refused("part of the head's width is rotated", "partial_rotary_factor", 1.0),
 )
 """Keys of `rope_parameters` and `rope_scaling`."""
+
+SCALED_ROPE_KEYS = (
+    *honoured("rotary base; before the plain key", "rope_theta"),
+    *honoured("plain ones, those of Llama 3.1, or dynamic ones up to the window", _ROPE),
+    *honoured("of those of Llama 3.1",
+              "factor low_freq_factor high_freq_factor original_max_position_embeddings"),
+    *refused("part of the head's width is rotated", "partial_rotary_factor", 1.0),
+)  # fmt: skip
+"""The same where decoders with scaled rotary positions are published."""
 
 
 def text_keys(kind: str) -> tuple[Key, ...]:
@@ -213,20 +213,26 @@ _CLIP_KEYS: tuple[Key, ...] = (
 
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
-PROCESSORS = (
-    *("LlavaProcessor", "LlavaNextProcessor", "CLIPProcessor"),
-    *("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"),
-)
+_PROCESSOR_NAMES = ("LlavaProcessor", "LlavaNextProcessor", "CLIPProcessor")
 
 
 def image_keys(*types: str) -> tuple[Key, ...]:
-    """Keys of an image processor of one of the `types`."""
+    """Keys of an image processor that may crop, of one of the `types`."""
+    return (
+        *refused("another image processor", "feature_extractor_type", "CLIPFeatureExtractor"),
+        *honoured("which steps are taken", "do_resize do_center_crop"),
+        *honoured("pixels", "crop_size"),
+        *pixel_keys(*types, processors=_PROCESSOR_NAMES),
+    )
+
+
+def pixel_keys(*types: str, processors: tuple[str, ...]) -> tuple[Key, ...]:
+    """Keys that image processors of one of the `types` share."""
     return (
         *refused("another image processor", "image_processor_type", *types),
-        *refused("another image processor", "feature_extractor_type", "CLIPFeatureExtractor"),
-        *refused("another processor", "processor_class", *PROCESSORS),
-        *honoured("which steps are taken", "do_resize do_center_crop do_rescale do_normalize"),
-        *honoured("pixels", "size crop_size resample rescale_factor image_mean image_std"),
+        *refused("another processor", "processor_class", *processors),
+        *honoured("which steps are taken", "do_rescale do_normalize"),
+        *honoured("pixels", "size resample rescale_factor image_mean image_std"),
         *refused("images that are not RGB would reach the tower", "do_convert_rgb", True),
         *refused("a number as `size` is a square", "default_to_square use_square_size", False),
         *refused("padding to a size", "pad_size"),
@@ -236,9 +242,14 @@ def image_keys(*types: str) -> tuple[Key, ...]:
                 "return_tensors device disable_grouping return_metadata model_input_names "
                 "_processor_class _valid_processor_keys use_fast"),
         *unused("counts tokens for other models", "image_seq_length"),
-        *NOTES_OF_ORIGIN,
+        *_ORIGIN,
     )  # fmt: skip
 
+
+VIDEO = unused(
+    "videos are refused: frames are sent as images",
+    "video_processor video_token video_token_id video_token_index",
+)
 
 CLIP_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
 LLAVA_TYPES = ("LlavaImageProcessor", "LlavaImageProcessorFast", "LlavaImageProcessorPil")
@@ -264,7 +275,7 @@ GENERATION = KeyTable(
     "",
     (
         *honoured("ids that end an answer", "eos_token_id"),
-        *(*GENERATION_KEYS, *NOTES_OF_ORIGIN, *_OTHER_TOKENS, *_BEGIN),
+        *(*GENERATION_KEYS, *_ORIGIN, *_OTHER_TOKENS, *_BEGIN),
     ),
 )
 
@@ -280,8 +291,7 @@ _TOKENIZER_ALWAYS = (
             "tokenizer_file vocab_file name_or_path special_tokens_map_file backend is_local "
             "local_files_only from_slow use_fast model_input_names "
             "model_specific_special_tokens init_kwargs"),
-    *refused("another processor", "processor_class", *PROCESSORS),
-    *NOTES_OF_ORIGIN,
+    *_ORIGIN,
 )  # fmt: skip
 _GIVEN = "a tokenizer.json says this itself"
 _FROM_JSON = (
@@ -310,11 +320,20 @@ WRITTEN_TEMPLATE = unused("the original writes its own conversations", "chat_tem
 OWN_TEMPLATE = honoured("the chat template", "chat_template")
 
 
-def tokenizer_table(template: tuple[Key, ...], *, from_json: bool) -> KeyTable:
-    """Keys of tokenizer_config.json where a tokenizer.json is used, or a SentencePiece model."""
+def tokenizer_table(
+    own: tuple[Key, ...],
+    *,
+    from_json: bool,
+    processors: tuple[str, ...] = _PROCESSOR_NAMES,
+) -> KeyTable:
+    """Keys of tokenizer_config.json where a tokenizer.json is used, or a SentencePiece model.
+
+    `own` are those of the layout, such as the template's.
+    """
     keys = _FROM_JSON if from_json else _FROM_MODEL
     when = _JSON if from_json else _MODEL
-    return KeyTable("tokenizer_config.json", "", (*template, *keys), when)
+    named = refused("another processor", "processor_class", *processors)
+    return KeyTable("tokenizer_config.json", "", (*own, *keys, *named), when)
 
 
 def check_files(

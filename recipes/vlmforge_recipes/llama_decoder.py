@@ -7,11 +7,12 @@ value have biases, and Qwen3 (https://arxiv.org/abs/2505.09388), whose query and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlmforge.errors import CheckpointError, UnsupportedModelError
-from vlmforge_builder.blocks.decoder import DecoderConfig, rotary_tables
+from vlmforge_builder.blocks.decoder import BandScaling, DecoderConfig, rotary_tables
 from vlmforge_builder.blocks.layers import ACTIVATIONS
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
@@ -26,7 +27,7 @@ class TextDefaults:
 
     `sliding_window` is None where the architecture has none, or none that the recipe allows;
     `head_dim` where the heads lie side by side in the hidden size. `qkv_bias` and `qk_norm` are of
-    the architecture (see `DecoderConfig`); `rope_types` are what it has no scaling by.
+    the architecture (see `DecoderConfig`); `rope_types` are those that are known of it.
     """
 
     intermediate_size: int
@@ -38,7 +39,7 @@ class TextDefaults:
     qkv_bias: bool = False
     qk_norm: bool = False
     rope_theta: float = 10000.0
-    rope_types: tuple[str, ...] = ("default",)
+    rope_types: tuple[str, ...] = ("default", "llama3", "dynamic")
 
 
 _QWEN2_VL = TextDefaults(
@@ -63,6 +64,7 @@ TEXT_DEFAULTS: Mapping[str, TextDefaults] = {
         head_dim=128,
         qk_norm=True,
         rope_theta=500000.0,
+        rope_types=("default",),
     ),
 }
 
@@ -96,6 +98,13 @@ def read_decoder_config(
     if window is not None and max_positions > window:
         found = f"sliding_window {window} and a session_len of {max_positions}"
         raise _unsupported(text, found, f"a session_len of at most {window}")
+    if (rope := rope_section(text)) is not None and _rope_type(rope) == "dynamic":
+        # Dynamic NTK: plain positions up to the trained length, others beyond.
+        trained = trained_length(text, kind=kind)
+        window = min(window or trained, trained)
+        if max_positions > window:
+            found = f"{rope.place} of type 'dynamic' and a session_len of {max_positions}"
+            raise _unsupported(text, found, f"a session_len of at most {window}")
     return DecoderConfig(
         vocab_size=text.int("vocab_size", defaults.vocab_size, within=limits.VOCABULARY),
         hidden_size=hidden,
@@ -112,6 +121,7 @@ def read_decoder_config(
         max_positions=max_positions,
         qkv_bias=defaults.qkv_bias,
         qk_norm=defaults.qk_norm,
+        rope_scaling=_rope_scaling(rope),
         attention_window=window,
     )
 
@@ -175,14 +185,27 @@ def rope_section(text: ConfigReader) -> ConfigReader | None:
     return next((text.section(key) for key in _ROPE if text.get(key)), None)
 
 
+def _rope_type(rope: ConfigReader) -> object:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _rope_scaling(rope: ConfigReader | None) -> BandScaling | None:
+    if rope is None or _rope_type(rope) != "llama3":
+        return None
+    low = rope.float("low_freq_factor", within=limits.RATIO)
+    return BandScaling(
+        factor=rope.float("factor", within=limits.SCALE),
+        low=low,
+        high=rope.float("high_freq_factor", within=(math.nextafter(low, math.inf), 1e6)),
+        original=rope.int("original_max_position_embeddings", within=limits.POSITIONS),
+    )
+
+
 def _refuse_variants(text: ConfigReader, defaults: TextDefaults) -> None:
+    known = defaults.rope_types
     for key in _ROPE:
-        if text.get(key) is None:
-            continue
-        scaling = text.section(key)
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        if kind not in defaults.rope_types:
-            raise _unsupported(text, f"{key} of type {kind!r}", "plain rotary positions")
+        if text.get(key) and (kind := _rope_type(text.section(key))) not in known:
+            raise _unsupported(text, f"{key} of type {kind!r}", "one of: " + ", ".join(known))
     if text.get("layer_types") and set(_items(text.get("layer_types"))) != {_FULL}:
         raise _unsupported(text, f"layer_types {text.get('layer_types')!r}"[:80], f"{_FULL!r} only")
     act = text.str("hidden_act", "silu")

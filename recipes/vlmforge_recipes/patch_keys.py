@@ -12,16 +12,18 @@ from vlmforge_recipes.config_keys import (
     DECODER_GENERAL,
     ENDS,
     GENERATION,
-    NOTES_OF_ORIGIN,
     OWN_TEMPLATE,
     PREPROCESSOR,
     PROCESSOR,
-    PROCESSORS,
+    VIDEO,
     VISION_GENERAL,
+    pixel_keys,
     tokenizer_table,
 )
 
 TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
+
+PROCESSORS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
 
 TOP: tuple[Key, ...] = (
     *honoured("recognises the model", "architectures"),
@@ -30,7 +32,7 @@ TOP: tuple[Key, ...] = (
               "image_token_id vision_start_token_id vision_end_token_id"),
     *honoured("the output matrix is the embedding, unless another is stored",
               "tie_word_embeddings"),
-    *unused("of videos, which are refused in prompts", "video_token_id"),
+    *VIDEO,
     *unused("of no image: the placeholder of training data", "vision_token_id"),
     *unused("`architectures` tells it", "model_type"),
     *(*ENDS, *CODE, *DECODER_GENERAL),
@@ -78,32 +80,27 @@ def patch_tables(
         KeyTable(PROCESSOR, "image_processor", _IMAGES),
         GENERATION,
         KeyTable("chat_template.json", "", OWN_TEMPLATE),
-        tokenizer_table(OWN_TEMPLATE, from_json=True),
+        tokenizer_table(_TOKENIZER, from_json=True, processors=PROCESSORS),
     )
 
 
 _IMAGES: tuple[Key, ...] = (
-    *refused("another image processor", "image_processor_type", *TYPES),
-    *refused("another processor", "processor_class", *PROCESSORS),
-    *honoured("which steps are taken", "do_resize do_rescale do_normalize"),
-    *honoured("pixels", "resample rescale_factor image_mean image_std"),
+    *refused("images that are not resized to whole patches", "do_resize", True),
     *honoured("limits of an image's pixels; the first two win", "min_pixels max_pixels size"),
     *honoured("must be the tower's", "patch_size temporal_patch_size merge_size"),
-    *refused("images that are not RGB would reach the tower", "do_convert_rgb", True),
-    *refused("padding to a size, or a crop", "do_pad pad_size do_center_crop", False),
-    *unused("of images that are cropped", "crop_size"),
-    *refused("other axes", "data_format input_data_format", "channels_first"),
-    *CODE,
-    *unused("how the original computes, or what else it returns",
-            "return_tensors device disable_grouping model_input_names default_to_square "
-            "_processor_class _valid_processor_keys use_fast"),
-    *NOTES_OF_ORIGIN,
-)  # fmt: skip
+    *refused("a crop, or padding", "do_center_crop do_pad", False),
+    *unused("of images that are cropped", "crop_size default_to_square"),
+    *pixel_keys(*TYPES, processors=PROCESSORS),
+)
 _PROCESSOR: tuple[Key, ...] = (
-    *refused("another processor", "processor_class", *PROCESSORS),
     *honoured("a section of its own, which wins over preprocessor_config.json", "image_processor"),
-    *honoured("the chat template", "chat_template"),
-    *unused("of videos", "video_processor"),
-    *CODE,
-    *NOTES_OF_ORIGIN,
+    *honoured("before the other places of a chat template", "chat_template"),
+    *refused("another processor", "processor_class", *PROCESSORS),
+    *unused("notes of where the file came from", "transformers_version _commit_hash"),
+    *(*VIDEO, *CODE),
+)
+_TOKENIZER: tuple[Key, ...] = (
+    *OWN_TEMPLATE,
+    *unused("of batches", "return_token_type_ids"),
+    *VIDEO,
 )

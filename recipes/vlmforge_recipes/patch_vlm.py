@@ -15,7 +15,6 @@ from vlmforge.errors import CheckpointError
 from vlmforge_builder.blocks.decoder import DecoderConfig, inverse_frequencies
 from vlmforge_builder.blocks.patch_vision import PatchVisionConfig
 from vlmforge_builder.checkpoint import limits
-from vlmforge_builder.checkpoint.chat_template import read_chat_template
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.store import TensorStore
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
@@ -23,6 +22,7 @@ from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_token
 from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.llama_decoder import decoder_part, rope_section
 from vlmforge_recipes.output_head import choose_head
+from vlmforge_recipes.own_template import own_template
 from vlmforge_recipes.patch_tower import TowerNames, patch_vision_part
 
 PLACEHOLDER = "<|image_pad|>"
@@ -132,7 +132,7 @@ def assemble(
     )
     tokenizer = with_end_ids(convert_tokenizer(checkpoint), checkpoint, found.config, found.text)
     _check_tokens(found, tokenizer)
-    template = _template(checkpoint)
+    template = own_template(checkpoint)
     return ModelSpec(
         architecture=found.architecture,
         parts=(
@@ -196,18 +196,6 @@ def _prompt(
         box_format=None,
         in_order=True,
         image_around=AROUND,
-    )
-
-
-def _template(checkpoint: Path) -> ChatTemplate:
-    if (text := read_chat_template(checkpoint)) is not None:
-        return ChatTemplate("checkpoint", text, ())
-    raise CheckpointError(
-        f"{checkpoint} has no chat template.",
-        found="neither chat_template.jinja, chat_template.json nor a chat_template in "
-        "tokenizer_config.json",
-        expected="the one that was published with it",
-        fix="download chat_template.json, or chat_template.jinja, of the checkpoint",
     )
 
 

@@ -63,7 +63,7 @@ class Names:
 class Prompting:
     """How the layout writes prompts; `templates` are what users choose by name.
 
-    `text_separator` and `in_order`: see `PromptPolicy`.
+    `image_line`, `text_separator` and `in_order`: see `PromptPolicy`.
     """
 
     template: ChatTemplate
@@ -71,6 +71,7 @@ class Prompting:
     splice: Splice
     image_token_id: int
     templates: Mapping[str, TemplateParts]
+    image_line: str = "{image}"
     text_separator: str = "\n"
     in_order: bool = False
 
@@ -113,7 +114,7 @@ def assemble(
             bos_id=tokenizer.bos_id if tokenizer.add_bos else None,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
-            image_line="{image}",
+            image_line=prompting.image_line,
             text_separator=prompting.text_separator,
             content_tokens=None,
             history_window=None,

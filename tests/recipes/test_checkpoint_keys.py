@@ -74,6 +74,11 @@ VALUES: Mapping[str, tuple[object, ...]] = {
     "mlp_ratio": (2.0,),
     "n_queries": (16,),
     "image_start_id": (3,),
+    "downsample_ratio": (1.0, 0.3),
+    "norm_type": ("rms_norm",),
+    "max_image_size": ({"longest_edge": 99}, {"height": 42, "width": 42}, 7),
+    "rope_type": ("yarn", "dynamic"),
+    "type": ("yarn",),
 }
 for _role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
     VALUES = {**VALUES, f"{_role}_token": ("<new>", 7)}
@@ -92,6 +97,8 @@ NO_CHANGE: Mapping[tuple[str, str], tuple[object, ...] | None] = {
     ("original LLaVA, Mistral", "mm_tunable_parts"): None,
     # A head that is stored and differs is used in any case.
     **{(layout, "tie_word_embeddings"): (True,) for layout in LAYOUTS},
+    # `rope_type` is before it.
+    ("Idefics3 and SmolVLM of transformers", "type"): None,
     # Tiles have their size before these steps.
     ("LLaVA v1.6 of transformers, Llama", "do_resize"): (False,),
     ("LLaVA v1.6 of transformers, Llama", "do_center_crop"): (False,),

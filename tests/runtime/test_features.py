@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmforge.engine.images.patch_inputs import Grid
 from vlmforge.api.memory import feature_bytes
 from vlmforge.backends import FloatArray
+from vlmforge.engine.images.patch_inputs import Grid
 from vlmforge.errors import BackendUnavailableError
 from vlmforge.runner.features import FeatureCache
 from vlmforge.vl.prepared import PreparedImage, prepare, row_keys

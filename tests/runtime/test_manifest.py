@@ -67,6 +67,7 @@ PATHS = paths_of(MANIFEST)
 # What later versions added, so that engines of before load; but a kind is always told.
 MAY_BE_MISSING = {
     "image.format.background",
+    "prompt.in_order",
     "decode.positions.trained_length",
     "decode.positions.attention_window",
     "decode.positions.inverse_frequencies",

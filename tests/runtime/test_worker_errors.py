@@ -16,8 +16,8 @@ import pytest
 
 from stand_in import HANG_S, Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline, Response
-from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.backends import DecoderBatch, FloatArray
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.errors import EngineError, EngineStepError, PipelineError
 from vlmforge.kv.cache import Copy, Move
 from vlmforge.kv.slots import SlotCache

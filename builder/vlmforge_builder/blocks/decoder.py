@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,11 +17,30 @@ from vlmforge_builder.ops.cached_attention import cached_attention
 
 
 @dataclass(frozen=True, slots=True)
+class BandScaling:
+    """Rotary positions whose slow turns are slowed down further, and fast ones are not.
+
+    As Llama 3.1 has them (`_compute_llama3_parameters` in transformers' modeling_rope_utils.py).
+
+    Attributes:
+        factor: How much slower.
+        low, high: Turns in `original` positions below which all of it is done, and above which
+            nothing.
+        original: Positions that the model was trained with before.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original: int
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """Geometry of a decoder. `max_positions` is how many tokens one sequence may hold.
 
     With `qkv_bias` the projections to query, key and value have biases; with `qk_norm` each head of
-    query and key is normalised before it is rotated.
+    query and key is normalised before it is rotated. `rope_scaling` changes its frequencies.
     With `turned_outside` the cosines and sines of the tokens are an input. Each of the first
     `feature_layers` layers takes features of an image that are its own: the first the tokens'
     embeddings, of the others what is added behind the layer before.
@@ -41,6 +61,7 @@ class DecoderConfig:
     max_positions: int
     qkv_bias: bool = False
     qk_norm: bool = False
+    rope_scaling: BandScaling | None = None
     long_context: LongContext | None = None
     attention_window: int | None = None
     turned_outside: bool = False
@@ -58,7 +79,12 @@ def inverse_frequencies(config: DecoderConfig) -> tuple[float, ...]:
     Computed in fp32, as the original implementations do.
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    return tuple((1.0 / (config.rope_theta**exponent)).tolist())
+    plain = 1.0 / (config.rope_theta**exponent)
+    if (scaling := config.rope_scaling) is None:
+        return tuple(plain.tolist())
+    turns = scaling.original / (2 * math.pi / plain)
+    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return tuple(((1 - kept) * plain / scaling.factor + kept * plain).tolist())
 
 
 def rotary_tables(config: DecoderConfig) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,6 @@ ImageSource: TypeAlias = (
 )
 ROLES = ("system", "user", "assistant")
 _ADDRESS = re.compile(r"(https?|file)://|data:(image|[^,\s]*;base64,)", re.IGNORECASE)
-_FILMS = ("video", "input_video")
 _IMAGE_KEYS = ("image", "url", "path", "base64")
 _FORMS = (
     "'text', ('text', image), ('text', [image, ...]), a list or iterator of these, OpenAI messages "
@@ -224,12 +223,12 @@ def _block(item: object, where: str) -> Text | Image:
                 return Image(_source(_unwrap(payload, "url")))
             case "image_data":
                 return Image(_source(_unwrap(payload, "data")))
-    if isinstance(kind, str) and kind.startswith(_FILMS):
+    if isinstance(kind, str) and "video" in kind:
         raise PromptError(
-            f"The content of {where} is a video, which no engine takes.",
+            f"The content of {where} is a video; models see images only.",
             found=f"a part of type {kind!r}",
             expected="text and images",
-            fix="give frames of it as images, in order: {'type': 'image', 'image': frame}, ...",
+            fix="send some of its frames as images: [{'type': 'image', 'image': frame}, ...]",
         )
     raise PromptError(
         f"The content of {where} is not known.",
