@@ -51,7 +51,6 @@ class Shape:
         model: Class of transformers.
         flat: The text's keys are at the top, as published before transformers 5.
         least, most: Pixels of an image.
-        preprocessor: Keys instead of those of the limits.
     """
 
     model: str
@@ -79,9 +78,10 @@ def write(folder: Path, shape: Shape) -> Path:
         "eos_token_id": token_id(TOKENIZER, "<|im_end|>"),
         **shape.text,
     }
-    given = {key: value for key, value in text.items() if key != "rope_scaling"}
+    given = {key: value for key, value in text.items() if not key.startswith("rope")}
+    rope = {**text["rope_scaling"], "rope_theta": text["rope_theta"]}
     config = model.config_class(
-        text_config={**given, "rope_parameters": dict(text["rope_scaling"])},
+        text_config={**given, "rope_parameters": rope},
         vision_config=dict(shape.vision),
         image_token_id=token_id(TOKENIZER, IMAGE),
         video_token_id=token_id(TOKENIZER, VIDEO),
@@ -114,8 +114,8 @@ def _files(shape: Shape) -> dict[str, dict[str, object]]:
     patch = shape.vision.get("patch_size", 14)
     return {
         "preprocessor_config.json": {
-            "min_pixels": shape.least,
-            "max_pixels": shape.most,
+            "min_pixels": shape.least,  # wins over that of `size`
+            "size": {"shortest_edge": 1, "longest_edge": shape.most},
             "patch_size": patch,
             "temporal_patch_size": 2,
             "merge_size": 2,

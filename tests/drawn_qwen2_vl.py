@@ -8,8 +8,8 @@ from drawn_patch_models import Shape, features, places, processor, write
 
 __all__ = ["SHAPES", "features", "places", "processor", "write"]
 
-_ROPE = {"type": "mrope", "mrope_section": [4, 6, 6], "rope_theta": 1000000.0}
-_TEXT = {"rope_scaling": _ROPE}
+_ROPE = {"type": "mrope", "mrope_section": [4, 6, 6]}
+_TEXT = {"rope_scaling": _ROPE, "rope_theta": 123000.0}
 _WINDOWED = {
     "depth": 2,
     "hidden_size": 32,

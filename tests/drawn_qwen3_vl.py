@@ -8,8 +8,8 @@ from drawn_patch_models import Shape, features, places, processor, write
 
 __all__ = ["SHAPES", "features", "places", "processor", "write"]
 
-_ROPE = {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_theta": 5000000.0}
-_TEXT = {"rope_scaling": {"rope_type": "default", **_ROPE}, "head_dim": 32, "hidden_size": 96}
+_ROPE = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [6, 5, 5]}
+_TEXT = {"rope_scaling": _ROPE, "rope_theta": 5000000.0, "head_dim": 32, "hidden_size": 96}
 _VISION = {
     "depth": 4,
     "hidden_size": 32,

@@ -47,6 +47,7 @@ _TOWER: tuple[Key, ...] = (
     *unused("of videos", "tokens_per_second"),
     *unused("`architectures` of the file tells it", "model_type architectures"),
 )
+_OLD = refused("of transformers 5, which writes it into text_config", "rope_parameters")
 _VISION_THETA = (
     *honoured("base of the angles of patches", "rope_theta"),
     *refused("other angles of patches", "rope_type type", "axial"),
@@ -63,16 +64,15 @@ def patch_tables(
         rope: Of how its tokens are turned.
         vision: Of the tower, beside what all towers have.
     """
-    inside = f"{text.place}." if text.place else ""
-    own = (*text.keys, *TOP) if not text.place else TOP
-    sections = () if not text.place else (text,)
+    if text.place:
+        ropes = [f"{text.place}.rope_parameters", f"{text.place}.rope_scaling"]
+        decoder = (KeyTable("config.json", "", TOP), text)
+    else:
+        ropes = ["rope_scaling"]
+        decoder = (KeyTable("config.json", "", (*_OLD, *text.keys, *TOP)),)
     return (
-        KeyTable("config.json", "", own),
-        *sections,
-        *(
-            KeyTable("config.json", f"{inside}{place}", rope)
-            for place in ("rope_parameters", "rope_scaling")
-        ),
+        *decoder,
+        *(KeyTable("config.json", place, rope) for place in ropes),
         KeyTable("config.json", "vision_config", (*vision, *_TOWER, *CODE, *VISION_GENERAL)),
         KeyTable("config.json", "vision_config.rope_parameters", _VISION_THETA),
         KeyTable(PREPROCESSOR, "", _IMAGES),
