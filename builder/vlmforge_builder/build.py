@@ -303,6 +303,7 @@ def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -
             session_len=spec.session_len,
             max_batch_size=options.max_batch_size,
             positions=spec.positions,
+            feature_layers=spec.feature_layers,
         ),
         kv=target.kv_layout(spec.kv, settings),
         parallel=ParallelLayout(tp=1),

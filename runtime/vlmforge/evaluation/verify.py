@@ -85,7 +85,7 @@ def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
     """The values of every stage; pixels and features are sampled evenly, to keep goldens small."""
     prompt = conversation(case, folder)
     images = [engine.prepare_image(engine.open_image(i.source).decode()) for i in prompt.images]
-    features, _ = FeatureCache(engine.vision.encode, batch=1).get(images)
+    features, _ = FeatureCache(engine.encode, batch=1).get(images)
     rendered = engine.render(prompt)
     given = engine.decoder_input(rendered, features)
     logits = engine.prefill(engine.options.whole_place, given, 0, logits="last")[0]
@@ -100,9 +100,10 @@ def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
 
 def _greedy(engine: Engine, given: DecoderInput, logits: NDArray[np.float32]) -> NDArray[np.int64]:
     tokens, length, levels = [int(logits.argmax())], len(given.ids), np.array([given.rotary_level])
+    place, lags = engine.options.whole_place, np.array([given.lag])
     while len(tokens) < GREEDY_TOKENS:
         done = np.array([length + len(tokens) - 1])
-        step = engine.decode([engine.options.whole_place], np.array(tokens[-1:]), done, levels)
+        step = engine.decode([place], np.array(tokens[-1:]), done, levels, lags)
         tokens.append(int(step[0].argmax()))
     return np.array(tokens, np.int64)
 
