@@ -130,6 +130,9 @@ class DecoderSession(Protocol):
         """
         raise _no_rows()
 
+    def close(self) -> None:
+        """End what it has started beside this process. May be called more than once."""
+
 
 def _no_rows() -> BackendUnavailableError:
     return BackendUnavailableError(
@@ -138,6 +141,31 @@ def _no_rows() -> BackendUnavailableError:
         expected="a backend that can read and write it, such as onnxruntime",
         fix="save it without: session.save(path, cache=False); it is computed again",
     )
+
+
+class Communicator(Protocol):
+    """How the ranks of an engine meet, whatever carries what they give each other.
+
+    Attributes:
+        rank: Of this process.
+        size: Ranks that there are.
+        room: Floats that a rank may give at one meeting.
+    """
+
+    rank: int
+    size: int
+    room: int
+
+    def meet(self, values: FloatArray) -> Sequence[FloatArray]:
+        """Give `values`, float32 `[n]` with n <= room; returns what each rank gave, by rank.
+
+        All ranks meet equally often and with equally many values. What is returned is valid until
+        the next meeting.
+
+        Raises:
+            RankError: a rank is no more, or does not answer.
+            EOFError: on ranks other than the first: another one is no more.
+        """
 
 
 @runtime_checkable
@@ -162,6 +190,22 @@ class Backend(Protocol):
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
         """Load the part "decoder" and make its key/value slots (EngineError otherwise)."""
+
+    def load_rank(
+        self, folder: Path, manifest: Manifest, options: LoadOptions, ranks: Communicator
+    ) -> DecoderSession:
+        """Load the decoder of rank `ranks.rank`, with its share of the key/value slots.
+
+        Raises:
+            BackendUnavailableError: this backend has no tensor parallelism.
+        """
+        del folder, options, ranks
+        raise BackendUnavailableError(
+            f"Engines for {manifest.backend} run on one rank here.",
+            found=f"an engine of {manifest.parallel.tp} ranks",
+            expected="tp=1 for this backend, or an engine for onnxruntime",
+            fix="build-engine CHECKPOINT -o ENGINE --tp 1",
+        )
 
     def memory(self) -> Room | None:
         """What it may take of a memory of its own; None: engines lie in this process's memory."""

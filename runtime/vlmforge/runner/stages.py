@@ -281,7 +281,12 @@ def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) 
     text = marked_tokenizer_json(bundle.text(manifest.tokenizer_file), manifest.prompt)
     try:
         vision = backend.load_vision(bundle.folder, manifest, options)
-        decoder = backend.load_decoder(bundle.folder, manifest, options)
+        if manifest.parallel.tp > 1:
+            from vlmforge.backends.ranks.load import load_ranked  # only few have several
+
+            decoder = load_ranked(backend, bundle.folder, manifest, options)
+        else:
+            decoder = backend.load_decoder(bundle.folder, manifest, options)
     finally:
         # It names the file, where a backend would say that it cannot load a part.
         check_sizes(bundle, [name for part in manifest.parts for name in (part.file, *part.data)])

@@ -175,6 +175,7 @@ class Loop(lifetime.Owner):
         for job in left:
             job.let_go()
             job.fail(refusal())
+        self._engine.decoder.close()
 
     def _receive(self) -> bool:
         """Take what callers sent, waiting when there is nothing to do; False at the end."""
