@@ -130,9 +130,6 @@ class DecoderSession(Protocol):
         """
         raise _no_rows()
 
-    def close(self) -> None:
-        """End what it has started beside this process. May be called more than once."""
-
 
 def _no_rows() -> BackendUnavailableError:
     return BackendUnavailableError(
@@ -178,6 +175,14 @@ class LikeliestDecoder(Protocol):
         The lowest of equals, as `argmax` has it; -1 where logits are not finite. EngineError: the
         library failed.
         """
+
+
+@runtime_checkable
+class ClosableDecoder(Protocol):
+    """A `DecoderSession` that has started more than this process."""
+
+    def close(self) -> None:
+        """End that. May be called more than once."""
 
 
 class Backend(Protocol):

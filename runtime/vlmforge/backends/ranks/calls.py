@@ -12,6 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from vlmforge.backends import (
+    ClosableDecoder,
     Communicator,
     DecoderBatch,
     DecoderSession,
@@ -83,7 +84,7 @@ def _share(rows: KeyValues, rank: int, size: int) -> KeyValues:
     return {name: values[part(len(values))] for name, values in rows.items()}
 
 
-class RankedDecoder(DecoderSession):
+class RankedDecoder(DecoderSession, ClosableDecoder):
     """A decoder of several ranks, seen from the first: it has the others do what it does itself.
 
     Keys and values that are read are those of all ranks' heads, one rank after the other.
