@@ -15,7 +15,7 @@ from typing_extensions import override
 from vlmforge_builder.weights import DTYPES, Encoding, TensorShape
 
 BLOCK = 128
-_SMALLEST_BLOCK = 16
+SMALLEST_BLOCK = 16
 # Four bits gain more from finer steps than they lose on a block's few largest weights: shares of
 # the block's largest weight that may become the largest number.
 _SHARES = {8: (1.0,), 4: (1.0, 0.92, 0.84, 0.76, 0.68)}
@@ -40,7 +40,7 @@ def cut(shape: tuple[int, ...], bits: int, axis: int) -> Blocks | None:
     size = BLOCK
     while shape[axis] % size:
         size //= 2
-    return Blocks(bits, axis, size) if size >= _SMALLEST_BLOCK else None
+    return Blocks(bits, axis, size) if size >= SMALLEST_BLOCK else None
 
 
 def quantise(values: Tensor, blocks: Blocks, scale_dtype: str) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,10 @@ class InBlocks(Encoding):
 
     @override
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        numbers, scales = quantise(values, self.blocks, self.scale_dtype)
+        return self.lay_out(*quantise(values, self.blocks, self.scale_dtype))
+
+    def lay_out(self, numbers: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        """What `quantise` gives, as it is stored."""
         return numbers if self.blocks.bits == 8 else pack_int4(numbers), scales
 
 
@@ -118,22 +121,27 @@ class ForMatMulNBits(Encoding):
     """`Encoding` of a quantised matrix `[K, N]` as ONNX Runtime's MatMulNBits takes it.
 
     Numbers are stored without sign, `[N, K / size, size * bits / 8]` bytes; scales `[N, K / size]`
-    in float32 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
+    in the dtype of the activations, which is float32 on processors
+    (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
     """
 
     blocks: Blocks
+    scale_dtype: str = "float32"
 
     @override
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorShape, ...]:
         width, size = shape[0] // self.blocks.size, self.blocks.size * self.blocks.bits // 8
         return (
             TensorShape(name, "uint8", (shape[1], width, size)),
-            TensorShape(scales_name(name), "float32", (shape[1], width)),
+            TensorShape(scales_name(name), self.scale_dtype, (shape[1], width)),
         )
 
     @override
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        numbers, scales = quantise(values, self.blocks, "float32")
+        return self.lay_out(*quantise(values, self.blocks, self.scale_dtype))
+
+    def lay_out(self, numbers: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        """What `quantise` gives, as it is stored."""
         rows = numbers.T.contiguous()
         if self.blocks.bits == 8:
             return rows.view(torch.uint8) ^ 0x80, scales.T  # flips the sign: adds 128

@@ -36,7 +36,8 @@ from vlmforge_builder.goldens import record_goldens
 from vlmforge_builder.image_policy import choose_image_policy
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.publish import list_files, sole_build, staging
-from vlmforge_builder.recipe import ModelSpec, RecipeOptions
+from vlmforge_builder.ranks import WHOLE, Rank
+from vlmforge_builder.recipe import ModelSpec, PartSpec, RecipeOptions
 from vlmforge_builder.recognise import recognise
 from vlmforge_builder.targets import CompileJob, Settings, load_target
 from vlmforge_builder.templates import choose_template, template_name
@@ -70,6 +71,7 @@ class BuildOptions:
     kv_dtype: str | None = None
     attention: str | None = None
     compute_capability: str | None = None
+    tp: int = 1
     ignore_config_key: Sequence[str] = ()
     force: bool = False
     wait: bool = False
@@ -81,6 +83,8 @@ class BuildOptions:
         values = {name: str(getattr(self, name)) for name in (*names, *policies)}
         tower = None if self.vision_tower is None else checkpoint_name(self.vision_tower)
         template = None if self.chat_template is None else template_name(self.chat_template)
+        if self.tp > 1:
+            values["tp"] = str(self.tp)
         if self.ignore_config_key:
             values["ignore_config_key"] = ", ".join(sorted(self.ignore_config_key))
         return values | {"vision_tower": str(tower), "chat_template": str(template)}
@@ -95,6 +99,7 @@ class BuildOptions:
             kv_dtype=self.kv_dtype,
             attention=self.attention,
             compute_capability=self.compute_capability,
+            tp=self.tp,
         )
 
 
@@ -144,7 +149,9 @@ def _write(source: _Source, options: BuildOptions, progress: Progress) -> None:
         parts = _compile(source.spec, options, folder, progress)
         manifest = _describe(source, options, parts)
         _write_texts(folder, source, options)
-        if load_target(options.target).runs_here:
+        if options.tp > 1:
+            progress.note("no goldens: an engine of several ranks cannot be run here yet")
+        elif load_target(options.target).runs_here:
             with progress.stage("run the goldens"):
                 record_goldens(folder, manifest, progress)
         else:
@@ -273,14 +280,23 @@ def _compile(
     spec: ModelSpec, options: BuildOptions, folder: Path, progress: Progress
 ) -> tuple[Part, ...]:
     target, parts = load_target(options.target), []
+    settings = options.settings(spec.session_len)
     for part in spec.parts:
         with progress.stage(f"trace {part.name}"):
             traced = trace(part)
-        with progress.stage(f"write {part.name}"):
-            settings = options.settings(spec.session_len)
-            job = CompileJob(part, spec.store, settings, folder, progress.report, progress.note)
-            parts.append(target.compile(traced, job))
+        for rank in _ranks(part, options.tp):
+            job = CompileJob(
+                part, spec.store, settings, folder, progress.report, progress.note, rank
+            )
+            with progress.stage(f"write {job.name}"):
+                own = dataclasses.replace(traced, model=traced.model.clone())
+                parts.append(target.compile(own, job))
     return tuple(parts)
+
+
+def _ranks(part: PartSpec, tp: int) -> tuple[Rank, ...]:
+    """Whose parts are made of a part."""
+    return tuple(Rank(i, tp) for i in range(tp)) if part.name == "decoder" else (WHOLE,)
 
 
 def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -> Manifest:
@@ -305,7 +321,7 @@ def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -
             positions=spec.positions,
         ),
         kv=target.kv_layout(spec.kv, settings),
-        parallel=ParallelLayout(tp=1),
+        parallel=_parallel(parts, options.tp),
         tokenizer_file="tokenizer.json",
         files=(),
         provenance=Provenance(
@@ -318,6 +334,13 @@ def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -
             versions=_versions(),
         ),
     )
+
+
+def _parallel(parts: tuple[Part, ...], tp: int) -> ParallelLayout:
+    if tp == 1:
+        return ParallelLayout(tp)
+    caches = [spec for part in parts for spec in part.inputs if "." in spec.name]
+    return ParallelLayout(tp, kv_heads=int(caches[0].shape[1]))
 
 
 def _with_files(manifest: Manifest, files: tuple[FileEntry, ...]) -> Manifest:

@@ -27,6 +27,10 @@ _WEIGHTS_HELP = (
     "quantise the decoder's weights: int8 or int4, in blocks of 128 with a scale each; the rest "
     "is stored as --dtype says (default: all of it)"
 )
+_TP_HELP = (
+    "divide the decoder among N ranks, which run as processes of their own and meet in each layer "
+    "(default: 1)"
+)
 _IGNORE_HELP = (
     "leave out a configuration key that is unknown, or that changes how to ask and not the model; "
     "may be given several times"
@@ -59,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add("--kv-dtype", choices=KV_DTYPES, help="key/value cache of a GPU engine; default: --dtype")
     add("--attention", metavar="KIND", help="of a GPU engine: plugin (default) or native")
     add("--compute-capability", metavar="X.Y", help="compile for this GPU; default: the target's")
+    add("--tp", type=int, default=1, metavar="N", help=_TP_HELP)
     add("--ignore-config-key", action="append", default=[], metavar="KEY", help=_IGNORE_HELP)
     add("--force", action="store_true", help="replace an engine that is there")
     add("--wait", action="store_true", help="wait for another build of the same output")

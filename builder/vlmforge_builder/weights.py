@@ -34,6 +34,14 @@ class Weight(Protocol):
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         """The values in their stored dtype, of the parameter's `shape` (TensorError otherwise)."""
 
+    def views(self, store: TensorStore, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """The same as tensors side by side along the last axis, to be sliced.
+
+        On pages of the checkpoint's files where the arrangement allows it: what is not used of them
+        then takes no memory.
+        """
+        return (self.read(store, shape),)
+
 
 @dataclass(frozen=True, slots=True)
 class Stored(Weight):
@@ -69,9 +77,13 @@ class Transposed(Weight):
 
     @override
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
+        return torch.cat(self.views(store, shape), dim=1)
+
+    @override
+    def views(self, store: TensorStore, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         for key, width in zip(self.keys, self.widths, strict=True):
             expect(store, key, (width, shape[0]))
-        return torch.cat([store.read(key).T for key in self.keys], dim=1)
+        return tuple(store.read(key).T for key in self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +100,14 @@ class Stacked(Weight):
 
     @override
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
+        return torch.cat(self.views(store, shape))
+
+    @override
+    def views(self, store: TensorStore, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         del shape
         for key, width in zip(self.keys, self.widths, strict=True):
             expect(store, key, (width,))
-        return torch.cat([store.read(key) for key in self.keys])
+        return tuple(store.read(key) for key in self.keys)
 
 
 @dataclass(frozen=True, slots=True)
