@@ -56,12 +56,30 @@ class _Run:
     logits: FloatArray
 
 
-class ChainedDecoder(DecoderSession):
-    """The decoder part of one rank.
+@dataclass(slots=True)
+class Meetings:
+    """Where a chain meets the other ranks.
 
     Attributes:
-        meeting_seconds: Time spent so far where ranks meet, waiting for each other included.
+        seconds: Spent so far, waiting for each other included.
     """
+
+    ranks: Communicator
+    seconds: float = 0.0
+
+    def hold(self, call: Collective, values: FloatArray, out: FloatArray) -> None:
+        """What all ranks give at `call`, into `out`."""
+        begun = time.perf_counter()
+        if call.kind == "all_reduce":
+            all_reduce(self.ranks, values, out)
+        elif values.size:
+            unused = self.ranks.rank > 0 and call.out == interface.LOGITS
+            all_gather(self.ranks, values, None if unused else out)
+        self.seconds += time.perf_counter() - begun
+
+
+class ChainedDecoder(DecoderSession):
+    """The decoder part of one rank."""
 
     def __init__(
         self,
@@ -74,7 +92,7 @@ class ChainedDecoder(DecoderSession):
     ) -> None:
         """`sessions` are the segments', by their files; `weights` must live as long as they do."""
         assert part.chain is not None
-        self._chain, self._sessions, self._ranks = part.chain, sessions, ranks
+        self._chain, self._sessions, self.meetings = part.chain, sessions, Meetings(ranks)
         self._weights = weights
         self._specs = tensors_of(part.chain, part.inputs, ranks.size)
         self._places = PlacedCache(kv, options.slots, options.capacity)
@@ -83,7 +101,6 @@ class ChainedDecoder(DecoderSession):
         self._slots = options.slots
         self._kept: dict[str, Array] = {}
         self._bound: OrderedDict[tuple[int, int], _Run] = OrderedDict()
-        self.meeting_seconds = 0.0
 
     @override
     def move(self, move: Move) -> None:
@@ -167,7 +184,7 @@ class ChainedDecoder(DecoderSession):
     ) -> Work:
         if step.collective is not None:
             call = step.collective
-            return partial(self._meet, call, arrays[call.tensor], arrays[call.out])
+            return partial(self.meetings.hold, call, arrays[call.tensor], arrays[call.out])
         assert step.segment is not None
         session = self._sessions[step.segment.file]
         binding = session.io_binding()
@@ -183,15 +200,6 @@ class ChainedDecoder(DecoderSession):
                 value = ort.OrtValue.ortvalue_from_numpy(arrays[spec.name])
                 binding.bind_ortvalue_output(spec.name, value)
         return partial(run_bound, session, binding)
-
-    def _meet(self, call: Collective, values: FloatArray, out: FloatArray) -> None:
-        begun = time.perf_counter()
-        if call.kind == "all_reduce":
-            all_reduce(self._ranks, values, out)
-        elif values.size:
-            unused = self._ranks.rank > 0 and call.out == interface.LOGITS
-            all_gather(self._ranks, values, None if unused else out)
-        self.meeting_seconds += time.perf_counter() - begun
 
 
 def tensors_of(

@@ -107,6 +107,7 @@ class Processes(OtherRanks, Watch):
         self._channels: dict[int, Channel] = {}
         self._pipes: dict[int, tuple[int, int]] = {}
         self._polls: dict[tuple[int, int], select.poll] = {}
+        self._communicator: SharedMemory | None = None
         self._seen, self._silent = [0] * size, [0.0] * size
         _groups.add(self)
         try:
@@ -131,7 +132,7 @@ class Processes(OtherRanks, Watch):
 
         try:
             self._pipes = leading(0)
-            self._board = Board(mmap.mmap(memory, 0), size, room)
+            board = Board(mmap.mmap(memory, 0), size, room)
             for rank, (ours, theirs) in enumerate(ends, 1):
                 self._channels[rank] = Channel(ours, rank, self)
                 place = Place(rank, size, room, memory, theirs.fileno(), leading(rank))
@@ -142,7 +143,7 @@ class Processes(OtherRanks, Watch):
                 theirs.close()
                 for end in (end for both in leading(rank).values() for end in both):
                     os.close(end)
-        self._communicator = SharedMemory(0, self._board, self._pipes, self)
+        self._communicator = SharedMemory(0, board, self._pipes, self)
 
     def begin(self, folder: Path, options: LoadOptions, threads: list[int]) -> None:
         """Have them load their parts of an engine, with so many threads each, by rank."""
@@ -158,6 +159,8 @@ class Processes(OtherRanks, Watch):
     @property
     @override
     def communicator(self) -> SharedMemory:
+        if self._communicator is None:
+            raise _again(self._error or _failure(0, self.size, "it was closed"))
         return self._communicator
 
     @override
@@ -195,7 +198,9 @@ class Processes(OtherRanks, Watch):
     def let_go(self) -> None:
         """Close what leads to them: in a forked child it would outlive the parent."""
         pipes, self._pipes = self._pipes, {}
-        for channel in self._channels.values():
+        channels, self._channels = self._channels, {}
+        self._communicator = None  # and with it the memory, once the decoder goes too
+        for channel in channels.values():
             channel.close()
         for end in (end for ends in pipes.values() for end in ends):
             os.close(end)
@@ -237,7 +242,7 @@ class Processes(OtherRanks, Watch):
 
     def _look(self) -> None:
         """Nobody has moved for a while: is there one who has not shown itself for long?"""
-        for rank, count in enumerate(self._board.beats()):
+        for rank, count in enumerate(self.communicator.beats()):
             if count != self._seen[rank] or rank == 0:
                 self._seen[rank], self._silent[rank] = count, 0.0
             else:

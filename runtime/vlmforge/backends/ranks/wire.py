@@ -124,6 +124,10 @@ class SharedMemory(Communicator):
         self._from = [(other, ends[0]) for other, ends in pipes.items()]
         self._to = [(other, ends[1]) for other, ends in pipes.items()]
 
+    def beats(self) -> Sequence[int]:
+        """See `Board`."""
+        return self._board.beats()
+
     @override
     def meet(self, values: FloatArray) -> Sequence[FloatArray]:
         lane = self._board.lanes[self._count % _LANES]
