@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmforge import env
 from vlmforge.api.arguments import path_text
@@ -28,6 +28,9 @@ from vlmforge.limits import available_memory, keep_one_heap
 from vlmforge.runner.features import USUAL_BUDGET, FeatureCache
 from vlmforge.runner.stages import Engine, load_engine
 from vlmforge.scheduler.loop import Loop
+
+if TYPE_CHECKING:
+    from vlmforge.backends.ranks.mpi import World
 
 logger = logging.getLogger("vlmforge")
 
@@ -67,10 +70,11 @@ def pipeline(
     config.validate()
     if template_config is not None:
         template_config.validate()
+    ranks = _launched(config)
     vision = vision_config or VisionConfig()
     vision.validate()
     folder = _engine(path, config)
-    free = _available_memory()
+    free = _available_memory() if ranks is None else ranks.room()
     features = feature_bytes(vision.feature_cache_bytes, free)
     vision = dataclasses.replace(vision, feature_cache_bytes=features)
     finished = (env.expanded(path) / MANIFEST_FILE).exists()
@@ -123,6 +127,7 @@ def _load(
         _check_finished(config, manifest)
     own = load_backend(manifest.backend).memory()
     options = load_options(bundle, config, free if own is None else own.bytes)
+    options = dataclasses.replace(options, mpi=config.communicator == "mpi")
     frozen = bundle.text(manifest.prompt.template_file)
     return load_engine(bundle, choose_template(manifest.prompt, frozen, template), options)
 
@@ -235,6 +240,18 @@ def _check_finished(config: EngineConfig, manifest: Manifest) -> None:
             expected=f"none: the engine was built of {manifest.provenance.source}",
             fix="leave revision out, or build-engine HUB_ID -o ENGINE --revision REVISION",
         )
+
+
+def _launched(config: EngineConfig) -> World | None:
+    """The ranks that mpirun has started, where they are asked for; returns on the first only."""
+    if config.communicator != "mpi":
+        return None
+    from vlmforge.backends.ranks.mpi import world  # an extra, which begins MPI
+
+    ranks = world(int(config.tp))
+    if ranks.rank > 0:
+        ranks.serve()
+    return ranks
 
 
 def _available_memory() -> float:

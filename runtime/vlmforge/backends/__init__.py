@@ -40,6 +40,7 @@ class LoadOptions:
             decode about twice as fast, but loading takes longer. False maps them from the file:
             loading is immediate, the system can reclaim the memory, and 16-bit weights are widened
             at every use.
+        mpi: Whether the ranks of an engine are those that mpirun has started.
     """
 
     slots: int
@@ -50,6 +51,7 @@ class LoadOptions:
     block_size: int = 64
     paged: bool = False
     chunk: int = 512
+    mpi: bool = False
 
     @property
     def whole_place(self) -> tuple[int, ...]:

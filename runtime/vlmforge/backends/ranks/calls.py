@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,9 @@ from vlmforge.backends import (
     DecoderSession,
     FloatArray,
     KeyValues,
+    LoadOptions,
 )
+from vlmforge.errors import RankError
 from vlmforge.kv.cache import Move
 
 
@@ -48,6 +51,12 @@ class OtherRanks(Protocol):
     @property
     def communicator(self) -> Communicator:
         """Where the first rank meets them."""
+
+    def begin(self, folder: Path, options: LoadOptions) -> LoadOptions:
+        """Have them load their parts of an engine; returns the options of the first rank's."""
+
+    def wait_until_loaded(self) -> None:
+        """Returns when all have (RankError: one cannot)."""
 
     def tell(self, call: Call) -> None:
         """Have all of them do it; does not wait until they have (RankError: one cannot)."""
@@ -82,6 +91,17 @@ def _share(rows: KeyValues, rank: int, size: int) -> KeyValues:
         return slice(rank * heads // size, (rank + 1) * heads // size)
 
     return {name: values[part(len(values))] for name, values in rows.items()}
+
+
+def rank_error(rank: int, size: int, reason: str) -> RankError:
+    """What ends everything that `size` ranks were doing."""
+    return RankError(
+        f"Rank {rank} of {size} failed, and with it what all of them were doing.",
+        found=f"rank {rank}: {reason}",
+        expected="ranks that run for as long as their pipeline does",
+        fix="close the pipeline and make it again: pipeline(ENGINE, ...); if memory was short, "
+        "with a smaller max_batch_size or session_len",
+    )
 
 
 class RankedDecoder(DecoderSession, ClosableDecoder):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-from vlmforge.backends import Backend, DecoderSession, LoadOptions, onnxruntime
+from vlmforge.backends import Backend, DecoderSession, LoadOptions
 from vlmforge.backends.chained import room_of
 from vlmforge.backends.ranks.calls import RankedDecoder
+from vlmforge.backends.ranks.mpi import MpiRanks, world
 from vlmforge.backends.ranks.processes import Processes
 from vlmforge.engine.manifest import Manifest
 
@@ -20,21 +20,14 @@ def load_ranked(
     Raises:
         EngineError: a part cannot be loaded, or a rank failed (RankError).
     """
-    size = manifest.parallel.tp
-    threads = shares(options.threads or onnxruntime.physical_cores(), size)
-    tokens = max(options.chunk, options.slots)
-    others = Processes(size, room_of(manifest.part("decoder"), tokens, size))
+    size, tokens = manifest.parallel.tp, max(options.chunk, options.slots)
+    room = room_of(manifest.part("decoder"), tokens, size)
+    others = MpiRanks(world(size), room) if options.mpi else Processes(size, room)
     try:
-        others.begin(folder, options, threads)
-        own = dataclasses.replace(options, threads=threads[0])
+        own = others.begin(folder, options)
         first = backend.load_rank(folder, manifest, own, others.communicator)
         others.wait_until_loaded()
     except BaseException:
         others.close()
         raise
     return RankedDecoder(first, others)
-
-
-def shares(threads: int, size: int) -> list[int]:
-    """Threads of each rank: as even as they can be, and one at least."""
-    return [max(1, threads // size + (rank < threads % size)) for rank in range(size)]

@@ -25,8 +25,9 @@ from typing import NoReturn, cast
 from typing_extensions import override
 
 from vlmforge import env
-from vlmforge.backends import KeyValues, LoadOptions
-from vlmforge.backends.ranks.calls import Call, OtherRanks
+from vlmforge.backends import KeyValues, LoadOptions, onnxruntime
+from vlmforge.backends.ranks.calls import Call, OtherRanks, rank_error
+from vlmforge.backends.ranks.serving import Failed, Task
 from vlmforge.backends.ranks.wire import Board, Channel, SharedMemory, Watch
 from vlmforge.errors import RankError
 
@@ -37,31 +38,6 @@ _SILENT_S = 3.5  # a rank that has not shown itself for so long hangs
 _START_S = 120.0  # or one that never has: its program is still being read from a slow disk
 _SETTLE_S = 1.0  # ranks that end because one has: which was the first is known then
 _groups: weakref.WeakSet[Processes]
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a rank is to load. The first message that it gets.
-
-    Attributes:
-        folder: Of the engine.
-        options: As all ranks have them, but for the threads.
-    """
-
-    folder: Path
-    options: LoadOptions
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A rank has loaded its part."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A rank cannot go on, in words: its last message."""
-
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +91,7 @@ class Processes(OtherRanks, Watch):
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise _failure(1, size, f"the system starts no process: {error}") from error
+                raise rank_error(1, size, f"the system starts no process: {error}") from error
             raise
 
     def _start(self, room: int) -> None:
@@ -145,14 +121,16 @@ class Processes(OtherRanks, Watch):
                     os.close(end)
         self._communicator = SharedMemory(0, board, self._pipes, self)
 
-    def begin(self, folder: Path, options: LoadOptions, threads: list[int]) -> None:
-        """Have them load their parts of an engine, with so many threads each, by rank."""
+    @override
+    def begin(self, folder: Path, options: LoadOptions) -> LoadOptions:
+        threads = shares(options.threads or onnxruntime.physical_cores(), self.size)
+        own = [dataclasses.replace(options, threads=count) for count in threads]
         for rank, channel in self._channels.items():
-            own = dataclasses.replace(options, threads=threads[rank])
-            channel.send(Task(folder, own))
+            channel.send(Task(folder, own[rank], self.communicator.room))
+        return own[0]
 
+    @override
     def wait_until_loaded(self) -> None:
-        """Returns when all have (RankError: one cannot)."""
         for rank, channel in self._channels.items():
             self._heard(rank, channel)
 
@@ -160,7 +138,7 @@ class Processes(OtherRanks, Watch):
     @override
     def communicator(self) -> SharedMemory:
         if self._communicator is None:
-            raise _again(self._error or _failure(0, self.size, "it was closed"))
+            raise self._error or rank_error(0, self.size, "it was closed")
         return self._communicator
 
     @override
@@ -179,7 +157,7 @@ class Processes(OtherRanks, Watch):
     @override
     def give_up(self, error: BaseException) -> None:
         if self._error is None:
-            self._error = _failure(0, self.size, f"{type(error).__name__}: {error}")
+            self._error = rank_error(0, self.size, f"{type(error).__name__}: {error}")
         self.close()
 
     @override
@@ -193,7 +171,7 @@ class Processes(OtherRanks, Watch):
                 child.wait(_SETTLE_S)
         self.let_go()
         if self._error is None:
-            self._error = _failure(0, self.size, "it was closed")
+            self._error = rank_error(0, self.size, "it was closed")
 
     def let_go(self) -> None:
         """Close what leads to them: in a forked child it would outlive the parent."""
@@ -266,13 +244,13 @@ class Processes(OtherRanks, Watch):
 
     def _check(self) -> None:
         if self._error is not None:
-            raise _again(self._error)
+            raise RankError.of(self._error)
 
     def _fail(self, rank: int, reason: str) -> NoReturn:
         if self._error is None:
-            self._error = _failure(rank, self.size, reason)
+            self._error = rank_error(rank, self.size, reason)
         self.close()
-        raise _again(self._error)
+        raise RankError.of(self._error)
 
 
 def _spawn(place: Place) -> subprocess.Popen[bytes]:
@@ -295,18 +273,9 @@ def _reason(status: int) -> str:
     return f"it ended with status {status}"
 
 
-def _failure(rank: int, size: int, reason: str) -> RankError:
-    return RankError(
-        f"Rank {rank} of {size} failed, and with it what all of them were doing.",
-        found=f"rank {rank}: {reason}",
-        expected="ranks that run for as long as their pipeline does",
-        fix="close the pipeline and make it again: pipeline(ENGINE, ...); if memory was short, "
-        "with a smaller max_batch_size or session_len",
-    )
-
-
-def _again(error: RankError) -> RankError:
-    return RankError(error.summary, found=error.found, expected=error.expected, fix=error.fix)
+def shares(threads: int, size: int) -> list[int]:
+    """Threads of each rank: as even as they can be, and one at least."""
+    return [max(1, threads // size + (rank < threads % size)) for rank in range(size)]
 
 
 def _forked() -> None:
