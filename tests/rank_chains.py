@@ -6,8 +6,7 @@ chain of one segment.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from vlmforge.engine import interface
 from vlmforge.engine.chain import ChainStep, Collective, Segment
-from vlmforge.engine.manifest import Manifest, Part, decoder_name, load_manifest
+from vlmforge.engine.manifest import Part, decoder_name, load_manifest
 from vlmforge.ort import ort
 
 Array = NDArray[Any]
@@ -33,6 +32,7 @@ def meet(collective: Collective, shares: Sequence[Array]) -> Array:
 
 
 def steps_of(part: Part) -> tuple[ChainStep, ...]:
+    """A part that is a graph is a chain of one segment."""
     if part.chain is not None:
         return part.chain.steps
     return (ChainStep(segment=Segment(part.file, part.inputs, part.outputs, 0)),)
@@ -49,25 +49,32 @@ def session(path: Path) -> ort.InferenceSession:
 class Ranks:
     """All decoders of an engine, and the caches of each."""
 
-    manifest: Manifest
-    parts: list[Part]
+    parts: Sequence[Part]
     sessions: dict[str, ort.InferenceSession]
     caches: list[dict[str, Array]]
 
     @classmethod
-    def load(cls, engine: Path, batch: int, capacity: int) -> Ranks:
+    def of_engine(cls, engine: Path, batch: int, capacity: int) -> Ranks:
         manifest = load_manifest(engine)
         parts = [manifest.part(decoder_name(rank)) for rank in range(manifest.parallel.tp)]
+        return cls.load(engine, parts, batch, capacity)
+
+    @classmethod
+    def load(cls, folder: Path, parts: Sequence[Part], batch: int, capacity: int) -> Ranks:
         files = [s.segment.file for p in parts for s in steps_of(p) if s.segment is not None]
-        kv = manifest.rank_kv
-        shape = (batch, kv.kv_heads, capacity, kv.head_dim)
+        sizes = {"batch": batch, "capacity": capacity}
         caches = [
-            {name: np.zeros(shape, np.float32) for name in interface.cache_names(kv)} for _ in parts
+            {
+                spec.name: np.zeros([sizes.get(str(n), n) for n in spec.shape], np.float32)
+                for spec in part.inputs
+                if "." in spec.name
+            }
+            for part in parts
         ]
-        return cls(manifest, parts, {file: session(engine / file) for file in files}, caches)
+        return cls(parts, {file: session(folder / file) for file in files}, caches)
 
     def step(
-        self, ids: Array, lengths: Array, indices: Array, levels: Array, **more: Array
+        self, ids: Array, lengths: Array, indices: Array, levels: Array, features: Array
     ) -> Array:
         """Logits `[batch, outputs, vocab_size]`, the same of all ranks; caches are brought up."""
         given: dict[str, Array] = {
@@ -75,8 +82,7 @@ class Ranks:
             interface.PAST_LENGTHS.name: lengths,
             interface.LOGITS_INDICES.name: indices,
             interface.ROTARY_LEVELS.name: levels,
-            interface.IMAGE_FEATURES: np.zeros((1, self.manifest.decode.hidden_size), np.float32),
-            **more,
+            interface.IMAGE_FEATURES: features,
         }
         known = [{**given, **caches} for caches in self.caches]
         for steps in zip(*map(steps_of, self.parts), strict=True):
@@ -84,7 +90,6 @@ class Ranks:
         for tensors, caches in zip(known, self.caches, strict=True):
             for name in caches:
                 caches[name] = tensors[interface.present_of(name)]
-        for tensors in known:
             np.testing.assert_array_equal(tensors["logits"], known[0]["logits"])
         return known[0]["logits"]
 
@@ -101,20 +106,18 @@ class Ranks:
             taken = {spec.name: tensors[spec.name] for spec in step.segment.inputs}
             names = [spec.name for spec in step.segment.outputs]
             made = self.sessions[step.segment.file].run(names, taken)
-            for spec, value in zip(step.segment.outputs, made, strict=True):
-                assert math.prod(value.shape) and len(spec.shape) == value.ndim
             tensors.update(zip(names, made, strict=True))
 
-    def greedy(self, prompts: Array, steps: int, **more: Array) -> tuple[list[Array], Array]:
-        """Logits of each step, and the likeliest tokens `[batch, steps]`."""
+    def greedy(
+        self, prompts: Array, features: Array, steps: int, level: int = 0
+    ) -> tuple[Array, Array]:
+        """Logits `[steps, batch, vocab_size]`, and their likeliest tokens `[steps, batch]`."""
         batch, length = prompts.shape
-        levels, lengths = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
+        levels, past = np.full(batch, level), np.zeros(batch, np.int64)
         last = np.full((batch, 1), length - 1)
-        logits = [self.step(prompts, lengths, last, levels, **more)]
-        tokens = [logits[0][:, -1].argmax(-1)]
-        for step in range(1, steps):
-            past = lengths + length + step - 1
-            found = self.step(tokens[-1][:, None], past, np.zeros((batch, 1), np.int64), levels)
-            logits.append(found)
-            tokens.append(found[:, -1].argmax(-1))
-        return logits, np.stack(tokens, axis=1)
+        logits = [self.step(prompts, past, last, levels, features)[:, 0]]
+        while len(logits) < steps:
+            tokens, past = logits[-1].argmax(-1)[:, None], past + (1 if past.any() else length)
+            found = self.step(tokens, past, np.zeros((batch, 1), np.int64), levels, features)
+            logits.append(found[:, 0])
+        return np.stack(logits), np.stack(logits).argmax(-1)

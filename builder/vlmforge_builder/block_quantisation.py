@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from vlmforge_builder.weights import DTYPES, Encoding, TensorShape
+from vlmforge_builder.weights import DTYPES, Encoding, Numbers, TensorShape, Values
 
 BLOCK = 128
 SMALLEST_BLOCK = 16
@@ -41,6 +41,13 @@ def cut(shape: tuple[int, ...], bits: int, axis: int) -> Blocks | None:
     while shape[axis] % size:
         size //= 2
     return Blocks(bits, axis, size) if size >= SMALLEST_BLOCK else None
+
+
+def quantised(values: Values, blocks: Blocks, scale_dtype: str) -> tuple[Tensor, Tensor]:
+    """`quantise`, of what is not in whole numbers yet."""
+    if isinstance(values, Numbers):
+        return values.numbers, values.scales.to(DTYPES[scale_dtype])
+    return quantise(values, blocks, scale_dtype)
 
 
 def quantise(values: Tensor, blocks: Blocks, scale_dtype: str) -> tuple[Tensor, Tensor]:
@@ -88,6 +95,12 @@ def pack_int4(numbers: Tensor) -> Tensor:
     return (low & 15) | (high << 4)
 
 
+def unpack_int4(packed: Tensor) -> Tensor:
+    """What `pack_int4` made of numbers, for each row `[..., n]` of bytes `[..., 2 * n]` numbers."""
+    pairs = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return (pairs ^ 8).view(torch.int8) - 8
+
+
 def scales_name(name: str) -> str:
     """Name of the tensor that holds the scales of the weight `name`."""
     return f"{name}_scales"
@@ -108,8 +121,8 @@ class InBlocks(Encoding):
         )
 
     @override
-    def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        return self.lay_out(*quantise(values, self.blocks, self.scale_dtype))
+    def encode(self, values: Values) -> tuple[Tensor, ...]:
+        return self.lay_out(*quantised(values, self.blocks, self.scale_dtype))
 
     def lay_out(self, numbers: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
         """What `quantise` gives, as it is stored."""
@@ -137,8 +150,8 @@ class ForMatMulNBits(Encoding):
         )
 
     @override
-    def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        return self.lay_out(*quantise(values, self.blocks, self.scale_dtype))
+    def encode(self, values: Values) -> tuple[Tensor, ...]:
+        return self.lay_out(*quantised(values, self.blocks, self.scale_dtype))
 
     def lay_out(self, numbers: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
         """What `quantise` gives, as it is stored."""

@@ -17,7 +17,6 @@ from vlmforge.engine.manifest import (
     DecodePolicy,
     FileEntry,
     Manifest,
-    ParallelLayout,
     Part,
     Provenance,
     dump_manifest,
@@ -28,23 +27,23 @@ from vlmforge.errors import BuildError, ConfigError, EngineError, VlmforgeError
 from vlmforge_builder.checkpoint.altered import refuse_altered
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.fingerprint import fingerprint, input_files
-from vlmforge_builder.checkpoint.limits import POSITIONS
+from vlmforge_builder.checkpoint.limits import HEADS, POSITIONS
 from vlmforge_builder.checkpoint.source import checkpoint_name, resolve_checkpoint
+from vlmforge_builder.compile_ranks import compile_ranks, parallel_layout
+from vlmforge_builder.divide_engine import BUILD_LOG
 from vlmforge_builder.dtypes import BITS, DTYPE_NAMES
 from vlmforge_builder.export import trace
 from vlmforge_builder.goldens import record_goldens
 from vlmforge_builder.image_policy import choose_image_policy
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.publish import list_files, sole_build, staging
-from vlmforge_builder.ranks import WHOLE, Rank
-from vlmforge_builder.recipe import ModelSpec, PartSpec, RecipeOptions
+from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.recognise import recognise
 from vlmforge_builder.targets import CompileJob, Settings, load_target
 from vlmforge_builder.templates import choose_template, template_name
 from vlmforge_builder.tensor_check import check_tensors
 
 _BUILD_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tokenizers")
-_BUILD_LOG = "build.log.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +165,16 @@ def _write(source: _Source, options: BuildOptions, progress: Progress) -> None:
 
 def _check(options: BuildOptions) -> None:
     target = load_target(options.target)
-    numbers = {"session_len": options.session_len, "max_batch_size": options.max_batch_size}
-    for name, value in numbers.items():
-        if value is not None and value not in POSITIONS:
+    for name, value, within in (
+        ("session_len", options.session_len, POSITIONS),
+        ("max_batch_size", options.max_batch_size, POSITIONS),
+        ("tp", options.tp, HEADS),
+    ):
+        if value is not None and value not in within:
             raise ConfigError(
                 f"{name} is out of range.",
                 found=str(value),
-                expected=f"a whole number from 1 to {POSITIONS[-1]}",
+                expected=f"a whole number from 1 to {within[-1]}",
                 fix=f"--{name.replace('_', '-')} 8",
             )
     if options.dtype not in DTYPE_NAMES:
@@ -279,24 +281,14 @@ def _is_whole(engine: Path) -> bool:
 def _compile(
     spec: ModelSpec, options: BuildOptions, folder: Path, progress: Progress
 ) -> tuple[Part, ...]:
-    target, parts = load_target(options.target), []
+    target, parts = load_target(options.target), list[Part]()
     settings = options.settings(spec.session_len)
     for part in spec.parts:
         with progress.stage(f"trace {part.name}"):
             traced = trace(part)
-        for rank in _ranks(part, options.tp):
-            job = CompileJob(
-                part, spec.store, settings, folder, progress.report, progress.note, rank
-            )
-            with progress.stage(f"write {job.name}"):
-                own = dataclasses.replace(traced, model=traced.model.clone())
-                parts.append(target.compile(own, job))
+        job = CompileJob(part, spec.store, settings, folder, progress.report, progress.note)
+        parts += compile_ranks(target, traced, job, progress)
     return tuple(parts)
-
-
-def _ranks(part: PartSpec, tp: int) -> tuple[Rank, ...]:
-    """Whose parts are made of a part."""
-    return tuple(Rank(i, tp) for i in range(tp)) if part.name == "decoder" else (WHOLE,)
 
 
 def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -> Manifest:
@@ -321,7 +313,7 @@ def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -
             positions=spec.positions,
         ),
         kv=target.kv_layout(spec.kv, settings),
-        parallel=_parallel(parts, options.tp),
+        parallel=parallel_layout(parts, options.tp),
         tokenizer_file="tokenizer.json",
         files=(),
         provenance=Provenance(
@@ -334,13 +326,6 @@ def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -
             versions=_versions(),
         ),
     )
-
-
-def _parallel(parts: tuple[Part, ...], tp: int) -> ParallelLayout:
-    if tp == 1:
-        return ParallelLayout(tp)
-    caches = [spec for part in parts for spec in part.inputs if "." in spec.name]
-    return ParallelLayout(tp, kv_heads=int(caches[0].shape[1]))
 
 
 def _with_files(manifest: Manifest, files: tuple[FileEntry, ...]) -> Manifest:
@@ -364,4 +349,4 @@ def _write_texts(folder: Path, source: _Source, options: BuildOptions) -> None:
         {"event": "template", "name": spec.template.name},
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / _BUILD_LOG).write_text(text, "utf-8")
+    (folder / BUILD_LOG).write_text(text, "utf-8")

@@ -22,14 +22,14 @@ from vlmforge_builder.block_quantisation import (
     Blocks,
     ForMatMulNBits,
     InBlocks,
-    quantise,
+    quantised,
 )
 from vlmforge_builder.export import Traced
 from vlmforge_builder.passes.shard import shard
 from vlmforge_builder.ranks import WHOLE, Rank
 from vlmforge_builder.recipe import PartSpec
-from vlmforge_builder.shares import Share, Sliced
-from vlmforge_builder.weights import Computed, Encoding, TensorShape, Weight
+from vlmforge_builder.shares import Share
+from vlmforge_builder.weights import Computed, Encoding, Sliced, TensorShape, Values, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,9 @@ class RowsOfBlocks(Encoding):
         return self.inner.tensors(name, (self.rows, *shape[1:]))
 
     @override
-    def encode(self, values: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, values: Values) -> tuple[Tensor, ...]:
         size = self.inner.blocks.size
-        numbers, scales = quantise(values, self.whole, self.inner.scale_dtype)
+        numbers, scales = quantised(values, self.whole, self.inner.scale_dtype)
         finer = scales.repeat_interleave(self.whole.size // size, dim=0)
         first, count = self.skipped // size, self.rows // size
         kept = numbers[self.skipped : self.skipped + self.rows]

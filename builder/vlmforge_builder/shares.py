@@ -8,10 +8,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from typing_extensions import override
-
-from vlmforge_builder.checkpoint.store import TensorStore
-from vlmforge_builder.weights import Weight
 
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
 """Starts and ends along an axis, one after the other as they are kept."""
@@ -51,35 +47,20 @@ class Share:
         return tuple(size if axis == self.axis else n for axis, n in enumerate(whole))
 
 
-@dataclass(frozen=True, slots=True)
-class Sliced(Weight):
-    """A rank's share of `weight`, a vector or matrix of the shape `whole`."""
-
-    weight: Weight
-    whole: tuple[int, ...]
-    share: Share
-
-    @property
-    @override
-    def names(self) -> tuple[str, ...]:
-        return self.weight.names
-
-    @override
-    def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
-        views, axis = self.weight.views(store, self.whole), self.share.axis
-        if axis == len(self.whole) - 1:
-            kept = [part for span in self.share.ranges for part in _within(views, span)]
-        else:
-            rows = ([view[start:stop] for view in views] for start, stop in self.share.ranges)
-            kept = [_cat(parts, -1) for parts in rows]
-        if self.share.padding:
-            kept.append(views[0].new_zeros(self._padding))
-        return _cat(kept, axis)
-
-    @property
-    def _padding(self) -> tuple[int, ...]:
-        axis, size = self.share.axis, self.share.padding
-        return tuple(size if i == axis else n for i, n in enumerate(self.whole))
+def share_of(views: Sequence[Tensor], share: Share) -> Tensor:
+    """A share of the matrix or vector that `views` are, side by side along the last axis."""
+    axis = share.axis
+    if axis == views[0].ndim - 1:
+        kept = [part for span in share.ranges for part in _within(views, span)]
+    else:
+        rows = ([view[start:stop] for view in views] for start, stop in share.ranges)
+        kept = [_cat(parts, -1) for parts in rows]
+    if share.padding:
+        size = [share.padding if i == axis else n for i, n in enumerate(views[0].shape)]
+        if axis == 0:
+            size[1:] = [sum(view.shape[-1] for view in views)] * (len(size) - 1)
+        kept.append(views[0].new_zeros(size))
+    return _cat(kept, axis)
 
 
 def _within(views: Sequence[Tensor], span: tuple[int, int]) -> Iterator[Tensor]:

@@ -37,16 +37,13 @@ _BY_COLUMN = frozenset(
 )
 
 
-def shard(
-    graph: ir.Graph, weights: Collection[str], rank: Rank, large_table: int = LARGE_TABLE
-) -> dict[str, Share]:
+def shard(graph: ir.Graph, weights: Collection[str], rank: Rank) -> dict[str, Share]:
     """Leave `rank`'s part of a traced decoder in `graph`; what it has of which weight.
 
     Args:
         graph: Its attention over the cache is neutral still. Key/value caches become the rank's.
         weights: Names of the initialisers that may be divided.
         rank: Whose part.
-        large_table: Elements from which a table of embeddings is divided.
 
     Raises:
         ConfigError: heads or inner columns that the ranks cannot have the same number of.
@@ -63,7 +60,7 @@ def shard(
     for node in tuple(graph):
         if CachedAttentionNode.is_of(node) and node not in work.divided:
             raise _unknown_form(node, "an attention between two products of weights")
-        if node.op_type == "Gather" and work.is_table(node, large_table):
+        if node.op_type == "Gather" and work.is_table(node):
             work.divide_table(node)
     return work.shares
 
@@ -140,13 +137,13 @@ class _Work:
         known = value.is_initializer() and value.name in self.weights
         return known and value.shape is not None and len(value.shape) == axes
 
-    def is_table(self, node: ir.Node, large: int) -> bool:
+    def is_table(self, node: ir.Node) -> bool:
         """Whether it takes rows of a table that is worth dividing."""
         table = node.inputs[0]
         if table is None or not self._is_weight(table, axes=2) or len(table.uses()) > 1:
             return False
         assert table.shape is not None
-        return math.prod(table.shape.numpy()) >= large and _axis(node) == 0
+        return math.prod(table.shape.numpy()) >= LARGE_TABLE and _axis(node) == 0
 
     def between(self, product: ir.Node) -> tuple[ir.Node, ...] | None:
         """Products by columns and all between them and `product`, in order; None: other things."""
@@ -213,7 +210,7 @@ class _Work:
             first = self.rank.index * own
             kept: Ranges = ((first * dim, (first + own) * dim),)
         else:
-            even = even_share(rows, self.rank, f"columns inside the MLP before {weight.name}")
+            even = even_share(rows, self.rank, f"rows of {weight.name}")
             kept = ((even.start, even.start + even.size),)
         self._share(weight, Share(0, kept))
         layouts = {taken: kept}

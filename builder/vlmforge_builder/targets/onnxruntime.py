@@ -30,6 +30,7 @@ from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks
 from vlmforge_builder.passes.store_weights import StoreWeightsPass
 from vlmforge_builder.ranks import WHOLE
 from vlmforge_builder.targets import CompileJob, Settings, Target
+from vlmforge_builder.traced_file import NEUTRAL_FILE, save_traced
 from vlmforge_builder.weights import (
     AsDtype,
     Encoding,
@@ -86,6 +87,8 @@ class OnnxRuntimeTarget(Target):
             ConfigError: sizes that ranks cannot divide.
         """
         model = traced.model
+        if job.is_decoder and job.rank == WHOLE:
+            save_traced(traced, job.folder / NEUTRAL_FILE)
         dtypes = {
             name: stored_dtype(job.part.weights[name], job.settings.dtype) for name in traced.shapes
         }
