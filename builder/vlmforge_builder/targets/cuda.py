@@ -7,7 +7,7 @@ take their weights from one file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,21 +16,21 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from typing_extensions import override
 
-from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, RotaryTables, Segment
+from vlmforge.engine.chain import PartChain, RotaryTables
 from vlmforge.engine.interface import IMAGE_FEATURES, DecoderInterface, Interface
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.env import writable_cache
 from vlmforge.errors import BuildError, ConfigError
 from vlmforge_builder import passes
+from vlmforge_builder.chain_file import chain_steps, save_segments
 from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced
-from vlmforge_builder.onnx_file import check_interface, refer, tensor_specs
+from vlmforge_builder.onnx_file import check_interface, refer
 from vlmforge_builder.passes.assign_precision import AssignPrecisionPass
 from vlmforge_builder.passes.cut_chain import Cut, cut_chain
 from vlmforge_builder.passes.float32_features import Float32FeaturesPass
 from vlmforge_builder.passes.fuse_contrib import FuseContribPass
 from vlmforge_builder.passes.likeliest_token import likeliest_token
-from vlmforge_builder.passes.scratch import token_bytes
 from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
 from vlmforge_plugins.cached_attention.compile import Compiler, Nvcc, Nvrtc, compile_set
@@ -159,12 +159,12 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
     vocab_size = int(part.outputs[0].shape[-1])
     kernels = _kernels(_config(cut.calls[0].head_dim, job.settings), stem, job.folder)
     pieces = (*cut.pieces, likeliest_token(vocab_size))
-    segments = _save(pieces, stem, job.folder)
+    segments = save_segments(pieces, stem, job.folder)
     return dataclasses.replace(
         part,
         file=segments[0].file,
         data=(data, *(segment.file for segment in segments[1:]), *kernels.values()),
-        chain=PartChain(_steps(segments, cut.calls), _tables(cut, layout, data), kernels),
+        chain=PartChain(chain_steps(segments, cut.between), _tables(cut, layout, data), kernels),
     )
 
 
@@ -185,31 +185,6 @@ def _config(head_dim: int, settings: Settings) -> Config:
             fix="build for the processor: --target onnxruntime",
         ) from error
     return config
-
-
-def _save(pieces: Sequence[ir.Model], stem: str, folder: Path) -> tuple[Segment, ...]:
-    segments = []
-    for index, piece in enumerate(pieces):
-        name = f"{stem}.{index:03d}.onnx"
-        ir.save(piece, folder / name)
-        graph = piece.graph
-        segments.append(
-            Segment(
-                name, tensor_specs(graph.inputs), tensor_specs(graph.outputs), token_bytes(graph)
-            )
-        )
-    return tuple(segments)
-
-
-def _steps(
-    segments: tuple[Segment, ...], calls: tuple[AttentionCall, ...]
-) -> tuple[ChainStep, ...]:
-    between = [
-        step
-        for segment, call in zip(segments, calls, strict=False)
-        for step in (ChainStep(segment=segment), ChainStep(attention=call))
-    ]
-    return (*between, *(ChainStep(segment=segment) for segment in segments[len(calls) :]))
 
 
 def _tables(cut: Cut, layout: Layout, file: str) -> RotaryTables | None:
