@@ -121,7 +121,7 @@ CHAIN = PartChain(
         ChainStep(attention=_attention(0)),
         ChainStep(segment=Segment("d.1.onnx", (_HIDDEN, _rows("mixed0")), (_rows("qkv1"),), 300)),
         ChainStep(attention=_attention(1)),
-        ChainStep(segment=Segment("d.2.onnx", (_rows("mixed1"), _HIDDEN), (), 300)),
+        ChainStep(segment=Segment("d.2.onnx", (_rows("mixed1"), _HIDDEN), (), 300, 4096)),
     ),
     rotary=RotaryTables("d.data", 0, 4096, 64, 4),
     kernels={"sm_90": "d.sm_90.cubin"},

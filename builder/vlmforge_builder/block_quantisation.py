@@ -118,22 +118,24 @@ class ForMatMulNBits(Encoding):
     """`Encoding` of a quantised matrix `[K, N]` as ONNX Runtime's MatMulNBits takes it.
 
     Numbers are stored without sign, `[N, K / size, size * bits / 8]` bytes; scales `[N, K / size]`
-    in float32 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
+    in the dtype of the activations, which is float32 on processors
+    (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md).
     """
 
     blocks: Blocks
+    scale_dtype: str = "float32"
 
     @override
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorShape, ...]:
         width, size = shape[0] // self.blocks.size, self.blocks.size * self.blocks.bits // 8
         return (
             TensorShape(name, "uint8", (shape[1], width, size)),
-            TensorShape(scales_name(name), "float32", (shape[1], width)),
+            TensorShape(scales_name(name), self.scale_dtype, (shape[1], width)),
         )
 
     @override
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        numbers, scales = quantise(values, self.blocks, "float32")
+        numbers, scales = quantise(values, self.blocks, self.scale_dtype)
         rows = numbers.T.contiguous()
         if self.blocks.bits == 8:
             return rows.view(torch.uint8) ^ 0x80, scales.T  # flips the sign: adds 128

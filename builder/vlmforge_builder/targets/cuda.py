@@ -22,6 +22,7 @@ from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.env import writable_cache
 from vlmforge.errors import BuildError, ConfigError
 from vlmforge_builder import passes
+from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits
 from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced
 from vlmforge_builder.onnx_file import check_interface, refer, tensor_specs
@@ -30,7 +31,9 @@ from vlmforge_builder.passes.cut_chain import Cut, cut_chain
 from vlmforge_builder.passes.float32_features import Float32FeaturesPass
 from vlmforge_builder.passes.fuse_contrib import FuseContribPass
 from vlmforge_builder.passes.likeliest_token import likeliest_token
-from vlmforge_builder.passes.scratch import token_bytes
+from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
+from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
+from vlmforge_builder.passes.scratch import matrix_bytes, token_bytes
 from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
 from vlmforge_plugins.cached_attention.compile import Compiler, Nvcc, Nvrtc, compile_set
@@ -38,6 +41,7 @@ from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.errors import CompileError, PluginError
 
 PAGE_SIZE = 64
+_WHOLE_ACTIVATIONS = 0  # the provider has no others
 _STEMS = {"vision": "vision", "decoder": "decoder.rank0"}
 
 
@@ -58,7 +62,6 @@ class CudaTarget(Target):
                 fix="--dtype bfloat16",
             )
         for option, value in (
-            ("weights", settings.weights),
             ("attention", settings.attention),
             ("compute-capability", settings.compute_capability),
         ):
@@ -97,10 +100,17 @@ class CudaTarget(Target):
         """
         part, settings, stem = job.part, job.settings, _STEMS[job.part.name]
         dtypes = {n: stored_dtype(part.weights[n], settings.dtype) for n in traced.shapes}
+        blocks = _matrices(blocks_of_part(traced.model.graph, part, settings.weights))
         dense = _dense(part.interface, settings)
-        passes.run(_sequence(dtypes, dense, settings), traced.model)
+        passes.run(_sequence(dtypes, blocks, dense, settings), traced.model)
         check_interface(traced.model.graph, dense)
-        layout = plan(traced.shapes, {n: AsDtype(dtype) for n, dtype in dtypes.items()})
+        layout = plan(
+            traced.shapes,
+            {
+                name: ForMatMulNBits(blocks[name], dtype) if name in blocks else AsDtype(dtype)
+                for name, dtype in dtypes.items()
+            },
+        )
         data = job.folder / f"{stem}.data"
         refer(traced.model, layout, data)
         interface = self._interface(dense, settings)
@@ -139,13 +149,27 @@ def _dense(traced: Interface, settings: Settings) -> Interface:
     return dataclasses.replace(traced, kv=dataclasses.replace(traced.kv, dtype=settings.dtype))
 
 
+def _matrices(blocks: Mapping[str, Blocks]) -> dict[str, Blocks]:
+    """Those of matrices: tables keep 16 bits.
+
+    A step reads a row of them for each token, and the provider's op for rows of whole numbers
+    (GatherBlockQuantized) takes numbers without a zero point otherwise from version to version.
+    """
+    return {name: cut for name, cut in blocks.items() if cut.axis == 0}
+
+
 def _sequence(
-    dtypes: Mapping[str, str], dense: Interface, settings: Settings
+    dtypes: Mapping[str, str],
+    blocks: Mapping[str, Blocks],
+    dense: Interface,
+    settings: Settings,
 ) -> ir.passes.Sequential:
     specs = (*dense.inputs, *dense.outputs)
     float32 = [s.name for s in specs if s.dtype == "float32" and s.name != IMAGE_FEATURES]
     return ir.passes.Sequential(
         AssignPrecisionPass(settings.dtype, dtypes, float32),
+        QuantiseWeightsPass(blocks),
+        LowerDequantizePass(_WHOLE_ACTIVATIONS),
         Float32FeaturesPass(),
         FuseContribPass(),
         RemoveUnusedNodesPass(),
@@ -195,7 +219,11 @@ def _save(pieces: Sequence[ir.Model], stem: str, folder: Path) -> tuple[Segment,
         graph = piece.graph
         segments.append(
             Segment(
-                name, tensor_specs(graph.inputs), tensor_specs(graph.outputs), token_bytes(graph)
+                name,
+                tensor_specs(graph.inputs),
+                tensor_specs(graph.outputs),
+                token_bytes(graph),
+                matrix_bytes(graph),
             )
         )
     return tuple(segments)

@@ -93,8 +93,11 @@ def part_bytes(part: Part, tokens: int) -> float:
     """
     if part.chain is None:
         return part.loaded_bytes + _GRAPH_BYTES
-    row = sum(segment.token_bytes for segment in part.chain.segments)
-    return part.loaded_bytes + _ROOM * row * tokens + _SEGMENT_BYTES * len(part.chain.segments)
+    segments = part.chain.segments
+    row = sum(segment.token_bytes for segment in segments)
+    # Each segment keeps what it took once.
+    whole = sum(segment.matrix_bytes for segment in segments)
+    return part.loaded_bytes + whole + _ROOM * row * tokens + _SEGMENT_BYTES * len(segments)
 
 
 def feature_bytes(asked: int | None, free: float) -> int:
