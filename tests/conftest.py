@@ -121,7 +121,7 @@ def build_once(engine: Path, *arguments: object) -> Path:
 
     _keep_traces(Path(os.environ["VLMFORGE_CACHE"]).parent)
     values = vars(parser().parse_args([*map(str, arguments), "-o", str(engine)]))
-    del values["json_events"], values["until_eof"]
+    del values["json_events"], values["until_eof"], values["describe"]
     with FileLock(f"{engine}.lock"):
         if not engine.exists():
             with Progress(text=io.StringIO()) as progress:

@@ -46,7 +46,8 @@ class Settings:
 class CompileJob:
     """What a target needs to compile one part into `folder`.
 
-    `report` takes (done, total) of whatever the target counts; `note` takes a sentence.
+    `report` takes (done, total) of whatever the target counts; `note` takes a sentence. A part that
+    is to be `described` only has no weights read, and nothing compiled.
     """
 
     part: PartSpec
@@ -55,6 +56,7 @@ class CompileJob:
     folder: Path
     report: Callable[[int, int], None]
     note: Callable[[str], None]
+    described: bool = False
 
 
 class Target(Protocol):

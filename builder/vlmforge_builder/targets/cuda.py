@@ -130,8 +130,9 @@ class CudaTarget(Target):
             made = _write_chain(traced.model, made, layout, job)
         else:
             ir.save(traced.model, job.folder / made.file)
-        for done, total in write(data, layout, part.weights, job.store):
-            job.report(done, total)
+        if not job.described:
+            for done, total in write(data, layout, part.weights, job.store):
+                job.report(done, total)
         return made
 
     def _interface(self, dense: Interface, settings: Settings) -> Interface:
@@ -181,7 +182,8 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
     stem, data = _STEMS[part.name], part.data[0]
     cut = cut_chain(model)
     vocab_size = int(part.outputs[0].shape[-1])
-    kernels = _kernels(_config(cut.calls[0].head_dim, job.settings), stem, job.folder)
+    config = _config(cut.calls[0].head_dim, job.settings)
+    kernels = {} if job.described else _kernels(config, stem, job.folder)
     pieces = (*cut.pieces, likeliest_token(vocab_size))
     segments = _save(pieces, stem, job.folder)
     return dataclasses.replace(

@@ -90,8 +90,9 @@ class OnnxRuntimeTarget(Target):
         data = job.folder / f"{stem}.data"
         refer(model, layout, data)
         ir.save(model, job.folder / f"{stem}.onnx")
-        for done, total in write(data, layout, part.weights, job.store):
-            job.report(done, total)
+        if not job.described:
+            for done, total in write(data, layout, part.weights, job.store):
+                job.report(done, total)
         return Part(
             part.name,
             f"{stem}.onnx",

@@ -129,7 +129,8 @@ class TensorRTTarget(Target):
             },
         )
         profiles = _profiles(part.name, settings)
-        self._build(traced.model, layout, profiles, kernels, job)
+        if not job.described:
+            self._build(traced.model, layout, profiles, kernels, job)
         return Part(
             part.name,
             f"{stem}.plan",
