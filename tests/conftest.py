@@ -121,7 +121,7 @@ def build_once(engine: Path, *arguments: object) -> Path:
 
     _keep_traces(Path(os.environ["VLMFORGE_CACHE"]).parent)
     values = vars(parser().parse_args([*map(str, arguments), "-o", str(engine)]))
-    del values["json_events"], values["until_eof"]
+    del values["json_events"], values["until_eof"], values["describe"]
     with FileLock(f"{engine}.lock"):
         if not engine.exists():
             with Progress(text=io.StringIO()) as progress:
@@ -139,25 +139,27 @@ def golden_engine(shared: Path, name: str) -> Path:
     return build_once(shared / f"{name}.engine", DATA / name / "checkpoint", *options)
 
 
-def cuda_engine(shared: Path, name: str) -> Path:
+def cuda_engine(shared: Path, name: str, *more: str) -> Path:
     """The float16 engine of the target cuda of a golden checkpoint, built once for a run.
 
-    That of `HF` carries kernels for every GPU; the others only for one that other tests compile.
+    That of `HF` carries kernels for every GPU; the others, and those with `more` options, only for
+    one that other tests compile.
     """
     from vlmforge_builder.targets import cuda
     from vlmforge_plugins.cached_attention.compile import compile_one
     from vlmforge_plugins.cached_attention.config import TARGETS
 
-    options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()))
+    options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()), *more)
+    kind = ".".join(["cuda", *(option for option in more if not option.startswith("--"))])
     hopper = next(target for target in TARGETS if target.name == "sm_90")
     with pytest.MonkeyPatch.context() as patch:
-        if name != HF.name:
+        if name != HF.name or more:
             patch.setattr(
                 cuda,
                 "compile_set",
                 lambda config, by, kept: (compile_one(config, hopper, by, kept),),
             )
-        return build_once(shared / f"{name}.cuda.engine", DATA / name / "checkpoint", *options)
+        return build_once(shared / f"{name}.{kind}.engine", DATA / name / "checkpoint", *options)
 
 
 @pytest.fixture(scope="session")
