@@ -115,10 +115,11 @@ def test_ranks_together_are_the_whole(
     np.testing.assert_array_equal(same, tokens)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_whole_numbers_are_those_of_one_rank(weights: str) -> None:
-    # Blocks end where ranks' shares do: activations are rounded in the same blocks too.
-    config = replace(CONFIG, heads=16, intermediate_size=256, vocab_size=65)
+@pytest.mark.parametrize(("weights", "inner"), [("int8", 256), ("int4", 256), ("int8", 384)])
+def test_whole_numbers_are_those_of_one_rank(weights: str, inner: int) -> None:
+    # Shares end where blocks do: activations are rounded in the same blocks too. Of three blocks
+    # one rank has two.
+    config = replace(CONFIG, heads=16, intermediate_size=inner, vocab_size=65)
     made, quantised = drawn(config), replace(SETTINGS, weights=weights)
     ids, features = prompts(config.vocab_size, config.hidden_size)
     with ranks_of(*made, 1, quantised) as whole, ranks_of(*made, 2, quantised) as ranks:
@@ -189,10 +190,10 @@ def test_drawn_decoders_are_of_the_form_of_traced_ones() -> None:
             "--tp 2",
         ),
         (
-            {"intermediate_size": 48},
-            2,
+            {"intermediate_size": 32},
+            4,
             "int4",
-            "rows 0 to 24 of a rank, in blocks of 16",
+            "rows 0 to 8 of a rank, in blocks of 32",
             "a smaller --tp, or no --weights",
         ),
     ],
@@ -223,7 +224,7 @@ def test_attention_between_unknown_things_is_refused() -> None:
     traced, part, _ = drawn(CONFIG)
     known = [name for name in part.weights if "attn.out" not in name]
     with pytest.raises(BuildError, match="cannot be divided among ranks") as caught:
-        shard(traced.model.graph, known, Rank(1, 2))
+        shard(traced.model.graph, known, Rank(1, 2), {})
     assert caught.value.expected == "an attention between two products of weights"
     assert caught.value.found.startswith("CachedAttention of ")
 
