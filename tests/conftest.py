@@ -139,6 +139,16 @@ def golden_engine(shared: Path, name: str) -> Path:
     return build_once(shared / f"{name}.engine", DATA / name / "checkpoint", *options)
 
 
+def divided_engine(shared: Path, name: str, ranks: int) -> Path:
+    """The engine of a golden checkpoint for so many ranks, made once of that of one rank."""
+    from vlmforge_builder.divide_engine import divide_engine
+    from vlmforge_builder.progress import Progress
+
+    engine, divided = golden_engine(shared, name), shared / f"{name}.{ranks}.engine"
+    with FileLock(f"{divided}.lock"), Progress(text=io.StringIO()) as progress:
+        return divide_engine(engine, divided, ranks, progress, force=False, wait=True)
+
+
 def cuda_engine(shared: Path, name: str, *more: str) -> Path:
     """The float16 engine of the target cuda of a golden checkpoint, built once for a run.
 

@@ -20,6 +20,8 @@ logger = logging.getLogger("vlmforge")
 _PACK_SHARE = 0.7
 # At most this share of the free memory is for the features of images, unless more is asked for.
 _FEATURES_SHARE = 0.05
+# Of each rank but the first: Python, the libraries, and what they allocate as they run.
+_RANK_BYTES = 120 << 20
 # Sequences rarely fill their windows: address space is kept for this many times what memory holds.
 _OVERCOMMIT = 4
 # Of a graph on a GPU, and of a segment of a chain: the library's own; and what allocations lose.
@@ -37,7 +39,10 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     capacity = _window(bundle, config)
     if manifest.kv.page_size is not None:
         return _paged(manifest, config, capacity, free)
-    weights = sum(part.loaded_bytes for part in manifest.parts) + _longer_tables(manifest, capacity)
+    ranks = manifest.parallel.tp  # all of them lie in what this process may use
+    weights = sum(part.loaded_bytes for part in manifest.parts)
+    weights += ranks * _longer_tables(manifest, capacity) + (ranks - 1) * _RANK_BYTES
+    token = ranks * manifest.rank_kv.bytes_per_token
     pack = weights <= _PACK_SHARE * free
     if not pack:
         logger.warning(
@@ -48,10 +53,10 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
         )
     budget = config.cache_max_entry_count * max(free - weights, 0.1 * free)
     block = config.cache_block_seq_len
-    blocks = int(budget // (block * manifest.kv.bytes_per_token))
+    blocks = int(budget // (block * token))
     longest = -(-capacity // block)
     if blocks < longest:
-        raise _too_small(budget, capacity, longest * block * manifest.kv.bytes_per_token)
+        raise _too_small(budget, capacity, longest * block * token)
     wanted = _slots(manifest, config)
     slots = min(wanted, _OVERCOMMIT * blocks // longest)
     if blocks < wanted * longest:

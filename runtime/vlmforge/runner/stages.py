@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +12,8 @@ import numpy as np
 import PIL.Image
 
 from vlmforge.backends import (
+    Backend,
+    ClosableDecoder,
     DecoderBatch,
     DecoderSession,
     FloatArray,
@@ -279,17 +282,32 @@ def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) 
     manifest = bundle.manifest
     backend = load_backend(manifest.backend)
     text = marked_tokenizer_json(bundle.text(manifest.tokenizer_file), manifest.prompt)
-    try:
-        vision = backend.load_vision(bundle.folder, manifest, options)
-        decoder = backend.load_decoder(bundle.folder, manifest, options)
-    finally:
-        # It names the file, where a backend would say that it cannot load a part.
-        check_sizes(bundle, [name for part in manifest.parts for name in (part.file, *part.data)])
+    tokenizer = TextTokenizer(text)
+    with ExitStack() as started:
+        try:
+            vision = backend.load_vision(bundle.folder, manifest, options)
+            decoder = _decoder(backend, bundle, options)
+            if isinstance(decoder, ClosableDecoder):
+                started.callback(decoder.close)
+        finally:
+            # It names the file, where a backend would say that it cannot load a part.
+            files = [name for part in manifest.parts for name in (part.file, *part.data)]
+            check_sizes(bundle, files)
+        started.pop_all()
     return Engine(
         manifest=manifest,
-        tokenizer=TextTokenizer(text),
+        tokenizer=tokenizer,
         template=template,
         vision=vision,
         decoder=decoder,
         options=options,
     )
+
+
+def _decoder(backend: Backend, bundle: Bundle, options: LoadOptions) -> DecoderSession:
+    folder, manifest = bundle.folder, bundle.manifest
+    if manifest.parallel.tp == 1:
+        return backend.load_decoder(folder, manifest, options)
+    from vlmforge.backends.ranks.load import load_ranked  # not before it is known which backend
+
+    return load_ranked(backend, folder, manifest, options)
