@@ -148,9 +148,7 @@ def _write(source: _Source, options: BuildOptions, progress: Progress) -> None:
         parts = _compile(source.spec, options, folder, progress)
         manifest = _describe(source, options, parts)
         _write_texts(folder, source, options)
-        if options.tp > 1:
-            progress.note("no goldens: an engine of several ranks cannot be run here yet")
-        elif load_target(options.target).runs_here:
+        if load_target(options.target).runs_here:
             with progress.stage("run the goldens"):
                 record_goldens(folder, manifest, progress)
         else:

@@ -72,14 +72,15 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
 def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float) -> LoadOptions:
     """Of a GPU: a pool of pages in what weights and activations leave of its free memory."""
     page, slots = manifest.kv.page_size or 0, _slots(manifest, config)
+    page_bytes = page * manifest.rank_kv.bytes_per_token
     chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
     taken = sum(p.total for p in parts_memory(manifest, config, capacity))
     budget = config.cache_max_entry_count * (free - taken)
     longest = -(-capacity // page)
     # No more than all sequences can ever fill.
-    blocks = min(int(budget // (page * manifest.kv.bytes_per_token)), slots * longest)
+    blocks = min(int(budget // page_bytes), slots * longest)
     if blocks < longest:
-        needed = longest * page * manifest.kv.bytes_per_token
+        needed = longest * page_bytes
         raise BackendUnavailableError(
             "The engine does not fit the memory of this GPU.",
             found=f"{free / 1e9:.2f} GB free, of which {taken / 1e9:.2f} GB go to weights and "
@@ -112,10 +113,10 @@ class PartMemory:
 
 
 def parts_memory(manifest: Manifest, config: EngineConfig, capacity: int) -> tuple[PartMemory, ...]:
-    """What the parts of an engine take of a GPU's memory, for sequences of `capacity` tokens."""
+    """What an engine's parts take of its first GPU's memory, for sequences of `capacity` tokens."""
     chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
     tokens = max(chunk, _slots(manifest, config))
-    return tuple(part_memory(part, tokens) for part in manifest.parts)
+    return tuple(part_memory(part, tokens) for part in manifest.first_parts)
 
 
 def part_memory(part: Part, tokens: int) -> PartMemory:
