@@ -146,7 +146,7 @@ def build_once(engine: Path, *arguments: object) -> Path:
 
     _keep_traces(Path(os.environ["VLMFORGE_CACHE"]).parent)
     values = vars(parser().parse_args([*map(str, arguments), "-o", str(engine)]))
-    del values["json_events"], values["until_eof"]
+    del values["json_events"], values["until_eof"], values["describe"]
     with FileLock(f"{engine}.lock"):
         if not engine.exists():
             with Progress(text=io.StringIO()) as progress:
@@ -174,14 +174,16 @@ def divided_engine(shared: Path, name: str, ranks: int) -> Path:
         return divide_engine(engine, divided, ranks, progress, force=False, wait=True)
 
 
-def cuda_engine(shared: Path, name: str) -> Path:
+def cuda_engine(shared: Path, name: str, *more: str) -> Path:
     """The float16 engine of the target cuda of a golden checkpoint, built once for a run.
 
-    That of `HF` carries kernels for every GPU; the others only for one that other tests compile.
+    That of `HF` carries kernels for every GPU; the others, and those with `more` options, only for
+    one that other tests compile.
     """
-    options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()))
-    with nullcontext() if name == HF.name else kernels_for_one_gpu():
-        return build_once(shared / f"{name}.cuda.engine", DATA / name / "checkpoint", *options)
+    options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()), *more)
+    kind = ".".join(["cuda", *(option for option in more if not option.startswith("--"))])
+    with nullcontext() if name == HF.name and not more else kernels_for_one_gpu():
+        return build_once(shared / f"{name}.{kind}.engine", DATA / name / "checkpoint", *options)
 
 
 @contextmanager

@@ -148,9 +148,7 @@ def _write(source: _Source, options: BuildOptions, progress: Progress) -> None:
         parts = _compile(source.spec, options, folder, progress)
         manifest = _describe(source, options, parts)
         _write_texts(folder, source, options)
-        if options.tp > 1:
-            progress.note("no goldens: an engine of several ranks cannot be run here yet")
-        elif load_target(options.target).runs_here:
+        if load_target(options.target).runs_here:
             with progress.stage("run the goldens"):
                 record_goldens(folder, manifest, progress)
         else:
@@ -215,8 +213,10 @@ def _check_scratch() -> None:
         ) from error
 
 
-def _read(options: BuildOptions, progress: Progress) -> _Source:
-    folder = resolve_checkpoint(
+def _read(
+    options: BuildOptions, progress: Progress, resolve: Callable[..., Path] = resolve_checkpoint
+) -> _Source:
+    folder = resolve(
         options.checkpoint,
         revision=options.revision,
         progress=progress.note,
@@ -229,7 +229,7 @@ def _read(options: BuildOptions, progress: Progress) -> _Source:
         RecipeOptions(
             options.session_len,
             options.vision_tower,
-            lambda name: resolve_checkpoint(name, progress=progress.note, check=refuse_altered),
+            lambda name: resolve(name, progress=progress.note, check=refuse_altered),
             progress.note,
             options.tower_weights,
         ),
@@ -279,16 +279,40 @@ def _is_whole(engine: Path) -> bool:
 
 
 def _compile(
-    spec: ModelSpec, options: BuildOptions, folder: Path, progress: Progress
+    spec: ModelSpec,
+    options: BuildOptions,
+    folder: Path,
+    progress: Progress,
+    *,
+    described: bool = False,
 ) -> tuple[Part, ...]:
     target, parts = load_target(options.target), list[Part]()
     settings = options.settings(spec.session_len)
     for part in spec.parts:
         with progress.stage(f"trace {part.name}"):
             traced = trace(part)
-        job = CompileJob(part, spec.store, settings, folder, progress.report, progress.note)
+        report, note = progress.report, progress.note
+        job = CompileJob(part, spec.store, settings, folder, report, note, described=described)
         parts += compile_ranks(target, traced, job, progress)
     return tuple(parts)
+
+
+def describe_engine(
+    options: BuildOptions, progress: Progress, resolve: Callable[..., Path] = resolve_checkpoint
+) -> Manifest:
+    """The manifest of the engine that `build_engine` would write, but for its files and kernels.
+
+    No weights are read: `resolve` may find a folder whose weight files have headers alone.
+
+    Raises:
+        VlmforgeError: as `build_engine`.
+    """
+    _check(options)
+    with progress.stage("read the checkpoint"):
+        source = _read(options, progress, resolve)
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = _compile(source.spec, options, Path(scratch), progress, described=True)
+    return _describe(source, options, parts)
 
 
 def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -> Manifest:

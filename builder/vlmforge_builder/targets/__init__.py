@@ -49,7 +49,8 @@ class Settings:
 class CompileJob:
     """What a target needs to compile one part into `folder`: that of `rank`, of a decoder.
 
-    `report` takes (done, total) of whatever the target counts; `note` takes a sentence.
+    `report` takes (done, total) of whatever the target counts; `note` takes a sentence. A part that
+    is to be `described` only has no weights read, and nothing compiled.
     """
 
     part: PartSpec
@@ -59,6 +60,7 @@ class CompileJob:
     report: Callable[[int, int], None]
     note: Callable[[str], None]
     rank: Rank = WHOLE
+    described: bool = False
 
     @property
     def stem(self) -> str:

@@ -106,8 +106,9 @@ class OnnxRuntimeTarget(Target):
         refer(model, layout, data)
         chain = _save(model, job)
         files = (f"{job.stem}.onnx",) if chain is None else tuple(s.file for s in chain.segments)
-        for done, total in write(data, layout, part.weights, job.store):
-            job.report(done, total)
+        if not job.described:
+            for done, total in write(data, layout, part.weights, job.store):
+                job.report(done, total)
         return Part(
             job.name,
             files[0],

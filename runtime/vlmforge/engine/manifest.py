@@ -246,6 +246,12 @@ class Manifest(Agreeing):
         heads = self.parallel.kv_heads
         return self.kv if heads is None else dataclasses.replace(self.kv, kv_heads=heads)
 
+    @property
+    def first_parts(self) -> tuple[Part, ...]:
+        """The parts that the first rank holds, which are all but the other ranks' decoders."""
+        others = {decoder_name(rank) for rank in range(1, self.parallel.tp)}
+        return tuple(part for part in self.parts if part.name not in others)
+
     def part(self, name: str) -> Part:
         """The part called `name` (EngineFormatError when there is none)."""
         for part in self.parts:
