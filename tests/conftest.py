@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def build_once(engine: Path, *arguments: object) -> Path:
 
     _keep_traces(Path(os.environ["VLMFORGE_CACHE"]).parent)
     values = vars(parser().parse_args([*map(str, arguments), "-o", str(engine)]))
-    del values["json_events"], values["until_eof"]
+    del values["json_events"], values["until_eof"], values["describe"]
     with FileLock(f"{engine}.lock"):
         if not engine.exists():
             with Progress(text=io.StringIO()) as progress:
@@ -167,25 +168,41 @@ def golden_engine(shared: Path, name: str) -> Path:
     return build_once(shared / f"{name}.engine", DATA / name / "checkpoint", *options)
 
 
-def cuda_engine(shared: Path, name: str) -> Path:
+def divided_engine(shared: Path, name: str, ranks: int) -> Path:
+    """The engine of a golden checkpoint for so many ranks, made once of that of one rank."""
+    from vlmforge_builder.divide_engine import divide_engine
+    from vlmforge_builder.progress import Progress
+
+    engine, divided = golden_engine(shared, name), shared / f"{name}.{ranks}.engine"
+    with FileLock(f"{divided}.lock"), Progress(text=io.StringIO()) as progress:
+        return divide_engine(engine, divided, ranks, progress, force=False, wait=True)
+
+
+def cuda_engine(shared: Path, name: str, *more: str) -> Path:
     """The float16 engine of the target cuda of a golden checkpoint, built once for a run.
 
-    That of `HF` carries kernels for every GPU; the others only for one that other tests compile.
+    That of `HF` carries kernels for every GPU; the others, and those with `more` options, only for
+    one that other tests compile.
     """
+    options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()), *more)
+    kind = ".".join(["cuda", *(option for option in more if not option.startswith("--"))])
+    with nullcontext() if name == HF.name and not more else kernels_for_one_gpu():
+        return build_once(shared / f"{name}.{kind}.engine", DATA / name / "checkpoint", *options)
+
+
+@contextmanager
+def kernels_for_one_gpu() -> Iterator[None]:
+    """Builds in this process compile kernels for one GPU, which all tests share."""
     from vlmforge_builder.targets import cuda
     from vlmforge_plugins.cached_attention.compile import compile_one
     from vlmforge_plugins.cached_attention.config import TARGETS
 
-    options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()))
     hopper = next(target for target in TARGETS if target.name == "sm_90")
     with pytest.MonkeyPatch.context() as patch:
-        if name != HF.name:
-            patch.setattr(
-                cuda,
-                "compile_set",
-                lambda config, by, kept: (compile_one(config, hopper, by, kept),),
-            )
-        return build_once(shared / f"{name}.cuda.engine", DATA / name / "checkpoint", *options)
+        patch.setattr(
+            cuda, "compile_set", lambda config, by, kept: (compile_one(config, hopper, by, kept),)
+        )
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def identity(part: PartSpec) -> str | None:
 def stored(traced: export.Traced, path: Path) -> None:
     """Write the graph, with its parameters as inputs, and their shapes beside it."""
     model = traced.model.clone()
-    export._detach_parameters(model.graph, traced.shapes)
+    export.detach_parameters(model.graph, traced.shapes)
     path.with_suffix(".onnx").write_bytes(ir.to_proto(model).SerializeToString())
     path.write_text(json.dumps(traced.shapes), "utf-8")
 
@@ -46,7 +46,7 @@ def stored(traced: export.Traced, path: Path) -> None:
 def loaded(path: Path) -> export.Traced:
     model = ir.from_proto(onnx.load_model_from_string(path.with_suffix(".onnx").read_bytes()))
     shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text("utf-8")).items()}
-    export._attach_parameters(model.graph, shapes)
+    export.attach_parameters(model.graph, shapes)
     return export.Traced(model, shapes)
 
 

@@ -38,7 +38,8 @@ _TRAINING = unused(
     "is_llama_config neftune_noise_alpha perceiver_config pixel_shuffle_factor qk_layer_norms "
     "rope_interleaved transformers.js_config use_resampler freeze_lm_head freeze_text_layers "
     "freeze_vision_layers freeze_text_module_exceptions freeze_vision_module_exceptions "
-    "num_kv_heads is_composition _pad_token_id use_base_siglip additional_vocab_size vision_config_dict",
+    "num_kv_heads is_composition _pad_token_id use_base_siglip "
+    "additional_vocab_size vision_config_dict",
 )
 
 

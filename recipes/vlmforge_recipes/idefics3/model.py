@@ -27,7 +27,7 @@ from vlmforge_recipes.idefics3.keys import TABLES
 from vlmforge_recipes.idefics3.tower import read_tower, tower_weights
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
 from vlmforge_recipes.named_tokens import image_token_id, named_token
-from vlmforge_recipes.output_head import choose_head
+from vlmforge_recipes.output_head import choose_head, is_tied
 from vlmforge_recipes.own_template import own_template
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 from vlmforge_recipes.tower_choice import refuse_tower_options
@@ -187,7 +187,7 @@ def _names(
         store,
         ("lm_head.weight",),
         f"{_TEXT}embed_tokens.weight",
-        tied=config.bool("tie_word_embeddings", default=False),
+        tied=is_tied(config, default=False),
         note=options.note,
     )
     return Names(_TEXT, head, tower_weights(tower, _VISION), (_PROJECTOR,))

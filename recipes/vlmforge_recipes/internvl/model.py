@@ -25,7 +25,7 @@ from vlmforge_recipes.internvl.keys import TABLES
 from vlmforge_recipes.internvl.tower import read_tower, tower_weights
 from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
 from vlmforge_recipes.named_tokens import image_token_id, named_token
-from vlmforge_recipes.output_head import choose_head
+from vlmforge_recipes.output_head import choose_head, is_tied
 from vlmforge_recipes.own_template import own_template
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 from vlmforge_recipes.tensor_names import find_prefix
@@ -195,7 +195,7 @@ def _names(
         store,
         _HEADS,
         f"{text}embed_tokens.weight",
-        tied=config.bool("tie_word_embeddings", default=True),
+        tied=is_tied(config, default=True),
         note=options.note,
     )
     return Names(

@@ -36,7 +36,7 @@ from vlmforge_recipes.llava.templates import (
     TEMPLATES,
     original_template,
 )
-from vlmforge_recipes.output_head import choose_head
+from vlmforge_recipes.output_head import choose_head, is_tied
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
 from vlmforge_recipes.tensor_names import find_prefix, refuse_two
 from vlmforge_recipes.tower_choice import refuse_tower_options
@@ -206,10 +206,6 @@ def _names(
     options: RecipeOptions,
     tower: Mapping[str, Weight],
 ) -> Names:
-    # Either place counts: transformers 5 saves it at the top, before it was the text model's.
-    places = (config, _text(config))
-    tied = any(place.bool("tie_word_embeddings", default=False) for place in places)
-
     def named(prefixes: tuple[str, ...], name: str) -> str:
         return find_prefix(store, checkpoint, prefixes, name)
 
@@ -223,7 +219,7 @@ def _names(
             store,
             heads,
             f"{text}embed_tokens.weight",
-            tied=tied,
+            tied=is_tied(config, default=False),
             note=options.note,
         ),
         tower,
