@@ -70,7 +70,7 @@ def often(few: int, many: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.nightly)])
 
 
-@often(130, 1300)
+@often(195, 1300)
 def test_the_engine_passes_the_gate(
     engine: Path, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
@@ -316,9 +316,9 @@ def test_verify_catches_an_image_one_position_off(
     assert _first_difference(engine) == "logits"
 
 
-def _accuracy(engine: Path) -> Report:
+def _accuracy(engine: Path, count: int = 130) -> Report:
     with pipeline(str(engine)) as opened:
-        return evaluate(opened, list(held_out_cases(65, seed=5)), quiet)
+        return evaluate(opened, list(held_out_cases(count, seed=5)), quiet)
 
 
 def _rebuilt(shared: Path, name: str, change: Callable[[Path], None]) -> Path:
@@ -359,6 +359,6 @@ def test_eval_catches_channels_that_the_build_swapped(tmp_path: Path) -> None:
 def test_eval_catches_an_image_one_position_off(
     engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sound = _accuracy(engine).overall.accuracy
+    sound = _accuracy(engine, 65).overall.accuracy
     monkeypatch.setattr(Engine, "decoder_input", _shifted(1))
-    assert _accuracy(engine).overall.accuracy < sound
+    assert _accuracy(engine, 65).overall.accuracy < sound
