@@ -193,11 +193,19 @@ def test_async_generate(pipe: Pipeline) -> None:
         async for _ in pipe.generate("a long one", 9, plain(700)):
             return
 
+    asked, steps = threading.Event(), []
+
+    def held(seen: list[int], logits: np.ndarray) -> np.ndarray:
+        steps.append(len(seen))
+        assert len(steps) < 20 or asked.wait(HANGS)  # it does not end before it is stopped
+        return logits
+
     async def stopped() -> list[str | None]:
         reasons = []
-        async for out in pipe.generate("a long one", 9, plain(700)):
+        async for out in pipe.generate("a long one", 9, plain(700, logits_processors=[held])):
             reasons.append(out.finish_reason)
             await pipe.stop_session(9)
+            asked.set()
         return reasons
 
     asyncio.run(left_early())
