@@ -142,14 +142,16 @@ def golden_engine(shared: Path, name: str) -> Path:
 def cuda_engine(shared: Path, name: str, *more: str) -> Path:
     """The float16 engine of the target cuda of a golden checkpoint, built once for a run.
 
-    That of `HF` carries kernels for every GPU; the others, and those with `more` options, only for
-    one that other tests compile.
+    That of `HF` carries goldens, and kernels for every GPU; the others, and those with `more`
+    options, kernels only for one that other tests compile.
     """
     from vlmforge_builder.targets import cuda
     from vlmforge_plugins.cached_attention.compile import compile_one
     from vlmforge_plugins.cached_attention.config import TARGETS
 
     options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()), *more)
+    if name != HF.name or more:
+        options = (*options, "--skip-goldens")
     kind = ".".join(["cuda", *(option for option in more if not option.startswith("--"))])
     hopper = next(target for target in TARGETS if target.name == "sm_90")
     with pytest.MonkeyPatch.context() as patch:
