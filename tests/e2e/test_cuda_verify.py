@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import DATA, HF, build_once, cuda_engine
+from conftest import HF, build_once, cuda_engine
 from vlmforge.backends.fake import cuda_on_cpu
 from vlmforge.cli import main
 from vlmforge.engine.bundle import Bundle
@@ -59,7 +59,7 @@ def test_so_do_those_of_other_kinds(
         cuda, "compile_set", lambda config, by, kept: (compile_one(config, hopper, by, kept),)
     )
     arguments = ("--target", "cuda", "--session-len", "1024", "--dtype", *options)
-    engine = build_once(tmp_path / "engine", DATA / "yi_vl" / "checkpoint", *arguments)
+    engine = build_once(tmp_path / "engine", HF / "checkpoint", *arguments)
     with cuda_on_cpu():
         results = list(verify(engine))
     assert results and all(result.passed for result in results), results
