@@ -26,7 +26,7 @@ demo: $(STAMP) ## build an engine from the trained demo model and ask it about t
 	@$(BIN)/python scripts/demo.py $(OUT)/demo
 
 test: $(STAMP) ## run the tests (all cores)
-	@$(BIN)/python -m pytest -q -n auto --dist loadfile
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-nightly: $(STAMP) ## what `make test` takes a part of: every kernel, binary and plan; other clients, a browser, Ray (hours)
 	@$(PIP) install -c constraints.txt -e '.[nightly]'

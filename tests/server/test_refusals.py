@@ -10,8 +10,7 @@ import httpx
 import openai
 import pytest
 
-from conftest import HANGS
-from running_server import Running, running
+from running_server import Running, held, running
 from vlmforge import Pipeline, pipeline
 from vlmforge.server.settings import ServerSettings, server_vision_config
 
@@ -151,8 +150,8 @@ def test_more_requests_than_places(pipe: Pipeline) -> None:
             "ignore_eos": True,
         }
         url = f"{server.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=body, timeout=HANGS) as held:
-            assert held.status_code == 200
+        with held(pipe), httpx.stream("POST", url, json=body) as stream:
+            assert stream.status_code == 200
             refused = httpx.post(url, json=body | {"stream": False})
             assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
             assert "--max-concurrent-requests" in refused.json()["error"]["message"]
