@@ -241,9 +241,16 @@ class Lane(lifetime.Owner):
                 self._waiting.pop(priority, None)
 
     def _serve(self) -> None:
-        while (request := self._todo.get()) is not None:
-            self._serve_one(request)
+        while self._serve_next():
+            pass
         self._todo.put(None)  # for the next thread
+
+    def _serve_next(self) -> bool:
+        # Of its own: a thread that waits must not have the last request among its variables.
+        if (request := self._todo.get()) is None:
+            return False
+        self._serve_one(request)
+        return True
 
     def _serve_one(
         self, request: Request, judge: Callable[[BaseException], None] = lambda _: None
