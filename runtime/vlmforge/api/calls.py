@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vlmforge.api.letters import letters_to
 from vlmforge.errors import VlmforgeError
 from vlmforge.inputs.messages import Conversation
 from vlmforge.outputs.events import Event
@@ -92,11 +93,11 @@ class Call:
         import asyncio  # not at the top: it would be a sixth of the time of `import vlmforge`
 
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        cancelled = threading.Event()
+        letters, cancelled = letters_to(loop), threading.Event()
 
         def sink(event: Event) -> None:
             try:
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                letters.post(events, event)
             except RuntimeError:  # the loop is gone, and with it who would read this
                 cancelled.set()
 
