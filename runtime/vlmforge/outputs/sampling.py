@@ -317,7 +317,9 @@ def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     before = np.cumsum(largest) - largest
     count = max(1, int(np.count_nonzero(before < enough)))
     places = places[values >= largest[count - 1]]
-    return places[np.argsort(-weights[places], kind="stable")[:count]]
+    order = np.argsort(-weights[places], kind="stable")
+    kept: NDArray[np.int64] = places[order[:count]]
+    return kept
 
 
 _ROUNDING = 1e-9

@@ -261,17 +261,21 @@ class Lane(lifetime.Owner):
             if not (request.ended or self._closed):
                 job = self._prepare(request)
                 job.taken = functools.partial(self._give_place, priority)
+                self._prepared(request)  # the worker may close the lane before the next line ends
                 self._loop.submit(job)
                 handed = True
         except BaseException as error:  # noqa: BLE001 - ends this request, whatever it is
             request.fail(as_ours(error))
             judge(error)
         finally:
-            with self._lock:
-                self._preparing.discard(request)
+            self._prepared(request)
             if not handed:
                 request.fail(closed())  # unless it has ended
                 self._give_place(priority)
+
+    def _prepared(self, request: Request) -> None:
+        with self._lock:
+            self._preparing.discard(request)
 
     def _give_place(self, priority: int) -> None:
         with self._lock:
