@@ -6,8 +6,9 @@ Conventions, for `README.md` and `CONTRIBUTING.md`:
   file and in an empty folder; one that cannot be run is marked ```` ```python no-run ````. Whatever
   path is given to `pipeline(...)` is an engine there, and every name of an image file is a picture.
 - There, and in `docs/serving.md`: in blocks marked `sh`, `bash`, `shell` or `console` (of that,
-  lines that begin with `$ `), commands of `make`, `build-engine` and `vlmforge` parse. In `code spans` their targets, sub-commands and
-  options exist. Python files of this repository that are named exist.
+  lines that begin with `$ `), commands of `make`, `build-engine` and `vlmforge` parse. In
+  `code spans` their targets, sub-commands and options exist. Python files of this repository that
+  are named exist.
 """
 
 from __future__ import annotations
