@@ -58,13 +58,13 @@ async def _end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> st
     """The status of a whole response, "closed" without one, "no words" for one without an error."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        body = b"" if length is None else await reader.readexactly(int(length[1]))
     except (asyncio.IncompleteReadError, ConnectionError):
         return "closed"
     finally:
         writer.close()
     status = head[9:12].decode()
-    length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-    body = b"" if length is None else await reader.readexactly(int(length[1]))
     words = status == "200" or (b"found:" in body and b"fix:" in body)
     return status if words else f"{status} without words"
 
