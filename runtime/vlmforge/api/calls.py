@@ -138,7 +138,7 @@ class Call:
             if self.terms.over:
                 raise self.terms.timed_out()
             self._requests[index] = request = self._request(item, config, self._events.put, index)
-            self.intake.submit(request)
+            self.intake.submit(request, here=True)
         except VlmforgeError as error:
             self._requests.pop(index, None)
             yield Event(index, error=error)

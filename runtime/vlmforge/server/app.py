@@ -67,12 +67,10 @@ class Api:
                 "image": span.image,
                 "start": span.start,
                 "length": span.length,
-                "text_start": text_start,
-                "text_end": text_end,
+                "text_start": rendered.image_texts[span.image][0],
+                "text_end": rendered.image_texts[span.image][1],
             }
-            for span, (text_start, text_end) in zip(
-                rendered.image_spans, rendered.image_texts, strict=True
-            )
+            for span in rendered.image_spans
         ]
         return JSONResponse(
             {
