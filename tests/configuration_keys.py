@@ -75,6 +75,16 @@ def _text(**values: object) -> Edit:
     return edit
 
 
+def _older_rope(checkpoint: Path) -> None:
+    """Rotary positions as they are published: before version 5 of transformers."""
+    config = read(checkpoint / "config.json")
+    rope = config["text_config"].pop("rope_parameters", None)
+    if rope is not None:
+        older = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+        config["text_config"] |= older
+        write(checkpoint / "config.json", config)
+
+
 def _keep_tokenizer(checkpoint: Path, name: str) -> None:
     """Leave the checkpoint with a tokenizer in this file alone."""
     if not (checkpoint / name).exists():
@@ -199,6 +209,8 @@ def section(folder: Path, row: Row, layout: str) -> Section:
         (checkpoint / "generation_config.json").unlink()  # it would be asked first
     if row.file == PREPROCESSOR or row.place == "image_processor":
         _name_processor(checkpoint / PREPROCESSOR)
+    if not isinstance(golden, str) and not row.place.endswith("rope_parameters"):
+        _older_rope(checkpoint)
     if row.file in ("tokenizer_config.json", "chat_template.json"):
         _move_template(checkpoint, row.file)
     if row.place == "image_processor":
