@@ -145,6 +145,11 @@ LAYOUTS: Mapping[str, tuple[str | tuple[str, str], tuple[Edit, ...]]] = {
     "InternVL of transformers, Llama": (("internvl", "llama"), ()),
     "Idefics3 and SmolVLM of transformers": (("idefics3", "idefics3"), ()),
     "SmolVLM2 of transformers": (("idefics3", "smolvlm"), ()),
+    "Qwen2-VL": (("qwen2_vl", "plain"), ()),
+    "Qwen2-VL of transformers 5": (("qwen2_vl", "nested_plain"), ()),
+    "Qwen2.5-VL": (("qwen2_vl", "windowed"), ()),
+    "Qwen2.5-VL of transformers 5": (("qwen2_vl", "nested"), ()),
+    "Qwen3-VL": (("qwen3_vl", "first"), ()),
 }
 
 

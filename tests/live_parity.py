@@ -1,6 +1,7 @@
 """Engines of checkpoints that are drawn on the spot, and transformers on the same checkpoints.
 
-A family is a module `drawn_*` with `SHAPES`, `write(folder, shape)` and `processor(folder)`.
+A family is a module `drawn_*` with `SHAPES`, `write(folder, shape)` and `processor(folder)`, and
+where its model has them in other places `features(model, inputs)` and `places(model, inputs)`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,20 @@ from transformers import AutoModelForImageTextToText
 
 import drawn_idefics3
 import drawn_internvl
+import drawn_qwen2_vl
+import drawn_qwen3_vl
 from conftest import build_once, kernels_for_one_gpu
 from golden_models import Tolerances
 from vlmforge import GenerationConfig, Pipeline
 from vlmforge.inputs.messages import parse_prompt
 from vlmforge.runner.features import FeatureCache
 
-FAMILIES: Mapping[str, ModuleType] = {"internvl": drawn_internvl, "idefics3": drawn_idefics3}
+FAMILIES: Mapping[str, ModuleType] = {
+    "internvl": drawn_internvl,
+    "idefics3": drawn_idefics3,
+    "qwen2_vl": drawn_qwen2_vl,
+    "qwen3_vl": drawn_qwen3_vl,
+}
 STEPS = 12
 
 
@@ -119,9 +127,17 @@ class Original:
     @torch.no_grad()
     def features(self, inputs: Any) -> NDArray[np.float32]:
         """`[rows, hidden]` of all images."""
+        own = getattr(FAMILIES[self.family], "features", None)
+        if own is not None:
+            return np.asarray(own(self.model, inputs))
         found = self.model.model.get_image_features(inputs["pixel_values"]).pooler_output
         views = found if isinstance(found, list | tuple) else [found]
         return torch.cat([view.reshape(-1, view.shape[-1]) for view in views]).numpy()
+
+    def places(self, inputs: Any) -> NDArray[np.int64] | None:
+        """`[tokens, axes]`, where the tokens are; None: one after the other."""
+        own = getattr(FAMILIES[self.family], "places", None)
+        return None if own is None else np.asarray(own(self.model, inputs))
 
     @torch.no_grad()
     def logits(self, inputs: Any) -> NDArray[np.float32]:
@@ -156,14 +172,18 @@ def check_stages(
     assert list(rendered.token_ids) == inputs["input_ids"][0].tolist()
     conversation = parse_prompt(ours(messages))
     images = [held.prepare_image(held.open_image(i.source).decode()) for i in conversation.images]
-    found, _ = FeatureCache(held.vision.encode, batch=2).get(images) if images else ([], 0)
+    found, _ = FeatureCache(held.encode, batch=2).get(images) if images else ([], 0)
     if images:
-        pixels = np.concatenate([image.pixel_values for image in images])
+        views = [image.pixel_values for image in images]
+        if len({view.shape[1:] for view in views}) > 1:
+            views = [view.reshape(-1, view.shape[-1]) for view in views]
+        pixels = np.concatenate(views)
         theirs = inputs["pixel_values"].reshape(pixels.shape).numpy()
         np.testing.assert_allclose(pixels, theirs, atol=limits.pixels, rtol=0)
         rows = np.concatenate(found)
         np.testing.assert_allclose(rows, original.features(inputs), atol=limits.features, rtol=0)
     given = held.decoder_input(rendered, found)
+    np.testing.assert_array_equal(given.places, original.places(inputs))
     expected = original.logits(inputs)
     assert expected.std() > 1
     logits = held.prefill(held.options.whole_place, given, 0, logits="all")

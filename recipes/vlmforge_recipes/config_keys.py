@@ -145,13 +145,13 @@ SCALED_ROPE_KEYS = (
 def text_keys(kind: str) -> tuple[Key, ...]:
     """Keys of a decoder of Llama's form; `kind` is a key of `llama_decoder.TEXT_DEFAULTS`."""
     kinds = refused("layers of several kinds", "layer_types")
-    if kind in ("qwen2", "qwen3"):
+    if kind.startswith("qwen"):
         window = (
             *refused("a window in some layers' attention", "use_sliding_window", False),
             *unused("without `use_sliding_window`", "sliding_window max_window_layers"),
         )
         kinds = honoured("must be full attention in every layer", "layer_types")
-        if kind == "qwen2":
+        if kind.startswith("qwen2"):
             bias = unused("Qwen2Attention has its biases, whatever this says", "attention_bias")
         else:
             bias = refused("biases in projections", "attention_bias", False)

@@ -27,7 +27,7 @@ class TextDefaults:
 
     `sliding_window` is None where the architecture has none, or none that the recipe allows;
     `head_dim` where the heads lie side by side in the hidden size. `qkv_bias` and `qk_norm` are of
-    the architecture (see `DecoderConfig`).
+    the architecture (see `DecoderConfig`); `rope_types` are those that are known of it.
     """
 
     intermediate_size: int
@@ -38,20 +38,39 @@ class TextDefaults:
     head_dim: int | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
+    rope_theta: float = 10000.0
+    rope_types: tuple[str, ...] = ("default", "llama3", "dynamic")
 
 
-# By `model_type`: those of `LlamaConfig`, `MistralConfig`, `Qwen2Config` and `Qwen3Config`.
+_QWEN2_VL = TextDefaults(
+    *(29568, 8, 32768),
+    vocab_size=152064,
+    qkv_bias=True,
+    rope_theta=1000000.0,
+    rope_types=("default", "mrope"),
+)
+# By `model_type`: those of `LlamaConfig`, `MistralConfig`, `Qwen2Config` and `Qwen3Config`, and of
+# the text models of Qwen's vision-language models.
 TEXT_DEFAULTS: Mapping[str, TextDefaults] = {
     "llama": TextDefaults(11008, None, 2048),
     "mistral": TextDefaults(14336, 8, 131072, 4096),
     "qwen2": TextDefaults(22016, 32, 32768, vocab_size=151936, qkv_bias=True),
     "qwen3": TextDefaults(22016, 32, 32768, vocab_size=151936, head_dim=128, qk_norm=True),
+    "qwen2_vl_text": _QWEN2_VL,
+    "qwen2_5_vl_text": _QWEN2_VL,
+    "qwen3_vl_text": TextDefaults(
+        *(22016, 32, 128000),
+        vocab_size=151936,
+        head_dim=128,
+        qk_norm=True,
+        rope_theta=500000.0,
+        rope_types=("default",),
+    ),
 }
 
 
 # In the order in which transformers takes one of them.
 _ROPE = ("rope_scaling", "rope_parameters")
-_KNOWN = ("default", "llama3", "dynamic")
 _FULL = "full_attention"
 
 
@@ -73,13 +92,13 @@ def read_decoder_config(
     defaults = TEXT_DEFAULTS[kind]
     heads = text.int("num_attention_heads", 32, within=limits.HEADS)
     hidden = text.int("hidden_size", 4096, within=limits.WIDTH)
-    _refuse_variants(text)
+    _refuse_variants(text, defaults)
     max_positions = session_len or trained_length(text, kind=kind)
     window = _sliding_window(text, defaults)
     if window is not None and max_positions > window:
         found = f"sliding_window {window} and a session_len of {max_positions}"
         raise _unsupported(text, found, f"a session_len of at most {window}")
-    if (rope := _rope(text)) is not None and _rope_type(rope) == "dynamic":
+    if (rope := rope_section(text)) is not None and _rope_type(rope) == "dynamic":
         # Dynamic NTK: plain positions up to the trained length, others beyond.
         trained = trained_length(text, kind=kind)
         window = min(window or trained, trained)
@@ -97,7 +116,7 @@ def read_decoder_config(
         kv_heads=_kv_heads(text, defaults, heads),
         head_dim=_head_dim(text, defaults, hidden, heads),
         norm_eps=text.float("rms_norm_eps", 1e-6, within=limits.EPSILON),
-        rope_theta=_rope_theta(text),
+        rope_theta=_rope_theta(text, defaults.rope_theta),
         activation=text.str("hidden_act", "silu"),
         max_positions=max_positions,
         qkv_bias=defaults.qkv_bias,
@@ -152,16 +171,17 @@ def _sliding_window(text: ConfigReader, defaults: TextDefaults) -> int | None:
     return text.opt_int("sliding_window", within=limits.UNBOUNDED)
 
 
-def _rope_theta(text: ConfigReader) -> float:
+def _rope_theta(text: ConfigReader, default: float) -> float:
     # transformers 5 writes {"rope_theta": ..., "rope_type": ...}; before it was a plain key.
-    plain = text.float("rope_theta", 10000.0, within=limits.ROTARY_BASE)
+    plain = text.float("rope_theta", default, within=limits.ROTARY_BASE)
     for key in _ROPE:
         if text.get(key):
             return text.section(key).float("rope_theta", plain, within=limits.ROTARY_BASE)
     return plain
 
 
-def _rope(text: ConfigReader) -> ConfigReader | None:
+def rope_section(text: ConfigReader) -> ConfigReader | None:
+    """What says how positions turn, in the place where transformers looks; None: nothing does."""
     return next((text.section(key) for key in _ROPE if text.get(key)), None)
 
 
@@ -181,10 +201,11 @@ def _rope_scaling(rope: ConfigReader | None) -> BandScaling | None:
     )
 
 
-def _refuse_variants(text: ConfigReader) -> None:
+def _refuse_variants(text: ConfigReader, defaults: TextDefaults) -> None:
+    known = defaults.rope_types
     for key in _ROPE:
-        if text.get(key) and (kind := _rope_type(text.section(key))) not in _KNOWN:
-            raise _unsupported(text, f"{key} of type {kind!r}", "one of: " + ", ".join(_KNOWN))
+        if text.get(key) and (kind := _rope_type(text.section(key))) not in known:
+            raise _unsupported(text, f"{key} of type {kind!r}", "one of: " + ", ".join(known))
     if text.get("layer_types") and set(_items(text.get("layer_types"))) != {_FULL}:
         raise _unsupported(text, f"layer_types {text.get('layer_types')!r}"[:80], f"{_FULL!r} only")
     act = text.str("hidden_act", "silu")
@@ -217,10 +238,13 @@ def decoder_part(config: DecoderConfig, *, prefix: str, head: str) -> PartSpec:
 
 
 def _weights(config: DecoderConfig, prefix: str, head: str) -> dict[str, Weight]:
-    weights: dict[str, Weight] = {
-        "embed": Stored(f"{prefix}embed_tokens.weight"),
+    tables: dict[str, Weight] = {
         "cos": Computed(lambda: rotary_tables(config)[0]),
         "sin": Computed(lambda: rotary_tables(config)[1]),
+    }
+    weights: dict[str, Weight] = {
+        "embed": Stored(f"{prefix}embed_tokens.weight"),
+        **({} if config.turned_outside else tables),
         "norm.weight": Stored(f"{prefix}norm.weight"),
         "lm_head.weight": Transposed((head,), (config.vocab_size,)),
     }

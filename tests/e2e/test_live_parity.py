@@ -33,7 +33,10 @@ from vlmforge.evaluation.verify import verify
 from vlmforge.vl.constants import IMAGE_TOKEN
 
 # One shape of each family in `make test` beside the first.
-NIGHTLY = {("internvl", "llama"), ("idefics3", "whole")}
+NIGHTLY = {
+    *(("internvl", "llama"), ("idefics3", "whole"), ("qwen3_vl", "untied")),
+    *(("qwen2_vl", "nested"), ("qwen2_vl", "nested_plain")),
+}
 SHAPES = [
     pytest.param(family, shape, marks=[pytest.mark.nightly] * ((family, shape) in NIGHTLY))
     for family, module in FAMILIES.items()
@@ -150,7 +153,8 @@ def test_images_may_be_placed_by_hand(opened: Open, family: str, shape: str) -> 
 
 @pytest.mark.parametrize(("family", "shape"), FIRST)
 def test_templates_of_parts(opened: Open, shared: Path, family: str, shape: str) -> None:
-    name = {"internvl": "chatml", "idefics3": "smolvlm"}[family]
+    names = {"internvl": "chatml", "idefics3": "smolvlm", "qwen2_vl": "qwen", "qwen3_vl": "qwen"}
+    name = names[family]
     path = engine(shared, family, shape)
     with pipeline(path, chat_template_config=ChatTemplateConfig(name)) as pipe:
         prompt = ours(CASES["one"])

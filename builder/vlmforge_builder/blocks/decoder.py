@@ -42,6 +42,9 @@ class DecoderConfig:
 
     With `qkv_bias` the projections to query, key and value have biases; with `qk_norm` each head of
     query and key is normalised before it is rotated. `rope_scaling` changes its frequencies.
+    With `turned_outside` the cosines and sines of the tokens are an input. Each of the first
+    `feature_layers` layers takes features of an image that are its own: the first the tokens'
+    embeddings, of the others what is added behind the layer before.
     `long_context` is None where positions are plain rotary ones at every length. The attention is
     that of the model up to `attention_window` tokens; None: at every length.
     """
@@ -62,6 +65,13 @@ class DecoderConfig:
     rope_scaling: BandScaling | None = None
     long_context: LongContext | None = None
     attention_window: int | None = None
+    turned_outside: bool = False
+    feature_layers: int = 1
+
+    @property
+    def turn_width(self) -> int:
+        """Cosines and sines of a token that are given; 0: none."""
+        return self.head_dim if self.turned_outside else 0
 
 
 def inverse_frequencies(config: DecoderConfig) -> tuple[float, ...]:
@@ -167,8 +177,11 @@ class Decoder(nn.Module):
         self.vocab_size = config.vocab_size
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         positions, head_dim, context = config.max_positions, config.head_dim, config.long_context
-        self.positions = None
-        if context is None:
+        self.positions = self.cos = self.sin = None
+        self.turned_outside, self.feature_layers = config.turned_outside, config.feature_layers
+        if config.turned_outside:
+            pass
+        elif context is None:
             self.cos = nn.Parameter(torch.empty(positions, head_dim // 2))
             self.sin = nn.Parameter(torch.empty(positions, head_dim // 2))
         else:
@@ -185,39 +198,52 @@ class Decoder(nn.Module):
         logits_indices: Tensor,
         past_keys: list[Tensor],
         past_values: list[Tensor],
-        rotary_levels: Tensor | None = None,
+        by_sequence: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run S tokens of B sequences.
 
         Args:
             input_ids: int64 `[B, S]`. An id >= vocab_size is row `id - vocab_size` of the features.
-            image_features: `[R, hidden]`, R >= 1 (arbitrary when no id refers to a row).
+            image_features: `[R, feature_layers * hidden]`, R >= 1 (arbitrary when no id refers to a
+                row).
             past_lengths: int64 `[B]`, tokens already in the cache.
             logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of.
             past_keys, past_values: Per layer `[B, kv_heads, C, head_dim]`.
-            rotary_levels: int64 `[B]`, with `long_context` only (see `LevelPositions`).
+            by_sequence: With `long_context` the levels, int64 `[B]` (see `LevelPositions`); if
+                `turned_outside` cosines and then sines, float32 `[B, S, head_dim]`.
 
         Returns:
             Logits `[B, K, vocab_size]` and the caches after the step.
         """
-        x = self._embed(input_ids, image_features)
-        rotary: Rotary
-        if self.positions is None or rotary_levels is None:
-            rotary = (self.cos, self.sin)
-        else:
-            rotary = self.positions(past_lengths, rotary_levels, input_ids)
+        x, added = self._embed(input_ids, image_features)
+        rotary = self._rotary(input_ids, past_lengths, by_sequence)
         keys, values = [], []
-        for layer, key, value in zip(self.layers, past_keys, past_values, strict=True):
-            x, key, value = layer(x, (key, value), rotary, past_lengths)
+        for index, layer in enumerate(self.layers):
+            x, key, value = layer(x, (past_keys[index], past_values[index]), rotary, past_lengths)
             keys.append(key)
             values.append(value)
+            if index < len(added):
+                x = x + added[index]
         index = logits_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1])
         return self.lm_head(self.norm(x.gather(1, index))), keys, values
 
-    def _embed(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
+    def _rotary(self, ids: Tensor, past_lengths: Tensor, by_sequence: Tensor | None) -> Rotary:
+        if self.turned_outside and by_sequence is not None:
+            cos, sin = by_sequence.chunk(2, dim=-1)
+            return Rotation(cos, sin, cos, sin)
+        if self.positions is not None and by_sequence is not None:
+            return self.positions(past_lengths, by_sequence, ids)  # type: ignore[no-any-return]
+        return self.cos, self.sin
+
+    def _embed(self, input_ids: Tensor, image_features: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the layers start from, and what is added behind the first of them."""
         is_image = input_ids >= self.vocab_size
         zero = torch.zeros_like(input_ids)
         text = F.embedding(torch.where(is_image, zero, input_ids), self.embed)
         rows = torch.where(is_image, input_ids - self.vocab_size, zero)
         image = F.embedding(rows, image_features)
-        return torch.where(is_image.unsqueeze(-1), image, text)
+        there = is_image.unsqueeze(-1)
+        if self.feature_layers == 1:
+            return torch.where(there, image, text), []
+        first, *others = image.chunk(self.feature_layers, dim=-1)
+        return torch.where(there, first, text), [torch.where(there, o, 0.0) for o in others]

@@ -160,6 +160,8 @@ class PromptPolicy:
         in_order: The frozen template is given the texts and images of a message as blocks, in the
             order of the message, and writes them so. False: it may put images first, so that those
             with a place are written into the text before.
+        image_around: Texts that the family has around every image; what users place with
+            IMAGE_TOKEN gets them, unless they are there.
     """
 
     template_name: Name
@@ -178,3 +180,4 @@ class PromptPolicy:
     history_window: TokenCount | None
     box_format: Name | None
     in_order: bool = False
+    image_around: tuple[str, str] = ("", "")

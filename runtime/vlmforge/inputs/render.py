@@ -27,12 +27,16 @@ __all__ = ["ImageSpan", "RenderedPrompt", "TextEncoder", "marked_tokenizer_json"
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Where features of image `image` go: `ids[start : start + length]`, from its token `first`."""
+    """Where features of image `image` go: `ids[start : start + length]`, from its token `first`.
+
+    `grid`: its tokens down and across, where positions ask for it.
+    """
 
     start: int
     length: int
     image: int
     first: int = 0
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +50,14 @@ class RenderedPrompt:
         image_spans: In order; several for an image that has text among its tokens.
         content_starts: Where in `token_ids` the content of each message begins, a template's own
             system message included; empty unless contents are encoded apart.
+        image_texts: For each image, where it is written in `text`: `text[start:end]`.
     """
 
     text: str
     token_ids: tuple[int, ...]
     image_spans: tuple[ImageSpan, ...]
     content_starts: tuple[int, ...] = ()
+    image_texts: tuple[tuple[int, int], ...] = ()
 
     @property
     def text_tokens(self) -> int:
@@ -120,7 +126,9 @@ def render_prompt(
         refuse_spelled(chunk, policy)
     texts, runs = _laid_out(chunks, layouts)
     pieces = encode_chunks(texts, policy, encoder)
-    return _expand(_text(chunks, names, policy), pieces, names, policy, runs)
+    text, places = _text(chunks, names, policy)
+    rendered = _expand(text, pieces, names, policy, runs)
+    return dataclasses.replace(rendered, image_texts=places)
 
 
 def _cut(marked: str) -> tuple[list[str], list[str | None]]:
@@ -152,11 +160,15 @@ def _laid_out(
     return texts, runs
 
 
-def _text(chunks: Sequence[str], names: Sequence[str], policy: PromptPolicy) -> str:
-    text = chunks[0]
+def _text(
+    chunks: Sequence[str], names: Sequence[str], policy: PromptPolicy
+) -> tuple[str, tuple[tuple[int, int], ...]]:
+    text, places = without_borders(chunks[0]), list[tuple[int, int]]()
     for name, chunk in zip(names, chunks[1:], strict=True):
-        text += policy.splice.written(name, policy.image_placeholder) + chunk
-    return without_borders(text)
+        written = policy.splice.written(name, policy.image_placeholder)
+        places.append((len(text), len(text) + len(written)))
+        text += written + without_borders(chunk)
+    return text, tuple(places)
 
 
 def _mismatch(what: str, tokens: int, images: int, *, optional: bool) -> PromptError:
@@ -223,6 +235,7 @@ def _in_order(message: Message, policy: PromptPolicy) -> dict[str, object]:
     begin, end = _borders(policy)
     placed = _marked_text(message, policy)
     if placed is not None:
+        placed = placed.replace(marks.IMAGE.join(policy.image_around), marks.IMAGE)
         texts: list[str | None] = [*placed.split(marks.IMAGE)]
         places = [piece for text in texts for piece in (text, None)][:-1]
     else:
@@ -258,7 +271,7 @@ def _marked_text(message: Message, policy: PromptPolicy) -> str | None:
     if tokens:
         if tokens != len(images):
             raise _mismatch("A message", tokens, len(images), optional=True)
-        return _escape(joined, policy).replace(IMAGE_TOKEN, marks.IMAGE)
+        return _marked(_escape(joined, policy), policy)
     if not images:
         return None
     # The family's own placeholder, once for each image, is how its users place images by hand.
@@ -266,6 +279,12 @@ def _marked_text(message: Message, policy: PromptPolicy) -> str | None:
         refuse_marks(joined)
         return _mark_placeholders(joined, policy)
     return None
+
+
+def _marked(text: str, policy: PromptPolicy) -> str:
+    """The text with images where IMAGE_TOKEN is, and around them what the family writes there."""
+    whole, text = marks.IMAGE.join(policy.image_around), text.replace(IMAGE_TOKEN, marks.IMAGE)
+    return text.replace(whole, marks.IMAGE).replace(marks.IMAGE, whole)
 
 
 def _images_first(message: Message) -> Message:
@@ -300,7 +319,7 @@ def _mark_placeholders(text: str, policy: PromptPolicy) -> str:
 def _verbatim(conversation: Conversation, policy: PromptPolicy) -> str:
     text = "".join(text for message in conversation.messages for text in message.texts)
     refuse_marks(text)
-    text = text.replace(IMAGE_TOKEN, marks.IMAGE)
+    text = _marked(text, policy)
     return _mark_placeholders(text, policy) if conversation.images else text
 
 

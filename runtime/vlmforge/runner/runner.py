@@ -190,12 +190,12 @@ class _Work:
     def _run_tokens(self, rows: Sequence[Row]) -> FloatArray | IntArray:
         tokens = np.array([row.tokens[0] for row in rows], np.int64)
         lengths = np.array([row.start for row in rows], np.int64)
-        levels = [self.active[row.sequence].input.rotary_level for row in rows]
+        inputs = [self.active[row.sequence].input for row in rows]
+        levels = np.array([given.rotary_level for given in inputs], np.int64)
+        lags = np.array([given.lag for given in inputs], np.int64)
         places = [row.place for row in rows]
         likeliest = all(self.active[row.sequence].job.likeliest for row in rows)
-        found = self.engine.decode(
-            places, tokens, lengths, np.array(levels, np.int64), likeliest=likeliest
-        )
+        found = self.engine.decode(places, tokens, lengths, levels, lags, likeliest=likeliest)
         if len(found) != len(rows):
             raise ValueError(f"the decoder gave {len(found)} rows for {len(rows)} sequences")
         return found

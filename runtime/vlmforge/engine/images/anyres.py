@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from vlmforge.engine.images.pixels import Layout, PixelFormat, PixelValues, Rows, Size
+from vlmforge.engine.images.pixels import InViews, Layout, PixelFormat, PixelValues, Rows, Size
 from vlmforge.engine.images.tiling import (
     Tiling,
     best_canvas,
@@ -20,7 +20,7 @@ from vlmforge.engine.images.tiling import (
 
 
 @dataclass(frozen=True, slots=True)
-class AnyRes:
+class AnyRes(InViews):
     """Views of one size; which of their rows become tokens follows from the image's size."""
 
     format: PixelFormat

@@ -16,13 +16,13 @@ from PIL import Image
 from typing_extensions import override
 
 from vlmforge.engine.fields import MOST_TOKENS, ImageTokens, Side, Tiles
-from vlmforge.engine.images.pixels import Layout, PixelFormat, PixelValues, Rows, Size
+from vlmforge.engine.images.pixels import InViews, Layout, PixelFormat, PixelValues, Rows, Size
 from vlmforge.engine.images.tiling import tile_boxes
 from vlmforge.engine.schema import Agreeing
 
 
 @dataclass(frozen=True, slots=True)
-class AspectTiles(Agreeing):
+class AspectTiles(InViews, Agreeing):
     """The tiles row by row; behind them, if there are several, the whole image squeezed to one.
 
     Attributes:

@@ -17,7 +17,7 @@ from PIL import Image
 from typing_extensions import override
 
 from vlmforge.engine.fields import MOST_TOKENS, ImageTokens, Pixels, Side
-from vlmforge.engine.images.pixels import Layout, PixelFormat, PixelValues, Rows, Size
+from vlmforge.engine.images.pixels import InViews, Layout, PixelFormat, PixelValues, Rows, Size
 from vlmforge.engine.images.tiling import tile_boxes
 from vlmforge.engine.schema import Agreeing
 
@@ -44,7 +44,7 @@ class GridTexts:
 
 
 @dataclass(frozen=True, slots=True)
-class GridTiles(Agreeing):
+class GridTiles(InViews, Agreeing):
     """The tiles row by row, then the whole image squeezed to one; a small one is whole only.
 
     Attributes:
