@@ -14,12 +14,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from typing_extensions import override
 
+from vlmforge.engine.interface import PatchInterface
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.errors import ConfigError
 from vlmforge_builder import passes
 from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits, InBlocks
 from vlmforge_builder.export import Traced
 from vlmforge_builder.onnx_file import check_interface, refer
+from vlmforge_builder.passes.flash_attention import FlashAttentionPass
 from vlmforge_builder.passes.lower_cached_attention import LowerCachedAttentionPass
 from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
 from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
@@ -81,6 +83,8 @@ class OnnxRuntimeTarget(Target):
             name: stored_dtype(part.weights[name], job.settings.dtype) for name in traced.shapes
         }
         blocks = blocks_of_part(model.graph, part, job.settings.weights)
+        if isinstance(part.interface, PatchInterface):  # images may be of any size
+            passes.run(ir.passes.Sequential(FlashAttentionPass()), model)
         passes.run(_sequence(dtypes, blocks), model)
         check_interface(model.graph, part.interface)
         layout = plan(
