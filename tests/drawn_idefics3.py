@@ -60,7 +60,7 @@ class Shape:
 
 
 SHAPES: Mapping[str, Shape] = {
-    "smolvlm": Shape(smol=True, seed=1),
+    "smolvlm": Shape(smol=True, text={"num_attention_heads": 2, "num_key_value_heads": 1}, seed=1),
     "idefics3": Shape(
         smol=False,
         text={

@@ -7,6 +7,7 @@ where its model has them in other places `features(model, inputs)` and `places(m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ import drawn_idefics3
 import drawn_internvl
 import drawn_qwen2_vl
 import drawn_qwen3_vl
-from conftest import build_once
+from conftest import build_once, kernels_for_one_gpu
 from golden_models import Tolerances
 from vlmforge import GenerationConfig, Pipeline
 from vlmforge.inputs.messages import parse_prompt
@@ -75,7 +76,8 @@ def engine(shared: Path, family: str, shape: str, *options: str) -> Path:
     """Its engine, built once for a run."""
     name = "".join(options).replace("--", "_")
     path = shared / f"{family}_{shape}{name}.engine"
-    return build_once(path, checkpoint(shared, family, shape), *options)
+    with kernels_for_one_gpu() if "cuda" in options else nullcontext():
+        return build_once(path, checkpoint(shared, family, shape), *options)
 
 
 def ours(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
@@ -165,6 +167,7 @@ def check_stages(
 ) -> None:
     """Ids, pixels, features and the prompt's logits of one case."""
     held, inputs = pipe._engine, original.inputs(messages)
+    assert held.manifest.decode.positions.name == "absolute"  # a token's number in the prompt
     rendered = pipe.render(ours(messages))
     assert list(rendered.token_ids) == inputs["input_ids"][0].tolist()
     conversation = parse_prompt(ours(messages))

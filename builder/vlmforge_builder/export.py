@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -59,10 +59,11 @@ def trace(part: PartSpec) -> Traced:
     if program is None:
         raise BuildError(f"The exporter returned no graph for the part {part.name!r}.")
     model = program.model
-    _detach_parameters(model.graph, shapes)
+    detach_parameters(model.graph, shapes)
     onnxscript.optimizer.optimize_ir(model)
-    _attach_parameters(model.graph, shapes)
+    attach_parameters(model.graph, shapes)
     _name_interface(model.graph, part)
+    _read_sizes_first(model.graph)
     _strip(model)
     return Traced(model, shapes)
 
@@ -102,15 +103,20 @@ def _example(part: PartSpec) -> tuple[tuple[object, ...], tuple[object, ...]]:
     return arguments, shapes
 
 
-def _detach_parameters(graph: ir.Graph, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Make parameters graph inputs for a while, so that no optimisation asks for their values."""
+def detach_parameters(graph: ir.Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Make parameters graph inputs for a while, so that nobody asks for their values."""
     for name in shapes:
         value = graph.initializers.pop(name)
         value.const_value = None
         graph.inputs.append(value)
 
 
-def _attach_parameters(graph: ir.Graph, shapes: dict[str, tuple[int, ...]]) -> None:
+def attach_parameters(graph: ir.Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Make those inputs of a graph initialisers whose values are nowhere yet.
+
+    Raises:
+        BuildError: one is not used.
+    """
     kept = [value for value in graph.inputs if value.name not in shapes]
     weights = [value for value in graph.inputs if value.name in shapes]
     graph.inputs[:] = kept
@@ -129,6 +135,30 @@ def _name_interface(graph: ir.Graph, part: PartSpec) -> None:
         for value, spec in zip(values, specs, strict=True):
             value.name = spec.name
     check_interface(graph, part.interface)
+
+
+def _read_sizes_first(graph: ir.Graph) -> None:
+    """Read each size off the first input that has it.
+
+    The exporter takes any, such as a cache for the number of sequences, and targets replace caches.
+    """
+    for node in graph:
+        value = node.inputs[0] if node.op_type == "Shape" else None
+        if value is None or not value.is_graph_input() or value.shape is None:
+            continue
+        start = node.attributes.get_int("start", 0)
+        if node.attributes.get_int("end", len(value.shape)) != start + 1:
+            continue
+        places = (
+            (v, at)
+            for v in graph.inputs
+            for at, size in enumerate(v.shape or ())
+            if size == value.shape[start]
+        )
+        first, at = next(places)
+        node.replace_input_with(0, first)
+        node.attributes["start"] = ir.AttrInt64("start", at)
+        node.attributes["end"] = ir.AttrInt64("end", at + 1)
 
 
 def _strip(model: ir.Model) -> None:

@@ -28,7 +28,7 @@ from live_parity import (
 from vlmforge import ChatTemplateConfig, EngineConfig, GenerationConfig, Pipeline, pipeline
 from vlmforge.backends.fake import cuda_on_cpu
 from vlmforge.cli.inspect import describe
-from vlmforge.errors import PromptError
+from vlmforge.errors import ContextLengthError, PromptError
 from vlmforge.evaluation.verify import verify
 from vlmforge.vl.constants import IMAGE_TOKEN
 
@@ -84,7 +84,7 @@ def test_every_stage(opened: Open, family: str, shape: str, case: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--dtype", "float16"),
+        pytest.param(("--dtype", "float16"), marks=pytest.mark.nightly),
         pytest.param(("--dtype", "bfloat16"), marks=pytest.mark.nightly),
         ("--target", "cuda", "--dtype", "float16"),
     ],
@@ -145,6 +145,8 @@ def test_images_may_be_placed_by_hand(opened: Open, family: str, shape: str) -> 
     assert pipe.render((f"Look: {own} What is it?", TALL)).token_ids == placed.token_ids
     with pytest.raises(PromptError, match="one image token for each image"):
         pipe.render((f"{IMAGE_TOKEN}{IMAGE_TOKEN}", TALL))
+    with pytest.raises(ContextLengthError):
+        pipe(("What is it?", [WIDE] * 40))
     with pytest.raises(PromptError, match="models see images only"):
         pipe.render([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}])
 

@@ -66,6 +66,7 @@ def paths_of(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 PATHS = paths_of(MANIFEST)
 # What later versions added, so that engines of before load; but a kind is always told.
 MAY_BE_MISSING = {
+    "parallel.kv_heads",
     "image.format.background",
     "prompt.in_order",
     "decode.positions.trained_length",

@@ -98,6 +98,13 @@ class TensorRTTarget(Target):
                 expected=" or ".join(ATTENTIONS),
                 fix="--attention plugin",
             )
+        if settings.tp > 1:
+            raise ConfigError(
+                f"The target {self.name} divides no decoders among ranks.",
+                found=f"--tp {settings.tp}",
+                expected="1: a plan is one graph, and ranks meet between graphs",
+                fix="--tp 1, or --target cuda for the same GPUs",
+            )
         capability_name(self.flavour, settings.compute_capability)
         _check_kernels(settings)
         check_installed(self.flavour)
@@ -134,7 +141,8 @@ class TensorRTTarget(Target):
             },
         )
         profiles = _profiles(interface, settings)
-        self._build(traced.model, layout, profiles, kernels, job)
+        if not job.described:
+            self._build(traced.model, layout, profiles, kernels, job)
         return Part(
             part.name,
             f"{stem}.plan",

@@ -6,12 +6,12 @@ cannot honour is refused when it is set, with what to do instead; none is ignore
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
+from vlmforge.api.parallel import parallel_refusals
 from vlmforge.field_rules import (
     Choice,
     Flag,
@@ -37,6 +37,12 @@ class EngineConfig:
 
     Attributes:
         model_format: Of a checkpoint: "hf"; None: detect.
+        tp: Ranks, each a process with its share of the decoder's weights. An engine that was built
+            for several has as many, whatever this says; one of a single rank is cut into so many,
+            once, and the result kept in the cache directory.
+        device_num, devices, attn_tp_size, mlp_tp_size: Accepted where they say what `tp` does.
+        communicator: "nccl" is the fastest way that the backend has; on processors, shared memory.
+            "mpi": the program was started by mpirun, once for each rank.
         session_len: Tokens of one conversation, images and answers included; None: the engine's.
             It may be longer than that, as long as memory holds it and nothing is compiled in.
         max_batch_size: Sequences at once; None: the engine's.
@@ -60,7 +66,7 @@ class EngineConfig:
         async_, enable_metrics, cache_checkpoint_interval, cache_prompt_boundary_skip,
             moe_a2a_backend: Accepted: they tune machinery that is not here; answers do not depend
             on them.
-        tp, quant_policy, rope_scaling_factor, use_logn_attn and the others: Only their defaults;
+        quant_policy, rope_scaling_factor, use_logn_attn and the others: Only their defaults;
             `REFUSALS` says why, and what to do.
 
     Raises:
@@ -121,7 +127,7 @@ class EngineConfig:
     def validate(self) -> None:
         """Check all fields (ConfigError: field, value found, values expected)."""
         check_fields(self, RULES)
-        check_refusals(self, REFUSALS)
+        check_refusals(self, {**REFUSALS, **parallel_refusals(int(self.tp))})
 
 
 TurbomindEngineConfig = EngineConfig
@@ -149,37 +155,11 @@ RULES: Mapping[str, Rule] = {
     "moe_a2a_backend": Text(),
 }
 
-ONE_PROCESS = "an engine runs in one process on one machine"
-START_MORE = "start one pipeline for each machine or device and share the prompts among them"
-_NOT_SHARDED = Refusal(
-    (1,),
-    "tensor parallelism needs a shard of the weights for each rank, and this runtime has engines "
-    "of one rank only",
-    "use tp=1; a model that does not fit can be built with less: build-engine --dtype float16",
-)
 _REBUILD = "change config.json of the checkpoint and build the engine again: build-engine"
 _CACHE_MODES = "the cache has no such modes"
 _CACHE_SWITCH = "use enable_prefix_caching=True or False"
-ONE_RANK = dataclasses.replace(_NOT_SHARDED, neutral=(None, 1))
-ONE_REPLICA = Refusal((None, 1), ONE_PROCESS, START_MORE)
 
 REFUSALS: Mapping[str, Refusal] = {
-    "tp": _NOT_SHARDED,
-    "cp": _NOT_SHARDED,
-    "ep": _NOT_SHARDED,
-    "device_num": ONE_RANK,
-    "attn_tp_size": ONE_RANK,
-    "attn_cp_size": ONE_RANK,
-    "mlp_tp_size": ONE_RANK,
-    "dp": ONE_REPLICA,
-    "attn_dp_size": ONE_REPLICA,
-    "mlp_dp_size": ONE_REPLICA,
-    "outer_dp_size": ONE_REPLICA,
-    "nnodes": ONE_REPLICA,
-    "node_rank": Refusal((0,), ONE_PROCESS, START_MORE),
-    "dist_init_addr": Refusal((None,), ONE_PROCESS, START_MORE),
-    "devices": Refusal((None,), ONE_PROCESS, START_MORE),
-    "communicator": Refusal(("nccl",), "one rank has nobody to talk to", "leave it out"),
     "model_format": Refusal(
         (None, "hf"),
         "engines are built from checkpoints in the Hugging Face or the original layout, with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from vlmforge.api.config import MAX_CHUNK, EngineConfig
 from vlmforge.backends import LoadOptions
@@ -19,6 +20,8 @@ logger = logging.getLogger("vlmforge")
 _PACK_SHARE = 0.7
 # At most this share of the free memory is for the features of images, unless more is asked for.
 _FEATURES_SHARE = 0.05
+# Of each rank but the first: Python, the libraries, and what they allocate as they run.
+_RANK_BYTES = 120 << 20
 # Sequences rarely fill their windows: address space is kept for this many times what memory holds.
 _OVERCOMMIT = 4
 # Of a graph on a GPU, and of a segment of a chain: the library's own; and what allocations lose.
@@ -36,7 +39,10 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     capacity = _window(bundle, config)
     if manifest.kv.page_size is not None:
         return _paged(manifest, config, capacity, free)
-    weights = sum(part.loaded_bytes for part in manifest.parts) + _longer_tables(manifest, capacity)
+    ranks = manifest.parallel.tp  # all of them lie in what this process may use
+    weights = sum(part.loaded_bytes for part in manifest.parts)
+    weights += ranks * _longer_tables(manifest, capacity) + (ranks - 1) * _RANK_BYTES
+    token = ranks * manifest.rank_kv.bytes_per_token
     pack = weights <= _PACK_SHARE * free
     if not pack:
         logger.warning(
@@ -47,11 +53,11 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
         )
     budget = config.cache_max_entry_count * max(free - weights, 0.1 * free)
     block = config.cache_block_seq_len
-    blocks = int(budget // (block * manifest.kv.bytes_per_token))
+    blocks = int(budget // (block * token))
     longest = -(-capacity // block)
     if blocks < longest:
-        raise _too_small(budget, capacity, longest * block * manifest.kv.bytes_per_token)
-    wanted = config.max_batch_size or manifest.decode.max_batch_size
+        raise _too_small(budget, capacity, longest * block * token)
+    wanted = _slots(manifest, config)
     slots = min(wanted, _OVERCOMMIT * blocks // longest)
     if blocks < wanted * longest:
         logger.warning(
@@ -65,16 +71,16 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
 
 def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float) -> LoadOptions:
     """Of a GPU: a pool of pages in what weights and activations leave of its free memory."""
-    page, wanted = manifest.kv.page_size or 0, config.max_batch_size
-    slots = wanted or manifest.decode.max_batch_size
+    page, slots = manifest.kv.page_size or 0, _slots(manifest, config)
+    page_bytes = page * manifest.rank_kv.bytes_per_token
     chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
-    taken = sum(part_bytes(part, max(chunk, slots)) for part in manifest.parts)
+    taken = sum(p.total for p in parts_memory(manifest, config, capacity))
     budget = config.cache_max_entry_count * (free - taken)
     longest = -(-capacity // page)
     # No more than all sequences can ever fill.
-    blocks = min(int(budget // (page * manifest.kv.bytes_per_token)), slots * longest)
+    blocks = min(int(budget // page_bytes), slots * longest)
     if blocks < longest:
-        needed = longest * page * manifest.kv.bytes_per_token
+        needed = longest * page_bytes
         raise BackendUnavailableError(
             "The engine does not fit the memory of this GPU.",
             found=f"{free / 1e9:.2f} GB free, of which {taken / 1e9:.2f} GB go to weights and "
@@ -86,15 +92,55 @@ def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float)
     return LoadOptions(slots, capacity, None, True, blocks, page, paged=True, chunk=chunk)
 
 
-def part_bytes(part: Part, tokens: int) -> float:
+@dataclass(frozen=True, slots=True)
+class PartMemory:
+    """Bytes that a part takes of a GPU's memory.
+
+    Attributes:
+        weights: As they are in its files.
+        activations: What is calculated in between, matrices of whole numbers made whole too.
+        library: The library's own.
+    """
+
+    weights: float
+    activations: float
+    library: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.weights + self.activations + self.library
+
+
+def parts_memory(manifest: Manifest, config: EngineConfig, capacity: int) -> tuple[PartMemory, ...]:
+    """What an engine's parts take of its first GPU's memory, for sequences of `capacity` tokens."""
+    chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
+    tokens = max(chunk, _slots(manifest, config))
+    return tuple(part_memory(part, tokens) for part in manifest.first_parts)
+
+
+def part_memory(part: Part, tokens: int) -> PartMemory:
     """What a part takes of a GPU's memory when at most so many tokens are run at once.
 
-    Weights, and what each segment calculates in between; the factors were measured.
+    The factors were measured.
     """
     if part.chain is None:
-        return part.loaded_bytes + _GRAPH_BYTES
-    row = sum(segment.token_bytes for segment in part.chain.segments)
-    return part.loaded_bytes + _ROOM * row * tokens + _SEGMENT_BYTES * len(part.chain.segments)
+        return PartMemory(part.loaded_bytes, 0, _GRAPH_BYTES)
+    segments = part.chain.segments
+    # Each segment keeps what it took once.
+    whole = sum(segment.matrix_bytes for segment in segments)
+    row = sum(segment.token_bytes for segment in segments)
+    library = _SEGMENT_BYTES * len(segments)
+    return PartMemory(part.loaded_bytes, whole + _ROOM * row * tokens, library)
+
+
+def part_bytes(part: Part, tokens: int) -> float:
+    """The total of `part_memory`."""
+    return part_memory(part, tokens).total
+
+
+def _slots(manifest: Manifest, config: EngineConfig) -> int:
+    return config.max_batch_size or manifest.decode.max_batch_size
 
 
 def feature_bytes(asked: int | None, free: float) -> int:

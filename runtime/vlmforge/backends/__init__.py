@@ -41,6 +41,7 @@ class LoadOptions:
             decode about twice as fast, but loading takes longer. False maps them from the file:
             loading is immediate, the system can reclaim the memory, and 16-bit weights are widened
             at every use.
+        mpi: Whether the ranks of an engine are those that mpirun has started.
     """
 
     slots: int
@@ -51,6 +52,7 @@ class LoadOptions:
     block_size: int = 64
     paged: bool = False
     chunk: int = 512
+    mpi: bool = False
 
     @property
     def whole_place(self) -> tuple[int, ...]:
@@ -146,6 +148,31 @@ def _no_rows() -> BackendUnavailableError:
     )
 
 
+class Communicator(Protocol):
+    """How the ranks of an engine meet, whatever carries what they give each other.
+
+    Attributes:
+        rank: Of this process.
+        size: Ranks that there are.
+        room: Floats that a rank may give at one meeting.
+    """
+
+    rank: int
+    size: int
+    room: int
+
+    def meet(self, values: FloatArray) -> Sequence[FloatArray]:
+        """Give `values`, float32 `[n]` with n <= room; returns what each rank gave, by rank.
+
+        All ranks meet equally often and with equally many values. What is returned is valid until
+        the next meeting.
+
+        Raises:
+            RankError: a rank is no more, or does not answer.
+            EOFError: on ranks other than the first: another one is no more.
+        """
+
+
 @runtime_checkable
 class LikeliestDecoder(Protocol):
     """A `DecoderSession` that can spare its caller the logits."""
@@ -158,6 +185,14 @@ class LikeliestDecoder(Protocol):
         """
 
 
+@runtime_checkable
+class ClosableDecoder(Protocol):
+    """A `DecoderSession` that has started more than this process."""
+
+    def close(self) -> None:
+        """End that. May be called more than once."""
+
+
 class Backend(Protocol):
     """Loads the parts of an engine."""
 
@@ -168,6 +203,22 @@ class Backend(Protocol):
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
         """Load the part "decoder" and make its key/value slots (EngineError otherwise)."""
+
+    def load_rank(
+        self, folder: Path, manifest: Manifest, options: LoadOptions, ranks: Communicator
+    ) -> DecoderSession:
+        """Load the decoder of rank `ranks.rank`, with its share of the key/value slots.
+
+        Raises:
+            BackendUnavailableError: this backend has no tensor parallelism.
+        """
+        del folder, options, ranks
+        raise BackendUnavailableError(
+            f"Engines for {manifest.backend} run on one rank here.",
+            found=f"an engine of {manifest.parallel.tp} ranks",
+            expected="tp=1 for this backend, or an engine for onnxruntime",
+            fix="build-engine CHECKPOINT -o ENGINE --tp 1",
+        )
 
     def memory(self) -> Room | None:
         """What it may take of a memory of its own; None: engines lie in this process's memory."""

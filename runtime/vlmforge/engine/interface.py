@@ -133,7 +133,8 @@ class DecoderInterface:
 
     Attributes:
         vocab_size, hidden_size: Of the model.
-        kv: The cache; with a page size, its tensors are pools, and sequences have block tables.
+        kv: The cache, of a shard one rank's; with a page size, its tensors are pools, and
+            sequences have block tables.
         has_levels: Whether each sequence has a rotary level.
         features: Dtype of the image features.
         capacity: Tokens of a sequence in a dense cache; None: varies.
@@ -216,7 +217,7 @@ def interface_of(manifest: Manifest, part: str) -> Interface:
     return DecoderInterface(
         decode.vocab_size,
         decode.hidden_size,
-        manifest.kv,
+        manifest.rank_kv,
         decode.positions.has_levels,
         features,
         chained=chained,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmforge.backends import LoadOptions
+from vlmforge.backends import ClosableDecoder, LoadOptions
 from vlmforge.engine.bundle import open_bundle
 from vlmforge.errors import EngineFormatError
 from vlmforge.inputs.messages import Conversation, parse_prompt
@@ -136,10 +137,12 @@ def compare(case: str, stage: str, found: NDArray[np.generic], golden: Values) -
     return StageResult(case, stage, not len(differs), detail)
 
 
-def load_for_goldens(folder: Path, *, checked: bool = True) -> Engine:
+@contextmanager
+def loaded_for_goldens(folder: Path, *, checked: bool = True) -> Iterator[Engine]:
     """The engine with one slot and mapped weights: verification needs no speed, but little memory.
 
-    `checked=False` is for the builder, whose engine has no checksums yet.
+    Ranks that were started for it end with the block. `checked=False` is for the builder, whose
+    engine has no checksums yet.
     """
     from vlmforge.engine.bundle import Bundle
     from vlmforge.engine.manifest import load_manifest
@@ -150,7 +153,12 @@ def load_for_goldens(folder: Path, *, checked: bool = True) -> Engine:
     kv, window = manifest.kv, manifest.decode.session_len
     paged = kv.page_size is not None
     options = LoadOptions(1, window, pack=False, block_size=kv.page_size or 64, paged=paged)
-    return load_engine(bundle, choose_template(manifest.prompt, frozen, None), options)
+    engine = load_engine(bundle, choose_template(manifest.prompt, frozen, None), options)
+    try:
+        yield engine
+    finally:
+        if isinstance(engine.decoder, ClosableDecoder):
+            engine.decoder.close()
 
 
 def verify(folder: Path, announce: Callable[[str], None] | None = None) -> Iterator[StageResult]:
@@ -159,12 +167,12 @@ def verify(folder: Path, announce: Callable[[str], None] | None = None) -> Itera
     Raises:
         EngineError: the engine cannot be opened or loaded.
     """
-    engine = load_for_goldens(folder)
     goldens = folder / FOLDER
-    for case in read_cases(goldens):
-        if announce is not None:
-            announce(case.name)
-        values = run_case(engine, case, goldens)
-        with np.load(goldens / f"{case.name}.npz", allow_pickle=False) as golden:
-            for stage in STAGES:
-                yield compare(case.name, stage, values[stage], golden)
+    with loaded_for_goldens(folder) as engine:
+        for case in read_cases(goldens):
+            if announce is not None:
+                announce(case.name)
+            values = run_case(engine, case, goldens)
+            with np.load(goldens / f"{case.name}.npz", allow_pickle=False) as golden:
+                for stage in STAGES:
+                    yield compare(case.name, stage, values[stage], golden)

@@ -50,12 +50,14 @@ class RenderedPrompt:
         image_spans: In order; several for an image that has text among its tokens.
         content_starts: Where in `token_ids` the content of each message begins, a template's own
             system message included; empty unless contents are encoded apart.
+        image_texts: For each image, where it is written in `text`: `text[start:end]`.
     """
 
     text: str
     token_ids: tuple[int, ...]
     image_spans: tuple[ImageSpan, ...]
     content_starts: tuple[int, ...] = ()
+    image_texts: tuple[tuple[int, int], ...] = ()
 
     @property
     def text_tokens(self) -> int:
@@ -124,7 +126,9 @@ def render_prompt(
         refuse_spelled(chunk, policy)
     texts, runs = _laid_out(chunks, layouts)
     pieces = encode_chunks(texts, policy, encoder)
-    return _expand(_text(chunks, names, policy), pieces, names, policy, runs)
+    text, places = _text(chunks, names, policy)
+    rendered = _expand(text, pieces, names, policy, runs)
+    return dataclasses.replace(rendered, image_texts=places)
 
 
 def _cut(marked: str) -> tuple[list[str], list[str | None]]:
@@ -156,11 +160,15 @@ def _laid_out(
     return texts, runs
 
 
-def _text(chunks: Sequence[str], names: Sequence[str], policy: PromptPolicy) -> str:
-    text = chunks[0]
+def _text(
+    chunks: Sequence[str], names: Sequence[str], policy: PromptPolicy
+) -> tuple[str, tuple[tuple[int, int], ...]]:
+    text, places = without_borders(chunks[0]), list[tuple[int, int]]()
     for name, chunk in zip(names, chunks[1:], strict=True):
-        text += policy.splice.written(name, policy.image_placeholder) + chunk
-    return without_borders(text)
+        written = policy.splice.written(name, policy.image_placeholder)
+        places.append((len(text), len(text) + len(written)))
+        text += written + without_borders(chunk)
+    return text, tuple(places)
 
 
 def _mismatch(what: str, tokens: int, images: int, *, optional: bool) -> PromptError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -11,6 +12,8 @@ import numpy as np
 import PIL.Image
 
 from vlmforge.backends import (
+    Backend,
+    ClosableDecoder,
     DecoderBatch,
     DecoderSession,
     FloatArray,
@@ -81,6 +84,13 @@ class Engine:
     options: LoadOptions
     limits: ImageLimits = DEFAULT_LIMITS
     clock: PartClock = field(default_factory=PartClock)
+    _sparing: LikeliestDecoder | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Asked once: to ask whether something fulfils a protocol takes as long as half a step's
+        # bookkeeping.
+        sparing = self.decoder if isinstance(self.decoder, LikeliestDecoder) else None
+        object.__setattr__(self, "_sparing", sparing)
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -312,9 +322,9 @@ class Engine:
             *(slots, tokens[:, None], lengths, None, zeros, self._levels(levels), places),
             turns=turns,
         )
-        if likeliest and isinstance(self.decoder, LikeliestDecoder):
+        if likeliest and self._sparing is not None:
             with self.clock.running():
-                return self.decoder.likeliest(batch)
+                return self._sparing.likeliest(batch)
         found: FloatArray = self._run(batch)[:, 0]
         return found
 
@@ -347,17 +357,32 @@ def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) 
     manifest = bundle.manifest
     backend = load_backend(manifest.backend)
     text = marked_tokenizer_json(bundle.text(manifest.tokenizer_file), manifest.prompt)
-    try:
-        vision = backend.load_vision(bundle.folder, manifest, options)
-        decoder = backend.load_decoder(bundle.folder, manifest, options)
-    finally:
-        # It names the file, where a backend would say that it cannot load a part.
-        check_sizes(bundle, [name for part in manifest.parts for name in (part.file, *part.data)])
+    tokenizer = TextTokenizer(text)
+    with ExitStack() as started:
+        try:
+            vision = backend.load_vision(bundle.folder, manifest, options)
+            decoder = _decoder(backend, bundle, options)
+            if isinstance(decoder, ClosableDecoder):
+                started.callback(decoder.close)
+        finally:
+            # It names the file, where a backend would say that it cannot load a part.
+            files = [name for part in manifest.parts for name in (part.file, *part.data)]
+            check_sizes(bundle, files)
+        started.pop_all()
     return Engine(
         manifest=manifest,
-        tokenizer=TextTokenizer(text),
+        tokenizer=tokenizer,
         template=template,
         vision=vision,
         decoder=decoder,
         options=options,
     )
+
+
+def _decoder(backend: Backend, bundle: Bundle, options: LoadOptions) -> DecoderSession:
+    folder, manifest = bundle.folder, bundle.manifest
+    if manifest.parallel.tp == 1:
+        return backend.load_decoder(folder, manifest, options)
+    from vlmforge.backends.ranks.load import load_ranked  # not before it is known which backend
+
+    return load_ranked(backend, folder, manifest, options)
