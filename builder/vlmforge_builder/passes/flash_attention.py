@@ -35,13 +35,8 @@ def _fits(node: ir.Node) -> bool:
     given = [value for value in node.inputs if value is not None]
     shapes = {str(value.shape) for value in given}
     heads = isinstance(_heads(node), int)
-    plain = set(node.attributes) <= {"scale", "is_causal"} and not _causal(node)
+    plain = all(not attr.value for name, attr in node.attributes.items() if name != "scale")
     return node.op_type == "Attention" and len(given) == 3 and len(shapes) == 1 and heads and plain
-
-
-def _causal(node: ir.Node) -> bool:
-    flag = node.attributes.get("is_causal")
-    return flag is not None and bool(flag.as_int())
 
 
 def _heads(node: ir.Node) -> object:
