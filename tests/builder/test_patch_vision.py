@@ -67,7 +67,9 @@ def session(traced: Traced, module: PatchVision) -> ort.InferenceSession:
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module", params=["windowed", pytest.param("placed", marks=pytest.mark.nightly)]
+)
 def parts(request: pytest.FixtureRequest) -> tuple[PatchVision, Patches, ort.InferenceSession]:
     module, policy, config = made(request.param)
     width = config.outputs * (1 + len(config.tapped))
