@@ -2,6 +2,7 @@
 
 python bench/build_memory.py --size 7b --work out/bench
 python bench/build_memory.py --model smolvlm2-2.2b --weights int4 --answer --work out/bench
+python bench/build_memory.py --model qwen3-vl-2b --session-len 4096 --weights int4 --answer
 python bench/build_memory.py --checkpoint tests/data/*/checkpoint --dtype float32 --work out/bench
 python bench/build_memory.py --size 300m --target tensorrt_rtx --weights plain int8 int4 --work ...
 """
@@ -31,12 +32,14 @@ def main() -> None:
     )
     arguments.add_argument("--dtype", default="float16")
     arguments.add_argument("--target", default="onnxruntime")
+    arguments.add_argument("--session-len", help="tokens of a sequence; else what was trained")
     arguments.add_argument("--attention", help="of a GPU target: plugin or native")
     arguments.add_argument("--weights", nargs="+", default=["plain"], help="plain, int8 or int4")
     values = arguments.parse_args()
     values.work.mkdir(parents=True, exist_ok=True)
     options = ["--dtype", values.dtype, "--target", values.target]
-    options += ["--session-len", "2048"] if values.target != "onnxruntime" else []
+    window = values.session_len or ("2048" if values.target != "onnxruntime" else None)
+    options += ["--session-len", window] if window else []
     options += ["--attention", values.attention] if values.attention else []
     checkpoints = values.checkpoint
     if not checkpoints:

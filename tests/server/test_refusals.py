@@ -11,7 +11,6 @@ import httpx
 import openai
 import pytest
 
-from conftest import HANGS
 from running_server import Running, held, running
 from stand_in import Parts, stand_in
 from vlmforge import Pipeline, pipeline

@@ -221,9 +221,9 @@ class VisionConfig:
             recently used go. 0 keeps none. None: 128 MiB, or 5 % of the free memory if that is
             less.
         min_pixels, max_pixels: Where images are in patches and of any size, as `smart_resize` of
-            Qwen2-VL takes them: smaller and larger ones are resized until they are within. Fewer
-            pixels are fewer tokens. None: as the checkpoint says. Engines whose images are brought
-            to one size refuse them.
+            the published processors takes them: smaller and larger ones are resized until they are
+            within. Fewer pixels are fewer tokens. None: as the checkpoint says. Engines whose
+            images are brought to one size refuse them.
 
     Raises:
         ConfigError: a field of a wrong type or out of range.
