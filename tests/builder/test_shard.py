@@ -19,8 +19,8 @@ from vlmforge_builder import build
 from vlmforge_builder.blocks.decoder import DecoderConfig
 from vlmforge_builder.export import Traced
 from vlmforge_builder.passes import shard as shard_pass
-from vlmforge_builder.passes.shard import heads_of, shard
-from vlmforge_builder.ranks import Rank
+from vlmforge_builder.passes.shard import shard
+from vlmforge_builder.ranks import Rank, heads_of
 from vlmforge_builder.targets import load_target
 
 CONFIG = DecoderConfig(
