@@ -123,7 +123,9 @@ CHAIN = PartChain(
         ChainStep(segment=Segment("d.1.onnx", (_HIDDEN, _rows("mixed0")), (_rows("qkv1"),), 300)),
         ChainStep(attention=_attention(1)),
         ChainStep(
-            segment=Segment("d.2.onnx", (_rows("mixed1"), _HIDDEN), (_rows("logits_shard"),), 300)
+            segment=Segment(
+                "d.2.onnx", (_rows("mixed1"), _HIDDEN), (_rows("logits_shard"),), 300, 4096
+            )
         ),
         ChainStep(collective=Collective("all_gather", "logits_shard", "logits", 704)),
     ),
@@ -162,6 +164,7 @@ RICH = dataclasses.replace(
         content_tokens=("<img>",),
         history_window=5,
         box_format="ref_box_1000",
+        in_order=True,
     ),
     decode=dataclasses.replace(MANIFEST.decode, positions=DynamicNTK(2048, 3)),
     files=(FileEntry("vision.data", 3, "0" * 64),),

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from vlmforge.engine.chain import AttentionCall, ChainStep, Collective, Segment
 from vlmforge_builder.onnx_file import tensor_specs
-from vlmforge_builder.passes.scratch import token_bytes
+from vlmforge_builder.passes.scratch import matrix_bytes, token_bytes
 
 
 def save_segments(pieces: Iterable[ir.Model], stem: str, folder: Path) -> tuple[Segment, ...]:
@@ -22,7 +22,11 @@ def save_segments(pieces: Iterable[ir.Model], stem: str, folder: Path) -> tuple[
         graph = piece.graph
         segments.append(
             Segment(
-                name, tensor_specs(graph.inputs), tensor_specs(graph.outputs), token_bytes(graph)
+                name,
+                tensor_specs(graph.inputs),
+                tensor_specs(graph.outputs),
+                token_bytes(graph),
+                matrix_bytes(graph),
             )
         )
     return tuple(segments)

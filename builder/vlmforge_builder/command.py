@@ -39,6 +39,14 @@ _IGNORE_HELP = (
     "leave out a configuration key that is unknown, or that changes how to ask and not the model; "
     "may be given several times"
 )
+_GOLDENS_HELP = (
+    "do not run the new engine to record what `vlmforge verify` compares with; engines of GPUs are "
+    "run on this machine's processor for it, in float32"
+)
+_DESCRIBE_HELP = (
+    "write nothing but engine.json, of what would be built: no weights are read, and of a hub id "
+    "only their headers are fetched (what `vlmforge plan` asks for)"
+)
 _TOWER_HELP = (
     "which vision tower to use where a checkpoint stores one and names another: its own, or the "
     "one that it names (default: as its config.json says)"
@@ -69,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
     add("--compute-capability", metavar="X.Y", help="compile for this GPU; default: the target's")
     add("--tp", type=int, default=1, metavar="N", help=_TP_HELP)
     add("--ignore-config-key", action="append", default=[], metavar="KEY", help=_IGNORE_HELP)
+    add("--skip-goldens", action="store_true", help=_GOLDENS_HELP)
+    add("--describe", action="store_true", help=_DESCRIBE_HELP)
     add("--force", action="store_true", help="replace an engine that is there")
     add("--wait", action="store_true", help="wait for another build of the same output")
     add("--until-eof", action="store_true", help="end when standard input does: for programs")
@@ -86,12 +96,13 @@ def run(argv: Sequence[str] | None) -> None:
     """
     values = vars(parser().parse_args(argv))
     events, follow = values.pop("json_events"), values.pop("until_eof")
+    describe = values.pop("describe")
     if follow:
         _follow()
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(events=_open(events, stack)))
         try:
-            _build(values, progress)
+            _build(values, progress, describe=describe)
         except VlmforgeError as error:
             progress.fail(type(error).__name__, error)
             raise
@@ -102,17 +113,18 @@ def run(argv: Sequence[str] | None) -> None:
             raise
 
 
-def _build(values: Mapping[str, Any], progress: Progress) -> None:
+def _build(values: Mapping[str, Any], progress: Progress, *, describe: bool) -> None:
     engine = Path(values["checkpoint"]).expanduser()
     if (engine / MANIFEST_FILE).exists():
-        _divide(engine, values, progress)
+        _divide(engine, values, progress, describe=describe)
     else:
         refuse_unknown(values["checkpoint"], values["revision"], values["ignore_config_key"])
         # Imported here: what cannot be built is refused before torch has been loaded.
         from vlmforge_builder.build import BuildOptions, build_engine
+        from vlmforge_builder.describe import write_description
 
         _end_by_signals(progress)
-        build_engine(BuildOptions(**values), progress)
+        (write_description if describe else build_engine)(BuildOptions(**values), progress)
     peak = progress.peak
     progress.note(
         f"done in {progress.elapsed:.1f} s; peak memory {peak.anonymous / 2**20:.0f} MiB "
@@ -120,10 +132,11 @@ def _build(values: Mapping[str, Any], progress: Progress) -> None:
     )
 
 
-def _divide(engine: Path, values: Mapping[str, Any], progress: Progress) -> None:
+def _divide(engine: Path, values: Mapping[str, Any], progress: Progress, *, describe: bool) -> None:
     """Divide an engine among ranks; it keeps all else that it was built with."""
     own = ("checkpoint", "output", "tp", "force", "wait")
     others = [n for n in values if n not in own and values[n] != parser().get_default(n)]
+    others += ["describe"] if describe else []
     if others:
         raise ConfigError(
             f"{engine} is an engine, and only --tp can be changed of one.",

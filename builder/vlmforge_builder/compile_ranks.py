@@ -18,7 +18,7 @@ def compile_ranks(
     tp, parts = job.settings.tp if job.is_decoder else 1, []
     for index in range(tp):
         own = dataclasses.replace(job, rank=Rank(index, tp))
-        with progress.stage(f"write {own.name}"):
+        with progress.stage(f"{'lower' if job.described else 'write'} {own.name}"):
             copy = dataclasses.replace(traced, model=traced.model.clone())
             parts.append(target.compile(copy, own))
     return tuple(parts)

@@ -91,7 +91,8 @@ def divide_part(
     if rank == WHOLE:
         return DividedPart(part, traced.shapes, blocks, {})
     divisible = [name for name, w in part.weights.items() if not isinstance(w, Computed)]
-    shares = shard(traced.model.graph, divisible, rank)
+    sizes = {name: cut.size for name, cut in blocks.items()}
+    shares = shard(traced.model.graph, divisible, rank, sizes)
     weights: dict[str, Weight] = dict(part.weights)
     shapes, finer, rows = dict(traced.shapes), dict(blocks), {}
     for name, share in shares.items():

@@ -4,10 +4,15 @@ from vlmforge import env
 
 env.refuse_telemetry()
 
-from huggingface_hub import constants, snapshot_download  # noqa: E402 (reads the switch)
+from huggingface_hub import (  # noqa: E402 (reads the switch)
+    constants,
+    get_safetensors_metadata,
+    snapshot_download,
+)
 from huggingface_hub.errors import (  # noqa: E402
     GatedRepoError,
     HfHubHTTPError,
+    NotASafetensorsRepoError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -15,9 +20,11 @@ from huggingface_hub.errors import (  # noqa: E402
 
 __all__ = [
     "constants",
+    "get_safetensors_metadata",
     "snapshot_download",
     "GatedRepoError",
     "HfHubHTTPError",
+    "NotASafetensorsRepoError",
     "OfflineModeIsEnabled",
     "RepositoryNotFoundError",
     "RevisionNotFoundError",

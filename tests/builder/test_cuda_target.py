@@ -34,7 +34,6 @@ SETTINGS = Settings("float16", None, 128, 2, None, None, None)
     ("change", "found"),
     [
         ({"dtype": "float32"}, "--dtype float32"),
-        ({"weights": "int4"}, "'int4'"),
         ({"attention": "native"}, "'native'"),
         ({"compute_capability": "9.0"}, "'9.0'"),
         ({"kv_dtype": "fp4"}, "--kv-dtype fp4"),
@@ -44,7 +43,7 @@ SETTINGS = Settings("float16", None, 128, 2, None, None, None)
 def test_what_it_does_not_have_is_refused_early(change: dict[str, str], found: str) -> None:
     target = load_target("cuda")
     target.check(SETTINGS)
-    target.check(replace(SETTINGS, kv_dtype="fp8"))
+    target.check(replace(SETTINGS, kv_dtype="fp8", weights="int4"))
     with pytest.raises(ConfigError) as caught:
         target.check(replace(SETTINGS, **change))  # type: ignore[arg-type]
     assert caught.value.found == found

@@ -150,6 +150,7 @@ def test_tensor_parallelism(run, served: list[str]) -> None:
     assert values["gen_config"].random_seed is None  # the caller's config is left as it was
 
 
+@pytest.mark.usefixtures("traces_for_children")
 def test_from_the_checkpoint(
     run, folders: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

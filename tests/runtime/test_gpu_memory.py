@@ -53,3 +53,16 @@ def test_a_chain_takes_more_the_more_tokens_are_run_at_once() -> None:
     row = sum(segment.token_bytes for segment in part.chain.segments)
     assert many - one == pytest.approx(100 * 1.2 * row)
     assert one > part.loaded_bytes
+
+
+def test_a_chain_of_whole_numbers_takes_room_to_make_its_largest_matrices_whole() -> None:
+    part = RICH.part("decoder")
+    assert part.chain is not None
+    plain = replace(
+        part.chain,
+        steps=tuple(
+            s if s.segment is None else replace(s, segment=replace(s.segment, matrix_bytes=0))
+            for s in part.chain.steps
+        ),
+    )
+    assert memory.part_bytes(part, 1) - memory.part_bytes(replace(part, chain=plain), 1) == 4096

@@ -68,6 +68,7 @@ PATHS = paths_of(MANIFEST)
 MAY_BE_MISSING = {
     "parallel.kv_heads",
     "image.format.background",
+    "prompt.in_order",
     "decode.positions.trained_length",
     "decode.positions.attention_window",
     "decode.positions.inverse_frequencies",

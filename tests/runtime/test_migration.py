@@ -31,6 +31,7 @@ OLD_RICH = dataclasses.replace(
     RICH,
     parallel=MANIFEST.parallel,
     kv=dataclasses.replace(RICH.kv, page_size=None),
+    prompt=dataclasses.replace(RICH.prompt, in_order=False),
     parts=(
         RICH.parts[0],
         dataclasses.replace(

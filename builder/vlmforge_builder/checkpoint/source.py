@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import errno
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from vlmforge.errors import CheckpointError, VlmforgeError
 from vlmforge_builder.checkpoint.altered import MARKERS
+from vlmforge_builder.checkpoint.safetensors_outline import write_outline
 from vlmforge_builder.hub import (
     GatedRepoError,
     HfHubHTTPError,
+    NotASafetensorsRepoError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     constants,
+    get_safetensors_metadata,
     snapshot_download,
 )
 
@@ -75,6 +79,39 @@ def fetch_config(spec: str | Path, *, revision: str | None = None) -> Path:
         return folder
     with _explained(str(spec), revision):
         return _download_config(str(spec), revision)
+
+
+def outline_checkpoint(spec: str | Path, into: Path, *, revision: str | None = None) -> Path:
+    """A folder with a checkpoint's texts, and of its weights the headers alone.
+
+    Of a hub id they are files with holes, below `into`; a folder is itself.
+
+    Raises:
+        CheckpointError: as `resolve_checkpoint`, or the hub has no safetensors of it.
+    """
+    folder = _local(spec, revision)
+    if folder is not None:
+        return folder
+    hub_id = str(spec)
+    with _explained(hub_id, revision):
+        texts = Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=[*_TEXTS, *_TELLING])
+        )
+        try:
+            files = get_safetensors_metadata(hub_id, revision=texts.name).files_metadata
+        except NotASafetensorsRepoError:
+            raise CheckpointError(
+                f"What {hub_id} holds cannot be told without downloading it.",
+                found="weights that are not safetensors",
+                expected="safetensors, whose headers can be read alone",
+                fix=f"download it and give the folder: huggingface-cli download {hub_id}",
+            ) from None
+    outline = into / hub_id.replace("/", "--")
+    shutil.copytree(texts, outline)
+    for name, file in files.items():
+        tensors = {n: (t.dtype, t.shape, t.data_offsets) for n, t in file.tensors.items()}
+        write_outline(outline / name, tensors)
+    return outline
 
 
 def checkpoint_name(spec: str | Path) -> str:

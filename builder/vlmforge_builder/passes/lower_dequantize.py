@@ -1,9 +1,9 @@
-"""Lower DequantizeLinear of weights to what ONNX Runtime's CPU provider has kernels for.
+"""Lower DequantizeLinear of weights to what ONNX Runtime has kernels for.
 
-A matrix and its product become one MatMulNBits, so that decoding reads the whole numbers alone. It
-rounds each block of activations to eight bits (`accuracy_level` 4): only that has fast kernels for
-both widths, and it loses less than the weights did. Of a table only the rows in use are
-dequantised.
+A matrix and its product become one MatMulNBits, so that decoding reads the whole numbers alone. On
+processors it rounds each block of activations to eight bits (`accuracy_level` 4): only that has
+fast kernels for both widths, and it loses less than the weights did. Of a table only the rows in
+use are dequantised.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class LowerDequantizePass(ir.passes.InPlacePass):
     """Replace every blocked DequantizeLinear of a weight.
 
     The initialisers of matrices get the shapes that `ForMatMulNBits` writes; those of tables stay.
+    `accuracy_level` 0 leaves activations as they are.
     """
 
     accuracy_level: int = _EIGHT_BIT_ACTIVATIONS
@@ -68,7 +69,8 @@ def _lower_product(
         graph, product, [product], [lowered], product.outputs, lowered.outputs
     )
     _reshape(weight.numbers, ir.DataType.UINT8, (outputs, inputs // size, size * bits // 8))
-    _reshape(weight.scales, ir.DataType.FLOAT, (outputs, inputs // size))
+    scale_dtype = weight.scales.dtype or ir.DataType.FLOAT
+    _reshape(weight.scales, scale_dtype, (outputs, inputs // size))
 
 
 def _reshape(value: ir.Value, dtype: ir.DataType, shape: tuple[int, ...]) -> None:

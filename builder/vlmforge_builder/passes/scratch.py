@@ -33,6 +33,22 @@ def token_bytes(graph: ir.Graph) -> int:
     return most
 
 
+def matrix_bytes(graph: ir.Graph) -> int:
+    """Bytes of the largest matrix of whole numbers when it is made whole, 0 without one.
+
+    ONNX Runtime's CUDA provider does so to multiply more than a few tokens by it
+    (https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/contrib_ops/cuda/quantization/matmul_nbits.cc).
+    """
+    sizes = [0]
+    for node in graph:
+        if node.op_type == "MatMulNBits":
+            given, scales = node.inputs[0], node.inputs[2]
+            assert given is not None and scales is not None and scales.dtype is not None
+            rows, columns = (node.attributes[name].as_int() for name in ("K", "N"))
+            sizes.append(int(rows * columns * scales.dtype.itemsize))
+    return max(sizes)
+
+
 def _row_bytes(value: ir.Value) -> int:
     """Of `[batch, tokens, ...]`; 0 for what has another form."""
     shape, dtype = value.shape, value.dtype

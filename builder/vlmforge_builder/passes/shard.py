@@ -12,7 +12,7 @@ them unevenly, ranks hold the same ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,19 +37,23 @@ _BY_COLUMN = frozenset(
 )
 
 
-def shard(graph: ir.Graph, weights: Collection[str], rank: Rank) -> dict[str, Share]:
+def shard(
+    graph: ir.Graph, weights: Collection[str], rank: Rank, blocks: Mapping[str, int]
+) -> dict[str, Share]:
     """Leave `rank`'s part of a traced decoder in `graph`; what it has of which weight.
 
     Args:
         graph: Its attention over the cache is neutral still. Key/value caches become the rank's.
         weights: Names of the initialisers that may be divided.
         rank: Whose part.
+        blocks: Rows of a block of those that will be whole numbers. An MLP is divided where blocks
+            end, and then not quite evenly, if every rank gets some.
 
     Raises:
         ConfigError: heads or inner columns that the ranks cannot have the same number of.
         BuildError: attention whose products are of a form that is not known here.
     """
-    work = _Work(graph, frozenset(weights), rank)
+    work = _Work(graph, frozenset(weights), rank, blocks)
     for node in tuple(graph):
         if not work.is_product(node):
             continue
@@ -123,6 +127,7 @@ class _Work:
     graph: ir.Graph
     weights: frozenset[str]
     rank: Rank
+    blocks: Mapping[str, int]
     shares: dict[str, Share] = field(default_factory=dict)
     divided: set[ir.Node] = field(default_factory=set)
 
@@ -210,14 +215,22 @@ class _Work:
             first = self.rank.index * own
             kept: Ranges = ((first * dim, (first + own) * dim),)
         else:
-            even = even_share(rows, self.rank, f"rows of {weight.name}")
-            kept = ((even.start, even.start + even.size),)
+            kept = (self._rows(weight.name or "", rows),)
         self._share(weight, Share(0, kept))
         layouts = {taken: kept}
         for node in reversed(between):
             self._divide_node(node, layouts)
         self.divided.update(between)
         self._sum(product)
+
+    def _rows(self, name: str, count: int) -> tuple[int, int]:
+        """The rank's rows of the second matrix of an MLP."""
+        even = even_share(count, self.rank, f"rows of {name}")
+        size, (index, of) = self.blocks.get(name, 1), (self.rank.index, self.rank.of)
+        number = count // size
+        if number < of:
+            return even.start, even.start + even.size
+        return number * index // of * size, number * (index + 1) // of * size
 
     def divide_output(self, product: ir.Node) -> None:
         """Leave the rank's columns of the matrix of the logits, and gather all behind it."""

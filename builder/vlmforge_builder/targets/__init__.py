@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -49,7 +50,8 @@ class Settings:
 class CompileJob:
     """What a target needs to compile one part into `folder`: that of `rank`, of a decoder.
 
-    `report` takes (done, total) of whatever the target counts; `note` takes a sentence.
+    `report` takes (done, total) of whatever the target counts; `note` takes a sentence. A part that
+    is to be `described` only has no weights read, and nothing compiled.
     """
 
     part: PartSpec
@@ -59,6 +61,7 @@ class CompileJob:
     report: Callable[[int, int], None]
     note: Callable[[str], None]
     rank: Rank = WHOLE
+    described: bool = False
 
     @property
     def stem(self) -> str:
@@ -83,9 +86,8 @@ class Target(Protocol):
     def name(self) -> str:
         """Stem shared with the backend."""
 
-    @property
-    def runs_here(self) -> bool:
-        """Whether the engine can be run where it is built, to record its goldens."""
+    def stand_in(self) -> AbstractContextManager[None] | None:
+        """Within it engines can be run here, to record their goldens; None: they cannot."""
 
     def check(self, settings: Settings) -> None:
         """Refuse settings that the target does not have, before any work (VlmforgeError)."""

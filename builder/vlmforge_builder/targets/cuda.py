@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +17,16 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from typing_extensions import override
 
+from vlmforge.backends.fake import InFloat32, cuda_on_cpu
 from vlmforge.engine.chain import PartChain, RotaryTables
 from vlmforge.engine.interface import IMAGE_FEATURES, DecoderInterface, Interface
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.env import writable_cache
 from vlmforge.errors import BuildError, ConfigError
 from vlmforge_builder import passes
+from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits
 from vlmforge_builder.chain_file import chain_steps, save_segments
+from vlmforge_builder.divided_part import divide_part
 from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced
 from vlmforge_builder.onnx_file import check_interface, refer
@@ -31,14 +35,18 @@ from vlmforge_builder.passes.cut_chain import Cut, cut_chain
 from vlmforge_builder.passes.float32_features import Float32FeaturesPass
 from vlmforge_builder.passes.fuse_contrib import FuseContribPass
 from vlmforge_builder.passes.likeliest_token import likeliest_token
+from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
+from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
 from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
+from vlmforge_builder.widened_graphs import open_widened
 from vlmforge_plugins.cached_attention.compile import Compiler, Nvcc, Nvrtc, compile_set
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.errors import CompileError, PluginError
 
 PAGE_SIZE = 64
-_STEMS = {"vision": "vision", "decoder": "decoder.rank0"}
+_WHOLE_ACTIVATIONS = 0  # the provider has no others
+_KERNELS = "decoder.rank0.attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +54,6 @@ class CudaTarget(Target):
     """Makes graphs, and a chain of the decoder's."""
 
     name: str = "cuda"
-    runs_here: bool = False
 
     @override
     def check(self, settings: Settings) -> None:
@@ -58,7 +65,6 @@ class CudaTarget(Target):
                 fix="--dtype bfloat16",
             )
         for option, value in (
-            ("weights", settings.weights),
             ("attention", settings.attention),
             ("compute-capability", settings.compute_capability),
         ):
@@ -79,6 +85,10 @@ class CudaTarget(Target):
         _compiler()
 
     @override
+    def stand_in(self) -> AbstractContextManager[None]:
+        return cuda_on_cpu(graphs=InFloat32(open_widened))
+
+    @override
     def compute_dtype(self, settings: Settings) -> str:
         return settings.dtype
 
@@ -92,20 +102,30 @@ class CudaTarget(Target):
 
         Raises:
             TensorError: a weight that is not right.
-            ConfigError: heads of a size that there are no kernels for.
+            ConfigError: heads of a size that there are no kernels for, or sizes that ranks cannot
+                divide.
             BuildError: the kernels cannot be compiled.
         """
-        part, settings, stem = job.part, job.settings, _STEMS[job.part.name]
-        dtypes = {n: stored_dtype(part.weights[n], settings.dtype) for n in traced.shapes}
+        settings, stem = job.settings, job.stem
+        dtypes = {n: stored_dtype(job.part.weights[n], settings.dtype) for n in traced.shapes}
+        whole = _matrices(blocks_of_part(traced.model.graph, job.part, settings.weights))
+        divided = divide_part(traced, job.part, whole, job.rank)
+        part, blocks = divided.part, divided.blocks
         dense = _dense(part.interface, settings)
-        passes.run(_sequence(dtypes, dense, settings), traced.model)
+        passes.run(_sequence(dtypes, blocks, dense, settings), traced.model)
         check_interface(traced.model.graph, dense)
-        layout = plan(traced.shapes, {n: AsDtype(dtype) for n, dtype in dtypes.items()})
+        encodings = {
+            name: divided.encoding(name, ForMatMulNBits(blocks[name], dtype))
+            if name in blocks
+            else AsDtype(dtype)
+            for name, dtype in dtypes.items()
+        }
+        layout = plan(divided.shapes, encodings)
         data = job.folder / f"{stem}.data"
         refer(traced.model, layout, data)
         interface = self._interface(dense, settings)
         made = Part(
-            part.name,
+            job.name,
             f"{stem}.onnx",
             (data.name,),
             interface.inputs,
@@ -120,8 +140,9 @@ class CudaTarget(Target):
             made = _write_chain(traced.model, made, layout, job)
         else:
             ir.save(traced.model, job.folder / made.file)
-        for done, total in write(data, layout, part.weights, job.store):
-            job.report(done, total)
+        if not job.described:
+            for done, total in write(data, layout, part.weights, job.store):
+                job.report(done, total)
         return made
 
     def _interface(self, dense: Interface, settings: Settings) -> Interface:
@@ -139,13 +160,27 @@ def _dense(traced: Interface, settings: Settings) -> Interface:
     return dataclasses.replace(traced, kv=dataclasses.replace(traced.kv, dtype=settings.dtype))
 
 
+def _matrices(blocks: Mapping[str, Blocks]) -> dict[str, Blocks]:
+    """Those of matrices: tables keep 16 bits.
+
+    A step reads a row of them for each token, and the provider's op for rows of whole numbers
+    (GatherBlockQuantized) takes numbers without a zero point otherwise from version to version.
+    """
+    return {name: cut for name, cut in blocks.items() if cut.axis == 0}
+
+
 def _sequence(
-    dtypes: Mapping[str, str], dense: Interface, settings: Settings
+    dtypes: Mapping[str, str],
+    blocks: Mapping[str, Blocks],
+    dense: Interface,
+    settings: Settings,
 ) -> ir.passes.Sequential:
     specs = (*dense.inputs, *dense.outputs)
     float32 = [s.name for s in specs if s.dtype == "float32" and s.name != IMAGE_FEATURES]
     return ir.passes.Sequential(
         AssignPrecisionPass(settings.dtype, dtypes, float32),
+        QuantiseWeightsPass(blocks),
+        LowerDequantizePass(_WHOLE_ACTIVATIONS),
         Float32FeaturesPass(),
         FuseContribPass(),
         RemoveUnusedNodesPass(),
@@ -154,12 +189,13 @@ def _sequence(
 
 def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -> Part:
     """Cut the graph, and write its pieces and what runs between them."""
-    stem, data = _STEMS[part.name], part.data[0]
+    data = part.data[0]
     cut = cut_chain(model)
     vocab_size = int(part.outputs[0].shape[-1])
-    kernels = _kernels(_config(cut.calls[0].head_dim, job.settings), stem, job.folder)
+    config = _config(cut.calls[0].head_dim, job.settings)
+    kernels = {} if job.described else _kernels(config, job.folder)
     pieces = (*cut.pieces, likeliest_token(vocab_size))
-    segments = save_segments(pieces, stem, job.folder)
+    segments = save_segments(pieces, job.stem, job.folder)
     return dataclasses.replace(
         part,
         file=segments[0].file,
@@ -211,8 +247,8 @@ def _compiler() -> Compiler:
             ) from missing
 
 
-def _kernels(config: Config, stem: str, folder: Path) -> Mapping[str, str]:
-    """Compile the attention for every kind of GPU; files by the targets' names."""
+def _kernels(config: Config, folder: Path) -> Mapping[str, str]:
+    """Compile the attention for every kind of GPU; files by the targets' names, for all ranks."""
     with TemporaryDirectory(prefix=".kernels.", dir=folder) as scratch:
         # Without a cache they are compiled again the next time.
         cache = writable_cache("kernels") or Path(scratch)
@@ -225,7 +261,7 @@ def _kernels(config: Config, stem: str, folder: Path) -> Mapping[str, str]:
     files = {}
     for binary in binaries:
         kind = "ptx" if binary.target.name == "ptx" else f"{binary.target.name}.cubin"
-        files[binary.target.name] = f"{stem}.attention.{kind}"
+        files[binary.target.name] = f"{_KERNELS}.{kind}"
         (folder / files[binary.target.name]).write_bytes(binary.code)
     return files
 

@@ -8,6 +8,7 @@ matrices stay as they are stored, in memory too.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -51,7 +52,6 @@ class OnnxRuntimeTarget(Target):
     """Compiles for the CPU provider."""
 
     name: str = "onnxruntime"
-    runs_here: bool = True
 
     @override
     def check(self, settings: Settings) -> None:
@@ -67,6 +67,10 @@ class OnnxRuntimeTarget(Target):
                     expected="none",
                     fix=f"leave --{option} out, or build with --target tensorrt_rtx",
                 )
+
+    @override
+    def stand_in(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @override
     def compute_dtype(self, settings: Settings) -> str:
@@ -106,8 +110,9 @@ class OnnxRuntimeTarget(Target):
         refer(model, layout, data)
         chain = _save(model, job)
         files = (f"{job.stem}.onnx",) if chain is None else tuple(s.file for s in chain.segments)
-        for done, total in write(data, layout, part.weights, job.store):
-            job.report(done, total)
+        if not job.described:
+            for done, total in write(data, layout, part.weights, job.store):
+                job.report(done, total)
         return Part(
             job.name,
             files[0],

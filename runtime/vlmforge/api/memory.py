@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from vlmforge.api.config import MAX_CHUNK, EngineConfig
 from vlmforge.backends import LoadOptions
@@ -56,7 +57,7 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     longest = -(-capacity // block)
     if blocks < longest:
         raise _too_small(budget, capacity, longest * block * token)
-    wanted = config.max_batch_size or manifest.decode.max_batch_size
+    wanted = _slots(manifest, config)
     slots = min(wanted, _OVERCOMMIT * blocks // longest)
     if blocks < wanted * longest:
         logger.warning(
@@ -70,16 +71,16 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
 
 def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float) -> LoadOptions:
     """Of a GPU: a pool of pages in what weights and activations leave of its free memory."""
-    page, wanted = manifest.kv.page_size or 0, config.max_batch_size
-    slots = wanted or manifest.decode.max_batch_size
+    page, slots = manifest.kv.page_size or 0, _slots(manifest, config)
+    page_bytes = page * manifest.rank_kv.bytes_per_token
     chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
-    taken = sum(part_bytes(part, max(chunk, slots)) for part in manifest.parts)
+    taken = sum(p.total for p in parts_memory(manifest, config, capacity))
     budget = config.cache_max_entry_count * (free - taken)
     longest = -(-capacity // page)
     # No more than all sequences can ever fill.
-    blocks = min(int(budget // (page * manifest.kv.bytes_per_token)), slots * longest)
+    blocks = min(int(budget // page_bytes), slots * longest)
     if blocks < longest:
-        needed = longest * page * manifest.kv.bytes_per_token
+        needed = longest * page_bytes
         raise BackendUnavailableError(
             "The engine does not fit the memory of this GPU.",
             found=f"{free / 1e9:.2f} GB free, of which {taken / 1e9:.2f} GB go to weights and "
@@ -91,15 +92,55 @@ def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float)
     return LoadOptions(slots, capacity, None, True, blocks, page, paged=True, chunk=chunk)
 
 
-def part_bytes(part: Part, tokens: int) -> float:
+@dataclass(frozen=True, slots=True)
+class PartMemory:
+    """Bytes that a part takes of a GPU's memory.
+
+    Attributes:
+        weights: As they are in its files.
+        activations: What is calculated in between, matrices of whole numbers made whole too.
+        library: The library's own.
+    """
+
+    weights: float
+    activations: float
+    library: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.weights + self.activations + self.library
+
+
+def parts_memory(manifest: Manifest, config: EngineConfig, capacity: int) -> tuple[PartMemory, ...]:
+    """What an engine's parts take of its first GPU's memory, for sequences of `capacity` tokens."""
+    chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
+    tokens = max(chunk, _slots(manifest, config))
+    return tuple(part_memory(part, tokens) for part in manifest.first_parts)
+
+
+def part_memory(part: Part, tokens: int) -> PartMemory:
     """What a part takes of a GPU's memory when at most so many tokens are run at once.
 
-    Weights, and what each segment calculates in between; the factors were measured.
+    The factors were measured.
     """
     if part.chain is None:
-        return part.loaded_bytes + _GRAPH_BYTES
-    row = sum(segment.token_bytes for segment in part.chain.segments)
-    return part.loaded_bytes + _ROOM * row * tokens + _SEGMENT_BYTES * len(part.chain.segments)
+        return PartMemory(part.loaded_bytes, 0, _GRAPH_BYTES)
+    segments = part.chain.segments
+    # Each segment keeps what it took once.
+    whole = sum(segment.matrix_bytes for segment in segments)
+    row = sum(segment.token_bytes for segment in segments)
+    library = _SEGMENT_BYTES * len(segments)
+    return PartMemory(part.loaded_bytes, whole + _ROOM * row * tokens, library)
+
+
+def part_bytes(part: Part, tokens: int) -> float:
+    """The total of `part_memory`."""
+    return part_memory(part, tokens).total
+
+
+def _slots(manifest: Manifest, config: EngineConfig) -> int:
+    return config.max_batch_size or manifest.decode.max_batch_size
 
 
 def feature_bytes(asked: int | None, free: float) -> int:
@@ -122,8 +163,9 @@ def feature_bytes(asked: int | None, free: float) -> int:
 
 def window_is_fixed(manifest: Manifest) -> bool:
     """Whether the engine's window can only be shorter than the one that it was built for."""
-    compiled_in = manifest.part("decoder").rotary_tables is None
-    return compiled_in or not manifest.decode.positions.extends
+    part, positions = manifest.part("decoder"), manifest.decode.positions
+    in_tables = part.rotary_tables is None and not positions.turn_width
+    return in_tables or bool(part.profiles) or not positions.extends
 
 
 def _window(bundle: Bundle, config: EngineConfig) -> int:

@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
         "--static", action="store_true", help="files and description only; nothing is run"
     )
 
+    from vlmforge.cli.plan_arguments import add_plan
+
+    add_plan(commands)
     _add_eval(
         commands.add_parser("eval", help="accuracy on drawn pictures, or on your own questions")
     )
@@ -132,6 +135,11 @@ def _run(values: argparse.Namespace) -> int:
             from vlmforge.cli.verify import run_static, run_verify
 
             return (run_static if values.static else run_verify)(values.engine)
+        case "plan":
+            from vlmforge.cli.plan import run_plan
+            from vlmforge.cli.plan_arguments import asked_of
+
+            return run_plan(asked_of(values))
         case "eval":
             from vlmforge.cli.eval import run_eval
 

@@ -109,7 +109,26 @@ def _key(path: str, options: Mapping[str, str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def describe_checkpoint(path: str, options: Mapping[str, str], folder: Path) -> Path:
+    """`folder`, with the manifest of the engine that would be built of a checkpoint.
+
+    No weights are read, and of a hub id none are fetched.
+
+    Raises:
+        BuildError: it is no checkpoint, the builder is not installed, or it failed.
+    """
+    here = env.expanded(path)
+    _run(str(here) if here.exists() else path, folder, options, "--describe")
+    return folder
+
+
 def _build(path: str, engine: Path, options: Mapping[str, str]) -> None:
+    _say(f"vlmforge: building an engine of {path} once, into {engine}")
+    # --wait: for the build of a pipeline that was killed, while it clears up.
+    _run(path, engine, options, "--wait")
+
+
+def _run(path: str, engine: Path, options: Mapping[str, str], flag: str) -> None:
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     missing = [name for name in ("torch", "onnx", "onnxscript") if not _installed(name)]
     if missing:
@@ -122,9 +141,7 @@ def _build(path: str, engine: Path, options: Mapping[str, str]) -> None:
         )
     # -P: a module in the working directory, which may be the checkpoint's, is never imported.
     command = [sys.executable, "-P", "-m", "vlmforge_builder", path, "-o", str(engine), *arguments]
-    _say(f"vlmforge: building an engine of {path} once, into {engine}")
-    # --wait: for the build of a pipeline that was killed, while it clears up.
-    outcome = run_build([*command, "--wait"])
+    outcome = run_build([*command, flag])
     if outcome.status != 0:
         raise _failed(path, engine, outcome)
 

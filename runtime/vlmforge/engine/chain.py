@@ -38,12 +38,15 @@ class Segment:
         inputs, outputs: Its tensors; of the part's own inputs and outputs, or of other steps.
         token_bytes: Bytes that what it calculates in between takes for each token of a step, at
             most; an estimate, by which memory is planned.
+        matrix_bytes: Bytes of the largest matrix of whole numbers, as what it calculates in: it is
+            made whole to multiply many tokens by.
     """
 
     file: FilePath
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     token_bytes: ByteCount
+    matrix_bytes: ByteCount = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,8 @@ class DecodePolicy:
     """Facts of the decoder that generation needs. Ids >= `vocab_size` index image features.
 
     `tokens_per_image` is what every image takes, or, where that depends on its size, the most that
-    one takes. `session_len` is the window that it was built for.
+    one takes. `session_len` is the window that it was built for. Each of the
+    first `feature_layers` layers takes features of an image that are its own.
     """
 
     vocab_size: TokenCount
@@ -132,6 +133,7 @@ class DecodePolicy:
     session_len: TokenCount
     max_batch_size: Count
     positions: PositionPolicy
+    feature_layers: Annotated[int, Int(1, 64)] = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,12 @@ class Manifest(Agreeing):
         """The cache that one rank holds."""
         heads = self.parallel.kv_heads
         return self.kv if heads is None else dataclasses.replace(self.kv, kv_heads=heads)
+
+    @property
+    def first_parts(self) -> tuple[Part, ...]:
+        """The parts that the first rank holds, which are all but the other ranks' decoders."""
+        others = {decoder_name(rank) for rank in range(1, self.parallel.tp)}
+        return tuple(part for part in self.parts if part.name not in others)
 
     def part(self, name: str) -> Part:
         """The part called `name` (EngineFormatError when there is none)."""

@@ -1,4 +1,8 @@
-"""bf16 and fp8 E4M3, which numpy lacks: values to bits and back, rounded to nearest even."""
+"""float16, bfloat16 and fp8 E4M3: values to bits and back, rounded to nearest even.
+
+numpy lacks two of them. E4M3 is that of "FP8 Formats for Deep Learning" (arXiv:2209.05433): no
+infinities, one NaN, 448 is the largest.
+"""
 
 from __future__ import annotations
 
