@@ -58,6 +58,7 @@ def run_serve(values: argparse.Namespace) -> int:
     config = EngineConfig(
         session_len=values.session_len,
         max_batch_size=values.max_batch_size,
+        tp=values.tp,
         # Memory is shared: each engine plans with its part.
         cache_max_entry_count=values.cache_max_entry_count / len(names),
     )
