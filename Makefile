@@ -9,7 +9,7 @@ COMMIT ?= HEAD~1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-nightly mutants fuzz soak interleavings check fmt bench bench-before bench-large bench-tiny precision train plugins gpu-engines test-gpu bench-gpu clean
+.PHONY: help demo test test-nightly mutants fuzz soak interleavings check fmt bench bench-before bench-large bench-tiny bench-serve check-serve precision train plugins gpu-engines test-gpu bench-gpu clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -30,6 +30,8 @@ test: $(STAMP) ## run the tests (all cores)
 
 test-nightly: $(STAMP) ## what `make test` takes a part of: every kernel, binary and plan; other clients, a browser, Ray (hours)
 	@$(PIP) install -c constraints.txt -e '.[nightly]'
+	@test -d $(OUT)/clients || $(PYTHON) -m venv $(OUT)/clients
+	@$(OUT)/clients/bin/python -m pip --disable-pip-version-check -q install 'langchain-openai>=0.3' 'litellm>=1.70'
 	@$(BIN)/python -m pytest -q -n auto -m nightly
 
 mutants: $(STAMP) ## plant known faults, one after the other: does the suite notice each? (minutes)
@@ -57,6 +59,14 @@ fmt: $(STAMP) ## format and mend what ruff can
 bench: $(STAMP) ## against transformers, on 60 M and 1 B parameters; what batching and the cache are worth
 	@$(BIN)/python bench/compare.py --sizes 60m 1b --work $(OUT)/bench
 	@$(BIN)/python bench/serving.py --engine $(OUT)/bench/1b.engine --picture $(OUT)/bench/steps.png
+
+bench-serve: $(STAMP) ## the HTTP server: seconds that clients wait at three loads, and what HTTP costs beside pipe()
+	@$(BIN)/python bench/serve.py $(OUT)/demo/engine --picture bench/serve.png
+	@$(BIN)/python bench/serve_overhead.py $(OUT)/demo/engine
+
+check-serve: $(STAMP) ## the HTTP server under load, SIGTERM and attack: right answers, nothing leaked, memory flat (minutes)
+	@$(BIN)/python bench/serve_check.py $(OUT)/demo/engine
+	@$(BIN)/python bench/serve_hostile.py $(OUT)/demo/engine
 
 bench-before: $(STAMP) ## is anything slower than at COMMIT? side by side (1 B: after make bench)
 	@$(BIN)/python bench/before.py $(COMMIT) --work $(OUT)/bench \

@@ -1,6 +1,7 @@
 """Build checkpoints and print the seconds and the peak memory of each build.
 
 python bench/build_memory.py --size 7b --work out/bench
+python bench/build_memory.py --model smolvlm2-2.2b --weights int4 --answer --work out/bench
 python bench/build_memory.py --checkpoint tests/data/*/checkpoint --dtype float32 --work out/bench
 python bench/build_memory.py --size 300m --target tensorrt_rtx --weights plain int8 int4 --work ...
 """
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from drawn import MODELS, draw
 from vlmforge.engine.manifest import load_manifest
 from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
 
@@ -21,6 +23,8 @@ def main() -> None:
     """Make the checkpoint if it is not there, build it, print the figures of its last event."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--size", default="7b", choices=tuple(PRESETS))
+    arguments.add_argument("--model", choices=tuple(MODELS), help="another family, drawn")
+    arguments.add_argument("--answer", action="store_true", help="ask each engine something")
     arguments.add_argument("--work", type=Path, required=True)
     arguments.add_argument(
         "--checkpoint", type=Path, nargs="+", help="those that are there already"
@@ -34,7 +38,10 @@ def main() -> None:
     options = ["--dtype", values.dtype, "--target", values.target]
     options += ["--session-len", "2048"] if values.target != "onnxruntime" else []
     options += ["--attention", values.attention] if values.attention else []
-    for checkpoint in values.checkpoint or [random_checkpoint(values.work, values.size)]:
+    checkpoints = values.checkpoint
+    if not checkpoints:
+        checkpoints = [random_checkpoint(values.work, values.size, values.model)]
+    for checkpoint in checkpoints:
         first = 0
         for kind in values.weights:
             chosen = [] if kind == "plain" else ["--weights", kind]
@@ -42,14 +49,17 @@ def main() -> None:
             size = decoder_size(engine)
             first = first or size
             print(f"{kind}: the decoder takes {size / 1e6:.1f} MB, {size / first:.3f} of the first")
+            if values.answer:
+                script = Path(__file__).with_name("answer.py")
+                subprocess.run([sys.executable, script, engine], check=True)
 
 
-def random_checkpoint(work: Path, size: str) -> Path:
-    """The checkpoint of a preset, written unless it is there."""
-    folder = work / f"{size}.checkpoint"
-    if not folder.exists():
-        write_checkpoint(folder, PRESETS[size])
-    return folder
+def random_checkpoint(work: Path, size: str, model: str | None = None) -> Path:
+    """The checkpoint of a preset, or of another family's model, written unless it is there."""
+    folder = work / f"{model or size}.checkpoint"
+    if folder.exists():
+        return folder
+    return write_checkpoint(folder, PRESETS[size]) if model is None else draw(folder, MODELS[model])
 
 
 def decoder_size(engine: Path) -> int:

@@ -77,7 +77,7 @@ def build(size: str, engine: Path, options: list[str]) -> None:
     from vlmforge_recipes.llava.synthetic import PRESETS, files, write_checkpoint
 
     checkpoint = engine.with_name(f"{engine.name}.checkpoint")
-    files._write_safetensors = _write_header  # type: ignore[assignment]
+    files.write_safetensors = _write_header  # type: ignore[assignment]
     write_checkpoint(checkpoint, PRESETS[size], force=True)
     holes = _leave_holes()
     run([str(checkpoint), "-o", str(engine), "--force", "--skip-goldens", *options])

@@ -43,6 +43,13 @@ MUTANTS = (
         ("tests/runtime/kv/test_slots.py",),
     ),
     Mutant(
+        "answers part from their prompt when the first of them may have ended",
+        "runtime/vlmforge/scheduler/scheduler.py",
+        "        self._place_forks()  # now: the parent may have ended with its first token\n",
+        "",
+        ("tests/runtime/scheduler/test_scheduler.py",),
+    ),
+    Mutant(
         "prefixes of another level are reused",
         "runtime/vlmforge/kv/slots.py",
         "common_prefix(slot.keys, keys) if slot.salt == salt else 0",

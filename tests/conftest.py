@@ -6,11 +6,14 @@ import gc
 import io
 import logging
 import os
+import signal
+import ssl
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -43,6 +46,11 @@ HF = DATA / "llava_1_5_hf"
 ORIGINAL = DATA / "llava_v1_5_liuhaotian"
 
 Builder = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    """A shell has what it starts in the background ignore interrupts, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
@@ -95,6 +103,14 @@ def _recipes_found_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _certificates_read_once() -> Iterator[None]:
+    """Every HTTP client reads them all, which takes longer than most of what tests ask for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _kept_traces(shared: Path) -> None:
     """Builds in this process trace equal parts once for the whole run."""
     if "vlmforge_builder.build" in sys.modules:
@@ -105,6 +121,15 @@ def _keep_traces(shared: Path) -> None:
     from traces import remember_traces
 
     remember_traces(shared / "traces")
+
+
+@pytest.fixture
+def traces_for_children(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds in child processes too; for tests whose point is not the export itself."""
+    before = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    path = os.pathsep.join([str(ROOT / "tests/keeping"), *before])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("KEPT_TRACES", str(shared / "traces"))
 
 
 def run_build(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -139,29 +164,43 @@ def golden_engine(shared: Path, name: str) -> Path:
     return build_once(shared / f"{name}.engine", DATA / name / "checkpoint", *options)
 
 
+def divided_engine(shared: Path, name: str, ranks: int) -> Path:
+    """The engine of a golden checkpoint for so many ranks, made once of that of one rank."""
+    from vlmforge_builder.divide_engine import divide_engine
+    from vlmforge_builder.progress import Progress
+
+    engine, divided = golden_engine(shared, name), shared / f"{name}.{ranks}.engine"
+    with FileLock(f"{divided}.lock"), Progress(text=io.StringIO()) as progress:
+        return divide_engine(engine, divided, ranks, progress, force=False, wait=True)
+
+
 def cuda_engine(shared: Path, name: str, *more: str) -> Path:
     """The float16 engine of the target cuda of a golden checkpoint, built once for a run.
 
     That of `HF` carries goldens, and kernels for every GPU; the others, and those with `more`
     options, kernels only for one that other tests compile.
     """
-    from vlmforge_builder.targets import cuda
-    from vlmforge_plugins.cached_attention.compile import compile_one
-    from vlmforge_plugins.cached_attention.config import TARGETS
-
     options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()), *more)
     if name != HF.name or more:
         options = (*options, "--skip-goldens")
     kind = ".".join(["cuda", *(option for option in more if not option.startswith("--"))])
+    with nullcontext() if name == HF.name and not more else kernels_for_one_gpu():
+        return build_once(shared / f"{name}.{kind}.engine", DATA / name / "checkpoint", *options)
+
+
+@contextmanager
+def kernels_for_one_gpu() -> Iterator[None]:
+    """Builds in this process compile kernels for one GPU, which all tests share."""
+    from vlmforge_builder.targets import cuda
+    from vlmforge_plugins.cached_attention.compile import compile_one
+    from vlmforge_plugins.cached_attention.config import TARGETS
+
     hopper = next(target for target in TARGETS if target.name == "sm_90")
     with pytest.MonkeyPatch.context() as patch:
-        if name != HF.name or more:
-            patch.setattr(
-                cuda,
-                "compile_set",
-                lambda config, by, kept: (compile_one(config, hopper, by, kept),),
-            )
-        return build_once(shared / f"{name}.{kind}.engine", DATA / name / "checkpoint", *options)
+        patch.setattr(
+            cuda, "compile_set", lambda config, by, kept: (compile_one(config, hopper, by, kept),)
+        )
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -186,6 +225,14 @@ def _cpu_seconds() -> float:
     """Of this process and of its children that have ended; a busy machine does not change them."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--costs",
+        type=Path,
+        help="a file to write the seconds of CPU time of all tests and files to",
+    )
 
 
 def pytest_runtest_logstart() -> None:
@@ -214,3 +261,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, seconds in costs.most_common(_SHOWN):
         terminalreporter.line(f"{seconds:7.1f} s  {name}")
     terminalreporter.line(f"{costs.total():7.1f} s of CPU time in all, without imports")
+    if listing := terminalreporter.config.getoption("--costs"):
+        files: Counter[str] = Counter()
+        for name, seconds in costs.items():
+            files[name.partition("::")[0]] += seconds
+        rows = [*files.most_common(), *costs.most_common()]
+        listing.write_text("".join(f"{seconds:8.2f} {name}\n" for name, seconds in rows))

@@ -7,6 +7,7 @@ import dataclasses
 from vlmforge.engine.chain import (
     AttentionCall,
     ChainStep,
+    Collective,
     PartChain,
     RotaryTables,
     Segment,
@@ -121,12 +122,25 @@ CHAIN = PartChain(
         ChainStep(attention=_attention(0)),
         ChainStep(segment=Segment("d.1.onnx", (_HIDDEN, _rows("mixed0")), (_rows("qkv1"),), 300)),
         ChainStep(attention=_attention(1)),
-        ChainStep(segment=Segment("d.2.onnx", (_rows("mixed1"), _HIDDEN), (), 300, 4096)),
+        ChainStep(
+            segment=Segment(
+                "d.2.onnx", (_rows("mixed1"), _HIDDEN), (_rows("logits_shard"),), 300, 4096
+            )
+        ),
+        ChainStep(collective=Collective("all_gather", "logits_shard", "logits", 704)),
     ),
     rotary=RotaryTables("d.data", 0, 4096, 64, 4),
     kernels={"sm_90": "d.sm_90.cubin"},
 )
 """Of two layers, as the sample's key/value cache has them."""
+
+_SHARD = dataclasses.replace(
+    PARTS[1],
+    outputs=PARTS[0].outputs,
+    rotary_tables=("cos", "sin"),
+    data=tuple(sorted(CHAIN.files)),
+    chain=CHAIN,
+)
 
 RICH = dataclasses.replace(
     MANIFEST,
@@ -138,14 +152,10 @@ RICH = dataclasses.replace(
             layers="vision.layers.json",
             aliases={"features": "pixel_values"},
         ),
-        dataclasses.replace(
-            PARTS[1],
-            outputs=PARTS[0].outputs,
-            rotary_tables=("cos", "sin"),
-            data=tuple(sorted(CHAIN.files)),
-            chain=CHAIN,
-        ),
+        _SHARD,
+        dataclasses.replace(_SHARD, name="decoder.rank1"),
     ),
+    parallel=ParallelLayout(2, kv_heads=2),
     kv=dataclasses.replace(MANIFEST.kv, page_size=64),
     image=AnyRes(FORMAT, Tiling(8, ((8, 16), (16, 16)), (0, 0, 0), 2, 5, UnpaddedLines(digits=7))),
     prompt=dataclasses.replace(
@@ -154,6 +164,7 @@ RICH = dataclasses.replace(
         content_tokens=("<img>",),
         history_window=5,
         box_format="ref_box_1000",
+        in_order=True,
     ),
     decode=dataclasses.replace(MANIFEST.decode, positions=DynamicNTK(2048, 3)),
     files=(FileEntry("vision.data", 3, "0" * 64),),

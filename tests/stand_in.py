@@ -24,6 +24,7 @@ from sample_manifest import MANIFEST, PROMPT, TEMPLATE
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig
 from vlmforge.api.load import serve
 from vlmforge.backends import DecoderBatch, FloatArray, KeyValues, LoadOptions
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.manifest import Manifest
 from vlmforge.inputs.render import marked_tokenizer_json
 from vlmforge.inputs.template import jinja_from_parts
@@ -55,7 +56,8 @@ class Parts:
         self.before: Callable[[str, int], None] = lambda name, number: None
         self._cache = np.full((slots, CAPACITY), -7, np.int64)
 
-    def encode(self, pixel_values: FloatArray) -> FloatArray:
+    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
+        del arrays
         self._called("encode")
         views = [zlib.crc32(view.tobytes()) for view in pixel_values]
         marks = [[view % 9973 + 31 * row for row in range(TOKENS)] for view in views]

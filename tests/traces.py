@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 from filelock import FileLock
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from vlmforge_builder import build, export
 from vlmforge_builder.recipe import PartSpec
@@ -37,7 +38,7 @@ def identity(part: PartSpec) -> str | None:
 def stored(traced: export.Traced, path: Path) -> None:
     """Write the graph, with its parameters as inputs, and their shapes beside it."""
     model = traced.model.clone()
-    export._detach_parameters(model.graph, traced.shapes)
+    export.detach_parameters(model.graph, traced.shapes)
     path.with_suffix(".onnx").write_bytes(ir.to_proto(model).SerializeToString())
     path.write_text(json.dumps(traced.shapes), "utf-8")
 
@@ -45,7 +46,7 @@ def stored(traced: export.Traced, path: Path) -> None:
 def loaded(path: Path) -> export.Traced:
     model = ir.from_proto(onnx.load_model_from_string(path.with_suffix(".onnx").read_bytes()))
     shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text("utf-8")).items()}
-    export._attach_parameters(model.graph, shapes)
+    export.attach_parameters(model.graph, shapes)
     return export.Traced(model, shapes)
 
 
@@ -72,3 +73,5 @@ def remember_traces(folder: Path) -> None:
     """Every build of this process keeps its traces in `folder`; once is enough."""
     if build.trace is export.trace:
         build.trace = remembering(export.trace, folder)
+        # The exporter makes its table of operators anew for each export, a fifth of the time.
+        ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from vlmforge_builder.weights import DTYPES, Encoding, TensorShape
+from vlmforge_builder.weights import DTYPES, Encoding, Numbers, TensorShape, Values
 
 BLOCK = 128
-_SMALLEST_BLOCK = 16
+SMALLEST_BLOCK = 16
 # Four bits gain more from finer steps than they lose on a block's few largest weights: shares of
 # the block's largest weight that may become the largest number.
 _SHARES = {8: (1.0,), 4: (1.0, 0.92, 0.84, 0.76, 0.68)}
@@ -40,7 +40,14 @@ def cut(shape: tuple[int, ...], bits: int, axis: int) -> Blocks | None:
     size = BLOCK
     while shape[axis] % size:
         size //= 2
-    return Blocks(bits, axis, size) if size >= _SMALLEST_BLOCK else None
+    return Blocks(bits, axis, size) if size >= SMALLEST_BLOCK else None
+
+
+def quantised(values: Values, blocks: Blocks, scale_dtype: str) -> tuple[Tensor, Tensor]:
+    """`quantise`, of what is not in whole numbers yet."""
+    if isinstance(values, Numbers):
+        return values.numbers, values.scales.to(DTYPES[scale_dtype])
+    return quantise(values, blocks, scale_dtype)
 
 
 def quantise(values: Tensor, blocks: Blocks, scale_dtype: str) -> tuple[Tensor, Tensor]:
@@ -88,6 +95,12 @@ def pack_int4(numbers: Tensor) -> Tensor:
     return (low & 15) | (high << 4)
 
 
+def unpack_int4(packed: Tensor) -> Tensor:
+    """What `pack_int4` made of numbers, for each row `[..., n]` of bytes `[..., 2 * n]` numbers."""
+    pairs = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return (pairs ^ 8).view(torch.int8) - 8
+
+
 def scales_name(name: str) -> str:
     """Name of the tensor that holds the scales of the weight `name`."""
     return f"{name}_scales"
@@ -108,8 +121,11 @@ class InBlocks(Encoding):
         )
 
     @override
-    def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        numbers, scales = quantise(values, self.blocks, self.scale_dtype)
+    def encode(self, values: Values) -> tuple[Tensor, ...]:
+        return self.lay_out(*quantised(values, self.blocks, self.scale_dtype))
+
+    def lay_out(self, numbers: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        """What `quantise` gives, as it is stored."""
         return numbers if self.blocks.bits == 8 else pack_int4(numbers), scales
 
 
@@ -134,8 +150,11 @@ class ForMatMulNBits(Encoding):
         )
 
     @override
-    def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        numbers, scales = quantise(values, self.blocks, self.scale_dtype)
+    def encode(self, values: Values) -> tuple[Tensor, ...]:
+        return self.lay_out(*quantised(values, self.blocks, self.scale_dtype))
+
+    def lay_out(self, numbers: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        """What `quantise` gives, as it is stored."""
         rows = numbers.T.contiguous()
         if self.blocks.bits == 8:
             return rows.view(torch.uint8) ^ 0x80, scales.T  # flips the sign: adds 128

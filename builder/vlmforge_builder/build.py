@@ -17,7 +17,6 @@ from vlmforge.engine.manifest import (
     DecodePolicy,
     FileEntry,
     Manifest,
-    ParallelLayout,
     Part,
     Provenance,
     dump_manifest,
@@ -28,8 +27,10 @@ from vlmforge.errors import BuildError, ConfigError, EngineError, VlmforgeError
 from vlmforge_builder.checkpoint.altered import refuse_altered
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.fingerprint import fingerprint, input_files
-from vlmforge_builder.checkpoint.limits import POSITIONS
+from vlmforge_builder.checkpoint.limits import HEADS, POSITIONS
 from vlmforge_builder.checkpoint.source import checkpoint_name, resolve_checkpoint
+from vlmforge_builder.compile_ranks import compile_ranks, parallel_layout
+from vlmforge_builder.divide_engine import BUILD_LOG
 from vlmforge_builder.dtypes import BITS, DTYPE_NAMES
 from vlmforge_builder.export import trace
 from vlmforge_builder.goldens import record_goldens
@@ -43,7 +44,6 @@ from vlmforge_builder.templates import choose_template, template_name
 from vlmforge_builder.tensor_check import check_tensors
 
 _BUILD_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tokenizers")
-_BUILD_LOG = "build.log.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class BuildOptions:
     kv_dtype: str | None = None
     attention: str | None = None
     compute_capability: str | None = None
+    tp: int = 1
     ignore_config_key: Sequence[str] = ()
     skip_goldens: bool = False
     force: bool = False
@@ -82,6 +83,8 @@ class BuildOptions:
         values = {name: str(getattr(self, name)) for name in (*names, *policies)}
         tower = None if self.vision_tower is None else checkpoint_name(self.vision_tower)
         template = None if self.chat_template is None else template_name(self.chat_template)
+        if self.tp > 1:
+            values["tp"] = str(self.tp)
         if self.ignore_config_key:
             values["ignore_config_key"] = ", ".join(sorted(self.ignore_config_key))
         if self.skip_goldens:
@@ -98,6 +101,7 @@ class BuildOptions:
             kv_dtype=self.kv_dtype,
             attention=self.attention,
             compute_capability=self.compute_capability,
+            tp=self.tp,
         )
 
 
@@ -166,13 +170,16 @@ def _write(source: Source, options: BuildOptions, progress: Progress) -> None:
 
 def _check(options: BuildOptions) -> None:
     target = load_target(options.target)
-    numbers = {"session_len": options.session_len, "max_batch_size": options.max_batch_size}
-    for name, value in numbers.items():
-        if value is not None and value not in POSITIONS:
+    for name, value, within in (
+        ("session_len", options.session_len, POSITIONS),
+        ("max_batch_size", options.max_batch_size, POSITIONS),
+        ("tp", options.tp, HEADS),
+    ):
+        if value is not None and value not in within:
             raise ConfigError(
                 f"{name} is out of range.",
                 found=str(value),
-                expected=f"a whole number from 1 to {POSITIONS[-1]}",
+                expected=f"a whole number from 1 to {within[-1]}",
                 fix=f"--{name.replace('_', '-')} 8",
             )
     if options.dtype not in DTYPE_NAMES:
@@ -287,15 +294,14 @@ def _compile(
     *,
     described: bool = False,
 ) -> tuple[Part, ...]:
-    target, parts = load_target(options.target), []
+    target, parts = load_target(options.target), list[Part]()
+    settings = options.settings(spec.session_len)
     for part in spec.parts:
         with progress.stage(f"trace {part.name}"):
             traced = trace(part)
-        with progress.stage(f"{'lower' if described else 'write'} {part.name}"):
-            settings = options.settings(spec.session_len)
-            report, note = progress.report, progress.note
-            job = CompileJob(part, spec.store, settings, folder, report, note, described)
-            parts.append(target.compile(traced, job))
+        report, note = progress.report, progress.note
+        job = CompileJob(part, spec.store, settings, folder, report, note, described=described)
+        parts += compile_ranks(target, traced, job, progress)
     return tuple(parts)
 
 
@@ -337,9 +343,10 @@ def _describe(source: Source, options: BuildOptions, parts: tuple[Part, ...]) ->
             session_len=spec.session_len,
             max_batch_size=options.max_batch_size,
             positions=spec.positions,
+            feature_layers=spec.feature_layers,
         ),
         kv=target.kv_layout(spec.kv, settings),
-        parallel=ParallelLayout(tp=1),
+        parallel=parallel_layout(parts, options.tp),
         tokenizer_file="tokenizer.json",
         files=(),
         provenance=Provenance(
@@ -375,4 +382,4 @@ def _write_texts(folder: Path, source: Source, options: BuildOptions) -> None:
         {"event": "template", "name": spec.template.name},
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / _BUILD_LOG).write_text(text, "utf-8")
+    (folder / BUILD_LOG).write_text(text, "utf-8")

@@ -12,12 +12,16 @@ from types import FrameType
 from typing import Any, TextIO
 
 from vlmforge.engine.lifeline import end_with_parent
+from vlmforge.engine.manifest import MANIFEST_FILE
 from vlmforge.errors import ConfigError, VlmforgeError
 from vlmforge_builder.dtypes import BITS, DTYPE_NAMES, KV_DTYPES
 from vlmforge_builder.progress import Interrupted, Progress
 from vlmforge_builder.recognise import refuse_unknown
 from vlmforge_builder.targets import TARGETS
 
+_CHECKPOINT_HELP = (
+    "a folder, or a hub id such as org/name; or, with --tp, an engine of one rank to divide"
+)
 _DTYPE_HELP = (
     "how weights are stored. ONNX Runtime's CPU provider has no 16-bit matrix kernels: with "
     "float16 or bfloat16 the files are half as big, and each weight is widened to float32 once "
@@ -26,6 +30,10 @@ _DTYPE_HELP = (
 _WEIGHTS_HELP = (
     "quantise the decoder's weights: int8 or int4, in blocks of 128 with a scale each; the rest "
     "is stored as --dtype says (default: all of it)"
+)
+_TP_HELP = (
+    "divide the decoder among N ranks, which run as processes of their own and meet in each layer "
+    "(default: 1)"
 )
 _IGNORE_HELP = (
     "leave out a configuration key that is unknown, or that changes how to ask and not the model; "
@@ -52,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         description="Compile a vision-language checkpoint into a self-contained engine directory.",
     )
     add = arguments.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a folder, or a hub id such as org/name")
+    add("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
     add("-o", "--output", required=True, type=Path, metavar="ENGINE", help="where to write it")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add("--target", default="onnxruntime", choices=TARGETS, help="what runs it")
@@ -67,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--kv-dtype", choices=KV_DTYPES, help="key/value cache of a GPU engine; default: --dtype")
     add("--attention", metavar="KIND", help="of a GPU engine: plugin (default) or native")
     add("--compute-capability", metavar="X.Y", help="compile for this GPU; default: the target's")
+    add("--tp", type=int, default=1, metavar="N", help=_TP_HELP)
     add("--ignore-config-key", action="append", default=[], metavar="KEY", help=_IGNORE_HELP)
     add("--skip-goldens", action="store_true", help=_GOLDENS_HELP)
     add("--describe", action="store_true", help=_DESCRIBE_HELP)
@@ -105,17 +114,46 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def _build(values: Mapping[str, Any], progress: Progress, *, describe: bool) -> None:
-    refuse_unknown(values["checkpoint"], values["revision"], values["ignore_config_key"])
-    # Imported here: what cannot be built is refused before torch has been loaded.
-    from vlmforge_builder.build import BuildOptions, build_engine
-    from vlmforge_builder.describe import write_description
+    engine = Path(values["checkpoint"]).expanduser()
+    if (engine / MANIFEST_FILE).exists():
+        _divide(engine, values, progress, describe=describe)
+    else:
+        refuse_unknown(values["checkpoint"], values["revision"], values["ignore_config_key"])
+        # Imported here: what cannot be built is refused before torch has been loaded.
+        from vlmforge_builder.build import BuildOptions, build_engine
+        from vlmforge_builder.describe import write_description
 
-    _end_by_signals(progress)
-    (write_description if describe else build_engine)(BuildOptions(**values), progress)
+        _end_by_signals(progress)
+        (write_description if describe else build_engine)(BuildOptions(**values), progress)
     peak = progress.peak
     progress.note(
         f"done in {progress.elapsed:.1f} s; peak memory {peak.anonymous / 2**20:.0f} MiB "
         f"anonymous, {peak.resident / 2**20:.0f} MiB resident with mapped files"
+    )
+
+
+def _divide(engine: Path, values: Mapping[str, Any], progress: Progress, *, describe: bool) -> None:
+    """Divide an engine among ranks; it keeps all else that it was built with."""
+    own = ("checkpoint", "output", "tp", "force", "wait")
+    others = [n for n in values if n not in own and values[n] != parser().get_default(n)]
+    others += ["describe"] if describe else []
+    if others:
+        raise ConfigError(
+            f"{engine} is an engine, and only --tp can be changed of one.",
+            found="--" + ", --".join(name.replace("_", "-") for name in others),
+            expected="build-engine ENGINE -o OTHER --tp N",
+            fix="leave the others out, or build from the checkpoint",
+        )
+    from vlmforge_builder.divide_engine import divide_engine
+
+    _end_by_signals(progress)
+    divide_engine(
+        engine,
+        values["output"],
+        values["tp"],
+        progress,
+        force=values["force"],
+        wait=values["wait"],
     )
 
 

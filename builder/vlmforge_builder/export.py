@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -59,9 +59,9 @@ def trace(part: PartSpec) -> Traced:
     if program is None:
         raise BuildError(f"The exporter returned no graph for the part {part.name!r}.")
     model = program.model
-    _detach_parameters(model.graph, shapes)
+    detach_parameters(model.graph, shapes)
     onnxscript.optimizer.optimize_ir(model)
-    _attach_parameters(model.graph, shapes)
+    attach_parameters(model.graph, shapes)
     _name_interface(model.graph, part)
     _strip(model)
     return Traced(model, shapes)
@@ -102,15 +102,20 @@ def _example(part: PartSpec) -> tuple[tuple[object, ...], tuple[object, ...]]:
     return arguments, shapes
 
 
-def _detach_parameters(graph: ir.Graph, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Make parameters graph inputs for a while, so that no optimisation asks for their values."""
+def detach_parameters(graph: ir.Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Make parameters graph inputs for a while, so that nobody asks for their values."""
     for name in shapes:
         value = graph.initializers.pop(name)
         value.const_value = None
         graph.inputs.append(value)
 
 
-def _attach_parameters(graph: ir.Graph, shapes: dict[str, tuple[int, ...]]) -> None:
+def attach_parameters(graph: ir.Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Make those inputs of a graph initialisers whose values are nowhere yet.
+
+    Raises:
+        BuildError: one is not used.
+    """
     kept = [value for value in graph.inputs if value.name not in shapes]
     weights = [value for value in graph.inputs if value.name in shapes]
     graph.inputs[:] = kept

@@ -20,7 +20,7 @@ from vlmforge.evaluation.verify import (
     GREEDY_TOKENS,
     GoldenCase,
     conversation,
-    load_for_goldens,
+    loaded_for_goldens,
     run_case,
 )
 from vlmforge.runner.stages import Engine
@@ -64,7 +64,12 @@ def record_goldens(folder: Path, manifest: Manifest, progress: Progress) -> None
     for name, pixels in _drawings().items():
         Image.fromarray(pixels).save(target / name)
     (folder / MANIFEST_FILE).write_text(dump_manifest(manifest), "utf-8")
-    engine = load_for_goldens(folder, checked=False)
+    with loaded_for_goldens(folder, checked=False) as engine:
+        _record(engine, target, progress)
+    (folder / MANIFEST_FILE).unlink()
+
+
+def _record(engine: Engine, target: Path, progress: Progress) -> None:
     cases = _fitting(engine, target)
     rows = [{"name": c.name, "messages": c.messages, "images": list(c.images)} for c in cases]
     text = json.dumps(rows, ensure_ascii=False, indent=1)
@@ -81,7 +86,6 @@ def record_goldens(folder: Path, manifest: Manifest, progress: Progress) -> None
                 )
         np.savez_compressed(target / f"{case.name}.npz", **values)  # type: ignore[arg-type]
         progress.report(index + 1, len(cases))
-    (folder / MANIFEST_FILE).unlink()
 
 
 def _fitting(engine: Engine, folder: Path) -> list[GoldenCase]:

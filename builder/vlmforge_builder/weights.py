@@ -17,11 +17,33 @@ from typing_extensions import override
 from vlmforge.errors import TensorError
 from vlmforge_builder.checkpoint.store import TensorStore, expect
 from vlmforge_builder.dtypes import DTYPE_NAMES
+from vlmforge_builder.shares import Share, share_of
 
 # Page-aligned tensors can be mapped straight from the file.
 ALIGNMENT = 4096
 DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "int4": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A matrix or table in whole numbers already.
+
+    Attributes:
+        numbers: int8, of the parameter's shape.
+        scales: What one unit is worth, for each block of neighbours along an axis.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the parameter."""
+        return self.numbers.shape
+
+
+Values: TypeAlias = Tensor | Numbers
 
 
 class Weight(Protocol):
@@ -31,8 +53,27 @@ class Weight(Protocol):
     def names(self) -> tuple[str, ...]:
         """The checkpoint's tensors that it is made of."""
 
-    def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
+    def read(self, store: TensorStore, shape: tuple[int, ...]) -> Values:
         """The values in their stored dtype, of the parameter's `shape` (TensorError otherwise)."""
+
+    def views(self, store: TensorStore, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """The same as tensors side by side along the last axis, to be sliced.
+
+        On pages of the checkpoint's files where the arrangement allows it: what is not used of them
+        then takes no memory.
+        """
+        values = self.read(store, shape)
+        assert isinstance(values, Tensor)
+        return (values,)
+
+    def read_share(self, store: TensorStore, shape: tuple[int, ...], share: Share) -> Values:
+        """A share of the values, of the whole parameter's `shape`; see `views`."""
+        return share_of(self.views(store, shape), share)
+
+    @property
+    def kept_dtype(self) -> str | None:
+        """The dtype that the parameter has whatever the engine's is; None: the engine's."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +110,13 @@ class Transposed(Weight):
 
     @override
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
+        return torch.cat(self.views(store, shape), dim=1)
+
+    @override
+    def views(self, store: TensorStore, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         for key, width in zip(self.keys, self.widths, strict=True):
             expect(store, key, (width, shape[0]))
-        return torch.cat([store.read(key).T for key in self.keys], dim=1)
+        return tuple(store.read(key).T for key in self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +133,14 @@ class Stacked(Weight):
 
     @override
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
+        return torch.cat(self.views(store, shape))
+
+    @override
+    def views(self, store: TensorStore, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         del shape
         for key, width in zip(self.keys, self.widths, strict=True):
             expect(store, key, (width,))
-        return torch.cat([store.read(key) for key in self.keys])
+        return tuple(store.read(key) for key in self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +158,34 @@ class Computed(Weight):
     def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
         del store, shape
         return self.compute()
+
+    @property
+    @override
+    def kept_dtype(self) -> str:
+        return "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Sliced(Weight):
+    """A rank's share of `weight`, a vector or matrix of the shape `whole`."""
+
+    weight: Weight
+    whole: tuple[int, ...]
+    share: Share
+
+    @property
+    @override
+    def names(self) -> tuple[str, ...]:
+        return self.weight.names
+
+    @property
+    @override
+    def kept_dtype(self) -> str | None:
+        return self.weight.kept_dtype
+
+    @override
+    def read(self, store: TensorStore, shape: tuple[int, ...]) -> Values:
+        return self.weight.read_share(store, self.whole, self.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +208,7 @@ class Encoding(Protocol):
     def tensors(self, name: str, shape: tuple[int, ...]) -> tuple[TensorShape, ...]:
         """What the tensors of a parameter of this name and shape are."""
 
-    def encode(self, values: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, values: Values) -> tuple[Tensor, ...]:
         """Their contents, in the same order; what is no torch dtype comes as bytes."""
 
 
@@ -146,7 +223,8 @@ class AsDtype(Encoding):
         return (TensorShape(name, self.dtype, shape),)
 
     @override
-    def encode(self, values: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, values: Values) -> tuple[Tensor, ...]:
+        assert isinstance(values, Tensor)
         return (values.to(DTYPES[self.dtype]),)
 
 
@@ -178,7 +256,7 @@ Layout: TypeAlias = tuple[PlacedParameter, ...]
 
 def stored_dtype(weight: Weight, dtype: str) -> str:
     """The dtype that a parameter is written in by an engine of `dtype`."""
-    return "float32" if isinstance(weight, Computed) else dtype
+    return weight.kept_dtype or dtype
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], encodings: Mapping[str, Encoding]) -> Layout:

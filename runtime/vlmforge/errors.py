@@ -15,6 +15,7 @@
     |   |-- EngineIntegrityError                ... a file is missing, short or altered
     |   |-- BackendUnavailableError             ... or this machine lacks its backend
     |   `-- EngineStepError                     ... or it failed while it ran
+    |       `-- RankError                       ... because one of its processes did
     |-- BuildError                              a build failed; nothing was published
     |-- SessionError                            a saved session that cannot be used here
     |-- NotSupportedError        (NotImplementedError)  a name that is here only to say so
@@ -141,7 +142,8 @@ class EngineStepError(EngineError):
     def of(cls, error: BaseException) -> EngineStepError:
         """One for each request that `error` ends: no two callers raise the same object."""
         if isinstance(error, VlmforgeError):
-            found = cls(error.summary, found=error.found, expected=error.expected, fix=error.fix)
+            kind = type(error) if isinstance(error, EngineStepError) else cls
+            found = kind(error.summary, found=error.found, expected=error.expected, fix=error.fix)
         else:
             found = cls(
                 "The engine failed while it ran this request.",
@@ -152,6 +154,12 @@ class EngineStepError(EngineError):
             )
         found.__cause__ = error
         return found
+
+
+class RankError(EngineStepError):
+    """A tensor-parallel rank ended, hangs or failed; the pipeline is to be made again."""
+
+    code = "rank_failed"
 
 
 class BuildError(VlmforgeError):

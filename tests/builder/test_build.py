@@ -309,10 +309,12 @@ def test_events_that_cannot_be_written(
 # --- ends before the end ----------------------------------------------------------------------
 
 
-def start(checkpoint: Path, engine: Path, stage: str) -> subprocess.Popen[str]:
+def start(
+    checkpoint: Path, engine: Path, stage: str, *, program: str = "-mvlmforge_builder"
+) -> subprocess.Popen[str]:
     """A build in a process of its own that has begun `stage`."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "vlmforge_builder", checkpoint, "-o", engine],
+        [sys.executable, program, checkpoint, "-o", engine],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -358,6 +360,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.usefixtures("traces_for_children")
 def test_an_interrupt_that_a_library_loses_ends_the_build_all_the_same(
     built: Built, tmp_path: Path
 ) -> None:
@@ -369,9 +372,23 @@ def test_an_interrupt_that_a_library_loses_ends_the_build_all_the_same(
     assert list(tmp_path.iterdir()) == []
 
 
+# Its second part takes for ever.
+STUCK = """
+import sys, threading
+from vlmforge_builder import build, cli
+
+def trace(part, traced=build.trace):
+    return traced(part) if part.name == "vision" else threading.Event().wait()
+
+build.trace = trace
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.usefixtures("traces_for_children")
 def test_a_killed_build_leaves_no_engine_and_the_next_sweeps(built: Built, tmp_path: Path) -> None:
     engine = tmp_path / "it.engine"
-    child = start(built.checkpoint, engine, "trace decoder")
+    child = start(built.checkpoint, engine, "trace decoder", program=f"-c{STUCK}")
     child.kill()
     child.communicate(timeout=HANGS)
     assert len(leftovers(tmp_path)) == 1

@@ -299,6 +299,7 @@ def test_a_pipeline_opens_only_the_images_that_it_may(hf_engine: Path, tmp_path:
             pipe.chat(("look", PHOTO))
 
 
+@pytest.mark.usefixtures("traces_for_children")
 def test_a_checkpoint_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLMFORGE_CACHE", str(tmp_path / "cache"))
     config = EngineConfig(session_len=512)

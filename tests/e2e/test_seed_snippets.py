@@ -161,6 +161,7 @@ def test_sampling_without_tensor_parallelism(run, folders: Path) -> None:
     values["pipe"].close()
 
 
+@pytest.mark.usefixtures("traces_for_children")
 def test_from_the_checkpoint(
     run, folders: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from vlmforge.api import config as module
 from vlmforge.api.config import EngineConfig, TurbomindEngineConfig, VisionConfig, VisonConfig
+from vlmforge.api.parallel import parallel_refusals
 from vlmforge.api.pytorch_config import PYTORCH_REFUSALS, PYTORCH_RULES, PytorchEngineConfig
 from vlmforge.errors import ConfigError
 from vlmforge.inputs import template_config
@@ -40,9 +41,10 @@ def test_engine_config_has_the_fields_of_both_versions_and_ours() -> None:
 
 
 def test_every_field_is_checked_or_refused() -> None:
-    assert set(module.RULES) | set(module.REFUSALS) == set(names(EngineConfig))
+    checked = {*module.RULES, *module.REFUSALS, *parallel_refusals(1)}
+    assert checked == set(names(EngineConfig))
     pytorch = {*PYTORCH_RULES, *PYTORCH_REFUSALS}
-    assert {*module.RULES, *module.REFUSALS, *pytorch} == set(names(PytorchEngineConfig))
+    assert {*checked, *pytorch} == set(names(PytorchEngineConfig))
     rules, refusals = template_config.RULES, template_config.REFUSALS
     assert set(rules) | set(refusals) == set(names(ChatTemplateConfig))
 
@@ -145,22 +147,21 @@ def test_a_wrong_value_is_named_found_and_told_what_is_expected(
 
 
 REFUSED: list[tuple[str, object, str, str]] = [
-    ("tp", 2, "shard of the weights for each rank", "tp=1"),
-    ("cp", 2, "shard of the weights for each rank", "tp=1"),
-    ("ep", 2, "shard of the weights for each rank", "tp=1"),
-    ("device_num", 8, "shard of the weights for each rank", "tp=1"),
-    ("attn_tp_size", 2, "shard of the weights for each rank", "tp=1"),
-    ("attn_cp_size", 2, "shard of the weights for each rank", "tp=1"),
-    ("mlp_tp_size", 2, "shard of the weights for each rank", "tp=1"),
-    ("dp", 2, "one process", "one pipeline for each"),
-    ("attn_dp_size", 2, "one process", "one pipeline for each"),
-    ("mlp_dp_size", 2, "one process", "one pipeline for each"),
-    ("outer_dp_size", 2, "one process", "one pipeline for each"),
-    ("nnodes", 2, "one process", "one pipeline for each"),
-    ("node_rank", 1, "one process", "one pipeline for each"),
-    ("dist_init_addr", "host:1", "one process", "one pipeline for each"),
-    ("devices", [1], "one process", "one pipeline for each"),
-    ("communicator", "native", "nobody to talk to", "leave it out"),
+    ("cp", 2, "a shard of the decoder for each rank", "tp=N"),
+    ("ep", 2, "a shard of the decoder for each rank", "tp=N"),
+    ("device_num", 8, "a shard of the decoder for each rank", "tp=N"),
+    ("attn_tp_size", 2, "a shard of the decoder for each rank", "tp=N"),
+    ("attn_cp_size", 2, "a shard of the decoder for each rank", "tp=N"),
+    ("mlp_tp_size", 2, "a shard of the decoder for each rank", "tp=N"),
+    ("dp", 2, "one pipeline", "one pipeline for each"),
+    ("attn_dp_size", 2, "one pipeline", "one pipeline for each"),
+    ("mlp_dp_size", 2, "one pipeline", "one pipeline for each"),
+    ("outer_dp_size", 2, "one pipeline", "one pipeline for each"),
+    ("nnodes", 2, "one pipeline", "mpirun --host"),
+    ("node_rank", 1, "one pipeline", "mpirun --host"),
+    ("dist_init_addr", "host:1", "one pipeline", "mpirun --host"),
+    ("devices", [1], "take the first devices", "CUDA_VISIBLE_DEVICES"),
+    ("communicator", "native", "the fastest way", "leave it out"),
     ("model_format", "awq", "not quantised", "unquantised checkpoint"),
     ("model_format", "llama", "layout", "build-engine"),
     ("quant_policy", 8, "not quantised", "quant_policy=0"),
@@ -191,13 +192,21 @@ def test_what_cannot_be_honoured_is_refused_with_what_to_do(
 
 
 def test_all_refusals_are_tried_above() -> None:
-    assert {row[0] for row in REFUSED} == set(module.REFUSALS)
+    assert {row[0] for row in REFUSED} == {*module.REFUSALS, *parallel_refusals(1)}
+
+
+def test_what_says_the_same_as_tp_is_accepted() -> None:
+    EngineConfig(tp=2, device_num=2, attn_tp_size=2, mlp_tp_size=2, devices=[0, 1])
+    EngineConfig(tp=4, devices=(0, 1, 2, 3), communicator="mpi")
+    for field, value in (("device_num", 1), ("attn_tp_size", 4), ("devices", [1, 0])):
+        with pytest.raises(ConfigError, match=f"{field} is not supported"):
+            EngineConfig(tp=2, **{field: value})  # type: ignore[arg-type]
 
 
 def test_a_value_assigned_later_is_checked_again() -> None:
     config = EngineConfig()
-    config.tp = 2
-    with pytest.raises(ConfigError, match="tp is not supported"):
+    config.dp = 2
+    with pytest.raises(ConfigError, match="dp is not supported"):
         config.validate()
     vision = VisionConfig()
     vision.max_batch_size = 0

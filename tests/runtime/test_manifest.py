@@ -66,7 +66,9 @@ def paths_of(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 PATHS = paths_of(MANIFEST)
 # What later versions added, so that engines of before load; but a kind is always told.
 MAY_BE_MISSING = {
+    "parallel.kv_heads",
     "image.format.background",
+    "prompt.in_order",
     "decode.positions.trained_length",
     "decode.positions.attention_window",
     "decode.positions.inverse_frequencies",

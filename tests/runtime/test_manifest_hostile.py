@@ -108,7 +108,7 @@ FREE = [
     for place, rule in RULES.items()
     if rule is not None
     and not place.endswith(FIXED)
-    and not any(word in place for word in ("tiling", "parts[1].", "kv."))
+    and not any(word in place for word in ("tiling", "parts[1].", "parts[2].", "kv.", "parallel."))
 ]
 
 
@@ -208,12 +208,18 @@ def test_a_nasty_value_is_a_typed_error_or_does_no_harm(
         ("parts[0].layers", "/etc/passwd", "must be a path inside the engine"),
         ("tokenizer_file", "a\0b", "must be a path inside the engine"),
         ("parts[1].name", "vision", "must be parts of different names"),
-        ("parts[1].chain.steps", [], "must be segments at both ends"),
-        ("parts[1].chain.steps[1].attention", None, "must be each a segment or a call"),
+        ("parts[1].chain.steps", [], "must be a segment first"),
+        ("parts[1].chain.steps[1].attention", None, "must be each a segment, a call"),
         ("parts[1].chain.steps[3].attention.layer", 0, "must be of one attention a layer"),
         ("parts[1].chain.steps[3].attention.head_dim", 16, "must be with attention of one shape"),
         ("parts[1].chain.steps[3].attention.heads", 3, "must be of heads that share keys evenly"),
         ("parts[1].chain.steps[3].attention.qkv", "x", "must be steps that take what there is"),
+        ("parts[1].chain.steps[4].segment", None, "must be each a segment, a call or a collective"),
+        ("parts[1].chain.steps[5].collective.kind", "sum", "must be one of 'all_reduce', "),
+        ("parts[1].chain.steps[5].collective.tensor", "x", "must be steps that take what there is"),
+        ("parts[1].chain.steps[5].collective.width", 7, "must be decoders that meet at the same"),
+        ("parts[1].chain", None, "must be decoders that meet at the same collectives"),
+        ("parts[2].name", "decoder.rank2", "must be a decoder for each of 2 ranks"),
         ("parts[1].chain.rotary", None, "must be given where attention rotates"),
         ("parts[1].chain.rotary.positions", 0, "must be an integer in [1, 4194304]"),
         ("parts[1].chain.kernels.sm_90", "other.cubin", "must be all files of the chain"),
@@ -230,6 +236,21 @@ def test_a_value_out_of_range_is_named(
     error = refusal(write(tmp_path, signed(data)))
     assert error.summary.startswith(f"engine.json.{place.partition('[')[0]}")
     assert words in error.summary
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("tp", 3, "engine.json.parts must be a decoder for each of 3 ranks"),
+        ("kv_heads", 1, "engine.json.parts[1].chain must be of one attention a layer"),
+    ],
+)
+def test_parts_are_those_of_the_ranks(
+    tmp_path: Path, field: str, value: object, words: str
+) -> None:
+    data = json.loads(dump_manifest(RICH))
+    put(data, f"parallel.{field}", value)
+    assert refusal(write(tmp_path, signed(data))).summary.startswith(words)
 
 
 @pytest.mark.parametrize(("shape", "fits"), [(["batch", 7], False), (["batch", "any"], True)])

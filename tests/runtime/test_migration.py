@@ -26,10 +26,12 @@ from vlmforge.engine.prompts import SplitText
 from vlmforge.errors import EngineError, EngineFormatError, EngineIntegrityError
 
 OLD = DATA / "manifests"
-# The parts of an engine of before have no names of tables.
+# The parts of an engine of before have no names of tables, and it has one rank.
 OLD_RICH = dataclasses.replace(
     RICH,
+    parallel=MANIFEST.parallel,
     kv=dataclasses.replace(RICH.kv, page_size=None),
+    prompt=dataclasses.replace(RICH.prompt, in_order=False),
     parts=(
         RICH.parts[0],
         dataclasses.replace(

@@ -98,6 +98,22 @@ def test_bodies_that_are_too_large(server: Running) -> None:
         assert read_response(sock).startswith(b"HTTP/1.1 413")
 
 
+def test_bodies_that_are_too_many(pipe: Pipeline) -> None:
+    settings = ServerSettings(max_body_bytes=1 << 20, max_bodies_bytes=1 << 20)
+    half = f"{CHAT}Content-Length: {1 << 20}\r\n\r\n".encode() + b" " * (600 << 10)
+    with running([("tiny", pipe)], settings) as server, server.connect() as first:
+        admission = server.app.state.admission
+        first.sendall(half)
+        wait_until(lambda: admission.body_bytes == 600 << 10)
+        with server.connect() as second:
+            second.sendall(half)
+            answer = read_response(second)
+        assert answer.startswith(b"HTTP/1.1 429") and b"--max-bodies-mb" in answer
+        wait_until(lambda: admission.body_bytes == 600 << 10)
+        first.close()  # what it held is free again
+        wait_until(lambda: admission.body_bytes == 0)
+
+
 def test_headers_that_are_too_large(server: Running) -> None:
     with server.connect() as sock:
         sock.sendall(CHAT.encode())
@@ -108,7 +124,18 @@ def test_headers_that_are_too_large(server: Running) -> None:
             answer = read_response(sock)
         except (BrokenPipeError, ConnectionResetError):
             pass
-    assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+    assert answer == b"" or (answer.startswith(b"HTTP/1.1 431") and b"fix:" in answer)
+
+
+def test_what_is_not_http(server: Running) -> None:
+    answer = server.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello over TLS")
+    assert answer.startswith(b"HTTP/1.1 400")
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert "HTTPS" in error["message"] and error["type"] == "invalid_request_error"
+    endless = b"1;" + b"x" * 200_000  # an extension of a chunk, which is no part of a body
+    with server.connect() as sock:
+        sock.sendall(f"{CHAT}Transfer-Encoding: chunked\r\n\r\n".encode() + endless)
+        assert read_response(sock) == b""  # closed
 
 
 @pytest.mark.parametrize("begun", [b"", b"POST /v1/chat/comp", CHAT.encode()])

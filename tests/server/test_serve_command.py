@@ -93,6 +93,8 @@ def test_what_cannot_begin(hf_engine: Path, capsys: pytest.CaptureFixture[str]) 
         port = str(taken.getsockname()[1])
         assert main(["serve", str(hf_engine), "--port", port]) == 1
     assert "choose another --port" in capsys.readouterr().err
+    assert main(["serve", str(hf_engine), "--port", "99999"]) == 1
+    assert "ports are 0 to 65535" in capsys.readouterr().err
     assert main(["serve", str(hf_engine), str(hf_engine)]) == 1
     assert "--served-model-name" in capsys.readouterr().err
     assert main(["serve", str(hf_engine), "--served-model-name", "a", "--model-name", "b"]) == 1

@@ -1,7 +1,8 @@
-"""Cut a decoder into a chain where its attention over the cache stands.
+"""Cut a decoder into a chain where its attention over the cache stands, and where ranks meet.
 
-Our kernels run between the pieces, which are graphs of their own. What one piece calculates and
-later ones take goes through memory; shapes and indices, and what only weights decide, are
+Our kernels and the ranks' collectives run between the pieces, which are graphs of their own; an
+attention that is lowered already stays inside. What one piece calculates and later ones take goes
+through memory; shapes and indices, and what only weights decide, are
 calculated anew in each piece instead, so that nothing is waited for on the way.
 """
 
@@ -9,51 +10,78 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import onnx_ir as ir
 
-from vlmforge.engine.chain import AttentionCall
+from vlmforge.engine.chain import AttentionCall, Collective
 from vlmforge_builder.ops import DOMAIN
+from vlmforge_builder.ops.all_gather import AllGatherNode
+from vlmforge_builder.ops.all_reduce import AllReduceNode
 from vlmforge_builder.ops.cached_attention import CachedAttentionNode
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _SCALE = 1.0  # what one unit of an fp8 cache is worth: E4M3 reaches to 448
 _CONSTANT = -1
 
+Meeting: TypeAlias = CachedAttentionNode | AllReduceNode | AllGatherNode
+_MEETINGS: tuple[type[Meeting], ...] = (CachedAttentionNode, AllReduceNode, AllGatherNode)
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One piece more than there are calls, which go between them."""
+    """Pieces, and what goes between them.
+
+    There is one piece more than there are steps between, unless the last of those gives all that
+    the last piece would.
+    """
 
     pieces: tuple[ir.Model, ...]
-    calls: tuple[AttentionCall, ...]
+    between: tuple[AttentionCall | Collective, ...]
     tables: tuple[str, str] | None  # names of the initialisers that attention rotates by
+
+    @property
+    def calls(self) -> tuple[AttentionCall, ...]:
+        """The launches of attention."""
+        return tuple(step for step in self.between if isinstance(step, AttentionCall))
 
 
 def cut_chain(model: ir.Model) -> Cut:
     """The pieces of a decoder whose other ops are lowered. The model is left of no further use.
 
-    The interfaces of the first and the last piece keep the names of the model's; key/value caches
-    are nobody's inputs any more.
+    The interfaces of the first and the last piece keep the names of the model's. Key/value caches
+    of attention that is cut out are nobody's inputs any more; others are those of the piece that
+    holds the attention.
     """
-    graph, found = model.graph, CachedAttentionNode.all_in(model.graph)
-    joined = [_joined(graph, attention) for attention in found]
-    caches = {present for attention in found for _, present in attention.caches}
-    wanted = [value for value in graph.outputs if value not in caches]
+    graph = model.graph
+    found = [kind.read(node) for node in graph for kind in _MEETINGS if kind.is_of(node)]
+    taken = [_taken(graph, meeting) for meeting in found]
+    attentions = [meeting for meeting in found if isinstance(meeting, CachedAttentionNode)]
+    caches = {present for attention in attentions for _, present in attention.caches}
     cutter = _Cutter(found)
-    needed: list[dict[ir.Value, None]] = [{qkv: None} for qkv in joined]
-    needed.append(dict.fromkeys(wanted))
+    needed: list[dict[ir.Value, None]] = [{value: None} for value in taken]
+    first, *others = (value for value in graph.outputs if value not in caches)
+    needed.append({first: None})
+    for value in others:
+        needed[max(cutter.level(value), 0)][value] = None
     pieces = []
     for level in range(len(found), -1, -1):  # from the end: what later ones take is known then
         piece = cutter.piece(level, needed[level])
         for value in piece.taken:
             if (home := cutter.level(value)) < level and value.producer() is not None:
                 needed[home][value] = None
-        pieces.append(piece.model(model, f"piece{level}", tuple(needed[level])))
-    calls = tuple(_call(i, a, qkv) for i, (a, qkv) in enumerate(zip(found, joined, strict=True)))
-    rotary = next((a.rotary for a in found if a.rotary is not None), None)
+        if piece.nodes or level < len(found):
+            pieces.append(piece.model(model, f"piece{level}", tuple(needed[level])))
+    layers = {attention.node: layer for layer, attention in enumerate(attentions)}
+    between = tuple(
+        _call(layers[meeting.node], meeting, value)
+        if isinstance(meeting, CachedAttentionNode)
+        else _collective(meeting)
+        for meeting, value in zip(found, taken, strict=True)
+    )
+    rotary = next((a.rotary for a in attentions if a.rotary is not None), None)
     tables = None if rotary is None else (rotary[0].name or "", rotary[1].name or "")
-    return Cut(tuple(reversed(pieces)), calls, tables)
+    return Cut(tuple(reversed(pieces)), between, tables)
 
 
 def _call(layer: int, attention: CachedAttentionNode, qkv: ir.Value) -> AttentionCall:
@@ -69,6 +97,17 @@ def _call(layer: int, attention: CachedAttentionNode, qkv: ir.Value) -> Attentio
         value_scale=_SCALE,
         rotary=attention.rotary is not None,
     )
+
+
+def _collective(meeting: AllReduceNode | AllGatherNode) -> Collective:
+    tensor, out = meeting.share.name or "", meeting.out.name or ""
+    if isinstance(meeting, AllGatherNode):
+        return Collective("all_gather", tensor, out, meeting.width)
+    return Collective("all_reduce", tensor, out)
+
+
+def _taken(graph: ir.Graph, meeting: Meeting) -> ir.Value:
+    return _joined(graph, meeting) if isinstance(meeting, CachedAttentionNode) else meeting.share
 
 
 def _joined(graph: ir.Graph, attention: CachedAttentionNode) -> ir.Value:
@@ -111,9 +150,9 @@ class _Piece:
 
 
 class _Cutter:
-    """Says which piece a value belongs to: behind as many attentions as it depends on."""
+    """Says which piece a value belongs to: behind as many meetings as it depends on."""
 
-    def __init__(self, found: Iterable[CachedAttentionNode]) -> None:
+    def __init__(self, found: Iterable[Meeting]) -> None:
         self._behind = {a.node: index + 1 for index, a in enumerate(found)}
         self._levels: dict[ir.Node, int] = {}
 

@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 from typing_extensions import override
 
+from vlmforge.engine.interface import INPUT_IDS
 from vlmforge.errors import BuildError
 from vlmforge_builder.ops.cached_attention import CachedAttentionNode
 
@@ -50,8 +51,9 @@ def _check_heads(attention: CachedAttentionNode) -> None:
 def _lengths(graph: ir.Graph, first: CachedAttentionNode) -> tuple[ir.Value, ir.Value]:
     """`seqlens_k` int32 `[B]` and `total_sequence_length` int32 scalar."""
     tape, int32 = Tape(), {"to": ir.DataType.INT32}
-    projected = first.packed or first.query  # or the Split would stay, for its shape only
-    tokens = tape.op("Shape", [projected], {"start": 1, "end": 2})
+    # Not the shape of what is calculated: of a chain, each piece would have to be given it.
+    ids = next((value for value in graph.inputs if value.name == INPUT_IDS.name), None)
+    tokens = tape.op("Shape", [ids or first.query], {"start": 1, "end": 2})
     totals = tape.op("Add", [first.past_lengths, tokens])
     one = tape.op("Constant", [], {"value_ints": [1]})
     last = tape.op("Cast", [tape.op("Sub", [totals, one])], int32)

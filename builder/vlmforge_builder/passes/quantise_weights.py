@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from vlmforge_builder.block_quantisation import Blocks, cut, scales_name
 from vlmforge_builder.dtypes import BITS
+from vlmforge_builder.kept_weights import KeptBlocks
 from vlmforge_builder.onnx_file import unread
 from vlmforge_builder.ops.dequantize_linear import DequantizeLinearNode
 from vlmforge_builder.weights import Computed
@@ -34,11 +35,13 @@ _SPARED_SHARE = 1 / 12
 def blocks_of_part(graph: ir.Graph, part: PartSpec, kind: str | None) -> dict[str, Blocks]:
     """`choose_blocks` for what is quantised of a part, to `kind`, a key of `BITS`, or None.
 
-    That is the decoder's checkpoint weights. A vision tower is a small share of the whole, and
-    answers suffer first from errors there.
+    That is the decoder's checkpoint weights, or what is in whole numbers already. A vision tower is
+    a small share of the whole, and answers suffer first from errors there.
     """
     if kind is None or part.name != "decoder":
         return {}
+    if kept := {n: w.blocks for n, w in part.weights.items() if isinstance(w, KeptBlocks)}:
+        return kept
     candidates = [name for name, w in part.weights.items() if not isinstance(w, Computed)]
     return choose_blocks(graph, BITS[kind], candidates)
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from vlmforge.engine.manifest import KVLayout, Part
+from vlmforge.engine.manifest import KVLayout, Part, decoder_name
 from vlmforge.errors import ConfigError
+from vlmforge_builder.ranks import WHOLE, Rank
 
 if TYPE_CHECKING:
     from vlmforge_builder.checkpoint.store import TensorStore
@@ -32,6 +33,7 @@ class Settings:
         kv_dtype: "fp8": what the key/value cache is stored in; None: as the target calculates.
         attention: "plugin" or "native"; None: the target's default.
         compute_capability: Of the GPU to compile for, such as "8.9"; None: the target's default.
+        tp: Ranks that the decoder is divided among.
     """
 
     dtype: str
@@ -41,11 +43,12 @@ class Settings:
     kv_dtype: str | None
     attention: str | None
     compute_capability: str | None
+    tp: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class CompileJob:
-    """What a target needs to compile one part into `folder`.
+    """What a target needs to compile one part into `folder`: that of `rank`, of a decoder.
 
     `report` takes (done, total) of whatever the target counts; `note` takes a sentence. A part that
     is to be `described` only has no weights read, and nothing compiled.
@@ -57,7 +60,23 @@ class CompileJob:
     folder: Path
     report: Callable[[int, int], None]
     note: Callable[[str], None]
+    rank: Rank = WHOLE
     described: bool = False
+
+    @property
+    def stem(self) -> str:
+        """What the names of the part's files begin with."""
+        return f"decoder.rank{self.rank.index}" if self.is_decoder else self.part.name
+
+    @property
+    def name(self) -> str:
+        """Name of the part that is made."""
+        return decoder_name(self.rank.index) if self.is_decoder else self.part.name
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the part is one that ranks divide."""
+        return self.part.name == "decoder"
 
 
 class Target(Protocol):

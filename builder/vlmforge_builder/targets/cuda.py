@@ -7,7 +7,7 @@ take their weights from one file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,18 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from typing_extensions import override
 
 from vlmforge.backends.fake import InFloat32, cuda_on_cpu
-from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, RotaryTables, Segment
+from vlmforge.engine.chain import PartChain, RotaryTables
 from vlmforge.engine.interface import IMAGE_FEATURES, DecoderInterface, Interface
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.env import writable_cache
 from vlmforge.errors import BuildError, ConfigError
 from vlmforge_builder import passes
 from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits
+from vlmforge_builder.chain_file import chain_steps, save_segments
+from vlmforge_builder.divided_part import divide_part
 from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced
-from vlmforge_builder.onnx_file import check_interface, refer, tensor_specs
+from vlmforge_builder.onnx_file import check_interface, refer
 from vlmforge_builder.passes.assign_precision import AssignPrecisionPass
 from vlmforge_builder.passes.cut_chain import Cut, cut_chain
 from vlmforge_builder.passes.float32_features import Float32FeaturesPass
@@ -35,7 +37,6 @@ from vlmforge_builder.passes.fuse_contrib import FuseContribPass
 from vlmforge_builder.passes.likeliest_token import likeliest_token
 from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
 from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
-from vlmforge_builder.passes.scratch import matrix_bytes, token_bytes
 from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
 from vlmforge_builder.widened_graphs import open_widened
@@ -45,7 +46,7 @@ from vlmforge_plugins.errors import CompileError, PluginError
 
 PAGE_SIZE = 64
 _WHOLE_ACTIVATIONS = 0  # the provider has no others
-_STEMS = {"vision": "vision", "decoder": "decoder.rank0"}
+_KERNELS = "decoder.rank0.attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,27 +102,30 @@ class CudaTarget(Target):
 
         Raises:
             TensorError: a weight that is not right.
-            ConfigError: heads of a size that there are no kernels for.
+            ConfigError: heads of a size that there are no kernels for, or sizes that ranks cannot
+                divide.
             BuildError: the kernels cannot be compiled.
         """
-        part, settings, stem = job.part, job.settings, _STEMS[job.part.name]
-        dtypes = {n: stored_dtype(part.weights[n], settings.dtype) for n in traced.shapes}
-        blocks = _matrices(blocks_of_part(traced.model.graph, part, settings.weights))
+        settings, stem = job.settings, job.stem
+        dtypes = {n: stored_dtype(job.part.weights[n], settings.dtype) for n in traced.shapes}
+        whole = _matrices(blocks_of_part(traced.model.graph, job.part, settings.weights))
+        divided = divide_part(traced, job.part, whole, job.rank)
+        part, blocks = divided.part, divided.blocks
         dense = _dense(part.interface, settings)
         passes.run(_sequence(dtypes, blocks, dense, settings), traced.model)
         check_interface(traced.model.graph, dense)
-        layout = plan(
-            traced.shapes,
-            {
-                name: ForMatMulNBits(blocks[name], dtype) if name in blocks else AsDtype(dtype)
-                for name, dtype in dtypes.items()
-            },
-        )
+        encodings = {
+            name: divided.encoding(name, ForMatMulNBits(blocks[name], dtype))
+            if name in blocks
+            else AsDtype(dtype)
+            for name, dtype in dtypes.items()
+        }
+        layout = plan(divided.shapes, encodings)
         data = job.folder / f"{stem}.data"
         refer(traced.model, layout, data)
         interface = self._interface(dense, settings)
         made = Part(
-            part.name,
+            job.name,
             f"{stem}.onnx",
             (data.name,),
             interface.inputs,
@@ -185,18 +189,18 @@ def _sequence(
 
 def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -> Part:
     """Cut the graph, and write its pieces and what runs between them."""
-    stem, data = _STEMS[part.name], part.data[0]
+    data = part.data[0]
     cut = cut_chain(model)
     vocab_size = int(part.outputs[0].shape[-1])
     config = _config(cut.calls[0].head_dim, job.settings)
-    kernels = {} if job.described else _kernels(config, stem, job.folder)
+    kernels = {} if job.described else _kernels(config, job.folder)
     pieces = (*cut.pieces, likeliest_token(vocab_size))
-    segments = _save(pieces, stem, job.folder)
+    segments = save_segments(pieces, job.stem, job.folder)
     return dataclasses.replace(
         part,
         file=segments[0].file,
         data=(data, *(segment.file for segment in segments[1:]), *kernels.values()),
-        chain=PartChain(_steps(segments, cut.calls), _tables(cut, layout, data), kernels),
+        chain=PartChain(chain_steps(segments, cut.between), _tables(cut, layout, data), kernels),
     )
 
 
@@ -217,35 +221,6 @@ def _config(head_dim: int, settings: Settings) -> Config:
             fix="build for the processor: --target onnxruntime",
         ) from error
     return config
-
-
-def _save(pieces: Sequence[ir.Model], stem: str, folder: Path) -> tuple[Segment, ...]:
-    segments = []
-    for index, piece in enumerate(pieces):
-        name = f"{stem}.{index:03d}.onnx"
-        ir.save(piece, folder / name)
-        graph = piece.graph
-        segments.append(
-            Segment(
-                name,
-                tensor_specs(graph.inputs),
-                tensor_specs(graph.outputs),
-                token_bytes(graph),
-                matrix_bytes(graph),
-            )
-        )
-    return tuple(segments)
-
-
-def _steps(
-    segments: tuple[Segment, ...], calls: tuple[AttentionCall, ...]
-) -> tuple[ChainStep, ...]:
-    between = [
-        step
-        for segment, call in zip(segments, calls, strict=False)
-        for step in (ChainStep(segment=segment), ChainStep(attention=call))
-    ]
-    return (*between, *(ChainStep(segment=segment) for segment in segments[len(calls) :]))
 
 
 def _tables(cut: Cut, layout: Layout, file: str) -> RotaryTables | None:
@@ -272,8 +247,8 @@ def _compiler() -> Compiler:
             ) from missing
 
 
-def _kernels(config: Config, stem: str, folder: Path) -> Mapping[str, str]:
-    """Compile the attention for every kind of GPU; files by the targets' names."""
+def _kernels(config: Config, folder: Path) -> Mapping[str, str]:
+    """Compile the attention for every kind of GPU; files by the targets' names, for all ranks."""
     with TemporaryDirectory(prefix=".kernels.", dir=folder) as scratch:
         # Without a cache they are compiled again the next time.
         cache = writable_cache("kernels") or Path(scratch)
@@ -286,7 +261,7 @@ def _kernels(config: Config, stem: str, folder: Path) -> Mapping[str, str]:
     files = {}
     for binary in binaries:
         kind = "ptx" if binary.target.name == "ptx" else f"{binary.target.name}.cubin"
-        files[binary.target.name] = f"{stem}.attention.{kind}"
+        files[binary.target.name] = f"{_KERNELS}.{kind}"
         (folder / files[binary.target.name]).write_bytes(binary.code)
     return files
 

@@ -15,17 +15,23 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from typing_extensions import override
 
+from vlmforge.engine.chain import PartChain
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.errors import ConfigError
 from vlmforge_builder import passes
 from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits, InBlocks
+from vlmforge_builder.chain_file import chain_steps, save_segments
+from vlmforge_builder.divided_part import divide_part
 from vlmforge_builder.export import Traced
 from vlmforge_builder.onnx_file import check_interface, refer
+from vlmforge_builder.passes.cut_chain import cut_chain
 from vlmforge_builder.passes.lower_cached_attention import LowerCachedAttentionPass
 from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
 from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
 from vlmforge_builder.passes.store_weights import StoreWeightsPass
+from vlmforge_builder.ranks import WHOLE
 from vlmforge_builder.targets import CompileJob, Settings, Target
+from vlmforge_builder.traced_file import NEUTRAL_FILE, save_traced
 from vlmforge_builder.weights import (
     AsDtype,
     Encoding,
@@ -39,7 +45,6 @@ from vlmforge_builder.weights import (
 
 # Where GroupQueryAttention has the cosines and sines among its inputs.
 _TABLES = slice(7, 9)
-_FILES = {"vision": "vision", "decoder": "decoder.rank0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,28 +84,39 @@ class OnnxRuntimeTarget(Target):
 
     @override
     def compile(self, traced: Traced, job: CompileJob) -> Part:
-        """Write `<part>.onnx` and `<part>.data` (TensorError names a weight that is not right)."""
-        model, part, stem = traced.model, job.part, _FILES[job.part.name]
+        """Write the part's graph and data, or a rank's chain of graphs.
+
+        Raises:
+            TensorError: a weight that is not right.
+            ConfigError: sizes that ranks cannot divide.
+        """
+        model = traced.model
+        if job.is_decoder and job.rank == WHOLE:
+            save_traced(traced, job.folder / NEUTRAL_FILE)
         dtypes = {
-            name: stored_dtype(part.weights[name], job.settings.dtype) for name in traced.shapes
+            name: stored_dtype(job.part.weights[name], job.settings.dtype) for name in traced.shapes
         }
-        blocks = blocks_of_part(model.graph, part, job.settings.weights)
-        passes.run(_sequence(dtypes, blocks), model)
+        blocks = blocks_of_part(model.graph, job.part, job.settings.weights)
+        divided = divide_part(traced, job.part, blocks, job.rank)
+        part = divided.part
+        passes.run(_sequence(dtypes, divided.blocks), model)
         check_interface(model.graph, part.interface)
-        layout = plan(
-            traced.shapes,
-            {name: _encoding(dtype, blocks.get(name)) for name, dtype in dtypes.items()},
-        )
-        data = job.folder / f"{stem}.data"
+        encodings = {
+            name: divided.encoding(name, _encoding(dtype, divided.blocks.get(name)))
+            for name, dtype in dtypes.items()
+        }
+        layout = plan(divided.shapes, encodings)
+        data = job.folder / f"{job.stem}.data"
         refer(model, layout, data)
-        ir.save(model, job.folder / f"{stem}.onnx")
+        chain = _save(model, job)
+        files = (f"{job.stem}.onnx",) if chain is None else tuple(s.file for s in chain.segments)
         if not job.described:
             for done, total in write(data, layout, part.weights, job.store):
                 job.report(done, total)
         return Part(
-            part.name,
-            f"{stem}.onnx",
-            (data.name,),
+            job.name,
+            files[0],
+            (data.name, *files[1:]),
             part.interface.inputs,
             part.interface.outputs,
             weight_bytes=weight_bytes(layout),
@@ -109,7 +125,18 @@ class OnnxRuntimeTarget(Target):
             layers=None,
             aliases={},
             rotary_tables=_rotary_tables(model),
+            chain=chain,
         )
+
+
+def _save(model: ir.Model, job: CompileJob) -> PartChain | None:
+    """Write the graph; cut where ranks meet, if they do."""
+    if job.rank == WHOLE:
+        ir.save(model, job.folder / f"{job.stem}.onnx")
+        return None
+    cut = cut_chain(model)
+    segments = save_segments(cut.pieces, job.stem, job.folder)
+    return PartChain(chain_steps(segments, cut.between), None, {})
 
 
 def _rotary_tables(model: ir.Model) -> tuple[str, str] | None:

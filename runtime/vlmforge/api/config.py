@@ -6,12 +6,12 @@ cannot honour is refused when it is set, with what to do instead; none is ignore
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
+from vlmforge.api.parallel import parallel_refusals
 from vlmforge.field_rules import (
     Choice,
     Flag,
@@ -37,6 +37,12 @@ class EngineConfig:
 
     Attributes:
         model_format: Of a checkpoint: "hf"; None: detect.
+        tp: Ranks, each a process with its share of the decoder's weights. An engine that was built
+            for several has as many, whatever this says; one of a single rank is cut into so many,
+            once, and the result kept in the cache directory.
+        device_num, devices, attn_tp_size, mlp_tp_size: Accepted where they say what `tp` does.
+        communicator: "nccl" is the fastest way that the backend has; on processors, shared memory.
+            "mpi": the program was started by mpirun, once for each rank.
         session_len: Tokens of one conversation, images and answers included; None: the engine's.
             It may be longer than that, as long as memory holds it and nothing is compiled in.
         max_batch_size: Sequences at once; None: the engine's.
@@ -60,7 +66,7 @@ class EngineConfig:
         async_, enable_metrics, cache_checkpoint_interval, cache_prompt_boundary_skip,
             moe_a2a_backend: Accepted: they tune machinery that is not here; answers do not depend
             on them.
-        tp, quant_policy, rope_scaling_factor, use_logn_attn and the others: Only their defaults;
+        quant_policy, rope_scaling_factor, use_logn_attn and the others: Only their defaults;
             `REFUSALS` says why, and what to do.
 
     Raises:
@@ -121,7 +127,7 @@ class EngineConfig:
     def validate(self) -> None:
         """Check all fields (ConfigError: field, value found, values expected)."""
         check_fields(self, RULES)
-        check_refusals(self, REFUSALS)
+        check_refusals(self, {**REFUSALS, **parallel_refusals(int(self.tp))})
 
 
 TurbomindEngineConfig = EngineConfig
@@ -149,37 +155,11 @@ RULES: Mapping[str, Rule] = {
     "moe_a2a_backend": Text(),
 }
 
-ONE_PROCESS = "an engine runs in one process on one machine"
-START_MORE = "start one pipeline for each machine or device and share the prompts among them"
-_NOT_SHARDED = Refusal(
-    (1,),
-    "tensor parallelism needs a shard of the weights for each rank, and this runtime has engines "
-    "of one rank only",
-    "use tp=1; a model that does not fit can be built with less: build-engine --dtype float16",
-)
 _REBUILD = "change config.json of the checkpoint and build the engine again: build-engine"
 _CACHE_MODES = "the cache has no such modes"
 _CACHE_SWITCH = "use enable_prefix_caching=True or False"
-ONE_RANK = dataclasses.replace(_NOT_SHARDED, neutral=(None, 1))
-ONE_REPLICA = Refusal((None, 1), ONE_PROCESS, START_MORE)
 
 REFUSALS: Mapping[str, Refusal] = {
-    "tp": _NOT_SHARDED,
-    "cp": _NOT_SHARDED,
-    "ep": _NOT_SHARDED,
-    "device_num": ONE_RANK,
-    "attn_tp_size": ONE_RANK,
-    "attn_cp_size": ONE_RANK,
-    "mlp_tp_size": ONE_RANK,
-    "dp": ONE_REPLICA,
-    "attn_dp_size": ONE_REPLICA,
-    "mlp_dp_size": ONE_REPLICA,
-    "outer_dp_size": ONE_REPLICA,
-    "nnodes": ONE_REPLICA,
-    "node_rank": Refusal((0,), ONE_PROCESS, START_MORE),
-    "dist_init_addr": Refusal((None,), ONE_PROCESS, START_MORE),
-    "devices": Refusal((None,), ONE_PROCESS, START_MORE),
-    "communicator": Refusal(("nccl",), "one rank has nobody to talk to", "leave it out"),
     "model_format": Refusal(
         (None, "hf"),
         "engines are built from checkpoints in the Hugging Face or the original layout, with "
@@ -221,7 +201,8 @@ class VisionConfig:
 
     Attributes:
         max_batch_size: Views in one run of the vision part, whichever images they are of. An image
-            is one view, or several where its policy cuts it into tiles.
+            is one view, or several where its policy cuts it into tiles. Where images are in patches
+            and of any size, 1024 patches count as a view, and those of one shape run together.
         thread_safe: Accepted: the pipeline always is.
         background: Colour (red, green, blue; 0 to 255) on which transparent images are composited.
             None: what the engine's image policy says. Published models were trained on images whose
@@ -238,6 +219,10 @@ class VisionConfig:
             x hidden size each), so that they are neither decoded nor encoded again; the least
             recently used go. 0 keeps none. None: 128 MiB, or 5 % of the free memory if that is
             less.
+        min_pixels, max_pixels: Where images are in patches and of any size, as `smart_resize` of
+            Qwen2-VL takes them: smaller and larger ones are resized until they are within. Fewer
+            pixels are fewer tokens. None: as the checkpoint says. Engines whose images are brought
+            to one size refuse them.
 
     Raises:
         ConfigError: a field of a wrong type or out of range.
@@ -251,6 +236,8 @@ class VisionConfig:
     image_formats: Sequence[str] = DEFAULT_FORMATS
     media_domains: Sequence[str] | None = None
     feature_cache_bytes: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -266,6 +253,8 @@ class VisionConfig:
             "image_formats": ListOf(Choice(FORMATS)),
             "media_domains": OrNone(ListOf(Text(empty=False))),
             "feature_cache_bytes": OrNone(Int(0)),
+            "min_pixels": OrNone(Int(1)),
+            "max_pixels": OrNone(Int(1)),
         }
         check_fields(self, rules)
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmforge import env
 from vlmforge.api.arguments import path_text
@@ -17,9 +17,9 @@ from vlmforge.api.config import MAX_CHUNK, EngineConfig, VisionConfig
 from vlmforge.api.memory import feature_bytes, load_options, window_is_fixed
 from vlmforge.api.pipeline import Pipeline
 from vlmforge.backends import load_backend
-from vlmforge.engine.build_cache import engine_for
+from vlmforge.engine.build_cache import cut_engine, engine_for
 from vlmforge.engine.bundle import open_bundle
-from vlmforge.engine.manifest import Manifest, load_manifest
+from vlmforge.engine.manifest import MANIFEST_FILE, Manifest, load_manifest
 from vlmforge.errors import ConfigError
 from vlmforge.field_rules import Instance, OrNone, check_value, shown
 from vlmforge.inputs.template_choice import choose_template
@@ -28,6 +28,9 @@ from vlmforge.limits import available_memory, keep_one_heap
 from vlmforge.runner.features import USUAL_BUDGET, FeatureCache
 from vlmforge.runner.stages import Engine, load_engine
 from vlmforge.scheduler.loop import Loop
+
+if TYPE_CHECKING:
+    from vlmforge.backends.ranks.mpi import World
 
 logger = logging.getLogger("vlmforge")
 
@@ -67,17 +70,19 @@ def pipeline(
     config.validate()
     if template_config is not None:
         template_config.validate()
+    ranks = _launched(config)
     vision = vision_config or VisionConfig()
     vision.validate()
     folder = _engine(path, config)
-    free = _available_memory()
+    free = _available_memory() if ranks is None else ranks.room()
     features = feature_bytes(vision.feature_cache_bytes, free)
     vision = dataclasses.replace(vision, feature_cache_bytes=features)
-    finished = folder == env.expanded(path)
+    finished = (env.expanded(path) / MANIFEST_FILE).exists()
     with _patience(f"vlmforge: checking and loading {folder} ..."):
         engine = _load(folder, config, template_config, free - features, finished=finished)
     if vision.background is not None:
         engine = engine.on_background(vision.background)
+    engine = engine.with_pixels(vision.min_pixels, vision.max_pixels)
     engine = dataclasses.replace(engine, limits=vision.image_limits())
     return serve(engine, config, vision)
 
@@ -121,9 +126,9 @@ def _load(
     manifest = bundle.manifest
     if finished:
         _check_finished(config, manifest)
-    _check_parallel(config, manifest)
     own = load_backend(manifest.backend).memory()
     options = load_options(bundle, config, free if own is None else own.bytes)
+    options = dataclasses.replace(options, mpi=config.communicator == "mpi")
     frozen = bundle.text(manifest.prompt.template_file)
     return load_engine(bundle, choose_template(manifest.prompt, frozen, template), options)
 
@@ -190,14 +195,18 @@ def _apply(
 
 
 def _engine(path: str, config: EngineConfig) -> Path:
-    """The engine of `path`.
+    """The engine of `path`, of as many ranks as are asked for.
 
     One of a checkpoint is built for the window asked for only where that cannot be made at load:
     an engine takes long to build, and all the space of its weights.
     """
     options, asked = _build_options(config), config.session_len
     folder = engine_for(path, options)
-    if asked is None or folder == env.expanded(path):
+    if folder == env.expanded(path):
+        # Nobody asks for one rank by name: it is the default, and an engine knows better.
+        own = load_manifest(folder).parallel.tp
+        return folder if config.tp in (1, own) else cut_engine(folder, int(config.tp))
+    if asked is None:
         return folder
     manifest = load_manifest(folder)
     if asked > manifest.decode.session_len and window_is_fixed(manifest):
@@ -211,6 +220,7 @@ def _build_options(config: EngineConfig) -> dict[str, str]:
         "max-batch-size": config.max_batch_size,
         "dtype": None if config.dtype == "auto" else config.dtype,
         "revision": config.revision,
+        "tp": None if config.tp == 1 else config.tp,
     }
     return {name: str(value) for name, value in options.items() if value is not None}
 
@@ -233,14 +243,16 @@ def _check_finished(config: EngineConfig, manifest: Manifest) -> None:
         )
 
 
-def _check_parallel(config: EngineConfig, manifest: Manifest) -> None:
-    if config.tp != manifest.parallel.tp:
-        raise ConfigError(
-            "The engine was not built for this many ranks.",
-            found=f"tp={config.tp}",
-            expected=f"tp={manifest.parallel.tp}, what the engine was sharded for",
-            fix=f"backend_config=EngineConfig(tp={manifest.parallel.tp})",
-        )
+def _launched(config: EngineConfig) -> World | None:
+    """The ranks that mpirun has started, where they are asked for; returns on the first only."""
+    if config.communicator != "mpi":
+        return None
+    from vlmforge.backends.ranks.mpi import world  # an extra, which begins MPI
+
+    ranks = world(int(config.tp))
+    if ranks.rank > 0:
+        ranks.serve()
+    return ranks
 
 
 def _available_memory() -> float:

@@ -20,6 +20,8 @@ logger = logging.getLogger("vlmforge")
 _PACK_SHARE = 0.7
 # At most this share of the free memory is for the features of images, unless more is asked for.
 _FEATURES_SHARE = 0.05
+# Of each rank but the first: Python, the libraries, and what they allocate as they run.
+_RANK_BYTES = 120 << 20
 # Sequences rarely fill their windows: address space is kept for this many times what memory holds.
 _OVERCOMMIT = 4
 # Of a graph on a GPU, and of a segment of a chain: the library's own; and what allocations lose.
@@ -37,7 +39,10 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     capacity = _window(bundle, config)
     if manifest.kv.page_size is not None:
         return _paged(manifest, config, capacity, free)
-    weights = sum(part.loaded_bytes for part in manifest.parts) + _longer_tables(manifest, capacity)
+    ranks = manifest.parallel.tp  # all of them lie in what this process may use
+    weights = sum(part.loaded_bytes for part in manifest.parts)
+    weights += ranks * _longer_tables(manifest, capacity) + (ranks - 1) * _RANK_BYTES
+    token = ranks * manifest.rank_kv.bytes_per_token
     pack = weights <= _PACK_SHARE * free
     if not pack:
         logger.warning(
@@ -48,10 +53,10 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
         )
     budget = config.cache_max_entry_count * max(free - weights, 0.1 * free)
     block = config.cache_block_seq_len
-    blocks = int(budget // (block * manifest.kv.bytes_per_token))
+    blocks = int(budget // (block * token))
     longest = -(-capacity // block)
     if blocks < longest:
-        raise _too_small(budget, capacity, longest * block * manifest.kv.bytes_per_token)
+        raise _too_small(budget, capacity, longest * block * token)
     wanted = _slots(manifest, config)
     slots = min(wanted, _OVERCOMMIT * blocks // longest)
     if blocks < wanted * longest:
@@ -67,14 +72,15 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
 def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float) -> LoadOptions:
     """Of a GPU: a pool of pages in what weights and activations leave of its free memory."""
     page, slots = manifest.kv.page_size or 0, _slots(manifest, config)
+    page_bytes = page * manifest.rank_kv.bytes_per_token
     chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
     taken = sum(p.total for p in parts_memory(manifest, config, capacity))
     budget = config.cache_max_entry_count * (free - taken)
     longest = -(-capacity // page)
     # No more than all sequences can ever fill.
-    blocks = min(int(budget // (page * manifest.kv.bytes_per_token)), slots * longest)
+    blocks = min(int(budget // page_bytes), slots * longest)
     if blocks < longest:
-        needed = longest * page * manifest.kv.bytes_per_token
+        needed = longest * page_bytes
         raise BackendUnavailableError(
             "The engine does not fit the memory of this GPU.",
             found=f"{free / 1e9:.2f} GB free, of which {taken / 1e9:.2f} GB go to weights and "
@@ -107,10 +113,10 @@ class PartMemory:
 
 
 def parts_memory(manifest: Manifest, config: EngineConfig, capacity: int) -> tuple[PartMemory, ...]:
-    """What the parts of an engine take of a GPU's memory, for sequences of `capacity` tokens."""
+    """What an engine's parts take of its first GPU's memory, for sequences of `capacity` tokens."""
     chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
     tokens = max(chunk, _slots(manifest, config))
-    return tuple(part_memory(part, tokens) for part in manifest.parts)
+    return tuple(part_memory(part, tokens) for part in manifest.first_parts)
 
 
 def part_memory(part: Part, tokens: int) -> PartMemory:
@@ -157,8 +163,9 @@ def feature_bytes(asked: int | None, free: float) -> int:
 
 def window_is_fixed(manifest: Manifest) -> bool:
     """Whether the engine's window can only be shorter than the one that it was built for."""
-    compiled_in = manifest.part("decoder").rotary_tables is None
-    return compiled_in or not manifest.decode.positions.extends
+    part, positions = manifest.part("decoder"), manifest.decode.positions
+    in_tables = part.rotary_tables is None and not positions.turn_width
+    return in_tables or bool(part.profiles) or not positions.extends
 
 
 def _window(bundle: Bundle, config: EngineConfig) -> int:

@@ -152,12 +152,13 @@ def _parts(manifest: Manifest, config: EngineConfig) -> Iterator[PartPlan]:
             yield PartPlan(part.name, part.loaded_bytes, 0, 0)
         return
     window = config.session_len or manifest.decode.session_len
-    for part, taken in zip(manifest.parts, parts_memory(manifest, config, window), strict=True):
+    found = parts_memory(manifest, config, window)
+    for part, taken in zip(manifest.first_parts, found, strict=True):
         yield PartPlan(part.name, int(taken.weights), int(taken.activations), int(taken.library))
 
 
 def _cache(manifest: Manifest, options: LoadOptions) -> CachePlan:
-    kv = manifest.kv
+    kv = manifest.rank_kv
     return CachePlan(
         kv.dtype,
         kv.bytes_per_token,

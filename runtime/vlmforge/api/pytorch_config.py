@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vlmforge.api.config import ONE_PROCESS, ONE_RANK, START_MORE, EngineConfig
+from vlmforge.api.config import EngineConfig
+from vlmforge.api.parallel import ONE_HOST, ONE_RANK, START_MORE
 from vlmforge.field_rules import (
     Choice,
     Flag,
@@ -122,10 +123,10 @@ PYTORCH_REFUSALS: Mapping[str, Refusal] = {
         "an engine runs on what it was built for",
         "leave it out, and build for the device: build-engine --target",
     ),
-    "dp_rank": Refusal((0,), ONE_PROCESS, START_MORE),
+    "dp_rank": Refusal((0,), ONE_HOST, START_MORE),
     "moe_tp_size": ONE_RANK,
-    "distributed_executor_backend": Refusal((None, "uni"), ONE_PROCESS, START_MORE),
-    "enable_mp_engine": Refusal((False,), ONE_PROCESS, START_MORE),
+    "distributed_executor_backend": Refusal((None, "uni"), ONE_HOST, START_MORE),
+    "enable_mp_engine": Refusal((False,), ONE_HOST, START_MORE),
     "logprobs_mode": Refusal(
         (None,),
         "log-probabilities are those of the distribution that is sampled from",
@@ -134,7 +135,7 @@ PYTORCH_REFUSALS: Mapping[str, Refusal] = {
     "enable_return_routed_experts": Refusal(
         (False,), "engines do not report the routing of experts", _LEAVE_OUT
     ),
-    "enable_transfer_obj_ref": Refusal((False,), ONE_PROCESS, _LEAVE_OUT),
+    "enable_transfer_obj_ref": Refusal((False,), ONE_HOST, _LEAVE_OUT),
     "dllm_block_length": Refusal((None,), _NO_DIFFUSION, _LEAVE_OUT),
     "dllm_unmasking_strategy": Refusal(("low_confidence_dynamic",), _NO_DIFFUSION, _LEAVE_OUT),
     "dllm_denoising_steps": Refusal((None,), _NO_DIFFUSION, _LEAVE_OUT),

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import BackendUnavailableError
 from vlmforge.kv.cache import Move
@@ -40,6 +41,7 @@ class LoadOptions:
             decode about twice as fast, but loading takes longer. False maps them from the file:
             loading is immediate, the system can reclaim the memory, and 16-bit weights are widened
             at every use.
+        mpi: Whether the ranks of an engine are those that mpirun has started.
     """
 
     slots: int
@@ -50,6 +52,7 @@ class LoadOptions:
     block_size: int = 64
     paged: bool = False
     chunk: int = 512
+    mpi: bool = False
 
     @property
     def whole_place(self) -> tuple[int, ...]:
@@ -66,8 +69,11 @@ class LoadOptions:
 class VisionSession(Protocol):
     """Runs the vision part."""
 
-    def encode(self, pixel_values: FloatArray) -> FloatArray:
-        """`[n, 3, H, W]` to features `[n, tokens, hidden]`."""
+    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
+        """`[n, 3, H, W]`, or `[n, tokens, patches, values]`, to features `[n, tokens, width]`.
+
+        `arrays` are what else it takes, by name: see `PatchInterface`.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,7 @@ class DecoderBatch:
         logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of; K may be 0.
         rotary_levels: int64 `[B]`, for an engine whose position policy has levels.
         blocks: The blocks of each row's sequence, in order, for a cache that is a pool of them.
+        turns: float32 `[B, S, turn_width]`, for an engine whose position policy gives them.
     """
 
     slots: Sequence[int]
@@ -92,6 +99,7 @@ class DecoderBatch:
     logits_indices: IntArray
     rotary_levels: IntArray | None = None
     blocks: Sequence[Sequence[int]] = ()
+    turns: FloatArray | None = None
 
 
 KeyValues = Mapping[str, NDArray[Any]]
@@ -140,6 +148,31 @@ def _no_rows() -> BackendUnavailableError:
     )
 
 
+class Communicator(Protocol):
+    """How the ranks of an engine meet, whatever carries what they give each other.
+
+    Attributes:
+        rank: Of this process.
+        size: Ranks that there are.
+        room: Floats that a rank may give at one meeting.
+    """
+
+    rank: int
+    size: int
+    room: int
+
+    def meet(self, values: FloatArray) -> Sequence[FloatArray]:
+        """Give `values`, float32 `[n]` with n <= room; returns what each rank gave, by rank.
+
+        All ranks meet equally often and with equally many values. What is returned is valid until
+        the next meeting.
+
+        Raises:
+            RankError: a rank is no more, or does not answer.
+            EOFError: on ranks other than the first: another one is no more.
+        """
+
+
 @runtime_checkable
 class LikeliestDecoder(Protocol):
     """A `DecoderSession` that can spare its caller the logits."""
@@ -152,6 +185,14 @@ class LikeliestDecoder(Protocol):
         """
 
 
+@runtime_checkable
+class ClosableDecoder(Protocol):
+    """A `DecoderSession` that has started more than this process."""
+
+    def close(self) -> None:
+        """End that. May be called more than once."""
+
+
 class Backend(Protocol):
     """Loads the parts of an engine."""
 
@@ -162,6 +203,22 @@ class Backend(Protocol):
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
         """Load the part "decoder" and make its key/value slots (EngineError otherwise)."""
+
+    def load_rank(
+        self, folder: Path, manifest: Manifest, options: LoadOptions, ranks: Communicator
+    ) -> DecoderSession:
+        """Load the decoder of rank `ranks.rank`, with its share of the key/value slots.
+
+        Raises:
+            BackendUnavailableError: this backend has no tensor parallelism.
+        """
+        del folder, options, ranks
+        raise BackendUnavailableError(
+            f"Engines for {manifest.backend} run on one rank here.",
+            found=f"an engine of {manifest.parallel.tp} ranks",
+            expected="tp=1 for this backend, or an engine for onnxruntime",
+            fix="build-engine CHECKPOINT -o ENGINE --tp 1",
+        )
 
     def memory(self) -> Room | None:
         """What it may take of a memory of its own; None: engines lie in this process's memory."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vlmforge.backends import FloatArray, KeyValues
-from vlmforge.backends.rows import Exchange
+from vlmforge.backends import DecoderBatch, FloatArray, KeyValues
+from vlmforge.backends.rows import Exchange, Rows
 from vlmforge.engine.interface import cache_names
 from vlmforge.engine.manifest import KVLayout
 from vlmforge.errors import BackendUnavailableError, SessionError
+from vlmforge.kv.cache import Copy, Move
+
+Order = list[int] | slice
+"""Of a batch's rows in the cache; a slice where they lie as they are."""
 
 
 class DenseCache:
@@ -99,6 +103,51 @@ class DenseCache:
             if stop > start:
                 for memory in self._memory.values():
                     memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+class PlacedCache:
+    """A dense cache whose slots lie where the steps want them: see `Rows`."""
+
+    def __init__(self, kv: KVLayout, slots: int, capacity: int) -> None:
+        self._cache = DenseCache(kv, slots, capacity)
+        self._rows = Rows(slots)
+
+    def rows(self, first: int, count: int) -> Iterator[tuple[str, FloatArray]]:
+        """See `DenseCache.rows`."""
+        return self._cache.rows(first, count)
+
+    def arrange(self, batch: DecoderBatch) -> tuple[int, Order]:
+        """Bring a batch's slots side by side: their first row, and the batch's rows from there."""
+        arrangement = self._rows.arrange(batch.slots)
+        for exchange in arrangement.exchanges:
+            self._cache.exchange(exchange)
+        order = list(arrangement.order)
+        as_they_are = order == list(range(len(order)))
+        return arrangement.first_row, slice(len(order)) if as_they_are else order
+
+    def note(self, batch: DecoderBatch) -> None:
+        """The batch's tokens have been written."""
+        length = batch.input_ids.shape[1]
+        for slot, past in zip(batch.slots, batch.past_lengths.tolist(), strict=True):
+            self._rows.set_tokens(slot, past + length)
+
+    def move(self, move: Move) -> None:
+        """See `DecoderSession`."""
+        if isinstance(move, Copy):
+            self._cache.copy(self._rows.row(move.source), self._rows.row(move.target), move.tokens)
+            self._rows.set_tokens(move.target, move.tokens)
+        else:
+            self._cache.drop(self._rows.row(move.place), move.tokens)
+            self._rows.set_tokens(move.place, move.tokens)
+
+    def read(self, place: Sequence[int], tokens: int) -> KeyValues:
+        """See `DecoderSession`."""
+        return self._cache.read(self._rows.row(place[0]), tokens)
+
+    def write(self, place: Sequence[int], rows: KeyValues, start: int) -> None:
+        """See `DecoderSession`."""
+        tokens = self._cache.write(self._rows.row(place[0]), rows, start)
+        self._rows.set_tokens(place[0], tokens)
 
 
 def _lazy_memory(size: int) -> mmap.mmap:

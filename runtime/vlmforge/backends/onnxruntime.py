@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from vlmforge.backends import (
     Backend,
+    Communicator,
     DecoderBatch,
     DecoderSession,
     FloatArray,
@@ -25,20 +28,18 @@ from vlmforge.backends import (
     LoadOptions,
     VisionSession,
 )
-from vlmforge.backends.dense import DenseCache
-from vlmforge.backends.rows import Rows
+from vlmforge.backends.chained import ChainedDecoder, run_bound
+from vlmforge.backends.dense import Order, PlacedCache
 from vlmforge.engine import interface
-from vlmforge.engine.manifest import KVLayout, Manifest, Part
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
+from vlmforge.engine.manifest import KVLayout, Manifest, Part, decoder_name
 from vlmforge.errors import EngineError
-from vlmforge.kv.cache import Copy, Move
+from vlmforge.kv.cache import Move
 from vlmforge.limits import available_cpus
 from vlmforge.ort import ort
 
 PROVIDER = "CPUExecutionProvider"
 _BOUND_LAYOUTS = 256
-
-Order = list[int] | slice
-"""Of a batch's rows in the cache; a slice where they lie as they are."""
 
 
 def physical_cores() -> int:
@@ -107,8 +108,9 @@ def _longer_tables(manifest: Manifest, part: Part, capacity: int) -> Mapping[str
 class _Vision(VisionSession):
     session: ort.InferenceSession
 
-    def encode(self, pixel_values: FloatArray) -> FloatArray:
-        (features,) = self.session.run(None, {interface.PIXEL_VALUES: pixel_values})
+    @override
+    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
+        (features,) = self.session.run(None, {interface.PIXEL_VALUES: pixel_values, **arrays})
         return np.asarray(features, np.float32)
 
 
@@ -121,15 +123,18 @@ class _TokenSteps:
     def __init__(self, session: ort.InferenceSession, rows: int) -> None:
         inputs = {item.name: item for item in session.get_inputs()}
         outputs = {item.name: item for item in session.get_outputs()}
-        self._has_levels = interface.ROTARY_LEVELS.name in inputs
         self._session = session
-        self._inputs = {
+        self._inputs: dict[str, NDArray[Any]] = {
             interface.INPUT_IDS.name: np.zeros((rows, 1), np.int64),
             interface.PAST_LENGTHS.name: np.zeros(rows, np.int64),
             interface.LOGITS_INDICES.name: np.zeros((rows, 1), np.int64),
         }
-        if self._has_levels:
+        self._more = {interface.ROTARY_LEVELS.name, interface.TURNS} & inputs.keys()
+        if interface.ROTARY_LEVELS.name in inputs:
             self._inputs[interface.ROTARY_LEVELS.name] = np.zeros(rows, np.int64)
+        if interface.TURNS in inputs:
+            width = inputs[interface.TURNS].shape[2]
+            self._inputs[interface.TURNS] = np.zeros((rows, 1, width), np.float32)
         self.no_features = np.zeros((1, inputs[interface.IMAGE_FEATURES].shape[1]), np.float32)
         self.logits = np.zeros((rows, 1, outputs[interface.LOGITS].shape[2]), np.float32)
 
@@ -146,16 +151,22 @@ class _TokenSteps:
     def take(self, batch: DecoderBatch, order: Order) -> bool:
         """Whether it is such a step, and its arrays are taken over."""
         rows, length = batch.input_ids.shape
-        levels = batch.rotary_levels
+        more = _more_inputs(batch)
         if length != 1 or batch.image_features is not None or batch.logits_indices.shape[1] != 1:
             return False
-        if (levels is not None) != self._has_levels:
+        if more.keys() != self._more:
             return False
         self._inputs[interface.INPUT_IDS.name][:rows] = batch.input_ids[order]
         self._inputs[interface.PAST_LENGTHS.name][:rows] = batch.past_lengths[order]
-        if levels is not None:
-            self._inputs[interface.ROTARY_LEVELS.name][:rows] = levels[order]
+        for name, values in more.items():
+            self._inputs[name][:rows] = values[order]
         return True
+
+
+def _more_inputs(batch: DecoderBatch) -> dict[str, NDArray[Any]]:
+    """What only some position policies give, by name."""
+    given = {interface.ROTARY_LEVELS.name: batch.rotary_levels, interface.TURNS: batch.turns}
+    return {name: values for name, values in given.items() if values is not None}
 
 
 class _Decoder(DecoderSession):
@@ -168,61 +179,37 @@ class _Decoder(DecoderSession):
     ) -> None:
         self._session = session
         self._weights = weights  # the session refers to them
-        self._cache = DenseCache(kv, options.slots, options.capacity)
-        self._rows = Rows(options.slots)
+        self._places = PlacedCache(kv, options.slots, options.capacity)
         self._tokens = _TokenSteps(session, options.slots)
         self._bound: OrderedDict[tuple[int, int], ort.IOBinding] = OrderedDict()
 
     @override
     def move(self, move: Move) -> None:
-        if isinstance(move, Copy):
-            self._cache.copy(self._rows.row(move.source), self._rows.row(move.target), move.tokens)
-            self._rows.set_tokens(move.target, move.tokens)
-        else:
-            self._cache.drop(self._rows.row(move.place), move.tokens)
-            self._rows.set_tokens(move.place, move.tokens)
+        self._places.move(move)
 
     @override
     def read(self, place: Sequence[int], tokens: int) -> KeyValues:
-        return self._cache.read(self._rows.row(place[0]), tokens)
+        return self._places.read(place, tokens)
 
     @override
     def write(self, place: Sequence[int], rows: KeyValues, start: int) -> None:
-        tokens = self._cache.write(self._rows.row(place[0]), rows, start)
-        self._rows.set_tokens(place[0], tokens)
+        self._places.write(place, rows, start)
 
     def step(self, batch: DecoderBatch) -> FloatArray:
-        arrangement = self._rows.arrange(batch.slots)
-        for exchange in arrangement.exchanges:
-            self._cache.exchange(exchange)
-        rows, length = batch.input_ids.shape
-        order: Order = list(arrangement.order)
-        if order == list(range(rows)):
-            order = slice(rows)
+        first_row, order = self._places.arrange(batch)
+        rows = len(batch.input_ids)
         one_token = self._tokens.take(batch, order)
         if one_token:
-            binding = self._token_binding(arrangement.first_row, rows)
+            binding = self._token_binding(first_row, rows)
         else:
-            binding = self._binding(batch, order, arrangement.first_row)
-        self._run(binding, batch)
-        for slot, past in zip(batch.slots, batch.past_lengths.tolist(), strict=True):
-            self._rows.set_tokens(slot, past + length)
+            binding = self._binding(batch, order, first_row)
+        run_bound(self._session, binding)
+        self._places.note(batch)
         # Copied: what comes may be a view of memory that goes with the binding, or is used again.
         given = self._tokens.logits[:rows] if one_token else binding.get_outputs()[-1].numpy()
         logits = np.empty(given.shape, np.float32)
         logits[order] = given
         return logits
-
-    def _run(self, binding: ort.IOBinding, batch: DecoderBatch) -> None:
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:
-            raise EngineError(
-                "ONNX Runtime failed to run the decoder.",
-                found=str(error).strip().splitlines()[0],
-                expected=f"a step of {batch.input_ids.shape} tokens",
-                fix="vlmforge verify ENGINE; if it fails too, rebuild the engine",
-            ) from error
 
     def _binding(self, batch: DecoderBatch, order: Order, first: int) -> ort.IOBinding:
         """`order`: of the batch's rows in the cache, from row `first` on."""
@@ -231,9 +218,8 @@ class _Decoder(DecoderSession):
             interface.INPUT_IDS.name: batch.input_ids,
             interface.PAST_LENGTHS.name: batch.past_lengths,
             interface.LOGITS_INDICES.name: batch.logits_indices,
+            **_more_inputs(batch),
         }
-        if batch.rotary_levels is not None:
-            inputs[interface.ROTARY_LEVELS.name] = batch.rotary_levels
         if features is None:
             features = self._tokens.no_features
         binding = self._session.io_binding()
@@ -258,7 +244,7 @@ class _Decoder(DecoderSession):
 
     def _bind_cache(self, binding: ort.IOBinding, first: int, count: int) -> None:
         """The rows `first .. first + count` of each tensor, where they lie."""
-        for past, rows in self._cache.rows(first, count):
+        for past, rows in self._places.rows(first, count):
             value = ort.OrtValue.ortvalue_from_numpy(rows)
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(interface.present_of(past), value)
@@ -281,6 +267,19 @@ class OnnxRuntimeBackend(Backend):
         weights = _longer_tables(manifest, part, options.capacity)
         session = _session(folder / part.file, part, options, manifest.dtype, weights)
         return _Decoder(session, manifest.kv, options, weights)
+
+    @override
+    def load_rank(
+        self, folder: Path, manifest: Manifest, options: LoadOptions, ranks: Communicator
+    ) -> DecoderSession:
+        part = manifest.part(decoder_name(ranks.rank))
+        assert part.chain is not None
+        weights = _longer_tables(manifest, part, options.capacity)
+        sessions = {
+            segment.file: _session(folder / segment.file, part, options, manifest.dtype, weights)
+            for segment in part.chain.segments
+        }
+        return ChainedDecoder(part, sessions, manifest.rank_kv, options, ranks, weights)
 
     @override
     def memory(self) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.chain import PartChain
 from vlmforge.engine.layer_report import read_layers
-from vlmforge.engine.manifest import Manifest, Part, load_manifest
+from vlmforge.engine.manifest import Manifest, Part, decoder_name, load_manifest
 from vlmforge.errors import ConfigError
 from vlmforge.inputs.messages import parse_prompt
 from vlmforge.inputs.render import marked_tokenizer_json, render_prompt
@@ -95,15 +96,22 @@ def _part(folder: Path, part: Part) -> str:
         ranges = (f"{name} {dim.least}..{dim.most}" for name, dim in profile.dims.items())
         lines.append(f"  profile {profile.name}: {', '.join(ranges)}")
     if part.chain is not None:
-        lines.append(
-            f"  chain {len(part.chain.segments)} segments, {len(part.chain.attention)} launches of "
-            f"attention between them; kernels for {', '.join(sorted(part.chain.kernels))}"
-        )
+        lines.append(f"  chain {_chain(part.chain)}")
     if part.layers is not None:
         histogram = read_layers(folder / part.layers).histogram
         counts = ", ".join(f"{count} {kind}" for kind, count in histogram.items())
         lines.append(f"  layers {sum(histogram.values())}: {counts}")
     return "\n".join(lines)
+
+
+def _chain(chain: PartChain) -> str:
+    between = {
+        f"{len(chain.attention)} launches of attention": chain.attention,
+        f"{len(chain.collectives)} meetings of the ranks": chain.collectives,
+    }
+    words = " and ".join(text for text, there in between.items() if there)
+    kernels = f"; kernels for {', '.join(sorted(chain.kernels))}" if chain.kernels else ""
+    return f"{len(chain.segments)} segments, {words} between them{kernels}"
 
 
 def _policies(manifest: Manifest) -> str:
@@ -145,7 +153,7 @@ def _example(bundle: Bundle) -> str:
         policy=policy,
         template=template,
         encoder=TextTokenizer(text),
-        image_lengths=[_example_tokens(manifest)],
+        layouts=[manifest.image.layout(_PHOTO, _example_tokens(manifest))],
     )
     return (
         f"({_QUESTION!r}, photo of {_photo()}) becomes {len(rendered.token_ids)} tokens "
@@ -154,12 +162,18 @@ def _example(bundle: Bundle) -> str:
 
 
 def _memory(manifest: Manifest, batch: int, context: int) -> str:
-    weights = sum(part.loaded_bytes for part in manifest.parts)
-    cache = batch * context * manifest.kv.bytes_per_token
+    """Of one rank where there are several, which may lie on devices of their own."""
+    tp, kv = manifest.parallel.tp, manifest.rank_kv
+    vision = manifest.part("vision").loaded_bytes
+    weights = max(manifest.part(decoder_name(rank)).loaded_bytes for rank in range(tp))
+    weights += vision if tp == 1 else 0
+    cache = batch * context * kv.bytes_per_token
+    whose = "" if tp == 1 else f" of each of {tp} ranks"
+    first = "" if tp == 1 else f"; the first has the vision part too, {_size(vision)}"
     return (
-        f"memory at batch {batch} and context {context}: about {_size(weights + cache)} "
+        f"memory{whose} at batch {batch} and context {context}: about {_size(weights + cache)} "
         f"({_size(weights)} weights + {_size(cache)} key/value cache, "
-        f"{_size(manifest.kv.bytes_per_token)} a token), and activations"
+        f"{_size(kv.bytes_per_token)} a token), and activations{first}"
     )
 
 

@@ -45,6 +45,19 @@ def engine_for(path: str, options: Mapping[str, str]) -> Path:
         )
     spec = str(folder) if folder.exists() else path
     name = folder.resolve().name if folder.exists() else folder.name
+    return _kept(spec, name, options)
+
+
+def cut_engine(engine: Path, ranks: int) -> Path:
+    """The engine directory of `engine` cut for so many ranks.
+
+    Raises:
+        BuildError: it cannot be, the builder is not installed, or it failed.
+    """
+    return _kept(str(engine), engine.resolve().name, {"tp": str(ranks)})
+
+
+def _kept(spec: str, name: str, options: Mapping[str, str]) -> Path:
     engine = env.cache_dir() / "engines" / f"{name}-{_key(spec, options)}"
     try:
         return _built(spec, engine, options)
@@ -116,20 +129,26 @@ def _build(path: str, engine: Path, options: Mapping[str, str]) -> None:
 
 
 def _run(path: str, engine: Path, options: Mapping[str, str], flag: str) -> None:
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     missing = [name for name in ("torch", "onnx", "onnxscript") if not _installed(name)]
     if missing:
         raise BuildError(
-            f"{path} is a checkpoint, and the builder is not installed here.",
+            f"{path} {_why(path)}, and the builder is not installed here.",
             found="no " + ", ".join(missing),
             expected="what build-engine needs, or an engine that was built elsewhere",
-            fix="pip install 'vlmforge[build]'",
+            fix="pip install 'vlmforge[build]', or elsewhere: "
+            + shlex.join(["build-engine", path, "-o", "ENGINE", *arguments]),
         )
-    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     # -P: a module in the working directory, which may be the checkpoint's, is never imported.
     command = [sys.executable, "-P", "-m", "vlmforge_builder", path, "-o", str(engine), *arguments]
     outcome = run_build([*command, flag])
     if outcome.status != 0:
         raise _failed(path, engine, outcome)
+
+
+def _why(path: str) -> str:
+    cut = (Path(path) / MANIFEST_FILE).exists()
+    return "is an engine for another number of ranks" if cut else "is a checkpoint"
 
 
 def _say(text: str) -> None:

@@ -1,6 +1,7 @@
 """A part that is a chain: segments that a library runs, and between them what we launch ourselves.
 
 Plain data of the manifest. Tensors are told by their names: what one step gives, later ones take.
+Between segments are calls of attention, collectives of tensor-parallel ranks, or both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing_extensions import override
 
 from vlmforge.engine.fields import ByteCount, Count, Dimension, FilePath, ImageTokens, Name
 from vlmforge.engine.schema import Agreeing
-from vlmforge.field_rules import Int, Number
+from vlmforge.field_rules import Choice, Int, Number
 
 Heads = Annotated[int, Int(1, 1 << 12)]
 Unit = Annotated[float, Number(0, 1e6, above=True)]
@@ -76,17 +77,42 @@ class AttentionCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Collective:
+    """Where all ranks meet: each gives its `tensor`, and each gets the same `out`.
+
+    The ranks' tensors have one shape and dtype (float32 where the backend is of the CPU).
+
+    Attributes:
+        kind: "all_reduce": `out` is the sum of the ranks' tensors, in any order of additions that
+            is the same on all ranks. "all_gather": the ranks' tensors one after the other along
+            the last axis, rank 0's first.
+        tensor: What a rank gives.
+        out: What all get.
+        width: Of a gather: how much of the last axis of `out` is kept, where the ranks' shares
+            were padded to one size; None: all.
+    """
+
+    kind: Annotated[str, Choice(("all_reduce", "all_gather"))]
+    tensor: Name
+    out: Name
+    width: Count | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChainStep:
     """Exactly one of them."""
 
     segment: Segment | None = None
     attention: AttentionCall | None = None
+    collective: Collective | None = None
 
     @property
     def taken(self) -> frozenset[str]:
         """Names of the tensors that it takes."""
         if self.segment is not None:
             return frozenset(spec.name for spec in self.segment.inputs)
+        if self.collective is not None:
+            return frozenset((self.collective.tensor,))
         return frozenset(() if self.attention is None else (self.attention.qkv,))
 
     @property
@@ -94,6 +120,8 @@ class ChainStep:
         """Names of the tensors that it gives."""
         if self.segment is not None:
             return frozenset(spec.name for spec in self.segment.outputs)
+        if self.collective is not None:
+            return frozenset((self.collective.out,))
         return frozenset(() if self.attention is None else (self.attention.out,))
 
 
@@ -113,9 +141,10 @@ class PartChain(Agreeing):
     """What is run, in order.
 
     Attributes:
-        steps: The first and the last are segments.
-        rotary: What the attention rotates by; None where none does.
-        kernels: Files of the attention's compiled kernels, by the names of their targets.
+        steps: The first is a segment; the last is one too, or a gather.
+        rotary: What the calls of attention rotate by; None where none does.
+        kernels: Files of the attention's compiled kernels, by the names of their targets; none
+            where attention is inside the segments.
     """
 
     steps: tuple[ChainStep, ...]
@@ -125,11 +154,13 @@ class PartChain(Agreeing):
     @override
     def disagreements(self) -> Iterator[tuple[str, str]]:
         steps, calls = self.steps, self.attention
-        if any((step.segment is None) == (step.attention is None) for step in steps):
-            yield "steps", "each a segment or a call"
-        if not steps or None in (steps[0].segment, steps[-1].segment):
-            yield "steps", "segments at both ends"
-        if not calls or len({(call.kv_heads, call.head_dim) for call in calls}) > 1:
+        if any(_kinds(step) != 1 for step in steps):
+            yield "steps", "each a segment, a call or a collective"
+        if not steps or steps[0].segment is None or steps[-1].attention is not None:
+            yield "steps", "a segment first, and no call of attention last"
+        if not (calls or self.collectives):
+            yield "steps", "with attention or collectives between them"
+        if len({(call.kv_heads, call.head_dim) for call in calls}) > 1:
             yield "steps", "with attention of one shape"
         if any(call.heads % call.kv_heads for call in calls):
             yield "steps", "of heads that share keys evenly"
@@ -147,6 +178,11 @@ class PartChain(Agreeing):
         return tuple(step.attention for step in self.steps if step.attention is not None)
 
     @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """All meetings of the ranks, in order."""
+        return tuple(step.collective for step in self.steps if step.collective is not None)
+
+    @property
     def files(self) -> frozenset[str]:
         """All that it names."""
         tables = () if self.rotary is None else (self.rotary.file,)
@@ -159,3 +195,8 @@ class PartChain(Agreeing):
             missing |= step.taken - known
             known |= step.given
         return frozenset(missing)
+
+
+def _kinds(step: ChainStep) -> int:
+    """How many things a step is."""
+    return sum(kind is not None for kind in (step.segment, step.attention, step.collective))

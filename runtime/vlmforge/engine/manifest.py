@@ -7,6 +7,7 @@ schema version goes up and `migration` reads the older ones.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -79,8 +80,8 @@ class Part(Agreeing):
     """One compiled graph, or a chain of them.
 
     Attributes:
-        name: "vision" or "decoder".
-        file: What the backend loads.
+        name: "vision", "decoder", or "decoder.rank1" and so on (`decoder_name`).
+        file: What the backend loads; of a chain its first segment.
         data: Files beside it that belong to it.
         inputs, outputs: Its interface.
         weight_bytes: Bytes of its weights in files.
@@ -121,7 +122,8 @@ class DecodePolicy:
     """Facts of the decoder that generation needs. Ids >= `vocab_size` index image features.
 
     `tokens_per_image` is what every image takes, or, where that depends on its size, the most that
-    one takes. `session_len` is the window that it was built for.
+    one takes. `session_len` is the window that it was built for. Each of the
+    first `feature_layers` layers takes features of an image that are its own.
     """
 
     vocab_size: TokenCount
@@ -131,14 +133,16 @@ class DecodePolicy:
     session_len: TokenCount
     max_batch_size: Count
     positions: PositionPolicy
+    feature_layers: Annotated[int, Int(1, 64)] = 1
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """Key/value cache, per layer two tensors.
 
-    They are `[sequences, kv_heads, tokens, head_dim]`, or, with a `page_size`, pools of pages
-    `[pages, kv_heads, page_size, head_dim]`.
+    That of a manifest is the whole model's; what one rank holds of it is `Manifest.rank_kv`. They
+    are `[sequences, kv_heads, tokens, head_dim]`, or, with a `page_size`, pools of pages `[pages,
+    kv_heads, page_size, head_dim]`.
     """
 
     layers: Annotated[int, Int(1, 1 << 12)]
@@ -156,9 +160,17 @@ class KVLayout:
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """Tensor parallelism that the parts were sharded for."""
+    """Tensor parallelism that the parts were sharded for.
+
+    Attributes:
+        tp: Ranks. All take the same inputs, and each has a decoder part of its own, a chain with
+            collectives in it where there are several; the logits of all are the same.
+        kv_heads: Heads of keys and values that each rank's cache has; None: all of the model's.
+            They are more than `KVLayout.kv_heads / tp` where ranks hold the same ones.
+    """
 
     tp: Annotated[int, Int(1, 1 << 10)]
+    kv_heads: Annotated[int, Int(1, 1 << 12)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +224,33 @@ class Manifest(Agreeing):
         if any(n != self.decode.vocab_size for n in logits if isinstance(n, int)):
             yield "decode.vocab_size", "as many as the decoder gives logits"
         for index, part in enumerate(self.parts):
-            if part.chain is not None and not _fits(part.chain, self.kv):
+            if part.chain is not None and not _fits(part.chain, self.rank_kv):
                 yield f"parts[{index}].chain", "of one attention a layer, over pages as `kv` says"
+        yield from self._unequal_ranks()
+
+    def _unequal_ranks(self) -> Iterator[tuple[str, str]]:
+        """Ranks that would wait for each other for ever."""
+        tp, parts = self.parallel.tp, {part.name: part for part in self.parts}
+        ranks = [parts.get(decoder_name(rank)) for rank in range(tp)]
+        if tp == 1:
+            return
+        if None in ranks or len(parts) > tp + 1:
+            yield "parts", f"a decoder for each of {tp} ranks, and a vision part"
+        meetings = {() if p is None or p.chain is None else p.chain.collectives for p in ranks}
+        if len(meetings) > 1 or () in meetings:
+            yield "parts", "decoders that meet at the same collectives, at least once"
+
+    @property
+    def rank_kv(self) -> KVLayout:
+        """The cache that one rank holds."""
+        heads = self.parallel.kv_heads
+        return self.kv if heads is None else dataclasses.replace(self.kv, kv_heads=heads)
+
+    @property
+    def first_parts(self) -> tuple[Part, ...]:
+        """The parts that the first rank holds, which are all but the other ranks' decoders."""
+        others = {decoder_name(rank) for rank in range(1, self.parallel.tp)}
+        return tuple(part for part in self.parts if part.name not in others)
 
     def part(self, name: str) -> Part:
         """The part called `name` (EngineFormatError when there is none)."""
@@ -228,8 +265,15 @@ class Manifest(Agreeing):
         )
 
 
+def decoder_name(rank: int) -> str:
+    """Name of the decoder part of a rank: the first's is "decoder"."""
+    return f"decoder.rank{rank}" if rank else "decoder"
+
+
 def _fits(chain: PartChain, kv: KVLayout) -> bool:
     calls = chain.attention
+    if not calls:
+        return kv.page_size is None
     shapes = {(call.kv_heads, call.head_dim) for call in calls}
     layers = sorted(call.layer for call in calls)
     whole = layers == list(range(kv.layers)) and kv.page_size is not None

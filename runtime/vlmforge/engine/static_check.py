@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 
 from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.chain import PartChain, TensorSpec
 from vlmforge.engine.interface import fits, interface_of
 from vlmforge.engine.layer_report import read_layers
-from vlmforge.engine.manifest import Part
+from vlmforge.engine.manifest import Part, decoder_name
 from vlmforge.errors import EngineFormatError
 
 
@@ -35,6 +36,7 @@ def check_static(bundle: Bundle) -> Iterator[StaticResult]:
         "interface": _interface,
         "caches": _caches,
         "aliases": _aliases,
+        "ranks": _ranks,
     }
     for part in bundle.manifest.parts:
         for name, check in checks.items():
@@ -109,3 +111,23 @@ def _aliases(bundle: Bundle, part: Part) -> Finding:
         if out not in outputs or inputs.get(source) != outputs[out]:
             return False, f"{out} cannot be where {source} is"
     return True, f"{len(part.aliases)} outputs are written where an input is"
+
+
+def _ranks(bundle: Bundle, part: Part) -> Finding:
+    """Whether what a rank gives where all meet is of the shape that the first one's is."""
+    tp, first = bundle.manifest.parallel.tp, bundle.manifest.part(decoder_name(0))
+    if tp == 1 or part.chain is None or first.chain is None:
+        return True, "one: nobody to meet" if tp == 1 else "has no other"
+    own, others = _given(part.chain), _given(first.chain)
+    for meeting in part.chain.collectives:
+        found, wanted = own.get(meeting.tensor), others.get(meeting.tensor)
+        if found is None or found != wanted:
+            return False, f"{meeting.tensor} is {found}, and of the first rank {wanted}"
+        last = found.shape[-1]
+        if meeting.width is not None and isinstance(last, int) and meeting.width > tp * last:
+            return False, f"{meeting.tensor}: {meeting.width} columns of {tp} times {last}"
+    return True, f"meets {tp - 1} others {len(part.chain.collectives)} times"
+
+
+def _given(chain: PartChain) -> Mapping[str, TensorSpec]:
+    return {spec.name: spec for segment in chain.segments for spec in segment.outputs}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmforge.backends import LoadOptions
+from vlmforge.backends import ClosableDecoder, LoadOptions
 from vlmforge.engine.bundle import open_bundle
 from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import EngineFormatError
@@ -94,7 +95,7 @@ def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
     """The values of every stage; pixels and features are sampled evenly, to keep goldens small."""
     prompt = conversation(case, folder)
     images = [engine.prepare_image(engine.open_image(i.source).decode()) for i in prompt.images]
-    features, _ = FeatureCache(engine.vision.encode, batch=1).get(images)
+    features, _ = FeatureCache(engine.encode, batch=1).get(images)
     rendered = engine.render(prompt)
     given = engine.decoder_input(rendered, features)
     logits = engine.prefill(engine.options.whole_place, given, 0, logits="last")[0]
@@ -113,10 +114,11 @@ def _greedy(
     engine: Engine, given: DecoderInput, logits: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Logits `[GREEDY_TOKENS, vocab_size]` of the likeliest answer; the first are there already."""
-    rows, length, levels = [logits], len(given.ids), np.array([given.rotary_level])
+    rows, length = [logits], len(given.ids)
+    place, levels = engine.options.whole_place, np.array([given.rotary_level])
     while len(rows) < GREEDY_TOKENS:
         last, done = rows[-1].argmax(keepdims=True), np.array([length + len(rows) - 1])
-        step = engine.decode([engine.options.whole_place], last, done, levels)
+        step = engine.decode([place], last, done, levels, np.array([given.lag]))
         rows.append(step[0].copy())
     return np.stack(rows)
 
@@ -171,10 +173,12 @@ def _decided(golden: Values, limits: Limits) -> int:
     return int(close[0]) if len(close) else len(golden["greedy"])
 
 
-def load_for_goldens(folder: Path, *, checked: bool = True) -> Engine:
+@contextmanager
+def loaded_for_goldens(folder: Path, *, checked: bool = True) -> Iterator[Engine]:
     """The engine with one slot and mapped weights: verification needs no speed, but little memory.
 
-    `checked=False` is for the builder, whose engine has no checksums yet.
+    Ranks that were started for it end with the block. `checked=False` is for the builder, whose
+    engine has no checksums yet.
     """
     from vlmforge.engine.bundle import Bundle
     from vlmforge.engine.manifest import load_manifest
@@ -185,7 +189,12 @@ def load_for_goldens(folder: Path, *, checked: bool = True) -> Engine:
     kv, window = manifest.kv, manifest.decode.session_len
     paged = kv.page_size is not None
     options = LoadOptions(1, window, pack=False, block_size=kv.page_size or 64, paged=paged)
-    return load_engine(bundle, choose_template(manifest.prompt, frozen, None), options)
+    engine = load_engine(bundle, choose_template(manifest.prompt, frozen, None), options)
+    try:
+        yield engine
+    finally:
+        if isinstance(engine.decoder, ClosableDecoder):
+            engine.decoder.close()
 
 
 def verify(folder: Path, announce: Callable[[str], None] | None = None) -> Iterator[StageResult]:
@@ -194,12 +203,13 @@ def verify(folder: Path, announce: Callable[[str], None] | None = None) -> Itera
     Raises:
         EngineError: the engine cannot be opened or loaded.
     """
-    engine = load_for_goldens(folder)
-    goldens, limits = folder / FOLDER, limits_of(engine.manifest)
-    for case in read_cases(goldens):
-        if announce is not None:
-            announce(case.name)
-        values = run_case(engine, case, goldens)
-        with np.load(goldens / f"{case.name}.npz", allow_pickle=False) as golden:
-            for stage in STAGES:
-                yield compare(case.name, stage, values[stage], golden, limits)
+    goldens = folder / FOLDER
+    with loaded_for_goldens(folder) as engine:
+        limits = limits_of(engine.manifest)
+        for case in read_cases(goldens):
+            if announce is not None:
+                announce(case.name)
+            values = run_case(engine, case, goldens)
+            with np.load(goldens / f"{case.name}.npz", allow_pickle=False) as golden:
+                for stage in STAGES:
+                    yield compare(case.name, stage, values[stage], golden, limits)

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from typing_extensions import override
 
-from vlmforge.backends import FloatArray
+from vlmforge.backends import ClosableDecoder, FloatArray
 from vlmforge.errors import CancelledError, PipelineError, VlmforgeError
 from vlmforge.kv.cache import Keys
 from vlmforge.outputs.metrics import Metrics
@@ -175,6 +175,8 @@ class Loop(lifetime.Owner):
         for job in left:
             job.let_go()
             job.fail(refusal())
+        if isinstance(self._engine.decoder, ClosableDecoder):
+            self._engine.decoder.close()
 
     def _receive(self) -> bool:
         """Take what callers sent, waiting when there is nothing to do; False at the end."""

@@ -70,7 +70,8 @@ class Guard:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._admission.check_key(scope["path"], Headers(scope=scope))
-        await self._app(scope, receive, send)
+        with self._admission.bodies(receive) as counted:
+            await self._app(scope, counted, send)
 
     async def _refuse(self, failed: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {}

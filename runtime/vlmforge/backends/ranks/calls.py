@@ -1,0 +1,155 @@
+"""What the first rank has the others do: the calls of a `DecoderSession`, as plain data."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from typing_extensions import override
+
+from vlmforge.backends import (
+    ClosableDecoder,
+    Communicator,
+    DecoderBatch,
+    DecoderSession,
+    FloatArray,
+    KeyValues,
+    LoadOptions,
+)
+from vlmforge.errors import RankError
+from vlmforge.kv.cache import Move
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """See `DecoderSession.read`; what it gives is sent back."""
+
+    place: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """See `DecoderSession.write`; `rows` are of all ranks' heads."""
+
+    place: tuple[int, ...]
+    rows: KeyValues
+    start: int
+
+
+Call = DecoderBatch | Move | Read | Write
+
+
+class OtherRanks(Protocol):
+    """Those that the first rank leads."""
+
+    @property
+    def communicator(self) -> Communicator:
+        """Where the first rank meets them."""
+
+    def begin(self, folder: Path, options: LoadOptions) -> LoadOptions:
+        """Have them load their parts of an engine; returns the options of the first rank's."""
+
+    def wait_until_loaded(self) -> None:
+        """Returns when all have (RankError: one cannot)."""
+
+    def tell(self, call: Call) -> None:
+        """Have all of them do it; does not wait until they have (RankError: one cannot)."""
+
+    def answers(self) -> list[KeyValues]:
+        """What each of them has to say to a `Read`, in order (RankError: one does not)."""
+
+    def give_up(self, error: BaseException) -> None:
+        """End them because the first rank failed: nobody knows at which meeting they wait."""
+
+    def close(self) -> None:
+        """End them. May be called more than once, and by any thread."""
+
+
+def carry_out(call: Call, decoder: DecoderSession, rank: int, size: int) -> KeyValues | None:
+    """Do what the first rank has told; returns what is to be sent back, or None."""
+    if isinstance(call, DecoderBatch):
+        decoder.step(call)
+    elif isinstance(call, Read):
+        return decoder.read(call.place, call.tokens)
+    elif isinstance(call, Write):
+        decoder.write(call.place, _share(call.rows, rank, size), call.start)
+    else:
+        decoder.move(call)
+    return None
+
+
+def _share(rows: KeyValues, rank: int, size: int) -> KeyValues:
+    """A rank's heads of all."""
+
+    def part(heads: int) -> slice:
+        return slice(rank * heads // size, (rank + 1) * heads // size)
+
+    return {name: values[part(len(values))] for name, values in rows.items()}
+
+
+def rank_error(rank: int, size: int, reason: str) -> RankError:
+    """What ends everything that `size` ranks were doing."""
+    return RankError(
+        f"Rank {rank} of {size} failed, and with it what all of them were doing.",
+        found=f"rank {rank}: {reason}",
+        expected="ranks that run for as long as their pipeline does",
+        fix="close the pipeline and make it again: pipeline(ENGINE, ...); if memory was short, "
+        "with a smaller max_batch_size or session_len",
+    )
+
+
+class RankedDecoder(DecoderSession, ClosableDecoder):
+    """A decoder of several ranks, seen from the first: it has the others do what it does itself.
+
+    Keys and values that are read are those of all ranks' heads, one rank after the other.
+    """
+
+    def __init__(self, own: DecoderSession, others: OtherRanks) -> None:
+        self.own, self._others = own, others
+        self._size = others.communicator.size
+        # Who drops the decoder ends the ranks; where the process ends, they see it themselves.
+        weakref.finalize(self, others.close).atexit = False
+
+    @override
+    def step(self, batch: DecoderBatch) -> FloatArray:
+        with self._together():
+            self._others.tell(batch)
+            return self.own.step(batch)
+
+    @override
+    def move(self, move: Move) -> None:
+        with self._together():
+            self._others.tell(move)
+            self.own.move(move)
+
+    @override
+    def read(self, place: Sequence[int], tokens: int) -> KeyValues:
+        with self._together():
+            self._others.tell(Read(tuple(place), tokens))
+            shares = [self.own.read(place, tokens), *self._others.answers()]
+        return {name: np.concatenate([share[name] for share in shares]) for name in shares[0]}
+
+    @override
+    def write(self, place: Sequence[int], rows: KeyValues, start: int) -> None:
+        self.own.write(place, _share(rows, 0, self._size), start)  # refused before anything is told
+        with self._together():
+            self._others.tell(Write(tuple(place), rows, start))
+
+    @override
+    def close(self) -> None:
+        self._others.close()
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """All ranks do it, or none is of use any more."""
+        try:
+            yield
+        except BaseException as error:
+            self._others.give_up(error)
+            raise

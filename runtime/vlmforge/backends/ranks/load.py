@@ -1,0 +1,33 @@
+"""Loading an engine of several ranks: each process its own part, all at the same time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmforge.backends import Backend, DecoderSession, LoadOptions
+from vlmforge.backends.chained import room_of
+from vlmforge.backends.ranks.calls import RankedDecoder
+from vlmforge.backends.ranks.mpi import MpiRanks, world
+from vlmforge.backends.ranks.processes import Processes
+from vlmforge.engine.manifest import Manifest
+
+
+def load_ranked(
+    backend: Backend, folder: Path, manifest: Manifest, options: LoadOptions
+) -> DecoderSession:
+    """The decoder of an engine that was built for several ranks; the others are started.
+
+    Raises:
+        EngineError: a part cannot be loaded, or a rank failed (RankError).
+    """
+    size, tokens = manifest.parallel.tp, max(options.chunk, options.slots)
+    room = room_of(manifest.part("decoder"), tokens, size)
+    others = MpiRanks(world(size), room) if options.mpi else Processes(size, room)
+    try:
+        own = others.begin(folder, options)
+        first = backend.load_rank(folder, manifest, own, others.communicator)
+        others.wait_until_loaded()
+    except BaseException:
+        others.close()
+        raise
+    return RankedDecoder(first, others)

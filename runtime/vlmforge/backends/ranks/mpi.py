@@ -1,0 +1,290 @@
+"""Ranks that mpirun has started, on one host or on several: all run one and the same program.
+
+On the first, `pipeline()` returns as ever. On the others it never does: they serve the first one's
+pipelines, one after the other, and end with it. A rank that is killed ends all of them: that is
+what mpirun does. What a rank can say itself, it says to the first one.
+
+Waiting is by looking, more and more seldom: MPI's own would keep a processor busy for as long as
+nobody asks anything.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import numpy as np
+from typing_extensions import override
+
+from vlmforge.backends import Communicator, FloatArray, KeyValues, LoadOptions, onnxruntime
+from vlmforge.backends.ranks.calls import Call, OtherRanks, rank_error
+from vlmforge.backends.ranks.serving import Failed, Task, serve
+from vlmforge.errors import BackendUnavailableError, ConfigError, PipelineError, RankError
+from vlmforge.limits import available_memory
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_TOLD, _SAID, _FAILED = 1, 2, 3  # tags: the first rank's words, the others', and their last
+_LOOKS = 200  # before the first pause
+_PAUSE_S, _LONGEST_S = 2e-5, 1e-3
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Closed:
+    """The pipeline is closed: wait for the next one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ended:
+    """The first rank's program ends."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Memory:
+    """Say on which host you are, and how many bytes you may take there."""
+
+
+class World:
+    """All processes of this mpirun.
+
+    Attributes:
+        rank, size: Of this one, and how many there are.
+        leads: The pipeline that is open on the first rank, or None.
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm, self._owner = comm, os.getpid()
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.leads: MpiRanks | None = None
+        if self.rank == 0:
+            atexit.register(self._end)
+
+    def tell(self, message: object) -> None:
+        """From the first rank to all others."""
+        sent = [self._comm.isend(message, rank, _TOLD) for rank in range(1, self.size)]
+        for request in sent:
+            self._until(lambda request=request: request.Test())  # type: ignore[misc]
+
+    def say(self, message: object) -> None:
+        """From another rank to the first."""
+        tag = _FAILED if isinstance(message, Failed) else _SAID
+        request = self._comm.isend(message, 0, tag)
+        self._until(request.Test)
+
+    def told(self) -> object:
+        """What the first rank tells this one."""
+        return self._next(0, _TOLD)
+
+    def said(self, rank: int) -> Any:
+        """What another rank says to the first."""
+        return self._next(rank, _SAID)
+
+    def meet(self, values: FloatArray, out: FloatArray) -> None:
+        """All ranks' `values` `[n]` into `out` `[size, n]`."""
+        request = self._comm.Iallgather(values, out)
+        self._until(request.Test)
+
+    def room(self) -> float:
+        """Bytes that all ranks may take in all, if each takes as much as the others."""
+        hosts: dict[str, list[int]] = {}
+        for name, free in self.memory():
+            hosts.setdefault(name, []).append(free)
+        return self.size * min(min(found) / len(found) for found in hosts.values())
+
+    def memory(self) -> list[tuple[str, int]]:
+        """Each rank's host, and bytes that it may take there."""
+        self.tell(Memory())
+        return [_memory(), *(self.said(rank) for rank in range(1, self.size))]
+
+    def serve(self) -> NoReturn:
+        """What a rank that is not the first does instead of returning from `pipeline()`."""
+        while not isinstance(message := self.told(), Ended):
+            if isinstance(message, Memory):
+                self.say(_memory())
+            elif isinstance(message, Task):
+                self._serve_one(message)
+        raise SystemExit(0)
+
+    def _serve_one(self, task: Task) -> None:
+        task = dataclasses.replace(task, options=own_options(task))
+        serve(task, MpiMeetings(self, task.room), self.say, self._calls())
+
+    def _calls(self) -> Callable[[], Call | None]:
+        def call() -> Call | None:
+            message = self.told()
+            return None if isinstance(message, Closed) else cast("Call", message)
+
+        return call
+
+    def _next(self, rank: int, tag: int) -> Any:
+        self._until(lambda: self._comm.iprobe(rank, tag))
+        return self._comm.recv(source=rank, tag=tag)
+
+    def _until(self, holds: Callable[[], bool]) -> None:
+        """Look again and again, and for what another rank says unasked."""
+        looks, pause = 0, _PAUSE_S
+        while not holds():
+            looks += 1
+            if looks < _LOOKS:
+                os.sched_yield()
+                continue
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_S)
+            if self.leads is not None:
+                self.leads.look()
+
+    def failure(self) -> tuple[int, str] | None:
+        """A rank that has said that it failed, and why; None: nobody has. On the first rank."""
+        for rank in range(1, self.size):
+            if self._comm.iprobe(rank, _FAILED):
+                return rank, self._comm.recv(source=rank, tag=_FAILED).reason
+        return None
+
+    def _end(self) -> None:
+        """The interpreter ends. Ranks that are in the middle of something cannot be told so."""
+        if os.getpid() != self._owner:
+            return
+        if self.leads is not None and self.leads.broken:
+            self._comm.Abort(1)
+        self.tell(Ended())
+
+
+class MpiMeetings(Communicator):
+    """Meetings of all ranks of a `World`."""
+
+    def __init__(self, world: World, room: int) -> None:
+        self.rank, self.size, self.room = world.rank, world.size, room
+        self._world = world
+        self._given = np.zeros(world.size * room, np.float32)
+
+    @override
+    def meet(self, values: FloatArray) -> Sequence[FloatArray]:
+        given = self._given[: self.size * values.size].reshape(self.size, -1)
+        self._world.meet(np.ascontiguousarray(values), given)
+        return list(given)
+
+
+class MpiRanks(OtherRanks):
+    """The others, for one pipeline of the first."""
+
+    def __init__(self, world: World, room: int) -> None:
+        if world.leads is not None and world.leads.broken:
+            raise rank_error(0, world.size, "one of them failed before; start the program again")
+        if world.leads is not None:
+            raise PipelineError(
+                "Ranks of mpirun serve one pipeline at a time.",
+                found="a second pipeline, and the first is not closed",
+                expected="one, whose ranks are those that mpirun has started",
+                fix="close the first one, or leave communicator='mpi' out",
+            )
+        self._world, self._owner = world, os.getpid()
+        self._error: RankError | None = None
+        self._loaded = self._closed = False
+        self._meetings = MpiMeetings(world, room)
+        world.leads = self
+
+    @property
+    def broken(self) -> bool:
+        """Whether a rank failed since all had loaded: the others wait at a meeting for it."""
+        return self._loaded and self._error is not None
+
+    @override
+    def begin(self, folder: Path, options: LoadOptions) -> LoadOptions:
+        hosts = tuple(name for name, _ in self._world.memory())
+        task = Task(folder.resolve(), options, self._meetings.room, hosts)
+        self._world.tell(task)
+        return own_options(task)
+
+    @override
+    def wait_until_loaded(self) -> None:
+        for rank in range(1, self._world.size):
+            self._world.said(rank)
+        self._loaded = True
+
+    @property
+    @override
+    def communicator(self) -> MpiMeetings:
+        return self._meetings
+
+    @override
+    def tell(self, call: Call) -> None:
+        self._check()
+        self._world.tell(call)
+
+    @override
+    def answers(self) -> list[KeyValues]:
+        ranks = range(1, self._world.size)
+        return [cast("KeyValues", self._world.said(rank)) for rank in ranks]
+
+    def look(self) -> None:
+        """While the first rank waits (RankError: another one has failed)."""
+        if (found := self._world.failure()) is not None:
+            self._error = rank_error(found[0], self._world.size, found[1])
+            self._check()
+
+    @override
+    def give_up(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = rank_error(0, self._world.size, f"{type(error).__name__}: {error}")
+
+    @override
+    def close(self) -> None:
+        if self._closed or os.getpid() != self._owner:
+            return
+        self._closed = True
+        if self.broken:  # and so will it be: no other pipeline can be made
+            return
+        self._world.leads = None
+        self._world.tell(Closed())
+        self.give_up(PipelineError("it was closed"))
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise RankError.of(self._error)
+
+
+@cache
+def world(ranks: int) -> World:
+    """That of this process, of so many ranks; MPI begins with the first call.
+
+    Raises:
+        BackendUnavailableError: mpi4py or an MPI library is not installed.
+        ConfigError: mpirun has not started this program, or in another number.
+    """
+    try:
+        from mpi4py import MPI  # it begins MPI, and is an extra
+    except (ImportError, RuntimeError) as error:
+        raise BackendUnavailableError(
+            "MPI is not installed here.",
+            found=str(error),
+            expected="mpi4py, and the library of MPI whose mpirun is used",
+            fix="pip install 'vlmforge[tp]' mpich",
+        ) from error
+    size = MPI.COMM_WORLD.Get_size()
+    if size != ranks:
+        raise ConfigError(
+            "communicator='mpi' takes the processes that mpirun has started for ranks.",
+            found=f"tp={ranks} in a program that was started {size} times",
+            expected="as many processes as ranks",
+            fix=f"mpirun -n {ranks} python app.py, or leave communicator='mpi' out",
+        )
+    return World(MPI.COMM_WORLD)
+
+
+def own_options(task: Task) -> LoadOptions:
+    """Of this process: its share of the threads, or of the cores of its host."""
+    host, _ = _memory()
+    threads = task.options.threads or onnxruntime.physical_cores()
+    beside = len(task.hosts) if task.options.threads else task.hosts.count(host)
+    return dataclasses.replace(task.options, threads=max(1, threads // beside))
+
+
+def _memory() -> tuple[str, int]:
+    return os.uname().nodename, available_memory().bytes

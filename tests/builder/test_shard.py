@@ -1,0 +1,253 @@
+"""The ranks of a divided decoder give together what one rank gives: drawn decoders, golden ones."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from drawn_decoder import drawn
+from golden_models import FOLDERS
+from lowered_decoder import model_spec, part_of
+from rank_chains import Array, Ranks
+from vlmforge.engine.manifest import Part
+from vlmforge.errors import BuildError, ConfigError
+from vlmforge_builder import build
+from vlmforge_builder.blocks.decoder import DecoderConfig
+from vlmforge_builder.checkpoint.store import TensorStore
+from vlmforge_builder.export import Traced
+from vlmforge_builder.passes import shard as shard_pass
+from vlmforge_builder.passes.shard import heads_of, shard
+from vlmforge_builder.ranks import Rank
+from vlmforge_builder.recipe import PartSpec
+from vlmforge_builder.targets import CompileJob, Settings, load_target
+
+SETTINGS = Settings("float32", None, 64, 2, None, None, None)
+CONFIG = DecoderConfig(
+    vocab_size=37,
+    hidden_size=32,
+    intermediate_size=64,
+    layers=1,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    activation="silu",
+    max_positions=64,
+)
+
+
+def compiled(
+    traced: Traced, part: PartSpec, store: TensorStore, folder: Path, tp: int, settings: Settings
+) -> tuple[Part, ...]:
+    """The decoders of all ranks."""
+    target, parts = load_target("onnxruntime"), []
+    for index in range(tp):
+        own = replace(traced, model=traced.model.clone())
+        job = CompileJob(
+            part, store, settings, folder, lambda *_: None, lambda _: None, Rank(index, tp)
+        )
+        parts.append(target.compile(own, job))
+    return tuple(parts)
+
+
+@contextmanager
+def ranks_of(
+    traced: Traced, part: PartSpec, store: TensorStore, tp: int, settings: Settings = SETTINGS
+) -> Iterator[Ranks]:
+    with tempfile.TemporaryDirectory() as folder:
+        parts = compiled(traced, part, store, Path(folder), tp, settings)
+        yield Ranks.load(Path(folder), parts, batch=2, capacity=24)
+
+
+def prompts(vocab: int, hidden: int, seed: int = 0) -> tuple[Array, Array]:
+    """Token ids of two sequences, with rows of images in one, and the rows."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, vocab, (2, 9))
+    ids[0, 2:4] = [vocab, vocab + 1]
+    return ids, rng.standard_normal((2, hidden), np.float32)
+
+
+# --- drawn decoders -----------------------------------------------------------------------------
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> tuple[DecoderConfig, int]:
+    tp = draw(st.sampled_from([2, 3, 4]))
+    kv_heads = draw(st.sampled_from([1, 2, 3, 4]))
+    heads = kv_heads * draw(st.sampled_from([n for n in range(1, 13) if n * kv_heads % tp == 0]))
+    return replace(
+        CONFIG,
+        heads=heads,
+        kv_heads=kv_heads,
+        intermediate_size=tp * draw(st.integers(1, 20)),
+        vocab_size=draw(st.integers(5, 99)),
+        layers=draw(st.integers(1, 2)),
+        qkv_bias=draw(st.booleans()),
+        activation=draw(st.sampled_from(["silu", "gelu"])),
+    ), tp
+
+
+@settings(max_examples=12)
+@given(configs(), st.booleans(), st.booleans(), st.booleans())
+@example((replace(CONFIG, heads=6, kv_heads=2, intermediate_size=66), 3), True, True, True)
+@example((replace(CONFIG, heads=8, kv_heads=1, qkv_bias=True), 4), False, True, False)
+def test_ranks_together_are_the_whole(
+    drawn_config: tuple[DecoderConfig, int], tied: bool, normed: bool, table: bool
+) -> None:
+    config, tp = drawn_config
+    made = drawn(config, tied=tied, normed=normed)
+    ids, features = prompts(config.vocab_size, config.hidden_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_pass, "LARGE_TABLE", 0 if table else 1 << 40)
+        with ranks_of(*made, 1) as whole, ranks_of(*made, tp) as ranks:
+            expected, tokens = whole.greedy(ids, features, 4)
+            found, same = ranks.greedy(ids, features, 4)
+    np.testing.assert_allclose(found, expected, atol=2e-4, rtol=2e-4)
+    np.testing.assert_array_equal(same, tokens)
+
+
+@pytest.mark.parametrize(("weights", "inner"), [("int8", 256), ("int4", 256), ("int8", 384)])
+def test_whole_numbers_are_those_of_one_rank(weights: str, inner: int) -> None:
+    # Shares end where blocks do: activations are rounded in the same blocks too. Of three blocks
+    # one rank has two.
+    config = replace(CONFIG, heads=16, intermediate_size=inner, vocab_size=65)
+    made, quantised = drawn(config), replace(SETTINGS, weights=weights)
+    ids, features = prompts(config.vocab_size, config.hidden_size)
+    with ranks_of(*made, 1, quantised) as whole, ranks_of(*made, 2, quantised) as ranks:
+        expected, tokens = whole.greedy(ids, features, 4)
+        found, same = ranks.greedy(ids, features, 4)
+    np.testing.assert_allclose(found, expected, atol=2e-4, rtol=2e-4)
+    np.testing.assert_array_equal(same, tokens)
+    with ranks_of(*made, 1) as plain:
+        assert abs(plain.greedy(ids, features, 1)[0] - expected[0]).max() > 1e-3
+
+
+# --- golden decoders ----------------------------------------------------------------------------
+
+USUAL = (("qwen_vl_chat", 2), ("llava_next_mistral_hf", 4))
+GRID = [
+    pytest.param(folder, tp, marks=() if (folder, tp) in USUAL else pytest.mark.nightly)
+    for folder in FOLDERS
+    for tp in (2, 4)
+]
+
+
+@pytest.mark.parametrize(("folder", "tp"), GRID)
+def test_golden_decoders_are_divided(folder: str, tp: int) -> None:
+    spec = model_spec(folder)
+    part = part_of(spec, "decoder")
+    made = build.trace(part), part, spec.store
+    ids, features = prompts(spec.vocab_size, spec.hidden_size)
+    level = 1 if spec.positions.has_levels else 0
+    try:
+        with ranks_of(*made, 1) as whole, ranks_of(*made, tp) as ranks:
+            expected, tokens = whole.greedy(ids, features, 8, level)
+            found, same = ranks.greedy(ids, features, 8, level)
+    except ConfigError as error:  # this one's heads are too few
+        assert (folder, tp) == ("llava_v1_6_mistral_liuhaotian", 4), error
+        assert error.found == "2 attention heads, tp 4"
+        return
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_array_equal(same, tokens)
+
+
+def test_drawn_decoders_are_of_the_form_of_traced_ones() -> None:
+    """So that what is said of drawn ones is said of all."""
+    spec = model_spec("llava_1_5_hf")
+    traced = build.trace(part_of(spec, "decoder"))
+    config = part_of(spec, "decoder").module.args[0]  # type: ignore[attr-defined]
+    ours, _, _ = drawn(config)
+    assert ours.shapes == traced.shapes
+
+    def kinds(made: Traced) -> list[tuple[str, str]]:
+        left = {"Shape", "Expand"}  # of a zero for each token
+        return [(n.domain, n.op_type) for n in made.model.graph if n.op_type not in left]
+
+    assert kinds(ours) == kinds(traced)
+
+
+# --- what is refused, and how -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "tp", "weights", "found", "fix"),
+    [
+        ({"heads": 32}, 3, None, "32 attention heads, tp 3", "--tp 2"),
+        (
+            {"heads": 6, "intermediate_size": 64},
+            3,
+            None,
+            "64 rows of layers.0.mlp.down.weight, tp 3",
+            "--tp 2",
+        ),
+        (
+            {"intermediate_size": 32},
+            4,
+            "int4",
+            "rows 0 to 8 of a rank, in blocks of 32",
+            "a smaller --tp, or no --weights",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_refused_by_name_and_numbers(
+    tmp_path: Path,
+    change: dict[str, int],
+    tp: int,
+    weights: str | None,
+    found: str,
+    fix: str,
+) -> None:
+    made = drawn(replace(CONFIG, **change))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"among {tp} ranks") as caught:
+        compiled(*made, tmp_path, tp, replace(SETTINGS, weights=weights))
+    assert (caught.value.found, caught.value.fix) == (found, fix)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_would_fit_is_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        heads_of(12, 4, Rank(0, 5))
+    assert caught.value.expected == "a tp that divides them: 1, 2, 3, 4, 6, 12"
+    assert caught.value.fix == "--tp 4"
+
+
+def test_attention_between_unknown_things_is_refused() -> None:
+    traced, part, _ = drawn(CONFIG)
+    known = [name for name in part.weights if "attn.out" not in name]
+    with pytest.raises(BuildError, match="cannot be divided among ranks") as caught:
+        shard(traced.model.graph, known, Rank(1, 2), {})
+    assert caught.value.expected == "an attention between two products of weights"
+    assert caught.value.found.startswith("CachedAttention of ")
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 8))
+def test_every_query_meets_its_own_key(kv_heads: int, group: int, tp: int) -> None:
+    heads = kv_heads * group
+    if heads % tp:
+        heads, kv_heads = heads * tp, kv_heads * tp
+    seen = []
+    for index in range(tp):
+        own, kv = heads_of(heads, kv_heads, Rank(index, tp))
+        assert own % len(kv) == 0
+        for head in range(own):  # as grouped-query attention shares them
+            seen.append(kv[head // (own // len(kv))])
+        if kv_heads % tp == 0:
+            assert len(kv) == kv_heads // tp  # none is held twice
+    assert seen == [head * kv_heads // heads for head in range(heads)]
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt_rtx"])
+def test_plans_are_not_divided(target: str) -> None:
+    with pytest.raises(ConfigError, match="divides no decoders") as caught:
+        load_target(target).check(replace(SETTINGS, dtype="float16", tp=2))
+    assert caught.value.found == "--tp 2"
+    assert "--target cuda" in caught.value.fix
