@@ -21,11 +21,29 @@ from vlmforge.backends import DecoderBatch, LoadOptions, load_backend
 from vlmforge.backends.cuda.device import Segment
 from vlmforge.backends.fake import Float32Segment, Graphs, cuda_on_cpu
 from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.images.patch_inputs import WINDOW_PLACES, WINDOW_ROWS, WINDOW_SIZES
+from vlmforge.engine.interface import (
+    BATCH,
+    BLOCK_TABLE,
+    IMAGES,
+    INPUT_IDS,
+    LOGITS_INDICES,
+    OUTPUTS,
+    QUERY_LENGTHS,
+    ROTARY_LEVELS,
+    ROWS,
+    TOKENS,
+    TURNS,
+    WINDOWS,
+    PatchInterface,
+    interface_of,
+)
 from vlmforge.engine.manifest import Manifest
-from vlmforge.errors import BackendUnavailableError
+from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.ort import ort
-from vlmforge_builder import build, passes
+from vlmforge_builder import passes
 from vlmforge_builder.build import BuildOptions, read_checkpoint
+from vlmforge_builder.export import trace
 from vlmforge_builder.onnx_file import refer
 from vlmforge_builder.ops import DOMAIN, VERSION, functions
 from vlmforge_builder.passes.store_weights import StoreWeightsPass
@@ -48,23 +66,29 @@ class Watched:
 
 
 def draw(manifest: Manifest, part: str) -> Inputs:
-    """Inputs of a part: noise for pixels; for the decoder a prompt that begins with an image."""
-    rng = np.random.default_rng(0)
-    if part == "vision":
-        height, width = manifest.image.view_size
-        return {"pixel_values": rng.standard_normal((1, 3, height, width), np.float32)}
-    decode = manifest.decode
-    ids = rng.integers(0, decode.vocab_size, (1, _TOKENS))
-    ids[0, :_ROWS] = decode.vocab_size + np.arange(_ROWS)
-    given: dict[str, Array] = {
-        "input_ids": ids,
-        "image_features": rng.standard_normal((_ROWS, decode.hidden_size), np.float32),
-        "past_lengths": np.zeros(1, np.int64),
-        "logits_indices": np.arange(_TOKENS)[None],
+    """Inputs of a part, without caches: noise, and a prompt that begins with an image."""
+    rng, given = np.random.default_rng(0), dict[str, Array]()
+    interface = interface_of(manifest, part)
+    window = interface.patches.window if isinstance(interface, PatchInterface) else 0
+    sizes = {IMAGES: 1, ROWS: _ROWS, BATCH: 1, TOKENS: _TOKENS, OUTPUTS: _TOKENS}
+    sizes[WINDOWS] = -(-_ROWS // (window or 1))
+    for spec in interface.inputs:
+        if "." in spec.name or spec.name in (QUERY_LENGTHS.name, BLOCK_TABLE.name):
+            continue
+        shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
+        if spec.dtype == "float32":
+            given[spec.name] = rng.standard_normal(shape, np.float32)
+        else:
+            given[spec.name] = np.zeros(shape, np.int64)
+    whole: dict[str, Array] = {
+        WINDOW_SIZES: np.full(sizes[WINDOWS], window),
+        WINDOW_ROWS: np.arange(sizes[WINDOWS] * window).reshape(-1, window or 1) % _ROWS,
+        WINDOW_PLACES: np.arange(_ROWS),
+        LOGITS_INDICES.name: np.arange(_TOKENS)[None],
+        INPUT_IDS.name: rng.integers(0, manifest.decode.vocab_size, (1, _TOKENS)),
     }
-    if decode.positions.has_levels:
-        given["rotary_levels"] = np.zeros(1, np.int64)
-    return given
+    whole[INPUT_IDS.name][0, :_ROWS] = manifest.decode.vocab_size + np.arange(_ROWS)
+    return given | {name: values for name, values in whole.items() if name in given}
 
 
 def watch_engine(bundle: Bundle, part: str, inputs: Inputs) -> Watched:
@@ -72,8 +96,16 @@ def watch_engine(bundle: Bundle, part: str, inputs: Inputs) -> Watched:
 
     Raises:
         BackendUnavailableError: it is a plan of TensorRT, which shows nothing of its inside.
+        ConfigError: it is of several ranks.
     """
     manifest, described = bundle.manifest, bundle.manifest.part(part)
+    if manifest.parallel.tp > 1:
+        raise ConfigError(
+            "Engines of several ranks are not compared tensor by tensor.",
+            found=f"an engine of {manifest.parallel.tp} ranks",
+            expected="an engine of one",
+            fix="build the same checkpoint without --tp, and compare that",
+        )
     if manifest.backend not in ("onnxruntime", "cuda"):
         raise BackendUnavailableError(
             f"An engine of {manifest.backend} cannot be compared tensor by tensor here.",
@@ -100,7 +132,7 @@ def watch_checkpoint(
     with Progress(text=io.StringIO()) as progress:
         spec = read_checkpoint(_options(manifest, checkpoint), progress).spec
     described = next(item for item in spec.parts if item.name == part)
-    traced = build.trace(described)
+    traced = trace(described)
     dtypes = {n: stored_dtype(described.weights[n], manifest.dtype) for n in traced.shapes}
     passes.run(ir.passes.Sequential(StoreWeightsPass(dtypes)), traced.model)
     for function in functions():
@@ -175,7 +207,8 @@ class _Watching(Graphs):
 
     def _note(self, feeds: Inputs, found: Inputs) -> None:
         # What the attention between segments gave is the next one's input.
-        self.watched.tensors.update(feeds)
+        # It lies in memory that is used again.
+        self.watched.tensors.update({name: values.copy() for name, values in feeds.items()})
         self.watched.tensors.update(found)
 
 
@@ -194,8 +227,9 @@ def _watch_chain(bundle: Bundle, inputs: Inputs) -> Watched:
                 inputs["past_lengths"],
                 inputs["image_features"],
                 inputs["logits_indices"],
-                inputs.get("rotary_levels"),
+                inputs.get(ROTARY_LEVELS.name),
                 [range(options.blocks)],
+                inputs.get(TURNS),
             )
         )
     return watched

@@ -19,11 +19,16 @@ from vlmforge.cli import verify as command
 from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.manifest import load_manifest
 from vlmforge.errors import BackendUnavailableError, ConfigError
-from vlmforge_builder import layers
+from vlmforge_builder import build, layers, watched_graphs
 from vlmforge_builder.layers import TensorResult, compare_engine
 from vlmforge_builder.watched_graphs import WEIGHT, Watched, draw, watch_engine
 
 CHECKPOINT = HF / "checkpoint"
+
+
+@pytest.fixture(autouse=True)
+def _kept_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched_graphs, "trace", build.trace)  # as builds have them
 
 
 @pytest.fixture(scope="module")
