@@ -212,10 +212,12 @@ def divided_engine(shared: Path, name: str, ranks: int) -> Path:
 def cuda_engine(shared: Path, name: str, *more: str) -> Path:
     """The float16 engine of the target cuda of a golden checkpoint, built once for a run.
 
-    That of `HF` carries kernels for every GPU; the others, and those with `more` options, only for
-    one that other tests compile.
+    That of `HF` carries goldens, and kernels for every GPU; the others, and those with `more`
+    options, kernels only for one that other tests compile.
     """
     options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()), *more)
+    if name != HF.name or more:
+        options = (*options, "--skip-goldens")
     kind = ".".join(["cuda", *(option for option in more if not option.startswith("--"))])
     with nullcontext() if name == HF.name and not more else kernels_for_one_gpu():
         return build_once(shared / f"{name}.{kind}.engine", DATA / name / "checkpoint", *options)

@@ -13,6 +13,7 @@ import pytest
 
 from conftest import DATA
 from damage import edit_json
+from live_parity import FAMILIES, checkpoint
 from vlmforge import pipeline
 from vlmforge.cli import main
 from vlmforge.engine.layer_report import LayerReport, read_layers
@@ -133,7 +134,24 @@ CARRYING = [
 
 @pytest.mark.parametrize(("name", "attention", "dtype"), KINDS)
 def test_layers_profiles_and_caches(build: Build, name: str, attention: str, dtype: str) -> None:
-    engine = build(name, attention, dtype)
+    check_plan(build(name, attention, dtype), attention, dtype)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        pytest.param(*kind, marks=NIGHTLY if kind != ("idefics3", "plugin") else ())
+        for kind in product(FAMILIES, ("plugin", "native"))
+    ],
+)
+def test_plans_of_drawn_checkpoints(
+    build: Build, shared: Path, family: str, attention: str
+) -> None:
+    drawn = checkpoint(shared, family, next(iter(FAMILIES[family].SHAPES)))
+    check_plan(build(str(drawn), attention, "float16"), attention, "float16")
+
+
+def check_plan(engine: Path, attention: str, dtype: str) -> None:
     manifest = load_manifest(engine)
     assert (manifest.backend, manifest.dtype, manifest.compute_dtype) == (
         *("tensorrt_rtx", dtype),

@@ -123,6 +123,9 @@ def test_what_cannot_begin(hf_engine: Path, capsys: pytest.CaptureFixture[str]) 
     assert "2 names for 1 engines" in capsys.readouterr().err
     assert main(["serve", str(hf_engine), "--api-keys", "ключ"]) == 1
     assert "openssl rand" in capsys.readouterr().err
+    for host in ("http://example.org/", "example.org:80", "*.example.org"):
+        assert main(["serve", str(hf_engine), "--allowed-media-domains", host]) == 1
+        assert "leave out scheme, port" in capsys.readouterr().err
     assert main(["serve", "/nowhere/at/all"]) == 1
     assert "found:" in capsys.readouterr().err
 
