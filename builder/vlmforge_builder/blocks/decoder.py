@@ -224,8 +224,8 @@ class Decoder(nn.Module):
             values.append(value)
             if index < len(added):
                 x = x + added[index]
-        index = logits_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return self.lm_head(self.norm(x.gather(1, index))), keys, values
+        wanted = logits_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        return self.lm_head(self.norm(x.gather(1, wanted))), keys, values
 
     def _rotary(self, ids: Tensor, past_lengths: Tensor, by_sequence: Tensor | None) -> Rotary:
         if self.turned_outside and by_sequence is not None:
@@ -233,6 +233,8 @@ class Decoder(nn.Module):
             return Rotation(cos, sin, cos, sin)
         if self.positions is not None and by_sequence is not None:
             return self.positions(past_lengths, by_sequence, ids)  # type: ignore[no-any-return]
+        assert self.cos is not None
+        assert self.sin is not None
         return self.cos, self.sin
 
     def _embed(self, input_ids: Tensor, image_features: Tensor) -> tuple[Tensor, list[Tensor]]:
