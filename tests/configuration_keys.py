@@ -106,6 +106,15 @@ def _nested(checkpoint: Path) -> None:
     _edit("processor_config.json", image_processor=processor)(checkpoint)
 
 
+def _old_rope(checkpoint: Path) -> None:
+    """As before transformers 5: the base apart, and the rest under another name."""
+    config = read(checkpoint / "config.json")
+    text = config["text_config"]
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    write(checkpoint / "config.json", config)
+
+
 @cache
 def _drawn(family: str, shape: str) -> Path:
     """A checkpoint drawn at random, with an output matrix of its own."""
@@ -134,10 +143,13 @@ LAYOUTS: Mapping[str, tuple[str | tuple[str, str], tuple[Edit, ...]]] = {
     "Idefics3 and SmolVLM of transformers": (("idefics3", "idefics3"), ()),
     "SmolVLM2 of transformers": (("idefics3", "smolvlm"), ()),
     "Qwen2-VL": (("qwen2_vl", "plain"), ()),
+    "Qwen2-VL of transformers 4.52": (("qwen2_vl", "nested_plain"), (_old_rope,)),
     "Qwen2-VL of transformers 5": (("qwen2_vl", "nested_plain"), ()),
     "Qwen2.5-VL": (("qwen2_vl", "windowed"), ()),
+    "Qwen2.5-VL of transformers 4.52": (("qwen2_vl", "nested"), (_old_rope,)),
     "Qwen2.5-VL of transformers 5": (("qwen2_vl", "nested"), ()),
-    "Qwen3-VL": (("qwen3_vl", "first"), ()),
+    "Qwen3-VL": (("qwen3_vl", "first"), (_old_rope,)),
+    "Qwen3-VL of transformers 5": (("qwen3_vl", "first"), ()),
 }
 
 
