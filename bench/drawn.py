@@ -1,7 +1,8 @@
 """Checkpoints of published shapes with random weights, of any family that transformers knows.
 
 Names and shapes are those of the model that transformers makes of a configuration, on no memory;
-values are drawn block by block. The tokenizer knows bytes and the family's special tokens.
+values are drawn block by
+block. The tokenizer knows bytes and the family's special tokens.
 """
 
 from __future__ import annotations
@@ -14,12 +15,28 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
+from typing_extensions import override
 
 from vlmforge_recipes.llava.synthetic.files import Progress, write_safetensors
 from vlmforge_recipes.llava.synthetic.tensors import Entry, Random
 
 Json = dict[str, object]
+_DRAWN = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated(Random):
+    """The same values over and over: what is measured does not depend on them."""
+
+    @override
+    def blocks(self, seed: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        total = math.prod(self.shape)
+        few = Random(self.name, (min(total, _DRAWN),), self.std, self.mean)
+        values = torch.cat(list(few.blocks(seed, dtype)))
+        for start in range(0, total, _DRAWN):
+            yield values[: total - start]
 
 
 @dataclass(frozen=True)
@@ -251,8 +268,8 @@ def _law(name: str, shape: tuple[int, ...]) -> Random:
     """Values that keep activations of order one."""
     if len(shape) == 1:
         is_scale = "norm" in name and name.endswith("weight")
-        return Random(name, shape, 0.1, 1.0 if is_scale else 0.0)
+        return Repeated(name, shape, 0.1, 1.0 if is_scale else 0.0)
     if "embed" in name and len(shape) < 4:
-        return Random(name, shape, 0.5)
+        return Repeated(name, shape, 0.5)
     gain = 3.0 if name.startswith("lm_head") else 1.0
-    return Random(name, shape, gain / math.sqrt(math.prod(shape[1:])))
+    return Repeated(name, shape, gain / math.sqrt(math.prod(shape[1:])))

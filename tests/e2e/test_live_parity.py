@@ -154,7 +154,7 @@ def test_images_may_be_placed_by_hand(opened: Open, family: str, shape: str) -> 
     with pytest.raises(PromptError, match="one image token for each image"):
         pipe.render((f"{IMAGE_TOKEN}{IMAGE_TOKEN}", TALL))
     with pytest.raises(ContextLengthError):
-        pipe(("What is it?", [WIDE] * 40))
+        pipe(("a b " * 4000, WIDE))
     with pytest.raises(PromptError, match="models see images only"):
         pipe.render([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}])
 

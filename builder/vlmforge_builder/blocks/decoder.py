@@ -20,7 +20,8 @@ from vlmforge_builder.ops.cached_attention import cached_attention
 class BandScaling:
     """Rotary positions whose slow turns are slowed down further, and fast ones are not.
 
-    As Llama 3.1 has them (`_compute_llama3_parameters` in transformers' modeling_rope_utils.py).
+    Turns between the two bounds are slowed down by a share that falls in a straight line, as where
+    transformers computes the frequencies of this kind (modeling_rope_utils.py).
 
     Attributes:
         factor: How much slower.

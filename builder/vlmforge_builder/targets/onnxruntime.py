@@ -8,6 +8,7 @@ matrices stay as they are stored, in memory too.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -53,7 +54,6 @@ class OnnxRuntimeTarget(Target):
     """Compiles for the CPU provider."""
 
     name: str = "onnxruntime"
-    runs_here: bool = True
 
     @override
     def check(self, settings: Settings) -> None:
@@ -69,6 +69,10 @@ class OnnxRuntimeTarget(Target):
                     expected="none",
                     fix=f"leave --{option} out, or build with --target tensorrt_rtx",
                 )
+
+    @override
+    def stand_in(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @override
     def compute_dtype(self, settings: Settings) -> str:

@@ -75,7 +75,6 @@ class TensorRTTarget(Target):
     """Compiles by the library of a flavour."""
 
     flavour: Flavour
-    runs_here: bool = False
 
     @property
     @override
@@ -108,6 +107,10 @@ class TensorRTTarget(Target):
         capability_name(self.flavour, settings.compute_capability)
         _check_kernels(settings)
         check_installed(self.flavour)
+
+    @override
+    def stand_in(self) -> None:
+        return None
 
     @override
     def compute_dtype(self, settings: Settings) -> str:

@@ -12,6 +12,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from vlmforge.api.parallel import parallel_refusals
+from vlmforge.errors import ConfigError
 from vlmforge.field_rules import (
     Choice,
     Flag,
@@ -257,6 +258,14 @@ class VisionConfig:
             "max_pixels": OrNone(Int(1)),
         }
         check_fields(self, rules)
+        for domain in self.media_domains or ():
+            if not set(domain).isdisjoint("/@*?# ") or domain.count(":") == 1:
+                raise ConfigError(
+                    "VisionConfig: media_domains has what is no host's name.",
+                    found=repr(domain[:80]),
+                    expected="a host such as example.org, or .example.org for all below it",
+                    fix="leave out scheme, port and path",
+                )
 
     def image_limits(self) -> ImageLimits:
         """What the images of prompts may be and may cost."""
