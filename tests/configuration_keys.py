@@ -228,7 +228,8 @@ def section(folder: Path, row: Row, layout: str) -> Section:
         (checkpoint / "generation_config.json").unlink()  # it would be asked first
     if row.file == PREPROCESSOR or row.place == "image_processor":
         _name_processor(checkpoint / PREPROCESSOR)
-    if not isinstance(golden, str) and not row.place.endswith("rope_parameters"):
+    own_ropes = isinstance(golden, str) or golden[0] in ("qwen2_vl", "qwen3_vl")
+    if not own_ropes and not row.place.endswith("rope_parameters"):
         _older_rope(checkpoint, scaled=row.place.endswith("rope_scaling"))
     if row.file in ("tokenizer_config.json", "chat_template.json"):
         _move_template(checkpoint, row.file)
