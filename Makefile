@@ -9,7 +9,7 @@ COMMIT ?= HEAD~1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-nightly mutants fuzz soak interleavings check fmt bench bench-before bench-large bench-tiny precision train plugins test-gpu bench-gpu clean
+.PHONY: help demo test test-nightly mutants fuzz soak interleavings check fmt bench bench-before bench-large bench-tiny bench-serve check-serve precision train plugins gpu-engines test-gpu bench-gpu clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -26,11 +26,13 @@ demo: $(STAMP) ## build an engine from the trained demo model and ask it about t
 	@$(BIN)/python scripts/demo.py $(OUT)/demo
 
 test: $(STAMP) ## run the tests (all cores)
-	@$(BIN)/python -m pytest -q -n auto --dist loadfile
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-nightly: $(STAMP) ## what `make test` takes a part of: every kernel, binary and plan; other clients, a browser, Ray (hours)
 	@$(PIP) install -c constraints.txt -e '.[nightly]'
-	@$(BIN)/python -m pytest -q -n auto -m nightly
+	@test -d $(OUT)/clients || $(PYTHON) -m venv $(OUT)/clients
+	@$(OUT)/clients/bin/python -m pip --disable-pip-version-check -q install 'langchain-openai>=0.3' 'litellm>=1.70'
+	@$(BIN)/python -m pytest -q -n auto --dist loadgroup -m nightly
 
 mutants: $(STAMP) ## plant known faults, one after the other: does the suite notice each? (minutes)
 	@$(BIN)/python scripts/mutants.py
@@ -58,6 +60,14 @@ bench: $(STAMP) ## against transformers, on 60 M and 1 B parameters; what batchi
 	@$(BIN)/python bench/compare.py --sizes 60m 1b --work $(OUT)/bench
 	@$(BIN)/python bench/serving.py --engine $(OUT)/bench/1b.engine --picture $(OUT)/bench/steps.png
 
+bench-serve: $(STAMP) ## the HTTP server: seconds that clients wait at three loads, and what HTTP costs beside pipe()
+	@$(BIN)/python bench/serve.py $(OUT)/demo/engine --picture bench/serve.png
+	@$(BIN)/python bench/serve_overhead.py $(OUT)/demo/engine
+
+check-serve: $(STAMP) ## the HTTP server under load, SIGTERM and attack: right answers, nothing leaked, memory flat (minutes)
+	@$(BIN)/python bench/serve_check.py $(OUT)/demo/engine
+	@$(BIN)/python bench/serve_hostile.py $(OUT)/demo/engine
+
 bench-before: $(STAMP) ## is anything slower than at COMMIT? side by side (1 B: after make bench)
 	@$(BIN)/python bench/before.py $(COMMIT) --work $(OUT)/bench \
 	  --checkpoints recipes/vlmforge_recipes/llava/demo/checkpoint $(OUT)/bench/1b.checkpoint
@@ -77,11 +87,14 @@ train: $(STAMP) ## train the demo model again, into out/train (40 minutes on 2 c
 plugins: $(STAMP) ## compile the attention kernels for every GPU with nvcc (engines use NVRTC instead)
 	@$(BIN)/python -m vlmforge_plugins.cached_attention.compile --compiler nvcc --out $(OUT)/plugins
 
-test-gpu: ## kernels, CUDA graphs and compute-sanitizer on a GPU; needs torch and cuda-bindings
-	@$(PYTHON) bench/gpu_suite.py test --out $(OUT)/gpu
+gpu-engines: $(STAMP) ## engines of every kind for `make test-gpu`, built where there is no GPU
+	@$(BIN)/python bench/gpu_engines.py build $(OUT)/gpu_engines
 
-bench-gpu: ## kernels against the GPU's own ceilings and torch's SDPA; then make BENCH.md
-	@$(PYTHON) bench/gpu_suite.py bench --out $(OUT)/gpu
+test-gpu: ## on a GPU: kernels, CUDA graphs, compute-sanitizer; whole engines (after make gpu-engines)
+	@$(PYTHON) bench/gpu_suite.py test engines --out $(OUT)/gpu --engines $(OUT)/gpu_engines
+
+bench-gpu: ## on a GPU: kernels against its own ceilings and torch's SDPA, a 7 B engine; then BENCH.md
+	@$(PYTHON) bench/gpu_suite.py bench speed --out $(OUT)/gpu --large $(OUT)/7b
 	@$(PYTHON) bench/gpu_report.py $(OUT)/gpu/results.json
 
 clean: ## remove what the commands above made

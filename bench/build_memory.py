@@ -1,6 +1,8 @@
 """Build checkpoints and print the seconds and the peak memory of each build.
 
 python bench/build_memory.py --size 7b --work out/bench
+python bench/build_memory.py --model smolvlm2-2.2b --weights int4 --answer --work out/bench
+python bench/build_memory.py --model qwen3-vl-2b --session-len 4096 --weights int4 --answer
 python bench/build_memory.py --checkpoint tests/data/*/checkpoint --dtype float32 --work out/bench
 python bench/build_memory.py --size 300m --target tensorrt_rtx --weights plain int8 int4 --work ...
 python bench/build_memory.py --size 1b --tp 1 2 4 --work out/bench
@@ -17,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from drawn import MODELS, draw
 from vlmforge.engine.manifest import load_manifest
 from vlmforge_recipes.llava.synthetic import PRESETS, write_checkpoint
 
@@ -25,21 +28,28 @@ def main() -> None:
     """Make the checkpoint if it is not there, build it, print the figures of its last event."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--size", default="7b", choices=tuple(PRESETS))
+    arguments.add_argument("--model", choices=tuple(MODELS), help="another family, drawn")
+    arguments.add_argument("--answer", action="store_true", help="ask each engine something")
     arguments.add_argument("--work", type=Path, required=True)
     arguments.add_argument(
         "--checkpoint", type=Path, nargs="+", help="those that are there already"
     )
     arguments.add_argument("--dtype", default="float16")
     arguments.add_argument("--target", default="onnxruntime")
+    arguments.add_argument("--session-len", help="tokens of a sequence; else what was trained")
     arguments.add_argument("--attention", help="of a GPU target: plugin or native")
     arguments.add_argument("--weights", nargs="+", default=["plain"], help="plain, int8 or int4")
     arguments.add_argument("--tp", nargs="+", type=int, default=[1], help="numbers of ranks")
     values = arguments.parse_args()
     values.work.mkdir(parents=True, exist_ok=True)
     options = ["--dtype", values.dtype, "--target", values.target]
-    options += ["--session-len", "2048"] if values.target != "onnxruntime" else []
+    window = values.session_len or ("2048" if values.target != "onnxruntime" else None)
+    options += ["--session-len", window] if window else []
     options += ["--attention", values.attention] if values.attention else []
-    for checkpoint in values.checkpoint or [random_checkpoint(values.work, values.size)]:
+    checkpoints = values.checkpoint
+    if not checkpoints:
+        checkpoints = [random_checkpoint(values.work, values.size, values.model)]
+    for checkpoint in checkpoints:
         first = 0
         for kind in values.weights:
             chosen = [] if kind == "plain" else ["--weights", kind]
@@ -54,14 +64,17 @@ def main() -> None:
                     f"{share:.3f} of the first"
                 )
                 print_rank(engine)
+                if values.answer:
+                    script = Path(__file__).with_name("answer.py")
+                    subprocess.run([sys.executable, script, engine], check=True)
 
 
-def random_checkpoint(work: Path, size: str) -> Path:
-    """The checkpoint of a preset, written unless it is there."""
-    folder = work / f"{size}.checkpoint"
-    if not folder.exists():
-        write_checkpoint(folder, PRESETS[size])
-    return folder
+def random_checkpoint(work: Path, size: str, model: str | None = None) -> Path:
+    """The checkpoint of a preset, or of another family's model, written unless it is there."""
+    folder = work / f"{model or size}.checkpoint"
+    if folder.exists():
+        return folder
+    return write_checkpoint(folder, PRESETS[size]) if model is None else draw(folder, MODELS[model])
 
 
 def decoder_size(engine: Path) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from attention_backends import CudaBackend, addresses
 from attention_cases import Batch, Case, make, verify
-from number_formats import encode
+from vlmforge.backends.number_formats import encode
 from vlmforge_plugins.cached_attention.config import Config, sizes
 from vlmforge_plugins.cached_attention.driver import call
 from vlmforge_plugins.cached_attention.launcher import Rows, Scales, Tensors, run

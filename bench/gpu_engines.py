@@ -1,11 +1,14 @@
 """Whole engines on a GPU: do golden checkpoints answer as they should, and how fast is a step?
 
-    python3 bench/gpu_engines.py goldens ENGINES        # folders named CHECKPOINT.DTYPE
+    python bench/gpu_engines.py build ENGINES           # where the builder is, without a GPU
+    python3 bench/gpu_engines.py goldens ENGINES        # folders named CHECKPOINT.KIND
     python3 bench/gpu_engines.py accuracy ENGINE ...    # of the demo model
     python3 bench/gpu_engines.py speed ENGINE --batch 1:640 8:1024 --out results.json
     python3 bench/gpu_engines.py report results.json    # into RESULTS.md
 
-Needs what serving needs; for `goldens` pytest too, and for the yardstick of `speed` torch.
+Kinds are those of `KINDS`. `goldens` compares engines of 16 bits with the originals, and each with
+the goldens of its own build. Needs what serving needs; for the originals pytest too, and for the
+yardstick of `speed` torch.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,34 +35,83 @@ from vlmforge import EngineConfig, GenerationConfig, Pipeline, pipeline  # noqa:
 from vlmforge.api.memory import part_bytes  # noqa: E402
 from vlmforge.backends.cuda import machine  # noqa: E402
 
+DEMO = "demo"
+DEMO_CHECKPOINT = ROOT / "recipes" / "vlmforge_recipes" / "llava" / "demo" / "checkpoint"
+KINDS = {
+    "float16": ("--dtype", "float16"),
+    "bfloat16": ("--dtype", "bfloat16"),
+    "int8": ("--dtype", "float16", "--weights", "int8"),
+    "int4": ("--dtype", "float16", "--weights", "int4"),
+    "fp8": ("--dtype", "float16", "--kv-dtype", "fp8"),
+}
 _LEAST_STEPS, _QUESTIONS = 48, 1300
 _BEGIN = "<!-- engines on a GPU: written by bench/gpu_engines.py report -->\n"
 _END = "<!-- end of engines on a GPU -->\n"
 
 
-def goldens(engines: Path) -> int:
-    """Every case of every golden checkpoint; the number of those that failed."""
-    from golden_models import TOLERANCES, Golden, cases_of, check_answer, check_images, check_prompt
+def build(engines: Path, checkpoints: list[str], kinds: list[str]) -> None:
+    """Engines of all kinds with their goldens; those that are there stay."""
+    from conftest import DATA, build_once
 
+    kept = ROOT / "out" / "gpu_build" / "cache"  # kernels, and graphs as they were traced
+    for folder in (kept, engines):
+        folder.mkdir(parents=True, exist_ok=True)
+    os.environ["VLMFORGE_CACHE"] = str(kept)
+    found = sorted(path.parent.name for path in DATA.glob("*/cases.json"))
+    for name in checkpoints or [DEMO, *found]:
+        folder = DEMO_CHECKPOINT if name == DEMO else DATA / name / "checkpoint"
+        for kind in kinds or KINDS:
+            options = ("--target", "cuda", "--max-batch-size", "4", *KINDS[kind])
+            engine = build_once(engines / f"{name}.{kind}", folder, *options)
+            size = sum(path.stat().st_size for path in engine.rglob("*") if path.is_file())
+            print(f"{engine}: {size / 1e6:.1f} MB", flush=True)
+
+
+def goldens(engines: Path) -> int:
+    """Every case of every golden checkpoint; the number of engines that failed."""
     failed = 0
     for engine in sorted(path for path in engines.iterdir() if (path / "engine.json").exists()):
-        name, dtype = engine.name.rsplit(".", 1)
         began = time.perf_counter()
         try:
-            with pipeline(engine) as pipe:
-                loaded = time.perf_counter()
-                golden, limits = Golden(name, pipe), TOLERANCES[dtype]
-                check_images(golden, limits)
-                cases = [case["id"] for case in cases_of(name)]
-                for case in cases:
-                    check_prompt(golden, case)
-                    check_answer(golden, case, limits)
-            words = f"{len(cases)} cases equal the goldens; loaded in {loaded - began:.1f} s"
+            words = f"{originals(engine)}{own_goldens(engine)}"
         except Exception:  # noqa: BLE001 - the others are to be seen too
             failed += 1
             words = "FAILED\n" + "\n".join(traceback.format_exc().splitlines()[-25:])
-        print(f"{engine.name}: {words}, {time.perf_counter() - began:.1f} s in all", flush=True)
+        print(f"{engine.name}: {words}{time.perf_counter() - began:.1f} s in all", flush=True)
     return failed
+
+
+def originals(engine: Path) -> str:
+    """What the original code gave, for engines whose weights are the original's."""
+    from golden_models import TOLERANCES, Golden, cases_of, check_answer, check_images, check_prompt
+
+    name, kind = engine.name.rsplit(".", 1)
+    if name == DEMO or kind not in TOLERANCES:
+        return ""
+    began = time.perf_counter()
+    with pipeline(engine) as pipe:
+        loaded = time.perf_counter()
+        golden, limits = Golden(name, pipe), TOLERANCES[kind]
+        check_images(golden, limits)
+        cases = [case["id"] for case in cases_of(name)]
+        for case in cases:
+            check_prompt(golden, case)
+            check_answer(golden, case, limits)
+    return f"{len(cases)} cases equal the originals'; loaded in {loaded - began:.1f} s; "
+
+
+def own_goldens(engine: Path) -> str:
+    """What the processor gave when it was built (AssertionError: it gives something else)."""
+    from vlmforge.evaluation.verify import FOLDER, verify
+
+    if not (engine / FOLDER).is_dir():
+        return "no goldens of its build; "
+    results = list(verify(engine))
+    wrong = [f"{r.case} {r.stage}: {r.detail}" for r in results if not r.passed]
+    if wrong:
+        raise AssertionError("not the goldens of its build:\n" + "\n".join(wrong))
+    logits = [result.detail for result in results if result.stage == "logits"]
+    return f"{len(results)} stages of its build's goldens met ({'; '.join(logits)}); "
 
 
 @dataclass
@@ -227,6 +280,10 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     kinds = arguments.add_subparsers(dest="kind", required=True)
     kinds.add_parser("goldens").add_argument("engines", type=Path)
+    made = kinds.add_parser("build")
+    made.add_argument("engines", type=Path)
+    made.add_argument("--checkpoints", nargs="+", default=[], metavar="NAME")
+    made.add_argument("--kinds", nargs="+", default=[], choices=KINDS, metavar="KIND")
     kinds.add_parser("report").add_argument("results", type=Path)
     kinds.add_parser("accuracy").add_argument("engines", type=Path, nargs="+")
     timed = kinds.add_parser("speed")
@@ -234,6 +291,8 @@ def main() -> None:
     timed.add_argument("--batch", nargs="+", default=["1:640", "8:1024", "32:1024", "64:1024"])
     timed.add_argument("--out", type=Path)
     values = arguments.parse_args()
+    if values.kind == "build":
+        return build(values.engines, values.checkpoints, values.kinds)
     if values.kind == "goldens":
         sys.exit(goldens(values.engines))
     if values.kind == "report":

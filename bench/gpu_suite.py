@@ -1,11 +1,14 @@
 """Everything about the attention kernels that needs a GPU, in one command of under 10 minutes.
 
-    python3 bench/gpu_suite.py [test] [grid] [bench] [tune] [--out out/gpu]
+    python3 bench/gpu_suite.py [test] [grid] [bench] [tune] [engines] [speed] [--out out/gpu]
 
 Needs python3, numpy, torch, cuda-bindings, and nvcc or NVRTC; not vlmforge's environment, and no
 TensorRT. `test`: the cases of tests/plugins_cuda on the GPU, CUDA graphs, compute-sanitizer.
 `grid`: all cases that there are (minutes). `bench`: the kernels against the machine's own ceilings
 and torch's SDPA, into a JSON file; from it gpu_report.py makes plugins_cuda/BENCH.md.
+`engines` and `speed`: what bench/gpu_engines.py says of whole engines (`goldens`, and `accuracy` of
+the demo model's; `speed` of a large one), each in a process of its own; these need what serving
+needs, and engines that were built elsewhere (`gpu_engines.py build`, `hollow.py`).
 """
 
 from __future__ import annotations
@@ -195,6 +198,32 @@ def line(kind: str, row: dict[str, Any], copy: float, matmul: float) -> str:
     return f"{kind:7} {what:34} {form:20} {share:6.1%}  us: {times}"
 
 
+def engines(folder: Path) -> list[str]:
+    """Whole engines against their goldens, and the demo model's accuracy; what failed."""
+    if not folder.is_dir():
+        return [f"engines: no folder {folder}; python bench/gpu_engines.py build {folder}"]
+    demo = sorted(map(str, folder.glob("demo.*")))
+    failures = _engines("goldens", str(folder))
+    return failures + (_engines("accuracy", *demo) if demo else [])
+
+
+def speed(large: Path, out: Path) -> list[str]:
+    """Steps of a large engine, filled first if it was built hollow; what failed."""
+    if not large.is_dir():
+        return [f"speed: no engine {large}; python bench/hollow.py build -o {large} -- ..."]
+    if (large / "holes.json").exists():
+        subprocess.run(
+            [sys.executable, str(ROOT / "bench" / "hollow.py"), "fill", large], check=True
+        )
+    return _engines("speed", str(large), "--out", str(out / "speed.json"))
+
+
+def _engines(*arguments: str) -> list[str]:
+    command = [sys.executable, str(ROOT / "bench" / "gpu_engines.py"), *arguments]
+    done = subprocess.run(command, check=False)
+    return [] if done.returncode == 0 else [f"{' '.join(command)} ended with {done.returncode}"]
+
+
 def _driver_version() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -208,6 +237,8 @@ def main() -> None:
     parser.add_argument("--strength", type=int, default=3, help="of the covering array of cases")
     parser.add_argument("--seconds", type=float, default=240, help="for the benchmark")
     parser.add_argument("--part", default="0/1", help="of the grid, for the step `part`")
+    parser.add_argument("--engines", type=Path, default=ROOT / "out" / "gpu_engines")
+    parser.add_argument("--large", type=Path, default=ROOT / "out" / "7b", help="for `speed`")
     parser.add_argument("--plain", action="store_true", help="without Hopper's own instructions")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -236,6 +267,10 @@ def main() -> None:
     if "grid" in options.steps:
         failures += test_grid()
         print(f"whole grid: {time.monotonic() - started:.0f} s")
+    if "engines" in options.steps:
+        failures += engines(options.engines)
+    if "speed" in options.steps:
+        failures += speed(options.large, options.out)
     if "tune" in options.steps:
         from gpu_tune import tune
 

@@ -92,18 +92,29 @@ class Drawn:
 class Drawing:
     """Draws requests for an engine with `window` tokens.
 
-    `bad` is the share of requests with something wrong, `large` that of those with large pictures.
+    `bad` is the share of requests with something wrong, `large` that of those with large pictures;
+    the first `largest_first` requests take as much memory as any.
     """
 
     def __init__(
-        self, seed: int, pictures: Pictures, window: int, *, bad: float = 0.25, large: float = 0.004
+        self,
+        seed: int,
+        pictures: Pictures,
+        window: int,
+        *,
+        bad: float = 0.25,
+        large: float = 0.004,
+        largest_first: int = 0,
     ) -> None:
+        self._largest_first = largest_first
         self._seed, self._pictures, self._window = seed, pictures, window
         self._bad, self._large = bad, large if pictures.large else 0.0
 
     def request(self, number: int) -> Drawn:
         """The request of that number."""
         draw = random.Random(self._seed * 1_000_003 + number)
+        if number < self._largest_first:
+            return self._largest(number, draw)
         form = draw.choice(FORMS)
         count = draw.randint(1, 5) if form in ("list", "stream") else 1
         return Drawn(
@@ -114,6 +125,13 @@ class Drawing:
             draw.randint(0, 6) if draw.random() < 0.3 else None,
             draw.random() < 0.9,
         )
+
+    def _largest(self, number: int, draw: random.Random) -> Drawn:
+        """A list of the longest text, many images, and answers as long as may be."""
+        text = " ".join(draw.choices(WORDS, k=2 * self._window))
+        images = [draw.choices(self._pictures.usual, k=12) for _ in range(3)]
+        prompts = (text, text, *(("what is this?", list(some)) for some in images))
+        return Drawn(number, "list", prompts, {"max_new_tokens": 2 * self._window}, None, True)
 
     def _prompt(self, draw: random.Random) -> object:
         if draw.random() < self._bad / 3:

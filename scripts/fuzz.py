@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--callers", type=int, default=8)
     parser.add_argument("--hangs", type=float, default=300.0, help="seconds")
     parser.add_argument("--no-large", action="store_true", help="no pictures of 100 megapixels")
+    parser.add_argument("--largest-first", type=int, default=16, help="requests")
     parser.add_argument("--growth", type=float, default=0.02, help="of memory, at most")
     parser.add_argument("--number", type=int, help="send only the request of this number")
     given = parser.parse_args()
@@ -55,7 +56,8 @@ def run(given: argparse.Namespace) -> int:
     pictures = draw_pictures(given.work, large=not given.no_large)
     with pipeline(given.engine, EngineConfig(max_batch_size=4)) as pipe:
         window = pipe._engine.options.capacity
-        drawing = Drawing(given.seed, pictures, window)
+        # Before memory is looked at first, each thread's buffers have grown as much as they may.
+        drawing = Drawing(given.seed, pictures, window, largest_first=given.largest_first)
         if given.number is not None:
             drawn = drawing.request(given.number)
             print(drawn, *send(pipe, drawn, window), sep="\n")

@@ -43,6 +43,13 @@ MUTANTS = (
         ("tests/runtime/kv/test_slots.py",),
     ),
     Mutant(
+        "answers part from their prompt when the first of them may have ended",
+        "runtime/vlmforge/scheduler/scheduler.py",
+        "        self._place_forks()  # now: the parent may have ended with its first token\n",
+        "",
+        ("tests/runtime/scheduler/test_scheduler.py",),
+    ),
+    Mutant(
         "prefixes of another level are reused",
         "runtime/vlmforge/kv/slots.py",
         "common_prefix(slot.keys, keys) if slot.salt == salt else 0",
@@ -146,6 +153,20 @@ MUTANTS = (
         "if ((i + 1) * kKeys - 1 > low) {",
         "if ((i + 1) * kKeys - 1 > high) {",
         ("tests/plugins_cuda/test_kernels.py", "-k", "prefill and len4097"),
+    ),
+    Mutant(
+        "Hopper's producer gives away registers that it uses",
+        f"{KERNELS}/kernels/prefill_hopper.cuh",
+        "give_registers<56>()",
+        "give_registers<40>()",
+        ("tests/plugins_cuda/test_attention_compile.py", "-k", "producer and d128_float16"),
+    ),
+    Mutant(
+        "a plan carries the kernels of one GPU only",
+        "builder/vlmforge_builder/tensorrt/compiler.py",
+        "register(trt, {config: binaries})",
+        "register(trt, {config: binaries[:1]})",
+        ("tests/builder/test_tensorrt_builds.py", "-k", "carries_its_kernels and qwen"),
     ),
     Mutant(
         "a checkpoint may ask for any number of positions",

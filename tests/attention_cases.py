@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from number_formats import DTYPES, decode, encode, rounded
+from vlmforge.backends.number_formats import DTYPES, decode, encode, rounded
 from vlmforge_plugins.cached_attention.config import (
     HEAD_SIZES,
     PAGE_SIZES,

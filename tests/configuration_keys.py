@@ -5,18 +5,21 @@ The document's tables are read as text: they are what the code is held to.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 from conftest import DATA, ROOT
+from live_parity import FAMILIES
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.recognise import recognise
 
@@ -72,6 +75,18 @@ def _text(**values: object) -> Edit:
     return edit
 
 
+def _older_rope(checkpoint: Path, *, scaled: bool) -> None:
+    """Rotary positions as they are published: before version 5 of transformers."""
+    config = read(checkpoint / "config.json")
+    text = config["text_config"]
+    rope = text.pop("rope_parameters", None) or {**text.pop("rope_scaling"), "rope_theta": 1e4}
+    text["rope_theta"] = rope.pop("rope_theta")
+    write(
+        checkpoint / "config.json",
+        {**config, "text_config": {**text, "rope_scaling": rope} if scaled else text},
+    )
+
+
 def _keep_tokenizer(checkpoint: Path, name: str) -> None:
     """Leave the checkpoint with a tokenizer in this file alone."""
     if not (checkpoint / name).exists():
@@ -87,14 +102,33 @@ def _name_processor(path: Path) -> None:
         write(path, {**read(path), "image_processor_type": "LlavaImageProcessor"})
 
 
+def _move_template(checkpoint: Path, name: str) -> None:
+    """Leave the checkpoint with its chat template in this file alone."""
+    if name == "tokenizer_config.json":
+        (checkpoint / "chat_template.json").unlink(missing_ok=True)
+    own = checkpoint / "chat_template.jinja"
+    if own.exists():
+        _edit(name, chat_template=own.read_text("utf-8"))(checkpoint)
+        own.unlink()
+
+
 def _nested(checkpoint: Path) -> None:
     """As transformers 5 saves it; the file beside it must not be asked."""
     processor = read(checkpoint / PREPROCESSOR)
     _edit("processor_config.json", image_processor=processor)(checkpoint)
 
 
-# Each layout's golden checkpoint, and what makes it one of the layout.
-LAYOUTS: Mapping[str, tuple[str, tuple[Edit, ...]]] = {
+@cache
+def _drawn(family: str, shape: str) -> Path:
+    """A checkpoint drawn at random, with an output matrix of its own."""
+    module, folder = FAMILIES[family], Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    module.write(folder / "checkpoint", dataclasses.replace(module.SHAPES[shape], tied=False))
+    return folder
+
+
+# Each layout's golden checkpoint, or one that is drawn, and what makes it one of the layout.
+LAYOUTS: Mapping[str, tuple[str | tuple[str, str], tuple[Edit, ...]]] = {
     "LLaVA v1.5 of transformers, Llama": ("llava_1_5_hf", ()),
     "LLaVA v1.5 of transformers, Mistral": (
         "llava_1_5_hf",
@@ -106,6 +140,16 @@ LAYOUTS: Mapping[str, tuple[str, tuple[Edit, ...]]] = {
     "original LLaVA, Mistral": ("llava_v1_6_mistral_liuhaotian", ()),
     "Yi-VL": ("yi_vl", ()),
     "Qwen-VL-Chat": ("qwen_vl_chat", ()),
+    "InternVL of transformers, Qwen2": (("internvl", "qwen2"), ()),
+    "InternVL of transformers, Qwen3": (("internvl", "qwen3"), ()),
+    "InternVL of transformers, Llama": (("internvl", "llama"), ()),
+    "Idefics3 and SmolVLM of transformers": (("idefics3", "idefics3"), ()),
+    "SmolVLM2 of transformers": (("idefics3", "smolvlm"), ()),
+    "Qwen2-VL": (("qwen2_vl", "plain"), ()),
+    "Qwen2-VL of transformers 5": (("qwen2_vl", "nested_plain"), ()),
+    "Qwen2.5-VL": (("qwen2_vl", "windowed"), ()),
+    "Qwen2.5-VL of transformers 5": (("qwen2_vl", "nested"), ()),
+    "Qwen3-VL": (("qwen3_vl", "first"), ()),
 }
 
 
@@ -159,7 +203,8 @@ def _with(values: dict[str, Any], place: str, changes: Mapping[str, object]) -> 
 def section(folder: Path, row: Row, layout: str) -> Section:
     """The section of `row` in a new checkpoint of `layout` below `folder`."""
     golden, edits = LAYOUTS[layout]
-    shutil.copytree(DATA / golden, folder, ignore=shutil.ignore_patterns("*.npz", "cases.json"))
+    source = DATA / golden if isinstance(golden, str) else _drawn(*golden)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.npz", "cases.json"))
     checkpoint = folder / "checkpoint"
     base = checkpoint
     if row.when == "of the vision tower":
@@ -171,8 +216,10 @@ def section(folder: Path, row: Row, layout: str) -> Section:
         (checkpoint / "generation_config.json").unlink()  # it would be asked first
     if row.file == PREPROCESSOR or row.place == "image_processor":
         _name_processor(checkpoint / PREPROCESSOR)
-    if row.file == "tokenizer_config.json":
-        (checkpoint / "chat_template.json").unlink(missing_ok=True)
+    if not isinstance(golden, str) and not row.place.endswith("rope_parameters"):
+        _older_rope(checkpoint, scaled=row.place.endswith("rope_scaling"))
+    if row.file in ("tokenizer_config.json", "chat_template.json"):
+        _move_template(checkpoint, row.file)
     if row.place == "image_processor":
         _nested(checkpoint)
     for edit in edits:

@@ -6,11 +6,14 @@ import gc
 import io
 import logging
 import os
+import signal
+import ssl
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -43,6 +46,42 @@ HF = DATA / "llava_1_5_hf"
 ORIGINAL = DATA / "llava_v1_5_liuhaotian"
 
 Builder = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    """A shell has what it starts in the background ignore interrupts, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Files that take longest, so that no core is idle while another comes to the end of one of them.
+LONGEST = (
+    "builder/test_tensorrt_builds.py",
+    "e2e/test_cuda_engines.py",
+    "e2e/test_parity_qwen.py",
+    "plugins_cuda/test_kernels.py",
+    "plugins_cuda/test_attention_compile.py",
+    "builder/test_build.py",
+    "e2e/test_demo_model.py",
+    "builder/test_build_inputs.py",
+    "e2e/test_live_parity.py",
+    "builder/test_build_ends.py",
+    "e2e/test_parity.py",
+    "e2e/test_seed_snippets.py",
+    "e2e/test_parity_tagged.py",
+    "e2e/test_goldens.py",
+    "e2e/test_ranks.py",
+    "builder/test_shard.py",
+    "e2e/test_bad_inputs.py",
+    "e2e/test_build_child.py",
+    "e2e/test_nothing_is_executed.py",
+    "e2e/test_pipeline.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others as they come."""
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_collection_finish() -> None:
@@ -95,6 +134,18 @@ def _recipes_found_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _http_clients() -> Iterator[None]:
+    """They read all certificates once, not each anew; and none judges time, as by default."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        if "httpx" in sys.modules:
+            patience = sys.modules["httpx"]._config.DEFAULT_TIMEOUT_CONFIG
+            for name in ("connect", "read", "write", "pool"):
+                patch.setattr(patience, name, HANGS)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _kept_traces(shared: Path) -> None:
     """Builds in this process trace equal parts once for the whole run."""
     if "vlmforge_builder.build" in sys.modules:
@@ -105,6 +156,15 @@ def _keep_traces(shared: Path) -> None:
     from traces import remember_traces
 
     remember_traces(shared / "traces")
+
+
+@pytest.fixture
+def traces_for_children(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds in child processes too; for tests whose point is not the export itself."""
+    before = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    path = os.pathsep.join([str(ROOT / "tests/keeping"), *before])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("KEPT_TRACES", str(shared / "traces"))
 
 
 def run_build(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -152,24 +212,30 @@ def divided_engine(shared: Path, name: str, ranks: int) -> Path:
 def cuda_engine(shared: Path, name: str, *more: str) -> Path:
     """The float16 engine of the target cuda of a golden checkpoint, built once for a run.
 
-    That of `HF` carries kernels for every GPU; the others, and those with `more` options, only for
-    one that other tests compile.
+    That of `HF` carries goldens, and kernels for every GPU; the others, and those with `more`
+    options, kernels only for one that other tests compile.
     """
+    options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()), *more)
+    if name != HF.name or more:
+        options = (*options, "--skip-goldens")
+    kind = ".".join(["cuda", *(option for option in more if not option.startswith("--"))])
+    with nullcontext() if name == HF.name and not more else kernels_for_one_gpu():
+        return build_once(shared / f"{name}.{kind}.engine", DATA / name / "checkpoint", *options)
+
+
+@contextmanager
+def kernels_for_one_gpu() -> Iterator[None]:
+    """Builds in this process compile kernels for one GPU, which all tests share."""
     from vlmforge_builder.targets import cuda
     from vlmforge_plugins.cached_attention.compile import compile_one
     from vlmforge_plugins.cached_attention.config import TARGETS
 
-    options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()), *more)
-    kind = ".".join(["cuda", *(option for option in more if not option.startswith("--"))])
     hopper = next(target for target in TARGETS if target.name == "sm_90")
     with pytest.MonkeyPatch.context() as patch:
-        if name != HF.name or more:
-            patch.setattr(
-                cuda,
-                "compile_set",
-                lambda config, by, kept: (compile_one(config, hopper, by, kept),),
-            )
-        return build_once(shared / f"{name}.{kind}.engine", DATA / name / "checkpoint", *options)
+        patch.setattr(
+            cuda, "compile_set", lambda config, by, kept: (compile_one(config, hopper, by, kept),)
+        )
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -194,6 +260,14 @@ def _cpu_seconds() -> float:
     """Of this process and of its children that have ended; a busy machine does not change them."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--costs",
+        type=Path,
+        help="a file to write the seconds of CPU time of all tests and files to",
+    )
 
 
 def pytest_runtest_logstart() -> None:
@@ -222,3 +296,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, seconds in costs.most_common(_SHOWN):
         terminalreporter.line(f"{seconds:7.1f} s  {name}")
     terminalreporter.line(f"{costs.total():7.1f} s of CPU time in all, without imports")
+    if listing := terminalreporter.config.getoption("--costs"):
+        files: Counter[str] = Counter()
+        for name, seconds in costs.items():
+            files[name.partition("::")[0]] += seconds
+        rows = [*files.most_common(), *costs.most_common()]
+        listing.write_text("".join(f"{seconds:8.2f} {name}\n" for name, seconds in rows))

@@ -169,7 +169,7 @@ class World(Caches):
     """Runs requests on an engine, step by step, in this thread."""
 
     def __init__(self, engine: Engine, *, chunk: int = 512, reuse: bool, views: int = 1) -> None:
-        features = FeatureCache(engine.vision.encode, batch=views)
+        features = FeatureCache(engine.encode, batch=views)
         self.jobs = NotedJobs(engine, features, chunk=chunk, reuse_prefixes=reuse)
         self._features = features
         self._prepare = Preparation(engine, self, token_facts(engine))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from conftest import DATA, HF
 from vlmforge.backends import DecoderBatch, FloatArray
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.kv.cache import Copy, Move
 from vlmforge.ort import ort
 from vlmforge_builder import build
@@ -66,8 +67,8 @@ class Vision:
         assert not PagedAttentionPass(PAGE_SIZE)(model).modified
         self._session = session(model)
 
-    def encode(self, pixel_values: FloatArray) -> FloatArray:
-        (features,) = self._session.run(None, {"pixel_values": pixel_values})
+    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
+        (features,) = self._session.run(None, {"pixel_values": pixel_values, **arrays})
         return np.asarray(features, np.float32)
 
 

@@ -70,7 +70,7 @@ class Setup:
             policy=self.policy,
             template=self.template,
             encoder=self.encoder,
-            image_lengths=[self.length if length is None else length] * len(conversation.images),
+            layouts=[(self.length if length is None else length,)] * len(conversation.images),
             preprocess=preprocess,
         )
 

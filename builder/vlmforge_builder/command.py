@@ -39,6 +39,10 @@ _IGNORE_HELP = (
     "leave out a configuration key that is unknown, or that changes how to ask and not the model; "
     "may be given several times"
 )
+_GOLDENS_HELP = (
+    "do not run the new engine to record what `vlmforge verify` compares with; engines of GPUs are "
+    "run on this machine's processor for it, in float32"
+)
 _DESCRIBE_HELP = (
     "write nothing but engine.json, of what would be built: no weights are read, and of a hub id "
     "only their headers are fetched (what `vlmforge plan` asks for)"
@@ -73,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add("--compute-capability", metavar="X.Y", help="compile for this GPU; default: the target's")
     add("--tp", type=int, default=1, metavar="N", help=_TP_HELP)
     add("--ignore-config-key", action="append", default=[], metavar="KEY", help=_IGNORE_HELP)
+    add("--skip-goldens", action="store_true", help=_GOLDENS_HELP)
     add("--describe", action="store_true", help=_DESCRIBE_HELP)
     add("--force", action="store_true", help="replace an engine that is there")
     add("--wait", action="store_true", help="wait for another build of the same output")

@@ -15,6 +15,43 @@ from vlmforge_builder.weights import Weight
 
 
 @dataclass(frozen=True, slots=True)
+class Reshaped(Weight):
+    """A tensor that is stored in another shape, such as with dimensions of one."""
+
+    key: str
+    stored: tuple[int, ...]
+
+    @property
+    @override
+    def names(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    @override
+    def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
+        expect(store, self.key, self.stored)
+        return store.read(self.key).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered(Weight):
+    """Rows of a table `[length, width]`, in an order of their own."""
+
+    key: str
+    length: int
+    rows: tuple[int, ...]
+
+    @property
+    @override
+    def names(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    @override
+    def read(self, store: TensorStore, shape: tuple[int, ...]) -> Tensor:
+        expect(store, self.key, (self.length, shape[1]))
+        return store.read(self.key)[list(self.rows)]
+
+
+@dataclass(frozen=True, slots=True)
 class ResizedGrid(Weight):
     """A table `[rows * rows, width]` of a square grid, resized to the parameter's grid.
 

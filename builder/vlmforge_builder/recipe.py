@@ -79,7 +79,7 @@ class ModelSpec:
     `positions` is what the decoder needs to know of a sequence beside its tokens; `other_images`
     are what else users of the original may preprocess images by, beside `image`. `unused` are
     regular expressions of the names of stored tensors that no part reads and that cannot matter:
-    any others are refused (`tensor_check`).
+    any others are refused (`tensor_check`). `feature_layers`: see `DecodePolicy`.
     """
 
     architecture: str
@@ -101,6 +101,7 @@ class ModelSpec:
     positions: PositionPolicy
     other_images: tuple[ImagePolicy, ...] = ()
     unused: tuple[str, ...] = ()
+    feature_layers: int = 1
 
 
 class Recipe(Protocol):

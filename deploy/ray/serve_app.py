@@ -21,11 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from vlmforge import env
+from vlmforge.server.api_errors import ApiError, refused
 
 Headers = list[tuple[bytes, bytes]]
 _MOST_BODY = 64 << 20
@@ -73,14 +77,16 @@ class AffinityRouter(RequestRouter):
 class Replica:
     """Serves the engine to the door."""
 
-    def __init__(self, engine: str) -> None:
+    def __init__(self, engine: str, api_keys: Sequence[str]) -> None:
         from vlmforge import pipeline
         from vlmforge.server.app import make_app
         from vlmforge.server.served import Served
         from vlmforge.server.settings import ServerSettings, server_vision_config
 
         self._pipe = pipeline(engine, vision_config=server_vision_config())
-        self._app = make_app([Served(Path(engine).name, self._pipe)], ServerSettings())
+        served = Served(Path(engine).name, self._pipe)
+        self._app = make_app([served], ServerSettings(api_keys=tuple(api_keys)))
+        self._name = serve.get_replica_context().replica_id.unique_id.encode()
 
     async def answer(
         self, method: str, path: str, headers: Headers, body: bytes, *, key: str
@@ -112,7 +118,7 @@ class Replica:
         try:
             while (message := await sent.get()) is not None:
                 if message["type"] == "http.response.start":
-                    yield message["status"], list(message["headers"])
+                    yield message["status"], [*message["headers"], (b"x-replica", self._name)]
                 elif message["body"]:
                     yield message["body"]
         finally:
@@ -122,6 +128,27 @@ class Replica:
     def check_health(self) -> None:
         """Ray restarts a replica whose pipeline has died."""
         self._pipe.count_tokens("healthy?")
+
+
+def _too_large() -> ApiError:
+    return refused(
+        413,
+        "The request's body is too large.",
+        found=f"more than {_MOST_BODY} bytes",
+        expected=f"at most {_MOST_BODY} bytes",
+        fix="send fewer or smaller images, or give them by URL",
+    )
+
+
+def _unavailable(error: RayError) -> Response:
+    failed = refused(
+        503,
+        "The replica that had the request is gone.",
+        found=type(error).__name__,
+        expected="a replica that lives",
+        fix="send it again: another replica takes it",
+    )
+    return JSONResponse(failed.body, failed.status, {"Retry-After": "1"})
 
 
 class Door:
@@ -136,18 +163,27 @@ class Door:
         async for chunk in request.stream():
             body += chunk
             if len(body) > _MOST_BODY:
-                return Response("the request's body is too large", 413)
+                return JSONResponse(_too_large().body, 413, {"Connection": "close"})
         pieces = self._replicas.answer.remote(
             request.method, request.url.path, list(request.headers.raw), body, key=affinity(body)
         )
-        status, headers = await anext(aiter(pieces))
+        try:
+            status, headers = await anext(aiter(pieces))
+        except RayError as error:  # the replica has died; a client that sends it again gets another
+            return _unavailable(error)
         answer = StreamingResponse(pieces, status)
         answer.raw_headers = list(headers)
         return answer
 
 
-def build(engine: str, *, replicas: Sequence[int] = (1, 4), cpus: float = 2) -> serve.Application:
-    """The application: `replicas` are the fewest and the most."""
+def build(
+    engine: str,
+    *,
+    replicas: Sequence[int] = (1, 4),
+    cpus: float = 2,
+    api_keys: Sequence[str] = (),
+) -> serve.Application:
+    """The application: `replicas` are the fewest and the most, `cpus` are of each."""
     low, high = replicas
     replica = serve.deployment(
         Replica,
@@ -162,7 +198,7 @@ def build(engine: str, *, replicas: Sequence[int] = (1, 4), cpus: float = 2) -> 
         graceful_shutdown_timeout_s=60,
     )
     door = serve.deployment(Door, name="door", max_ongoing_requests=1000)
-    return door.bind(replica.bind(engine))
+    return door.bind(replica.bind(engine, tuple(api_keys)))
 
 
 def _from_environment() -> serve.Application:
@@ -171,6 +207,7 @@ def _from_environment() -> serve.Application:
         os.environ["VLMFORGE_ENGINE"],
         replicas=(int(low), int(high or low)),
         cpus=float(os.environ.get("VLMFORGE_CPUS", "2")),
+        api_keys=env.api_keys(),
     )
 
 

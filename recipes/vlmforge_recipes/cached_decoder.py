@@ -19,6 +19,10 @@ def cached_decoder_part(config: DecoderConfig, weights: Mapping[str, Weight]) ->
     return PartSpec(
         name="decoder",
         module=partial(Decoder, config),
-        interface=DecoderInterface(config.vocab_size, config.hidden_size, kv, has_levels),
+        interface=DecoderInterface(
+            *(config.vocab_size, config.hidden_size, kv, has_levels),
+            turn_width=config.turn_width,
+            feature_layers=config.feature_layers,
+        ),
         weights=weights,
     )

@@ -50,16 +50,16 @@ def read_image_policy(
     _check_steps(config, resizes=resizes, fixed=crops or box is not None or pads)
     target = (image_size, image_size)
     if box is not None or not crops:
-        _check_fit(config, "size", box or edge, box or (edge, edge), target)
+        check_fit(config, "size", box or edge, box or (edge, edge), target)
     if crops:
-        _check_fit(config, "crop_size", crop, crop, target)
+        check_fit(config, "crop_size", crop, crop, target)
     if pads:
         mean = _triple(config, "image_mean", _MEAN)
         fill = (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255))
-        return PadSquare(_format(config), edge if box is None else image_size, target, fill)
+        return PadSquare(read_format(config), edge if box is None else image_size, target, fill)
     if box is not None:
-        return Stretch(_format(config), target)
-    return CenterCrop(_format(config), edge, target)
+        return Stretch(read_format(config), target)
+    return CenterCrop(read_format(config), edge, target)
 
 
 def read_tile_format(config: ConfigReader, *, image_size: int) -> PixelFormat:
@@ -70,19 +70,30 @@ def read_tile_format(config: ConfigReader, *, image_size: int) -> PixelFormat:
     for step in ("do_resize", "do_center_crop"):
         config.bool(step, default=True)  # of no effect on tiles, if they are flags
     (edge, box), crop, target = _size(config), _crop(config), (image_size, image_size)
-    _check_fit(config, "size", box or edge, box or (edge, edge), target)
-    _check_fit(config, "crop_size", crop, crop, target)
-    return _format(config)
+    check_fit(config, "size", box or edge, box or (edge, edge), target)
+    check_fit(config, "crop_size", crop, crop, target)
+    return read_format(config)
 
 
-def _format(config: ConfigReader) -> PixelFormat:
-    """Steps that are left out have neutral numbers."""
+def read_format(
+    config: ConfigReader,
+    *,
+    resample: int = 3,
+    mean: tuple[float, float, float] = _MEAN,
+    std: tuple[float, float, float] = _STD,
+) -> PixelFormat:
+    """How pixels become values; the others are the class's own, for keys that are left out.
+
+    Steps that are left out have neutral numbers.
+
+    Raises: see `read_image_policy`.
+    """
     rescales = config.bool("do_rescale", default=True)
     normalizes = config.bool("do_normalize", default=True)
     scale = config.float("rescale_factor", 1 / 255, within=limits.SCALE)
-    mean, std = _triple(config, "image_mean", _MEAN), _triple(config, "image_std", _STD)
+    mean, std = _triple(config, "image_mean", mean), _triple(config, "image_std", std)
     return PixelFormat(
-        resample=_resample(config),
+        resample=_resample(config, resample),
         rescale_factor=scale if rescales else 1.0,
         mean=mean if normalizes else (0.0, 0.0, 0.0),
         std=std if normalizes else (1.0, 1.0, 1.0),
@@ -91,7 +102,7 @@ def _format(config: ConfigReader) -> PixelFormat:
 
 
 def _crop(config: ConfigReader) -> tuple[int, int]:
-    return _box(config, "crop_size") or (_DEFAULT_SIZE, _DEFAULT_SIZE)
+    return read_box(config, "crop_size") or (_DEFAULT_SIZE, _DEFAULT_SIZE)
 
 
 def find_processor(folder: Path, tables: Iterable[KeyTable], config: ConfigReader) -> ConfigReader:
@@ -166,13 +177,17 @@ def _size(config: ConfigReader) -> tuple[int, tuple[int, int] | None]:
         given = {name for name, length in value.items() if length is not None}
         if given == {"shortest_edge"}:
             return config.section("size").int("shortest_edge", within=limits.PIXELS), None
-    box = _box(config, "size")
+    box = read_box(config, "size")
     assert box is not None
     return box[0], box
 
 
-def _box(config: ConfigReader, key: str) -> tuple[int, int] | None:
-    """Height and width, given as a number for both, as a list or as an object; None: absent."""
+def read_box(config: ConfigReader, key: str) -> tuple[int, int] | None:
+    """Height and width, given as a number for both, as a list or as an object; None: absent.
+
+    Raises:
+        CheckpointError: anything else.
+    """
     value = config.get(key)
     if value is None:
         return None
@@ -192,8 +207,8 @@ def _is_side(length: object) -> bool:
     return type(length) is int and length in limits.PIXELS
 
 
-def _resample(config: ConfigReader) -> str:
-    number = config.int("resample", 3, within=limits.TOKEN)
+def _resample(config: ConfigReader, default: int) -> str:
+    number = config.int("resample", default, within=limits.TOKEN)
     if number not in _RESAMPLE:
         raise UnsupportedModelError(
             f"The image processor of {config.file} resizes by an unknown filter.",
@@ -229,9 +244,10 @@ def _wrong(config: ConfigReader, key: str, expected: str) -> CheckpointError:
     )
 
 
-def _check_fit(
+def check_fit(
     config: ConfigReader, key: str, said: object, end: tuple[int, int], target: tuple[int, int]
 ) -> None:
+    """Check that images end in the tower's size, `target` (CheckpointError)."""
     if end != target:
         raise CheckpointError(
             f"The image processor of {config.file} does not fit the vision tower.",

@@ -121,18 +121,23 @@ def _unsupported(vision: ConfigReader, found: str, expected: str) -> Unsupported
     )
 
 
-def tower_weights(config: VisionConfig, *, ours: str, prefix: str) -> dict[str, Weight]:
-    """Weights of the tower; `ours` and `prefix` begin our names and the checkpoint's."""
+def tower_weights(config: VisionConfig, *, prefix: str) -> dict[str, Weight]:
+    """Weights of the tower by our names; `prefix` begins the checkpoint's."""
     embeddings = f"{prefix}embeddings."
     weights: dict[str, Weight] = {
-        f"{ours}patch": Stored(f"{embeddings}patch_embedding.weight"),
-        f"{ours}class_token": Stored(f"{embeddings}class_embedding"),
-        f"{ours}positions": Stored(f"{embeddings}position_embedding.weight"),
-        # The published name has this spelling.
-        **norm(f"{ours}pre_norm", f"{prefix}pre_layrnorm"),
+        "patch": Stored(f"{embeddings}patch_embedding.weight"),
+        "positions": Stored(f"{embeddings}position_embedding.weight"),
     }
+    if config.patch_bias:
+        weights["patch_bias"] = Stored(f"{embeddings}patch_embedding.bias")
+    if config.class_token:
+        weights["class_token"] = Stored(f"{embeddings}class_embedding")
+    if config.pre_norm:  # the published name has this spelling
+        weights |= norm("pre_norm", f"{prefix}pre_layrnorm")
+    if config.post_norm:
+        weights |= norm("post_norm", f"{prefix}post_layernorm")
     for i in range(config.layers):
-        weights |= _layer_weights(config, f"{ours}layers.{i}.", f"{prefix}encoder.layers.{i}.")
+        weights |= _layer_weights(config, f"layers.{i}.", f"{prefix}encoder.layers.{i}.")
     return weights
 
 
@@ -153,12 +158,16 @@ def norm(ours: str, theirs: str) -> dict[str, Weight]:
     return {f"{ours}.{kind}": Stored(f"{theirs}.{kind}") for kind in ("weight", "bias")}
 
 
-def linear(ours: str, keys: tuple[str, ...], widths: tuple[int, ...]) -> dict[str, Weight]:
-    """Weights of a linear layer with bias made of the named ones, side by side."""
-    return {
-        f"{ours}.weight": Transposed(tuple(f"{key}.weight" for key in keys), widths),
-        f"{ours}.bias": Stacked(tuple(f"{key}.bias" for key in keys), widths),
+def linear(
+    ours: str, keys: tuple[str, ...], widths: tuple[int, ...], *, bias: bool = True
+) -> dict[str, Weight]:
+    """Weights of a linear layer made of the named ones, side by side."""
+    weights: dict[str, Weight] = {
+        f"{ours}.weight": Transposed(tuple(f"{key}.weight" for key in keys), widths)
     }
+    if bias:
+        weights[f"{ours}.bias"] = Stacked(tuple(f"{key}.bias" for key in keys), widths)
+    return weights
 
 
 def _layer_weights(config: VisionConfig, ours: str, theirs: str) -> dict[str, Weight]:

@@ -132,10 +132,30 @@ ROPE_KEYS = (
 )
 """Keys of `rope_parameters` and `rope_scaling`."""
 
+SCALED_ROPE_KEYS = (
+    *honoured("rotary base; before the plain key", "rope_theta"),
+    *honoured("plain ones, those of Llama 3.1, or dynamic ones up to the window", _ROPE),
+    *honoured("of those of Llama 3.1",
+              "factor low_freq_factor high_freq_factor original_max_position_embeddings"),
+    *refused("part of the head's width is rotated", "partial_rotary_factor", 1.0),
+)  # fmt: skip
+"""The same where decoders with scaled rotary positions are published."""
+
 
 def text_keys(kind: str) -> tuple[Key, ...]:
-    """Keys of a decoder of Llama's form; `kind` is "llama" or "mistral"."""
-    if kind == "mistral":
+    """Keys of a decoder of Llama's form; `kind` is a key of `llama_decoder.TEXT_DEFAULTS`."""
+    kinds = refused("layers of several kinds", "layer_types")
+    if kind.startswith("qwen"):
+        window = (
+            *refused("a window in some layers' attention", "use_sliding_window", False),
+            *unused("without `use_sliding_window`", "sliding_window max_window_layers"),
+        )
+        kinds = honoured("must be full attention in every layer", "layer_types")
+        if kind.startswith("qwen2"):
+            bias = unused("Qwen2Attention has its biases, whatever this says", "attention_bias")
+        else:
+            bias = refused("biases in projections", "attention_bias", False)
+    elif kind == "mistral":
         window = honoured("window of the attention; a longer session_len is refused",
                           "sliding_window")  # fmt: skip
         bias = unused("MistralAttention has no biases, whatever this says", "attention_bias")
@@ -158,7 +178,7 @@ def text_keys(kind: str) -> tuple[Key, ...]:
         ),
         *(*window, *bias, *ENDS),
         *refused("part of the head's width is rotated", "partial_rotary_factor", 1.0),
-        *refused("layers of several kinds", "layer_types"),
+        *kinds,
         *DECODER_GENERAL,
     )
 
@@ -197,13 +217,22 @@ _PROCESSOR_NAMES = ("LlavaProcessor", "LlavaNextProcessor", "CLIPProcessor")
 
 
 def image_keys(*types: str) -> tuple[Key, ...]:
-    """Keys of an image processor of one of the `types`."""
+    """Keys of an image processor that may crop, of one of the `types`."""
+    return (
+        *refused("another image processor", "feature_extractor_type", "CLIPFeatureExtractor"),
+        *honoured("which steps are taken", "do_resize do_center_crop"),
+        *honoured("pixels", "crop_size"),
+        *pixel_keys(*types, processors=_PROCESSOR_NAMES),
+    )
+
+
+def pixel_keys(*types: str, processors: tuple[str, ...]) -> tuple[Key, ...]:
+    """Keys that image processors of one of the `types` share."""
     return (
         *refused("another image processor", "image_processor_type", *types),
-        *refused("another image processor", "feature_extractor_type", "CLIPFeatureExtractor"),
-        *refused("another processor", "processor_class", *_PROCESSOR_NAMES),
-        *honoured("which steps are taken", "do_resize do_center_crop do_rescale do_normalize"),
-        *honoured("pixels", "size crop_size resample rescale_factor image_mean image_std"),
+        *refused("another processor", "processor_class", *processors),
+        *honoured("which steps are taken", "do_rescale do_normalize"),
+        *honoured("pixels", "size resample rescale_factor image_mean image_std"),
         *refused("images that are not RGB would reach the tower", "do_convert_rgb", True),
         *refused("a number as `size` is a square", "default_to_square use_square_size", False),
         *refused("padding to a size", "pad_size"),
@@ -216,6 +245,11 @@ def image_keys(*types: str) -> tuple[Key, ...]:
         *_ORIGIN,
     )  # fmt: skip
 
+
+VIDEO = unused(
+    "videos are refused: frames are sent as images",
+    "video_processor video_token video_token_id video_token_index",
+)
 
 CLIP_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
 LLAVA_TYPES = ("LlavaImageProcessor", "LlavaImageProcessorFast", "LlavaImageProcessorPil")
@@ -257,7 +291,6 @@ _TOKENIZER_ALWAYS = (
             "tokenizer_file vocab_file name_or_path special_tokens_map_file backend is_local "
             "local_files_only from_slow use_fast model_input_names "
             "model_specific_special_tokens init_kwargs"),
-    *refused("another processor", "processor_class", *_PROCESSOR_NAMES),
     *_ORIGIN,
 )  # fmt: skip
 _GIVEN = "a tokenizer.json says this itself"
@@ -287,11 +320,20 @@ WRITTEN_TEMPLATE = unused("the original writes its own conversations", "chat_tem
 OWN_TEMPLATE = honoured("the chat template", "chat_template")
 
 
-def tokenizer_table(template: tuple[Key, ...], *, from_json: bool) -> KeyTable:
-    """Keys of tokenizer_config.json where a tokenizer.json is used, or a SentencePiece model."""
+def tokenizer_table(
+    own: tuple[Key, ...],
+    *,
+    from_json: bool,
+    processors: tuple[str, ...] = _PROCESSOR_NAMES,
+) -> KeyTable:
+    """Keys of tokenizer_config.json where a tokenizer.json is used, or a SentencePiece model.
+
+    `own` are those of the layout, such as the template's.
+    """
     keys = _FROM_JSON if from_json else _FROM_MODEL
     when = _JSON if from_json else _MODEL
-    return KeyTable("tokenizer_config.json", "", (*template, *keys), when)
+    named = refused("another processor", "processor_class", *processors)
+    return KeyTable("tokenizer_config.json", "", (*own, *keys, *named), when)
 
 
 def check_files(

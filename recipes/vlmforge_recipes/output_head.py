@@ -6,7 +6,18 @@ from collections.abc import Callable
 
 from vlmforge.errors import TensorError
 from vlmforge_builder.checkpoint.compare import same_values
+from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.store import TensorStore
+
+
+def is_tied(config: ConfigReader, *, default: bool) -> bool:
+    """Whether the configuration, at the top or of its text model, ties the output projection.
+
+    transformers 5 saves it at the top, before it was the text model's.
+    """
+    places = [config, *([config.section("text_config")] if config.has("text_config") else [])]
+    given = [place.opt_bool("tie_word_embeddings") for place in places]
+    return any(given) if any(value is not None for value in given) else default
 
 
 def choose_head(

@@ -6,7 +6,7 @@ A vision tower, a projector and a decoder become parts and policies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,52 +17,63 @@ from vlmforge.engine.positions import Absolute
 from vlmforge.engine.prompts import PromptPolicy, Splice, TemplateParts
 from vlmforge.errors import CheckpointError
 from vlmforge_builder.blocks.decoder import DecoderConfig, inverse_frequencies
-from vlmforge_builder.blocks.vision import VisionConfig, VisionEncoder
+from vlmforge_builder.blocks.vision import ProjectorConfig, VisionConfig, VisionEncoder
 from vlmforge_builder.checkpoint.store import TensorStore
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, PartSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
 from vlmforge_builder.weights import Stored, Weight
-from vlmforge_recipes.clip_tower import linear, norm, tower_weights
+from vlmforge_recipes.clip_tower import linear, norm
 from vlmforge_recipes.llama_decoder import decoder_part
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes of the model. `projector_norm_eps` is None where the projector has no norms."""
+    """Sizes of the model."""
 
     decoder: DecoderConfig
     tower: VisionConfig
+    projector: ProjectorConfig
     trained_len: int
-    projector_act: str
     architecture: str
-    projector_norm_eps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What the checkpoint's tensors are called: prefixes, and the whole names of the head.
+    """What the checkpoint's tensors are called.
 
-    `projector` are its linear layers, `projector_norms` its layer normalisations, if it has any.
-    `newline` is the whole name of the row that ends each line of an image, where one is used.
+    Attributes:
+        text: What the names of the decoder's begin with.
+        head: The whole name of the output projection's.
+        tower: The tower's weights by our names, without "tower." before them.
+        projector: Its linear layers.
+        projector_norms: Its layer normalisations by our numbers: 0 before all, 1 and 2 behind the
+            linear layers.
+        newline: The whole name of the row that ends each line of an image, where one is used.
     """
 
     text: str
     head: str
-    vision: str
-    projector: tuple[str, str]
-    projector_norms: tuple[str, ...] = ()
+    tower: Mapping[str, Weight]
+    projector: tuple[str, ...]
+    projector_norms: Mapping[int, str] = field(default_factory=dict)
     newline: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Prompting:
-    """How the layout writes prompts; `templates` are what users choose by name."""
+    """How the layout writes prompts; `templates` are what users choose by name.
+
+    `image_line`, `text_separator` and `in_order`: see `PromptPolicy`.
+    """
 
     template: ChatTemplate
     placeholder: str
     splice: Splice
     image_token_id: int
     templates: Mapping[str, TemplateParts]
+    image_line: str = "{image}"
+    text_separator: str = "\n"
+    in_order: bool = False
 
 
 def assemble(
@@ -103,11 +114,12 @@ def assemble(
             bos_id=tokenizer.bos_id if tokenizer.add_bos else None,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
-            image_line="{image}",
-            text_separator="\n",
+            image_line=prompting.image_line,
+            text_separator=prompting.text_separator,
             content_tokens=None,
             history_window=None,
             box_format=None,
+            in_order=prompting.in_order,
         ),
         tokenizer_json=tokenizer.json,
         tokenizer_proof=str(tokenizer.proof),
@@ -115,7 +127,7 @@ def assemble(
         vocab_size=decoder.vocab_size,
         hidden_size=decoder.hidden_size,
         eos_ids=tokenizer.eos_ids,
-        tokens_per_image=image.most_tokens(tower.tokens),
+        tokens_per_image=image.most_tokens(geometry.projector.rows(tower)),
         session_len=decoder.max_positions,
         trained_len=geometry.trained_len,
         source_files=extra_files,
@@ -144,31 +156,33 @@ def _check_tokens(decoder: DecoderConfig, tokenizer: ConvertedTokenizer) -> None
 
 
 def _vision_part(geometry: Geometry, names: Names) -> PartSpec:
-    tower, width = geometry.tower, geometry.decoder.hidden_size
-    extra_row = names.newline is not None
+    tower, projector = geometry.tower, geometry.projector
+    width, extra_row = geometry.decoder.hidden_size, names.newline is not None
     return PartSpec(
         name="vision",
         module=partial(
             VisionEncoder,
             tower,
+            projector,
             outputs=width,
-            projector_act=geometry.projector_act,
-            projector_norm_eps=geometry.projector_norm_eps,
             extra_row=extra_row,
         ),
-        interface=VisionInterface((tower.image_size,) * 2, tower.tokens + extra_row, width),
+        interface=VisionInterface(
+            (tower.image_size,) * 2, projector.rows(tower) + extra_row, width
+        ),
         weights={
-            **tower_weights(tower, ours="tower.", prefix=names.vision),
-            **linear("projector.fc1", (names.projector[0],), (width,)),
-            **linear("projector.fc2", (names.projector[1],), (width,)),
-            **_projector_norms(names),
+            **{f"tower.{name}": weight for name, weight in names.tower.items()},
+            **_projector_weights(projector, names, width),
             **({} if names.newline is None else {"extra_row": Stored(names.newline)}),
         },
     )
 
 
-def _projector_norms(names: Names) -> dict[str, Weight]:
+def _projector_weights(projector: ProjectorConfig, names: Names, width: int) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
-    for i, theirs in enumerate(names.projector_norms):
-        weights |= norm(f"projector.norm{i + 1}", theirs)
+    for i, theirs in enumerate(names.projector):
+        bias = projector.activation is not None
+        weights |= linear(f"projector.fc{i + 1}", (theirs,), (width,), bias=bias)
+    for i, theirs in names.projector_norms.items():
+        weights |= norm(f"projector.norm{i}", theirs)
     return weights

@@ -71,7 +71,7 @@ _WORKING: Mapping[str, Mapping[str, str]] = {
     "vl.constants": {"IMAGE_TOKEN": "vlmforge.vl.constants"},
 }
 
-_NO_SERVER = "call pipeline(ENGINE) in your own process; there is no server"
+_NO_SERVER = "run vlmforge serve ENGINE, and ask it with OpenAI's client"
 _NO_TOKENIZER = "use pipe.render(prompt).token_ids or pipe.count_tokens(prompt)"
 _IMAGES_ONLY = "engines see images only; of a video, pass frames: pipe((text, [image, ...]))"
 _PARTS = "give the template's parts: ChatTemplateConfig(name, user=..., assistant=...)"

@@ -278,25 +278,10 @@ def test_a_tower_beside_and_a_tower_that_is_named(original: Path, tmp_path: Path
 # --- hub --------------------------------------------------------------------------------------
 
 
-# `python -m vlmforge_builder` that keeps its traces where the other tests do.
-KEEPING = """
-import pathlib, sys
-from traces import remember_traces
-from vlmforge_builder.cli import main
-remember_traces(pathlib.Path(sys.argv.pop(1)))
-sys.exit(main())
-"""
-
-
-def command(
-    arguments: Sequence[object],
-    *,
-    program: Sequence[str] = ("-m", "vlmforge_builder"),
-    **environment: str,
-) -> subprocess.CompletedProcess[str]:
+def command(arguments: Sequence[object], **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     return subprocess.run(
-        [sys.executable, *program, *map(str, arguments)],
+        [sys.executable, "-m", "vlmforge_builder", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -304,14 +289,13 @@ def command(
     )
 
 
-def test_both_repositories_from_the_hub(original: Path, shared: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("traces_for_children")
+def test_both_repositories_from_the_hub(original: Path, tmp_path: Path) -> None:
     """A checkpoint by its id; its tower, named in its config, from the hub too."""
     engine = tmp_path / "it.engine"
     with HubServer({"org/it": original, TOWER: original.parent / TOWER}) as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-        env["PYTHONPATH"] = str(Path(__file__).parents[1])
-        keeping = ("-c", KEEPING, str(shared / "traces"))
-        done = command(["org/it", "-o", engine], program=keeping, **env)
+        done = command(["org/it", "-o", engine], **env)
         assert done.returncode == 0, done.stderr
         missing = command(["org/other", "-o", tmp_path / "other.engine"], **env)
     assert f"fetching org/it (main) from {hub.url}" in done.stderr

@@ -53,7 +53,7 @@ def open_lowered(shared: Path, folder: str, stack: ExitStack) -> Lowered:
             decoder=make(traced, SLOTS, capacity),
             options=dataclasses.replace(pipe._engine.options, slots=SLOTS, capacity=capacity),
         )
-        features = FeatureCache(vision.encode, batch=1)
+        features = FeatureCache(engine.encode, batch=1)
         loop = Loop(engine, features, chunk=512, reuse_prefixes=True)
         goldens[name] = Golden(
             folder, stack.enter_context(Pipeline(engine, loop, max_queued_requests=64))

@@ -94,6 +94,7 @@ def test_the_poison_works(checkpoint: Path, marker: Path) -> None:
     assert marker.read_text("utf-8") == "unpickled\n"
 
 
+@pytest.mark.usefixtures("traces_for_children")
 def test_a_pipeline_on_a_checkpoint_executes_nothing(checkpoint: Path, marker: Path) -> None:
     """In the checkpoint, and so does its child, an installed `build-engine`, in the same folder."""
     program = "from vlmforge import pipeline\nwith pipeline('.') as p: print(p('hi').finish_reason)"

@@ -271,7 +271,7 @@ def test_pixels_and_features(pair: Pair) -> None:
         given = {"pixel_values": pixels} | ({} if sizes is None else {"image_sizes": sizes})
         with torch.no_grad():
             made = pair.reference.model.model.get_image_features(**given)
-        features, _ = FeatureCache(pair.engine.vision.encode, batch=3).get(prepared)
+        features, _ = FeatureCache(pair.engine.encode, batch=3).get(prepared)
         for found, expected in zip(features, made.pooler_output, strict=True):
             np.testing.assert_allclose(found, expected.numpy(), atol=2e-3, rtol=0)
 

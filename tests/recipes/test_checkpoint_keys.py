@@ -74,6 +74,16 @@ VALUES: Mapping[str, tuple[object, ...]] = {
     "mlp_ratio": (2.0,),
     "n_queries": (16,),
     "image_start_id": (3,),
+    "vision_start_token_id": (7,),
+    "vision_end_token_id": (7,),
+    "fullatt_block_indexes": ([0], [9], 7),
+    "deepstack_visual_indexes": ([1], [9], [1, 0], 7),
+    "mrope_section": ([6, 4, 6], [1, 2, 3], 7),
+    "downsample_ratio": (1.0, 0.3),
+    "norm_type": ("rms_norm",),
+    "max_image_size": ({"longest_edge": 99}, {"height": 42, "width": 42}, 7),
+    "rope_type": ("yarn", "dynamic"),
+    "type": ("yarn",),
 }
 for _role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
     VALUES = {**VALUES, f"{_role}_token": ("<new>", 7)}
@@ -92,6 +102,12 @@ NO_CHANGE: Mapping[tuple[str, str], tuple[object, ...] | None] = {
     ("original LLaVA, Mistral", "mm_tunable_parts"): None,
     # A head that is stored and differs is used in any case.
     **{(layout, "tie_word_embeddings"): (True,) for layout in LAYOUTS},
+    # It is in the section where rotary positions are described.
+    ("Qwen2-VL of transformers 5", "rope_theta"): (123456.0,),
+    ("Qwen2.5-VL of transformers 5", "rope_theta"): (123456.0,),
+    ("Qwen3-VL", "rope_theta"): (123456.0,),
+    # `rope_type` is before it.
+    ("Idefics3 and SmolVLM of transformers", "type"): None,
     # Tiles have their size before these steps.
     ("LLaVA v1.6 of transformers, Llama", "do_resize"): (False,),
     ("LLaVA v1.6 of transformers, Llama", "do_center_crop"): (False,),

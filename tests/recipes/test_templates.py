@@ -229,7 +229,7 @@ def shown(family: str, config: ChatTemplateConfig, messages: object) -> str:
         policy=policy,
         template=choose_template(policy, "not chosen", config),
         encoder=_Characters(),
-        image_lengths=[1] * len(conversation.images),
+        layouts=[(1,)] * len(conversation.images),
     )
     assert len(rendered.image_spans) == len(conversation.images)
     return rendered.text.replace(policy.image_placeholder, T)
@@ -300,7 +300,7 @@ def test_the_original_mistral_conversation(conversation: str) -> None:
         policy=policy,
         template=choose_template(policy, llava.MISTRAL_INSTRUCT, None),
         encoder=_Characters(),
-        image_lengths=[1] * len(messages.images),
+        layouts=[(1,)] * len(messages.images),
     )
     found = rendered.text.replace(policy.image_placeholder, T)
     assert found == _mistral_instruct()[conversation]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vlmforge.api.memory import feature_bytes
 from vlmforge.backends import FloatArray
+from vlmforge.engine.images.patch_inputs import Grid
 from vlmforge.errors import BackendUnavailableError
 from vlmforge.runner.features import FeatureCache
 from vlmforge.vl.prepared import PreparedImage, prepare, row_keys
@@ -31,7 +32,8 @@ class Encoder:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def __call__(self, pixel_values: FloatArray) -> FloatArray:
+    def __call__(self, pixel_values: FloatArray, grid: Grid | None = None) -> FloatArray:
+        del grid
         self.batches.append(len(pixel_values))
         means = pixel_values.mean(axis=(1, 2, 3))
         rows = means[:, None] + np.arange(TOKENS, dtype=np.float32)
@@ -152,7 +154,8 @@ def test_after_a_failure_nothing_wrong_is_kept() -> None:
     encoder = Encoder()
     failing = iter([None, RuntimeError("out of memory")])
 
-    def encode(pixel_values: FloatArray) -> FloatArray:
+    def encode(pixel_values: FloatArray, grid: Grid | None) -> FloatArray:
+        del grid
         if error := next(failing, None):
             raise error
         return encoder(pixel_values)
@@ -242,3 +245,32 @@ def test_features_have_a_part_of_the_plan() -> None:
         feature_bytes(2_000_000_000, 1e9)
     assert "feature_cache_bytes=2000000000" in caught.value.expected
     assert caught.value.found.startswith("1.00 GB")
+
+
+def patched(value: float, down: int, across: int) -> PreparedImage:
+    pixels = np.full((1, down * across, 4, 2), value, np.float32)
+    return prepare(pixels, np.arange(down * across), grid=(down, across))
+
+
+def test_images_in_patches_run_beside_others_of_their_grid_up_to_a_budget() -> None:
+    ran: list[tuple[int, object]] = []
+
+    def encode(pixel_values: FloatArray, grid: Grid | None) -> FloatArray:
+        ran.append((len(pixel_values), grid))
+        return pixel_values.mean(axis=2)
+
+    asked = [patched(1, 8, 16), patched(2, 16, 8), patched(3, 8, 16), patched(4, 8, 16)]
+    found, known = FeatureCache(encode, batch=1).get(asked)
+    assert known == 0
+    assert ran == [(2, (8, 16)), (1, (8, 16)), (1, (16, 8))]  # 1024 patches are a view
+    assert [features[0, 0] for features in found] == [1, 2, 3, 4]
+    assert all(len(features) == 128 for features in found)
+    ran.clear()
+    FeatureCache(encode, batch=1).get(
+        [patched(1, 1, 2)], ahead=[patched(2, 2, 1), patched(3, 1, 2)]
+    )
+    assert ran == [(2, (1, 2))]
+    ran.clear()
+    FeatureCache(encode, batch=1).get([patched(1, 40, 40), patched(2, 40, 40)])
+    assert ran == [(1, (40, 40))] * 2
+    assert patched(1, 1, 4).digest != patched(1, 4, 1).digest != patched(1, 2, 2).digest

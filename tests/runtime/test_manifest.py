@@ -68,6 +68,9 @@ PATHS = paths_of(MANIFEST)
 MAY_BE_MISSING = {
     "parallel.kv_heads",
     "image.format.background",
+    "prompt.in_order",
+    "prompt.image_around",
+    "decode.feature_layers",
     "decode.positions.trained_length",
     "decode.positions.attention_window",
     "decode.positions.inverse_frequencies",

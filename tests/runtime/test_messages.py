@@ -85,17 +85,17 @@ def test_a_string_is_text(text: str) -> None:
     assert prompts.items == (user(Text(text)),)
 
 
-def test_text_and_image(source: object) -> None:
+def test_of_text_and_image_the_image_goes_first(source: object) -> None:
     prompts = parse_prompts(("what is it?", source))
     assert prompts.single
-    check(prompts.items[0], Text("what is it?"), image(source))
+    check(prompts.items[0], image(source), Text("what is it?"))
 
 
 @pytest.mark.parametrize("group", [list, tuple])
 def test_text_and_images_in_order(source: object, group: type) -> None:
     prompts = parse_prompts(("compare", group([source, PIL_IMAGE, source])))
     assert prompts.single
-    check(prompts.items[0], Text("compare"), image(source), image(PIL_IMAGE), image(source))
+    check(prompts.items[0], image(source), image(PIL_IMAGE), image(source), Text("compare"))
 
 
 @pytest.mark.parametrize("kind", [bytearray, memoryview])
@@ -116,9 +116,9 @@ def test_images_may_come_first(key: str) -> None:
 
 
 def test_of_two_plain_strings_the_first_is_the_text() -> None:
-    check(parse_prompt(("tiger.jpg", "lion.jpg")), Text("tiger.jpg"), image("lion.jpg"))
+    check(parse_prompt(("tiger.jpg", "lion.jpg")), image("lion.jpg"), Text("tiger.jpg"))
     address = "https://host/tiger.jpg"
-    check(parse_prompt((address, address)), Text(address), image(address))
+    check(parse_prompt((address, address)), image(address), Text(address))
 
 
 # --- forms 5 to 7: lists of prompts ------------------------------------------------------------
@@ -137,9 +137,9 @@ def test_a_list_may_mix_forms(source: object) -> None:
     parsed = parse_prompts(["a", ("b", source), messages, ("d", [source, source]), asked])
     assert not parsed.single
     assert parsed.items[0] == user(Text("a"))
-    check(parsed.items[1], Text("b"), image(source))
+    check(parsed.items[1], image(source), Text("b"))
     assert parsed.items[2] == user(Text("c"))
-    check(parsed.items[3], Text("d"), image(source), image(source))
+    check(parsed.items[3], image(source), image(source), Text("d"))
     assert parsed.items[4] is asked
 
 

@@ -7,16 +7,21 @@ import gc
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import PIL.Image
 import pytest
 
-from stand_in import HANG_S, Gate, Parts, answered, plain, stand_in
-from vlmforge import Pipeline
+from stand_in import HANG_S, Gate, Parts, answered, plain, png, stand_in
+from vlmforge import Pipeline, Response
 from vlmforge.errors import CancelledError
+from vlmforge.inputs.messages import Conversation, Image, Message
+from vlmforge.runner.job import Job
 from vlmforge.scheduler.intake import Lane
+from vlmforge.scheduler.loop import Loop
 from vlmforge.scheduler.request import Request
 
 TESTS = Path(__file__).parents[1]
@@ -36,28 +41,37 @@ def drop_stream(pipe: Pipeline) -> None:
     cycle.append(cycle)
 
 
-def meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
-    """`happens` in the thread that queues the next request, while it does."""
-    provide = Lane._provide_thread
+def meanwhile(monkeypatch: pytest.MonkeyPatch, does: str, happens: Callable[[], object]) -> None:
+    """`happens` in the thread of the next request's caller, while it does this of `Lane`."""
+    method = getattr(Lane, does)
 
-    def hooked(lane: Lane) -> None:
-        monkeypatch.setattr(Lane, "_provide_thread", provide)
+    def hooked(lane: Lane, *given: object) -> object:
+        monkeypatch.setattr(Lane, does, method)
         happens()
-        provide(lane)
+        return method(lane, *given)
 
-    monkeypatch.setattr(Lane, "_provide_thread", hooked)
+    monkeypatch.setattr(Lane, does, hooked)
 
 
+# A text is prepared by the caller, a picture is handed over.
+WHILE = pytest.mark.parametrize(
+    ("does", "prompt"),
+    [("put_here", "next"), ("serve_here", "next"), ("_provide_thread", ("next", png(1)))],
+)
+
+
+@WHILE
 def test_a_stream_that_is_collected_while_another_is_queued(
-    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, does: str, prompt: object
 ) -> None:
     gc.disable()
     try:
         drop_stream(pipe)
-        meanwhile(monkeypatch, gc.collect)
-        assert answered(lambda: pipe("next", plain(3)))
+        meanwhile(monkeypatch, does, gc.collect)
+        assert answered(lambda: pipe(prompt, plain(3)))
     finally:
         gc.enable()
+    assert getattr(Lane, does).__name__ == does  # it happened
 
 
 def test_a_request_that_is_cancelled_by_its_own_event() -> None:
@@ -74,11 +88,62 @@ def test_a_request_that_is_cancelled_by_its_own_event() -> None:
     assert request.ended
 
 
-def test_closed_while_a_request_is_queued(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+@WHILE
+def test_closed_while_a_request_is_queued(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, does: str, prompt: object
+) -> None:
     """As the handler of a signal does it, which runs in the thread that it interrupts."""
-    meanwhile(monkeypatch, pipe.close)
+    meanwhile(monkeypatch, does, pipe.close)
     with pytest.raises(CancelledError, match="closed"):
-        answered(lambda: pipe("late"))
+        answered(lambda: pipe(prompt))
+
+
+def test_a_caller_who_is_interrupted_while_it_prepares(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C does it: that is no error of the request, and its place is free again."""
+
+    def interrupted(_: Request) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipe._intake._texts, "_prepare", interrupted)
+        answered(lambda: pipe(["left", "behind"]))
+    assert answered(lambda: pipe("next", plain(3)))
+    assert pipe._intake.waiting == 0
+
+
+def test_a_request_that_was_handed_over_is_the_worker_s_to_end(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor may close the pipeline before the thread that handed it over goes on."""
+    submit, lane = Loop.submit, pipe._intake._texts
+
+    def closes(loop: Loop, job: Job) -> None:
+        submit(loop, job)
+        lane.close()
+
+    monkeypatch.setattr(Loop, "submit", closes)
+    answer = answered(lambda: pipe("whole", plain(3)))
+    assert isinstance(answer, Response) and answer.finish_reason == "length"
+
+
+def test_what_was_asked_about_goes_with_its_request() -> None:
+    """No collector need come by: it would find the pictures of hundreds of requests."""
+    picture = PIL.Image.new("L", (3, 3))
+    gone = weakref.ref(picture)
+    asked = Conversation((Message("user", (Image(picture),)),))
+    request = Request(asked, plain(n=2), list[object]().append)
+    answers = request.expect(2)
+    gc.disable()
+    try:
+        for answer in answers:
+            answer.send(None, ValueError("ended"))
+        assert request.ended
+        del picture, asked, request
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_loop_that_is_gone_has_its_requests_cancelled(pipe: Pipeline) -> None:

@@ -17,6 +17,7 @@ import pytest
 from stand_in import HANG_S, Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline, Response
 from vlmforge.backends import DecoderBatch, FloatArray
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.errors import EngineError, EngineStepError, PipelineError
 from vlmforge.kv.cache import Copy, Move
 from vlmforge.kv.slots import SlotCache
@@ -188,8 +189,8 @@ class Breaking(Parts):
         super().__init__(3)
         self._function, self._number = function, number
 
-    def encode(self, pixel_values: FloatArray) -> FloatArray:
-        features = super().encode(pixel_values)
+    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
+        features = super().encode(pixel_values, arrays)
         self._break("encode")
         return features
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 from conftest import ROOT
 from stand_in import stand_in
@@ -25,6 +31,20 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
     there = set(re.findall(r"^(vlmforge_\w+)", text, re.MULTILINE))
     assert len(shown) > 10
     assert shown <= there, shown - there
+
+
+@pytest.mark.nightly
+def test_manifests_are_what_their_schemas_say() -> None:
+    """Of Kubernetes, of Compose, and of systemd where it is there."""
+    binaries = Path(sys.executable).parent
+    subprocess.run([binaries / "kubernetes-validate", DEPLOY / "kubernetes.yaml"], check=True)
+    schema = ("--builtin-schema", "vendor.compose-spec")
+    subprocess.run([binaries / "check-jsonschema", *schema, DEPLOY / "compose.yaml"], check=True)
+    if analyse := shutil.which("systemd-analyze"):
+        unit = DEPLOY / "vlmforge.service"
+        done = subprocess.run([analyse, "verify", unit], capture_output=True, text=True)
+        lines = [line for line in done.stderr.splitlines() if "is not executable" not in line]
+        assert not [line for line in lines if "vlmforge.service" in line]
 
 
 def test_what_compose_mounts_is_there() -> None:

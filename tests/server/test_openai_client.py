@@ -268,3 +268,7 @@ def test_tokenize_is_what_is_run(server: Running, pipe: Pipeline, name: str) -> 
     assert [span["start"] for span in found["image_spans"]] == [
         span.start for span in wanted.image_spans
     ]
+    written = {
+        found["text"][span["text_start"] : span["text_end"]] for span in found["image_spans"]
+    }
+    assert written <= {pipe.manifest.prompt.image_placeholder}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,9 +17,34 @@ from vlmforge_builder.ops.cached_attention import cached_attention
 
 
 @dataclass(frozen=True, slots=True)
+class BandScaling:
+    """Rotary positions whose slow turns are slowed down further, and fast ones are not.
+
+    Turns between the two bounds are slowed down by a share that falls in a straight line, as where
+    transformers computes the frequencies of this kind (modeling_rope_utils.py).
+
+    Attributes:
+        factor: How much slower.
+        low, high: Turns in `original` positions below which all of it is done, and above which
+            nothing.
+        original: Positions that the model was trained with before.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original: int
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """Geometry of a decoder. `max_positions` is how many tokens one sequence may hold.
 
+    With `qkv_bias` the projections to query, key and value have biases; with `qk_norm` each head of
+    query and key is normalised before it is rotated. `rope_scaling` changes its frequencies.
+    With `turned_outside` the cosines and sines of the tokens are an input. Each of the first
+    `feature_layers` layers takes features of an image that are its own: the first the tokens'
+    embeddings, of the others what is added behind the layer before.
     `long_context` is None where positions are plain rotary ones at every length. The attention is
     that of the model up to `attention_window` tokens; None: at every length.
     """
@@ -35,8 +61,17 @@ class DecoderConfig:
     activation: str
     max_positions: int
     qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: BandScaling | None = None
     long_context: LongContext | None = None
     attention_window: int | None = None
+    turned_outside: bool = False
+    feature_layers: int = 1
+
+    @property
+    def turn_width(self) -> int:
+        """Cosines and sines of a token that are given; 0: none."""
+        return self.head_dim if self.turned_outside else 0
 
 
 def inverse_frequencies(config: DecoderConfig) -> tuple[float, ...]:
@@ -45,7 +80,12 @@ def inverse_frequencies(config: DecoderConfig) -> tuple[float, ...]:
     Computed in fp32, as the original implementations do.
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    return tuple((1.0 / (config.rope_theta**exponent)).tolist())
+    plain = 1.0 / (config.rope_theta**exponent)
+    if (scaling := config.rope_scaling) is None:
+        return tuple(plain.tolist())
+    turns = scaling.original / (2 * math.pi / plain)
+    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return tuple(((1 - kept) * plain / scaling.factor + kept * plain).tolist())
 
 
 def rotary_tables(config: DecoderConfig) -> tuple[Tensor, Tensor]:
@@ -67,6 +107,10 @@ class Attention(nn.Module):
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = Linear(config.hidden_size, width, bias=config.qkv_bias)
         self.out = Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(
         self, x: Tensor, past: tuple[Tensor, Tensor], rotary: Rotary, lengths: Tensor
@@ -74,6 +118,9 @@ class Attention(nn.Module):
         """`x [B, S, hidden]` to the same shape, and the two caches."""
         kv_width = self.kv_heads * self.head_dim
         q, k, v = self.qkv(x).split((self.heads * self.head_dim, kv_width, kv_width), dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.unflatten(-1, (self.heads, -1))).flatten(2)
+            k = self.k_norm(k.unflatten(-1, (self.kv_heads, -1))).flatten(2)
         heads, kv_heads, scale = self.heads, self.kv_heads, self.head_dim**-0.5
         tables = None if isinstance(rotary, Rotation) else rotary
         if isinstance(rotary, Rotation):
@@ -130,8 +177,11 @@ class Decoder(nn.Module):
         self.vocab_size = config.vocab_size
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         positions, head_dim, context = config.max_positions, config.head_dim, config.long_context
-        self.positions = None
-        if context is None:
+        self.positions = self.cos = self.sin = None
+        self.turned_outside, self.feature_layers = config.turned_outside, config.feature_layers
+        if config.turned_outside:
+            pass
+        elif context is None:
             self.cos = nn.Parameter(torch.empty(positions, head_dim // 2))
             self.sin = nn.Parameter(torch.empty(positions, head_dim // 2))
         else:
@@ -148,39 +198,54 @@ class Decoder(nn.Module):
         logits_indices: Tensor,
         past_keys: list[Tensor],
         past_values: list[Tensor],
-        rotary_levels: Tensor | None = None,
+        by_sequence: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run S tokens of B sequences.
 
         Args:
             input_ids: int64 `[B, S]`. An id >= vocab_size is row `id - vocab_size` of the features.
-            image_features: `[R, hidden]`, R >= 1 (arbitrary when no id refers to a row).
+            image_features: `[R, feature_layers * hidden]`, R >= 1 (arbitrary when no id refers to a
+                row).
             past_lengths: int64 `[B]`, tokens already in the cache.
             logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of.
             past_keys, past_values: Per layer `[B, kv_heads, C, head_dim]`.
-            rotary_levels: int64 `[B]`, with `long_context` only (see `LevelPositions`).
+            by_sequence: With `long_context` the levels, int64 `[B]` (see `LevelPositions`); if
+                `turned_outside` cosines and then sines, float32 `[B, S, head_dim]`.
 
         Returns:
             Logits `[B, K, vocab_size]` and the caches after the step.
         """
-        x = self._embed(input_ids, image_features)
-        rotary: Rotary
-        if self.positions is None or rotary_levels is None:
-            rotary = (self.cos, self.sin)
-        else:
-            rotary = self.positions(past_lengths, rotary_levels, input_ids)
+        x, added = self._embed(input_ids, image_features)
+        rotary = self._rotary(input_ids, past_lengths, by_sequence)
         keys, values = [], []
-        for layer, key, value in zip(self.layers, past_keys, past_values, strict=True):
-            x, key, value = layer(x, (key, value), rotary, past_lengths)
+        for index, layer in enumerate(self.layers):
+            x, key, value = layer(x, (past_keys[index], past_values[index]), rotary, past_lengths)
             keys.append(key)
             values.append(value)
-        index = logits_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return self.lm_head(self.norm(x.gather(1, index))), keys, values
+            if index < len(added):
+                x = x + added[index]
+        wanted = logits_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        return self.lm_head(self.norm(x.gather(1, wanted))), keys, values
 
-    def _embed(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
+    def _rotary(self, ids: Tensor, past_lengths: Tensor, by_sequence: Tensor | None) -> Rotary:
+        if self.turned_outside and by_sequence is not None:
+            cos, sin = by_sequence.chunk(2, dim=-1)
+            return Rotation(cos, sin, cos, sin)
+        if self.positions is not None and by_sequence is not None:
+            return self.positions(past_lengths, by_sequence, ids)  # type: ignore[no-any-return]
+        assert self.cos is not None
+        assert self.sin is not None
+        return self.cos, self.sin
+
+    def _embed(self, input_ids: Tensor, image_features: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the layers start from, and what is added behind the first of them."""
         is_image = input_ids >= self.vocab_size
         zero = torch.zeros_like(input_ids)
         text = F.embedding(torch.where(is_image, zero, input_ids), self.embed)
         rows = torch.where(is_image, input_ids - self.vocab_size, zero)
         image = F.embedding(rows, image_features)
-        return torch.where(is_image.unsqueeze(-1), image, text)
+        there = is_image.unsqueeze(-1)
+        if self.feature_layers == 1:
+            return torch.where(there, image, text), []
+        first, *others = image.chunk(self.feature_layers, dim=-1)
+        return torch.where(there, first, text), [torch.where(there, o, 0.0) for o in others]

@@ -53,7 +53,9 @@ class RMSNorm(nn.Module):
 
 
 def activation(name: str, x: Tensor) -> Tensor:
-    """The activations that checkpoints name: `gelu` (erf), `quick_gelu`, `silu`, `relu`.
+    """The activations that checkpoints name.
+
+    `gelu` (erf), `gelu_pytorch_tanh` (its approximation), `quick_gelu`, `silu`, `relu`.
 
     Raises:
         KeyError: any other name; recipes check theirs with `ACTIVATIONS` first.
@@ -61,6 +63,8 @@ def activation(name: str, x: Tensor) -> Tensor:
     match name:
         case "gelu":
             return F.gelu(x)
+        case "gelu_pytorch_tanh":
+            return F.gelu(x, approximate="tanh")
         case "quick_gelu":
             return x * torch.sigmoid(1.702 * x)
         case "silu":
@@ -70,4 +74,4 @@ def activation(name: str, x: Tensor) -> Tensor:
     raise KeyError(name)
 
 
-ACTIVATIONS = frozenset({"gelu", "quick_gelu", "silu", "relu"})
+ACTIVATIONS = frozenset({"gelu", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu"})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -85,9 +86,8 @@ class Target(Protocol):
     def name(self) -> str:
         """Stem shared with the backend."""
 
-    @property
-    def runs_here(self) -> bool:
-        """Whether the engine can be run where it is built, to record its goldens."""
+    def stand_in(self) -> AbstractContextManager[None] | None:
+        """Within it engines can be run here, to record their goldens; None: they cannot."""
 
     def check(self, settings: Settings) -> None:
         """Refuse settings that the target does not have, before any work (VlmforgeError)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from typing_extensions import override
 
+from vlmforge.backends.fake import InFloat32, cuda_on_cpu
 from vlmforge.engine.chain import PartChain, RotaryTables
 from vlmforge.engine.interface import IMAGE_FEATURES, DecoderInterface, Interface
 from vlmforge.engine.manifest import KVLayout, Part
@@ -37,6 +39,7 @@ from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
 from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
 from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
+from vlmforge_builder.widened_graphs import open_widened
 from vlmforge_plugins.cached_attention.compile import Compiler, Nvcc, Nvrtc, compile_set
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.errors import CompileError, PluginError
@@ -51,7 +54,6 @@ class CudaTarget(Target):
     """Makes graphs, and a chain of the decoder's."""
 
     name: str = "cuda"
-    runs_here: bool = False
 
     @override
     def check(self, settings: Settings) -> None:
@@ -81,6 +83,10 @@ class CudaTarget(Target):
                 fix="--kv-dtype fp8",
             )
         _compiler()
+
+    @override
+    def stand_in(self) -> AbstractContextManager[None]:
+        return cuda_on_cpu(graphs=InFloat32(open_widened))
 
     @override
     def compute_dtype(self, settings: Settings) -> str:

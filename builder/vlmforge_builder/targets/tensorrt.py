@@ -24,8 +24,11 @@ from vlmforge.engine.interface import (
     ROWS,
     SEQUENCE_PAGES,
     TOKENS,
+    WINDOWS,
     DecoderInterface,
     Interface,
+    PatchInterface,
+    VisionInterface,
 )
 from vlmforge.engine.manifest import DimRange, KVLayout, Part, Profile
 from vlmforge.env import writable_cache
@@ -60,6 +63,8 @@ PAGE_SIZE = 64
 # Tokens of a prompt that are run at once, as the scheduler does.
 CHUNK = 512
 VIEWS = 4
+# Of an image, usually.
+USUAL_TOKENS = 256
 # Of GPUs with tensor cores for our types, and of those that convert fp8.
 LEAST_CAPABILITY, FP8_CAPABILITY = 8.0, 8.9
 _STEMS = {"vision": "vision", "decoder": "decoder.rank0"}
@@ -70,7 +75,6 @@ class TensorRTTarget(Target):
     """Compiles by the library of a flavour."""
 
     flavour: Flavour
-    runs_here: bool = False
 
     @property
     @override
@@ -105,6 +109,10 @@ class TensorRTTarget(Target):
         check_installed(self.flavour)
 
     @override
+    def stand_in(self) -> None:
+        return None
+
+    @override
     def compute_dtype(self, settings: Settings) -> str:
         return settings.dtype
 
@@ -135,7 +143,7 @@ class TensorRTTarget(Target):
                 for name, dtype in dtypes.items()
             },
         )
-        profiles = _profiles(part.name, settings)
+        profiles = _profiles(interface, settings)
         if not job.described:
             self._build(traced.model, layout, profiles, kernels, job)
         return Part(
@@ -278,9 +286,11 @@ def _check_kernels(settings: Settings) -> None:
         )
 
 
-def _profiles(part: str, settings: Settings) -> tuple[Profile, ...]:
-    if part == "vision":
+def _profiles(interface: Interface, settings: Settings) -> tuple[Profile, ...]:
+    if isinstance(interface, VisionInterface):
         return (Profile("encode", {IMAGES: DimRange(1, 1, VIEWS)}),)
+    if isinstance(interface, PatchInterface):
+        return (Profile("encode", _patch_ranges(interface, settings.session_len)),)
     pages, batch = -(-settings.session_len // PAGE_SIZE), settings.max_batch_size
     one, chunk = DimRange(1, 1, 1), min(CHUNK, settings.session_len)
     shared = {
@@ -295,6 +305,17 @@ def _profiles(part: str, settings: Settings) -> tuple[Profile, ...]:
         Profile("prefill", {**shared, BATCH: DimRange(1, 1, batch), TOKENS: tokens, ROWS: rows}),
         Profile("decode", {**shared, BATCH: DimRange(1, batch, batch), TOKENS: one, ROWS: rows}),
     )
+
+
+def _patch_ranges(interface: PatchInterface, most: int) -> dict[str, DimRange]:
+    """One image at a time, of as many tokens as a sequence holds; no window is empty."""
+    ranges = {
+        IMAGES: DimRange(1, 1, 1),
+        ROWS: DimRange(1, min(USUAL_TOKENS, most), most),
+        WINDOWS: DimRange(1, min(USUAL_TOKENS, most), most),
+    }
+    symbols = {dim for spec in interface.inputs for dim in spec.shape}
+    return {name: found for name, found in ranges.items() if name in symbols}
 
 
 TARGET = TensorRTTarget(TENSORRT)

@@ -11,22 +11,22 @@ from pathlib import Path
 
 from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.prompts import InlineToken
-from vlmforge.errors import CheckpointError, TensorError, UnsupportedModelError
+from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.blocks.layers import ACTIVATIONS
-from vlmforge_builder.blocks.vision import VisionConfig
+from vlmforge_builder.blocks.vision import ProjectorConfig, VisionConfig
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.chat_template import read_chat_template
-from vlmforge_builder.checkpoint.compare import same_values
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.checkpoint.keys import KeyTable, check_keys
 from vlmforge_builder.checkpoint.store import TensorStore, open_store
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
+from vlmforge_builder.weights import Weight
 from vlmforge_recipes.clip_images import find_processor, read_image_policy
-from vlmforge_recipes.clip_tower import read_tower_config, unused_in_tower
+from vlmforge_recipes.clip_tower import read_tower_config, tower_weights, unused_in_tower
 from vlmforge_recipes.config_keys import PROCESSOR, check_files
 from vlmforge_recipes.end_ids import with_end_ids
-from vlmforge_recipes.llama_decoder import TEXT_DEFAULTS, read_decoder_config, trained_length
+from vlmforge_recipes.llama_decoder import read_decoder_config, trained_length
 from vlmforge_recipes.llava.anyres import hf_anyres
 from vlmforge_recipes.llava.keys import LAYOUTS
 from vlmforge_recipes.llava.layout import HF_ANYRES, layout_of
@@ -36,8 +36,9 @@ from vlmforge_recipes.llava.templates import (
     TEMPLATES,
     original_template,
 )
-from vlmforge_recipes.output_head import choose_head
+from vlmforge_recipes.output_head import choose_head, is_tied
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
+from vlmforge_recipes.tensor_names import find_prefix, refuse_two
 from vlmforge_recipes.tower_choice import refuse_tower_options
 
 # What the names of each part begin with: as published, and as transformers 4.5x and 5.x save them.
@@ -46,7 +47,7 @@ _TEXT = ("language_model.model.", "model.language_model.")
 _HEAD = ("language_model.lm_head.", "lm_head.")
 _VISION = tuple(f"{a}vision_tower.{b}" for a in ("", "model.") for b in ("vision_model.", ""))
 _PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
-_NEWLINE = ("", "model.")
+_NEWLINE, _ROW = ("", "model."), "image_newline"
 
 # What both configuration classes mean by no vision_config.
 _DEFAULT_TOWER: Mapping[str, object] = {
@@ -58,6 +59,9 @@ _DEFAULT_TOWER: Mapping[str, object] = {
     "patch_size": 14,
 }
 
+
+# Decoders of the published checkpoints, by `model_type`.
+_KINDS = ("llama", "mistral")
 
 # What a processor must know for counting the tokens of an image by itself.
 _COUNTS = ("patch_size", "vision_feature_select_strategy")
@@ -78,14 +82,15 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
     tower = _tower(config)
     image = _image_policy(checkpoint, config, tower)
     store = open_store(checkpoint, options.note)
-    names = _names(store, checkpoint, config, options, newline=layout_of(config) == HF_ANYRES)
+    vision = find_prefix(store, checkpoint, _VISION, "embeddings.class_embedding")
+    names = _names(store, checkpoint, config, options, tower_weights(tower, prefix=vision))
     tokenizer = with_end_ids(convert_tokenizer(checkpoint), checkpoint, config, text)
     return assemble(
         Geometry(
             read_decoder_config(text, session_len=options.session_len, kind=kind),
             tower,
+            ProjectorConfig(config.str("projector_hidden_act", "gelu")),
             trained_length(text, kind=kind),
-            config.str("projector_hidden_act", "gelu"),
             layout_of(config) or "",
         ),
         names,
@@ -101,7 +106,7 @@ def load_hf(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> M
         ),
         options,
         extra_files=(),
-        unused=unused_in_tower(_vision(config), tower, prefix=names.vision),
+        unused=unused_in_tower(_vision(config), tower, prefix=vision),
     )
 
 
@@ -161,8 +166,8 @@ def _kind(config: ConfigReader) -> str:
 
 
 def _check(config: ConfigReader) -> None:
-    if (kind := _kind(config)) not in TEXT_DEFAULTS:
-        expected = " or ".join(repr(name) for name in TEXT_DEFAULTS)
+    if (kind := _kind(config)) not in _KINDS:
+        expected = " or ".join(repr(name) for name in _KINDS)
         raise _unsupported(config, f"text_config.model_type {kind!r}", expected)
     if (act := config.str("projector_hidden_act", "gelu")) not in ACTIVATIONS:
         expected = ", ".join(sorted(ACTIVATIONS))
@@ -199,27 +204,13 @@ def _names(
     checkpoint: Path,
     config: ConfigReader,
     options: RecipeOptions,
-    *,
-    newline: bool,
+    tower: Mapping[str, Weight],
 ) -> Names:
-    # Either place counts: transformers 5 saves it at the top, before it was the text model's.
-    places = (config, _text(config))
-    tied = any(place.bool("tie_word_embeddings", default=False) for place in places)
-
     def named(prefixes: tuple[str, ...], name: str) -> str:
-        _refuse_two(store, checkpoint, tuple(prefix + name for prefix in prefixes))
-        for prefix in prefixes:
-            if prefix + name in store:
-                return prefix
-        raise TensorError(
-            f"A tensor is not found under any of its names in {checkpoint}.",
-            found=", ".join(sorted(store.names())[:3]) + ", ...",
-            expected=" or ".join(prefix + name for prefix in prefixes),
-            fix="check that config.json belongs to these weight files",
-        )
+        return find_prefix(store, checkpoint, prefixes, name)
 
     heads = tuple(f"{prefix}weight" for prefix in _HEAD)
-    _refuse_two(store, checkpoint, heads)
+    refuse_two(store, checkpoint, heads)
     projector = named(_PROJECTOR, "linear_1.weight")
     text = named(_TEXT, "embed_tokens.weight")
     return Names(
@@ -228,26 +219,13 @@ def _names(
             store,
             heads,
             f"{text}embed_tokens.weight",
-            tied=tied,
+            tied=is_tied(config, default=False),
             note=options.note,
         ),
-        named(_VISION, "embeddings.class_embedding"),
+        tower,
         (f"{projector}linear_1", f"{projector}linear_2"),
-        newline=named(_NEWLINE, "image_newline") + "image_newline" if newline else None,
+        newline=f"{named(_NEWLINE, _ROW)}{_ROW}" if layout_of(config) == HF_ANYRES else None,
     )
-
-
-def _refuse_two(store: TensorStore, checkpoint: Path, names: tuple[str, ...]) -> None:
-    """Refuse one tensor under two of its names with other values."""
-    first, *others = [name for name in names if name in store] or [""]
-    for other in others:
-        if not same_values(store, first, store, other):
-            raise TensorError(
-                f"{checkpoint} stores a tensor under two of its names, with other values.",
-                found=f"{first} and {other}",
-                expected="one of them",
-                fix="save the checkpoint again with one version of transformers",
-            )
 
 
 def _template(

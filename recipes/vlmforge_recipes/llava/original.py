@@ -6,6 +6,7 @@ configuration.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from vlmforge.engine.images import AnyRes, ImagePolicy
 from vlmforge.engine.images.tiling import UnpaddedLines
 from vlmforge.engine.prompts import SplitText
 from vlmforge.errors import UnsupportedModelError
-from vlmforge_builder.blocks.vision import VisionConfig
+from vlmforge_builder.blocks.vision import ProjectorConfig, VisionConfig
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.keys import KeyTable, check_keys
@@ -25,6 +26,7 @@ from vlmforge_recipes.clip_tower import (
     check_projected,
     find_tower_config,
     read_tower_config,
+    tower_weights,
     unused_in_tower,
 )
 from vlmforge_recipes.config_keys import check_files
@@ -36,7 +38,7 @@ from vlmforge_recipes.llava.layout import ORIGINAL_MISTRAL, layout_of
 from vlmforge_recipes.llava.templates import PLACEHOLDER, TEMPLATES, original_template
 from vlmforge_recipes.output_head import choose_head
 from vlmforge_recipes.spliced_vlm import Geometry, Names, Prompting, assemble
-from vlmforge_recipes.tower_choice import ChosenTower, choose_tower
+from vlmforge_recipes.tower_choice import choose_tower
 from vlmforge_recipes.tower_folder import find_tower
 
 # The id that the original code puts where an image goes (`IMAGE_TOKEN_INDEX`).
@@ -59,8 +61,11 @@ def load_original(checkpoint: Path, config: ConfigReader, options: RecipeOptions
     chosen = choose_tower(own, config, folder, options)
     tokenizer = _tokenizer(checkpoint, config)
     return assemble(
-        Geometry(decoder, tower, trained, "gelu", layout_of(config) or ""),
-        _names(own, config, chosen, options, newline=_has_newline(image)),
+        Geometry(decoder, tower, ProjectorConfig("gelu"), trained, layout_of(config) or ""),
+        dataclasses.replace(
+            _names(own, config, options, newline=_has_newline(image)),
+            tower=tower_weights(tower, prefix=chosen.prefix),
+        ),
         chosen.store,
         image,
         tokenizer,
@@ -122,7 +127,6 @@ def _has_newline(image: ImagePolicy) -> bool:
 def _names(
     own: TensorStore,
     config: ConfigReader,
-    tower: ChosenTower,
     options: RecipeOptions,
     *,
     newline: bool,
@@ -137,7 +141,7 @@ def _names(
     return Names(
         "model.",
         head,
-        tower.prefix,
+        {},
         ("model.mm_projector.0", "model.mm_projector.2"),
         newline=_NEWLINE if newline else None,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.prompts import SplitText
 from vlmforge.inputs.template import jinja_from_parts
+from vlmforge_builder.blocks.vision import ProjectorConfig
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.store import open_store
@@ -22,6 +23,7 @@ from vlmforge_recipes.clip_tower import (
     check_projected,
     find_tower_config,
     read_tower_config,
+    tower_weights,
     unused_in_tower,
 )
 from vlmforge_recipes.config_keys import check_files
@@ -37,15 +39,14 @@ from vlmforge_recipes.yi_vl.templates import DEFAULT, PLACEHOLDER, TEMPLATES
 
 # The id that the original code puts where an image goes (`IMAGE_TOKEN_INDEX`).
 _IMAGE_TOKEN_INDEX = -200
-# `nn.LayerNorm`'s default, which the original projector keeps.
-_PROJECTOR_NORM_EPS = 1e-5
-# `mm_projector` is [Linear, LayerNorm, GELU, Linear, LayerNorm].
+# `mm_projector` is [Linear, LayerNorm, GELU, Linear, LayerNorm], each norm with torch's default.
+_PROJECTOR = ProjectorConfig("gelu", norm_eps=1e-5)
 _NAMES = Names(
     "model.",
     "lm_head.weight",
-    "vision_model.",
+    {},
     ("model.mm_projector.0", "model.mm_projector.3"),
-    ("model.mm_projector.1", "model.mm_projector.4"),
+    {1: "model.mm_projector.1", 2: "model.mm_projector.4"},
 )
 
 
@@ -74,8 +75,8 @@ def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> Mode
     template = jinja_from_parts(TEMPLATES[DEFAULT], PLACEHOLDER)
     image, others = _images(config, folder, tower.image_size)
     spec = assemble(
-        Geometry(decoder, tower, trained_length(config), "gelu", ARCHITECTURE, _PROJECTOR_NORM_EPS),
-        dataclasses.replace(_NAMES, head=head, vision=chosen.prefix),
+        Geometry(decoder, tower, _PROJECTOR, trained_length(config), ARCHITECTURE),
+        dataclasses.replace(_NAMES, head=head, tower=tower_weights(tower, prefix=chosen.prefix)),
         chosen.store,
         image,
         with_end_ids(convert_tokenizer(checkpoint), checkpoint, config),

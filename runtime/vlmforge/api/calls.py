@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vlmforge.api.letters import letters_to
 from vlmforge.errors import VlmforgeError
 from vlmforge.inputs.messages import Conversation
 from vlmforge.outputs.events import Event
@@ -92,11 +93,11 @@ class Call:
         import asyncio  # not at the top: it would be a sixth of the time of `import vlmforge`
 
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        cancelled = threading.Event()
+        letters, cancelled = letters_to(loop), threading.Event()
 
         def sink(event: Event) -> None:
             try:
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                letters.post(events, event)
             except RuntimeError:  # the loop is gone, and with it who would read this
                 cancelled.set()
 
@@ -137,7 +138,7 @@ class Call:
             if self.terms.over:
                 raise self.terms.timed_out()
             self._requests[index] = request = self._request(item, config, self._events.put, index)
-            self.intake.submit(request)
+            self.intake.submit(request, here=True)
         except VlmforgeError as error:
             self._requests.pop(index, None)
             yield Event(index, error=error)

@@ -12,6 +12,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from vlmforge.api.parallel import parallel_refusals
+from vlmforge.errors import ConfigError
 from vlmforge.field_rules import (
     Choice,
     Flag,
@@ -201,7 +202,8 @@ class VisionConfig:
 
     Attributes:
         max_batch_size: Views in one run of the vision part, whichever images they are of. An image
-            is one view, or several where its policy cuts it into tiles.
+            is one view, or several where its policy cuts it into tiles. Where images are in patches
+            and of any size, 1024 patches count as a view, and those of one shape run together.
         thread_safe: Accepted: the pipeline always is.
         background: Colour (red, green, blue; 0 to 255) on which transparent images are composited.
             None: what the engine's image policy says. Published models were trained on images whose
@@ -218,6 +220,10 @@ class VisionConfig:
             x hidden size each), so that they are neither decoded nor encoded again; the least
             recently used go. 0 keeps none. None: 128 MiB, or 5 % of the free memory if that is
             less.
+        min_pixels, max_pixels: Where images are in patches and of any size, as `smart_resize` of
+            the published processors takes them: smaller and larger ones are resized until they are
+            within. Fewer pixels are fewer tokens. None: as the checkpoint says. Engines whose
+            images are brought to one size refuse them.
 
     Raises:
         ConfigError: a field of a wrong type or out of range.
@@ -231,6 +237,8 @@ class VisionConfig:
     image_formats: Sequence[str] = DEFAULT_FORMATS
     media_domains: Sequence[str] | None = None
     feature_cache_bytes: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -246,8 +254,18 @@ class VisionConfig:
             "image_formats": ListOf(Choice(FORMATS)),
             "media_domains": OrNone(ListOf(Text(empty=False))),
             "feature_cache_bytes": OrNone(Int(0)),
+            "min_pixels": OrNone(Int(1)),
+            "max_pixels": OrNone(Int(1)),
         }
         check_fields(self, rules)
+        for domain in self.media_domains or ():
+            if not set(domain).isdisjoint("/@*?# ") or domain.count(":") == 1:
+                raise ConfigError(
+                    "VisionConfig: media_domains has what is no host's name.",
+                    found=repr(domain[:80]),
+                    expected="a host such as example.org, or .example.org for all below it",
+                    fix="leave out scheme, port and path",
+                )
 
     def image_limits(self) -> ImageLimits:
         """What the images of prompts may be and may cost."""

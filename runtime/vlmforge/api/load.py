@@ -82,6 +82,7 @@ def pipeline(
         engine = _load(folder, config, template_config, free - features, finished=finished)
     if vision.background is not None:
         engine = engine.on_background(vision.background)
+    engine = engine.with_pixels(vision.min_pixels, vision.max_pixels)
     engine = dataclasses.replace(engine, limits=vision.image_limits())
     return serve(engine, config, vision)
 

@@ -163,8 +163,9 @@ def feature_bytes(asked: int | None, free: float) -> int:
 
 def window_is_fixed(manifest: Manifest) -> bool:
     """Whether the engine's window can only be shorter than the one that it was built for."""
-    compiled_in = manifest.part("decoder").rotary_tables is None
-    return compiled_in or not manifest.decode.positions.extends
+    part, positions = manifest.part("decoder"), manifest.decode.positions
+    in_tables = part.rotary_tables is None and not positions.turn_width
+    return in_tables or bool(part.profiles) or not positions.extends
 
 
 def _window(bundle: Bundle, config: EngineConfig) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import BackendUnavailableError
 from vlmforge.kv.cache import Move
@@ -68,8 +69,11 @@ class LoadOptions:
 class VisionSession(Protocol):
     """Runs the vision part."""
 
-    def encode(self, pixel_values: FloatArray) -> FloatArray:
-        """`[n, 3, H, W]` to features `[n, tokens, hidden]`."""
+    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
+        """`[n, 3, H, W]`, or `[n, tokens, patches, values]`, to features `[n, tokens, width]`.
+
+        `arrays` are what else it takes, by name: see `PatchInterface`.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ class DecoderBatch:
         logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of; K may be 0.
         rotary_levels: int64 `[B]`, for an engine whose position policy has levels.
         blocks: The blocks of each row's sequence, in order, for a cache that is a pool of them.
+        turns: float32 `[B, S, turn_width]`, for an engine whose position policy gives them.
     """
 
     slots: Sequence[int]
@@ -94,6 +99,7 @@ class DecoderBatch:
     logits_indices: IntArray
     rotary_levels: IntArray | None = None
     blocks: Sequence[Sequence[int]] = ()
+    turns: FloatArray | None = None
 
 
 KeyValues = Mapping[str, NDArray[Any]]

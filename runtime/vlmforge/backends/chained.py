@@ -157,6 +157,7 @@ class ChainedDecoder(DecoderSession):
             interface.PAST_LENGTHS.name: batch.past_lengths,
             interface.LOGITS_INDICES.name: batch.logits_indices,
             interface.ROTARY_LEVELS.name: batch.rotary_levels,
+            interface.TURNS: batch.turns,
         }
         for name, place in run.inputs.items():
             values = given.get(name)

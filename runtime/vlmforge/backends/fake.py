@@ -4,17 +4,18 @@
         ...
 
 Segments run by ONNX Runtime's CPU provider, which calculates a float16 graph in float32; kernels by
-numpy, from the very parameters of their launches. bfloat16 it cannot do.
+numpy, from the very parameters of their launches. That provider has no bfloat16: whoever has the
+builder can open such graphs as float32 ones (`Graphs`, `vlmforge_builder.widened_graphs`).
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,23 +23,26 @@ from typing_extensions import override
 
 from vlmforge.backends import cuda
 from vlmforge.backends.cuda import CudaBackend
-from vlmforge.backends.cuda.device import Device, T, Work
+from vlmforge.backends.cuda.device import Device, Segment, T, Tensor, Work
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
+from vlmforge.backends.number_formats import DTYPES, decode, encode, rounded
 from vlmforge.ort import ort
 from vlmforge_plugins.cached_attention.config import TARGETS, Config, Sizes, sizes
 from vlmforge_plugins.cached_attention.kernel_store import Loaded
 from vlmforge_plugins.cached_attention.launcher import MAP_BYTES, Boxes, Kernels, Params
 from vlmforge_plugins.cached_attention.plan import Launch, Machine
 
-_POISON = 0x7F
+_POISON, _MOST_POISON = 0x7F, 1 << 26
 MakeKernels = Callable[[Sizes], Kernels]
+Note = Callable[[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]], None]
+"""Inputs and outputs of a run, by name."""
 
 
 class NumpyKernels:
-    """The attention's kernels by numpy, in float32, for pools and rows of float16."""
+    """The attention's kernels by numpy, in float32."""
 
     def __init__(self, chosen: Sizes) -> None:
-        self._width = chosen.config.head_size
+        self._config = chosen.config
 
     def tile_map(self, boxes: Boxes) -> bytes:
         """Nothing reads it here."""
@@ -48,7 +52,7 @@ class NumpyKernels:
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         """Do what the kernel does."""
         del stream
-        call = _Call(params, self._width)
+        call = _Call(params, self._config)
         for row in range(params.batch):
             if launch.kernel == "vf_write":
                 call.write(row)
@@ -57,21 +61,28 @@ class NumpyKernels:
 
 
 class _Call:
-    """A launch's parameters as arrays."""
+    """A launch's parameters as arrays of bits."""
 
-    def __init__(self, params: Params, width: int) -> None:
+    def __init__(self, params: Params, config: Config) -> None:
         p = self._p = params
-        self._width, self._page = width, 1 << p.page_shift
+        self._type, self._stored = config.activation, config.stored
+        self._width, self._page = config.head_size, 1 << p.page_shift
         self._past = _array(p.past_lengths, np.int32, (p.batch,))
-        self._new = _array(p.query_lengths, np.int32, (p.batch,))
+        most = np.full(p.batch, p.max_query, np.int32)
+        lengths = p.query_lengths
+        self._new = _array(lengths, np.int32, (p.batch,)) if lengths else most
         self._table = _array(p.block_table, np.int32, (p.batch, p.max_pages))
 
     def write(self, row: int) -> None:
         """New keys and values to their pages."""
         p, places = self._p, self._places(row)
+        if not len(places):
+            return
         key = self._rotated(self._rows(p.key, p.key_batch, p.key_row, row, p.kv_heads), places)
-        value = self._rows(p.value, p.value_batch, p.value_row, row, p.kv_heads)
-        for place, new_key, new_value in zip(places, key, value, strict=True):
+        value = self._numbers(self._rows(p.value, p.value_batch, p.value_row, row, p.kv_heads))
+        keys = encode(key * np.float32(p.key_inverse_scale), self._stored)
+        values = encode(value * np.float32(p.value_inverse_scale), self._stored)
+        for place, new_key, new_value in zip(places, keys, values, strict=True):
             page, offset = self._table[row, place // self._page], place % self._page
             self._pool(p.key_pool, page)[:, offset] = new_key
             self._pool(p.value_pool, page)[:, offset] = new_value
@@ -81,8 +92,8 @@ class _Call:
         p, places = self._p, self._places(row)
         if not len(places):
             return
-        queries = self._rows(p.query, p.query_batch, p.query_row, row, p.heads)
-        query = self._rotated(queries, places).astype(np.float32)
+        query = self._rotated(self._rows(p.query, p.query_batch, p.query_row, row, p.heads), places)
+        query = rounded(query, self._type).astype(np.float32)
         key, value = self._held(p.key_pool, row), self._held(p.value_pool, row)
         group = p.heads // p.kv_heads
         grouped = query.transpose(1, 0, 2).reshape(p.kv_heads, -1, self._width)
@@ -94,54 +105,133 @@ class _Call:
         weights /= weights.sum(-1, keepdims=True)
         mixed = weights.reshape(p.kv_heads, -1, weights.shape[-1]) @ value
         mixed = mixed.reshape(p.heads, len(places), self._width).transpose(1, 0, 2)
-        self._rows(p.out, p.out_batch, p.out_row, row, p.heads)[:] = mixed
+        out = self._rows(p.out, p.out_batch, p.out_row, row, p.heads)
+        out[:] = encode(mixed * np.float32(p.value_scale), self._type)
 
     def _places(self, row: int) -> NDArray[np.int64]:
         return int(self._past[row]) + np.arange(int(self._new[row]))
 
+    def _numbers(self, bits: NDArray[Any]) -> NDArray[np.float32]:
+        return decode(bits, self._type).astype(np.float32)
+
     def _rows(
         self, address: int, batch_stride: int, row_stride: int, row: int, heads: int
-    ) -> NDArray[np.float16]:
+    ) -> NDArray[np.uint16]:
         """`[new tokens, heads, D]`, in place."""
         new = int(self._new[row])
         start = address + 2 * row * batch_stride
-        if not new:
-            return np.empty((0, heads, self._width), np.float16)
         used = heads * self._width
-        flat = _array(start, np.float16, ((new - 1) * row_stride + used,))
+        flat = _array(start, np.uint16, ((new - 1) * row_stride + used,))
         shape, strides = (new, heads, self._width), (2 * row_stride, 2 * self._width, 2)
         return np.lib.stride_tricks.as_strided(flat, shape, strides)
 
-    def _rotated(self, rows: NDArray[np.float16], places: NDArray[np.int64]) -> NDArray[np.float16]:
-        p, half = self._p, self._width // 2
+    def _rotated(self, rows: NDArray[np.uint16], places: NDArray[np.int64]) -> NDArray[np.float32]:
+        p, half, numbers = self._p, self._width // 2, self._numbers(rows)
         if not p.cos:
-            return rows
+            return numbers
         cos, sin = (
             np.stack([_array(t + 4 * half * int(i), np.float32, (half,)) for i in places])[:, None]
-            if len(places)
-            else np.empty((0, 1, half), np.float32)
             for t in (p.cos, p.sin)
         )
-        first, second = rows[..., :half].astype(np.float32), rows[..., half:].astype(np.float32)
-        turned = (first * cos - second * sin, second * cos + first * sin)
-        return np.concatenate(turned, -1).astype(np.float16)
+        first, second = numbers[..., :half], numbers[..., half:]
+        return np.concatenate((first * cos - second * sin, second * cos + first * sin), -1)
 
-    def _pool(self, address: int, page: int) -> NDArray[np.float16]:
+    def _pool(self, address: int, page: int) -> NDArray[Any]:
         """One page, `[kv_heads, page_size, D]`."""
-        shape = (self._p.kv_heads, self._page, self._width)
-        return _array(address + int(page) * 2 * int(np.prod(shape)), np.float16, shape)
+        shape, dtype = (self._p.kv_heads, self._page, self._width), np.dtype(DTYPES[self._stored])
+        return _array(address + int(page) * dtype.itemsize * int(np.prod(shape)), dtype, shape)
 
     def _held(self, address: int, row: int) -> NDArray[np.float32]:
-        """`[kv_heads, tokens, D]` of a sequence, new tokens included."""
+        """`[kv_heads, tokens, D]` of a sequence, new tokens included, without the scale."""
         total = int(self._past[row]) + int(self._new[row])
         pages = [self._pool(address, page) for page in self._table[row, : -(-total // self._page)]]
-        return np.concatenate(pages, 1)[:, :total].astype(np.float32)
+        bits = np.concatenate(pages, 1)[:, :total]
+        return decode(bits, self._stored).astype(np.float32)
 
 
 def _array(address: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
     """Memory as an array, in place."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
+
+
+class Graphs(Protocol):
+    """How the graphs of an engine are opened."""
+
+    def session(self, file: Path) -> ort.InferenceSession:
+        """A graph that is run from arrays (EngineError: it cannot be loaded)."""
+
+    def segment(self, file: Path, owner: object) -> Segment:
+        """A graph whose tensors lie in memory (EngineError: see `session`)."""
+
+
+class AsTheyAre(Graphs):
+    """The very files, opened once."""
+
+    @override
+    def session(self, file: Path) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        return open_session(file, ["CPUExecutionProvider"], options)
+
+    @override
+    def segment(self, file: Path, owner: object) -> Segment:
+        return OrtSegment(self.session(file), "cpu", owner)
+
+
+@dataclass(frozen=True, slots=True)
+class InFloat32(Graphs):
+    """Graphs that `open` gives in float32, whatever the files are in.
+
+    A segment is opened for each run: of a large model they do not fit the memory together.
+    """
+
+    open: Callable[[Path], ort.InferenceSession]
+
+    @override
+    def session(self, file: Path) -> ort.InferenceSession:
+        return self.open(file)
+
+    @override
+    def segment(self, file: Path, owner: object) -> Segment:
+        return Float32Segment(self.open, file)
+
+
+@dataclass(frozen=True, slots=True)
+class Float32Segment(Segment):
+    """A segment of `file`, which `open` gives in float32; `note` gets all that goes in and out."""
+
+    open: Callable[[Path], ort.InferenceSession]
+    file: Path
+    note: Note | None = None
+
+    @override
+    def bind(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Work:
+        def work() -> None:
+            session = self.open(self.file)
+            feeds = {tensor.name: _read(tensor) for tensor in inputs}
+            names = [item.name for item in session.get_outputs()]
+            found = dict(zip(names, session.run(names, feeds), strict=True))
+            for tensor in outputs:
+                values = found[tensor.name]
+                _bits(tensor)[:] = encode(values, tensor.dtype) if _narrow(tensor) else values
+            if self.note is not None:
+                self.note(feeds, found)
+
+        return work
+
+
+def _narrow(tensor: Tensor) -> bool:
+    return tensor.dtype in DTYPES
+
+
+def _bits(tensor: Tensor) -> NDArray[Any]:
+    return _array(tensor.address, DTYPES.get(tensor.dtype, tensor.dtype), tensor.shape)
+
+
+def _read(tensor: Tensor) -> NDArray[Any]:
+    bits = _bits(tensor)
+    return decode(bits, tensor.dtype).astype(np.float32) if _narrow(tensor) else bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +253,15 @@ class HostDevice(Device):
     stream = 0
     machine = Machine(multiprocessors=4, shared_bytes=227 << 10)
 
-    def __init__(self, kernels: MakeKernels = NumpyKernels) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: MakeKernels = NumpyKernels, graphs: Graphs | None = None) -> None:
+        self._kernels, self._graphs = kernels, graphs or AsTheyAre()
         self.captures = self.replays = 0
 
     @override
     def allocate(self, size: int) -> HostMemory:
-        """What is in it is no number, as it might be on a GPU."""
-        kept = np.full(size + 256, _POISON, np.uint8)
+        """What is in a small piece is no number, as it might be on a GPU."""
+        fill = _POISON if size < _MOST_POISON else 0  # of zeros only those in use take memory
+        kept = np.full(size + 256, fill, np.uint8) if fill else np.zeros(size + 256, np.uint8)
         return HostMemory(kept.ctypes.data + -kept.ctypes.data % 256, kept)
 
     @override
@@ -186,14 +277,12 @@ class HostDevice(Device):
         ctypes.memmove(target, source, size)
 
     @override
-    def segment(self, file: Path) -> OrtSegment:
-        return OrtSegment(self.session(file), "cpu", self)
+    def segment(self, file: Path) -> Segment:
+        return self._graphs.segment(file, self)
 
     @override
     def session(self, file: Path) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        return open_session(file, ["CPUExecutionProvider"], options)
+        return self._graphs.session(file)
 
     @override
     def kernels(self, config: Config, files: Mapping[str, Path]) -> Loaded:
@@ -215,9 +304,14 @@ class HostDevice(Device):
 
 @dataclass(frozen=True, slots=True)
 class HostBackend(CudaBackend):
-    """The backend `cuda` on the processor; `make` takes the place of loading compiled kernels."""
+    """The backend `cuda` on the processor.
+
+    `make` takes the place of loading compiled kernels; `graphs` opens the engine's, as they are
+    where it is None.
+    """
 
     make: MakeKernels = NumpyKernels
+    graphs: Graphs | None = None
 
     @override
     def memory(self) -> None:
@@ -229,13 +323,13 @@ class HostBackend(CudaBackend):
 
     @override
     def device(self) -> HostDevice:
-        return HostDevice(self.make)
+        return HostDevice(self.make, self.graphs)
 
 
 @contextmanager
-def cuda_on_cpu(make: MakeKernels = NumpyKernels) -> Iterator[None]:
+def cuda_on_cpu(make: MakeKernels = NumpyKernels, graphs: Graphs | None = None) -> Iterator[None]:
     """Engines of the backend `cuda` that are loaded within the block run on the processor."""
-    real, cuda.BACKEND = cuda.BACKEND, HostBackend(make)
+    real, cuda.BACKEND = cuda.BACKEND, HostBackend(make, graphs)
     try:
         yield
     finally:

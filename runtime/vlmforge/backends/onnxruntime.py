@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from vlmforge.backends import (
@@ -29,6 +31,7 @@ from vlmforge.backends import (
 from vlmforge.backends.chained import ChainedDecoder, run_bound
 from vlmforge.backends.dense import Order, PlacedCache
 from vlmforge.engine import interface
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.manifest import KVLayout, Manifest, Part, decoder_name
 from vlmforge.errors import EngineError
 from vlmforge.kv.cache import Move
@@ -105,8 +108,9 @@ def _longer_tables(manifest: Manifest, part: Part, capacity: int) -> Mapping[str
 class _Vision(VisionSession):
     session: ort.InferenceSession
 
-    def encode(self, pixel_values: FloatArray) -> FloatArray:
-        (features,) = self.session.run(None, {interface.PIXEL_VALUES: pixel_values})
+    @override
+    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
+        (features,) = self.session.run(None, {interface.PIXEL_VALUES: pixel_values, **arrays})
         return np.asarray(features, np.float32)
 
 
@@ -119,15 +123,18 @@ class _TokenSteps:
     def __init__(self, session: ort.InferenceSession, rows: int) -> None:
         inputs = {item.name: item for item in session.get_inputs()}
         outputs = {item.name: item for item in session.get_outputs()}
-        self._has_levels = interface.ROTARY_LEVELS.name in inputs
         self._session = session
-        self._inputs = {
+        self._inputs: dict[str, NDArray[Any]] = {
             interface.INPUT_IDS.name: np.zeros((rows, 1), np.int64),
             interface.PAST_LENGTHS.name: np.zeros(rows, np.int64),
             interface.LOGITS_INDICES.name: np.zeros((rows, 1), np.int64),
         }
-        if self._has_levels:
+        self._more = {interface.ROTARY_LEVELS.name, interface.TURNS} & inputs.keys()
+        if interface.ROTARY_LEVELS.name in inputs:
             self._inputs[interface.ROTARY_LEVELS.name] = np.zeros(rows, np.int64)
+        if interface.TURNS in inputs:
+            width = inputs[interface.TURNS].shape[2]
+            self._inputs[interface.TURNS] = np.zeros((rows, 1, width), np.float32)
         self.no_features = np.zeros((1, inputs[interface.IMAGE_FEATURES].shape[1]), np.float32)
         self.logits = np.zeros((rows, 1, outputs[interface.LOGITS].shape[2]), np.float32)
 
@@ -144,16 +151,22 @@ class _TokenSteps:
     def take(self, batch: DecoderBatch, order: Order) -> bool:
         """Whether it is such a step, and its arrays are taken over."""
         rows, length = batch.input_ids.shape
-        levels = batch.rotary_levels
+        more = _more_inputs(batch)
         if length != 1 or batch.image_features is not None or batch.logits_indices.shape[1] != 1:
             return False
-        if (levels is not None) != self._has_levels:
+        if more.keys() != self._more:
             return False
         self._inputs[interface.INPUT_IDS.name][:rows] = batch.input_ids[order]
         self._inputs[interface.PAST_LENGTHS.name][:rows] = batch.past_lengths[order]
-        if levels is not None:
-            self._inputs[interface.ROTARY_LEVELS.name][:rows] = levels[order]
+        for name, values in more.items():
+            self._inputs[name][:rows] = values[order]
         return True
+
+
+def _more_inputs(batch: DecoderBatch) -> dict[str, NDArray[Any]]:
+    """What only some position policies give, by name."""
+    given = {interface.ROTARY_LEVELS.name: batch.rotary_levels, interface.TURNS: batch.turns}
+    return {name: values for name, values in given.items() if values is not None}
 
 
 class _Decoder(DecoderSession):
@@ -205,9 +218,8 @@ class _Decoder(DecoderSession):
             interface.INPUT_IDS.name: batch.input_ids,
             interface.PAST_LENGTHS.name: batch.past_lengths,
             interface.LOGITS_INDICES.name: batch.logits_indices,
+            **_more_inputs(batch),
         }
-        if batch.rotary_levels is not None:
-            inputs[interface.ROTARY_LEVELS.name] = batch.rotary_levels
         if features is None:
             features = self._tokens.no_features
         binding = self._session.io_binding()

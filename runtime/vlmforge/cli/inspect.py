@@ -153,7 +153,7 @@ def _example(bundle: Bundle) -> str:
         policy=policy,
         template=template,
         encoder=TextTokenizer(text),
-        image_lengths=[_example_tokens(manifest)],
+        layouts=[manifest.image.layout(_PHOTO, _example_tokens(manifest))],
     )
     return (
         f"({_QUESTION!r}, photo of {_photo()}) becomes {len(rendered.token_ids)} tokens "

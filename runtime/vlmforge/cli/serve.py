@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import resource
 import socket
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from vlmforge import env
 from vlmforge.api.config import EngineConfig
 from vlmforge.api.load import pipeline
 from vlmforge.errors import ConfigError
+
+_MOST_FILES = 65_536
 
 
 def run_serve(values: argparse.Namespace) -> int:
@@ -39,6 +42,7 @@ def run_serve(values: argparse.Namespace) -> int:
     settings = ServerSettings(
         api_keys=(*values.api_keys, *env.api_keys()),
         max_body_bytes=values.max_body_mb << 20,
+        max_bodies_bytes=values.max_bodies_mb << 20,
         max_images=values.max_images,
         max_concurrent_requests=values.max_concurrent_requests,
         request_seconds=values.request_seconds,
@@ -51,13 +55,9 @@ def run_serve(values: argparse.Namespace) -> int:
         max_batch_size=values.vision_max_batch_size,
         domains=None if domains is None else tuple(domains),
     )
-    config = EngineConfig(
-        session_len=values.session_len,
-        max_batch_size=values.max_batch_size,
-        # Memory is shared: each engine plans with its part.
-        cache_max_entry_count=values.cache_max_entry_count / len(names),
-    )
+    config = _engine_config(values, len(names))
     _log(values.log_level)
+    _open_many_files()
     with _listening(values.host, values.port) as sock, contextlib.ExitStack() as stack:
         engines = []
         for name, engine in names.items():
@@ -73,6 +73,16 @@ def run_serve(values: argparse.Namespace) -> int:
         _announce(sock, list(names), settings.api_keys)
         make_server(make_app(engines, settings), settings).run([sock])
     return 0
+
+
+def _engine_config(values: argparse.Namespace, engines: int) -> EngineConfig:
+    return EngineConfig(
+        session_len=values.session_len,
+        max_batch_size=values.max_batch_size,
+        tp=values.tp,
+        # Memory is shared: each engine plans with its part.
+        cache_max_entry_count=values.cache_max_entry_count / engines,
+    )
 
 
 def _names(engines: list[str], names: list[str]) -> dict[str, str]:
@@ -97,6 +107,8 @@ def _names(engines: list[str], names: list[str]) -> dict[str, str]:
 def _listening(host: str, port: int) -> socket.socket:
     """A socket that is taken before an engine is loaded: an address in use is told at once."""
     try:
+        if not 0 <= port < 1 << 16:  # or it would be another one, in silence
+            raise OverflowError("ports are 0 to 65535")
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
@@ -112,6 +124,14 @@ def _listening(host: str, port: int) -> socket.socket:
             fix="choose another --port (0: any free one), or end what listens there",
         ) from error
     return sock
+
+
+def _open_many_files() -> None:
+    """Each connection is a file, and many systems let a process have 1,024 unless it asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(_MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _announce(sock: socket.socket, names: list[str], keys: tuple[str, ...]) -> None:

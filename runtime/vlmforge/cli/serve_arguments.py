@@ -8,10 +8,16 @@ from typing import Any
 
 def add_serve(commands: Any) -> None:
     """Add the command to the subparsers of `vlmforge`."""
-    serve = commands.add_parser("serve", help="serve engines over HTTP to OpenAI clients")
+    serve = commands.add_parser(
+        "serve",
+        help="serve engines over HTTP to OpenAI clients",
+        description="Serve engines over HTTP to OpenAI clients, until a signal asks for the end.",
+    )
     serve.add_argument("engine", nargs="+", metavar="ENGINE", help="folders or checkpoints")
     serve.add_argument("--host", "--server-name", default="127.0.0.1", help="default: 127.0.0.1")
-    serve.add_argument("--port", "--server-port", type=int, default=23333, help="0: any free one")
+    serve.add_argument(
+        "--port", "--server-port", type=int, default=23333, help="default: 23333; 0: any free one"
+    )
     serve.add_argument(
         "--served-model-name",
         "--model-name",
@@ -30,11 +36,7 @@ def add_serve(commands: Any) -> None:
         metavar="PATH",
         help="paths that need no key (default: the page and /health; /metrics may be one)",
     )
-    serve.add_argument("--max-concurrent-requests", type=int, default=256, metavar="N")
-    serve.add_argument("--max-body-mb", type=int, default=64, metavar="MB")
-    serve.add_argument("--max-images", type=int, default=64, metavar="N", help="of one request")
-    serve.add_argument("--request-seconds", type=float, metavar="S", help="longest answer")
-    serve.add_argument("--shutdown-seconds", type=float, default=60.0, metavar="S")
+    _limits(serve)
     serve.add_argument(
         "--allowed-media-domains",
         nargs="+",
@@ -51,12 +53,31 @@ def add_serve(commands: Any) -> None:
     )
 
 
+def _limits(serve: argparse.ArgumentParser) -> None:
+    add = serve.add_argument
+    busy = "requests that are answered or wait; more get 429 (default: %(default)s)"
+    add("--max-concurrent-requests", type=int, default=256, metavar="N", help=busy)
+    body = "largest body of a request (default: %(default)s)"
+    add("--max-body-mb", type=int, default=64, metavar="MB", help=body)
+    bodies = "bodies of all requests together; more get 429 (default: %(default)s)"
+    add("--max-bodies-mb", type=int, default=1024, metavar="MB", help=bodies)
+    images = "images of one request (default: %(default)s)"
+    add("--max-images", type=int, default=64, metavar="N", help=images)
+    longest = "longest time for one answer, waiting included (default: no limit)"
+    add("--request-seconds", type=float, metavar="S", help=longest)
+    end = "time that running requests get once a signal asks for the end (default: %(default)s)"
+    add("--shutdown-seconds", type=float, default=60.0, metavar="S", help=end)
+
+
 def _engine_arguments(serve: argparse.ArgumentParser) -> None:
-    serve.add_argument("--session-len", type=int, help="tokens of one conversation")
-    serve.add_argument("--max-batch-size", type=int, help="sequences that run at once")
-    serve.add_argument(
-        "--vision-max-batch-size", type=int, default=1, help="views in one run of the vision part"
-    )
-    serve.add_argument(
-        "--cache-max-entry-count", type=float, default=0.8, help="share of free memory for caches"
-    )
+    add = serve.add_argument
+    window = "tokens of one conversation (default: the engine's)"
+    add("--session-len", type=int, metavar="N", help=window)
+    batch = "sequences that run at once (default: the engine's)"
+    add("--max-batch-size", type=int, metavar="N", help=batch)
+    ranks = "ranks, each a process with its share of the decoder (default: the engine's)"
+    add("--tp", type=int, default=1, metavar="N", help=ranks)
+    views = "views in one run of the vision part (default: %(default)s)"
+    add("--vision-max-batch-size", type=int, default=1, metavar="N", help=views)
+    share = "share of the free memory for caches (default: %(default)s)"
+    add("--cache-max-entry-count", type=float, default=0.8, metavar="SHARE", help=share)

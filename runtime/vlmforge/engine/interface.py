@@ -9,11 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vlmforge.engine.images.patch_inputs import (
+    PATCH_COS,
+    PATCH_SIN,
+    PLACE_ROWS,
+    PLACE_WEIGHTS,
+    WINDOW_PLACES,
+    WINDOW_ROWS,
+    WINDOW_SIZES,
+    PatchInputs,
+)
 from vlmforge.engine.manifest import KVLayout, Manifest, TensorSpec
 
 # Dimensions that vary at run time.
 IMAGES, BATCH, TOKENS, ROWS, OUTPUTS = "images", "batch", "tokens", "rows", "outputs"
 CAPACITY, PAGES, SEQUENCE_PAGES = "capacity", "pages", "sequence_pages"
+WINDOWS = "windows"
 
 _CHAINED = ("cuda",)  # backends whose attention runs between graphs
 
@@ -27,6 +38,8 @@ LOGITS_INDICES = TensorSpec("logits_indices", "int64", (BATCH, OUTPUTS))
 """Places among the tokens to give logits of."""
 ROTARY_LEVELS = TensorSpec("rotary_levels", "int64", (BATCH,))
 """Levels of the sequences, where the position policy has some."""
+TURNS = "turns"
+"""Cosines and sines of the tokens, where the position policy gives them."""
 LIKELIEST = TensorSpec("likeliest", "int64", (BATCH, OUTPUTS))
 """Ids of the largest logits, which a chain gives beside them."""
 QUERY_LENGTHS = TensorSpec("query_lengths", "int32", (BATCH,))
@@ -42,7 +55,7 @@ class VisionInterface:
     Attributes:
         image_size: Height and width of a view.
         rows: Features of a view.
-        hidden_size: Width of the decoder's embeddings.
+        hidden_size: Width of the features.
         features: Dtype of the features.
     """
 
@@ -69,6 +82,52 @@ class VisionInterface:
 
 
 @dataclass(frozen=True, slots=True)
+class PatchInterface:
+    """Of a part "vision" that takes the patches of images of one grid, as many as there are.
+
+    Attributes:
+        patches: What it takes.
+        width: Of the features of a token.
+        features: Dtype of the features.
+    """
+
+    patches: PatchInputs
+    width: int
+    features: str = "float32"
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """In the order of the graph."""
+        patches, tokens = self.patches, (ROWS, self.patches.group)
+        windows = (
+            TensorSpec(WINDOW_ROWS, "int64", (WINDOWS, patches.window)),
+            TensorSpec(WINDOW_SIZES, "int64", (WINDOWS,)),
+            TensorSpec(WINDOW_PLACES, "int64", (ROWS,)),
+        )
+        places = (
+            TensorSpec(PLACE_ROWS, "int64", (*tokens, 4)),
+            TensorSpec(PLACE_WEIGHTS, "float32", (*tokens, 4)),
+        )
+        return (
+            TensorSpec(PIXEL_VALUES, "float32", (IMAGES, *tokens, patches.values)),
+            TensorSpec(PATCH_COS, "float32", (*tokens, patches.angles)),
+            TensorSpec(PATCH_SIN, "float32", (*tokens, patches.angles)),
+            *(windows if patches.window else ()),
+            *(places if patches.places else ()),
+        )
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """In the order of the graph."""
+        return (TensorSpec(IMAGE_FEATURES, self.features, (IMAGES, ROWS, self.width)),)
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Outputs that may be written where an input is, by the input's name."""
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderInterface:
     """Of the part "decoder".
 
@@ -80,6 +139,9 @@ class DecoderInterface:
         features: Dtype of the image features.
         capacity: Tokens of a sequence in a dense cache; None: varies.
         chained: Attention runs between graphs, which neither know where pages are nor write them.
+        turn_width: Cosines and sines that it takes for each token; 0: it has its own.
+        feature_layers: Layers that the features of an image are for, each `hidden_size` of them:
+            the first is taken instead of the embedding, others are added behind the first layers.
     """
 
     vocab_size: int
@@ -89,17 +151,22 @@ class DecoderInterface:
     features: str = "float32"
     capacity: int | None = None
     chained: bool = False
+    turn_width: int = 0
+    feature_layers: int = 1
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """In the order of the graph."""
+        width = self.hidden_size * self.feature_layers
+        turns = TensorSpec(TURNS, "float32", (BATCH, TOKENS, self.turn_width))
         return (
             INPUT_IDS,
-            TensorSpec(IMAGE_FEATURES, self.features, (ROWS, self.hidden_size)),
+            TensorSpec(IMAGE_FEATURES, self.features, (ROWS, width)),
             PAST_LENGTHS,
             LOGITS_INDICES,
             *(self._cache(past) for past in cache_names(self.kv)),
             *((ROTARY_LEVELS,) if self.has_levels else ()),
+            *((turns,) if self.turn_width else ()),
             *((QUERY_LENGTHS, BLOCK_TABLE) if self.kv.page_size and not self.chained else ()),
         )
 
@@ -123,7 +190,7 @@ class DecoderInterface:
         return TensorSpec(name, kv.dtype, (BATCH, kv.kv_heads, capacity, kv.head_dim))
 
 
-Interface = VisionInterface | DecoderInterface
+Interface = VisionInterface | PatchInterface | DecoderInterface
 
 
 def cache_names(kv: KVLayout) -> tuple[str, ...]:
@@ -142,8 +209,11 @@ def interface_of(manifest: Manifest, part: str) -> Interface:
     features = "float32" if chained else manifest.compute_dtype
     image, decode = manifest.image, manifest.decode
     if part == "vision":
+        width = decode.hidden_size * decode.feature_layers
+        if image.patch_inputs is not None:
+            return PatchInterface(image.patch_inputs, width, features)
         rows = image.view_rows(decode.tokens_per_image)
-        return VisionInterface(image.view_size, rows, decode.hidden_size, features)
+        return VisionInterface(image.view_size, rows, width, features)
     return DecoderInterface(
         decode.vocab_size,
         decode.hidden_size,
@@ -151,6 +221,8 @@ def interface_of(manifest: Manifest, part: str) -> Interface:
         decode.positions.has_levels,
         features,
         chained=chained,
+        turn_width=decode.positions.turn_width,
+        feature_layers=decode.feature_layers,
     )
 
 

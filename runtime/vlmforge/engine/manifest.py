@@ -122,7 +122,8 @@ class DecodePolicy:
     """Facts of the decoder that generation needs. Ids >= `vocab_size` index image features.
 
     `tokens_per_image` is what every image takes, or, where that depends on its size, the most that
-    one takes. `session_len` is the window that it was built for.
+    one takes. `session_len` is the window that it was built for. Each of the
+    first `feature_layers` layers takes features of an image that are its own.
     """
 
     vocab_size: TokenCount
@@ -132,6 +133,7 @@ class DecodePolicy:
     session_len: TokenCount
     max_batch_size: Count
     positions: PositionPolicy
+    feature_layers: Annotated[int, Int(1, 64)] = 1
 
 
 @dataclass(frozen=True, slots=True)

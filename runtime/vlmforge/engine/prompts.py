@@ -157,6 +157,11 @@ class PromptPolicy:
         history_window: The oldest turns are left out until fewer tokens than this come before
             the content of the last user message; None leaves nothing out.
         box_format: How the boxes in an answer are written (`vlmforge.vl.boxes`), or None.
+        in_order: The frozen template is given the texts and images of a message as blocks, in the
+            order of the message, and writes them so. False: it may put images first, so that those
+            with a place are written into the text before.
+        image_around: Texts that the family has around every image; what users place with
+            IMAGE_TOKEN gets them, unless they are there.
     """
 
     template_name: Name
@@ -174,3 +179,5 @@ class PromptPolicy:
     content_tokens: tuple[Name, ...] | None
     history_window: TokenCount | None
     box_format: Name | None
+    in_order: bool = False
+    image_around: tuple[str, str] = ("", "")

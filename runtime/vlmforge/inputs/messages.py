@@ -144,7 +144,7 @@ def _tuple_blocks(prompt: tuple[object, ...]) -> tuple[Text | Image, ...]:
     if len(prompt) == 2:
         first, second = prompt
         if isinstance(first, str) and not (is_image_address(first) and _is_text(second)):
-            return (Text(first), *_images(second))
+            return (*_images(second), Text(first))  # images go before the text
         if isinstance(second, str):
             return (*_images(first), Text(second))
     raise PromptError(
@@ -223,6 +223,13 @@ def _block(item: object, where: str) -> Text | Image:
                 return Image(_source(_unwrap(payload, "url")))
             case "image_data":
                 return Image(_source(_unwrap(payload, "data")))
+    if isinstance(kind, str) and "video" in kind:
+        raise PromptError(
+            f"The content of {where} is a video; models see images only.",
+            found=f"a part of type {kind!r}",
+            expected="text and images",
+            fix="send some of its frames as images: [{'type': 'image', 'image': frame}, ...]",
+        )
     raise PromptError(
         f"The content of {where} is not known.",
         found=_describe(item),

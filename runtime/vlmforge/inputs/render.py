@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlmforge.engine.images.pixels import Layout
 from vlmforge.engine.prompts import PromptPolicy
 from vlmforge.errors import PromptError
 from vlmforge.inputs import image_marks as marks
@@ -25,11 +27,16 @@ __all__ = ["ImageSpan", "RenderedPrompt", "TextEncoder", "marked_tokenizer_json"
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Where the features of image `image` go: `ids[start : start + length]`."""
+    """Where features of image `image` go: `ids[start : start + length]`, from its token `first`.
+
+    `grid`: its tokens down and across, where positions ask for it.
+    """
 
     start: int
     length: int
     image: int
+    first: int = 0
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +47,17 @@ class RenderedPrompt:
         text: The prompt's text, the family's placeholder where an image goes.
         token_ids: Ids with images expanded; at their positions the engine's `image_token_id`, or
             what the original writes there.
-        image_spans: One for each image, in order.
+        image_spans: In order; several for an image that has text among its tokens.
         content_starts: Where in `token_ids` the content of each message begins, a template's own
             system message included; empty unless contents are encoded apart.
+        image_texts: For each image, where it is written in `text`: `text[start:end]`.
     """
 
     text: str
     token_ids: tuple[int, ...]
     image_spans: tuple[ImageSpan, ...]
     content_starts: tuple[int, ...] = ()
+    image_texts: tuple[tuple[int, int], ...] = ()
 
     @property
     def text_tokens(self) -> int:
@@ -85,7 +94,7 @@ def render_prompt(
     policy: PromptPolicy,
     template: ActiveTemplate,
     encoder: TextEncoder,
-    image_lengths: Sequence[int],
+    layouts: Sequence[Layout],
     preprocess: bool = True,
 ) -> RenderedPrompt:
     """Apply the template, place the images, tokenise.
@@ -95,7 +104,7 @@ def render_prompt(
         policy: The engine's prompt policy.
         template: The template in use.
         encoder: Tokenizer made from `marked_tokenizer_json`.
-        image_lengths: Tokens of each image.
+        layouts: What stands for each image.
         preprocess: False takes the text of the messages verbatim, without the template; images go
             where IMAGE_TOKEN or the family's placeholder is.
 
@@ -115,8 +124,11 @@ def render_prompt(
     chunks = [chunk.replace(marks.TYPED, policy.image_placeholder) for chunk in chunks]
     for chunk in chunks:
         refuse_spelled(chunk, policy)
-    pieces = encode_chunks(chunks, policy, encoder)
-    return _expand(_text(chunks, names, policy), pieces, names, policy, image_lengths)
+    texts, runs = _laid_out(chunks, layouts)
+    pieces = encode_chunks(texts, policy, encoder)
+    text, places = _text(chunks, names, policy)
+    rendered = _expand(text, pieces, names, policy, runs)
+    return dataclasses.replace(rendered, image_texts=places)
 
 
 def _cut(marked: str) -> tuple[list[str], list[str | None]]:
@@ -130,11 +142,33 @@ def _cut(marked: str) -> tuple[list[str], list[str | None]]:
     return chunks, names
 
 
-def _text(chunks: Sequence[str], names: Sequence[str], policy: PromptPolicy) -> str:
-    text = chunks[0]
+def _laid_out(
+    chunks: Sequence[str], layouts: Sequence[Layout]
+) -> tuple[list[str], list[ImageSpan]]:
+    """The text with that of the images, cut where tokens of images go; and these, not placed."""
+    texts, runs = [chunks[0]], list[ImageSpan]()
+    for image, (layout, chunk) in enumerate(zip(layouts, chunks[1:], strict=True)):
+        first = 0
+        for piece in layout:
+            if isinstance(piece, str):
+                texts[-1] += piece
+            else:
+                runs.append(ImageSpan(0, piece, image, first))
+                texts.append("")
+                first += piece
+        texts[-1] += chunk
+    return texts, runs
+
+
+def _text(
+    chunks: Sequence[str], names: Sequence[str], policy: PromptPolicy
+) -> tuple[str, tuple[tuple[int, int], ...]]:
+    text, places = without_borders(chunks[0]), list[tuple[int, int]]()
     for name, chunk in zip(names, chunks[1:], strict=True):
-        text += policy.splice.written(name, policy.image_placeholder) + chunk
-    return without_borders(text)
+        written = policy.splice.written(name, policy.image_placeholder)
+        places.append((len(text), len(text) + len(written)))
+        text += written + without_borders(chunk)
+    return text, tuple(places)
 
 
 def _mismatch(what: str, tokens: int, images: int, *, optional: bool) -> PromptError:
@@ -152,7 +186,9 @@ def _mismatch(what: str, tokens: int, images: int, *, optional: bool) -> PromptE
 def _apply(conversation: Conversation, policy: PromptPolicy, template: ActiveTemplate) -> str:
     strings = string_roles(template.jinja, policy.bos_token, policy.eos_token)
     messages = [
-        _template_message(message, policy, as_string=message.role in strings)
+        _in_order(message, policy)
+        if template.in_order and message.role not in strings
+        else _template_message(message, policy, as_string=message.role in strings)
         for message in conversation.messages
     ]
     last = conversation.messages[-1].role if conversation.messages else "user"
@@ -194,26 +230,61 @@ def _template_message(
     return {"role": message.role, "content": content}
 
 
+def _in_order(message: Message, policy: PromptPolicy) -> dict[str, object]:
+    """The blocks as they stand; in a text with marks for images, these have their place there."""
+    begin, end = _borders(policy)
+    placed = _marked_text(message, policy)
+    if placed is not None:
+        placed = placed.replace(marks.IMAGE.join(policy.image_around), marks.IMAGE)
+        texts: list[str | None] = [*placed.split(marks.IMAGE)]
+        places = [piece for text in texts for piece in (text, None)][:-1]
+    else:
+        places = [
+            _escape(block.text, policy) if isinstance(block, Text) else None
+            for block in message.blocks
+        ]
+    content = [
+        {"type": "image"} if piece is None else _text_block(f"{begin}{piece}{end}")
+        for piece in places
+        if piece != "" or len(places) == 1
+    ]
+    return {"role": message.role, "content": content}
+
+
 def _text_block(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
 def _placed_text(message: Message, policy: PromptPolicy) -> str | None:
     """The message's text with images marked in place; None: the template puts them first."""
+    placed = _marked_text(message, policy)
+    if placed is not None or not message.images:
+        return placed
+    return _interleaved(message, policy) if len(message.texts) > 1 else None
+
+
+def _marked_text(message: Message, policy: PromptPolicy) -> str | None:
+    """The same where the user has placed them in the text; None: he has not."""
     images, texts = message.images, message.texts
     joined = policy.text_separator.join(texts)
     tokens = sum(text.count(IMAGE_TOKEN) for text in texts)
     if tokens:
         if tokens != len(images):
             raise _mismatch("A message", tokens, len(images), optional=True)
-        return _escape(joined, policy).replace(IMAGE_TOKEN, marks.IMAGE)
+        return _marked(_escape(joined, policy), policy)
     if not images:
         return None
     # The family's own placeholder, once for each image, is how its users place images by hand.
     if sum(len(_placeholder(policy).findall(text)) for text in texts) == len(images):
         refuse_marks(joined)
         return _mark_placeholders(joined, policy)
-    return _interleaved(message, policy) if len(texts) > 1 else None
+    return None
+
+
+def _marked(text: str, policy: PromptPolicy) -> str:
+    """The text with images where IMAGE_TOKEN is, and around them what the family writes there."""
+    whole, text = marks.IMAGE.join(policy.image_around), text.replace(IMAGE_TOKEN, marks.IMAGE)
+    return text.replace(whole, marks.IMAGE).replace(marks.IMAGE, whole)
 
 
 def _images_first(message: Message) -> Message:
@@ -248,7 +319,7 @@ def _mark_placeholders(text: str, policy: PromptPolicy) -> str:
 def _verbatim(conversation: Conversation, policy: PromptPolicy) -> str:
     text = "".join(text for message in conversation.messages for text in message.texts)
     refuse_marks(text)
-    text = text.replace(IMAGE_TOKEN, marks.IMAGE)
+    text = _marked(text, policy)
     return _mark_placeholders(text, policy) if conversation.images else text
 
 
@@ -262,14 +333,14 @@ def _expand(
     pieces: Sequence[Encoded],
     names: Sequence[str],
     policy: PromptPolicy,
-    lengths: Sequence[int],
+    runs: Sequence[ImageSpan],
 ) -> RenderedPrompt:
     ids, spans, contents = list(pieces[0].ids), list[ImageSpan](), list(pieces[0].contents)
     before, behind = policy.splice.around
-    for image, (piece, name, length) in enumerate(zip(pieces[1:], names, lengths, strict=True)):
+    for piece, run in zip(pieces[1:], runs, strict=True):
         ids += before
-        spans.append(ImageSpan(len(ids), length, image))
-        ids += name_ids(name, length, policy)
+        spans.append(dataclasses.replace(run, start=len(ids)))
+        ids += name_ids(names[run.image], run.length, policy)
         ids += behind
         contents += [len(ids) + start for start in piece.contents]
         ids += piece.ids

@@ -17,12 +17,16 @@ _EMPTY = TemplateParts("", None, "", "", "", "", "", "", (), strip_end=False)
 
 @dataclass(frozen=True, slots=True)
 class ActiveTemplate:
-    """A template in use. `verbatim`: prompts are passed through untouched."""
+    """A template in use.
+
+    `verbatim`: prompts are passed through untouched; `in_order`: see `PromptPolicy`.
+    """
 
     name: str
     jinja: str
     stop_words: tuple[str, ...]
     verbatim: bool = False
+    in_order: bool = False
 
 
 def choose_template(
@@ -37,13 +41,15 @@ def choose_template(
         ConfigError: an unknown name without parts, or parts for a template that has none.
     """
     if config is None:
-        return ActiveTemplate(policy.template_name, frozen, policy.stop_words)
+        return ActiveTemplate(
+            policy.template_name, frozen, policy.stop_words, in_order=policy.in_order
+        )
     given = {name: value for name in _PARTS if (value := getattr(config, name)) is not None}
     stop_words = None if config.stop_words is None else tuple(config.stop_words)
     verbatim = config.capability in ("completion", "infilling")
     if config.model_name == policy.template_name and not given:
         words = policy.stop_words if stop_words is None else stop_words
-        return ActiveTemplate(policy.template_name, frozen, words, verbatim)
+        return ActiveTemplate(policy.template_name, frozen, words, verbatim, policy.in_order)
     base = policy.templates.get(config.model_name)
     if base is None and (not given or config.model_name == policy.template_name):
         raise _unknown(policy, config.model_name, given)

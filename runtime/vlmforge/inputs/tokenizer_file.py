@@ -34,7 +34,6 @@ KNOWN_EXPRESSIONS = frozenset(
 )
 """The regular expressions that a tokenizer may have."""
 
-_REMEMBERED = 500  # words or texts whose tokens are not looked for again
 _MOST_STEPS = 32
 _MOST_GROWTH = 16
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -134,9 +133,10 @@ def load_tokenizer(tokenizer_json: str) -> Tokenizer:
     # A tokenizer saved while these were on would cut and pad every prompt.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # It remembers ten thousand texts, which take 30 MB, unless it is told otherwise.
+    # Each thread would remember words, which are whole prompts where a tokenizer does not split
+    # them: 8 KB each, ten thousand of them. Looking for their tokens anew takes as long.
     if (resize := getattr(tokenizer.model, "_resize_cache", None)) is not None:
-        resize(_REMEMBERED)
+        resize(0)
     return tokenizer
 
 

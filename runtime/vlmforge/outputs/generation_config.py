@@ -79,6 +79,8 @@ class GenerationPlan:
 
     def choice(self, number: int) -> GenerationPlan:
         """The plan of one of the `n` answers."""
+        if number == self.sampling.choice:
+            return self
         sampling = dataclasses.replace(self.sampling, choice=number)
         return dataclasses.replace(self, sampling=sampling)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,9 +74,8 @@ class SamplingParams:
         return bool(self.greedy and plain and not (edited or held))
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """A chosen token.
+class SampledToken(NamedTuple):
+    """A chosen token. A tuple: there are many, and they are made fast.
 
     With `logprobs`, `logprob` is its log-probability and `top_logprobs` has the likeliest tokens,
     best first, always with the chosen one: log-softmax of the logits after processors, penalty
@@ -96,8 +95,8 @@ class Sampler:
         vocab_size: Number of logits of a step.
         prompt_ids: Ids of the prompt's text. Image positions do not belong here: they have no
             token, so they are not penalised as repetition.
-        rng: A generator to go on with (`Sampler.rng` of a session's last turn); None makes one
-            from `params.seed`.
+        rng: A generator to go on with (`Sampler.rng` of another one); None makes one from
+            `params.seed`, unless nothing is drawn.
 
     Raises:
         ConfigError: an id outside the vocabulary.
@@ -113,7 +112,7 @@ class Sampler:
         _check_ids("the prompt", prompt_ids, vocab_size)
         _check_ids("bad words", [i for word in params.bad_words for i in word], vocab_size)
         _check_ids("stop tokens", params.held_ids, vocab_size)
-        self.rng = _generator(params) if rng is None else rng
+        self.rng = _generator(params) if rng is None and not params.greedy else rng
         self._params = params
         self._vocab_size = vocab_size
         self._prompt = tuple(prompt_ids)
@@ -143,7 +142,7 @@ class Sampler:
         if edited is not logits:
             token = int(edited.argmax())
             _check_edited(float(edited[token]))
-        if not self._params.greedy:
+        if self.rng is not None and not self._params.greedy:
             token = _draw(*_weights(edited, self._params), self.rng)
         if self._matcher is not None:
             self._matcher.accept(token)
@@ -302,20 +301,25 @@ def _log_sum_exp(logits: Logits) -> float:
 def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     """Places of the smallest set of the largest that has `top_p` of all weight, or more.
 
-    The largest is 1. Sorting is what costs, and mostly few have nearly all of the weight.
+    Largest first, equals as they lie. The largest is 1. Sorting places is what costs: mostly few
+    have nearly all of the weight, and sorted values, which cost far less, tell how few.
     """
     total = float(weights.sum())
     enough = top_p * total
     # All places below this bound together hold less than 1 - top_p, so none of them is needed.
     least = (total - enough) / (2 * len(weights))
-    for bound in (1e-3, 1e-5, least):
+    for bound in (1e-4, least):
         places = np.flatnonzero(weights >= max(bound, least))
-        if weights[places].sum() > enough * (1 + _ROUNDING):
+        values = weights[places]
+        if values.sum() > enough * (1 + _ROUNDING):
             break
-    places = places[np.argsort(-weights[places], kind="stable")]
-    before = np.cumsum(weights[places]) - weights[places]
-    before[0] = -1.0  # the largest is always kept
-    return places[before < enough]
+    largest = np.sort(values)[::-1]
+    before = np.cumsum(largest) - largest
+    count = max(1, int(np.count_nonzero(before < enough)))
+    places = places[values >= largest[count - 1]]
+    order = np.argsort(-weights[places], kind="stable")
+    kept: NDArray[np.int64] = places[order[:count]]
+    return kept
 
 
 _ROUNDING = 1e-9

@@ -27,15 +27,13 @@ class Caller(Protocol):
         choice: Which of the answers to the prompt it waits for.
         watch: Of its wall time.
         begun: Set once its answer is being generated.
+        index: Its place among the prompts of its call.
     """
 
     choice: int
     watch: Stopwatch
     begun: bool
-
-    @property
-    def index(self) -> int:
-        """Its place among the prompts of its call."""
+    index: int
 
     def send(self, delta: Response | None, error: Exception | None) -> None:
         """Take a piece, or the error that ends the answer."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 
 @dataclass(slots=True)
 class PartClock:
-    """Seconds that the parts have run, ever. One thread runs them; any may look."""
+    """Seconds that the parts have run, ever. One thread runs them; any may look.
+
+    A `with` on it, and no generator, as it is of every step: a part runs.
+    """
 
     seconds: float = 0.0
+    _begun: float = 0.0
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """A part runs."""
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - begun
+    def running(self) -> PartClock:
+        """For a `with` in which a part runs."""
+        return self
+
+    def __enter__(self) -> None:
+        self._begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._begun

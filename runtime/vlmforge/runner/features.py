@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import groupby
 
 import numpy as np
 
 from vlmforge.backends import FloatArray
+from vlmforge.engine.images.patch_inputs import Grid
 from vlmforge.vl.prepared import PreparedImage
 
-Encoder = Callable[[FloatArray], FloatArray]
+Encoder = Callable[[FloatArray, Grid | None], FloatArray]
 USUAL_BUDGET = 128 << 20
+VIEW_PATCHES = 1024
+"""Patches that count as one view, where images are in patches and of any size."""
+_View = tuple[PreparedImage, FloatArray]
 
 
 class FeatureCache:
@@ -21,7 +27,7 @@ class FeatureCache:
     One thread calls `get`; any may call `known`.
 
     Args:
-        encode: Views `[n, 3, H, W]` to their rows `[n, rows, hidden]`.
+        encode: Views to their rows `[n, rows, width]`, all of images of one grid, if they have one.
         batch: Views in one run of `encode`.
         budget: Bytes of features that are kept for later, beside those that requests have.
     """
@@ -56,7 +62,8 @@ class FeatureCache:
     ) -> tuple[list[FloatArray], int]:
         """Features `[tokens, hidden]` of each image, and how many were known already.
 
-        The views of all unknown images are run together, at most `batch` at once; images that will
+        The views of all unknown images are run together, at most `batch` at once (of images in
+        patches, as many of one grid as have that many times `VIEW_PATCHES`); images that will
         be asked for next (`ahead`) fill up the last run if all their views fit in. When a run with
         such images fails, the images that are needed are run without them.
         """
@@ -91,10 +98,15 @@ class FeatureCache:
     def _fillers(
         self, unknown: list[PreparedImage], ahead: Sequence[PreparedImage]
     ) -> list[PreparedImage]:
-        spare = -sum(len(image.pixel_values) for image in unknown) % self._batch
+        if not unknown:
+            return []
+        grid = unknown[-1].grid
+        views = sum(len(image.pixel_values) for image in unknown if image.grid == grid)
+        spare = -views % self._at_once(unknown[-1])
         chosen, fillers = {image.digest for image in unknown}, list[PreparedImage]()
         for image in self._unknown(ahead) if spare else ():
-            if image.digest not in chosen and 0 < len(image.pixel_values) <= spare:
+            alike = image.digest not in chosen and image.grid == grid
+            if alike and 0 < len(image.pixel_values) <= spare:
                 fillers.append(image)
                 spare -= len(image.pixel_values)
         return fillers
@@ -103,12 +115,25 @@ class FeatureCache:
         found = {image.digest: image for image in images if image.digest not in self._features}
         return list(found.values())
 
+    def _at_once(self, image: PreparedImage) -> int:
+        """Views of images like this one in a run."""
+        if image.grid is None:
+            return self._batch
+        patches = math.prod(image.pixel_values.shape[1:3])
+        return max(1, self._batch * VIEW_PATCHES // max(1, patches))
+
+    def _groups(self, views: list[_View]) -> Iterator[list[_View]]:
+        for _, alike in groupby(views, lambda pair: pair[0].grid):
+            left = list(alike)
+            most = self._at_once(left[0][0])
+            yield from (left[start : start + most] for start in range(0, len(left), most))
+
     def _run(self, images: list[PreparedImage]) -> None:
         views = [(image, view) for image in images for view in image.pixel_values]
+        views.sort(key=lambda pair: pair[0].grid or ())  # stable: views of an image stay together
         done: list[FloatArray] = []  # of the image whose views are being run
-        for start in range(0, len(views), self._batch):
-            group = views[start : start + self._batch]
-            features = self._encode(np.stack([view for _, view in group]))
+        for group in self._groups(views):
+            features = self._encode(np.stack([view for _, view in group]), group[0][0].grid)
             for (image, _), rows in zip(group, features, strict=True):
                 done.append(rows)
                 if len(done) == len(image.pixel_values):

@@ -35,7 +35,7 @@ class _Active:
 
     job: Job
     images: list[PreparedImage | None]  # let go once their features are here
-    features: list[FloatArray | None]  # by image span
+    features: list[FloatArray | None]  # by image
     admitted: float
     cached: int
     given: DecoderInput | None = None
@@ -59,10 +59,9 @@ class Runner:
 
     def begin(self, sequence: int, job: Job, cached: int) -> None:
         """A job has got its place, for the first time; `cached` of its tokens are there."""
-        spans = job.prompt.image_spans
-        images: list[PreparedImage | None] = [job.images[span.image] for span in spans]
+        images: list[PreparedImage | None] = [*job.images]
         self._active[sequence] = _Active(
-            job, images, [None] * len(spans), time.perf_counter(), cached
+            job, images, [None] * len(images), time.perf_counter(), cached
         )
         job.images = ()
         job.let_go()
@@ -164,17 +163,14 @@ class _Work:
     def _encode(self, active: _Active, row: Row, ahead: Iterable[PreparedImage]) -> bool:
         """Have the features of all images whose tokens are not in the cache; True."""
         begun, spans = time.perf_counter(), active.job.prompt.image_spans
-        needed = [
-            index
-            for index, span in enumerate(spans)
-            if span.start + span.length > row.start and active.features[index] is None
-        ]
+        wanted = {span.image for span in spans if span.start + span.length > row.start}
+        needed = [index for index in sorted(wanted) if active.features[index] is None]
         images = [image for index in needed if (image := active.images[index]) is not None]
         found, known = self.cache.get(images, list(ahead)) if images else ([], 0)
         for index, features in zip(needed, found, strict=True):
             active.features[index], active.images[index] = features, None
         if active.given is None:
-            active.cached_images = known + len(spans) - len(needed)
+            active.cached_images = known + len(active.features) - len(needed)
         if needed or active.given is None:
             active.given = self.engine.decoder_input(active.job.prompt, active.features)
         self.images, self.encode = len(images) - known, time.perf_counter() - begun
@@ -194,12 +190,12 @@ class _Work:
     def _run_tokens(self, rows: Sequence[Row]) -> FloatArray | IntArray:
         tokens = np.array([row.tokens[0] for row in rows], np.int64)
         lengths = np.array([row.start for row in rows], np.int64)
-        levels = [self.active[row.sequence].input.rotary_level for row in rows]
+        inputs = [self.active[row.sequence].input for row in rows]
+        levels = np.array([given.rotary_level for given in inputs], np.int64)
+        lags = np.array([given.lag for given in inputs], np.int64)
         places = [row.place for row in rows]
         likeliest = all(self.active[row.sequence].job.likeliest for row in rows)
-        found = self.engine.decode(
-            places, tokens, lengths, np.array(levels, np.int64), likeliest=likeliest
-        )
+        found = self.engine.decode(places, tokens, lengths, levels, lags, likeliest=likeliest)
         if len(found) != len(rows):
             raise ValueError(f"the decoder gave {len(found)} rows for {len(rows)} sequences")
         return found

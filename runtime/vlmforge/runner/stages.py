@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -24,8 +24,11 @@ from vlmforge.backends import (
     load_backend,
 )
 from vlmforge.engine.bundle import Bundle, check_sizes
-from vlmforge.engine.images.pixels import Colour
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Grid
+from vlmforge.engine.images.pixels import Colour, Layout
 from vlmforge.engine.manifest import Manifest
+from vlmforge.engine.positions.axes import AXES
+from vlmforge.engine.positions.in_graph import PlacedGrid, Places
 from vlmforge.inputs.history import newest_turns
 from vlmforge.inputs.image_names import given_name
 from vlmforge.inputs.messages import Conversation, Image, ImageSource, Message, Text
@@ -49,11 +52,24 @@ class DecoderInput:
         ids: int64 `[tokens]`; an id >= vocab_size is row `id - vocab_size` of `features`.
         features: `[rows, hidden]` of all images, or None without images.
         rotary_level: Of the sequence that the prompt begins (see `PositionPolicy`).
+        places: Where each token is, if the decoder is told; None: it counts them.
+        lag: By how much the place of a token behind the prompt is below its number in the sequence.
     """
 
     ids: IntArray
     features: FloatArray | None
     rotary_level: int = 0
+    places: Places | None = None
+    lag: int = 0
+
+    def places_from(self, start: int, count: int) -> Places | None:
+        """Where `count` tokens from `start` on are, those that were generated included."""
+        if self.places is None:
+            return None
+        known = self.places[start : start + count]
+        more = np.arange(start + len(known), start + count, dtype=np.int64) - self.lag
+        behind = np.broadcast_to(more[:, None], (len(more), known.shape[1]))
+        return np.concatenate((known, behind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +84,13 @@ class Engine:
     options: LoadOptions
     limits: ImageLimits = DEFAULT_LIMITS
     clock: PartClock = field(default_factory=PartClock)
+    _sparing: LikeliestDecoder | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Asked once: to ask whether something fulfils a protocol takes as long as half a step's
+        # bookkeeping.
+        sparing = self.decoder if isinstance(self.decoder, LikeliestDecoder) else None
+        object.__setattr__(self, "_sparing", sparing)
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -78,17 +101,33 @@ class Engine:
         manifest = dataclasses.replace(self.manifest, image=shown)
         return dataclasses.replace(self, manifest=manifest)
 
+    def with_pixels(self, least: int | None, most: int | None) -> Engine:
+        """This engine with other limits of an image's pixels; None leaves one.
+
+        Raises:
+            ConfigError: see `ImagePolicy.within`.
+        """
+        if least is None and most is None:
+            return self
+        image = self.manifest.image.within(least, most)
+        tokens = image.most_tokens(self.manifest.decode.tokens_per_image)
+        decode = dataclasses.replace(self.manifest.decode, tokens_per_image=tokens)
+        manifest = dataclasses.replace(self.manifest, image=image, decode=decode)
+        return dataclasses.replace(self, manifest=manifest)
+
     def prepare_image(self, image: PIL.Image.Image, digest: bytes | None = None) -> PreparedImage:
         """Preprocess by the engine's image policy (ImageError otherwise).
 
         `digest` identifies the image's content; None: its pixel values do.
         """
-        rows = self.manifest.image.rows(upright_size(image))
-        return prepare(preprocess(image, self.manifest.image), rows, digest)
+        policy, size = self.manifest.image, upright_size(image)
+        rows, grid = policy.rows(size), policy.grid(size)
+        return prepare(preprocess(image, policy), rows, digest, grid)
 
     def features_digest(self, image: OpenedImage, content: bytes) -> bytes:
         """What `prepare_image(image.decode(), content)` would have as its digest."""
-        return features_digest(content, self.manifest.image.rows(image.size))
+        policy = self.manifest.image
+        return features_digest(content, policy.rows(image.size), policy.grid(image.size))
 
     @property
     def needs_sizes(self) -> bool:
@@ -105,6 +144,11 @@ class Engine:
             return self.manifest.decode.tokens_per_image
         rows = self.manifest.image.rows(self.open_image(image).size)
         return self.manifest.decode.tokens_per_image if rows is None else len(rows)
+
+    def image_layout(self, image: ImageSource) -> Layout:
+        """What stands for an image in a prompt (errors as `image_tokens`)."""
+        size = self.open_image(image).size if self.needs_sizes else (0, 0)
+        return self.manifest.image.layout(size, self.image_tokens(image))
 
     def open_image(self, source: ImageSource) -> OpenedImage:
         """The image with its header read, within `limits` (ImageError otherwise).
@@ -160,21 +204,30 @@ class Engine:
         return kept, rendered
 
     def _render(self, conversation: Conversation, do_preprocess: bool) -> RenderedPrompt:
-        return render_prompt(
+        rendered = render_prompt(
             conversation,
             policy=self.manifest.prompt,
             template=self.template,
             encoder=self.tokenizer,
-            image_lengths=[self.image_tokens(image.source) for image in conversation.images],
+            layouts=[self.image_layout(image.source) for image in conversation.images],
             preprocess=do_preprocess,
         )
+        if not self.manifest.decode.positions.turn_width:
+            return rendered
+        grids = [self._grid(image.source) for image in conversation.images]
+        spans = (replace(span, grid=grids[span.image]) for span in rendered.image_spans)
+        return replace(rendered, image_spans=tuple(spans))
+
+    def _grid(self, image: ImageSource) -> Grid | None:
+        return self.manifest.image.grid(self.open_image(image).size)
 
     def keys(self, rendered: RenderedPrompt, images: Sequence[PreparedImage]) -> Keys:
         """int64 `[tokens]`, what identifies each token's content; no image need be encoded."""
         keys = np.array(rendered.token_ids, np.int64)
         for span in rendered.image_spans:
             place = slice(span.start, span.start + span.length)
-            keys[place] = row_keys(images[span.image], span.length)
+            last = span.first + span.length
+            keys[place] = row_keys(images[span.image], last)[span.first :]
         return keys
 
     def rotary_level(self, tokens: int) -> int:
@@ -188,19 +241,27 @@ class Engine:
     ) -> DecoderInput:
         """Point the image positions of a prompt at the rows of its images' features.
 
-        `features`, one for each image span, are None where the tokens will not be run: they are in
-        the cache.
+        `features`, one for each image, are None where the tokens will not be run: they are in the
+        cache.
         """
         ids = np.array(rendered.token_ids, np.int64)
-        row = 0
-        for span, known in zip(rendered.image_spans, features, strict=True):
-            if known is not None:
-                rows = np.arange(row, row + span.length, dtype=np.int64)
-                ids[span.start : span.start + span.length] = self.manifest.decode.vocab_size + rows
-                row += span.length
+        begins = [self.manifest.decode.vocab_size]
+        begins += [0 if known is None else len(known) for known in features]
+        rows_of = np.cumsum(begins)
+        for span in rendered.image_spans:
+            if features[span.image] is not None:
+                rows = np.arange(span.first, span.first + span.length, dtype=np.int64)
+                ids[span.start : span.start + span.length] = rows_of[span.image] + rows
         found = [rows for rows in features if rows is not None]
         whole = np.concatenate(found) if found else None
-        return DecoderInput(ids, whole, self.rotary_level(len(ids)))
+        places = self._places(rendered)
+        lag = 0 if places is None else len(ids) - 1 - int(places.max(initial=-1))
+        return DecoderInput(ids, whole, self.rotary_level(len(ids)), places, lag)
+
+    def _places(self, rendered: RenderedPrompt) -> Places | None:
+        spans = rendered.image_spans
+        grids = [PlacedGrid(span.start, *(span.grid or (1, span.length))) for span in spans]
+        return self.manifest.decode.positions.places(len(rendered.token_ids), grids)
 
     def prefill(
         self,
@@ -225,9 +286,10 @@ class Engine:
         every = np.arange(len(ids), dtype=np.int64)
         wanted = {"none": every[:0], "last": every[-1:], "all": every}[logits]
         levels = self._levels(np.array([chunk.rotary_level], np.int64))
-        lengths = np.array([past], np.int64)
+        lengths, places = np.array([past], np.int64), chunk.places_from(past, len(ids))
         batch = DecoderBatch(
-            place[:1], ids[None], lengths, features, wanted[None], levels, (place,)
+            *(place[:1], ids[None], lengths, features, wanted[None], levels, (place,)),
+            turns=None if places is None else self._turns(places[None]),
         )
         found: FloatArray = self._run(batch)[0]
         return found.copy() if len(ids) == 1 else found  # it may be a step of decoding to it
@@ -238,6 +300,7 @@ class Engine:
         tokens: IntArray,
         lengths: IntArray,
         levels: IntArray,
+        lags: IntArray | None = None,
         *,
         likeliest: bool = False,
     ) -> FloatArray | IntArray:
@@ -247,27 +310,39 @@ class Engine:
         (`LikeliestDecoder`).
 
         `places` `[B]` are where they are (see `KVCache.place`); `lengths` and `levels` `[B]` are
-        the tokens before, and each sequence's rotary level.
+        the tokens before, and each sequence's rotary level; `lags` `[B]` see `DecoderInput.lag`.
         """
+        turns = None
+        if self.manifest.decode.positions.turn_width:
+            behind = lengths if lags is None else lengths - lags
+            turns = self._turns(np.repeat(behind[:, None, None], AXES, axis=2))
         zeros = np.zeros((len(tokens), 1), np.int64)
         slots = tuple(place[0] for place in places)
         batch = DecoderBatch(
-            slots, tokens[:, None], lengths, None, zeros, self._levels(levels), places
+            *(slots, tokens[:, None], lengths, None, zeros, self._levels(levels), places),
+            turns=turns,
         )
-        if likeliest and isinstance(self.decoder, LikeliestDecoder):
+        if likeliest and self._sparing is not None:
             with self.clock.running():
-                return self.decoder.likeliest(batch)
+                return self._sparing.likeliest(batch)
         found: FloatArray = self._run(batch)[:, 0]
         return found
 
-    def encode(self, pixel_values: FloatArray) -> FloatArray:
-        """Views `[n, 3, H, W]` to features `[n, tokens, hidden]`."""
+    def encode(self, pixel_values: FloatArray, grid: Grid | None = None) -> FloatArray:
+        """Pixel values of images, all of one grid if they have one, to features `[n, rows, width]`.
+
+        See `VisionSession.encode`.
+        """
+        arrays = NO_ARRAYS if grid is None else self.manifest.image.arrays(grid)
         with self.clock.running():
-            return self.vision.encode(pixel_values)
+            return self.vision.encode(pixel_values, arrays)
 
     def _run(self, batch: DecoderBatch) -> FloatArray:
         with self.clock.running():
             return self.decoder.step(batch)
+
+    def _turns(self, places: Places) -> FloatArray:
+        return self.manifest.decode.positions.turns(places)
 
     def _levels(self, levels: IntArray) -> IntArray | None:
         return levels if self.manifest.decode.positions.has_levels else None

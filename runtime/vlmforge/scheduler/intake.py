@@ -2,7 +2,8 @@
 
 Images are loaded here, not by callers: a request can be cancelled while that goes on, an event loop
 is never held up, and what waits for the worker with its pixels in memory is bounded. Prompts of
-text alone have threads of their own, so that they never wait for somebody's images.
+text alone have threads of their own, so that they never wait for somebody's images; a caller who
+waits for the answer anyway prepares them itself, which saves a change of threads.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import suppress
 from typing_extensions import override
 
 from vlmforge.errors import PipelineError, QueueFullError, as_ours
+from vlmforge.inputs.tokenizer_file import raise_unless_fault
 from vlmforge.runner.job import Job
 from vlmforge.scheduler import lifetime
 from vlmforge.scheduler.loop import Loop, closed
@@ -58,13 +60,14 @@ class Intake:
         """Whether as many requests wait as may."""
         return self.waiting >= self._most
 
-    def submit(self, request: Request, *, refuse: bool = False) -> None:
+    def submit(self, request: Request, *, refuse: bool = False, here: bool = False) -> None:
         """Begin a request; never waits. Once begun, its sink gets an event that ends it.
 
         Args:
             request: New.
             refuse: Whether to refuse it when the queue is full. A caller whose thread waits for
                 its answer is not refused: it sends no more meanwhile.
+            here: Whether this thread may prepare it, where that takes no files and nobody is ahead.
 
         Raises:
             QueueFullError: as many wait as may, see `refuse`.
@@ -76,7 +79,12 @@ class Intake:
                 raise _full(self.waiting, self._most)
             request.sink = self._loop.meter.watched(request.sink)
             request.watch.switch("queue")
-            self._lane(request).put(request)
+            lane = self._lane(request)
+            here = here and lane is self._texts and lane.put_here(request)
+            if not here:
+                lane.put(request)
+        if here:
+            lane.serve_here(request)
 
     def cancel(self, request: Request) -> None:
         """End a request: at once, or with what it has at the worker's next step."""
@@ -136,6 +144,21 @@ class Lane(lifetime.Owner):
         self._enqueue(request)
         if self._closed:  # meanwhile, and whoever did it may not have seen the request
             request.fail(closed())
+
+    def put_here(self, request: Request) -> bool:
+        """Whether nobody is ahead of a request, and it has a place: `serve_here` comes next."""
+        priority = request.terms.priority
+        with self._lock:
+            ahead = self._waiting or self._preparing or self._held.total() >= self._ahead
+            if self._closed or ahead:
+                return False
+            self._held[priority] += 1
+            self._preparing.add(request)
+            return True
+
+    def serve_here(self, request: Request) -> None:
+        """Prepare a request on the caller's thread; what interrupts that one is raised in it."""
+        self._serve_one(request, raise_unless_fault)
 
     @property
     def waiting(self) -> int:
@@ -218,28 +241,41 @@ class Lane(lifetime.Owner):
                 self._waiting.pop(priority, None)
 
     def _serve(self) -> None:
-        while self._serve_one(self._todo.get()):
+        while self._serve_next():
             pass
         self._todo.put(None)  # for the next thread
 
-    def _serve_one(self, request: Request | None) -> bool:
-        if request is None:
+    def _serve_next(self) -> bool:
+        # Of its own: a thread that waits must not have the last request among its variables.
+        if (request := self._todo.get()) is None:
             return False
+        self._serve_one(request)
+        return True
+
+    def _serve_one(
+        self, request: Request, judge: Callable[[BaseException], None] = lambda _: None
+    ) -> None:
+        """Prepare a request and hand it over; `judge` may raise what it ended with instead."""
         handed, priority = False, request.terms.priority
         try:
             if not (request.ended or self._closed):
                 job = self._prepare(request)
                 job.taken = functools.partial(self._give_place, priority)
+                self._prepared(request)  # the worker may close the lane before the next line ends
                 self._loop.submit(job)
                 handed = True
         except BaseException as error:  # noqa: BLE001 - ends this request, whatever it is
             request.fail(as_ours(error))
+            judge(error)
+        finally:
+            self._prepared(request)
+            if not handed:
+                request.fail(closed())  # unless it has ended
+                self._give_place(priority)
+
+    def _prepared(self, request: Request) -> None:
         with self._lock:
             self._preparing.discard(request)
-        if not handed:
-            request.fail(closed())  # unless it has ended
-            self._give_place(priority)
-        return True
 
     def _give_place(self, priority: int) -> None:
         with self._lock:

@@ -11,8 +11,7 @@ import dataclasses
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vlmforge.errors import as_ours
@@ -76,20 +75,24 @@ class Meter:
         """This thread is the worker."""
         self._worker = threading.get_ident()
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """A step is run."""
-        begun, parts = self._clock(), self._parts.seconds
-        self._step_begun = begun
-        try:
-            yield
-        finally:
-            seconds, inside = self._clock() - begun, self._parts.seconds - parts
-            self._step_begun = None
-            self._steps += seconds
-            if inside:  # one that found nothing to run is none
-                self.steps.add(seconds)
-                self.shares.add(max(0.0, 1 - inside / seconds) if seconds else 0.0)
+    def step(self) -> _MeteredStep:
+        """For a `with` in which a step is run."""
+        return _MeteredStep(self)
+
+    def begin_step(self) -> float:
+        """A step begins; what the parts have run so far."""
+        self._step_begun = self._clock()
+        return self._parts.seconds
+
+    def end_step(self, parts: float) -> None:
+        """The step has ended that began with so much."""
+        begun, self._step_begun = self._step_begun, None
+        seconds = 0.0 if begun is None else self._clock() - begun
+        inside = self._parts.seconds - parts
+        self._steps += seconds
+        if inside:  # one that found nothing to run is none
+            self.steps.add(seconds)
+            self.shares.add(max(0.0, 1 - inside / seconds) if seconds else 0.0)
 
     # --- requests, on any thread -------------------------------------------------------------
 
@@ -135,6 +138,21 @@ class Meter:
         """From requests to their ends."""
         with self._lock:
             return self.ends.seconds.plus(self._elsewhere.seconds)
+
+
+class _MeteredStep:
+    """No generator: it is of every step."""
+
+    __slots__ = ("_meter", "_parts")
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter, self._parts = meter, 0.0
+
+    def __enter__(self) -> None:
+        self._parts = self._meter.begin_step()
+
+    def __exit__(self, *_: object) -> None:
+        self._meter.end_step(self._parts)
 
 
 class _Watched:

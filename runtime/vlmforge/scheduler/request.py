@@ -109,7 +109,8 @@ class Request:
         ends = error is not None or (delta is not None and delta.finish_reason is not None)
         last = ends and all(other.ended for other in self.answers if other is not answer)
         self.sink(Event(self.index, delta, error, answer.choice, whole, last))
-        answer.ended = ends
+        if ends:
+            answer.end()
 
     def _abort(self, choice: int) -> Response:
         return Response(
@@ -119,22 +120,34 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Answer(Caller):
-    """One of the answers to a request's prompt."""
+    """One of the answers to a request's prompt.
 
-    request: Request
+    Once it has ended it lets its request go, which has it: no collector need look for the two, and
+    for the pictures that were asked about.
+    """
+
+    request: Request | None
     choice: int
     watch: Stopwatch
     begun: bool = False
-    ended: bool = False
+    index: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.index = 0 if self.request is None else self.request.index
 
     @property
-    @override
-    def index(self) -> int:
-        return self.request.index
+    def ended(self) -> bool:
+        """Whether its last event has been sent."""
+        return self.request is None
+
+    def end(self) -> None:
+        """Its last event has been sent."""
+        self.request = None
 
     @override
     def send(self, delta: Response | None, error: Exception | None) -> None:
-        self.request.send(self, delta, error)
+        if (request := self.request) is not None:
+            request.send(self, delta, error)
 
 
 def cancelled() -> CancelledError:

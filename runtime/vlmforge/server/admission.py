@@ -8,19 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers
+from starlette.types import Message, Receive
 
+from vlmforge.limits import return_freed_memory
 from vlmforge.server.api_errors import ApiError, refused
 from vlmforge.server.settings import ServerSettings
 
+_LARGE_BODY = 8 << 20
+"""Bytes of a body that took longer than to give its memory back to the system."""
+
 
 class Admission:
-    """Counts the requests that run. One thread, the event loop's, uses it."""
+    """Counts requests that run, and bytes of bodies. Only the event loop's thread uses it."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
         self._keys = [_digest(key) for key in settings.api_keys]
         self.running = 0
         self.draining = False
+        self.body_bytes = 0
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -51,6 +57,38 @@ class Admission:
             yield
         finally:
             self.running -= 1
+
+    @contextmanager
+    def bodies(self, receive: Receive) -> Iterator[Receive]:
+        """`receive` of a request, whose body is counted until the block is left.
+
+        It raises ApiError 429 when the bodies of all requests together are too many bytes.
+        """
+        held, most = 0, self._settings.max_bodies_bytes
+
+        async def counted() -> Message:
+            nonlocal held
+            message = await receive()
+            size = len(message.get("body", b""))
+            held += size
+            self.body_bytes += size
+            if self.body_bytes > most:
+                raise refused(
+                    429,
+                    "The server has as many bodies in memory as it takes.",
+                    found=f"{self.body_bytes} bytes, of requests that arrive or are answered",
+                    expected=f"at most {most}",
+                    fix=f"send it again in {self._settings.retry_seconds} s, give images by URL, "
+                    "or raise --max-bodies-mb",
+                )
+            return message
+
+        try:
+            yield counted
+        finally:
+            self.body_bytes -= held
+            if held > _LARGE_BODY:
+                return_freed_memory()
 
     def check_key(self, path: str, headers: Headers) -> None:
         """ApiError 401 for a path that needs a key and a request without a right one."""

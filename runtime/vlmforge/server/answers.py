@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vlmforge.outputs.response import Response
+from vlmforge.outputs.response import Response, Timings
+from vlmforge.vl.boxes import Box
 
 Kind = Literal["chat.completion", "text_completion"]
 TokenText = Mapping[int, str]
@@ -132,5 +132,10 @@ def usage(answers: Sequence[Response]) -> dict[str, object]:
 
 def ledger(answer: Response) -> dict[str, object]:
     """Where the time of an answer went, and the boxes in it. Ours: clients may leave it alone."""
-    timings = {} if answer.timings is None else dataclasses.asdict(answer.timings)
-    return {"timings": timings, "boxes": [dataclasses.asdict(box) for box in answer.boxes]}
+    timings = {} if answer.timings is None else _fields(answer.timings)
+    return {"timings": timings, "boxes": [_fields(box) for box in answer.boxes]}
+
+
+def _fields(flat: Timings | Box) -> dict[str, object]:
+    """As `dataclasses.asdict`, which copies deeply and takes 30 times as long."""
+    return {name: getattr(flat, name) for name in flat.__dataclass_fields__}

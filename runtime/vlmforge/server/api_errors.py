@@ -5,7 +5,8 @@
 404  no such model or path
 413  a body that is too large
 422  an image that cannot be fetched or read
-429  more requests than the server takes; Retry-After says when to come again
+429  more requests, or bodies, than the server takes; Retry-After says when to come again
+431  headers that are too large
 500  the engine failed
 503  the server is shutting down
 """
@@ -33,6 +34,7 @@ _KINDS = {
     413: "invalid_request_error",
     422: "invalid_request_error",
     429: "rate_limit_error",
+    431: "invalid_request_error",
     500: "server_error",
     503: "server_error",
 }

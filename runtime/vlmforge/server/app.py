@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -63,7 +63,13 @@ class Api:
         with self.admission.place():
             rendered = await run_in_threadpool(served.render, prompt, templated=templated)
         spans = [
-            {"image": span.image, "start": span.start, "length": span.length}
+            {
+                "image": span.image,
+                "start": span.start,
+                "length": span.length,
+                "text_start": rendered.image_texts[span.image][0],
+                "text_end": rendered.image_texts[span.image][1],
+            }
             for span in rendered.image_spans
         ]
         return JSONResponse(
@@ -166,7 +172,7 @@ class _Stream(EventSourceResponse):
 
     def __init__(
         self,
-        events: AsyncGenerator[ServerSentEvent, None],
+        events: AsyncGenerator[bytes, None],
         headers: Mapping[str, str],
         held: contextlib.AsyncExitStack,
     ) -> None:
@@ -241,28 +247,38 @@ async def _events(
     asked: Asked,
     writer: Writer,
     request: Request,
-) -> AsyncGenerator[ServerSentEvent, None]:
-    whole = Piece()
+) -> AsyncGenerator[bytes, None]:
+    """The stream's bytes. What belongs together is one write: it costs more than its length."""
+    whole, held = Piece(), b""
     if writer.kind == "chat.completion":
-        for index in range(asked.config.n):
-            yield _event(writer.first(index))
+        held = b"".join(_event(writer.first(index)) for index in range(asked.config.n))
     try:
         async for piece in pieces:
             whole.extend(_sound(piece))
-            yield _event(writer.piece(piece))
+            held += _event(writer.piece(piece))
+            if piece.finish_reason is None:  # behind the last one comes the rest at once
+                yield held
+                held = b""
     except Exception as error:  # noqa: BLE001 - the stream's client gets it
         failed: ApiError = api_error(error)
         request.state.log.update(error=failed.code)
-        yield _event(failed.body, "error")
+        held += b"event: error\r\n" + _event(failed.body)
     else:
         if asked.usage:
-            yield _event(writer.last(whole.choices))
+            held += _event(writer.last(whole.choices))
     request.state.log.update(_tokens(whole.choices))
-    yield ServerSentEvent("[DONE]")
+    yield held + b"data: [DONE]\r\n\r\n"
 
 
-def _event(data: Mapping[str, Any], name: str | None = None) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(data, ensure_ascii=False, separators=(",", ":")), event=name)
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def _event(data: Mapping[str, Any]) -> bytes:
+    """One server-sent event; JSON has no line breaks of its own.
+
+    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
+    """
+    return b"data: " + _ENCODE(data).encode("utf-8") + b"\r\n\r\n"
 
 
 def _tokens(answers: Sequence[Piece]) -> dict[str, object]:

@@ -70,7 +70,8 @@ class Guard:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._admission.check_key(scope["path"], Headers(scope=scope))
-        await self._app(scope, receive, send)
+        with self._admission.bodies(receive) as counted:
+            await self._app(scope, counted, send)
 
     async def _refuse(self, failed: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {}
@@ -78,8 +79,6 @@ class Guard:
             headers["Retry-After"] = str(self._settings.retry_seconds)
         if failed.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if failed.status == 413:
-            headers["Connection"] = "close"  # its body is not read to the end
         await JSONResponse(failed.body, failed.status, headers)(scope, receive, send)
 
     def _write(self, scope: Scope, status: int, seconds: float, log: dict[str, object]) -> None:

@@ -27,6 +27,8 @@ class ServerSettings:
         api_keys: Any of them opens the server (`Authorization: Bearer KEY`); none: open to all.
         open_paths: Paths that need no key.
         max_body_bytes: Size of a request's body.
+        max_bodies_bytes: Size of the bodies of all requests that arrive or are answered; more get
+            429.
         body_seconds: Time that a client has to send it.
         header_seconds: Time that a client has to send a request's headers.
         max_images: Images of one request.
@@ -40,6 +42,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     open_paths: tuple[str, ...] = ("/", "/health", "/health/live", "/health/ready")
     max_body_bytes: int = 64 << 20
+    max_bodies_bytes: int = 1 << 30
     body_seconds: float = 60.0
     header_seconds: float = 15.0
     max_images: int = 64
@@ -65,6 +68,7 @@ _RULES: Mapping[str, Rule] = {
     "api_keys": ListOf(Text(empty=False)),
     "open_paths": ListOf(Text(empty=False)),
     "max_body_bytes": Int(1),
+    "max_bodies_bytes": Int(1),
     "body_seconds": _SECONDS,
     "header_seconds": _SECONDS,
     "max_images": Int(0),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmforge.backends import FloatArray
+from vlmforge.engine.images.patch_inputs import Grid
 from vlmforge.engine.images.pixels import Rows
 from vlmforge.kv.cache import Keys
 
@@ -18,11 +19,13 @@ class PreparedImage:
     """An image, preprocessed.
 
     Attributes:
-        pixel_values: `[views, 3, H, W]`; without views where the features are known.
+        pixel_values: `[views, 3, H, W]`, or `[1, tokens, patches, values]` of an image that is in
+            patches; without views where the features are known.
         digest: Identifies the image's features: made of its content and rows.
         rows: int64 `[tokens]`, which rows of all its views become tokens; None: all, in order.
         features: `[tokens, hidden]` of an image that was encoded before; None: to be encoded.
         later: Makes the image, should its pixels be needed after all; None: they are here.
+        grid: Tokens down and across, where the image policy has them in one.
     """
 
     pixel_values: FloatArray
@@ -30,6 +33,7 @@ class PreparedImage:
     rows: Rows | None = None
     features: FloatArray | None = None
     later: Callable[[], PreparedImage] | None = None
+    grid: Grid | None = None
 
     def whole(self) -> PreparedImage:
         """The image with its pixels or features (ImageError: it cannot be decoded)."""
@@ -40,14 +44,17 @@ _NO_VIEWS: FloatArray = np.empty((0, 3, 0, 0), np.float32)
 
 
 def prepare(
-    pixel_values: FloatArray, rows: Rows | None = None, digest: bytes | None = None
+    pixel_values: FloatArray,
+    rows: Rows | None = None,
+    digest: bytes | None = None,
+    grid: Grid | None = None,
 ) -> PreparedImage:
     """Attach the digest that identifies an image by its content: `digest`, or the pixel values'."""
     if digest is None:
         content = hashlib.blake2b(repr(pixel_values.shape).encode(), digest_size=16)
         content.update(pixel_values.tobytes())
         digest = content.digest()
-    return PreparedImage(pixel_values, features_digest(digest, rows), rows)
+    return PreparedImage(pixel_values, features_digest(digest, rows, grid), rows, grid=grid)
 
 
 def encoded(digest: bytes, features: FloatArray) -> PreparedImage:
@@ -60,12 +67,13 @@ def deferred(digest: bytes, later: Callable[[], PreparedImage]) -> PreparedImage
     return PreparedImage(_NO_VIEWS, digest, later=later)
 
 
-def features_digest(content: bytes, rows: Rows | None) -> bytes:
-    """16 bytes that identify an image's features on one engine, by its content and its rows."""
+def features_digest(content: bytes, rows: Rows | None, grid: Grid | None = None) -> bytes:
+    """16 bytes that identify an image's features on one engine: its content, rows and grid."""
     if rows is None:
         return content
     # Pictures of one colour and of different sizes can have equal pixels and other rows.
-    return hashlib.blake2b(content + rows.tobytes(), digest_size=16).digest()
+    shape = b"" if grid is None else repr(grid).encode("ascii")
+    return hashlib.blake2b(content + rows.tobytes() + shape, digest_size=16).digest()
 
 
 def row_keys(image: PreparedImage, length: int) -> Keys:

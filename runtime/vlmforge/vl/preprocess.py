@@ -10,7 +10,7 @@ from vlmforge.vl.decode import to_rgb
 
 
 def preprocess(image: Image.Image, policy: ImagePolicy) -> PixelValues:
-    """Pixel values `[views, 3, H, W]` of an image of any mode, as the originals compute them.
+    """Pixel values of an image of any mode (see `PreparedImage`), as the originals compute them.
 
     Raises:
         ImageError: an aspect ratio too extreme for the policy.

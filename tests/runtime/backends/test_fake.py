@@ -12,13 +12,13 @@ from vlmforge_plugins.cached_attention.launcher import run
 from vlmforge_plugins.cached_attention.plan import plan
 
 CASES = [
-    Case(kind, "float16", "float16", head_size, group, length, page_size)
-    for kind, head_size, group, length, page_size in (
-        ("decode", 32, 1, 65, 64),
-        ("decode", 64, 4, 989, 16),
-        ("prefill", 32, 7, 64, 32),
-        ("chunk", 128, 4, 989, 64),
-        ("chunk", 80, 1, 65, 128),
+    Case(kind, *types, head_size, group, length, page_size)
+    for kind, types, head_size, group, length, page_size in (
+        ("decode", ("float16", "float16"), 32, 1, 65, 64),
+        ("decode", ("bfloat16", "float8_e4m3fn"), 64, 4, 989, 16),
+        ("prefill", ("bfloat16", "bfloat16"), 32, 7, 64, 32),
+        ("chunk", ("float16", "float16"), 128, 4, 989, 64),
+        ("chunk", ("float16", "float8_e4m3fn"), 80, 1, 65, 128),
     )
 ]
 

@@ -78,10 +78,10 @@ class World:
             self.store.write(row.place, row.start, row.tokens)
             if row.logits == "none" or row.sequence in fail:
                 continue
-            left = self.counts[row.sequence] - (len(sequence.tokens) - sequence.prompt_length)
             token = next_token(self.store.read(row.place, row.stop))
             for number, name in enumerate((row.sequence, *row.forks)):
                 chosen = (token + number) % VOCAB
+                left = self.counts[name] - len(self.answer(self.sequences[name]))
                 if left == 1:  # it is part of the answer, and will not be run
                     self.sequences[name].append(chosen)
                 tokens[name] = None if left == 1 else chosen
@@ -99,7 +99,7 @@ def slots(rows: int, budget: int, block: int, *, reuse: bool = True) -> tuple[KV
 
 
 def blocks(_: int, budget: int, block: int, *, reuse: bool = True) -> tuple[KVCache, Store]:
-    cache = BlockPool(budget, block)
+    cache = BlockPool(budget, block, reuse=reuse)
     return cache, BlockStore(cache)
 
 
@@ -230,6 +230,21 @@ def test_answers_share_their_prompt(make: object, reuse: bool) -> None:
     assert [len(step.rows) for step in world.log] == [1, 4, 4, 4, 4, 4]
     copied = [move.tokens for step in world.log for move in step.moves if isinstance(move, Copy)]
     assert copied == ([18] * 3 if make is slots else [2] * 3)  # of a pool, what will be written to
+
+
+@pytest.mark.parametrize("make", [slots, blocks])
+def test_answers_part_before_the_first_one_ends(make: object) -> None:
+    """It may end with its first token, and where nothing is kept its prompt goes with it."""
+    cache, store = make(3, 100, 8, reuse=False)  # type: ignore[operator]
+    world = World(Scheduler(cache, rows=3, chunk=64), cache, store)
+    asked = Asked([1, 2] * 9, 6, n=3)
+    first = world.add(asked)
+    world.counts[first.id] = 1
+    while world.step():
+        pass
+    answers = [world.answer(world.sequences[i]) for i in range(3)]
+    assert answers == [asked.answers()[0][:1], *asked.answers()[1:]]
+    assert sum(len(row.tokens) for step in world.log for row in step.rows) == 18 + 2 * 5
 
 
 def test_answers_without_places_of_their_own_follow() -> None:

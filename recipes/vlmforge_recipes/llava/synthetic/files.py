@@ -54,7 +54,7 @@ def write_weights(
     """
     shards, suffix = spec.shards, spec.file_format
     stem = STEMS[suffix]
-    write = _write_safetensors if suffix == "safetensors" else _write_bin
+    write = write_safetensors if suffix == "safetensors" else _write_bin
     weight_map: dict[str, str] = {}
     for number, part in enumerate(partition(entries, shards), start=1):
         middle = f"-{number:05d}-of-{shards:05d}" if shards > 1 else ""
@@ -88,8 +88,11 @@ def partition(entries: Sequence[Entry], shards: int) -> list[list[Entry]]:
     return parts
 
 
-def _write_safetensors(path: Path, entries: Sequence[Entry], seed: int, progress: Progress) -> None:
-    """The format's own rule: u64 length, JSON header padded to 8 bytes, then the raw tensors."""
+def write_safetensors(path: Path, entries: Sequence[Entry], seed: int, progress: Progress) -> None:
+    """One file of these tensors, made block by block.
+
+    The format's own rule: u64 length, JSON header padded to 8 bytes, then the raw tensors.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:

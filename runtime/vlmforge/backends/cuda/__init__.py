@@ -16,6 +16,8 @@ from vlmforge.backends import Backend, DecoderSession, FloatArray, LoadOptions, 
 from vlmforge.backends.cuda import machine
 from vlmforge.backends.cuda.decoder import ChainDecoder
 from vlmforge.backends.cuda.device import Device
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
+from vlmforge.engine.interface import PIXEL_VALUES
 from vlmforge.engine.manifest import Manifest
 from vlmforge.limits import Room
 from vlmforge.ort import ort
@@ -26,8 +28,8 @@ class _Vision(VisionSession):
     session: ort.InferenceSession
 
     @override
-    def encode(self, pixel_values: FloatArray) -> FloatArray:
-        (features,) = self.session.run(None, {"pixel_values": pixel_values})
+    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
+        (features,) = self.session.run(None, {PIXEL_VALUES: pixel_values, **arrays})
         return np.asarray(features, np.float32)
 
 

@@ -38,6 +38,7 @@ from vlmforge.engine.interface import (
     PAST_LENGTHS,
     QUERY_LENGTHS,
     ROTARY_LEVELS,
+    TURNS,
 )
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.kv.cache import Copy, Move
@@ -149,6 +150,8 @@ class ChainDecoder(DecoderSession):
             given[LOGITS_INDICES.name] = batch.logits_indices
         if batch.rotary_levels is not None:
             given[ROTARY_LEVELS.name] = batch.rotary_levels
+        if batch.turns is not None:
+            given[TURNS] = batch.turns
         for name, values in given.items():
             if name in views:
                 views[name][:rows] = values

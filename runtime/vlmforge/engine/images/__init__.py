@@ -1,8 +1,9 @@
 """Image policies: how an image becomes pixel values and tokens. A tagged union, one file each.
 
 All of them have a `format` and answer `pixels(rgb)`, `view_size`, `view_rows(most_tokens)`,
-`sized`, `rows(size)`, `most_tokens(rows)` and `str()`. A new one is a file here and a name in the
-union.
+`sized`, `rows(size)`, `layout(size, tokens)`, `most_tokens(rows)` and `str()`; and for vision parts
+that take patches instead of views: `patch_inputs`, `grid(size)`, `arrays(grid)` and
+`within(min_pixels, max_pixels)`. A new one is a file here and a name in the union.
 """
 
 from __future__ import annotations
@@ -10,10 +11,24 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from vlmforge.engine.images.anyres import AnyRes
+from vlmforge.engine.images.aspect_tiles import AspectTiles
 from vlmforge.engine.images.center_crop import CenterCrop
+from vlmforge.engine.images.grid_tiles import GridTiles
 from vlmforge.engine.images.pad_square import PadSquare
+from vlmforge.engine.images.patches import Patches
 from vlmforge.engine.images.stretch import Stretch
 
-__all__ = ["AnyRes", "CenterCrop", "ImagePolicy", "PadSquare", "Stretch"]
+__all__ = [
+    "AnyRes",
+    "AspectTiles",
+    "CenterCrop",
+    "GridTiles",
+    "ImagePolicy",
+    "PadSquare",
+    "Patches",
+    "Stretch",
+]
 
-ImagePolicy: TypeAlias = CenterCrop | PadSquare | Stretch | AnyRes
+ImagePolicy: TypeAlias = (
+    CenterCrop | PadSquare | Stretch | AnyRes | AspectTiles | GridTiles | Patches
+)

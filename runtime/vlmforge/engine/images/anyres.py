@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from vlmforge.engine.images.pixels import PixelFormat, PixelValues, Rows, Size
+from vlmforge.engine.images.pixels import InViews, Layout, PixelFormat, PixelValues, Rows, Size
 from vlmforge.engine.images.tiling import (
     Tiling,
     best_canvas,
@@ -20,7 +20,7 @@ from vlmforge.engine.images.tiling import (
 
 
 @dataclass(frozen=True, slots=True)
-class AnyRes:
+class AnyRes(InViews):
     """Views of one size; which of their rows become tokens follows from the image's size."""
 
     format: PixelFormat
@@ -56,6 +56,11 @@ class AnyRes:
     def rows(self, size: Size) -> Rows | None:
         """The rows of an image of this size, in the order of their tokens."""
         return token_rows(size, self.tiling)
+
+    def layout(self, size: Size, tokens: int) -> Layout:
+        """All tokens, and no texts."""
+        del size
+        return (tokens,)
 
     def most_tokens(self, rows: int) -> int:
         """Tokens of the image that takes most."""

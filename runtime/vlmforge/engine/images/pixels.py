@@ -6,13 +6,15 @@ Pixel parity is with the processors that resize with Pillow.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import Annotated, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from vlmforge.engine.fields import ColourLevel, Divisor, Scale
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays, Grid, PatchInputs
+from vlmforge.errors import ConfigError
 from vlmforge.field_rules import Choice, Number
 
 Colour: TypeAlias = tuple[ColourLevel, ColourLevel, ColourLevel]
@@ -30,10 +32,47 @@ PixelValues: TypeAlias = NDArray[np.float32]
 Rows: TypeAlias = NDArray[np.int64]
 """`[tokens]`: row r of view v is `v * rows of a view + r`."""
 
+Layout: TypeAlias = tuple[str | int, ...]
+"""An image in a prompt: texts, and numbers of its tokens, which follow each other in order."""
+
 _FILTERS = {member.name.lower(): member for member in Image.Resampling}
 
 
-class OneView:
+class InViews:
+    """What a policy answers whose vision part takes views of one size."""
+
+    @property
+    def patch_inputs(self) -> PatchInputs | None:
+        """What the vision part takes instead of views; None: it takes views."""
+        return None
+
+    def grid(self, size: Size) -> Grid | None:
+        """Tokens down and across of an image of this size; None: they are in no grid."""
+        del size
+        return None
+
+    def arrays(self, grid: Grid) -> Arrays:
+        """What the vision part takes beside an image's values."""
+        del grid
+        return NO_ARRAYS
+
+    def within(self, least: int | None, most: int | None) -> Self:
+        """The policy with other limits of an image's pixels; None leaves one.
+
+        Raises:
+            ConfigError: all images are brought to one size.
+        """
+        if least is None and most is None:
+            return self
+        raise ConfigError(
+            "This engine's images have no limits of pixels to choose.",
+            found=f"min_pixels {least}, max_pixels {most}",
+            expected="neither: every image is brought to views of one size",
+            fix="leave VisionConfig(min_pixels=..., max_pixels=...) out",
+        )
+
+
+class OneView(InViews):
     """What a policy answers whose every image is one view, and all its rows become tokens."""
 
     @property
@@ -45,6 +84,11 @@ class OneView:
         """The rows that become the tokens of an image of this size; None: all, in order."""
         del size
         return None
+
+    def layout(self, size: Size, tokens: int) -> Layout:
+        """What stands in a prompt for an image of this size and so many tokens."""
+        del size
+        return (tokens,)
 
     def most_tokens(self, rows: int) -> int:
         """Tokens of the image that takes most; `rows` are what the vision part gives a view."""

@@ -1,6 +1,7 @@
 """Position policies: how the places of a sequence's tokens become rotary angles.
 
-A tagged union, one file each. All of them answer `has_levels` and `level(prompt_tokens)`, and of
+A tagged union, one file each. All of them answer `has_levels` and `level(prompt_tokens)`; of angles
+that the decoder is given: `turn_width`, `places(tokens, images)` and `turns(places)`; and of
 windows that are longer than the built one: `extends`, `trained_length`, `attention_window`,
 `table_bytes(positions)` and `longer_tables(positions)`.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from vlmforge.engine.positions.absolute import Absolute
+from vlmforge.engine.positions.axes import Axes
 from vlmforge.engine.positions.dynamic_ntk import DynamicNTK
 
-__all__ = ["Absolute", "DynamicNTK", "PositionPolicy"]
+__all__ = ["Absolute", "Axes", "DynamicNTK", "PositionPolicy"]
 
-PositionPolicy: TypeAlias = Absolute | DynamicNTK
+PositionPolicy: TypeAlias = Absolute | DynamicNTK | Axes

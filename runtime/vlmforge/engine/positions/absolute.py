@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmforge.engine.fields import TokenCount
+from vlmforge.engine.positions.in_graph import InGraph
 from vlmforge.field_rules import Number
 
 Frequency = Annotated[float, Number(0, 1e6)]
@@ -23,7 +24,7 @@ class RotaryTables(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Absolute:
+class Absolute(InGraph):
     """How the positions of a sequence become rotary angles: position times inverse frequency.
 
     Attributes:
@@ -71,7 +72,11 @@ def rotary_tables(inverse_frequencies: Sequence[float], positions: int) -> Rotar
     the originals' own float32 functions are within one unit in the last place of that.
     """
     frequencies = np.array(inverse_frequencies, np.float32)
-    angles = np.multiply.outer(np.arange(positions, dtype=np.float32), frequencies)
+    return rounded_turns(np.multiply.outer(np.arange(positions, dtype=np.float32), frequencies))
+
+
+def rounded_turns(angles: NDArray[np.float32]) -> RotaryTables:
+    """Cosines and sines of angles, float32, rounded from float64."""
     cos, sin = np.empty_like(angles), np.empty_like(angles)
     np.cos(angles, out=cos, dtype=np.float64, casting="same_kind")
     np.sin(angles, out=sin, dtype=np.float64, casting="same_kind")

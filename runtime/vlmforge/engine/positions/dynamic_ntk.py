@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 
 from vlmforge.engine.fields import TokenCount
 from vlmforge.engine.positions.absolute import RotaryTables
+from vlmforge.engine.positions.in_graph import InGraph
 from vlmforge.field_rules import Int
 
 
 @dataclass(frozen=True, slots=True)
-class DynamicNTK:
+class DynamicNTK(InGraph):
     """By the level of the sequence too, which its whole prompt decides and which it keeps.
 
     Keys and values of another level are of no use to a sequence.
