@@ -78,7 +78,10 @@ def test_ranks_together_are_the_whole(
 
 
 @pytest.mark.parametrize(("weights", "inner"), [("int8", 256), ("int4", 256), ("int8", 384)])
-def test_whole_numbers_are_those_of_one_rank(weights: str, inner: int) -> None:
+def test_whole_numbers_are_those_of_one_rank(
+    monkeypatch: pytest.MonkeyPatch, weights: str, inner: int
+) -> None:
+    monkeypatch.setattr(shard_pass, "LARGE_TABLE", 0)
     # Shares end where blocks do: activations are rounded in the same blocks too. Of three blocks
     # one rank has two.
     config = replace(CONFIG, heads=16, intermediate_size=inner, vocab_size=65)
