@@ -139,7 +139,7 @@ def kill_the_first(engine: str, draw: random.Random) -> str:
     ranks = ranks_of(program.pid) or ranks
     program.kill()
     begun = time.monotonic()
-    while any(_alive(process) for process in ranks.values()):
+    while any(alive(process) for process in ranks.values()):
         if time.monotonic() - begun > LIMIT_S:
             return f"ranks {ranks} live on"
         time.sleep(0.01)
@@ -150,7 +150,8 @@ def kill_the_first(engine: str, draw: random.Random) -> str:
     return ""
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -155,6 +155,20 @@ MUTANTS = (
         ("tests/plugins_cuda/test_kernels.py", "-k", "prefill and len4097"),
     ),
     Mutant(
+        "Hopper's producer gives away registers that it uses",
+        f"{KERNELS}/kernels/prefill_hopper.cuh",
+        "give_registers<56>()",
+        "give_registers<40>()",
+        ("tests/plugins_cuda/test_attention_compile.py", "-k", "producer and d128_float16"),
+    ),
+    Mutant(
+        "a plan carries the kernels of one GPU only",
+        "builder/vlmforge_builder/tensorrt/compiler.py",
+        "register(trt, {config: binaries})",
+        "register(trt, {config: binaries[:1]})",
+        ("tests/builder/test_tensorrt_builds.py", "-k", "carries_its_kernels and qwen"),
+    ),
+    Mutant(
         "a checkpoint may ask for any number of positions",
         "builder/vlmforge_builder/checkpoint/limits.py",
         "POSITIONS = range(1, (1 << 24) + 1)",

@@ -75,6 +75,18 @@ def _text(**values: object) -> Edit:
     return edit
 
 
+def _older_rope(checkpoint: Path, *, scaled: bool) -> None:
+    """Rotary positions as they are published: before version 5 of transformers."""
+    config = read(checkpoint / "config.json")
+    text = config["text_config"]
+    rope = text.pop("rope_parameters", None) or {**text.pop("rope_scaling"), "rope_theta": 1e4}
+    text["rope_theta"] = rope.pop("rope_theta")
+    write(
+        checkpoint / "config.json",
+        {**config, "text_config": {**text, "rope_scaling": rope} if scaled else text},
+    )
+
+
 def _keep_tokenizer(checkpoint: Path, name: str) -> None:
     """Leave the checkpoint with a tokenizer in this file alone."""
     if not (checkpoint / name).exists():
@@ -204,6 +216,8 @@ def section(folder: Path, row: Row, layout: str) -> Section:
         (checkpoint / "generation_config.json").unlink()  # it would be asked first
     if row.file == PREPROCESSOR or row.place == "image_processor":
         _name_processor(checkpoint / PREPROCESSOR)
+    if not isinstance(golden, str) and not row.place.endswith("rope_parameters"):
+        _older_rope(checkpoint, scaled=row.place.endswith("rope_scaling"))
     if row.file in ("tokenizer_config.json", "chat_template.json"):
         _move_template(checkpoint, row.file)
     if row.place == "image_processor":

@@ -66,7 +66,7 @@ def patch_tables(
     """
     if text.place:
         ropes = [f"{text.place}.rope_parameters", f"{text.place}.rope_scaling"]
-        decoder = (KeyTable("config.json", "", TOP), text)
+        decoder: tuple[KeyTable, ...] = (KeyTable("config.json", "", TOP), text)
     else:
         ropes = ["rope_scaling"]
         decoder = (KeyTable("config.json", "", (*_OLD, *text.keys, *TOP)),)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,23 +10,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from divided_decoders import SETTINGS, compiled, prompts, ranks_of
 from drawn_decoder import drawn
 from golden_models import FOLDERS
 from lowered_decoder import model_spec, part_of
-from rank_chains import Array, Ranks
-from vlmforge.engine.manifest import Part
 from vlmforge.errors import BuildError, ConfigError
 from vlmforge_builder import build
 from vlmforge_builder.blocks.decoder import DecoderConfig
-from vlmforge_builder.checkpoint.store import TensorStore
 from vlmforge_builder.export import Traced
 from vlmforge_builder.passes import shard as shard_pass
-from vlmforge_builder.passes.shard import heads_of, shard
-from vlmforge_builder.ranks import Rank
-from vlmforge_builder.recipe import PartSpec
-from vlmforge_builder.targets import CompileJob, Settings, load_target
+from vlmforge_builder.passes.shard import shard
+from vlmforge_builder.ranks import Rank, heads_of
+from vlmforge_builder.targets import load_target
 
-SETTINGS = Settings("float32", None, 64, 2, None, None, None)
 CONFIG = DecoderConfig(
     vocab_size=37,
     hidden_size=32,
@@ -43,37 +36,6 @@ CONFIG = DecoderConfig(
     activation="silu",
     max_positions=64,
 )
-
-
-def compiled(
-    traced: Traced, part: PartSpec, store: TensorStore, folder: Path, tp: int, settings: Settings
-) -> tuple[Part, ...]:
-    """The decoders of all ranks."""
-    target, parts = load_target("onnxruntime"), []
-    for index in range(tp):
-        own = replace(traced, model=traced.model.clone())
-        job = CompileJob(
-            part, store, settings, folder, lambda *_: None, lambda _: None, Rank(index, tp)
-        )
-        parts.append(target.compile(own, job))
-    return tuple(parts)
-
-
-@contextmanager
-def ranks_of(
-    traced: Traced, part: PartSpec, store: TensorStore, tp: int, settings: Settings = SETTINGS
-) -> Iterator[Ranks]:
-    with tempfile.TemporaryDirectory() as folder:
-        parts = compiled(traced, part, store, Path(folder), tp, settings)
-        yield Ranks.load(Path(folder), parts, batch=2, capacity=24)
-
-
-def prompts(vocab: int, hidden: int, seed: int = 0) -> tuple[Array, Array]:
-    """Token ids of two sequences, with rows of images in one, and the rows."""
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, vocab, (2, 9))
-    ids[0, 2:4] = [vocab, vocab + 1]
-    return ids, rng.standard_normal((2, hidden), np.float32)
 
 
 # --- drawn decoders -----------------------------------------------------------------------------

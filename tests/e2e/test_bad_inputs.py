@@ -75,7 +75,7 @@ def hf(damage: Damage, **options: Any) -> Action:
     def act(place: Place) -> None:
         checkpoint = place.checkpoint()
         damage(checkpoint)
-        place.build(checkpoint, **options)
+        place.build(checkpoint, **{"session_len": 1024, **options})  # traced for others already
 
     return act
 
@@ -300,9 +300,9 @@ TABLE: list[tuple[str, Action, type[e.VlmforgeError], str]] = [
     ),
     (
         "tensor parallelism",
-        lambda p: pipeline(p.engine, backend_config=EngineConfig(tp=2)),
+        lambda p: pipeline(p.engine, backend_config=EngineConfig(tp=2, devices=[4, 5])),
         e.ConfigError,
-        "tensor parallelism",
+        "the first devices",
     ),
     (
         "unknown template at run time",

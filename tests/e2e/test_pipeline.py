@@ -302,7 +302,7 @@ def test_a_pipeline_opens_only_the_images_that_it_may(hf_engine: Path, tmp_path:
 @pytest.mark.usefixtures("traces_for_children")
 def test_a_checkpoint_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLMFORGE_CACHE", str(tmp_path / "cache"))
-    config = EngineConfig(session_len=512)
+    config = EngineConfig(session_len=1024)
     with pipeline(HF / "checkpoint", backend_config=config) as pipe:
         assert pipe("hi", gen_config=plain(2)).generate_token_len == 2  # type: ignore[union-attr]
     (engine,) = (environment.cache_dir() / "engines").iterdir()

@@ -21,7 +21,6 @@ from conftest import DATA, IMAGES, ORIGINAL
 from vlmforge import Pipeline, Response, Session
 from vlmforge.compat import install_as_lmdeploy
 from vlmforge.engine.manifest import load_manifest
-from vlmforge.errors import ConfigError
 from vlmforge.vl.image_limits import ImageLimits
 
 SNIPPETS = DATA / "seed_snippets"
@@ -140,25 +139,15 @@ def test_tuple_and_messages_and_settings_give_the_same_answer(run) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["tensor_parallel", "sampling"])
-def test_tensor_parallelism_is_refused(name: str, run) -> None:
-    with pytest.raises(ConfigError) as caught:
-        run(name)
-    assert "tensor parallelism" in str(caught.value)
-    assert caught.value.fix
-
-
-def test_sampling_without_tensor_parallelism(run, folders: Path) -> None:
-    (path,) = SNIPPETS.glob("*_sampling.py")
-    program = path.read_text("utf-8")
-    assert program.count("tp=2, ") == 1
-    single = folders / "99_single.py"
-    single.write_text(program.replace("tp=2, ", ""), "utf-8")
-    values = runpy.run_path(str(single))
+def test_tensor_parallelism(run, served: list[str]) -> None:
+    """The engine is cut for two ranks, once."""
+    values = run("tensor_parallel")
+    assert values["pipe"].manifest.parallel.tp == 2
+    assert answered(values["response"]).token_ids == run("hello_world")["response"].token_ids
+    values = run("sampling")
     answered(values["response"], sampled=True)
     assert not values["gen_config"].greedy
     assert values["gen_config"].random_seed is None  # the caller's config is left as it was
-    values["pipe"].close()
 
 
 @pytest.mark.usefixtures("traces_for_children")

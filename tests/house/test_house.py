@@ -31,7 +31,7 @@ PACKAGES = {
 FAMILY_FREE = ("runtime", "builder", "plugins_cuda")
 # "clip" is a verb as well: only its capitals, or what follows it, make it a model's name.
 FAMILY_NAME = re.compile(
-    r"(?i:llava|qwen|vicuna|llama|mistral|mixtral|lmsys|liuhaotian|siglip|internvl|deepseek|01-ai"
+    r"(?i:llava|qwen|vicuna|llama|mistral|mixtral|lmsys|liuhaotian|siglip|internv|smolvlm|idefics|got.?ocr|deepseek|01-ai"
     r"|(?<![a-z])yi[-_ ]?(?:vl|\d+b)|(?<![a-z])clip[-_/ ]?(?:vit|vision|tower|text|model|large))"
     r"|(?<![A-Z])CLIP"
 )

@@ -156,7 +156,7 @@ WRONG: dict[str, list[tuple[str, str, object, str]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=WRONG)
 def without_weights(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[str, Path]:
     module, folder = FAMILIES[request.param], tmp_path_factory.mktemp("checkpoint")
     module.write(folder, next(iter(module.SHAPES.values())))

@@ -22,6 +22,7 @@ from PIL import Image, ImageChops
 import vlmforge
 from conftest import DATA, IMAGES
 from vlmforge.api.config import REFUSALS
+from vlmforge.api.parallel import parallel_refusals
 from vlmforge.api.pytorch_config import PYTORCH_REFUSALS
 from vlmforge.compat import install_as_lmdeploy
 from vlmforge.errors import ConfigError, ImageError, NotSupportedError, VlmforgeError
@@ -171,8 +172,8 @@ def test_the_modules_are_found_however_they_are_imported(lmdeploy: Any) -> None:
 # --- configurations --------------------------------------------------------------------------
 
 _REFUSALS = {
-    "TurbomindEngineConfig": REFUSALS,
-    "PytorchEngineConfig": {**REFUSALS, **PYTORCH_REFUSALS},
+    "TurbomindEngineConfig": {**REFUSALS, **parallel_refusals(1)},
+    "PytorchEngineConfig": {**REFUSALS, **parallel_refusals(1), **PYTORCH_REFUSALS},
     "GenerationConfig": GENERATION_REFUSALS,
     "ChatTemplateConfig": TEMPLATE_REFUSALS,
 }

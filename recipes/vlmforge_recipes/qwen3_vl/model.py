@@ -30,6 +30,7 @@ from vlmforge_recipes.patch_vlm import (
     interleaved,
     outside,
     read_sections,
+    whole_numbers,
 )
 from vlmforge_recipes.qwen3_vl.keys import TABLES
 from vlmforge_recipes.tower_choice import refuse_tower_options
@@ -119,8 +120,8 @@ def _table(vision: ConfigReader) -> int:
 
 def _tapped(vision: ConfigReader, layers: int) -> tuple[int, ...]:
     value = vision.get("deepstack_visual_indexes")
-    found = list(_TAPPED) if value is None else value
-    known = isinstance(found, list) and all(type(i) is int and 0 <= i < layers for i in found)
+    found = list(_TAPPED) if value is None else whole_numbers(value)
+    known = all(i < layers for i in found) and (found or value in (None, []))
     if not known or sorted(set(found)) != found or len(found) > limits.MERGE[-1] - 1:
         raise _wrong(vision, value, f"ascending numbers of layers, from 0 to {layers - 1}")
     return tuple(found)

@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk to an engine; images by path or URL")
     chat.add_argument("engine", metavar="ENGINE")
     chat.add_argument("--session-len", type=int, help="tokens of the conversation")
+    chat.add_argument("--tp", type=int, default=1, help="ranks (default: the engine's)")
     chat.add_argument("--max-new-tokens", type=int, default=512)
     chat.add_argument("--temperature", type=float, help="sample with it (default: greedy)")
     return root

@@ -179,9 +179,8 @@ def run_chat(values: argparse.Namespace) -> int:
     if sampling:
         config.temperature = values.temperature
     _take_any_bytes()
-    with pipeline(
-        values.engine, backend_config=EngineConfig(session_len=values.session_len)
-    ) as pipe:
+    engine = EngineConfig(session_len=values.session_len, tp=values.tp)
+    with pipeline(values.engine, backend_config=engine) as pipe:
         say(f"{values.engine} is ready; /help lists the commands")
         converse(Chat(pipe, config), _lines())
     return 0

@@ -55,12 +55,7 @@ def run_serve(values: argparse.Namespace) -> int:
         max_batch_size=values.vision_max_batch_size,
         domains=None if domains is None else tuple(domains),
     )
-    config = EngineConfig(
-        session_len=values.session_len,
-        max_batch_size=values.max_batch_size,
-        # Memory is shared: each engine plans with its part.
-        cache_max_entry_count=values.cache_max_entry_count / len(names),
-    )
+    config = _engine_config(values, len(names))
     _log(values.log_level)
     _open_many_files()
     with _listening(values.host, values.port) as sock, contextlib.ExitStack() as stack:
@@ -78,6 +73,16 @@ def run_serve(values: argparse.Namespace) -> int:
         _announce(sock, list(names), settings.api_keys)
         make_server(make_app(engines, settings), settings).run([sock])
     return 0
+
+
+def _engine_config(values: argparse.Namespace, engines: int) -> EngineConfig:
+    return EngineConfig(
+        session_len=values.session_len,
+        max_batch_size=values.max_batch_size,
+        tp=values.tp,
+        # Memory is shared: each engine plans with its part.
+        cache_max_entry_count=values.cache_max_entry_count / engines,
+    )
 
 
 def _names(engines: list[str], names: list[str]) -> dict[str, str]:

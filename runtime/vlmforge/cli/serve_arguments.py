@@ -75,6 +75,8 @@ def _engine_arguments(serve: argparse.ArgumentParser) -> None:
     add("--session-len", type=int, metavar="N", help=window)
     batch = "sequences that run at once (default: the engine's)"
     add("--max-batch-size", type=int, metavar="N", help=batch)
+    ranks = "ranks, each a process with its share of the decoder (default: the engine's)"
+    add("--tp", type=int, default=1, metavar="N", help=ranks)
     views = "views in one run of the vision part (default: %(default)s)"
     add("--vision-max-batch-size", type=int, default=1, metavar="N", help=views)
     share = "share of the free memory for caches (default: %(default)s)"

@@ -31,7 +31,7 @@ def all_gather(ranks: Communicator, values: FloatArray, out: FloatArray | None) 
     """
     width = values.shape[-1]
     rows = values.reshape(-1, width)
-    target = None if out is None else out.reshape(len(rows), -1)
+    target = None if out is None else out.reshape(-1, out.shape[-1])
     step = max(1, ranks.room // width)
     for start in range(0, len(rows), step):
         piece = rows[start : start + step]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from vlmforge.backends import (
     LoadOptions,
 )
 from vlmforge.errors import RankError
-from vlmforge.kv.cache import Move
+from vlmforge.kv.cache import Drop, Move
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,10 @@ class OtherRanks(Protocol):
     @property
     def communicator(self) -> Communicator:
         """Where the first rank meets them."""
+
+    @property
+    def over(self) -> bool:
+        """Whether they have ended, for whatever reason."""
 
     def begin(self, folder: Path, options: LoadOptions) -> LoadOptions:
         """Have them load their parts of an engine; returns the options of the first rank's."""
@@ -124,6 +129,8 @@ class RankedDecoder(DecoderSession, ClosableDecoder):
 
     @override
     def move(self, move: Move) -> None:
+        if isinstance(move, Drop) and self._others.over:
+            return  # the memory went with them
         with self._together():
             self._others.tell(move)
             self.own.move(move)
@@ -152,4 +159,7 @@ class RankedDecoder(DecoderSession, ClosableDecoder):
             yield
         except BaseException as error:
             self._others.give_up(error)
+            # What is held there is of the memory that ranks share: it goes now, whoever keeps the
+            # error.
+            traceback.clear_frames(error.__traceback__)
             raise

@@ -195,6 +195,11 @@ class MpiRanks(OtherRanks):
         """Whether a rank failed since all had loaded: the others wait at a meeting for it."""
         return self._loaded and self._error is not None
 
+    @property
+    @override
+    def over(self) -> bool:
+        return self._error is not None
+
     @override
     def begin(self, folder: Path, options: LoadOptions) -> LoadOptions:
         hosts = tuple(name for name, _ in self._world.memory())

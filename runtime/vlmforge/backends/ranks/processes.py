@@ -121,6 +121,11 @@ class Processes(OtherRanks, Watch):
                     os.close(end)
         self._communicator = SharedMemory(0, board, self._pipes, self)
 
+    @property
+    @override
+    def over(self) -> bool:
+        return self._error is not None
+
     @override
     def begin(self, folder: Path, options: LoadOptions) -> LoadOptions:
         threads = shares(options.threads or onnxruntime.physical_cores(), self.size)
@@ -177,7 +182,9 @@ class Processes(OtherRanks, Watch):
         """Close what leads to them: in a forked child it would outlive the parent."""
         pipes, self._pipes = self._pipes, {}
         channels, self._channels = self._channels, {}
-        self._communicator = None  # and with it the memory, once the decoder goes too
+        communicator, self._communicator = self._communicator, None
+        if communicator is not None:
+            communicator.let_go()
         for channel in channels.values():
             channel.close()
         for end in (end for ends in pipes.values() for end in ends):
@@ -220,7 +227,7 @@ class Processes(OtherRanks, Watch):
 
     def _look(self) -> None:
         """Nobody has moved for a while: is there one who has not shown itself for long?"""
-        for rank, count in enumerate(self.communicator.beats()):
+        for rank, count in enumerate(self.communicator.board.beats()):
             if count != self._seen[rank] or rank == 0:
                 self._seen[rank], self._silent[rank] = count, 0.0
             else:

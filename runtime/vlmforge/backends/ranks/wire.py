@@ -120,17 +120,25 @@ class SharedMemory(Communicator):
     ) -> None:
         """`pipes`: the end to read from and the end to write to, by the other rank."""
         self.rank, self.size, self.room = rank, board.size, board.room
-        self._board, self._watch, self._count = board, watch, 0
+        self._board: Board | None = board
+        self._watch, self._count = watch, 0
         self._from = [(other, ends[0]) for other, ends in pipes.items()]
         self._to = [(other, ends[1]) for other, ends in pipes.items()]
 
-    def beats(self) -> Sequence[int]:
-        """See `Board`."""
-        return self._board.beats()
+    @property
+    def board(self) -> Board:
+        """What all see (EOFError: it has been let go)."""
+        if self._board is None:
+            raise EOFError("the ranks have ended")
+        return self._board
+
+    def let_go(self) -> None:
+        """There will be no more meetings: the memory goes, whoever still holds this."""
+        self._board = None
 
     @override
     def meet(self, values: FloatArray) -> Sequence[FloatArray]:
-        lane = self._board.lanes[self._count % _LANES]
+        lane = self.board.lanes[self._count % _LANES]
         self._count += 1
         lane[self.rank, : values.size] = values
         for other, end in self._to:

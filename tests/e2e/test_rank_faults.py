@@ -1,0 +1,118 @@
+"""A rank that dies or hangs ends what is in flight, with its name, and leaves nothing behind.
+
+A few of the kills and cycles that `scripts/kill_ranks.py` draws.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import HF, ROOT, divided_engine, wait_until
+from stand_in import Parts, stand_in
+from vlmforge import EngineConfig, GenerationConfig, pipeline
+from vlmforge.backends import LoadOptions
+from vlmforge.backends.ranks.processes import Processes
+from vlmforge.errors import EngineStepError, RankError, VlmforgeError
+
+sys.path.append(str(ROOT / "scripts"))  # programs of their own, which import each other
+
+from kill_ranks import alive, held, kill_the_first, opened, ranks_of, strike
+
+LONG = GenerationConfig(max_new_tokens=400, ignore_eos=True)
+
+
+@pytest.fixture
+def engine(shared: Path) -> Iterator[str]:
+    """One of two ranks; the test leaves no process, descriptor or shared memory behind."""
+    engine = divided_engine(shared, HF.name, 2)
+    before = held()
+    yield str(engine)
+    assert not ranks_of(os.getpid())
+    assert held() == before
+
+
+def sent(signum: int) -> None:
+    wait_until(lambda: 1 in ranks_of(os.getpid()))
+    os.kill(ranks_of(os.getpid())[1], signum)
+
+
+@pytest.mark.parametrize("point", ["load", "prefill", "decode", "idle"])
+def test_a_rank_is_killed(engine: str, point: str) -> None:
+    with pytest.raises(RankError) as caught:
+        strike(point, engine, lambda: sent(signal.SIGKILL), random.Random(1))
+    assert caught.value.found.startswith("rank 1: it was killed by signal 9")
+    assert caught.value.fix
+
+
+def test_a_rank_hangs_and_all_that_is_in_flight_ends(engine: str) -> None:
+    with opened(engine) as pipe:
+        stream = pipe.stream_infer("hi", LONG)
+        next(stream)
+        sent(signal.SIGSTOP)
+        responses = pipe(["one", "two"], LONG)
+        with pytest.raises(RankError, match="Rank 1 of 2 failed"):
+            list(stream)
+        assert {r.finish_reason for r in responses} == {"error"}
+        assert all("rank 1: it hangs" in r.error_message for r in responses)
+        with pytest.raises(RankError, match="Rank 1 of 2"):
+            pipe("later")
+    with opened(engine) as again:
+        assert again("hi", GenerationConfig(max_new_tokens=3, ignore_eos=True)).token_ids
+
+
+def test_the_first_rank_is_killed(engine: str) -> None:
+    assert kill_the_first(engine, random.Random(5)) == ""
+
+
+def test_what_a_rank_cannot_load_is_said_in_its_words(tmp_path: Path) -> None:
+    ranks = Processes(2, 8)
+    (pid,) = ranks_of(os.getpid()).values()
+    with pytest.raises(RankError) as caught:
+        ranks.begin(tmp_path / "none", LoadOptions(1, 64))
+        ranks.wait_until_loaded()
+    assert "rank 1: " in caught.value.found
+    assert "is not an engine directory" in caught.value.found
+    assert not alive(pid)
+    with pytest.raises(RankError, match="Rank 1 of 2"):
+        ranks.tell(None)  # type: ignore[arg-type]
+
+
+def test_a_failure_of_the_first_rank_ends_the_others(engine: str) -> None:
+    """They wait for it at a meeting to which it does not come."""
+    with pipeline(engine, EngineConfig(max_batch_size=1)) as pipe:
+        own = pipe._engine.decoder.own  # type: ignore[attr-defined]
+        (pid,) = ranks_of(os.getpid()).values()
+        own._places = None
+        with pytest.raises(EngineStepError, match="failed while it ran"):
+            pipe("hi")
+        assert not alive(pid)
+        with pytest.raises(RankError, match="Rank 0 of 2"):
+            pipe("hi")
+
+
+def test_each_request_has_an_error_of_its_own() -> None:
+    """And the kind of error that it is."""
+    raised = RankError("Rank 1 of 2 failed.", found="rank 1: x", expected="y", fix="z")
+
+    def fail(name: str, number: int) -> None:
+        if name == "step":
+            raise raised
+
+    errors = []
+    parts = Parts(1)
+    parts.before = fail
+    with stand_in(parts, slots=2) as pipe:
+        for _ in range(2):
+            with pytest.raises(VlmforgeError) as caught:
+                pipe("hi")
+            errors.append(caught.value)
+    assert [type(error) for error in errors] == [RankError, RankError]
+    assert errors[0] is not errors[1]
+    assert errors[0].__cause__ is raised
