@@ -71,6 +71,15 @@ def test_the_first_rank_is_killed(engine: str) -> None:
     assert kill_the_first(engine, random.Random(5)) == ""
 
 
+def test_one_that_is_stopped_before_it_has_shown_itself_hangs() -> None:
+    ranks = Processes(2, 8)
+    (pid,) = ranks_of(os.getpid()).values()
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(RankError, match="Rank 1 of 2") as caught:
+        ranks.wait_until_loaded()
+    assert "it hangs: no sign of it for 3.5 seconds" in caught.value.found
+
+
 def test_what_a_rank_cannot_load_is_said_in_its_words(tmp_path: Path) -> None:
     ranks = Processes(2, 8)
     (pid,) = ranks_of(os.getpid()).values()
