@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,7 +128,11 @@ def measure(
     asked: dict[tuple[int, int, bool], list[Case]] = defaultdict(list)
     for case in cases(tokens):
         asked[case.prompts, case.tokens, case.image].append(case)
+    begun = time.monotonic()
     for index in range(rounds + 1):
+        if index:
+            left = (time.monotonic() - begun) / index * (rounds + 1 - index)
+            print(f"round {index} of {rounds}; {left:.0f} s left", file=sys.stderr, flush=True)
         for alike in asked.values():
             before, now = sides.ask(alike[0])
             for case in alike if index else ():  # the first round warms up

@@ -2,8 +2,13 @@
 
 python bench/build_memory.py --size 7b --work out/bench
 python bench/build_memory.py --model smolvlm2-2.2b --weights int4 --answer --work out/bench
+python bench/build_memory.py --model qwen3-vl-2b --session-len 4096 --weights int4 --answer
 python bench/build_memory.py --checkpoint tests/data/*/checkpoint --dtype float32 --work out/bench
 python bench/build_memory.py --size 300m --target tensorrt_rtx --weights plain int8 int4 --work ...
+python bench/build_memory.py --size 1b --tp 1 2 4 --work out/bench
+
+With several numbers of ranks it prints for each what a rank holds, and what its build took: the
+limit is a rank's share of the decoder, all that is not divided, and 0.3 GB.
 """
 
 from __future__ import annotations
@@ -31,12 +36,15 @@ def main() -> None:
     )
     arguments.add_argument("--dtype", default="float16")
     arguments.add_argument("--target", default="onnxruntime")
+    arguments.add_argument("--session-len", help="tokens of a sequence; else what was trained")
     arguments.add_argument("--attention", help="of a GPU target: plugin or native")
     arguments.add_argument("--weights", nargs="+", default=["plain"], help="plain, int8 or int4")
+    arguments.add_argument("--tp", nargs="+", type=int, default=[1], help="numbers of ranks")
     values = arguments.parse_args()
     values.work.mkdir(parents=True, exist_ok=True)
     options = ["--dtype", values.dtype, "--target", values.target]
-    options += ["--session-len", "2048"] if values.target != "onnxruntime" else []
+    window = values.session_len or ("2048" if values.target != "onnxruntime" else None)
+    options += ["--session-len", window] if window else []
     options += ["--attention", values.attention] if values.attention else []
     checkpoints = values.checkpoint
     if not checkpoints:
@@ -45,13 +53,20 @@ def main() -> None:
         first = 0
         for kind in values.weights:
             chosen = [] if kind == "plain" else ["--weights", kind]
-            engine = build(checkpoint, values.work, [*options, *chosen])
-            size = decoder_size(engine)
-            first = first or size
-            print(f"{kind}: the decoder takes {size / 1e6:.1f} MB, {size / first:.3f} of the first")
-            if values.answer:
-                script = Path(__file__).with_name("answer.py")
-                subprocess.run([sys.executable, script, engine], check=True)
+            for tp in values.tp:
+                ranks = [] if tp == 1 else ["--tp", str(tp)]
+                engine = build(checkpoint, values.work, [*options, *chosen, *ranks])
+                size = decoder_size(engine)
+                first = first or size
+                share = size / first
+                print(
+                    f"{kind}, tp {tp}: the decoder takes {size / 1e6:.1f} MB, "
+                    f"{share:.3f} of the first"
+                )
+                print_rank(engine)
+                if values.answer:
+                    script = Path(__file__).with_name("answer.py")
+                    subprocess.run([sys.executable, script, engine], check=True)
 
 
 def random_checkpoint(work: Path, size: str, model: str | None = None) -> Path:
@@ -63,9 +78,22 @@ def random_checkpoint(work: Path, size: str, model: str | None = None) -> Path:
 
 
 def decoder_size(engine: Path) -> int:
-    """Bytes of the decoder: its graph or plan, and its data."""
-    part = load_manifest(engine).part("decoder")
-    return sum((engine / name).stat().st_size for name in (part.file, *part.data))
+    """Bytes of the decoders of all ranks: their graphs or plans, and their data."""
+    parts = [part for part in load_manifest(engine).parts if part.name != "vision"]
+    names = {name for part in parts for name in (part.file, *part.data)}
+    return sum((engine / name).stat().st_size for name in names)
+
+
+def print_rank(engine: Path) -> None:
+    """What one rank holds, as it is stored and as it is in memory."""
+    manifest = load_manifest(engine)
+    part, vision = manifest.part("decoder"), manifest.part("vision")
+    print(
+        f"a rank of {manifest.parallel.tp}: decoder {part.weight_bytes / 1e9:.3f} GB stored, "
+        f"{part.loaded_bytes / 1e9:.3f} GB loaded; the first also vision "
+        f"{vision.loaded_bytes / 1e9:.3f} GB loaded; {manifest.rank_kv.bytes_per_token} B a token",
+        flush=True,
+    )
 
 
 def build(checkpoint: Path, work: Path, options: list[str]) -> Path:

@@ -1,7 +1,8 @@
 """Checkpoints of published shapes with random weights, of any family that transformers knows.
 
 Names and shapes are those of the model that transformers makes of a configuration, on no memory;
-values are drawn block by block. The tokenizer knows bytes and the family's special tokens.
+values are drawn block by
+block. The tokenizer knows bytes and the family's special tokens.
 """
 
 from __future__ import annotations
@@ -9,17 +10,33 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
+from typing_extensions import override
 
 from vlmforge_recipes.llava.synthetic.files import Progress, write_safetensors
 from vlmforge_recipes.llava.synthetic.tensors import Entry, Random
 
 Json = dict[str, object]
+_DRAWN = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated(Random):
+    """The same values over and over: what is measured does not depend on them."""
+
+    @override
+    def blocks(self, seed: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        total = math.prod(self.shape)
+        few = Random(self.name, (min(total, _DRAWN),), self.std, self.mean)
+        values = torch.cat(list(few.blocks(seed, dtype)))
+        for start in range(0, total, _DRAWN):
+            yield values[: total - start]
 
 
 @dataclass(frozen=True)
@@ -31,6 +48,7 @@ class Preset:
         files: What lies beside it, by name: JSON, or text.
         special: Texts of the special tokens.
         image, end: Which of them stands for an image, and which ends an answer.
+        ids: Texts of special tokens whose ids are at the top of config.json, by key.
     """
 
     config: Json
@@ -38,6 +56,7 @@ class Preset:
     special: tuple[str, ...]
     image: str
     end: str
+    ids: Mapping[str, str] = field(default_factory=dict)
 
 
 _SMOL_TEMPLATE = (
@@ -93,7 +112,70 @@ def _smolvlm(text: Json, vision: Json, *, scale: int, rows: int, tile: int) -> P
     )
 
 
+_QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+    "{% elif line['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_AROUND = {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+_QWEN3_VL_2B = Preset(
+    config={
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": True,
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 5000000,
+            "rope_scaling": {
+                "rope_type": "default",
+                "mrope_interleaved": True,
+                "mrope_section": [24, 20, 20],
+            },
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "patch_size": 16,
+            "out_hidden_size": 2048,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+    },
+    files={
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "processor_class": "Qwen3VLProcessor",
+            "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+            "patch_size": 16,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+        "chat_template.jinja": _QWEN_TEMPLATE,
+    },
+    special=("<|im_start|>", "<|im_end|>", *_AROUND.values(), "<|image_pad|>"),
+    image="<|image_pad|>",
+    end="<|im_end|>",
+    ids=_AROUND,
+)
+
 MODELS: Mapping[str, Preset] = {
+    "qwen3-vl-2b": _QWEN3_VL_2B,
     "smolvlm2-2.2b": _smolvlm(
         {
             "hidden_size": 2048,
@@ -144,6 +226,7 @@ def draw(folder: Path, preset: Preset, *, seed: int = 1) -> Path:
     tokenizer = _tokenizer(preset.special)
     tokens = {name: tokenizer.token_to_id(name) for name in (preset.image, preset.end)}
     config = {**preset.config, "image_token_id": tokens[preset.image]}
+    config |= {key: tokenizer.token_to_id(text) for key, text in preset.ids.items()}
     config["text_config"] = {**_section(config), "eos_token_id": tokens[preset.end]}
     for name, content in {**preset.files, "config.json": config}.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=1)
@@ -185,8 +268,8 @@ def _law(name: str, shape: tuple[int, ...]) -> Random:
     """Values that keep activations of order one."""
     if len(shape) == 1:
         is_scale = "norm" in name and name.endswith("weight")
-        return Random(name, shape, 0.1, 1.0 if is_scale else 0.0)
+        return Repeated(name, shape, 0.1, 1.0 if is_scale else 0.0)
     if "embed" in name and len(shape) < 4:
-        return Random(name, shape, 0.5)
+        return Repeated(name, shape, 0.5)
     gain = 3.0 if name.startswith("lm_head") else 1.0
-    return Random(name, shape, gain / math.sqrt(math.prod(shape[1:])))
+    return Repeated(name, shape, gain / math.sqrt(math.prod(shape[1:])))

@@ -119,10 +119,14 @@ def server(engine: str, *arguments: str) -> Iterator[tuple[str, subprocess.Popen
     command += ["--log-level", "error", "--max-concurrent-requests", "1000", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        lines = [process.stderr.readline() for _ in range(3)]
-        address = re.search(r"http://\S+", lines[0])
-        if address is None:
-            raise SystemExit("".join(lines) + (process.stderr.read() or ""))
+        said = ""
+        while "OpenAI clients" not in said:  # the last line of what it says when it is there
+            line = process.stderr.readline()
+            if not line:
+                raise SystemExit(said)
+            said += line
+        address = re.search(r"http://\S+", said)
+        assert address is not None
         try:
             yield address[0], process
         finally:

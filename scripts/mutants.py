@@ -72,7 +72,7 @@ MUTANTS = (
     ),
     Mutant(
         "a resized edge is rounded instead of cut",
-        "runtime/vlmforge/vl/preprocess.py",
+        "runtime/vlmforge/engine/images/center_crop.py",
         "return edge, int(edge * height / width)",
         "return edge, round(edge * height / width)",
         ("tests/runtime/test_images_preprocess.py",),
@@ -87,8 +87,8 @@ MUTANTS = (
     Mutant(
         "top-p leaves out the token that reaches it",
         "runtime/vlmforge/outputs/sampling.py",
-        "return places[before < top_p]",
-        "return places[before + probs[places] < top_p]",
+        "np.count_nonzero(before < enough)",
+        "np.count_nonzero(before + largest < enough)",
         ("tests/runtime/test_sampling.py",),
     ),
     Mutant(
@@ -153,6 +153,20 @@ MUTANTS = (
         "if ((i + 1) * kKeys - 1 > low) {",
         "if ((i + 1) * kKeys - 1 > high) {",
         ("tests/plugins_cuda/test_kernels.py", "-k", "prefill and len4097"),
+    ),
+    Mutant(
+        "Hopper's producer gives away registers that it uses",
+        f"{KERNELS}/kernels/prefill_hopper.cuh",
+        "give_registers<56>()",
+        "give_registers<40>()",
+        ("tests/plugins_cuda/test_attention_compile.py", "-k", "producer and d128_float16"),
+    ),
+    Mutant(
+        "a plan carries the kernels of one GPU only",
+        "builder/vlmforge_builder/tensorrt/compiler.py",
+        "register(trt, {config: binaries})",
+        "register(trt, {config: binaries[:1]})",
+        ("tests/builder/test_tensorrt_builds.py", "-k", "carries_its_kernels and qwen"),
     ),
     Mutant(
         "a checkpoint may ask for any number of positions",

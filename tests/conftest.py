@@ -53,6 +53,37 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files that take longest, so that no core is idle while another comes to the end of one of them.
+LONGEST = (
+    "builder/test_tensorrt_builds.py",
+    "e2e/test_cuda_engines.py",
+    "e2e/test_parity_qwen.py",
+    "plugins_cuda/test_kernels.py",
+    "plugins_cuda/test_attention_compile.py",
+    "builder/test_build.py",
+    "e2e/test_demo_model.py",
+    "builder/test_build_inputs.py",
+    "e2e/test_live_parity.py",
+    "builder/test_build_ends.py",
+    "e2e/test_parity.py",
+    "e2e/test_seed_snippets.py",
+    "e2e/test_parity_tagged.py",
+    "e2e/test_goldens.py",
+    "e2e/test_ranks.py",
+    "builder/test_shard.py",
+    "e2e/test_bad_inputs.py",
+    "e2e/test_build_child.py",
+    "e2e/test_nothing_is_executed.py",
+    "e2e/test_pipeline.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others as they come."""
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: the collector need not look through it again and again."""
     gc.collect()
@@ -103,10 +134,14 @@ def _recipes_found_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _certificates_read_once() -> Iterator[None]:
-    """Every HTTP client reads them all, which takes longer than most of what tests ask for."""
+def _http_clients() -> Iterator[None]:
+    """They read all certificates once, not each anew; and none judges time, as by default."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        if "httpx" in sys.modules:
+            patience = sys.modules["httpx"]._config.DEFAULT_TIMEOUT_CONFIG
+            for name in ("connect", "read", "write", "pool"):
+                patch.setattr(patience, name, HANGS)
         yield
 
 

@@ -57,7 +57,7 @@ class Shape:
 
 SHAPES: Mapping[str, Shape] = {
     # Norms of heads, whose width is none of hidden_size / num_attention_heads.
-    "qwen3": Shape({"model_type": "qwen3", "hidden_size": 48, "head_dim": 32}, seed=1),
+    "qwen3": Shape({"model_type": "qwen3", "hidden_size": 48, "head_dim": 32}, seed=5),
     # Biases, no groups of heads, an output matrix of its own, a norm behind the tower.
     "qwen2": Shape(
         {"model_type": "qwen2", "num_key_value_heads": 4, "hidden_size": 64},

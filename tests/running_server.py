@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 from openai import OpenAI
 from starlette.applications import Starlette
 
 from conftest import HANGS
 from vlmforge import Pipeline
+from vlmforge.backends import DecoderBatch, FloatArray
 from vlmforge.server.app import make_app
 from vlmforge.server.run import make_server
 from vlmforge.server.served import Served
@@ -43,6 +46,25 @@ class Running:
         with self.connect() as sock:
             sock.sendall(data)
             return read_response(sock)
+
+
+@contextmanager
+def held(pipe: Pipeline, steps: int = 20) -> Iterator[None]:
+    """After some more steps the engine stands still until the block is left."""
+    decoder, released, number = pipe._engine.decoder, threading.Event(), itertools.count(1)
+    step = decoder.step
+
+    def slow(batch: DecoderBatch) -> FloatArray:
+        if next(number) > steps:
+            assert released.wait(HANGS)
+        return step(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "step", slow)
+        try:
+            yield
+        finally:
+            released.set()
 
 
 def read_response(sock: socket.socket) -> bytes:

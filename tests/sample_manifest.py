@@ -165,8 +165,9 @@ RICH = dataclasses.replace(
         history_window=5,
         box_format="ref_box_1000",
         in_order=True,
+        image_around=("<a>", "</a>"),
     ),
-    decode=dataclasses.replace(MANIFEST.decode, positions=DynamicNTK(2048, 3)),
+    decode=dataclasses.replace(MANIFEST.decode, positions=DynamicNTK(2048, 3), feature_layers=2),
     files=(FileEntry("vision.data", 3, "0" * 64),),
     provenance=dataclasses.replace(MANIFEST.provenance, options={"a": "b"}, versions={"c": "1"}),
 )

@@ -106,7 +106,9 @@ class BuildOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
+    """A checkpoint that a recipe has understood. `fingerprint` is of its files."""
+
     folder: Path
     config: ConfigReader
     recipe: str
@@ -125,7 +127,7 @@ def build_engine(options: BuildOptions, progress: Progress) -> Path:
     """
     _check(options)
     with progress.stage("read the checkpoint"):
-        source = _read(options, progress)
+        source = read_checkpoint(options, progress)
     if _is_current(options, source):
         return _up_to_date(options, progress)
     with sole_build(options.output, _waiting(options, progress)):
@@ -146,7 +148,7 @@ def _waiting(options: BuildOptions, progress: Progress) -> Callable[[str], None]
     return lambda holder: progress.note(f"waiting for another build of it: {holder}")
 
 
-def _write(source: _Source, options: BuildOptions, progress: Progress) -> None:
+def _write(source: Source, options: BuildOptions, progress: Progress) -> None:
     with staging(options.output) as folder:
         parts = _compile(source.spec, options, folder, progress)
         manifest = _describe(source, options, parts)
@@ -218,9 +220,10 @@ def _check_scratch() -> None:
         ) from error
 
 
-def _read(
+def read_checkpoint(
     options: BuildOptions, progress: Progress, resolve: Callable[..., Path] = resolve_checkpoint
-) -> _Source:
+) -> Source:
+    """Understand the checkpoint that `resolve` finds (VlmforgeError: CheckpointError or others)."""
     folder = resolve(
         options.checkpoint,
         revision=options.revision,
@@ -249,10 +252,10 @@ def _read(
             "the model was trained for; answers to longer conversations may degrade"
         )
     identity = fingerprint(input_files((folder, *spec.source_files)))
-    return _Source(folder, config, recipe.name, spec, identity)
+    return Source(folder, config, recipe.name, spec, identity)
 
 
-def _is_current(options: BuildOptions, source: _Source) -> bool:
+def _is_current(options: BuildOptions, source: Source) -> bool:
     """Whether the output is the engine of these inputs already (BuildError: of others)."""
     if not (options.output / MANIFEST_FILE).exists() or options.force:
         return False
@@ -314,13 +317,13 @@ def describe_engine(
     """
     _check(options)
     with progress.stage("read the checkpoint"):
-        source = _read(options, progress, resolve)
+        source = read_checkpoint(options, progress, resolve)
     with tempfile.TemporaryDirectory() as scratch:
         parts = _compile(source.spec, options, Path(scratch), progress, described=True)
     return _describe(source, options, parts)
 
 
-def _describe(source: _Source, options: BuildOptions, parts: tuple[Part, ...]) -> Manifest:
+def _describe(source: Source, options: BuildOptions, parts: tuple[Part, ...]) -> Manifest:
     spec, target = source.spec, load_target(options.target)
     settings = options.settings(spec.session_len)
     return Manifest(
@@ -367,7 +370,7 @@ def _versions() -> Mapping[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def _write_texts(folder: Path, source: _Source, options: BuildOptions) -> None:
+def _write_texts(folder: Path, source: Source, options: BuildOptions) -> None:
     spec = source.spec
     (folder / "tokenizer.json").write_bytes(spec.tokenizer_json)
     (folder / spec.prompt.template_file).write_text(spec.template.jinja, "utf-8")

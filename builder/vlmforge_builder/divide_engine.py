@@ -27,10 +27,12 @@ from vlmforge.engine.manifest import (
     load_manifest,
 )
 from vlmforge.errors import BuildError, ConfigError, EngineError
+from vlmforge.evaluation.verify import FOLDER
 from vlmforge_builder.block_quantisation import Blocks, scales_name
 from vlmforge_builder.checkpoint.mapped import MappedTensor, TensorInfo, contiguous_stride
 from vlmforge_builder.checkpoint.store import FileStore
 from vlmforge_builder.compile_ranks import compile_ranks, parallel_layout
+from vlmforge_builder.goldens import record_goldens
 from vlmforge_builder.kept_weights import Kept, KeptBlocks
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.publish import list_files, sole_build, staging
@@ -137,26 +139,39 @@ def _write(
         with progress.stage("copy what the ranks share"):
             _copy_shared(bundle, folder, tp)
         parts = _divided(bundle, folder, tp, progress)
-        with progress.stage("checksums"):
-            files = list_files(folder)
+        built_at = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = dataclasses.replace(
             bundle.manifest,
             parts=parts,
             parallel=parallel_layout(parts, tp),
-            files=files,
-            provenance=dataclasses.replace(
-                provenance, built_at=datetime.now(UTC).isoformat(timespec="seconds")
-            ),
+            files=(),
+            provenance=dataclasses.replace(provenance, built_at=built_at),
         )
+        if _rounds_otherwise(manifest):
+            with progress.stage("run the goldens"):
+                record_goldens(folder, manifest, progress)
+        with progress.stage("checksums"):
+            files = list_files(folder)
+        manifest = dataclasses.replace(manifest, files=files)
         (folder / MANIFEST_FILE).write_text(dump_manifest(manifest), "utf-8")
     size = sum(entry.size for entry in files)
     progress.note(f"built {output}: {len(files) + 1} files, {size / 1e9:.2f} GB")
 
 
+def _rounds_otherwise(manifest: Manifest) -> bool:
+    """Whether the goldens of one rank are not those of several.
+
+    Beside whole numbers activations are rounded too, block by block, and borders cut blocks.
+    """
+    return manifest.quantisation is not None
+
+
 def _copy_shared(bundle: Bundle, folder: Path, tp: int) -> None:
-    decoder = bundle.manifest.part("decoder")
+    manifest, decoder = bundle.manifest, bundle.manifest.part("decoder")
     left = {NEUTRAL_FILE, decoder.file, *decoder.data}
-    for entry in bundle.manifest.files:
+    if _rounds_otherwise(manifest):
+        left |= {entry.path for entry in manifest.files if Path(entry.path).parts[0] == FOLDER}
+    for entry in manifest.files:
         if entry.path not in left:
             target = folder / entry.path
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,7 @@ def trace(part: PartSpec) -> Traced:
     onnxscript.optimizer.optimize_ir(model)
     attach_parameters(model.graph, shapes)
     _name_interface(model.graph, part)
+    _read_sizes_first(model.graph)
     _strip(model)
     return Traced(model, shapes)
 
@@ -134,6 +135,30 @@ def _name_interface(graph: ir.Graph, part: PartSpec) -> None:
         for value, spec in zip(values, specs, strict=True):
             value.name = spec.name
     check_interface(graph, part.interface)
+
+
+def _read_sizes_first(graph: ir.Graph) -> None:
+    """Read each size off the first input that has it.
+
+    The exporter takes any, such as a cache for the number of sequences, and targets replace caches.
+    """
+    for node in graph:
+        value = node.inputs[0] if node.op_type == "Shape" else None
+        if value is None or not value.is_graph_input() or value.shape is None:
+            continue
+        start = node.attributes.get_int("start", 0)
+        if node.attributes.get_int("end", len(value.shape)) != start + 1:
+            continue
+        places = (
+            (v, at)
+            for v in graph.inputs
+            for at, size in enumerate(v.shape or ())
+            if size == value.shape[start]
+        )
+        first, at = next(places)
+        node.replace_input_with(0, first)
+        node.attributes["start"] = ir.AttrInt64("start", at)
+        node.attributes["end"] = ir.AttrInt64("end", at + 1)
 
 
 def _strip(model: ir.Model) -> None:

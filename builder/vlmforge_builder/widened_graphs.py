@@ -13,6 +13,8 @@ import onnx_ir as ir
 from vlmforge.errors import EngineError
 from vlmforge.ort import ort
 
+WIDENED = "_widened"
+"""Ends the name of a weight in float32."""
 _NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _FLOAT = ir.DataType.FLOAT
 _FOLDER = "session.model_external_initializers_file_folder_path"
@@ -26,12 +28,20 @@ def open_widened(file: Path) -> ort.InferenceSession:
     """
     model = ir.load(file)
     widen(model)
+    return session_of(ir.to_proto(model).SerializeToString(), file)
+
+
+def session_of(data: bytes, file: Path) -> ort.InferenceSession:
+    """A session of a changed graph whose weights are where those of `file` are.
+
+    Raises:
+        EngineError: it cannot be loaded.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Casts of weights are not to be folded: all of them would be float32 at once.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry(_FOLDER, str(file.parent))
-    data = ir.to_proto(model).SerializeToString()
     try:
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -60,7 +70,7 @@ def widen(model: ir.Model) -> None:
 
 
 def _cast(graph: ir.Graph, weight: ir.Value) -> None:
-    name = f"{weight.name}_widened"
+    name = f"{weight.name}{WIDENED}"
     node = ir.node("Cast", [weight], attributes={"to": _FLOAT}, name=name)
     wide = node.outputs[0]
     wide.name, wide.shape, wide.type = name, weight.shape, ir.TensorType(_FLOAT)

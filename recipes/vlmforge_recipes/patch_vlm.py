@@ -83,16 +83,22 @@ def read_sections(
     """
     scaling = rope_section(text)
     found = None if scaling is None else scaling.get("mrope_section")
-    sections = list(default) if found is None else found
-    numbers = isinstance(sections, list) and all(type(n) is int and n >= 0 for n in sections)
-    if not numbers or len(sections) != len(default) or sum(sections) != head_dim // 2:
+    sections = list(default) if found is None else whole_numbers(found)
+    if len(sections) != len(default) or sum(sections) != head_dim // 2:
         raise CheckpointError(
             f"{text.file} has a wrong mrope_section.",
-            found=repr(sections)[:80],
+            found=repr(found)[:80],
             expected=f"three whole numbers whose sum is {head_dim // 2}, half of a head",
             fix=f"check {text.file.name} against the published one",
         )
     return tuple(sections)
+
+
+def whole_numbers(value: object) -> list[int]:
+    """The items of a list of whole numbers >= 0; empty: it is none."""
+    items = value if isinstance(value, list) else []
+    numbers = [item for item in items if type(item) is int and item >= 0]
+    return numbers if len(numbers) == len(items) else []
 
 
 def in_sections(sections: Sequence[int]) -> tuple[int, ...]:

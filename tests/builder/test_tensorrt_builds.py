@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from conftest import DATA
 from damage import edit_json
+from live_parity import FAMILIES, checkpoint
 from vlmforge import pipeline
 from vlmforge.cli import main
 from vlmforge.engine.layer_report import LayerReport, read_layers
@@ -19,8 +21,8 @@ from vlmforge.engine.manifest import Manifest, load_manifest
 from vlmforge.errors import BackendUnavailableError
 from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress
-from vlmforge_plugins.cached_attention.compile import Nvrtc, compile_set
-from vlmforge_plugins.cached_attention.config import Config
+from vlmforge_plugins.cached_attention.compile import Binary, Nvrtc, compile_set
+from vlmforge_plugins.cached_attention.config import Config, Sizes, Target
 from vlmforge_recipes.llava.synthetic import PRESETS, SyntheticSpec, write_checkpoint
 
 # A checkpoint of each family and version, and the head sizes of their decoders.
@@ -31,6 +33,7 @@ CHECKPOINTS = {
     "yi_vl": 32,
 }
 SESSION = 640
+CARRIED = Config(32, "float16", "float16")
 
 
 class Build(Protocol):
@@ -41,8 +44,40 @@ class Build(Protocol):
     ) -> Path: ...
 
 
+class Named:
+    """A compiler whose kernels only say what they are of."""
+
+    def __init__(self) -> None:
+        self.version = Nvrtc().version
+
+    def compile(self, chosen: Sizes, target: Target) -> Binary:
+        return Binary(target, f"{chosen.config.name} for {target.name}\0".encode() * 64, "")
+
+
+# No plan is run here: it is enough that those of one checkpoint carry kernels as they are compiled.
+NAMED = (
+    Config(64, "bfloat16", "bfloat16"),
+    Config(32, "bfloat16", "float8_e4m3fn"),
+)
+
+
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+def kernels(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Path]:
+    """Where the builds of this file find, and keep, their kernels: `NAMED`, and those of others."""
+    cache = tmp_path_factory.mktemp("named")
+    for config in NAMED:
+        compile_set(config, Named(), cache / "kernels")
+    real = shared / "cache" / "kernels"
+    compile_set(CARRIED, Nvrtc(), real)
+    for kept in real.glob(f"{CARRIED.name}.*"):
+        (cache / "kernels" / kept.name).symlink_to(kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLMFORGE_CACHE", str(cache))
+        yield cache / "kernels"
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory, kernels: Path) -> Build:
     """See `Build`."""
     folder = tmp_path_factory.mktemp("plans")
 
@@ -97,15 +132,26 @@ CARRYING = [
 ]
 
 
-@pytest.fixture(scope="session")
-def kernels(shared: Path) -> Path:
-    """Where builds keep the kernels that they compile."""
-    return shared / "cache" / "kernels"
-
-
 @pytest.mark.parametrize(("name", "attention", "dtype"), KINDS)
 def test_layers_profiles_and_caches(build: Build, name: str, attention: str, dtype: str) -> None:
-    engine = build(name, attention, dtype)
+    check_plan(build(name, attention, dtype), attention, dtype)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        pytest.param(*kind, marks=NIGHTLY if kind != ("idefics3", "plugin") else ())
+        for kind in product(FAMILIES, ("plugin", "native"))
+    ],
+)
+def test_plans_of_drawn_checkpoints(
+    build: Build, shared: Path, family: str, attention: str
+) -> None:
+    drawn = checkpoint(shared, family, next(iter(FAMILIES[family].SHAPES)))
+    check_plan(build(str(drawn), attention, "float16"), attention, "float16")
+
+
+def check_plan(engine: Path, attention: str, dtype: str) -> None:
     manifest = load_manifest(engine)
     assert (manifest.backend, manifest.dtype, manifest.compute_dtype) == (
         *("tensorrt_rtx", dtype),

@@ -75,7 +75,7 @@ def hf(damage: Damage, **options: Any) -> Action:
     def act(place: Place) -> None:
         checkpoint = place.checkpoint()
         damage(checkpoint)
-        place.build(checkpoint, **options)
+        place.build(checkpoint, **{"session_len": 1024, **options})  # traced for others already
 
     return act
 

@@ -13,12 +13,18 @@ import pytest
 from conftest import golden_engine
 from golden_models import FOLDERS
 from interleavings import SLOTS, Family, drawn
+from live_parity import engine as drawn_engine
 from vlmforge import EngineConfig, pipeline
 
+# Whose places are not those of their tokens, or whose features are for several layers.
+DRAWN = {"qwen2_vl": "windowed", "qwen3_vl": "first"}
 
-@pytest.fixture(scope="module", params=FOLDERS)
+
+@pytest.fixture(scope="module", params=[*FOLDERS, *DRAWN])
 def family(shared: Path, request: pytest.FixtureRequest) -> Iterator[Family]:
-    engine = golden_engine(shared, request.param)
+    name = request.param
+    shape = DRAWN.get(name)
+    engine = drawn_engine(shared, name, shape) if shape else golden_engine(shared, name)
     with pipeline(engine, EngineConfig(max_batch_size=SLOTS)) as pipe:
         yield Family(pipe)
 

@@ -24,8 +24,16 @@ from live_parity import (
     checkpoint,
     engine,
     ours,
+    picture,
 )
-from vlmforge import ChatTemplateConfig, EngineConfig, GenerationConfig, Pipeline, pipeline
+from vlmforge import (
+    ChatTemplateConfig,
+    EngineConfig,
+    GenerationConfig,
+    Pipeline,
+    VisionConfig,
+    pipeline,
+)
 from vlmforge.backends.fake import cuda_on_cpu
 from vlmforge.cli.inspect import describe
 from vlmforge.errors import ContextLengthError, PromptError
@@ -146,7 +154,7 @@ def test_images_may_be_placed_by_hand(opened: Open, family: str, shape: str) -> 
     with pytest.raises(PromptError, match="one image token for each image"):
         pipe.render((f"{IMAGE_TOKEN}{IMAGE_TOKEN}", TALL))
     with pytest.raises(ContextLengthError):
-        pipe(("What is it?", [WIDE] * 40))
+        pipe(("a b " * 4000, WIDE))
     with pytest.raises(PromptError, match="models see images only"):
         pipe.render([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}])
 
@@ -171,3 +179,20 @@ def test_verify_and_inspect(opened: Open, shared: Path, family: str, shape: str)
     assert results
     assert all(result.passed for result in results), results
     assert opened(family, shape).pipe._engine.manifest.image.name in describe(path)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_limits_of_pixels_set_the_tokens(opened: Open, shared: Path, family: str) -> None:
+    shape = next(iter(FAMILIES[family].SHAPES))
+    usual = opened(family, shape).pipe.render(ours(CASES["one"]))
+    unit = opened(family, shape).pipe._engine.manifest.image.view_size[0]
+    vision = VisionConfig(min_pixels=1, max_pixels=2 * unit * unit)
+    with pipeline(engine(shared, family, shape), vision_config=vision) as pipe:
+        fewer = pipe.render(ours(CASES["one"]))
+        assert fewer.image_tokens == 2 < usual.image_tokens
+        assert fewer.text == usual.text
+        assert pipe(ours(CASES["one"]), gen_config=GenerationConfig(max_new_tokens=2)).token_ids
+        narrow, fine = pipe([("What is it?", picture(1, 201)), ("And this?", SMALL)])
+        assert narrow.finish_reason == "error"
+        assert "too narrow" in str(narrow.error_message)
+        assert fine.token_ids

@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "kv_channels": 64,
         "seq_length": 70,
         "use_dynamic_ntk": False,
+        "num_hidden_layers": 1,
         "intermediate_size": 96,
         "layer_norm_epsilon": 1e-5,
         "visual": {**_SMALL, "image_size": 224, "mlp_ratio": 2.5},

@@ -5,9 +5,10 @@ Conventions, for `README.md` and `CONTRIBUTING.md`:
 - Every block marked ```` ```python ```` compiles and is run, in order, in one namespace for each
   file and in an empty folder; one that cannot be run is marked ```` ```python no-run ````. Whatever
   path is given to `pipeline(...)` is an engine there, and every name of an image file is a picture.
-- There, and in `docs/serving.md`: in blocks marked `sh`, `bash`, `shell` or `console` (of that,
-  lines that begin with `$ `), commands of `make`, `build-engine` and `vlmforge` parse. In `code spans` their targets, sub-commands and
-  options exist. Python files of this repository that are named exist.
+- There, and in `docs/serving.md` and `docs/sizing.md`: in blocks marked `sh`, `bash`, `shell` or
+  `console` (of that, lines that begin with `$ `), commands of `make`, `build-engine` and `vlmforge`
+  parse. In `code spans` their targets, sub-commands and options exist. Python files of this
+  repository that are named exist.
 """
 
 from __future__ import annotations
@@ -239,7 +240,7 @@ def problems(document: str) -> list[str]:
     return [f"{' '.join(words)}: {trouble}" for words, trouble in found if trouble]
 
 
-@pytest.mark.parametrize("name", [*DOCUMENTS, "docs/serving.md"])
+@pytest.mark.parametrize("name", [*DOCUMENTS, "docs/serving.md", "docs/sizing.md"])
 def test_commands_in_documents_exist(name: str) -> None:
     assert problems(read(name)) == []
 

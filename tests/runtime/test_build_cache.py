@@ -22,7 +22,7 @@ from vlmforge.engine.build_cache import engine_for
 from vlmforge.engine.build_child import Outcome, run_build
 from vlmforge.errors import BuildError, ConfigError
 
-HANG_S = 120
+HANG_S = 600
 ERROR = {
     "event": "error",
     "error": "CheckpointError",

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from sample_manifest import MANIFEST, RICH
 from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.images import Patches
 from vlmforge.engine.interface import DecoderInterface, fits, interface_of
 from vlmforge.engine.manifest import KVLayout, Manifest, Part, TensorSpec, load_manifest
+from vlmforge.engine.positions import Axes
 from vlmforge.engine.static_check import check_static
 
 POOLS = dataclasses.replace(
@@ -79,7 +81,28 @@ def test_views_of_a_picture() -> None:
         getattr(interface_of(RICH, "vision"), side) for side in ("inputs", "outputs")
     )
     assert pixels == TensorSpec("pixel_values", "float32", ("images", 3, 8, 8))
-    assert features == TensorSpec("image_features", "float32", ("images", 5, 16))
+    assert features == TensorSpec("image_features", "float32", ("images", 5, 2 * 16))
+    decoder = interface_of(RICH, "decoder")
+    assert decoder.inputs[1] == TensorSpec("image_features", "float32", ("rows", 2 * 16))
+
+
+def test_patches_of_a_picture_and_places_of_tokens() -> None:
+    image = Patches(RICH.image.format, 4, 2, 2, 64, 6400, (1.0, 0.5), window=3, table=5)
+    decode = dataclasses.replace(RICH.decode, positions=Axes(64, (1.0, 0.5), (0, 2)))
+    manifest = dataclasses.replace(RICH, image=image, decode=decode)
+    listed = {spec.name: spec for spec in interface_of(manifest, "vision").inputs}
+    assert listed["pixel_values"].shape == ("images", "rows", 4, 3 * 2 * 16)
+    assert listed["patch_cos"].shape == ("rows", 4, 4)
+    assert listed["window_rows"].shape == ("windows", 9)
+    assert listed["place_weights"].dtype == "float32"
+    (features,) = interface_of(manifest, "vision").outputs
+    assert features.shape == ("images", "rows", 2 * 16)
+    arrays = image.arrays((2, 3))
+    assert {name: array.dtype.name for name, array in arrays.items()} == {
+        name: spec.dtype for name, spec in listed.items() if name != "pixel_values"
+    }
+    (turns,) = [s for s in interface_of(manifest, "decoder").inputs if s.name == "turns"]
+    assert turns == TensorSpec("turns", "float32", ("batch", "tokens", 4))
 
 
 def test_graphs_of_a_chain_know_no_pages() -> None:

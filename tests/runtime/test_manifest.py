@@ -69,6 +69,8 @@ MAY_BE_MISSING = {
     "parallel.kv_heads",
     "image.format.background",
     "prompt.in_order",
+    "prompt.image_around",
+    "decode.feature_layers",
     "decode.positions.trained_length",
     "decode.positions.attention_window",
     "decode.positions.inverse_frequencies",

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import wait_until
-from stand_in import Gate, Parts, plain, png, stand_in
+from stand_in import HANG_S, Gate, Parts, plain, png, settle, stand_in
 from vlmforge import Metrics, Response
 from vlmforge.api.prometheus import PipelineCollector
 from vlmforge.errors import ConfigError, ImageError
@@ -49,6 +49,7 @@ def test_counters_are_what_the_answers_say() -> None:
         pieces.close()  # type: ignore[attr-defined]
         gate.open.set()
         wait_until(lambda: sum(pipe.metrics().requests.values()) == 6)
+        settle(pipe)
         metrics = pipe.metrics()
         whole = [answer for answer in found if answer.finish_reason != "error"]
         assert metrics.requests == {"stop": 0, "length": 4, "abort": 1, "error": 1}
@@ -83,12 +84,13 @@ def test_it_says_what_is_going_on_and_waits_for_nobody() -> None:
         ]
         for thread in threads:
             thread.start()
-        assert gate.reached.wait(60)  # a step stands still
+        assert gate.reached.wait(HANG_S)  # a step stands still
         wait_until(lambda: pipe.metrics().waiting == 2)
         assert pipe.metrics().running == 1
         gate.open.set()
         for thread in threads:
             thread.join()
+        settle(pipe)
         metrics = pipe.metrics()
         assert (metrics.waiting, metrics.running, metrics.requests["length"]) == (0, 0, 3)
 
@@ -97,7 +99,7 @@ def test_answers_to_one_prompt_have_one_prompt() -> None:
     with stand_in() as pipe:
         found = pipe("hello", plain(6, n=3, temperature=1.0, top_k=9, random_seed=1))
         assert isinstance(found, Response)
-        wait_until(lambda: pipe.metrics().running == 0)
+        settle(pipe)
         metrics = pipe.metrics()
     assert (metrics.requests["length"], metrics.generated_tokens) == (3, 18)
     assert metrics.prompt_tokens == found.input_token_len
@@ -108,7 +110,7 @@ def test_preemptions_are_counted() -> None:
     with stand_in(slots=3, blocks=(16, 8)) as pipe:
         found = answers(pipe([f"prompt {n}" for n in range(3)], gen_config=plain(60)))
         assert [answer.generate_token_len for answer in found] == [60] * 3
-        wait_until(lambda: pipe.metrics().running == 0)
+        settle(pipe)
         assert pipe.metrics().preemptions > 0
         assert pipe.metrics().blocks_total == 8
 
@@ -227,7 +229,7 @@ def test_prometheus_reads_all_of_it() -> None:
     registry = prometheus_client.CollectorRegistry()
     with stand_in() as pipe:
         pipe([("look", png(1)), "b", ("c", b"no image")], gen_config=plain(5))
-        wait_until(lambda: pipe.metrics().running == 0)
+        settle(pipe)
         registry.register(PipelineCollector(pipe, {"model": 'a "name"'}))
         text = prometheus_client.generate_latest(registry).decode()
         metrics = pipe.metrics()

@@ -31,7 +31,8 @@ OLD_RICH = dataclasses.replace(
     RICH,
     parallel=MANIFEST.parallel,
     kv=dataclasses.replace(RICH.kv, page_size=None),
-    prompt=dataclasses.replace(RICH.prompt, in_order=False),
+    prompt=dataclasses.replace(RICH.prompt, in_order=False, image_around=("", "")),
+    decode=dataclasses.replace(RICH.decode, feature_layers=1),
     parts=(
         RICH.parts[0],
         dataclasses.replace(

@@ -15,7 +15,7 @@ from filelock import FileLock
 from vlmforge.engine.lifeline import end_with_parent
 from vlmforge.engine.ownership import HeldError, sole_owner
 
-HANG_S = 120  # no judge of speed: what hangs is to fail, not to hang the run
+HANG_S = 600  # no judge of speed: what hangs is to fail, not to hang the run
 
 HOLDER = """
 import sys

@@ -18,7 +18,7 @@ from vlmforge.api.plan import CONTEXT_BYTES, plan
 from vlmforge.cli import main, plan_arguments
 from vlmforge.cli import plan as command
 from vlmforge.engine.bundle import Bundle
-from vlmforge.engine.manifest import MANIFEST_FILE, Manifest, dump_manifest
+from vlmforge.engine.manifest import MANIFEST_FILE, Manifest, ParallelLayout, dump_manifest
 from vlmforge.errors import BackendUnavailableError, ConfigError, VlmforgeError
 
 _DECODER = RICH.parts[1]
@@ -32,6 +32,7 @@ _STEPS = tuple(
 PAGED = replace(
     RICH,
     parts=(RICH.parts[0], replace(_DECODER, chain=replace(_DECODER.chain, steps=_STEPS))),
+    parallel=ParallelLayout(1),
     backend="cuda",
     quantisation=None,
     kv=replace(RICH.kv, kv_heads=32, head_dim=128, dtype="float16"),

@@ -16,10 +16,12 @@ import PIL.Image
 import pytest
 
 from stand_in import HANG_S, Gate, Parts, answered, plain, png, stand_in
-from vlmforge import Pipeline
+from vlmforge import Pipeline, Response
 from vlmforge.errors import CancelledError
 from vlmforge.inputs.messages import Conversation, Image, Message
+from vlmforge.runner.job import Job
 from vlmforge.scheduler.intake import Lane
+from vlmforge.scheduler.loop import Loop
 from vlmforge.scheduler.request import Request
 
 TESTS = Path(__file__).parents[1]
@@ -109,6 +111,21 @@ def test_a_caller_who_is_interrupted_while_it_prepares(
         answered(lambda: pipe(["left", "behind"]))
     assert answered(lambda: pipe("next", plain(3)))
     assert pipe._intake.waiting == 0
+
+
+def test_a_request_that_was_handed_over_is_the_worker_s_to_end(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor may close the pipeline before the thread that handed it over goes on."""
+    submit, lane = Loop.submit, pipe._intake._texts
+
+    def closes(loop: Loop, job: Job) -> None:
+        submit(loop, job)
+        lane.close()
+
+    monkeypatch.setattr(Loop, "submit", closes)
+    answer = answered(lambda: pipe("whole", plain(3)))
+    assert isinstance(answer, Response) and answer.finish_reason == "length"
 
 
 def test_what_was_asked_about_goes_with_its_request() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conftest import wait_until
 from sample_manifest import MANIFEST
 from stand_in import Parts, plain, png, stand_in
 from talks import talk, turn
@@ -209,8 +209,13 @@ def test_a_cache_that_has_no_room_is_computed_again(
         session.save(path)
         expected = turn(pipe, "so", session)
     parts, done = Parts(1), threading.Event()
-    # Slow steps, so that the stream still has the only slot when the session is loaded.
-    parts.before = lambda name, _: None if done.is_set() else time.sleep(0.05)
+
+    def held(name: str, number: int) -> None:
+        """The stream has the only slot still when the session is loaded."""
+        if name == "step" and number > 10:  # it goes on only to answer a question
+            wait_until(lambda: done.is_set() or not pipe._scheduler._inbox.empty())
+
+    parts.before = held
     with stand_in(parts, slots=1) as pipe:
         pieces = pipe.stream_infer("long", plain(50))
         next(pieces)

@@ -26,7 +26,7 @@ from conftest import HANGS, ROOT, wait_until
 from vlmforge import GenerationConfig, Pipeline, Response, pipeline
 from vlmforge.server.settings import server_vision_config
 
-pytestmark = pytest.mark.nightly
+pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("ray")]  # one cluster
 
 PORT = 18_642
 URL = f"http://127.0.0.1:{PORT}/v1/chat/completions"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import httpx
 import openai
 import pytest
 
-from conftest import HANGS
-from running_server import Running, running
+from running_server import Running, held, running
+from stand_in import Parts, stand_in
 from vlmforge import Pipeline, pipeline
 from vlmforge.server.settings import ServerSettings, server_vision_config
 
@@ -109,6 +110,52 @@ def test_the_client_raises_its_own_errors(server: Running) -> None:
             create(**body)
 
 
+def test_the_client_tells_every_status_apart() -> None:
+    fails_from = 0
+
+    def fail(name: str, number: int) -> None:
+        if name == "step" and number >= fails_from:
+            raise RuntimeError("out of order")
+
+    def ask(server: Running, **given: Any) -> None:
+        body: dict[str, Any] = {"model": "x", "messages": HELLO, "max_tokens": 2, **given}
+        server.client.chat.completions.create(**body)
+
+    parts = Parts(3)
+    parts.before = fail
+    settings = ServerSettings(api_keys=("right",), max_body_bytes=2000, max_concurrent_requests=1)
+    with stand_in(parts) as pipe, running([("x", pipe)], settings) as server:
+        with pytest.raises(openai.InternalServerError, match="out of order") as failed:
+            ask(server)
+        assert failed.value.status_code == 500
+        with pytest.raises(openai.APIError, match="out of order"):
+            ask(server, stream=True)
+        fails_from = parts.calls["step"] + 3  # in the middle of a stream
+        pieces = server.client.chat.completions.create(
+            model="x",
+            messages=HELLO,  # type: ignore[arg-type]
+            max_tokens=9,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        assert next(pieces).choices[0].delta.role == "assistant"
+        with pytest.raises(openai.APIError, match="out of order"):
+            list(pieces)
+        with pytest.raises(openai.AuthenticationError):
+            ask(dataclasses.replace(server, key="wrong"))
+        with pytest.raises(openai.APIStatusError) as large:
+            ask(server, messages=[{"role": "user", "content": "x" * 2000}])
+        assert large.value.status_code == 413
+        server.app.state.admission.running = 1
+        with pytest.raises(openai.RateLimitError):
+            ask(server)
+        server.app.state.admission.running = 0
+        server.app.state.admission.draining = True
+        with pytest.raises(openai.InternalServerError, match="shutting down") as ending:
+            ask(server)
+        assert ending.value.status_code == 503
+
+
 def test_keys(server: Running) -> None:
     for path in ("/v1/models", "/metrics", "/v1/tokenize", "/nowhere"):
         for headers in ({}, bearer("wrong"), {"Authorization": "right"}, bearer("righ\u00e9")):
@@ -151,8 +198,8 @@ def test_more_requests_than_places(pipe: Pipeline) -> None:
             "ignore_eos": True,
         }
         url = f"{server.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=body, timeout=HANGS) as held:
-            assert held.status_code == 200
+        with held(pipe), httpx.stream("POST", url, json=body) as stream:
+            assert stream.status_code == 200
             refused = httpx.post(url, json=body | {"stream": False})
             assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
             assert "--max-concurrent-requests" in refused.json()["error"]["message"]

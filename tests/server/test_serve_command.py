@@ -19,11 +19,28 @@ import pytest
 from conftest import HANGS
 from vlmforge.cli import main
 
+# As `vlmforge`, but after some steps the engine stands still until there is a file, named first.
+HELD = """
+import pathlib, sys, time
+from vlmforge.backends.onnxruntime import _Decoder
+from vlmforge.cli import main
+released, step, steps = pathlib.Path(sys.argv.pop(1)), _Decoder.step, []
+def held(*given):
+    steps.append(None)
+    while len(steps) > 20 and not released.exists():
+        time.sleep(0.01)
+    return step(*given)
+_Decoder.step = held
+sys.exit(main())
+"""
+
 
 @contextmanager
-def served(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
+def served(
+    *arguments: object, program: tuple[object, ...] = ("-m", "vlmforge.cli")
+) -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
     """The server's address, its process, and its log, which grows."""
-    command = [sys.executable, "-m", "vlmforge.cli", "serve", *map(str, arguments), "--port", "0"]
+    command = [sys.executable, *map(str, (*program, "serve", *arguments, "--port", "0"))]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         log: list[str] = []
@@ -42,14 +59,18 @@ def served(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str], lis
             process.kill()
 
 
-def test_a_signal_lets_what_runs_finish_and_refuses_the_rest(hf_engine: Path) -> None:
+def test_a_signal_lets_what_runs_finish_and_refuses_the_rest(
+    hf_engine: Path, tmp_path: Path
+) -> None:
     body = {
         "messages": [{"role": "user", "content": "hello"}],
         "max_tokens": 150,
         "ignore_eos": True,
         "stream": True,
     }
-    with served(hf_engine, "--served-model-name", "tiny", "--log-json") as (url, process, log):
+    program, released = ("-c", HELD, tmp_path / "released"), tmp_path / "released"
+    arguments = (hf_engine, "--served-model-name", "tiny", "--log-json")
+    with served(*arguments, program=program) as (url, process, log):
         chat = f"{url}/v1/chat/completions"
         with httpx.Client(timeout=HANGS) as other, httpx.stream("POST", chat, json=body) as stream:
             assert stream.status_code == 200, stream.read()
@@ -61,6 +82,7 @@ def test_a_signal_lets_what_runs_finish_and_refuses_the_rest(hf_engine: Path) ->
                 pass
             refused = other.post(chat, json=body)
             assert refused.status_code == 503 and "shutting down" in refused.text
+            released.touch()
             rest = list(lines)
         assert "[DONE]" in rest[-2] + rest[-1] and len([first, *rest]) > 100
         assert process.wait(HANGS) == 0
@@ -101,6 +123,9 @@ def test_what_cannot_begin(hf_engine: Path, capsys: pytest.CaptureFixture[str]) 
     assert "2 names for 1 engines" in capsys.readouterr().err
     assert main(["serve", str(hf_engine), "--api-keys", "ключ"]) == 1
     assert "openssl rand" in capsys.readouterr().err
+    for host in ("http://example.org/", "example.org:80", "*.example.org"):
+        assert main(["serve", str(hf_engine), "--allowed-media-domains", host]) == 1
+        assert "leave out scheme, port" in capsys.readouterr().err
     assert main(["serve", "/nowhere/at/all"]) == 1
     assert "found:" in capsys.readouterr().err
 

@@ -20,7 +20,8 @@ from vlmforge_builder.ops.cached_attention import cached_attention
 class BandScaling:
     """Rotary positions whose slow turns are slowed down further, and fast ones are not.
 
-    As Llama 3.1 has them (`_compute_llama3_parameters` in transformers' modeling_rope_utils.py).
+    Turns between the two bounds are slowed down by a share that falls in a straight line, as where
+    transformers computes the frequencies of this kind (modeling_rope_utils.py).
 
     Attributes:
         factor: How much slower.
@@ -223,8 +224,8 @@ class Decoder(nn.Module):
             values.append(value)
             if index < len(added):
                 x = x + added[index]
-        index = logits_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return self.lm_head(self.norm(x.gather(1, index))), keys, values
+        wanted = logits_indices.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        return self.lm_head(self.norm(x.gather(1, wanted))), keys, values
 
     def _rotary(self, ids: Tensor, past_lengths: Tensor, by_sequence: Tensor | None) -> Rotary:
         if self.turned_outside and by_sequence is not None:
@@ -232,6 +233,8 @@ class Decoder(nn.Module):
             return Rotation(cos, sin, cos, sin)
         if self.positions is not None and by_sequence is not None:
             return self.positions(past_lengths, by_sequence, ids)  # type: ignore[no-any-return]
+        assert self.cos is not None
+        assert self.sin is not None
         return self.cos, self.sin
 
     def _embed(self, input_ids: Tensor, image_features: Tensor) -> tuple[Tensor, list[Tensor]]:

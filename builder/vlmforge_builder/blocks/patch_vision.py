@@ -1,8 +1,8 @@
 """A vision transformer over patches of images of any size, turned by their places.
 
 Its attention is over one image at a time, or in windows of one size, so that what it takes grows
-with the patches alone. Images of one grid run beside each other. Sources: Qwen2-VL
-(https://arxiv.org/abs/2409.12191), Qwen2.5-VL (https://arxiv.org/abs/2502.13923).
+with the patches alone. Images of one grid run beside each other. Sources:
+https://arxiv.org/abs/2409.12191 (turned by place), https://arxiv.org/abs/2502.13923 (windows).
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Turned(NamedTuple):
     @staticmethod
     def of(cos: Tensor, sin: Tensor, windows: Windows | None = None) -> Turned:
         """Of `[tokens, patches of a token, head_dim / 2]`."""
-        return Turned(*(part.flatten(0, 1).unsqueeze(0) for part in (cos, sin)), windows)
+        rows = [part.flatten(0, 1).unsqueeze(0) for part in (cos, sin)]
+        return Turned(rows[0], rows[1], windows)
 
 
 class PatchAttention(nn.Module):
@@ -107,7 +108,8 @@ class PatchAttention(nn.Module):
         windows, tokens = by.rows.shape
 
         def cut(part: Tensor) -> Tensor:
-            grouped = part.unflatten(1, (-1, self.group))[:, by.rows.flatten()]
+            grouped: Tensor = part.unflatten(1, (-1, self.group))  # type: ignore[no-untyped-call]
+            grouped = grouped[:, by.rows.flatten()]
             return grouped.reshape(n * windows, tokens * self.group, width)
 
         there = torch.arange(tokens).unsqueeze(0) < by.sizes.unsqueeze(1)
@@ -119,7 +121,8 @@ class PatchAttention(nn.Module):
         return mixed[:, by.places].flatten(1, 2)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        split = [p.unflatten(-1, (self.heads, -1)) for p in (q, k, v)]  # type: ignore[no-untyped-call]
+        q, k, v = (part.transpose(1, 2) for part in split)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return mixed.transpose(1, 2).flatten(2)
 
@@ -174,7 +177,7 @@ class Merger(nn.Module):
         """`x [n, patches, hidden]` to `[n, tokens, outputs]`."""
         if self.norm_first:
             x = self.norm(x)
-        x = x.unflatten(1, (-1, self.group)).flatten(2)
+        x = x.unflatten(1, (-1, self.group)).flatten(2)  # type: ignore[no-untyped-call]
         if not self.norm_first:
             x = self.norm(x)
         return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]

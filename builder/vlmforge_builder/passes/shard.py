@@ -19,12 +19,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from vlmforge.errors import BuildError, ConfigError
+from vlmforge.errors import BuildError
 from vlmforge_builder.onnx_file import unread
 from vlmforge_builder.ops.all_gather import AllGatherNode
 from vlmforge_builder.ops.all_reduce import AllReduceNode
 from vlmforge_builder.ops.cached_attention import CachedAttentionNode
-from vlmforge_builder.ranks import Rank
+from vlmforge_builder.ranks import Rank, even_share, heads_of
 from vlmforge_builder.shares import Ranges, Share, joined, shifted, width_of
 
 # Elements from which a table of embeddings is worth a sum over the ranks in each step: 256 MiB in
@@ -67,42 +67,6 @@ def shard(
         if node.op_type == "Gather" and work.is_table(node):
             work.divide_table(node)
     return work.shares
-
-
-def heads_of(heads: int, kv_heads: int, rank: Rank) -> tuple[int, tuple[int, ...]]:
-    """How many heads of queries a rank has, and which of keys and values (all are `kv_heads`).
-
-    Each of the latter serves as many of the rank's queries, one after the other.
-
-    Raises:
-        ConfigError: heads that cannot be divided by the ranks.
-    """
-    own = even_share(heads, rank, "attention heads").size
-    group = math.gcd(own, heads // kv_heads)
-    first = rank.index * own
-    return own, tuple((first + i) * kv_heads // heads for i in range(0, own, group))
-
-
-@dataclass(frozen=True, slots=True)
-class EvenShare:
-    """The rank's `size` of something, from `start` on."""
-
-    start: int
-    size: int
-
-
-def even_share(count: int, rank: Rank, what: str) -> EvenShare:
-    """The rank's part of `count` equal things (ConfigError: they do not divide)."""
-    if count % rank.of:
-        fitting = [str(n) for n in range(1, count + 1) if count % n == 0]
-        raise ConfigError(
-            f"The decoder cannot be divided among {rank.of} ranks.",
-            found=f"{count} {what}, tp {rank.of}",
-            expected=f"a tp that divides them: {', '.join(fitting[:12])}",
-            fix=f"--tp {max(n for n in range(1, rank.of + 1) if count % n == 0)}",
-        )
-    size = count // rank.of
-    return EvenShare(rank.index * size, size)
 
 
 def _unknown_form(node: ir.Node, expected: str) -> BuildError:

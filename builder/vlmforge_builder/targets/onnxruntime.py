@@ -16,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from typing_extensions import override
 
 from vlmforge.engine.chain import PartChain
+from vlmforge.engine.interface import PatchInterface
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.errors import ConfigError
 from vlmforge_builder import passes
@@ -25,6 +26,7 @@ from vlmforge_builder.divided_part import divide_part
 from vlmforge_builder.export import Traced
 from vlmforge_builder.onnx_file import check_interface, refer
 from vlmforge_builder.passes.cut_chain import cut_chain
+from vlmforge_builder.passes.flash_attention import FlashAttentionPass
 from vlmforge_builder.passes.lower_cached_attention import LowerCachedAttentionPass
 from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
 from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
@@ -99,6 +101,8 @@ class OnnxRuntimeTarget(Target):
         blocks = blocks_of_part(model.graph, job.part, job.settings.weights)
         divided = divide_part(traced, job.part, blocks, job.rank)
         part = divided.part
+        if isinstance(part.interface, PatchInterface):  # images may be of any size
+            passes.run(ir.passes.Sequential(FlashAttentionPass()), model)
         passes.run(_sequence(dtypes, divided.blocks), model)
         check_interface(model.graph, part.interface)
         encodings = {

@@ -29,12 +29,14 @@ from vlmforge_recipes.patch_vlm import (
     in_sections,
     outside,
     read_sections,
+    whole_numbers,
 )
 from vlmforge_recipes.qwen2_vl.layout import QWEN2_5_VL, architecture_of, check, tables_of, text_of
 from vlmforge_recipes.tower_choice import refuse_tower_options
 
 _NORM_EPS = 1e-6  # `LayerNorm` and `Qwen2_5_VLRMSNorm` of the towers, whatever the file says
 _SECTIONS = (16, 24, 24)
+_WHOLE = (7, 15, 23, 31)
 _MERGER = ("ln_q", "mlp.0", "mlp.2")
 _PLAIN = TowerNames((("fc1",), "fc2"), _MERGER)
 _GATED = TowerNames((("gate_proj", "up_proj"), "down_proj"), _MERGER)
@@ -141,11 +143,11 @@ def _grid(vision: ConfigReader, *, windowed: bool) -> TowerGrid:
 
 def _whole(vision: ConfigReader, layers: int) -> frozenset[int]:
     value = vision.get("fullatt_block_indexes")
-    found = [7, 15, 23, 31] if value is None else value
-    if isinstance(found, list) and all(type(i) is int and 0 <= i < layers for i in found):
+    if value is None:  # a tower with fewer layers has fewer of the default's
+        return frozenset(i for i in _WHOLE if i < layers)
+    found = whole_numbers(value)
+    if all(i < layers for i in found) and (found or value == []):
         return frozenset(found)
-    if value is None:  # the default, of a tower with fewer layers
-        return frozenset(i for i in found if i < layers)
     raise CheckpointError(
         f"{vision.file} has a wrong fullatt_block_indexes.",
         found=repr(value)[:80],

@@ -30,8 +30,9 @@ from vlmforge_recipes.patch_vlm import (
     interleaved,
     outside,
     read_sections,
+    whole_numbers,
 )
-from vlmforge_recipes.qwen3_vl.keys import TABLES
+from vlmforge_recipes.qwen3_vl.keys import tables_of
 from vlmforge_recipes.tower_choice import refuse_tower_options
 
 _NORM_EPS = 1e-6  # of the tower's norms, whatever the file says
@@ -51,10 +52,11 @@ def load(
 ) -> ModelSpec:
     """Understand a checkpoint (CheckpointError otherwise)."""
     refuse_tower_options(options)
-    check_files(checkpoint, TABLES, config)
+    tables = tables_of(config)
+    check_files(checkpoint, tables, config)
     text, vision = config.section("text_config"), config.section("vision_config")
     decoder = read_decoder_config(text, session_len=options.session_len, kind=_KIND)
-    image = read_patches(find_processor(checkpoint, TABLES, config), _grid(vision))
+    image = read_patches(find_processor(checkpoint, tables, config), _grid(vision))
     tower = _tower(vision, image.patch_inputs)
     check_width(vision, tower.outputs, decoder.hidden_size)
     if len(tower.tapped) > decoder.layers:
@@ -119,8 +121,8 @@ def _table(vision: ConfigReader) -> int:
 
 def _tapped(vision: ConfigReader, layers: int) -> tuple[int, ...]:
     value = vision.get("deepstack_visual_indexes")
-    found = list(_TAPPED) if value is None else value
-    known = isinstance(found, list) and all(type(i) is int and 0 <= i < layers for i in found)
+    found = list(_TAPPED) if value is None else whole_numbers(value)
+    known = all(i < layers for i in found) and (found or value in (None, []))
     if not known or sorted(set(found)) != found or len(found) > limits.MERGE[-1] - 1:
         raise _wrong(vision, value, f"ascending numbers of layers, from 0 to {layers - 1}")
     return tuple(found)

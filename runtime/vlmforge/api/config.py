@@ -12,6 +12,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from vlmforge.api.parallel import parallel_refusals
+from vlmforge.errors import ConfigError
 from vlmforge.field_rules import (
     Choice,
     Flag,
@@ -220,9 +221,9 @@ class VisionConfig:
             recently used go. 0 keeps none. None: 128 MiB, or 5 % of the free memory if that is
             less.
         min_pixels, max_pixels: Where images are in patches and of any size, as `smart_resize` of
-            Qwen2-VL takes them: smaller and larger ones are resized until they are within. Fewer
-            pixels are fewer tokens. None: as the checkpoint says. Engines whose images are brought
-            to one size refuse them.
+            the published processors takes them: smaller and larger ones are resized until they are
+            within. Fewer pixels are fewer tokens. None: as the checkpoint says. Engines whose
+            images are brought to one size refuse them.
 
     Raises:
         ConfigError: a field of a wrong type or out of range.
@@ -257,6 +258,14 @@ class VisionConfig:
             "max_pixels": OrNone(Int(1)),
         }
         check_fields(self, rules)
+        for domain in self.media_domains or ():
+            if not set(domain).isdisjoint("/@*?# ") or domain.count(":") == 1:
+                raise ConfigError(
+                    "VisionConfig: media_domains has what is no host's name.",
+                    found=repr(domain[:80]),
+                    expected="a host such as example.org, or .example.org for all below it",
+                    fix="leave out scheme, port and path",
+                )
 
     def image_limits(self) -> ImageLimits:
         """What the images of prompts may be and may cost."""

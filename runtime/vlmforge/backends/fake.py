@@ -34,6 +34,8 @@ from vlmforge_plugins.cached_attention.plan import Launch, Machine
 
 _POISON, _MOST_POISON = 0x7F, 1 << 26
 MakeKernels = Callable[[Sizes], Kernels]
+Note = Callable[[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]], None]
+"""Inputs and outputs of a run, by name."""
 
 
 class NumpyKernels:
@@ -192,21 +194,29 @@ class InFloat32(Graphs):
 
     @override
     def segment(self, file: Path, owner: object) -> Segment:
-        return _Float32Segment(self.open, file)
+        return Float32Segment(self.open, file)
 
 
 @dataclass(frozen=True, slots=True)
-class _Float32Segment(Segment):
+class Float32Segment(Segment):
+    """A segment of `file`, which `open` gives in float32; `note` gets all that goes in and out."""
+
     open: Callable[[Path], ort.InferenceSession]
     file: Path
+    note: Note | None = None
 
     @override
     def bind(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Work:
         def work() -> None:
-            names = [tensor.name for tensor in outputs]
+            session = self.open(self.file)
             feeds = {tensor.name: _read(tensor) for tensor in inputs}
-            for tensor, found in zip(outputs, self.open(self.file).run(names, feeds), strict=True):
-                _bits(tensor)[:] = encode(found, tensor.dtype) if _narrow(tensor) else found
+            names = [item.name for item in session.get_outputs()]
+            found = dict(zip(names, session.run(names, feeds), strict=True))
+            for tensor in outputs:
+                values = found[tensor.name]
+                _bits(tensor)[:] = encode(values, tensor.dtype) if _narrow(tensor) else values
+            if self.note is not None:
+                self.note(feeds, found)
 
         return work
 

@@ -41,7 +41,9 @@ def encode(values: NDArray[np.floating], kind: str) -> NDArray[np.unsignedintege
     below = np.maximum(above - 1, 0)
     gap_below, gap_above = size - E4M3[below], E4M3[above] - size
     down = (gap_below < gap_above) | ((gap_below == gap_above) & (below % 2 == 0))
-    return (np.where(down, below, above) | (np.signbit(values) * 128)).astype(np.uint8)
+    codes: NDArray[np.uint8] = np.where(down, below, above).astype(np.uint8)
+    signs: NDArray[np.uint8] = np.signbit(values).astype(np.uint8) << 7
+    return codes | signs
 
 
 def decode(bits: NDArray[np.unsignedinteger], kind: str) -> NDArray[np.float64]:
@@ -50,8 +52,8 @@ def decode(bits: NDArray[np.unsignedinteger], kind: str) -> NDArray[np.float64]:
         return bits.view(np.float16).astype(np.float64)
     if kind == "bfloat16":
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    table = np.concatenate([E4M3, [np.nan], -E4M3, [np.nan]])
-    return table[bits]
+    numbers: NDArray[np.float64] = np.concatenate([E4M3, [np.nan], -E4M3, [np.nan]])[bits]
+    return numbers
 
 
 def rounded(values: NDArray[np.floating], kind: str) -> NDArray[np.float64]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,12 +34,14 @@ class PlanBackend(Backend):
         module: What is imported.
         requirement: What pip installs it by.
         gpus: What it runs on.
+        refused: The library's reason, by compute capability, major times 10 plus minor.
     """
 
     name: str
     module: str
     requirement: str
     gpus: str
+    refused: Mapping[int, str] = field(default_factory=dict)
 
     @override
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
@@ -84,12 +86,30 @@ class PlanBackend(Backend):
                 expected=f"{self.gpus}, and its driver",
                 fix=_ELSEWHERE,
             ) from None
+        self._check_gpu()
         raise BackendUnavailableError(
             f"This version of vlmforge builds engines of {self.name}, but does not run them.",
             found=f"backend {self.name!r}",
             expected="an engine of the backend onnxruntime",
             fix=_ELSEWHERE,
         )
+
+    def _check_gpu(self) -> None:
+        """BackendUnavailableError: the library itself refuses the GPU that is here."""
+        from vlmforge.backends.cuda import machine  # not where there is no driver
+
+        try:
+            gpu = machine.find_gpu()
+        except (ImportError, OSError, RuntimeError):
+            return  # nothing is known of it
+        if (reason := self.refused.get(gpu.capability)) is not None:
+            raise BackendUnavailableError(
+                f"{self.requirement} refuses this GPU: {reason}",
+                found=f"{gpu.name}, compute capability {gpu.capability / 10:.1f}",
+                expected=self.gpus,
+                fix="build the checkpoint with --target cuda, whose attention is the same, and "
+                "which runs there",
+            )
 
 
 BACKEND = PlanBackend(

@@ -33,6 +33,17 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--static", action="store_true", help="files and description only; nothing is run"
     )
+    verify.add_argument(
+        "--layers",
+        action="store_true",
+        help="which tensor is the first that parts from the reference's? (needs vlmforge[build])",
+    )
+    verify.add_argument(
+        "--against", metavar="CHECKPOINT|ENGINE", help="for --layers: what to compare with"
+    )
+    verify.add_argument(
+        "--limit", type=float, help="for --layers: of a tensor's largest value (default: by dtype)"
+    )
 
     from vlmforge.cli.plan_arguments import add_plan
 
@@ -133,8 +144,10 @@ def _run(values: argparse.Namespace) -> int:
             print(describe(values.engine, batch=values.batch, context=values.context))
             return 0
         case "verify":
-            from vlmforge.cli.verify import run_static, run_verify
+            from vlmforge.cli.verify import run_layers, run_static, run_verify
 
+            if values.layers or values.against is not None:
+                return run_layers(values.engine, values.against, values.limit)
             return (run_static if values.static else run_verify)(values.engine)
         case "plan":
             from vlmforge.cli.plan import run_plan

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from vlmforge.engine.bundle import Bundle, check_hashes
 from vlmforge.engine.manifest import load_manifest
 from vlmforge.engine.static_check import check_static
+from vlmforge.errors import BuildError, ConfigError
 from vlmforge.evaluation.verify import verify
 
 
@@ -41,6 +44,35 @@ def run_static(folder: Path) -> int:
     if failed:
         print("The engine is not what build-engine writes.\n  fix:      rebuild it")
     return int(failed > 0)
+
+
+def run_layers(folder: Path, against: str | None, limit: float | None) -> int:
+    """Compare tensor by tensor, by the builder in a process of its own; 1 when one parts.
+
+    Raises:
+        ConfigError: there is nothing to compare with.
+        BuildError: what it needs is not installed.
+    """
+    source = load_manifest(folder).provenance.source
+    if against is None:
+        raise ConfigError(
+            "--layers needs something to compare with.",
+            found="no --against",
+            expected="the checkpoint that the engine was built of, or another engine of it",
+            fix=f"vlmforge verify {folder} --layers --against {source}",
+        )
+    missing = [name for name in ("torch", "onnx", "polygraphy") if find_spec(name) is None]
+    if missing:
+        raise BuildError(
+            "--layers needs what a build needs, and Polygraphy.",
+            found="no " + ", ".join(missing),
+            expected="the extra `build`",
+            fix="pip install 'vlmforge[build]'",
+        )
+    # -P: a module in the working directory is never imported.
+    command = [sys.executable, "-P", "-m", "vlmforge_builder.layers", str(folder)]
+    command += ["--against", against, *(() if limit is None else ("--limit", str(limit)))]
+    return subprocess.run(command, check=False).returncode
 
 
 def _hashed(folder: Path) -> Bundle:

@@ -55,7 +55,7 @@ class VisionInterface:
     Attributes:
         image_size: Height and width of a view.
         rows: Features of a view.
-        hidden_size: Width of the decoder's embeddings.
+        hidden_size: Width of the features.
         features: Dtype of the features.
     """
 
@@ -209,11 +209,11 @@ def interface_of(manifest: Manifest, part: str) -> Interface:
     features = "float32" if chained else manifest.compute_dtype
     image, decode = manifest.image, manifest.decode
     if part == "vision":
+        width = decode.hidden_size * decode.feature_layers
         if image.patch_inputs is not None:
-            width = decode.hidden_size * decode.feature_layers
             return PatchInterface(image.patch_inputs, width, features)
         rows = image.view_rows(decode.tokens_per_image)
-        return VisionInterface(image.view_size, rows, decode.hidden_size, features)
+        return VisionInterface(image.view_size, rows, width, features)
     return DecoderInterface(
         decode.vocab_size,
         decode.hidden_size,

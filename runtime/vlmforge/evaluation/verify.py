@@ -117,7 +117,7 @@ def _greedy(
     rows, length = [logits], len(given.ids)
     place, levels = engine.options.whole_place, np.array([given.rotary_level])
     while len(rows) < GREEDY_TOKENS:
-        last, done = rows[-1].argmax(keepdims=True), np.array([length + len(rows) - 1])
+        last, done = np.array([rows[-1].argmax()]), np.array([length + len(rows) - 1])
         step = engine.decode([place], last, done, levels, np.array([given.lag]))
         rows.append(step[0].copy())
     return np.stack(rows)
@@ -169,7 +169,8 @@ def _decided(golden: Values, limits: Limits) -> int:
     """How many of the greedy tokens no difference within the limits can change."""
     if _MARGINS not in golden:  # of an engine of before
         return len(golden["greedy"])
-    close = np.flatnonzero(golden[_MARGINS] <= 2 * limits["logits"])
+    margins = golden[_MARGINS].astype(np.float64)
+    close = np.flatnonzero(margins <= 2 * limits["logits"])
     return int(close[0]) if len(close) else len(golden["greedy"])
 
 

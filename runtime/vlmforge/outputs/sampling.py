@@ -301,20 +301,25 @@ def _log_sum_exp(logits: Logits) -> float:
 def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     """Places of the smallest set of the largest that has `top_p` of all weight, or more.
 
-    The largest is 1. Sorting is what costs, and mostly few have nearly all of the weight.
+    Largest first, equals as they lie. The largest is 1. Sorting places is what costs: mostly few
+    have nearly all of the weight, and sorted values, which cost far less, tell how few.
     """
     total = float(weights.sum())
     enough = top_p * total
     # All places below this bound together hold less than 1 - top_p, so none of them is needed.
     least = (total - enough) / (2 * len(weights))
-    for bound in (1e-3, 1e-5, least):
+    for bound in (1e-4, least):
         places = np.flatnonzero(weights >= max(bound, least))
-        if weights[places].sum() > enough * (1 + _ROUNDING):
+        values = weights[places]
+        if values.sum() > enough * (1 + _ROUNDING):
             break
-    places = places[np.argsort(-weights[places], kind="stable")]
-    before = np.cumsum(weights[places]) - weights[places]
-    before[0] = -1.0  # the largest is always kept
-    return places[before < enough]
+    largest = np.sort(values)[::-1]
+    before = np.cumsum(largest) - largest
+    count = max(1, int(np.count_nonzero(before < enough)))
+    places = places[values >= largest[count - 1]]
+    order = np.argsort(-weights[places], kind="stable")
+    kept: NDArray[np.int64] = places[order[:count]]
+    return kept
 
 
 _ROUNDING = 1e-9

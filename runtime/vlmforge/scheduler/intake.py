@@ -241,9 +241,16 @@ class Lane(lifetime.Owner):
                 self._waiting.pop(priority, None)
 
     def _serve(self) -> None:
-        while (request := self._todo.get()) is not None:
-            self._serve_one(request)
+        while self._serve_next():
+            pass
         self._todo.put(None)  # for the next thread
+
+    def _serve_next(self) -> bool:
+        # Of its own: a thread that waits must not have the last request among its variables.
+        if (request := self._todo.get()) is None:
+            return False
+        self._serve_one(request)
+        return True
 
     def _serve_one(
         self, request: Request, judge: Callable[[BaseException], None] = lambda _: None
@@ -254,17 +261,21 @@ class Lane(lifetime.Owner):
             if not (request.ended or self._closed):
                 job = self._prepare(request)
                 job.taken = functools.partial(self._give_place, priority)
+                self._prepared(request)  # the worker may close the lane before the next line ends
                 self._loop.submit(job)
                 handed = True
         except BaseException as error:  # noqa: BLE001 - ends this request, whatever it is
             request.fail(as_ours(error))
             judge(error)
         finally:
-            with self._lock:
-                self._preparing.discard(request)
+            self._prepared(request)
             if not handed:
                 request.fail(closed())  # unless it has ended
                 self._give_place(priority)
+
+    def _prepared(self, request: Request) -> None:
+        with self._lock:
+            self._preparing.discard(request)
 
     def _give_place(self, priority: int) -> None:
         with self._lock:

@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
+from vlmforge.limits import return_freed_memory
 from vlmforge.server.api_errors import ApiError, refused
 from vlmforge.server.settings import ServerSettings
+
+_LARGE_BODY = 8 << 20
+"""Bytes of a body that took longer than to give its memory back to the system."""
 
 
 class Admission:
@@ -83,6 +87,8 @@ class Admission:
             yield counted
         finally:
             self.body_bytes -= held
+            if held > _LARGE_BODY:
+                return_freed_memory()
 
     def check_key(self, path: str, headers: Headers) -> None:
         """ApiError 401 for a path that needs a key and a request without a right one."""

@@ -79,8 +79,6 @@ class Guard:
             headers["Retry-After"] = str(self._settings.retry_seconds)
         if failed.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        if failed.status == 413:
-            headers["Connection"] = "close"  # its body is not read to the end
         await JSONResponse(failed.body, failed.status, headers)(scope, receive, send)
 
     def _write(self, scope: Scope, status: int, seconds: float, log: dict[str, object]) -> None:

@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from vlmforge.server.api_errors import ApiError, refused
 
 _MOST_HEADER_BYTES = 64 << 10
+_LINGER_SECONDS = 2.0
 
 
 class PatientProtocol(HttpToolsProtocol):
@@ -21,6 +22,7 @@ class PatientProtocol(HttpToolsProtocol):
 
     header_seconds = 15.0
     _waiting: asyncio.TimerHandle | None = None
+    _refused = False  # and what still comes is thrown away
     _unread = 0  # bytes that came, and were neither the end of headers nor a part of a body
 
     @override
@@ -30,6 +32,8 @@ class PatientProtocol(HttpToolsProtocol):
 
     @override
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         self._unread += len(data)
         super().data_received(data)
         if self._unread > _MOST_HEADER_BYTES and not self.transport.is_closing():
@@ -61,7 +65,10 @@ class PatientProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _refuse(self, failed: ApiError) -> None:
-        """Answer in the form of all errors, and close: what comes next could not be told apart."""
+        """Answer in the form of all errors, and close: what comes next could not be told apart.
+
+        Not at once: a client that is still sending would see a broken connection, not the answer.
+        """
         if self.cycle is None or self.cycle.response_complete:
             body = json.dumps(failed.body).encode()
             self.transport.write(
@@ -70,7 +77,8 @@ class PatientProtocol(HttpToolsProtocol):
                 + f"content-length: {len(body)}\r\n\r\n".encode()
                 + body
             )
-        self.transport.close()
+        self._refused = True
+        self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def _watch(self) -> None:
         """A timer runs while no request is being answered and one may have begun."""

@@ -1,7 +1,7 @@
 """Images of any resolution: squeezed to a grid of tiles of the nearest aspect ratio, then whole.
 
 The arithmetic, its floating point included, is that of `get_optimal_tiled_canvas` and
-`crop_image_to_patches` of transformers' `GotOcr2ImageProcessor`.
+`crop_image_to_patches` of transformers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Images of any resolution: resized to a longest edge, cut into a grid of tiles, then whole.
 
-The arithmetic, its floating point included, is that of `Idefics3ImageProcessor` and
-`SmolVLMImageProcessor` of transformers, and the texts are where `get_image_prompt_string` of
-`processing_smolvlm.py` writes them.
+The arithmetic, its floating point included, is that of `get_resize_output_image_size`,
+`resize_for_vision_encoder` and `split_images` of transformers, and the texts are where its
+`get_image_prompt_string` writes them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Images of any resolution: resized to whole patches within limits, each patch a row of values.
 
-The arithmetic is that of `smart_resize` and `Qwen2VLImageProcessorPil` of transformers.
+The arithmetic is that of `smart_resize`, as the published processors have it, and of transformers'
+Pillow processors.
 """
 
 from __future__ import annotations
