@@ -107,6 +107,7 @@ def plot(found: dict[str, list[Times]], picture: Path) -> None:
     left.set_ylabel("share")
     for axes in (left, right):
         axes.set_xlim(left=0)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
     right.legend(loc="lower right")
     figure.tight_layout()

@@ -127,10 +127,15 @@ class Drawing:
         )
 
     def _largest(self, number: int, draw: random.Random) -> Drawn:
-        """A list of the longest text, many images, and answers as long as may be."""
+        """A list of the longest text and of many images, with answers as long as may be.
+
+        All of them together fill the cache of features, with the pictures in each of their forms.
+        """
         text = " ".join(draw.choices(WORDS, k=2 * self._window))
-        images = [draw.choices(self._pictures.usual, k=12) for _ in range(3)]
-        prompts = (text, text, *(("what is this?", list(some)) for some in images))
+        arrays = self._pictures.loaded.values()
+        forms = [*self._pictures.usual, *arrays, *map(PIL.Image.fromarray, arrays)]
+        images = [draw.choices(forms, k=12) for _ in range(4)]
+        prompts = (text, *(("what is this?", some) for some in images))
         return Drawn(number, "list", prompts, {"max_new_tokens": 2 * self._window}, None, True)
 
     def _prompt(self, draw: random.Random) -> object:

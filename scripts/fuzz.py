@@ -26,8 +26,8 @@ from vlmforge.limits import return_freed_memory
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "recipes/vlmforge_recipes/llava/demo/checkpoint"
 MIB = 1 << 20
-WARM = 500
-"""Prompts before memory is looked at first."""
+LOOKS = (1000, 2000, 4000, 7000)
+"""Prompts after which memory is looked at between the first time and the last."""
 
 
 def main() -> int:
@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--hangs", type=float, default=300.0, help="seconds")
     parser.add_argument("--no-large", action="store_true", help="no pictures of 100 megapixels")
     parser.add_argument("--largest-first", type=int, default=16, help="requests")
+    parser.add_argument("--warm", type=int, default=500, help="prompts before the first look")
     parser.add_argument("--growth", type=float, default=0.02, help="of memory, at most")
     parser.add_argument("--number", type=int, help="send only the request of this number")
     given = parser.parse_args()
@@ -64,17 +65,18 @@ def run(given: argparse.Namespace) -> int:
             return 0
         callers = Callers(pipe, drawing, window, hangs=given.hangs)
         begun = time.monotonic()
-        memory = []
-        for count in (min(WARM, given.requests // 2), given.requests):
+        warm = min(given.warm, given.requests // 2)
+        between = [count for count in LOOKS if warm < count < given.requests]
+        memory: list[int] = []
+        for count in (warm, *between, given.requests):
             callers.run(given.callers, lambda until=count: callers.sent < until)
             memory.append(memory_at_rest(pipe))
+            print(f"resident after {callers.sent}: {memory[-1] / MIB:.1f} MiB", flush=True)
         seconds = time.monotonic() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{callers.sent} prompts, {callers.tokens} tokens in {seconds:.0f} s, seed {given.seed}")
     for end, count in callers.outcomes.most_common():
         print(f"  {count:6d} {end}")
-    for when, found in zip((f"the first {WARM}", "all"), memory, strict=True):
-        print(f"resident after {when}: {found / MIB:.1f} MiB")
     print(f"most at any time: {peak / MIB:.0f} MiB, address space of {given.memory:g} GiB")
     growth = memory[-1] / memory[0] - 1
     print(f"growth {growth:+.2%}; {len(callers.faults)} faults")

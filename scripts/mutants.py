@@ -72,7 +72,7 @@ MUTANTS = (
     ),
     Mutant(
         "a resized edge is rounded instead of cut",
-        "runtime/vlmforge/vl/preprocess.py",
+        "runtime/vlmforge/engine/images/center_crop.py",
         "return edge, int(edge * height / width)",
         "return edge, round(edge * height / width)",
         ("tests/runtime/test_images_preprocess.py",),
@@ -87,8 +87,8 @@ MUTANTS = (
     Mutant(
         "top-p leaves out the token that reaches it",
         "runtime/vlmforge/outputs/sampling.py",
-        "return places[before < top_p]",
-        "return places[before + probs[places] < top_p]",
+        "np.count_nonzero(before < enough)",
+        "np.count_nonzero(before + largest < enough)",
         ("tests/runtime/test_sampling.py",),
     ),
     Mutant(

@@ -118,6 +118,15 @@ def _nested(checkpoint: Path) -> None:
     _edit("processor_config.json", image_processor=processor)(checkpoint)
 
 
+def _old_rope(checkpoint: Path) -> None:
+    """As before transformers 5: the base apart, and the rest under another name."""
+    config = read(checkpoint / "config.json")
+    text = config["text_config"]
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    write(checkpoint / "config.json", config)
+
+
 @cache
 def _drawn(family: str, shape: str) -> Path:
     """A checkpoint drawn at random, with an output matrix of its own."""
@@ -146,10 +155,13 @@ LAYOUTS: Mapping[str, tuple[str | tuple[str, str], tuple[Edit, ...]]] = {
     "Idefics3 and SmolVLM of transformers": (("idefics3", "idefics3"), ()),
     "SmolVLM2 of transformers": (("idefics3", "smolvlm"), ()),
     "Qwen2-VL": (("qwen2_vl", "plain"), ()),
+    "Qwen2-VL of transformers 4.52": (("qwen2_vl", "nested_plain"), (_old_rope,)),
     "Qwen2-VL of transformers 5": (("qwen2_vl", "nested_plain"), ()),
     "Qwen2.5-VL": (("qwen2_vl", "windowed"), ()),
+    "Qwen2.5-VL of transformers 4.52": (("qwen2_vl", "nested"), (_old_rope,)),
     "Qwen2.5-VL of transformers 5": (("qwen2_vl", "nested"), ()),
-    "Qwen3-VL": (("qwen3_vl", "first"), ()),
+    "Qwen3-VL": (("qwen3_vl", "first"), (_old_rope,)),
+    "Qwen3-VL of transformers 5": (("qwen3_vl", "first"), ()),
 }
 
 
@@ -216,7 +228,8 @@ def section(folder: Path, row: Row, layout: str) -> Section:
         (checkpoint / "generation_config.json").unlink()  # it would be asked first
     if row.file == PREPROCESSOR or row.place == "image_processor":
         _name_processor(checkpoint / PREPROCESSOR)
-    if not isinstance(golden, str) and not row.place.endswith("rope_parameters"):
+    own_ropes = isinstance(golden, str) or golden[0] in ("qwen2_vl", "qwen3_vl")
+    if not own_ropes and not row.place.endswith("rope_parameters"):
         _older_rope(checkpoint, scaled=row.place.endswith("rope_scaling"))
     if row.file in ("tokenizer_config.json", "chat_template.json"):
         _move_template(checkpoint, row.file)

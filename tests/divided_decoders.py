@@ -22,15 +22,22 @@ SETTINGS = Settings("float32", None, 64, 2, None, None, None)
 
 
 def compiled(
-    traced: Traced, part: PartSpec, store: TensorStore, folder: Path, tp: int, settings: Settings
+    traced: Traced,
+    part: PartSpec,
+    store: TensorStore,
+    folder: Path,
+    tp: int,
+    settings: Settings,
+    backend: str = "onnxruntime",
+    *,
+    described: bool = False,
 ) -> tuple[Part, ...]:
     """The decoders of all ranks."""
-    target, parts = load_target("onnxruntime"), []
+    target, parts = load_target(backend), []
     for index in range(tp):
         own = replace(traced, model=traced.model.clone())
-        job = CompileJob(
-            part, store, settings, folder, lambda *_: None, lambda _: None, Rank(index, tp)
-        )
+        report, note, rank = lambda *_: None, lambda _: None, Rank(index, tp)
+        job = CompileJob(part, store, settings, folder, report, note, rank, described)
         parts.append(target.compile(own, job))
     return tuple(parts)
 

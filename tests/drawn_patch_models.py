@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,8 +101,6 @@ def write(folder: Path, shape: Shape) -> Path:
 
 def _flatten(folder: Path, text: Mapping[str, object]) -> None:
     """The text's keys at the top, as the published files have them."""
-    import json
-
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
     del config["text_config"]

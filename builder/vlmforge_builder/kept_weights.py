@@ -65,7 +65,9 @@ class KeptBlocks(Weight):
         stored, scales = store.read(self.key), store.read(scales_name(self.key))
         if self.blocks.axis == 1:
             stored = stored.reshape(shape[0], -1)
-            return self._table(share_of((stored,), share), share_of((scales,), share))
+            kept = share_of((scales,), share)
+            kept[len(kept) - share.padding :] = 1  # as it is of zeroes
+            return self._table(share_of((stored,), share), kept)
         # Stored as [N, blocks, bytes] and [N, blocks]: both axes of the matrix are turned about.
         (start, stop), *_ = share.ranges
         size = self.blocks.size

@@ -47,7 +47,6 @@ _TOWER: tuple[Key, ...] = (
     *unused("of videos", "tokens_per_second"),
     *unused("`architectures` of the file tells it", "model_type architectures"),
 )
-_OLD = refused("of transformers 5, which writes it into text_config", "rope_parameters")
 _VISION_THETA = (
     *honoured("base of the angles of patches", "rope_theta"),
     *refused("other angles of patches", "rope_type type", "axial"),
@@ -55,24 +54,26 @@ _VISION_THETA = (
 
 
 def patch_tables(
-    *, text: KeyTable, rope: tuple[Key, ...], vision: tuple[Key, ...]
+    *, text: KeyTable, old: bool, rope: tuple[Key, ...], vision: tuple[Key, ...]
 ) -> tuple[KeyTable, ...]:
     """The tables of a layout.
 
     Args:
         text: Of the decoder, wherever it stands.
-        rope: Of how its tokens are turned.
+        old: How its tokens are turned is said in `rope_scaling`, as before transformers 5.
+        rope: Of that section.
         vision: Of the tower, beside what all towers have.
     """
+    name, other = ("rope_scaling", "rope_parameters")[:: 1 if old else -1]
+    keys = (*refused(f"`{name}` says it", other), *text.keys)
+    decoder: tuple[KeyTable, ...] = (KeyTable("config.json", "", (*keys, *TOP)),)
     if text.place:
-        ropes = [f"{text.place}.rope_parameters", f"{text.place}.rope_scaling"]
-        decoder: tuple[KeyTable, ...] = (KeyTable("config.json", "", TOP), text)
-    else:
-        ropes = ["rope_scaling"]
-        decoder = (KeyTable("config.json", "", (*_OLD, *text.keys, *TOP)),)
+        own = KeyTable("config.json", text.place, keys)
+        decoder = (KeyTable("config.json", "", TOP), own)
+    place = f"{text.place}.{name}" if text.place else name
     return (
         *decoder,
-        *(KeyTable("config.json", place, rope) for place in ropes),
+        KeyTable("config.json", place, rope),
         KeyTable("config.json", "vision_config", (*vision, *_TOWER, *CODE, *VISION_GENERAL)),
         KeyTable("config.json", "vision_config.rope_parameters", _VISION_THETA),
         KeyTable(PREPROCESSOR, "", _IMAGES),

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from golden_models import FOLDERS
 from lowered_decoder import model_spec, part_of
+from vlmforge.engine.chain import AttentionCall
 from vlmforge_builder import build
 from vlmforge_builder.ops import DOMAIN
 from vlmforge_builder.passes.cut_chain import Cut, cut_chain
 
 Array = NDArray[Any]
 WIDTH = 4
+RANKS = 3  # all of them alike
 FLOATS = ("batch", "tokens", WIDTH)
 
 
@@ -70,6 +72,9 @@ class Drawn:
         self._add(node, [FLOATS, shape, shape])
         self.presents += node.outputs[1:]
 
+    def sum_over_ranks(self) -> None:
+        self._add(ir.node("AllReduce", [self._one()], domain=DOMAIN), [FLOATS])
+
     def model(self) -> ir.Model:
         last = ir.node("Add", [self.values[-1], self._one()])
         self._add(last, [FLOATS])
@@ -98,6 +103,8 @@ def evaluated(graph: ir.Graph, known: dict[str, Array]) -> dict[str, Array]:
         given = [known[value.name or ""] for value in node.inputs if value is not None]
         if node.op_type == "Concat":
             result = np.concatenate(given, axis=-1)
+        elif node.op_type == "AllReduce":
+            result = RANKS * given[0]
         elif node.domain == DOMAIN:
             result = attend(np.concatenate(given[:3], axis=-1))
         else:
@@ -111,18 +118,22 @@ def chained(cut: Cut, known: dict[str, Array]) -> dict[str, Array]:
         inputs = {value.name or "": known[value.name or ""] for value in piece.graph.inputs}
         results = evaluated(piece.graph, inputs)
         known = {**known, **{v.name or "": results[v.name or ""] for v in piece.graph.outputs}}
-        if index < len(cut.calls):
-            call = cut.calls[index]
-            known[call.out] = attend(known[call.qkv])
+        if index < len(cut.between):
+            step = cut.between[index]
+            if isinstance(step, AttentionCall):
+                known[step.out] = attend(known[step.qkv])
+            else:
+                assert (step.kind, step.width) == ("all_reduce", None)
+                known[step.out] = RANKS * known[step.tensor]
     return known
 
 
-@given(st.data(), st.integers(1, 3))
-def test_the_meaning_stays(data: st.DataObject, attentions: int) -> None:
-    drawn = Drawn(data)
-    for _ in range(attentions):
+@given(st.data(), st.lists(st.booleans(), min_size=1, max_size=4))
+def test_the_meaning_stays(data: st.DataObject, meetings: list[bool]) -> None:
+    drawn, attentions = Drawn(data), sum(meetings)
+    for is_attention in meetings:
         drawn.some()
-        drawn.attention()
+        (drawn.attention if is_attention else drawn.sum_over_ranks)()
     drawn.some()
     model = drawn.model()
     name = model.graph.outputs[0].name or ""
@@ -137,7 +148,8 @@ def test_the_meaning_stays(data: st.DataObject, attentions: int) -> None:
         },
     )[name]
     cut = cut_chain(model)
-    assert len(cut.pieces) == len(cut.calls) + 1 == attentions + 1
+    assert len(cut.pieces) == len(cut.between) + 1 == len(meetings) + 1
+    assert [call.layer for call in cut.calls] == list(range(attentions))
     np.testing.assert_array_equal(chained(cut, inputs)[name], expected)
 
 

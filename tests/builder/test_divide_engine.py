@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from conftest import DATA, HF
 from divided_decoders import SETTINGS, compiled, prompts
 from rank_chains import Ranks
+from vlmforge.cli.inspect import describe
 from vlmforge.engine.bundle import open_bundle
 from vlmforge.engine.manifest import load_manifest
 from vlmforge.engine.static_check import check_static
@@ -52,6 +54,27 @@ def test_a_divided_engine_answers_as_the_whole(hf_engine: Path, tmp_path: Path) 
     assert {path for path in kept if not path.startswith("decoder")} - {"build.log.jsonl"} == set(
         shared
     )
+
+
+def test_ranks_are_described_and_held_against_each_other(hf_engine: Path, tmp_path: Path) -> None:
+    made, _ = divided(hf_engine, tmp_path / "two", 2)
+    text = describe(made, batch=2, context=100)
+    assert "chain 5 segments, 5 meetings of the ranks between them" in text
+    assert "memory of each of 2 ranks at batch 2 and context 100" in text
+    assert "1.0 kB a token" in text  # and of one rank 2.0
+    bundle = open_bundle(made)
+    *others, last = bundle.manifest.parts
+    assert last.chain is not None
+    *steps, gather = last.chain.steps
+    segment = steps[-1].segment
+    assert segment is not None
+    narrow = replace(segment.outputs[0], shape=("batch", "outputs", 99))
+    steps[-1] = replace(steps[-1], segment=replace(segment, outputs=(narrow,)))
+    odd = replace(last, chain=replace(last.chain, steps=(*steps, gather)))
+    manifest = replace(bundle.manifest, parts=(*others, odd))
+    failed = [r for r in check_static(replace(bundle, manifest=manifest)) if not r.passed]
+    assert [(r.part, r.check) for r in failed] == [("decoder.rank1", "ranks")]
+    assert failed[0].detail.startswith("logits_share is TensorSpec")
 
 
 def test_its_parts_are_those_that_its_checkpoint_gives(hf_engine: Path, tmp_path: Path) -> None:

@@ -78,7 +78,10 @@ def test_ranks_together_are_the_whole(
 
 
 @pytest.mark.parametrize(("weights", "inner"), [("int8", 256), ("int4", 256), ("int8", 384)])
-def test_whole_numbers_are_those_of_one_rank(weights: str, inner: int) -> None:
+def test_whole_numbers_are_those_of_one_rank(
+    monkeypatch: pytest.MonkeyPatch, weights: str, inner: int
+) -> None:
+    monkeypatch.setattr(shard_pass, "LARGE_TABLE", 0)
     # Shares end where blocks do: activations are rounded in the same blocks too. Of three blocks
     # one rank has two.
     config = replace(CONFIG, heads=16, intermediate_size=inner, vocab_size=65)
@@ -135,6 +138,34 @@ def test_drawn_decoders_are_of_the_form_of_traced_ones() -> None:
         return [(n.domain, n.op_type) for n in made.model.graph if n.op_type not in left]
 
     assert kinds(ours) == kinds(traced)
+
+
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_chains_for_gpus_meet_between_their_calls(tmp_path: Path, weights: str | None) -> None:
+    config = replace(CONFIG, heads=8, kv_heads=2, head_dim=64, layers=2, qkv_bias=True)
+    half = replace(SETTINGS, dtype="float16", weights=weights)
+    parts = compiled(*drawn(config), tmp_path, 4, half, "cuda", described=True)
+    chains = [part.chain for part in parts]
+    for part, chain in zip(parts, chains, strict=True):
+        assert chain is not None
+        assert {(c.heads, c.kv_heads, c.head_dim) for c in chain.attention} == {(2, 1, 64)}
+        assert [call.layer for call in chain.attention] == [0, 1]
+        assert [spec.shape for spec in part.inputs if "." in spec.name] == [
+            ("pages", 1, 64, 64)
+        ] * 4
+        assert [c.kind for c in chain.collectives] == ["all_reduce"] * 4 + ["all_gather"]
+        gather = chain.collectives[-1]
+        shares = {s.name: s for segment in chain.segments for s in segment.outputs}
+        assert (gather.width, shares[gather.tensor].shape[-1]) == (37, 10)
+        assert {shares[c.tensor].dtype for c in chain.collectives} == {"float16"}
+        # A rank has no call, and no meeting, that another has not.
+        assert [step.segment is None for step in chain.steps] == [
+            step.segment is None
+            for step in chains[0].steps  # type: ignore[union-attr]
+        ]
+        assert chain.collectives == chains[0].collectives  # type: ignore[union-attr]
+    whole = compiled(*drawn(config), tmp_path, 1, half, "cuda", described=True)[0]
+    assert sum(part.weight_bytes for part in parts) > whole.weight_bytes > parts[0].weight_bytes
 
 
 # --- what is refused, and how -------------------------------------------------------------------

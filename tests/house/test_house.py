@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import vlmforge_recipes
-from conftest import HANGS
+from conftest import HANGS, LONGEST
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
@@ -331,6 +331,10 @@ def test_no_property_has_a_time_limit() -> None:
 def test_files_of_tests_have_names_of_their_own() -> None:
     names = [path.name for path in python_files("tests")]
     assert len(names) == len(set(names))
+
+
+def test_the_longest_files_of_tests_are_there() -> None:
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
 
 
 def test_the_import_rules_are_kept() -> None:

@@ -105,7 +105,7 @@ NO_CHANGE: Mapping[tuple[str, str], tuple[object, ...] | None] = {
     # It is in the section where rotary positions are described.
     ("Qwen2-VL of transformers 5", "rope_theta"): (123456.0,),
     ("Qwen2.5-VL of transformers 5", "rope_theta"): (123456.0,),
-    ("Qwen3-VL", "rope_theta"): (123456.0,),
+    ("Qwen3-VL of transformers 5", "rope_theta"): (123456.0,),
     # `rope_type` is before it.
     ("Idefics3 and SmolVLM of transformers", "type"): None,
     # Tiles have their size before these steps.

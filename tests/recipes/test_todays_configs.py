@@ -24,7 +24,10 @@ from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.blocks.decoder import inverse_frequencies
 from vlmforge_builder.blocks.vision import VisionConfig
 from vlmforge_builder.checkpoint.config import ConfigReader
+from vlmforge_builder.checkpoint.keys import check_keys
+from vlmforge_recipes.idefics3 import keys as idefics3_keys
 from vlmforge_recipes.idefics3 import tower as siglip
+from vlmforge_recipes.internvl import keys as internvl_keys
 from vlmforge_recipes.internvl import tower as internvit
 from vlmforge_recipes.llama_decoder import read_decoder_config
 
@@ -195,3 +198,96 @@ def test_missing_keys(without_weights: tuple[str, Path]) -> None:
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(CheckpointError, match="no chat template"):
         load(folder)
+
+
+# --- keys that published files have ---------------------------------------------------------------
+
+_TRAINER = {
+    "_flash_attn_2_enabled": True,
+    "is_llama_config": True,
+    "neftune_noise_alpha": 0.0,
+    "perceiver_config": {"model_type": "vllama3", "resampler_depth": 3},
+    "pixel_shuffle_factor": 4,
+    "qk_layer_norms": False,
+    "rope_interleaved": False,
+    "use_resampler": False,
+    "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
+}
+PUBLISHED: list[tuple[str, str, dict[str, object]]] = [
+    (
+        "idefics3",
+        "config.json",
+        {
+            "model_type": "smolvlm",
+            "image_seq_len": 81,
+            "pad_token_id": 2,
+            "use_cache": False,
+            "vocab_size": 49280,
+            "text_config": {
+                "_name_or_path": "None",
+                "architectures": ["VLlama3ForCausalLM"],
+                "head_dim": 64,
+                "max_position_embeddings": 8192,
+                "model_type": "llama",
+                "pretraining_tp": 1,
+                "attention_bias": False,
+                "mlp_bias": False,
+                "rope_scaling": None,
+                "rope_theta": 130000,
+                "torch_dtype": "bfloat16",
+                **_TRAINER,
+            },
+            "vision_config": {
+                "max_image_size": {"longest_edge": 384},
+                "model_type": "smolvlm_vision",
+                "size": {"longest_edge": 1920},
+                "tie_word_embeddings": False,
+                "use_base_siglip": False,
+                "num_channels": 3,
+            },
+        },
+    ),
+    (
+        "internvl",
+        "config.json",
+        {
+            "model_type": "internvl",
+            "image_seq_length": 256,
+            "torch_dtype": "bfloat16",
+            "vision_feature_layer": -1,
+            "text_config": {
+                "architectures": ["Qwen3ForCausalLM"],
+                "attention_bias": False,
+                "debug": False,
+                "layer_types": ["full_attention"] * 36,
+                "max_window_layers": 36,
+                "model_type": "qwen3",
+                "rope_scaling": None,
+                "rope_theta": 1000000,
+                "sliding_window": None,
+                "use_sliding_window": False,
+            },
+            "vision_config": {
+                "architectures": ["InternVisionModel"],
+                "attention_bias": True,
+                "dropout": 0.0,
+                "initializer_factor": 0.1,
+                "initializer_range": 1e-10,
+                "layer_scale_init_value": 0.1,
+                "model_type": "internvl_vision",
+                "norm_type": "layer_norm",
+                "use_mask_token": False,
+                "use_qk_norm": False,
+            },
+        },
+    ),
+]
+TABLES = {
+    "idefics3": idefics3_keys.TABLES["SmolVLMForConditionalGeneration"],
+    "internvl": internvl_keys.TABLES["qwen3"],
+}
+
+
+@pytest.mark.parametrize(("family", "file", "values"), PUBLISHED, ids=lambda v: str(v)[:11])
+def test_keys_that_published_files_have(family: str, file: str, values: dict[str, object]) -> None:
+    check_keys(ConfigReader(values, Path(file)), TABLES[family])

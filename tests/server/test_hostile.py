@@ -143,7 +143,7 @@ def test_what_is_not_http(server: Running) -> None:
     endless = b"1;" + b"x" * 200_000  # an extension of a chunk, which is no part of a body
     with server.connect() as sock:
         sock.sendall(f"{CHAT}Transfer-Encoding: chunked\r\n\r\n".encode() + endless)
-        assert read_response(sock) == b""  # closed
+        assert read_response(sock)[:12] in (b"HTTP/1.1 400", b"")  # in words, if it is waited for
 
 
 @pytest.mark.parametrize("begun", [b"", b"POST /v1/chat/comp", CHAT.encode()])

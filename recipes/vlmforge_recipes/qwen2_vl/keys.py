@@ -21,21 +21,24 @@ _WINDOWS = honoured(
 _PLAIN = honoured("geometry", "embed_dim mlp_ratio hidden_size")
 
 
-def _tables(kind: str, place: str, vision: tuple[Key, ...]) -> tuple[KeyTable, ...]:
+def _tables(kind: str, place: str, vision: tuple[Key, ...], *, old: bool) -> tuple[KeyTable, ...]:
     section = refused("another decoder", "model_type", f"{kind}_text", kind) if place else ()
     text = KeyTable("config.json", place, (*section, *text_keys(f"{kind}_text")))
-    return patch_tables(text=text, rope=_ROPE, vision=vision)
+    return patch_tables(text=text, old=old, rope=_ROPE, vision=vision)
 
 
-FULL = _tables("qwen2_vl", "", _PLAIN)
-NESTED_FULL = _tables("qwen2_vl", "text_config", _PLAIN)
-WINDOWED = _tables("qwen2_5_vl", "", _WINDOWS)
-NESTED_WINDOWED = _tables("qwen2_5_vl", "text_config", _WINDOWS)
+FULL, WINDOWED = (
+    {
+        "": _tables(kind, "", vision, old=True),
+        " of transformers 4.52": _tables(kind, "text_config", vision, old=True),
+        " of transformers 5": _tables(kind, "text_config", vision, old=False),
+    }
+    for kind, vision in (("qwen2_vl", _PLAIN), ("qwen2_5_vl", _WINDOWS))
+)
+"""Of each model, by the end of the layout's name."""
 
 DOCUMENTED: Mapping[str, tuple[KeyTable, ...]] = {
-    "Qwen2-VL": FULL,
-    "Qwen2-VL of transformers 5": NESTED_FULL,
-    "Qwen2.5-VL": WINDOWED,
-    "Qwen2.5-VL of transformers 5": NESTED_WINDOWED,
+    **{f"Qwen2-VL{end}": tables for end, tables in FULL.items()},
+    **{f"Qwen2.5-VL{end}": tables for end, tables in WINDOWED.items()},
 }
 """By the layouts' names in docs/checkpoints.md."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.keys import KeyTable, check_keys
-from vlmforge_recipes.qwen2_vl.keys import FULL, NESTED_FULL, NESTED_WINDOWED, WINDOWED
+from vlmforge_recipes.qwen2_vl.keys import FULL, WINDOWED
 
 QWEN2_VL = "Qwen2VLForConditionalGeneration"
 QWEN2_5_VL = "Qwen2_5_VLForConditionalGeneration"
@@ -24,10 +24,11 @@ def text_of(config: ConfigReader) -> ConfigReader:
 
 def tables_of(config: ConfigReader) -> tuple[KeyTable, ...]:
     """The keys of the checkpoint's files."""
-    windowed, nested = architecture_of(config) == QWEN2_5_VL, config.has("text_config")
-    if windowed:
-        return NESTED_WINDOWED if nested else WINDOWED
-    return NESTED_FULL if nested else FULL
+    by_layout = WINDOWED if architecture_of(config) == QWEN2_5_VL else FULL
+    if not config.has("text_config"):
+        return by_layout[""]
+    old = text_of(config).has("rope_scaling")
+    return by_layout[" of transformers 4.52" if old else " of transformers 5"]
 
 
 def check(config: ConfigReader) -> None:

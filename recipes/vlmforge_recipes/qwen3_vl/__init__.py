@@ -10,14 +10,14 @@ from typing_extensions import override
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.keys import check_keys
 from vlmforge_builder.recipe import ModelSpec, Recipe, RecipeOptions
-from vlmforge_recipes.qwen3_vl.keys import TABLES
+from vlmforge_recipes.qwen3_vl.keys import tables_of
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
 
 
 @dataclass(frozen=True, slots=True)
 class Qwen3VLRecipe(Recipe):
-    """The one layout."""
+    """As published, and as transformers 5 saves it."""
 
     name: str = "qwen3_vl"
 
@@ -26,7 +26,7 @@ class Qwen3VLRecipe(Recipe):
         architectures = config.get("architectures")
         if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
             return False
-        check_keys(config, TABLES)
+        check_keys(config, tables_of(config))
         return True
 
     @override

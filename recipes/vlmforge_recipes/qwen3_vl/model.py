@@ -32,7 +32,7 @@ from vlmforge_recipes.patch_vlm import (
     read_sections,
     whole_numbers,
 )
-from vlmforge_recipes.qwen3_vl.keys import TABLES
+from vlmforge_recipes.qwen3_vl.keys import tables_of
 from vlmforge_recipes.tower_choice import refuse_tower_options
 
 _NORM_EPS = 1e-6  # of the tower's norms, whatever the file says
@@ -52,10 +52,11 @@ def load(
 ) -> ModelSpec:
     """Understand a checkpoint (CheckpointError otherwise)."""
     refuse_tower_options(options)
-    check_files(checkpoint, TABLES, config)
+    tables = tables_of(config)
+    check_files(checkpoint, tables, config)
     text, vision = config.section("text_config"), config.section("vision_config")
     decoder = read_decoder_config(text, session_len=options.session_len, kind=_KIND)
-    image = read_patches(find_processor(checkpoint, TABLES, config), _grid(vision))
+    image = read_patches(find_processor(checkpoint, tables, config), _grid(vision))
     tower = _tower(vision, image.patch_inputs)
     check_width(vision, tower.outputs, decoder.hidden_size)
     if len(tower.tapped) > decoder.layers:
