@@ -82,6 +82,7 @@ class Processes(OtherRanks, Watch):
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._channels: dict[int, Channel] = {}
         self._pipes: dict[int, tuple[int, int]] = {}
+        self._early: dict[int, list[object]] = {rank: [] for rank in range(size)}
         self._polls: dict[tuple[int, int], select.poll] = {}
         self._communicator: SharedMemory | None = None
         self._seen, self._silent = [0] * size, [0.0] * size
@@ -241,9 +242,14 @@ class Processes(OtherRanks, Watch):
         """A rank has something to say, or has ended, where nobody was asked."""
         for rank, channel in self._channels.items():
             if channel.fileno() in ready:
-                self._heard(rank, channel)
+                self._early[rank].append(self._received(rank, channel))
 
     def _heard(self, rank: int, channel: Channel) -> object:
+        """What a rank says next, or has said while another was waited for."""
+        early = self._early[rank]
+        return early.pop(0) if early else self._received(rank, channel)
+
+    def _received(self, rank: int, channel: Channel) -> object:
         self._check()
         message = channel.receive()
         if isinstance(message, Failed):
