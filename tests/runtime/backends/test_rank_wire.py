@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import select
+import socket
+import subprocess
+import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +20,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import HANGS, wait_until
 from sample_manifest import CHAIN
 from vlmforge.backends.chained import shared_memory, tensors_of
-from vlmforge.backends.ranks import all_gather, all_reduce
+from vlmforge.backends.ranks import all_gather, all_reduce, processes
 from vlmforge.backends.ranks.calls import Write, carry_out
-from vlmforge.backends.ranks.processes import Place, shares
-from vlmforge.backends.ranks.wire import Board, SharedMemory
+from vlmforge.backends.ranks.processes import Place, Processes, shares
+from vlmforge.backends.ranks.wire import Board, Channel, SharedMemory
 from vlmforge.engine.chain import ChainStep, Collective, PartChain, Segment, TensorSpec
 
 
@@ -116,6 +122,29 @@ def test_who_waits_for_one_that_is_gone_is_told() -> None:
         with pytest.raises(EOFError, match="1"):
             first.meet(np.zeros(1, np.float32))
         os.dup2(first._to[0][1], second._to[0][1])  # what is closed at the end
+
+
+def test_what_a_rank_says_while_another_is_waited_for_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends: dict[int, socket.socket] = {}
+
+    def stands_in(place: Place) -> subprocess.Popen[bytes]:
+        ends[place.rank] = socket.socket(fileno=os.dup(place.channel))
+        waits = "import sys; sys.stdin.read()"
+        return subprocess.Popen([sys.executable, "-IS", "-c", waits], stdin=subprocess.PIPE)
+
+    monkeypatch.setattr(processes, "_spawn", stands_in)
+    ranks = Processes(3, 8)
+    waits = threading.Thread(target=ranks.wait_until_loaded, daemon=True)
+    waits.start()
+    Channel(ends[2], 0, Patient()).send("loaded")  # the first one is waited for
+    unread = termios.TIOCOUTQ
+    wait_until(lambda: not int.from_bytes(fcntl.ioctl(ends[2], unread, bytes(4)), sys.byteorder))
+    Channel(ends[1], 0, Patient()).send("loaded")
+    waits.join(HANGS)
+    assert not waits.is_alive()
+    ranks.close()
 
 
 @given(st.integers(1, 64), st.integers(1, 9))
