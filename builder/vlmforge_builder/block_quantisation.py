@@ -58,11 +58,15 @@ def quantise(values: Tensor, blocks: Blocks, scale_dtype: str) -> tuple[Tensor, 
     """
     axis, lines = blocks.axis, values.shape[1 - blocks.axis]
     step = blocks.size * max(1, _SLAB // (blocks.size * lines))
-    parts = [
-        _quantise(slab, blocks, DTYPES[scale_dtype]) for slab in torch.split(values, step, dim=axis)
-    ]
-    numbers, scales = zip(*parts, strict=True)
-    return torch.cat(numbers, dim=axis), torch.cat(scales, dim=axis)
+    # In the order of the values in memory: what is a view of the checkpoint's needs no copy later.
+    numbers = torch.empty_like(values, dtype=torch.int8)
+    scales = torch.empty(blocks.scales_shape(tuple(values.shape)), dtype=DTYPES[scale_dtype])
+    for start in range(0, values.shape[axis], step):
+        size = min(step, values.shape[axis] - start)
+        found, scale = _quantise(values.narrow(axis, start, size), blocks, scales.dtype)
+        numbers.narrow(axis, start, size).copy_(found)
+        scales.narrow(axis, start // blocks.size, size // blocks.size).copy_(scale)
+    return numbers, scales
 
 
 def _quantise(values: Tensor, blocks: Blocks, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -92,7 +96,9 @@ def pack_int4(numbers: Tensor) -> Tensor:
     if flat.numel() % 2:
         flat = torch.cat((flat, flat.new_zeros(1)))
     low, high = flat.view(torch.uint8)[::2], flat.view(torch.uint8)[1::2]
-    return (low & 15) | (high << 4)
+    packed = high << 4
+    packed |= low & 15
+    return packed
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -158,4 +164,6 @@ class ForMatMulNBits(Encoding):
         rows = numbers.T.contiguous()
         if self.blocks.bits == 8:
             return rows.view(torch.uint8) ^ 0x80, scales.T  # flips the sign: adds 128
-        return pack_int4(rows) ^ 0x88, scales.T  # the same for both halves: adds 8
+        packed = pack_int4(rows)
+        packed ^= 0x88  # the same for both halves: adds 8
+        return packed, scales.T
