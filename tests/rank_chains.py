@@ -83,6 +83,7 @@ class Ranks:
             interface.LOGITS_INDICES.name: indices,
             interface.ROTARY_LEVELS.name: levels,
             interface.IMAGE_FEATURES: features,
+            interface.TURNS: self._turns(lengths, ids.shape[1]),
         }
         known = [{**given, **caches} for caches in self.caches]
         for steps in zip(*map(steps_of, self.parts), strict=True):
@@ -92,6 +93,14 @@ class Ranks:
                 caches[name] = tensors[interface.present_of(name)]
             np.testing.assert_array_equal(tensors["logits"], known[0]["logits"])
         return known[0]["logits"]
+
+    def _turns(self, lengths: Array, tokens: int) -> Array:
+        """Cosines and sines of places one after the other, where a decoder is given them."""
+        shapes = [s.shape for s in self.parts[0].inputs if s.name == interface.TURNS] or [(0,)]
+        half = int(shapes[0][-1]) // 2
+        places = lengths[:, None, None] + np.arange(tokens)[:, None]
+        angles = places / 1e4 ** (np.arange(half) / max(half, 1))
+        return np.concatenate([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
 
     def _one(self, steps: Sequence[ChainStep], known: Sequence[dict[str, Array]]) -> None:
         collective = steps[0].collective

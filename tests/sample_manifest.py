@@ -127,7 +127,7 @@ CHAIN = PartChain(
                 "d.2.onnx", (_rows("mixed1"), _HIDDEN), (_rows("logits_shard"),), 300, 4096
             )
         ),
-        ChainStep(collective=Collective("all_gather", "logits_shard", "logits", 704)),
+        ChainStep(collective=Collective("all_gather", "logits_shard", "logits", 100)),
     ),
     rotary=RotaryTables("d.data", 0, 4096, 64, 4),
     kernels={"sm_90": "d.sm_90.cubin"},

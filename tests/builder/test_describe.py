@@ -75,7 +75,8 @@ def bare(manifest: Manifest) -> Manifest:
         chain = None if part.chain is None else replace(part.chain, kernels={})
         data = tuple(name for name in part.data if name not in kernels)
         parts.append(replace(part, chain=chain, data=data))
-    provenance = replace(manifest.provenance, built_at="", source_fingerprint="")
+    options = {k: v for k, v in manifest.provenance.options.items() if k != "skip_goldens"}
+    provenance = replace(manifest.provenance, built_at="", source_fingerprint="", options=options)
     return replace(manifest, parts=tuple(parts), files=(), provenance=provenance)
 
 

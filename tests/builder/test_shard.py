@@ -11,17 +11,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from divided_decoders import SETTINGS, compiled, prompts, ranks_of
-from drawn_decoder import drawn
+from drawn_decoder import Random, drawn
 from golden_models import FOLDERS
 from lowered_decoder import model_spec, part_of
 from vlmforge.errors import BuildError, ConfigError
 from vlmforge_builder import build
-from vlmforge_builder.blocks.decoder import DecoderConfig
+from vlmforge_builder.blocks.decoder import Decoder, DecoderConfig
 from vlmforge_builder.export import Traced
 from vlmforge_builder.passes import shard as shard_pass
 from vlmforge_builder.passes.shard import shard
 from vlmforge_builder.ranks import Rank, heads_of
 from vlmforge_builder.targets import load_target
+from vlmforge_builder.weights import Stored
+from vlmforge_recipes.cached_decoder import cached_decoder_part
 
 CONFIG = DecoderConfig(
     vocab_size=37,
@@ -123,6 +125,29 @@ def test_golden_decoders_are_divided(folder: str, tp: int) -> None:
         return
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
     np.testing.assert_array_equal(same, tokens)
+
+
+@pytest.mark.nightly
+def test_decoders_of_today_are_divided() -> None:
+    """Norms of heads, positions from outside, features for several layers."""
+    config = replace(
+        CONFIG,
+        layers=3,
+        qkv_bias=True,
+        qk_norm=True,
+        turned_outside=True,
+        feature_layers=2,
+    )
+    shapes = {name: tuple(p.shape) for name, p in Decoder(config).named_parameters()}
+    part = cached_decoder_part(config, {name: Stored(name) for name in shapes})
+    made = build.trace(part), part, Random(shapes)
+    ids, features = prompts(config.vocab_size, 2 * config.hidden_size)
+    with ranks_of(*made, 1) as whole, ranks_of(*made, 2) as two, ranks_of(*made, 4) as four:
+        expected, tokens = whole.greedy(ids, features, 4)
+        for ranks in (two, four):
+            found, same = ranks.greedy(ids, features, 4)
+            np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-4)
+            np.testing.assert_array_equal(same, tokens)
 
 
 def test_drawn_decoders_are_of_the_form_of_traced_ones() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import HANGS, HF, IMAGES
+from conftest import HANGS, IMAGES, ORIGINAL
 from vlmforge import (
     ChatTemplateConfig,
     EngineConfig,
@@ -311,11 +311,11 @@ def test_a_pipeline_opens_only_the_images_that_it_may(hf_engine: Path, tmp_path:
 def test_a_checkpoint_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLMFORGE_CACHE", str(tmp_path / "cache"))
     config = EngineConfig(session_len=1024)
-    with pipeline(HF / "checkpoint", backend_config=config) as pipe:
+    with pipeline(ORIGINAL / "checkpoint", backend_config=config) as pipe:
         assert pipe("hi", gen_config=plain(2)).generate_token_len == 2  # type: ignore[union-attr]
     (engine,) = (environment.cache_dir() / "engines").iterdir()
     built = (engine / "engine.json").stat().st_mtime_ns
-    with pipeline(HF / "checkpoint", backend_config=config):
+    with pipeline(ORIGINAL / "checkpoint", backend_config=config):
         pass
     assert (engine / "engine.json").stat().st_mtime_ns == built
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from conftest import HF, ROOT, divided_engine, wait_until
+from conftest import HANGS, HF, ROOT, divided_engine, wait_until
 from stand_in import Parts, stand_in
 from vlmforge import EngineConfig, GenerationConfig, pipeline
 from vlmforge.backends import LoadOptions
@@ -23,7 +24,7 @@ from vlmforge.errors import EngineStepError, RankError, VlmforgeError
 
 sys.path.append(str(ROOT / "scripts"))  # programs of their own, which import each other
 
-from kill_ranks import alive, held, kill_the_first, opened, ranks_of, strike
+from kill_ranks import LEADER, alive, held, kill_the_first, opened, ranks_of, strike
 
 LONG = GenerationConfig(max_new_tokens=400, ignore_eos=True)
 
@@ -69,6 +70,35 @@ def test_a_rank_hangs_and_all_that_is_in_flight_ends(engine: str) -> None:
 
 def test_the_first_rank_is_killed(engine: str) -> None:
     assert kill_the_first(engine, random.Random(5)) == ""
+
+
+def test_ctrl_c_is_for_the_first_rank_which_ends_all(engine: str) -> None:
+    """A terminal sends it to all processes of its group."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", LEADER, engine],
+        cwd=ROOT / "scripts",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert program.stdout is not None
+    assert program.stdout.readline() == "loaded\n"
+    (pid,) = ranks_of(program.pid).values()
+    os.killpg(program.pid, signal.SIGINT)
+    _, errors = program.communicate(timeout=HANGS)
+    assert errors.splitlines()[-1] == "KeyboardInterrupt"
+    assert "RankError" not in errors
+    wait_until(lambda: not alive(pid))
+
+
+def test_one_that_is_stopped_before_it_has_shown_itself_hangs() -> None:
+    ranks = Processes(2, 8)
+    (pid,) = ranks_of(os.getpid()).values()
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(RankError, match="Rank 1 of 2") as caught:
+        ranks.wait_until_loaded()
+    assert "it hangs: no sign of it for 3.5 seconds" in caught.value.found
 
 
 def test_what_a_rank_cannot_load_is_said_in_its_words(tmp_path: Path) -> None:

@@ -56,8 +56,9 @@ def _namespaces() -> bool:
     return tools and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.skipif(not _namespaces(), reason="users may make no network namespaces here")
+@pytest.mark.nightly
 def test_an_engine_answers_across_them(hf_engine: Path, shared: Path, tmp_path: Path) -> None:
+    assert _namespaces(), "it needs unshare, nsenter and ip, and namespaces that users may make"
     (tmp_path / "app.py").write_text(APP, "utf-8")
     (tmp_path / "shell").write_text(SHELL, "utf-8")
     (tmp_path / "shell").chmod(0o755)

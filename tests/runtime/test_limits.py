@@ -19,7 +19,7 @@ from vlmforge.api import load as api
 from vlmforge.api import memory
 from vlmforge.api.config import EngineConfig
 from vlmforge.engine.bundle import Bundle
-from vlmforge.engine.manifest import load_manifest
+from vlmforge.engine.manifest import ParallelLayout, load_manifest
 from vlmforge.engine.positions import Absolute
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.limits import Room, available_cpus, available_memory, return_freed_memory
@@ -250,7 +250,7 @@ def test_affinity_is_honoured() -> None:
 
 
 def test_an_engine_is_planned_within_what_is_free(
-    hf_engine: Path, caplog: pytest.LogCaptureFixture
+    hf_engine: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle(hf_engine, load_manifest(hf_engine))
     manifest = bundle.manifest
@@ -266,6 +266,13 @@ def test_an_engine_is_planned_within_what_is_free(
     assert memory.load_options(bundle, many, weights + 2.5 * row).slots == 10
     small = EngineConfig(cache_max_entry_count=1.0, cache_block_seq_len=16)
     assert memory.load_options(bundle, small, weights + 2.5 * row).block_size == 16
+    # Of more ranks, which hold two of the four heads each: a process, and two heads twice.
+    monkeypatch.setattr(memory, "_RANK_BYTES", 1000)
+    for parallel, heads in ((ParallelLayout(2, 2), 4), (ParallelLayout(3, 2), 6)):
+        ranks = Bundle(hf_engine, dataclasses.replace(manifest, parallel=parallel))
+        taken = weights + (parallel.tp - 1) * 1000
+        planned = memory.load_options(ranks, config, taken + 2.5 * row * heads / 4)
+        assert planned.blocks == 2.5 * 1024 // 64
 
 
 def test_what_does_not_fit_names_who_limits_it(hf_engine: Path) -> None:

@@ -71,6 +71,8 @@ def _session(
         settings.add_initializer(name, value)
     settings.intra_op_num_threads = options.threads or physical_cores()
     settings.inter_op_num_threads = 1
+    if part.chain is not None:  # threads of one segment that wait would hold up those of the next
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = 3
     if not options.pack:
         settings.add_session_config_entry("session.disable_prepacking", "1")

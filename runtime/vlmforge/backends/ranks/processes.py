@@ -233,7 +233,8 @@ class Processes(OtherRanks, Watch):
             else:
                 # Looks are counted, not time: while this process stands still, so may all.
                 self._silent[rank] += _LOOK_MS / 1000
-                if self._silent[rank] >= (patience := _SILENT_S if count else _START_S):
+                begun = count or _stopped(self._children[rank].pid)
+                if self._silent[rank] >= (patience := _SILENT_S if begun else _START_S):
                     self._fail(rank, f"it hangs: no sign of it for {patience:g} seconds")
 
     def _listen(self, ready: set[int]) -> None:
@@ -275,6 +276,14 @@ def _spawn(place: Place) -> subprocess.Popen[bytes]:
         pass_fds=place.files,
         process_group=0,  # keys that are pressed for us, such as Ctrl-C, are not for it
     )
+
+
+def _stopped(process: int) -> bool:
+    """Whether a signal has stopped it. See proc_pid_stat(5)."""
+    with suppress(OSError, IndexError):
+        text = Path(f"/proc/{process}/stat").read_text("ascii", "replace")
+        return text.rpartition(")")[2].split()[0] in "Tt"
+    return False
 
 
 def _reason(status: int) -> str:
