@@ -325,3 +325,20 @@ def test_a_build_that_fails_is_a_message(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"failed: UnsupportedModelError: ") as caught:
         pipeline(tmp_path)
     assert "GPT9" in caught.value.found
+
+
+def test_the_token_of_an_image_is_written_as_its_family_writes_it(pipe: Pipeline) -> None:
+    """It may be generated; the next turn takes what it reads as text that somebody typed."""
+    policy = pipe.manifest.prompt
+
+    def images_only(ids: object, logits: np.ndarray) -> np.ndarray:
+        del ids
+        return np.where(np.arange(logits.shape[-1]) == policy.image_token_id, 0, -np.inf)
+
+    config = GenerationConfig(
+        max_new_tokens=2, skip_special_tokens=False, logits_processors=[images_only]
+    )
+    session = pipe.chat("Say it.", gen_config=config)
+    assert session.response.text.split() == 2 * [policy.image_placeholder]
+    session = pipe.chat("Again.", session=session, gen_config=GenerationConfig(max_new_tokens=1))
+    assert session.response.generate_token_len == 1

@@ -13,11 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sample_manifest import MANIFEST
+from vlmforge import pipeline
 from vlmforge.api import config as module
 from vlmforge.api.config import EngineConfig, TurbomindEngineConfig, VisionConfig, VisonConfig
 from vlmforge.api.parallel import parallel_refusals
 from vlmforge.api.pytorch_config import PYTORCH_REFUSALS, PYTORCH_RULES, PytorchEngineConfig
-from vlmforge.errors import ConfigError
+from vlmforge.engine.manifest import dump_manifest
+from vlmforge.errors import ConfigError, EngineError
 from vlmforge.inputs import template_config
 from vlmforge.inputs.template_config import ChatTemplateConfig
 
@@ -323,3 +326,12 @@ def test_json_of_another_type_is_an_error(tmp_path: Path) -> None:
 def test_json_with_wrong_fields_is_an_error(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         ChatTemplateConfig.from_json(json.dumps(values))
+
+
+def test_limits_of_pixels_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    """Of this engine there is nothing but what it says of itself."""
+    (tmp_path / "engine.json").write_text(dump_manifest(MANIFEST), "utf-8")
+    with pytest.raises(ConfigError, match="no limits of pixels"):
+        pipeline(tmp_path, vision_config=VisionConfig(max_pixels=12544))
+    with pytest.raises(EngineError):
+        pipeline(tmp_path)

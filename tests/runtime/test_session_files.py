@@ -19,7 +19,11 @@ from stand_in import Parts, png, stand_in
 from talks import talk, turn
 from vlmforge import Pipeline, Session
 from vlmforge.api.array_file import read_arrays, write_arrays
+from vlmforge.api.session_cache import engine_digest
 from vlmforge.api.session_file import read_session
+from vlmforge.backends import FloatArray
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
+from vlmforge.engine.images.patches import Patches
 from vlmforge.engine.manifest import FileEntry
 from vlmforge.errors import (
     ConfigError,
@@ -47,6 +51,40 @@ def test_a_session_of_another_engine_is_refused(tmp_path: Path) -> None:
         assert pipe.session_cache.engine_digest in caught.value.expected
         assert "engine " in caught.value.found
         assert not parts.calls
+
+
+class Deep(Parts):
+    """Each image has features for two layers."""
+
+    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
+        return np.tile(super().encode(pixel_values, arrays), 2)
+
+
+def test_features_for_several_layers_are_restored(tmp_path: Path) -> None:
+    path = tmp_path / "talk.session"
+    decode = dataclasses.replace(MANIFEST.decode, feature_layers=2)
+    deep = dataclasses.replace(MANIFEST, decode=decode)
+    with stand_in(Deep(3), of=deep) as pipe:
+        session = talk(pipe)
+        session.save(path)
+        expected = turn(pipe, "so", session).token_ids
+    parts = Deep(3)
+    with stand_in(parts, of=deep) as pipe:
+        assert turn(pipe, "so", Session.load(path, pipe)).token_ids == expected
+    assert parts.calls["encode"] == 0
+
+
+def test_other_limits_of_pixels_are_no_other_engine() -> None:
+    """They are chosen at load (`Engine.with_pixels`): the session goes on without its cache."""
+    patches = Patches(MANIFEST.image.format, 14, 2, 2, 3136, 12544, (1.0,))
+    built = dataclasses.replace(MANIFEST, image=patches)
+    decode = dataclasses.replace(MANIFEST.decode, tokens_per_image=9)
+    chosen = dataclasses.replace(built, image=patches.within(784, 7056), decode=decode)
+    assert engine_digest(chosen) == engine_digest(built)
+    other = dataclasses.replace(patches, merge=1)
+    assert engine_digest(dataclasses.replace(built, image=other)) != engine_digest(built)
+    fewer = dataclasses.replace(MANIFEST, decode=decode)
+    assert engine_digest(fewer) != engine_digest(MANIFEST)
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,7 @@ def pipeline(
     vision = vision_config or VisionConfig()
     vision.validate()
     folder = _engine(path, config)
+    _check_pixels(folder, vision)
     free = _available_memory() if ranks is None else ranks.room()
     features = feature_bytes(vision.feature_cache_bytes, free)
     vision = dataclasses.replace(vision, feature_cache_bytes=features)
@@ -241,6 +242,13 @@ def _check_finished(config: EngineConfig, manifest: Manifest) -> None:
             expected=f"none: the engine was built of {manifest.provenance.source}",
             fix="leave revision out, or build-engine HUB_ID -o ENGINE --revision REVISION",
         )
+
+
+def _check_pixels(folder: Path, vision: VisionConfig) -> None:
+    """Refuse limits that the engine's images cannot have, before its ranks are started."""
+    limits = vision.min_pixels, vision.max_pixels
+    if limits != (None, None):
+        load_manifest(folder).image.within(*limits)
 
 
 def _launched(config: EngineConfig) -> World | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmforge.backends import FloatArray, KeyValues
+from vlmforge.engine.images.patches import Patches
 from vlmforge.engine.manifest import Manifest
 from vlmforge.engine.schema import to_data, to_json
 from vlmforge.errors import SessionError
@@ -111,7 +112,8 @@ class SessionCache:
             self._loop.keep_features(digest, features)
 
     def _check(self, kept: Kept) -> None:
-        width = self._engine.manifest.decode.hidden_size
+        decode = self._engine.manifest.decode
+        width = decode.hidden_size * decode.feature_layers
         for features in kept.features.values():
             if features.dtype.kind != "f" or features.shape != (len(features), width):
                 raise _misfit(
@@ -129,14 +131,17 @@ def engine_digest(manifest: Manifest) -> str:
     """sha256, in hex, of all that decides an engine's answers.
 
     Not where and when it was built, nor what may be chosen when it is loaded: its window, its
-    batch, and the colour behind transparent images.
+    batch, the colour behind transparent images, and the limits of an image's pixels.
     """
-    return _digest(_without(to_data(manifest), _CHOSEN_AT_LOAD))
+    by_pixels = isinstance(manifest.image, Patches)
+    left = _CHOSEN_AT_LOAD | (_CHOSEN_WITH_PIXELS if by_pixels else frozenset())
+    return _digest(_without(to_data(manifest), left))
 
 
 _CHOSEN_AT_LOAD = frozenset(
     ("schema_version", "provenance", "session_len", "max_batch_size", "positions", "background")
 )
+_CHOSEN_WITH_PIXELS = frozenset(("min_pixels", "max_pixels", "tokens_per_image"))
 
 
 def _without(data: object, names: frozenset[str]) -> object:

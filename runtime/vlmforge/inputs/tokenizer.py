@@ -38,13 +38,16 @@ class TextTokenizer:
 
     Args:
         tokenizer_json: Text of a `tokenizer.json`.
+        written: How tokens are written in texts that have another spelling in it, by that.
 
     Raises:
         EngineFormatError: it is not one.
     """
 
-    def __init__(self, tokenizer_json: str) -> None:
-        data = parse_tokenizer(tokenizer_json)
+    def __init__(
+        self, tokenizer_json: str, written: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        data, self._written = parse_tokenizer(tokenizer_json), written
         self.json = tokenizer_json
         """As it was given."""
         self._tokenizer = load_tokenizer(tokenizer_json)
@@ -127,7 +130,7 @@ class TextTokenizer:
             special = token_id in self._special_ids
             spelling = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
             if spelling is not None and not (special and skip_special_tokens):
-                found.append(Token(spelling, special))
+                found.append(Token(self._written.get(spelling, spelling), special))
         return found
 
     def join(self, tokens: Sequence[str]) -> str:

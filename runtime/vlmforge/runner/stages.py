@@ -29,6 +29,7 @@ from vlmforge.engine.images.pixels import Colour, Layout
 from vlmforge.engine.manifest import Manifest
 from vlmforge.engine.positions.axes import AXES
 from vlmforge.engine.positions.in_graph import PlacedGrid, Places
+from vlmforge.inputs import image_marks as marks
 from vlmforge.inputs.history import newest_turns
 from vlmforge.inputs.image_names import given_name
 from vlmforge.inputs.messages import Conversation, Image, ImageSource, Message, Text
@@ -357,7 +358,7 @@ def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) 
     manifest = bundle.manifest
     backend = load_backend(manifest.backend)
     text = marked_tokenizer_json(bundle.text(manifest.tokenizer_file), manifest.prompt)
-    tokenizer = TextTokenizer(text)
+    tokenizer = TextTokenizer(text, {marks.IMAGE: manifest.prompt.image_placeholder})
     with ExitStack() as started:
         try:
             vision = backend.load_vision(bundle.folder, manifest, options)

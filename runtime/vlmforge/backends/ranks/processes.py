@@ -82,7 +82,6 @@ class Processes(OtherRanks, Watch):
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._channels: dict[int, Channel] = {}
         self._pipes: dict[int, tuple[int, int]] = {}
-        self._early: dict[int, list[object]] = {rank: [] for rank in range(size)}
         self._polls: dict[tuple[int, int], select.poll] = {}
         self._communicator: SharedMemory | None = None
         self._seen, self._silent = [0] * size, [0.0] * size
@@ -205,10 +204,10 @@ class Processes(OtherRanks, Watch):
             for channel in self._channels.values():
                 poll.register(channel.fileno(), select.POLLIN)
             poll.register(file, event)
-        while not (ready := poll.poll(_LOOK_MS)):
-            self._look()
-        if all(found != file for found, _ in ready):
-            self._listen({found for found, _ in ready})
+        while file not in (ready := {found for found, _ in poll.poll(_LOOK_MS)}):
+            if not ready:
+                self._look()
+            self._listen(ready)
 
     @override
     def lost(self, rank: int) -> NoReturn:
@@ -239,19 +238,19 @@ class Processes(OtherRanks, Watch):
                     self._fail(rank, f"it hangs: no sign of it for {patience:g} seconds")
 
     def _listen(self, ready: set[int]) -> None:
-        """A rank has something to say, or has ended, where nobody was asked."""
-        for rank, channel in self._channels.items():
+        """A rank has something to say, before it is asked for that, or has ended."""
+        self._check()
+        for rank, channel in tuple(self._channels.items()):
             if channel.fileno() in ready:
-                self._early[rank].append(self._received(rank, channel))
+                channel.take_in()
+                for message in channel.come:
+                    self._understood(rank, message)
 
     def _heard(self, rank: int, channel: Channel) -> object:
-        """What a rank says next, or has said while another was waited for."""
-        early = self._early[rank]
-        return early.pop(0) if early else self._received(rank, channel)
-
-    def _received(self, rank: int, channel: Channel) -> object:
         self._check()
-        message = channel.receive()
+        return self._understood(rank, channel.receive())
+
+    def _understood(self, rank: int, message: object) -> object:
         if isinstance(message, Failed):
             self._fail(rank, message.reason)
         return message

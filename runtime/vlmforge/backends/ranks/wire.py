@@ -12,6 +12,7 @@ import os
 import pickle
 import select
 import socket
+from collections import deque
 from collections.abc import Mapping, Sequence
 from mmap import mmap
 from typing import NoReturn, Protocol
@@ -37,10 +38,16 @@ class Watch(Protocol):
 
 
 class Channel:
-    """Messages to and from one other rank, over a socket: pickled, for both ends are ours."""
+    """Messages to and from one other rank, over a socket: pickled, for both ends are ours.
+
+    Attributes:
+        come: Messages that are here and were not received yet.
+    """
 
     def __init__(self, end: socket.socket, rank: int, watch: Watch) -> None:
         self._end, self._rank, self._watch = end, rank, watch
+        self.come: deque[object] = deque()
+        self._data, self._done, self._of_length = bytearray(_LENGTH), 0, True
         end.setblocking(False)
 
     def fileno(self) -> int:
@@ -61,27 +68,39 @@ class Channel:
 
     def receive(self) -> object:
         """The next message, waited for (see `Watch`)."""
-        size = int.from_bytes(self._bytes(_LENGTH), "little")
-        return pickle.loads(self._bytes(size))
+        while not self.come:
+            if not self.take_in():
+                self._watch.wait(self.fileno(), select.POLLIN)
+        return self.come.popleft()
+
+    def take_in(self) -> bool:
+        """Read on without waiting, also while another one is received; False: nothing is there."""
+        try:
+            count = self._end.recv_into(memoryview(self._data)[self._done :])
+        except BlockingIOError:
+            return False
+        except OSError:
+            count = 0
+        if not count:
+            self._watch.lost(self._rank)
+        self._done += count
+        if self._done == len(self._data):
+            self._turn()
+        return True
 
     def close(self) -> None:
         """The other end sees it."""
         self._end.close()
 
-    def _bytes(self, size: int) -> bytearray:
-        data, done = bytearray(size), 0
-        while done < size:
-            try:
-                count = self._end.recv_into(memoryview(data)[done:])
-            except BlockingIOError:
-                self._watch.wait(self.fileno(), select.POLLIN)
-                continue
-            except OSError:
-                count = 0
-            if not count:
-                self._watch.lost(self._rank)
-            done += count
-        return data
+    def _turn(self) -> None:
+        """What was read is whole: behind a length comes what is so long, then a length again."""
+        data, self._done = self._data, 0
+        if self._of_length:
+            self._data = bytearray(int.from_bytes(data, "little"))
+        else:
+            self.come.append(pickle.loads(data))
+            self._data = bytearray(_LENGTH)
+        self._of_length = not self._of_length
 
 
 class Board:
