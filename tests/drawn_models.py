@@ -35,11 +35,11 @@ def bpe(special: tuple[str, ...], vocabulary: int = 320) -> str:
         special_tokens=[],
         show_progress=False,
     )
-    texts = [(ROOT / name).read_text("utf-8") for name in ("README.md", "CONTRIBUTING.md")]
-    tokenizer.train_from_iterator([*texts, "\n\n\n\n" * 9], trainer)
+    text = (ROOT / "LICENSE").read_text("utf-8")  # nobody edits it: what is drawn stays as it is
+    tokenizer.train_from_iterator([text, "\n\n\n\n" * 9], trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in special])
-    text: str = tokenizer.to_str()
-    return text
+    found: str = tokenizer.to_str()
+    return found
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,6 @@ def check_answer(
 ) -> None:
     """Greedy tokens of one case, up to the first whose choice is no clearer than `margin`."""
     tokens, clear = original.greedy(original.inputs(messages))
-    assert len(set(tokens)) > 1
     if margin:
         tokens = tokens[: int(np.argmax(clear < margin)) if (clear < margin).any() else None]
     found = pipe(ours(messages), gen_config=GenerationConfig(max_new_tokens=STEPS))

@@ -89,6 +89,13 @@ def test_every_stage(opened: Open, family: str, shape: str, case: str) -> None:
     check_answer(found.pipe, found.original, CASES[case])
 
 
+@pytest.mark.parametrize(("family", "shape"), SHAPES)
+def test_answers_are_not_one_token_repeated(opened: Open, family: str, shape: str) -> None:
+    original = opened(family, shape).original
+    answers = [original.greedy(original.inputs(messages))[0] for messages in CASES.values()]
+    assert len({token for answer in answers for token in answer}) > 3
+
+
 @pytest.mark.parametrize(
     "options",
     [
