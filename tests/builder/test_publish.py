@@ -180,7 +180,7 @@ def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
 def written(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Outputs of builds that do nothing else."""
     done: list[Path] = []
-    monkeypatch.setattr(build_module, "_read", lambda *_: None)
+    monkeypatch.setattr(build_module, "read_checkpoint", lambda *_: None)
     monkeypatch.setattr(build_module, "_is_current", lambda options, _: options.output in done)
     monkeypatch.setattr(build_module, "_write", lambda _, options, __: done.append(options.output))
     return done

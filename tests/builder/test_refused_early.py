@@ -184,7 +184,8 @@ def test_an_unknown_key_can_be_left_out(tmp_path: Path, name: str) -> None:
 def test_the_option_reaches_the_build_and_is_recorded() -> None:
     arguments = ["c", "-o", "e", "--ignore-config-key", "b", "--ignore-config-key", "a"]
     values = vars(parser().parse_args(arguments))
-    values.pop("json_events"), values.pop("until_eof")
+    for name in ("json_events", "until_eof", "describe"):
+        values.pop(name)
     assert BuildOptions(**values).recorded()["ignore_config_key"] == "a, b"
     assert "ignore_config_key" not in BuildOptions("c", Path("e")).recorded()
 

@@ -53,7 +53,7 @@ def _lengths(graph: ir.Graph, first: CachedAttentionNode) -> tuple[ir.Value, ir.
     tape, int32 = Tape(), {"to": ir.DataType.INT32}
     # Not the shape of what is calculated: of a chain, each piece would have to be given it.
     ids = next((value for value in graph.inputs if value.name == INPUT_IDS.name), None)
-    tokens = tape.op("Shape", [ids or first.query], {"start": 1, "end": 2})
+    tokens = tape.op("Shape", [ids or first.packed or first.query], {"start": 1, "end": 2})
     totals = tape.op("Add", [first.past_lengths, tokens])
     one = tape.op("Constant", [], {"value_ints": [1]})
     last = tape.op("Cast", [tape.op("Sub", [totals, one])], int32)
