@@ -137,7 +137,13 @@ def _recipes_found_once() -> Iterator[None]:
 def _http_clients() -> Iterator[None]:
     """They read all certificates once, not each anew; and none judges time, as by default."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        made, kept = ssl.create_default_context, dict[object, ssl.SSLContext]()
+
+        def shared_context(*args: Any, **options: Any) -> ssl.SSLContext:
+            key = (os.environ.get("SSL_CERT_FILE"), args, *sorted(options.items()))
+            return kept.get(key) or kept.setdefault(key, made(*args, **options))
+
+        patch.setattr(ssl, "create_default_context", shared_context)
         if "httpx" in sys.modules:
             patience = sys.modules["httpx"]._config.DEFAULT_TIMEOUT_CONFIG
             for name in ("connect", "read", "write", "pool"):

@@ -251,6 +251,10 @@ def _same(value: object, neutral: object) -> bool:
         return value is neutral
     if isinstance(neutral, int | float):
         return _is_number(value) and value == neutral
+    if isinstance(neutral, list | tuple):
+        if not isinstance(value, list | tuple) or not isinstance(value, type(neutral)):
+            return False
+        return len(value) == len(neutral) and all(map(_same, value, neutral))
     return isinstance(value, type(neutral)) and value == neutral
 
 

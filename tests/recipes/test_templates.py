@@ -314,7 +314,7 @@ def test_prompts_become_messages() -> None:
     assert (message.role, message.blocks) == ("user", (Text("hi"),))
     (message,) = parse_prompt(("hi", [PICTURE])).messages
     assert message.role == "user"
-    assert [type(block) for block in message.blocks] == [Text, Image]
+    assert [type(block) for block in message.blocks] == [Image, Text]
 
 
 def test_messages_become_the_peers_prompts() -> None:

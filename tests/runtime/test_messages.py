@@ -327,7 +327,7 @@ def test_a_message_without_content_is_refused(message: dict[str, object]) -> Non
         {"type": "text"},
         {"type": "text", "text": 3},
         {"type": "image_url", "url": "a.jpg"},
-        {"type": "video_url", "video_url": {"url": "a.mp4"}},
+        {"type": "audio_url", "audio_url": {"url": "a.mp3"}},
         {"type": "type"},
         {"type": None, "text": "a"},
         {"type": ["text"], "text": "a"},
@@ -338,6 +338,14 @@ def test_an_unknown_part_is_refused(part: object) -> None:
     assert error.summary == "The content of message 0, part 1 is not known."
     assert "{'type': 'text', 'text': str}" in error.expected
     assert error.fix == "correct the type, or give the key that has the type's name"
+
+
+@pytest.mark.parametrize("kind", ["video", "video_url", "input_video"])
+def test_a_video_is_refused_with_what_to_send_instead(kind: str) -> None:
+    error = refusal([{"role": "user", "content": ["fine", {"type": kind, kind: "a.mp4"}]}])
+    assert error.summary == "The content of message 0, part 1 is a video; models see images only."
+    assert error.found == f"a part of type '{kind}'"
+    assert "frames as images" in error.fix
 
 
 @pytest.mark.parametrize("payload", [{}, {"url": None}, None, 3, {"url": {"url": "a"}}])

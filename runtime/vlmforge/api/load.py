@@ -205,8 +205,8 @@ def _engine(path: str, config: EngineConfig) -> Path:
     folder = engine_for(path, options)
     if folder == env.expanded(path):
         # Nobody asks for one rank by name: it is the default, and an engine knows better.
-        own = load_manifest(folder).parallel.tp
-        return folder if config.tp in (1, own) else cut_engine(folder, int(config.tp))
+        as_it_is = config.tp == 1 or load_manifest(folder).parallel.tp == config.tp
+        return folder if as_it_is else cut_engine(folder, int(config.tp))
     if asked is None:
         return folder
     manifest = load_manifest(folder)
