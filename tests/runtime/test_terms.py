@@ -153,7 +153,7 @@ def test_higher_priorities_first(gate: Gate) -> None:
 
             def noted(request: Any, prepare: Any = prepare) -> Any:
                 job = prepare(request)
-                prepared.append(request.conversation.messages[0].blocks[0].text)
+                prepared.append(request.conversation.messages[0].texts[0])
                 return job
 
             lane._prepare = noted
