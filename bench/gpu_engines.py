@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "runtime"), str(ROOT / "plugins_
 sys.path[:0] = [str(ROOT / folder) for folder in ("builder", "recipes", "scripts")]
 
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, pipeline  # noqa: E402
-from vlmforge.api.memory import part_bytes  # noqa: E402
+from vlmforge.api.memory import part_memory  # noqa: E402
 from vlmforge.backends.cuda import machine  # noqa: E402
 
 DEMO = "demo"
@@ -159,6 +159,7 @@ def speed(engine: Path, wanted: list[str], out: Path | None) -> None:
         print(rows[0], flush=True)
         watched = Watched(pipe._engine.decoder, [])
         object.__setattr__(pipe._engine, "decoder", watched)
+        object.__setattr__(pipe._engine, "_sparing", watched)  # which is asked where ids will do
         read = read_bytes(pipe)
         for batch, context in sizes:
             # The first prompts decode while the last ones are still being run.
@@ -191,7 +192,7 @@ def taken(pipe: Pipeline, before: machine.FoundGpu) -> dict[str, float]:
     manifest, options = pipe._engine.manifest, pipe._engine.options
     pool = options.blocks * options.block_size * manifest.kv.bytes_per_token
     planned = pool + sum(
-        part_bytes(part, max(options.chunk, options.slots)) for part in manifest.parts
+        part_memory(part, max(options.chunk, options.slots)).total for part in manifest.parts
     )
     found = before.free - machine.find_gpu().free
     return {"pool_gb": pool / 1e9, "planned_gb": planned / 1e9, "taken_gb": found / 1e9}

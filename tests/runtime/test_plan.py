@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sample_manifest import MANIFEST, RICH
 from vlmforge.api.config import EngineConfig
-from vlmforge.api.memory import load_options, part_bytes
+from vlmforge.api.memory import load_options, part_memory
 from vlmforge.api.plan import CONTEXT_BYTES, plan
 from vlmforge.cli import main, plan_arguments
 from vlmforge.cli import plan as command
@@ -42,7 +42,7 @@ PAGED = replace(
 
 def taken(manifest: Manifest, config: EngineConfig) -> float:
     tokens = max(min(512, config.session_len or 2048), config.max_batch_size or 16)
-    return CONTEXT_BYTES + sum(part_bytes(part, tokens) for part in manifest.parts)
+    return CONTEXT_BYTES + sum(part_memory(part, tokens).total for part in manifest.parts)
 
 
 @given(

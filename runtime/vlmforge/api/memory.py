@@ -134,11 +134,6 @@ def part_memory(part: Part, tokens: int) -> PartMemory:
     return PartMemory(part.loaded_bytes, whole + _ROOM * row * tokens, library)
 
 
-def part_bytes(part: Part, tokens: int) -> float:
-    """The total of `part_memory`."""
-    return part_memory(part, tokens).total
-
-
 def _slots(manifest: Manifest, config: EngineConfig) -> int:
     return config.max_batch_size or manifest.decode.max_batch_size
 

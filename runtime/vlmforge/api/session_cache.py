@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmforge.backends import FloatArray, KeyValues
-from vlmforge.engine.images.patches import Patches
 from vlmforge.engine.manifest import Manifest
 from vlmforge.engine.schema import to_data, to_json
 from vlmforge.errors import SessionError
@@ -133,15 +132,13 @@ def engine_digest(manifest: Manifest) -> str:
     Not where and when it was built, nor what may be chosen when it is loaded: its window, its
     batch, the colour behind transparent images, and the limits of an image's pixels.
     """
-    by_pixels = isinstance(manifest.image, Patches)
-    left = _CHOSEN_AT_LOAD | (_CHOSEN_WITH_PIXELS if by_pixels else frozenset())
+    left = _CHOSEN_AT_LOAD | manifest.image.chosen_at_load
     return _digest(_without(to_data(manifest), left))
 
 
 _CHOSEN_AT_LOAD = frozenset(
     ("schema_version", "provenance", "session_len", "max_batch_size", "positions", "background")
 )
-_CHOSEN_WITH_PIXELS = frozenset(("min_pixels", "max_pixels", "tokens_per_image"))
 
 
 def _without(data: object, names: frozenset[str]) -> object:

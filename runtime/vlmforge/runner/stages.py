@@ -288,9 +288,9 @@ class Engine:
         wanted = {"none": every[:0], "last": every[-1:], "all": every}[logits]
         levels = self._levels(np.array([chunk.rotary_level], np.int64))
         lengths, places = np.array([past], np.int64), chunk.places_from(past, len(ids))
+        turns = None if places is None else self._turns(places[None])
         batch = DecoderBatch(
-            *(place[:1], ids[None], lengths, features, wanted[None], levels, (place,)),
-            turns=None if places is None else self._turns(places[None]),
+            place[:1], ids[None], lengths, features, wanted[None], levels, (place,), turns
         )
         found: FloatArray = self._run(batch)[0]
         return found.copy() if len(ids) == 1 else found  # it may be a step of decoding to it
@@ -320,8 +320,7 @@ class Engine:
         zeros = np.zeros((len(tokens), 1), np.int64)
         slots = tuple(place[0] for place in places)
         batch = DecoderBatch(
-            *(slots, tokens[:, None], lengths, None, zeros, self._levels(levels), places),
-            turns=turns,
+            slots, tokens[:, None], lengths, None, zeros, self._levels(levels), places, turns
         )
         if likeliest and self._sparing is not None:
             with self.clock.running():

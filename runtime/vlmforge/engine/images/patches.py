@@ -160,6 +160,11 @@ class Patches(Agreeing):
             **(interpolation(grid, self.merge, self.table) if self.table else {}),
         }
 
+    @property
+    def chosen_at_load(self) -> frozenset[str]:
+        """Its limits of pixels, and with them the most tokens of an image."""
+        return frozenset(("min_pixels", "max_pixels", "tokens_per_image"))
+
     def within(self, least: int | None, most: int | None) -> Patches:
         """The policy with other limits of pixels; None leaves one.
 

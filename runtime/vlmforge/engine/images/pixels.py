@@ -56,6 +56,11 @@ class InViews:
         del grid
         return NO_ARRAYS
 
+    @property
+    def chosen_at_load(self) -> frozenset[str]:
+        """Names of what `within` changes of an engine: it is as good an engine with other ones."""
+        return frozenset()
+
     def within(self, least: int | None, most: int | None) -> Self:
         """The policy with other limits of an image's pixels; None leaves one.
 
