@@ -28,9 +28,6 @@ from vlmforge_recipes.clip_tower import linear, norm
 _THETA = 10000.0  # of the configuration classes
 
 
-_THETA = 10000.0  # of the configuration classes
-
-
 @dataclass(frozen=True, slots=True)
 class TowerNames:
     """What the tensors are called, behind the tower's prefix.

@@ -19,6 +19,7 @@ from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.store import TensorStore
 from vlmforge_builder.recipe import ChatTemplate, ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
+from vlmforge_recipes.chatml import chatml
 from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.llama_decoder import decoder_part, rope_section
 from vlmforge_recipes.output_head import choose_head
@@ -31,18 +32,7 @@ _HEAD = "lm_head.weight"
 
 TEMPLATES: Mapping[str, TemplateParts] = {
     # LMDeploy's parts of this name.
-    "qwen": TemplateParts(
-        system="<|im_start|>system\n",
-        meta_instruction="You are a helpful assistant.",
-        eosys="<|im_end|>\n",
-        user="<|im_start|>user\n",
-        eoh="<|im_end|>\n",
-        assistant="<|im_start|>assistant\n",
-        eoa="<|im_end|>",
-        separator="\n",
-        stop_words=("<|im_end|>",),
-        strip_end=False,
-    ),
+    "qwen": chatml("You are a helpful assistant."),
 }
 
 

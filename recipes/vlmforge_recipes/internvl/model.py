@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmforge.engine.images import AspectTiles
-from vlmforge.engine.prompts import InlineToken, TemplateParts
+from vlmforge.engine.prompts import InlineToken
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.blocks.layers import ACTIVATIONS
 from vlmforge_builder.blocks.vision import ProjectorConfig, VisionConfig
@@ -17,6 +17,7 @@ from vlmforge_builder.checkpoint.keys import KeyTable, check_keys
 from vlmforge_builder.checkpoint.store import TensorStore, open_store
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
+from vlmforge_recipes.chatml import chatml
 from vlmforge_recipes.clip_images import check_fit, find_processor, read_box, read_format
 from vlmforge_recipes.config_keys import PROCESSOR, check_files
 from vlmforge_recipes.end_ids import with_end_ids
@@ -42,20 +43,7 @@ _IMAGE_TOKEN = 151667  # the default of `InternVLConfig`
 _PROJECTOR_NORM_EPS = 1e-5
 _MOST_TILES = range(1, 257)
 
-TEMPLATES = {
-    "chatml": TemplateParts(
-        system="<|im_start|>system\n",
-        meta_instruction=None,
-        eosys="<|im_end|>\n",
-        user="<|im_start|>user\n",
-        eoh="<|im_end|>\n",
-        assistant="<|im_start|>assistant\n",
-        eoa="<|im_end|>",
-        separator="\n",
-        stop_words=("<|im_end|>",),
-        strip_end=False,
-    )
-}
+TEMPLATES = {"chatml": chatml(None)}
 
 
 def load(checkpoint: Path, config: ConfigReader, options: RecipeOptions) -> ModelSpec:

@@ -14,6 +14,7 @@ from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
 from vlmforge_builder.tokenizer.byte_bpe import SpecialTokens, convert_byte_bpe, expect_ids
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
+from vlmforge_recipes.chatml import chatml
 from vlmforge_recipes.end_ids import generation_end_ids
 
 DEFAULT = "qwen"
@@ -42,18 +43,7 @@ _MAX_PATH_BYTES = 254
 _STAND_IN = "image"
 
 TEMPLATES: Mapping[str, TemplateParts] = {
-    DEFAULT: TemplateParts(
-        system="<|im_start|>system\n",
-        meta_instruction="You are a helpful assistant.",
-        eosys="<|im_end|>\n",
-        user="<|im_start|>user\n",
-        eoh="<|im_end|>\n",
-        assistant="<|im_start|>assistant\n",
-        eoa="<|im_end|>",
-        separator="\n",
-        stop_words=("<|im_end|>",),
-        strip_end=False,
-    ),
+    DEFAULT: chatml("You are a helpful assistant."),
 }
 
 
