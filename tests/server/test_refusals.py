@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from running_server import Running, held, running
-from stand_in import Parts, stand_in
+from stand_in import Gate, Parts, stand_in
 from vlmforge import Pipeline, pipeline
 from vlmforge.server.settings import ServerSettings, server_vision_config
 
@@ -111,10 +111,12 @@ def test_the_client_raises_its_own_errors(server: Running) -> None:
 
 
 def test_the_client_tells_every_status_apart() -> None:
-    fails_from = 0
+    fails_from, gate = 0, Gate()
+    gate.open.set()
 
     def fail(name: str, number: int) -> None:
         if name == "step" and number >= fails_from:
+            gate.passed()
             raise RuntimeError("out of order")
 
     def ask(server: Running, **given: Any) -> None:
@@ -130,7 +132,8 @@ def test_the_client_tells_every_status_apart() -> None:
         assert failed.value.status_code == 500
         with pytest.raises(openai.APIError, match="out of order"):
             ask(server, stream=True)
-        fails_from = parts.calls["step"] + 3  # in the middle of a stream
+        fails_from = parts.calls["step"] + 3  # in the middle of a stream, which has begun by then
+        gate.open.clear()
         pieces = server.client.chat.completions.create(
             model="x",
             messages=HELLO,  # type: ignore[arg-type]
@@ -139,6 +142,7 @@ def test_the_client_tells_every_status_apart() -> None:
             extra_body={"ignore_eos": True},
         )
         assert next(pieces).choices[0].delta.role == "assistant"
+        gate.open.set()
         with pytest.raises(openai.APIError, match="out of order"):
             list(pieces)
         with pytest.raises(openai.AuthenticationError):
