@@ -70,11 +70,11 @@ def measure(engine: Path, rows: int, vocab: int, past: int, rounds: int) -> None
     times = {name: Spent() for name in ("step", *SETTINGS)}
     with pipeline(engine, EngineConfig(max_batch_size=rows, session_len=past + rounds + 2)) as pipe:
         loaded = pipe._engine
-        tokens = np.full(rows, 5, np.int64)
+        tokens, places = np.full(rows, 5, np.int64), [(row,) for row in range(rows)]
 
         def step(number: int) -> None:
             lengths = np.full(rows, past + number, np.int64)
-            loaded.decode(range(rows), tokens, lengths, np.zeros(rows, np.int64))
+            loaded.decode(places, tokens, lengths, np.zeros(rows, np.int64))
 
         step(0)
         for number in range(1, rounds + 1):
