@@ -30,7 +30,7 @@ from golden_models import (
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
 from vlmforge.backends import DecoderBatch, IntArray
-from vlmforge.backends.cuda.decoder import ChainDecoder
+from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.fake import HostDevice, cuda_on_cpu
 from vlmforge.errors import CancelledError
 from vlmforge.kv.blocks import BlockPool
@@ -103,7 +103,7 @@ def singles(pipe: Pipeline) -> list[list[int]]:
 
 def device(pipe: Pipeline) -> HostDevice:
     decoder = pipe._engine.decoder
-    assert isinstance(decoder, ChainDecoder)
+    assert isinstance(decoder, PagedDecoder)
     assert isinstance(decoder._device, HostDevice)
     return decoder._device
 
@@ -132,13 +132,13 @@ def test_batches_in_any_order_equal_singles(pipe: Pipeline, singles: list[list[i
 
 def test_ids_alone_give_what_logits_give(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    real = ChainDecoder.likeliest
+    real = PagedDecoder.likeliest
 
-    def noted(decoder: ChainDecoder, batch: DecoderBatch) -> IntArray:
+    def noted(decoder: PagedDecoder, batch: DecoderBatch) -> IntArray:
         steps.append(len(batch.slots))
         return real(decoder, batch)
 
-    monkeypatch.setattr(ChainDecoder, "likeliest", noted)
+    monkeypatch.setattr(PagedDecoder, "likeliest", noted)
     texts = [f"number {n}, and so on" for n in range(4)]
     plain = GenerationConfig(max_new_tokens=12, ignore_eos=True)
     whole = replace(plain, output_logits="generation")
@@ -186,13 +186,13 @@ def test_several_answers_part_on_pages_of_their_own(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies: list[Move] = []
-    real = ChainDecoder.move
+    real = PagedDecoder.move
 
-    def noted(decoder: ChainDecoder, move: Move) -> None:
+    def noted(decoder: PagedDecoder, move: Move) -> None:
         copies.append(move)
         real(decoder, move)
 
-    monkeypatch.setattr(ChainDecoder, "move", noted)
+    monkeypatch.setattr(PagedDecoder, "move", noted)
     sampled = GenerationConfig(max_new_tokens=12, ignore_eos=True, top_k=50, random_seed=3)
     several = replace(sampled, n=3)
     with small(pipe, 64) as fresh:

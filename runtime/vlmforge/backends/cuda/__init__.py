@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from vlmforge.backends import Backend, DecoderSession, FloatArray, LoadOptions, VisionSession
 from vlmforge.backends.cuda import machine
-from vlmforge.backends.cuda.decoder import ChainDecoder
+from vlmforge.backends.cuda.chain import ChainProgram
+from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.cuda.device import Device
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.interface import PIXEL_VALUES
@@ -46,7 +47,9 @@ class CudaBackend(Backend):
     def load_decoder(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
-        return ChainDecoder(self.device(), folder, manifest.part("decoder"), manifest.kv, options)
+        device, kv = self.device(), manifest.kv
+        program = ChainProgram(device, folder, manifest.part("decoder"), kv, options)
+        return PagedDecoder(device, program, kv, manifest.decode.vocab_size, options)
 
     @override
     def memory(self) -> Room | None:
