@@ -192,7 +192,8 @@ def taken(pipe: Pipeline, before: machine.FoundGpu) -> dict[str, float]:
     manifest, options = pipe._engine.manifest, pipe._engine.options
     pool = options.blocks * options.block_size * manifest.kv.bytes_per_token
     planned = pool + sum(
-        part_memory(part, max(options.chunk, options.slots)).total for part in manifest.parts
+        part_memory(part, max(options.chunk, options.slots), options.slots).total
+        for part in manifest.parts
     )
     found = before.free - machine.find_gpu().free
     return {"pool_gb": pool / 1e9, "planned_gb": planned / 1e9, "taken_gb": found / 1e9}

@@ -5,9 +5,8 @@ Prompts run eagerly; a step of decoding is captured once for each of a few sizes
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,8 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, IntArray, LoadOptions
+from vlmforge.backends.choice import Choice, Picked
+from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.cuda.device import Device, Work
 from vlmforge.backends.cuda.frames import PAST, Arrangement, Size, bucket, largest
 from vlmforge.backends.cuda.program import FEW, Program, make_pools
@@ -60,11 +61,19 @@ class PagedDecoder(DecoderSession):
         kv: Its cache.
         vocab_size: Logits of a token.
         options: How to load it.
+        sampler: Chooses tokens; None: the host does.
     """
 
     def __init__(
-        self, device: Device, program: Program, kv: KVLayout, vocab_size: int, options: LoadOptions
+        self,
+        device: Device,
+        program: Program,
+        kv: KVLayout,
+        vocab_size: int,
+        options: LoadOptions,
+        sampler: TokenSampler | None = None,
     ) -> None:
+        self._sampler, self.chooses = sampler, sampler is not None
         self._device, self._program, self._options = device, program, options
         self._vocab_size = vocab_size
         self._pools = make_pools(device, kv, options.blocks)
@@ -105,6 +114,26 @@ class PagedDecoder(DecoderSession):
         self._run(frame)
         ids = len(batch.input_ids)
         return self._device.download(self._at(frame, LIKELIEST.name), (ids,), np.dtype(np.int64))
+
+    def choose(
+        self, batch: DecoderBatch, choices: Sequence[Choice | None]
+    ) -> Sequence[Picked | FloatArray]:
+        """See `ChoosingDecoder`."""
+        assert self._sampler is not None
+        frame = self._frame(_size(batch))
+        logits = self._at(frame, LOGITS)
+        # Before the step: to upload is to wait for what has been enqueued.
+        prepared = self._sampler.prepare(frame.size.batch, logits, choices)
+        self._fill(frame, batch)
+        self._run(frame)
+        self._sampler.run(prepared)
+        picked = self._sampler.found(prepared, choices)
+        return [self._row(logits, row) if one is None else one for row, one in enumerate(picked)]
+
+    def _row(self, logits: int, row: int) -> FloatArray:
+        """The logits of one row."""
+        address, shape = logits + 4 * row * self._vocab_size, (self._vocab_size,)
+        return self._device.download(address, shape, np.dtype(np.float32)).copy()
 
     @override
     def move(self, move: Move) -> None:
@@ -181,7 +210,7 @@ class PagedDecoder(DecoderSession):
         at = {n: self._arena.address + offset for n, offset in arrangement.offsets.items()}
         work = self._program.bind(size, at, self._pools)
         inputs = np.zeros(arrangement.uploaded, np.uint8)
-        views = {spec.name: _view(inputs, spec, size, arrangement) for spec in specs}
+        views = {spec.name: arrangement.view(inputs, spec, size.dims) for spec in specs}
         return _Frame(size, arrangement, inputs, views, work)
 
 
@@ -213,13 +242,3 @@ def _tokens(batch: DecoderBatch) -> Iterator[DecoderBatch]:
             logits_indices=np.zeros((len(batch.input_ids), 1), np.int64),
             turns=None if batch.turns is None else batch.turns[:, one],
         )
-
-
-def _view(
-    inputs: NDArray[np.uint8], spec: TensorSpec, size: Size, arrangement: Arrangement
-) -> NDArray[Any]:
-    """The place of one input in all that is uploaded; numbers of 16 bits as their bits."""
-    shape, dtype = size.shape(spec), np.dtype(DTYPES.get(spec.dtype, spec.dtype))
-    begin = arrangement.offsets[spec.name]
-    part: NDArray[Any] = inputs[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype)
-    return part.reshape(shape)

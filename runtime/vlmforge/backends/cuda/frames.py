@@ -9,9 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vlmforge.backends import LoadOptions
 from vlmforge.backends.cuda.device import ITEM_BYTES
+from vlmforge.backends.number_formats import DTYPES
 from vlmforge.engine.chain import PartChain, TensorSpec
 from vlmforge.engine.interface import BATCH, BLOCK_TABLE, OUTPUTS, QUERY_LENGTHS, ROWS, TOKENS
 
@@ -101,6 +106,15 @@ class Arrangement:
     offsets: Mapping[str, int]
     uploaded: int
     size: int
+
+    def view(
+        self, inputs: NDArray[np.uint8], spec: TensorSpec, dims: Mapping[str, int]
+    ) -> NDArray[Any]:
+        """The place of one input in all that is uploaded; numbers of 16 bits as their bits."""
+        shape, dtype = shape_of(spec, dims), np.dtype(DTYPES.get(spec.dtype, spec.dtype))
+        begin = self.offsets[spec.name]
+        part: NDArray[Any] = inputs[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype)
+        return part.reshape(shape)
 
 
 def arrange(chain: PartChain, inputs: Sequence[TensorSpec], size: Size) -> Arrangement:
