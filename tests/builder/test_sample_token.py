@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -194,5 +193,5 @@ def test_no_node_waits_for_the_host() -> None:
     """Shapes are constants: a captured step copies nothing from the host on its way."""
     ops = {node.op_type for node in sample_token(32064).graph}
     assert not ops & {"Shape", "Size", "NonZero", "If", "Loop", "CastLike"}
-    assert "Pad" not in ops  # which the GPU's provider has not in this version of the ops
-    assert ir.DataType.DOUBLE in {v.dtype for v in sample_token(SMALL).graph.outputs}
+    # What the GPU's provider has not in this version, and what is told sizes by a copy at each run.
+    assert not ops & {"Pad", "Concat", "Split"}
