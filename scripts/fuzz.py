@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from callers import Callers, resident_bytes, settle
+from callers import Callers, of_files, resident_bytes, settle
 from drawn_requests import Drawing, draw_pictures
 from sent_requests import send
 from vlmforge import EngineConfig, Pipeline, pipeline
@@ -71,7 +71,11 @@ def run(given: argparse.Namespace) -> int:
         for count in (warm, *between, given.requests):
             callers.run(given.callers, lambda until=count: callers.sent < until)
             memory.append(memory_at_rest(pipe))
-            print(f"resident after {callers.sent}: {memory[-1] / MIB:.1f} MiB", flush=True)
+            print(
+                f"resident after {callers.sent}: {memory[-1] / MIB:.1f} MiB, "
+                f"{of_files() / MIB:.1f} of them of files",
+                flush=True,
+            )
         seconds = time.monotonic() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{callers.sent} prompts, {callers.tokens} tokens in {seconds:.0f} s, seed {given.seed}")
