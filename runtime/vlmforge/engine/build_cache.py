@@ -23,7 +23,6 @@ from vlmforge.engine.ownership import sole_owner
 from vlmforge.errors import BuildError
 from vlmforge.version import __version__
 
-
 # Options of build-engine that a caller gives as fields, and such values as advice names.
 _OPTION = re.compile(
     r"--(tp|dtype|session-len|max-batch-size|revision)\b(?: (?:(\d+|N)|(b?float\d+))\b)?"
