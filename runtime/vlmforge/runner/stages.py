@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import PIL.Image
@@ -23,6 +23,7 @@ from vlmforge.backends import (
     VisionSession,
     load_backend,
 )
+from vlmforge.backends.choice import Choice, ChoosingDecoder, Found
 from vlmforge.engine.bundle import Bundle, check_sizes
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Grid
 from vlmforge.engine.images.pixels import Colour, Layout
@@ -86,12 +87,16 @@ class Engine:
     limits: ImageLimits = DEFAULT_LIMITS
     clock: PartClock = field(default_factory=PartClock)
     _sparing: LikeliestDecoder | None = field(init=False, repr=False)
+    choosing: ChoosingDecoder | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Asked once: to ask whether something fulfils a protocol takes as long as half a step's
         # bookkeeping.
         sparing = self.decoder if isinstance(self.decoder, LikeliestDecoder) else None
         object.__setattr__(self, "_sparing", sparing)
+        choosing = self.decoder if isinstance(self.decoder, ChoosingDecoder) else None
+        able = choosing is not None and choosing.chooses
+        object.__setattr__(self, "choosing", choosing if able else None)
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -304,11 +309,12 @@ class Engine:
         lags: IntArray | None = None,
         *,
         likeliest: bool = False,
-    ) -> FloatArray | IntArray:
+        choices: Sequence[Choice | None] | None = None,
+    ) -> Sequence[Found]:
         """One step of sequences: `tokens` `[B]` to logits `[B, vocab_size]`.
 
         With `likeliest` the largest one's ids `[B]` will do, and are given by decoders that can
-        (`LikeliestDecoder`).
+        (`LikeliestDecoder`). `choices` `[B]` are for who is `choosing`.
 
         `places` `[B]` are where they are (see `KVCache.place`); `lengths` and `levels` `[B]` are
         the tokens before, and each sequence's rotary level; `lags` `[B]` see `DecoderInput.lag`.
@@ -322,11 +328,12 @@ class Engine:
         batch = DecoderBatch(
             slots, tokens[:, None], lengths, None, zeros, self._levels(levels), places, turns
         )
-        if likeliest and self._sparing is not None:
-            with self.clock.running():
-                return self._sparing.likeliest(batch)
-        found: FloatArray = self._run(batch)[:, 0]
-        return found
+        with self.clock.running():
+            if choices is not None and self.choosing is not None:
+                return self.choosing.choose(batch, choices)
+            if likeliest and self._sparing is not None:
+                return cast("Sequence[Found]", self._sparing.likeliest(batch))
+            return cast("Sequence[Found]", self.decoder.step(batch)[:, 0])
 
     def encode(self, pixel_values: FloatArray, grid: Grid | None = None) -> FloatArray:
         """Pixel values of images, all of one grid if they have one, to features `[n, rows, width]`.
