@@ -22,6 +22,7 @@ from golden_models import (
     CASES,
     FOLDERS,
     TOLERANCES,
+    TWINS,
     Golden,
     check_answer,
     check_images,
@@ -39,8 +40,6 @@ from vlmforge.runner.decoder_input import PromptPart
 from vlmforge.runner.stages import Engine
 
 LIMITS = TOLERANCES["float16"]
-# Of the architectures of two others; only their files and sizes differ, which other tests see.
-TWINS = {"llava_next_mistral_hf", "llava_v1_5_liuhaotian"}
 PHOTO, TALL = str(IMAGES / "photo_640x480.png"), str(IMAGES / "tall_300x900.png")
 PROMPTS: list[object] = [
     "Write one line about cats.",

@@ -110,7 +110,7 @@ class CudaTarget(Target):
         settings, stem = job.settings, job.stem
         dtypes = {n: stored_dtype(job.part.weights[n], settings.dtype) for n in traced.shapes}
         whole = _matrices(blocks_of_part(traced.model.graph, job.part, settings.weights))
-        divided = divide_part(traced, job.part, whole, job.rank)
+        divided = divide_part(traced, job.part, whole, job.rank, rounded=False)
         part, blocks = divided.part, divided.blocks
         dense = _dense(part.interface, settings)
         passes.run(_sequence(dtypes, blocks, dense, settings), traced.model)

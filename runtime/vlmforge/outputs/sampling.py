@@ -286,14 +286,15 @@ def _weights(
     values = (logits if ids is None else logits[ids]).astype(np.float64)
     # The largest is 0 before the division: no temperature can overflow it.
     values -= values.max()
-    with np.errstate(over="ignore"):
-        values /= params.temperature
+    if params.temperature != 1:
+        with np.errstate(over="ignore"):
+            values /= params.temperature
     weights: NDArray[np.float64] = np.exp(values, out=values)
     if params.top_p < 1:
         kept = _nucleus(weights, params.top_p)
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     if params.min_p > 0:
-        kept = np.flatnonzero(weights >= params.min_p * weights.max())
+        kept = np.flatnonzero(weights >= params.min_p)  # the largest is 1
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     return ids, weights
 
@@ -317,7 +318,8 @@ def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     before = np.cumsum(largest) - largest
     count = max(1, int(np.count_nonzero(before < enough)))
     places = places[values >= largest[count - 1]]
-    order = np.argsort(-weights[places], kind="stable")
+    alike = (largest[1:count] == largest[: count - 1]).any() or len(places) > count
+    order = np.argsort(-weights[places], kind="stable" if alike else None)  # which is faster
     kept: NDArray[np.int64] = places[order[:count]]
     return kept
 
