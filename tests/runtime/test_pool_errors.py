@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import HANGS, wait_until
-from stand_in import Parts, plain, stand_in
+from stand_in import Parts, at_once, plain, stand_in
 from vlmforge import EngineConfig, Pipeline, VisionConfig
 from vlmforge.api.load import serve
 from vlmforge.backends import DecoderBatch, FloatArray
 from vlmforge.backends.choice import Choice, Picked
 from vlmforge.errors import EngineStepError
-from vlmforge.outputs.response import Response
 from vlmforge.outputs.token_generator import TokenGenerator
 from vlmforge.runner.stages import Engine
 
@@ -76,23 +73,6 @@ def pipe(parts: PoolParts) -> Iterator[Pipeline]:
         engine = replace(made._engine, options=options)
         with serve(engine, EngineConfig(), VisionConfig()) as opened:
             yield opened
-
-
-def at_once(pipe: Pipeline, texts: list[str], configs: Any) -> list[Response]:
-    """What a call gives whose prompts are all queued before any is run."""
-    inbox, begun = pipe._scheduler._inbox, threading.Event()
-
-    def question(_: object) -> None:
-        begun.set()
-        wait_until(lambda: inbox.qsize() == len(texts))
-
-    waiting = threading.Thread(target=pipe._scheduler.ask, args=(question,))
-    waiting.start()
-    assert begun.wait(HANGS)
-    found = pipe(texts, gen_config=configs)
-    waiting.join()
-    assert isinstance(found, list)
-    return found
 
 
 def answers(pipe: Pipeline, **fields: Any) -> list[list[int] | None]:
