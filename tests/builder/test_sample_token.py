@@ -69,7 +69,7 @@ def settings_of_requests(draw: st.DrawFn) -> SamplingParams:
         greedy=greedy,
         temperature=draw(st.sampled_from([0.05, 0.6, 1.0, 2.0])),
         top_k=draw(st.sampled_from([0, 0, 1, 2, 40, 60, SMALL, 5000])),
-        top_p=draw(st.sampled_from([1.0, 1.0, 0.01, 0.5, 0.8, 0.999])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 0.0, 0.01, 0.5, 0.8, 0.999])),
         min_p=draw(st.sampled_from([0.0, 0.0, 0.05, 0.5, 1.0])),
         repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3, 0.7])),
         presence_penalty=draw(st.sampled_from([0.0, 0.0, 1.5, -1.0])),

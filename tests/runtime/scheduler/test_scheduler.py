@@ -321,3 +321,17 @@ def test_nobody_loses_a_place_for_a_prompt_that_is_run_beside_another() -> None:
         pass
     assert [sequence.preempted for sequence in world.sequences.values()] == [0, 0, 0]
     assert [len(step.prompts) for step in world.log] == [2, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("window", "prompts"), [(24, [2]), (23, [1, 1])])
+def test_none_is_filled_up_beyond_the_window(window: int, prompts: list[int]) -> None:
+    """One goes on behind 16 tokens that are there, and another has 8."""
+    cache, store = blocks(2, 100, 8)
+    world = World(Scheduler(cache, rows=2, chunk=64, prompts=2, window=window), cache, store)
+    world.add(Asked([1] * 16, 1))
+    world.step()
+    world.add(Asked([1] * 16 + [2], 1))
+    world.add(Asked([3] * 8, 1))
+    while world.step():
+        pass
+    assert [len(step.prompts) for step in world.log[1:]] == prompts
