@@ -112,7 +112,7 @@ def test_more_than_the_plan_was_compiled_for(engine: Path) -> None:
 def altered(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the engine whose files may be changed: nobody compares their sums."""
     monkeypatch.setattr("vlmforge.api.load.open_bundle", _unchecked)
-    monkeypatch.setattr("vlmforge.runner.stages.check_sizes", lambda *_: None)
+    monkeypatch.setattr("vlmforge.runner.load.check_sizes", lambda *_: None)
     return shutil.copytree(engine, tmp_path / "engine")
 
 
