@@ -149,11 +149,19 @@ LATER = [
 ]
 
 
-@pytest.mark.parametrize("error", FAILURES, ids=repr)
-@pytest.mark.parametrize(
-    ("seam", "number"),
-    [*((seam, n) for seam in SEAMS for n in NUMBERS.get(seam, (1, 2, 4))), *LATER],
-)
+# Every error at the first call of every seam; at each later call one of them, in turn, and the
+# others at night.
+CALLS = [*((seam, n) for seam in SEAMS for n in NUMBERS.get(seam, (1, 2, 4))), *LATER]
+GRID = [
+    pytest.param(
+        seam, number, error, marks=[pytest.mark.nightly] * (number > 1 and (at + turn) % 3 > 0)
+    )
+    for at, (seam, number) in enumerate(CALLS)
+    for turn, error in enumerate(FAILURES)
+]
+
+
+@pytest.mark.parametrize(("seam", "number", "error"), GRID, ids=repr)
 def test_a_failure_ends_the_requests_that_it_concerns(
     pipe: Pipeline,
     alone: list[list[int]],
