@@ -56,7 +56,7 @@ class DistCollectivePass(ir.passes.InPlacePass):
         _replace(graph, meeting.node, tape, tape.op("Slice", [turned, *ends]))
 
     def _collective(self, tape: Tape, value: ir.Value, kind: str, reduction: str) -> ir.Value:
-        attributes = {
+        attributes: dict[str, str | int] = {
             "collective_operation": kind,
             "reduce_op": reduction,
             "root": _NO_ROOT,
