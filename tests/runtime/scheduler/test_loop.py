@@ -65,6 +65,8 @@ class Cache:
 class FakeEngine:
     """The functions of an engine that a loop uses."""
 
+    choosing = None
+
     def __init__(self, slots: int, blocks: int | None) -> None:
         self.decoder, self.clock = Cache(slots), PartClock()
         self.options = LoadOptions(slots, CAPACITY, budget=blocks, block_size=BLOCK)
@@ -97,8 +99,10 @@ class FakeEngine:
         lags: IntArray,
         *,
         likeliest: bool,
+        choices: None,
     ) -> FloatArray:
         assert not likeliest and not lags.any()  # nobody here said that it would do
+        assert choices is None
         slots = [slot for (slot,) in at]
         self.decoder.tokens[slots, lengths] = stored(tokens, levels)
         places = zip(slots, lengths, strict=True)
