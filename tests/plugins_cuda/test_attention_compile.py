@@ -45,7 +45,7 @@ CARRIED = Config(32, F16, F16)  # by plans that other tests build: it is compile
 # fp8 is widened to takes turns.
 PRODUCERS = [
     Config(head_size, *types)
-    for types in ((F16, F16), (F16, FP8), (BF16, FP8))
+    for types in ((F16, F16), (BF16, BF16), (F16, FP8), (BF16, FP8))
     for head_size in HEAD_SIZES
     if head_size >= 64
 ]
@@ -54,13 +54,13 @@ QUICK_PRODUCERS = [
     Config(64, F16, F16),
     Config(80, BF16, FP8),
     Config(96, F16, FP8),
-    Config(104, F16, F16),
+    Config(104, BF16, BF16),
     CONFIG,
 ]
 # On all others: each GPU, each size and type, most of which other tests compile too.
 OTHERS = [
     (Config(32, F16, F16), "sm_86"),
-    (Config(32, BF16, FP8), "sm_89"),
+    (Config(32, BF16, FP8), "sm_120"),
     (Config(64, BF16, BF16), "sm_80"),
     (Config(80, F16, FP8), "sm_89"),
     (Config(96, BF16, BF16), "sm_80"),
@@ -151,9 +151,10 @@ def disassembled(binary: Binary, folder: Path) -> dict[str, str]:
             *(Config(80, BF16, BF16), "sm_90", "HGMMA.64x80x16.F32.BF16"),
             marks=pytest.mark.nightly,
         ),
-        (Config(104, F16, F16), "sm_90", "HGMMA.64x104x16.F32"),
+        (Config(104, BF16, BF16), "sm_90", "HGMMA.64x104x16.F32.BF16"),
         (CONFIG, "sm_90", "HGMMA.64x128x16.F32"),
-        (Config(64, BF16, BF16), "sm_90", "HGMMA.64x"),
+        (Config(64, F16, F16), "sm_90", "HGMMA.64x"),
+        pytest.param(Config(64, BF16, BF16), "sm_90", "HGMMA.64x", marks=pytest.mark.nightly),
         (Config(32, BF16, FP8), "sm_120", "HMMA.16816.F32"),
         pytest.param(
             *(Config(128, F16, FP8), "sm_120", "HMMA.16816.F32"), marks=pytest.mark.nightly
