@@ -21,7 +21,6 @@ from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.recipe import PartSpec
 
-
 CHECKPOINT, WINDOW = HF / "checkpoint", 1024  # as other tests build it: its traces are kept
 
 

@@ -59,7 +59,7 @@ REPOS = {
     "org/adapter": KNOWN,
 }
 
-# What is said of each, in words; None: it has no config.json.
+# What is said of each. One has no config.json, one is not there.
 REFUSED = {
     "org/other": (
         "UnsupportedModelError",
@@ -70,6 +70,7 @@ REFUSED = {
     "org/gptq": ("UnsupportedModelError", "found:    gptq: "),
     "org/adapter": ("CheckpointError", "found:    LORA of org/base (adapter_config.json)"),
     "org/nothing": ("CheckpointError", "config.json does not exist"),
+    "org/nowhere": ("CheckpointError", "org/nowhere is neither a folder nor could it be fetched"),
 }
 # All in one process: to import takes longer than to refuse.
 PROGRAM = """
@@ -123,7 +124,7 @@ def test_only_what_tells_of_the_model_is_asked_for(hub: HubServer, tmp_path: Pat
         assert kind in said
         assert words in said
         small = {name for name in BESIDE.get(repo, {}) if name.endswith(".json")}
-        small |= set() if REPOS[repo] is None else {"config.json"}
+        small |= {"config.json"} if REPOS.get(repo) else set()
         assert contents_asked_for(hub, repo) - {"config.json"} == small - {"config.json"}
         assert contents_asked_for(hub, repo) >= small
     assert hub.downloaded() == {"config.json", "quantize_config.json", "adapter_config.json"}
