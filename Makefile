@@ -28,11 +28,12 @@ demo: $(STAMP) ## build an engine from the trained demo model and ask it about t
 test: $(STAMP) ## run the tests (all cores)
 	@$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
-test-nightly: $(STAMP) ## what `make test` takes a part of: every kernel, binary and plan; other clients, a browser, Ray (hours)
+test-nightly: $(STAMP) ## what `make test` takes a part of: every kernel, binary, plan, more examples; other clients, a browser, Ray (hours)
 	@$(PIP) install -c constraints.txt -e '.[nightly]'
 	@test -d $(OUT)/clients || $(PYTHON) -m venv $(OUT)/clients
 	@$(OUT)/clients/bin/python -m pip --disable-pip-version-check -q install 'langchain-openai>=0.3' 'litellm>=1.70'
 	@$(BIN)/python -m pytest -q -n auto --dist loadgroup -m nightly
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile --hypothesis-profile thorough
 
 mutants: $(STAMP) ## plant known faults, one after the other: does the suite notice each? (minutes)
 	@$(BIN)/python scripts/mutants.py

@@ -25,8 +25,15 @@ from hypothesis import HealthCheck, settings
 # Before a test imports numpy: one thread for each worker, see `_few_threads`.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-# No test judges time: a busy machine would fail it. Hypothesis does so in two places.
-settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# No test judges time: a busy machine would fail it. Hypothesis does so in two places. At night the
+# properties that do not say how many examples they need are given ten times as many.
+for _profile, _examples in (("house", 50), ("thorough", 500)):
+    settings.register_profile(
+        _profile,
+        max_examples=_examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
 settings.load_profile("house")
 # Seconds after which something hangs, on however slow a machine.
 HANGS = 600.0

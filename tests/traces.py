@@ -15,6 +15,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+import torch._export.utils
 from filelock import FileLock
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -73,5 +74,7 @@ def remember_traces(folder: Path) -> None:
     """Every build of this process keeps its traces in `folder`; once is enough."""
     if build.trace is export.trace:
         build.trace = remembering(export.trace, folder)
-        # The exporter makes its table of operators anew for each export, a fifth of the time.
+        # The exporter makes its tables of operators anew for each export, a fifth of the time.
         ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))
+        found = cache(torch._export.utils._collect_all_valid_cia_ops)
+        torch._export.utils._collect_all_valid_cia_ops = lambda: set(found())

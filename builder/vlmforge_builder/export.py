@@ -6,7 +6,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -42,8 +42,8 @@ def trace(part: PartSpec) -> Traced:
     Raises:
         BuildError: a parameter has no weight, a weight has no parameter, or the exporter failed.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet(), _uncollected():
-        module = part.module().eval()
+    with _uncached(), FakeTensorMode(allow_non_fake_inputs=True), _quiet(), _uncollected():
+        module = part.module().eval().requires_grad_(requires_grad=False)
         shapes = {name: tuple(p.shape) for name, p in parameters(module).items()}
         _check_names(part, shapes)
         arguments, dynamic = _example(part)
@@ -182,6 +182,14 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _uncached() -> AbstractContextManager[None]:
+    """Fake tensors do not remember results: with symbolic sizes, looking them up takes longer."""
+    patch: AbstractContextManager[None] = torch._dynamo.config.patch(
+        fake_tensor_cache_enabled=False
+    )
+    return patch
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def patch_vision_part(
     width = config.outputs * (1 + len(config.tapped))
     return PartSpec(
         name="vision",
-        module=lambda: kind(config),
+        module=partial(kind, config),
         interface=PatchInterface(inputs, width),
         weights=_weights(config, image, names, prefix),
     )

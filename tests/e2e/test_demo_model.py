@@ -70,7 +70,7 @@ def often(few: int, many: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.nightly)])
 
 
-@often(195, 1300)
+@often(130, 1300)
 def test_the_engine_passes_the_gate(
     engine: Path, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
@@ -316,7 +316,7 @@ def test_verify_catches_an_image_one_position_off(
     assert _first_difference(engine) == "logits"
 
 
-def _accuracy(engine: Path, count: int = 130) -> Report:
+def _accuracy(engine: Path, count: int) -> Report:
     with pipeline(str(engine)) as opened:
         return evaluate(opened, list(held_out_cases(count, seed=5)), quiet)
 
@@ -338,7 +338,7 @@ def test_eval_catches_the_wrong_vision_layer(layer: int, tmp_path: Path) -> None
 
     built = _rebuilt(tmp_path, "layer", change)
     assert _first_difference(built) is None
-    assert _accuracy(built).overall.accuracy < 0.8  # the gate asks for 0.94
+    assert _accuracy(built, 65).overall.accuracy < 0.8  # the gate asks for 0.94
 
 
 def test_eval_catches_channels_that_the_build_swapped(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_eval_catches_channels_that_the_build_swapped(tmp_path: Path) -> None:
         save_file(weights, file)
 
     built = _rebuilt(tmp_path, "channels", change)
-    scores = {score.kind: score.accuracy for score in _accuracy(built).scores}
+    scores = {score.kind: score.accuracy for score in _accuracy(built, 65).scores}
     assert scores["color"] < 0.7
 
 

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from golden_models import FOLDERS, check_16_bit_engine
+from golden_models import FOLDERS, TWINS, check_16_bit_engine
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+# Of every architecture one in `make test`.
+@pytest.mark.parametrize(
+    "folder",
+    [pytest.param(name, marks=[pytest.mark.nightly] * (name in TWINS)) for name in FOLDERS],
+)
 def test_every_stage(folder: str, tmp_path: Path) -> None:
     check_16_bit_engine(folder, "bfloat16", tmp_path / "engine")

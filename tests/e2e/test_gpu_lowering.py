@@ -6,12 +6,22 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from conftest import golden_engine
-from golden_models import CASES, FOLDERS, TOLERANCES, Golden, cases_of, check_answer, check_images
+from golden_models import (
+    CASES,
+    FOLDERS,
+    TOLERANCES,
+    TWINS,
+    Golden,
+    cases_of,
+    check_answer,
+    check_images,
+)
 from lowered_decoder import NativeDecoder, PagedDecoder, Vision, filled, model_spec, part_of
 from vlmforge import EngineConfig, Pipeline, pipeline
 from vlmforge.backends import DecoderBatch, DecoderSession
@@ -77,13 +87,25 @@ def lowered(shared: Path) -> Iterator[Open]:
         yield open_one
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize(("folder", "name"), CASES)
+def nightly(*values: str, more: bool = False) -> Any:
+    """A row of a grid; of each architecture's twin, and where there are `more` rows, at night."""
+    return pytest.param(*values, marks=[pytest.mark.nightly] * (more or values[0] in TWINS))
+
+
+# The first case by both, the others by one and the other in turn.
+GRID = [
+    nightly(folder, name, lowering, more=name != "single_photo" and (row + turn) % 2 > 0)
+    for row, (folder, name) in enumerate(CASES)
+    for turn, lowering in enumerate(LOWERINGS)
+]
+
+
+@pytest.mark.parametrize(("folder", "name", "lowering"), GRID)
 def test_greedy_tokens_and_logits(lowered: Open, folder: str, name: str, lowering: str) -> None:
     check_answer(lowered(folder).goldens[lowering], name, LIMITS)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [nightly(folder) for folder in FOLDERS])
 def test_features_of_every_golden_image(lowered: Open, folder: str) -> None:
     check_images(lowered(folder).goldens["native"], LIMITS)
 
@@ -112,7 +134,7 @@ def transcript(golden: Golden, decoder: DecoderSession) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [nightly(folder) for folder in FOLDERS])
 def test_slots_are_those_of_the_cpu_engine(lowered: Open, folder: str, lowering: str) -> None:
     model = lowered(folder)
     golden = model.goldens[lowering]

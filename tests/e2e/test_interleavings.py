@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import golden_engine
-from golden_models import FOLDERS
+from golden_models import FOLDERS, TWINS
 from interleavings import SLOTS, Family, drawn
 from live_parity import engine as drawn_engine
 from vlmforge import EngineConfig, pipeline
@@ -20,7 +20,12 @@ from vlmforge import EngineConfig, pipeline
 DRAWN = {"qwen2_vl": "windowed", "qwen3_vl": "first"}
 
 
-@pytest.fixture(scope="module", params=[*FOLDERS, *DRAWN])
+EACH = [
+    pytest.param(name, marks=[pytest.mark.nightly] * (name in TWINS)) for name in (*FOLDERS, *DRAWN)
+]
+
+
+@pytest.fixture(scope="module", params=EACH)
 def family(shared: Path, request: pytest.FixtureRequest) -> Iterator[Family]:
     name = request.param
     shape = DRAWN.get(name)

@@ -39,7 +39,8 @@ TINY = PRESETS["tiny"]
 text = partial(replace, TINY.text)
 SPECS = {
     "published": replace(TINY, seed=11),
-    "grouped_two_shards": replace(TINY, seed=12, text=text(kv_heads=2), shards=2),
+    # Of the geometry of the last, which is traced once.
+    "grouped_two_shards": replace(TINY, seed=12, text=text(rope_theta=5e5, kv_heads=2), shards=2),
     "tied_new_keys": replace(TINY, seed=13, text=text(tied=True), keys="new"),
     "grouped_tied_bin_shards": replace(
         TINY, seed=14, text=text(kv_heads=1, tied=True), file_format="bin", shards=2
@@ -314,7 +315,7 @@ def test_loss_of_the_prompt(pair: Pair) -> None:
 
 
 def test_both_layouts_of_the_same_weights_agree(tmp_path: Path) -> None:
-    spec = replace(TINY, seed=22, text=text(kv_heads=2, tied=True))
+    spec = replace(TINY, seed=22, text=text(kv_heads=1, tied=True))
     case = draw_cases(spec.seed)[-1]
     with pipeline(
         build(write_checkpoint(tmp_path / "hf", spec), tmp_path / "hf.engine"),

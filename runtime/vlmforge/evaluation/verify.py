@@ -18,7 +18,8 @@ from vlmforge.errors import EngineFormatError
 from vlmforge.inputs.messages import Conversation, parse_prompt
 from vlmforge.inputs.template_choice import choose_template
 from vlmforge.runner.features import FeatureCache
-from vlmforge.runner.stages import DecoderInput, Engine, load_engine
+from vlmforge.runner.load import load_engine
+from vlmforge.runner.stages import DecoderInput, Engine
 from vlmforge.vl import load_image
 
 FOLDER = "goldens"
@@ -118,8 +119,8 @@ def _greedy(
     place, levels = engine.options.whole_place, np.array([given.rotary_level])
     while len(rows) < GREEDY_TOKENS:
         last, done = np.array([rows[-1].argmax()]), np.array([length + len(rows) - 1])
-        step = engine.decode([place], last, done, levels, np.array([given.lag]))
-        rows.append(step[0].copy())
+        (step,) = engine.decode([place], last, done, levels, np.array([given.lag]))
+        rows.append(np.array(step, np.float32))
     return np.stack(rows)
 
 
