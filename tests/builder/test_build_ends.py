@@ -75,6 +75,7 @@ def forked(engine: Path, trace: Trace) -> Child:
 def _build(arguments: list[str], trace: Trace) -> NoReturn:
     """In the child: nothing of the tests may run after it, whatever happens."""
     status = 99
+    signal.alarm(int(HANGS))  # whatever becomes of the parent
     with os.fdopen(2, "w", encoding="utf-8") as sys.stderr:  # not what pytest reads
         try:
             build.trace = trace
