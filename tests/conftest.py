@@ -35,6 +35,13 @@ for _profile, _examples in (("house", 50), ("thorough", 500)):
         suppress_health_check=[HealthCheck.too_slow],
     )
 settings.load_profile("house")
+
+
+def examples(many: int) -> int:
+    """Of a property that needs more than others: so many at night, and half of them before."""
+    return many if settings.default.max_examples >= 500 else many // 2
+
+
 # Seconds after which something hangs, on however slow a machine.
 HANGS = 600.0
 
@@ -161,15 +168,17 @@ def _http_clients() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _kept_traces(shared: Path) -> None:
-    """Builds in this process trace equal parts once for the whole run."""
+    """Builds in this process trace equal parts, and prove equal tokenizers, once for the run."""
     if "vlmforge_builder.build" in sys.modules:
         _keep_traces(shared)
 
 
 def _keep_traces(shared: Path) -> None:
+    from kept_tokenizers import remember_tokenizers
     from traces import remember_traces
 
     remember_traces(shared / "traces")
+    remember_tokenizers()
 
 
 @pytest.fixture

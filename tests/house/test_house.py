@@ -185,7 +185,7 @@ def _swallows(node: ast.AST) -> bool:
 
 
 def _last_name(node: ast.expr) -> str:
-    """`c` of `a.b.c`: no other part of a call's name is asked for, and writing it all takes long."""
+    """`c` of `a.b.c`: the rest of a call's name is not asked for, and takes long to write."""
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
