@@ -22,14 +22,17 @@ class Child:
     def __init__(
         self, script: str, *arguments: object, quiet: bool = False, sources: tuple[Path, ...] = ()
     ) -> None:
-        path = os.pathsep.join(map(str, sources))
+        # Modules are compiled once: else a side whose files changed since would do so each time.
+        given = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        if sources:
+            given["PYTHONPATH"] = os.pathsep.join(map(str, sources))
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if quiet else None,
             text=True,
-            env={**os.environ, "PYTHONPATH": path} if path else None,
+            env=given,
         )
         self.hello = self._read()
 

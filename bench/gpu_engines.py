@@ -3,6 +3,7 @@
     python bench/gpu_engines.py build ENGINES           # where the builder is, without a GPU
     python3 bench/gpu_engines.py goldens ENGINES        # folders named CHECKPOINT.KIND
     python3 bench/gpu_engines.py accuracy ENGINE ...    # of the demo model
+    python3 bench/gpu_engines.py sampling ENGINE ...    # every token chosen there, against the host
     python3 bench/gpu_engines.py speed ENGINE --batch 1:640 8:1024 --out results.json
     python3 bench/gpu_engines.py report results.json    # into RESULTS.md
 
@@ -192,7 +193,8 @@ def taken(pipe: Pipeline, before: machine.FoundGpu) -> dict[str, float]:
     manifest, options = pipe._engine.manifest, pipe._engine.options
     pool = options.blocks * options.block_size * manifest.kv.bytes_per_token
     planned = pool + sum(
-        part_memory(part, max(options.chunk, options.slots)).total for part in manifest.parts
+        part_memory(part, max(options.chunk, options.slots), options.slots).total
+        for part in manifest.parts
     )
     found = before.free - machine.find_gpu().free
     return {"pool_gb": pool / 1e9, "planned_gb": planned / 1e9, "taken_gb": found / 1e9}
@@ -287,6 +289,7 @@ def main() -> None:
     made.add_argument("--kinds", nargs="+", default=[], choices=KINDS, metavar="KIND")
     kinds.add_parser("report").add_argument("results", type=Path)
     kinds.add_parser("accuracy").add_argument("engines", type=Path, nargs="+")
+    kinds.add_parser("sampling").add_argument("engines", type=Path, nargs="+")
     timed = kinds.add_parser("speed")
     timed.add_argument("engine", type=Path)
     timed.add_argument("--batch", nargs="+", default=["1:640", "8:1024", "32:1024", "64:1024"])
@@ -300,6 +303,10 @@ def main() -> None:
         return report(values.results)
     if values.kind == "accuracy":
         return accuracy(values.engines)
+    if values.kind == "sampling":
+        from gpu_sampling import engine
+
+        sys.exit(min(1, sum(map(engine, values.engines))))
     return speed(values.engine, values.batch, values.out)
 
 

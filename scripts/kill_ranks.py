@@ -135,6 +135,8 @@ def kill_the_first(engine: str, draw: random.Random) -> str:
     if not loading:
         program.stdout.readline()
     while not (ranks := ranks_of(program.pid)):
+        if program.poll() is not None:
+            return f"the program ended with status {program.returncode} before it had ranks"
         time.sleep(0.01)
     time.sleep(draw.uniform(0, 1))
     ranks = ranks_of(program.pid) or ranks
@@ -180,26 +182,25 @@ def answer(engine: str) -> list[int]:
 def main() -> int:
     """Kill, then open and close."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("engine")
+    parser.add_argument("engine", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--cycles", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     draw, wrong = random.Random(given.seed), []
-    size = load_manifest(Path(given.engine)).parallel.tp
-    expected = answer(given.engine)
+    size = load_manifest(given.engine).parallel.tp
+    engine = str(given.engine.resolve())
+    expected = answer(engine)
     for _ in range(given.kills):
         with nothing_left(wrong):
             first = draw.randrange(size) == 0
-            words = (
-                kill_the_first(given.engine, draw) if first else one_kill(given.engine, size, draw)
-            )
+            words = kill_the_first(engine, draw) if first else one_kill(engine, size, draw)
             wrong += [words] if words else []
-            if answer(given.engine) != expected:
+            if answer(engine) != expected:
                 wrong.append("a new pipeline gives another answer")
     with nothing_left(wrong):
         for _ in range(given.cycles):
-            if answer(given.engine) != expected:
+            if answer(engine) != expected:
                 wrong.append("another answer in a cycle")
     print(
         f"{given.kills} kills, {given.cycles} cycles: {len(wrong)} things wrong", *wrong, sep="\n"

@@ -163,10 +163,21 @@ class ImagesOnly:
         )
         return text
 
+    def _processed(self, image: Any, return_tensors: str) -> dict[str, torch.Tensor]:
+        image, limits = image if isinstance(image, tuple) else (image, {})
+        usual = self._image.size
+        size = {
+            "shortest_edge": limits.get("min_pixels", usual["shortest_edge"]),
+            "longest_edge": limits.get("max_pixels", usual["longest_edge"]),
+        }
+        return dict(self._image(images=[image], size=size, return_tensors=return_tensors))
+
     def __call__(self, *, text: str, images: Any, return_tensors: str) -> dict[str, Any]:
+        """`images` may each come with its limits of pixels."""
         given: dict[str, Any] = {}
         if images:
-            given = dict(self._image(images=images, return_tensors=return_tensors))
+            each = [self._processed(image, return_tensors) for image in images]
+            given = {name: torch.cat([one[name] for one in each]) for name in each[0]}
             for grid in given["image_grid_thw"].tolist():
                 count = grid[0] * grid[1] * grid[2] // self._image.merge_size**2
                 text = text.replace(IMAGE, "\0" * count, 1)  # `replace_image_token`

@@ -83,11 +83,12 @@ def engine(shared: Path, family: str, shape: str, *options: str) -> Path:
 
 
 def ours(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
-    """Messages as the pipeline takes them."""
+    """Messages as the pipeline takes them; an image may come with its limits of pixels."""
 
     def block(item: object) -> dict[str, object]:
+        item, limits = item if isinstance(item, tuple) else (item, {})
         kind = "text" if isinstance(item, str) else "image"
-        return {"type": kind, kind: item}
+        return {"type": kind, kind: item, **limits}
 
     return [
         {"role": m["role"], "content": [block(item) for item in m["content"]]} for m in messages
@@ -172,7 +173,10 @@ def check_stages(
     rendered = pipe.render(ours(messages))
     assert list(rendered.token_ids) == inputs["input_ids"][0].tolist()
     conversation = parse_prompt(ours(messages))
-    images = [held.prepare_image(held.open_image(i.source).decode()) for i in conversation.images]
+    images = [
+        held.prepare_image(held.open_image(i.source).decode(), asked=i.pixel_range)
+        for i in conversation.images
+    ]
     found, _ = FeatureCache(held.encode, batch=2).get(images) if images else ([], 0)
     if images:
         views = [image.pixel_values for image in images]

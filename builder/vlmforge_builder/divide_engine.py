@@ -27,12 +27,10 @@ from vlmforge.engine.manifest import (
     load_manifest,
 )
 from vlmforge.errors import BuildError, ConfigError, EngineError
-from vlmforge.evaluation.verify import FOLDER
 from vlmforge_builder.block_quantisation import Blocks, scales_name
 from vlmforge_builder.checkpoint.mapped import MappedTensor, TensorInfo, contiguous_stride
 from vlmforge_builder.checkpoint.store import FileStore
 from vlmforge_builder.compile_ranks import compile_ranks, parallel_layout
-from vlmforge_builder.goldens import record_goldens
 from vlmforge_builder.kept_weights import Kept, KeptBlocks
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.publish import list_files, sole_build, staging
@@ -147,9 +145,6 @@ def _write(
             files=(),
             provenance=dataclasses.replace(provenance, built_at=built_at),
         )
-        if _rounds_otherwise(manifest):
-            with progress.stage("run the goldens"):
-                record_goldens(folder, manifest, progress)
         with progress.stage("checksums"):
             files = list_files(folder)
         manifest = dataclasses.replace(manifest, files=files)
@@ -158,19 +153,9 @@ def _write(
     progress.note(f"built {output}: {len(files) + 1} files, {size / 1e9:.2f} GB")
 
 
-def _rounds_otherwise(manifest: Manifest) -> bool:
-    """Whether the goldens of one rank are not those of several.
-
-    Beside whole numbers activations are rounded too, block by block, and borders cut blocks.
-    """
-    return manifest.quantisation is not None
-
-
 def _copy_shared(bundle: Bundle, folder: Path, tp: int) -> None:
     manifest, decoder = bundle.manifest, bundle.manifest.part("decoder")
     left = {NEUTRAL_FILE, decoder.file, *decoder.data}
-    if _rounds_otherwise(manifest):
-        left |= {entry.path for entry in manifest.files if Path(entry.path).parts[0] == FOLDER}
     for entry in manifest.files:
         if entry.path not in left:
             target = folder / entry.path

@@ -80,9 +80,11 @@ class DividedPart:
 
 
 def divide_part(
-    traced: Traced, part: PartSpec, blocks: Mapping[str, Blocks], rank: Rank
+    traced: Traced, part: PartSpec, blocks: Mapping[str, Blocks], rank: Rank, *, rounded: bool
 ) -> DividedPart:
     """Leave the rank's part in the traced graph; `blocks` are those of the whole weights.
+
+    `rounded` tells whether products with those round what they take too, as `shard` has it.
 
     Raises:
         ConfigError: heads, columns or blocks that cannot be divided by the ranks.
@@ -92,7 +94,7 @@ def divide_part(
         return DividedPart(part, traced.shapes, blocks, {})
     divisible = [name for name, w in part.weights.items() if not isinstance(w, Computed)]
     sizes = {name: cut.size for name, cut in blocks.items()}
-    shares = shard(traced.model.graph, divisible, rank, sizes)
+    shares = shard(traced.model.graph, divisible, rank, sizes, rounded=rounded)
     weights: dict[str, Weight] = dict(part.weights)
     shapes, finer, rows = dict(traced.shapes), dict(blocks), {}
     for name, share in shares.items():

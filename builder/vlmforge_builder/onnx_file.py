@@ -13,7 +13,11 @@ from vlmforge.errors import BuildError
 from vlmforge_builder.weights import Layout
 
 # Where ONNX has another name than the manifest.
-_TYPES = {"float32": ir.DataType.FLOAT, "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN}
+_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float64": ir.DataType.DOUBLE,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
+}
 
 
 def unread(dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:

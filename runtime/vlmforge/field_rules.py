@@ -11,8 +11,9 @@ import reprlib
 import sys
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol, TypeGuard
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from typing import Any, Protocol, TypeGuard
 
 from typing_extensions import override
 
@@ -215,10 +216,25 @@ class Instance(Rule):
         return self.words
 
 
+_NO_DEFAULT = object()
+
+
+@cache
+def _defaults(kind: type[Any]) -> Mapping[str, object]:
+    """Of the fields of a dataclass; those without one are left out."""
+    return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+
+
 def check_fields(config: object, rules: Mapping[str, Rule]) -> None:
-    """Check the fields named in `rules` (ConfigError: field, value found, values expected)."""
+    """Check the fields named in `rules` (ConfigError: field, value found, values expected).
+
+    What is left at its default is right, and most is: this is done for each request.
+    """
+    kind, defaults = type(config), _defaults(type(config))
     for name, rule in rules.items():
-        check_value(f"{type(config).__name__}: {name}", name, getattr(config, name), rule)
+        value = getattr(config, name)
+        if value is not defaults.get(name, _NO_DEFAULT):
+            check_value(f"{kind.__name__}: {name}", name, value, rule)
 
 
 def check_value(what: str, name: str, value: object, rule: Rule) -> None:
@@ -234,11 +250,14 @@ def check_value(what: str, name: str, value: object, rule: Rule) -> None:
 
 def check_refusals(config: object, refusals: Mapping[str, Refusal]) -> None:
     """Refuse what cannot be honoured (ConfigError: field, reason, what to do instead)."""
+    kind, defaults = type(config), _defaults(type(config))
     for name, refusal in refusals.items():
         value = getattr(config, name)
+        if value is defaults.get(name, _NO_DEFAULT):
+            continue
         if not any(_same(value, neutral) for neutral in refusal.neutral):
             raise ConfigError(
-                f"{type(config).__name__}: {name} is not supported: {refusal.reason}.",
+                f"{kind.__name__}: {name} is not supported: {refusal.reason}.",
                 found=f"{name}={shown(value)}",
                 expected=" or ".join(f"{name}={neutral!r}" for neutral in refusal.neutral),
                 fix=refusal.instead,

@@ -165,7 +165,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
     """
     group = _own_group(root, controller)
     mounts = [*_mounts(root, controller), (PurePosixPath("/"), _USUAL_MOUNTS[controller])]
-    for mounted, mount in mounts:
+    for mounted, mount in dict.fromkeys(mounts):
         top = root / mount.lstrip("/")
         # A group above the mounted one, or outside of our namespace, has no folder here; its
         # limits are seen in the mounted one, which is then that of the container.

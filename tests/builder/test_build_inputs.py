@@ -330,7 +330,7 @@ def test_weights_are_streamed(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in events.read_text("utf-8").splitlines()]
     peaks = {(row["event"], row["stage"]): row["peak_anonymous_bytes"] for row in rows}
     before = peaks["begin", "write vision"]  # the libraries, and no weights yet
-    # A decoder that was held whole would be three fifths of the weights, a table of words one sixth.
+    # A decoder that was held whole would be three fifths of the weights.
     assert peaks["end", "write decoder"] - before < weights / 2
     # The goldens run on mapped weights; what they add is activations and the cache.
     assert rows[-1]["peak_anonymous_bytes"] - before < weights

@@ -79,20 +79,36 @@ def test_ranks_together_are_the_whole(
     np.testing.assert_array_equal(same, tokens)
 
 
-@pytest.mark.parametrize(("weights", "inner"), [("int8", 256), ("int4", 256), ("int8", 384)])
+@pytest.mark.parametrize(
+    ("weights", "heads", "inner", "tp"),
+    [
+        ("int8", 16, 256, 2),
+        ("int4", 12, 384, 3),
+        # A border inside a block: of heads, of an MLP, of both, and columns that must be padded.
+        ("int4", 8, 256, 2),
+        ("int8", 16, 128, 2),
+        ("int4", 12, 32, 4),
+        ("int8", 4, 48, 4),
+    ],
+)
 def test_whole_numbers_are_those_of_one_rank(
-    monkeypatch: pytest.MonkeyPatch, weights: str, inner: int
+    monkeypatch: pytest.MonkeyPatch,
+    weights: str,
+    heads: int,
+    inner: int,
+    tp: int,
 ) -> None:
     monkeypatch.setattr(shard_pass, "LARGE_TABLE", 0)
-    # Shares end where blocks do: activations are rounded in the same blocks too. Of three blocks
-    # one rank has two.
-    config = replace(CONFIG, heads=16, intermediate_size=inner, vocab_size=65)
+    hidden = CONFIG.hidden_size if inner != 48 else 46
+    config = replace(
+        CONFIG, vocab_size=65, heads=heads, intermediate_size=inner, hidden_size=hidden
+    )
     made, quantised = drawn(config), replace(SETTINGS, weights=weights)
     ids, features = prompts(config.vocab_size, config.hidden_size)
-    with ranks_of(*made, 1, quantised) as whole, ranks_of(*made, 2, quantised) as ranks:
+    with ranks_of(*made, 1, quantised) as whole, ranks_of(*made, tp, quantised) as ranks:
         expected, tokens = whole.greedy(ids, features, 4)
         found, same = ranks.greedy(ids, features, 4)
-    np.testing.assert_allclose(found, expected, atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
     np.testing.assert_array_equal(same, tokens)
     with ranks_of(*made, 1) as plain:
         assert abs(plain.greedy(ids, features, 1)[0] - expected[0]).max() > 1e-3
@@ -124,6 +140,30 @@ def test_golden_decoders_are_divided(folder: str, tp: int) -> None:
         assert error.found == "2 attention heads, tp 4"
         return
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_array_equal(same, tokens)
+
+
+WHOLE_NUMBERS = [
+    pytest.param(folder, weights, tp, marks=() if usual else pytest.mark.nightly)
+    for folder in FOLDERS
+    for weights in ("int8", "int4")
+    for tp in (2, 4)
+    if (folder, tp) != ("llava_v1_6_mistral_liuhaotian", 4)  # heads are too few
+    for usual in [(folder, weights, tp) in {("yi_vl", "int8", 2), ("qwen_vl_chat", "int8", 4)}]
+]
+
+
+@pytest.mark.parametrize(("folder", "weights", "tp"), WHOLE_NUMBERS)
+def test_golden_decoders_in_whole_numbers(folder: str, weights: str, tp: int) -> None:
+    spec = model_spec(folder)
+    part, settings = part_of(spec, "decoder"), replace(SETTINGS, weights=weights)
+    made = build.trace(part), part, spec.store
+    ids, features = prompts(spec.vocab_size, spec.hidden_size)
+    level = 1 if spec.positions.has_levels else 0
+    with ranks_of(*made, 1, settings) as whole, ranks_of(*made, tp, settings) as ranks:
+        expected, tokens = whole.greedy(ids, features, 12, level)
+        found, same = ranks.greedy(ids, features, 12, level)
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
     np.testing.assert_array_equal(same, tokens)
 
 
@@ -197,38 +237,34 @@ def test_chains_for_gpus_meet_between_their_calls(tmp_path: Path, weights: str |
 
 
 @pytest.mark.parametrize(
-    ("change", "tp", "weights", "found", "fix"),
+    ("change", "tp", "found", "fix"),
     [
-        ({"heads": 32}, 3, None, "32 attention heads, tp 3", "--tp 2"),
+        ({"heads": 32}, 3, "32 attention heads, tp 3", "--tp 2"),
         (
             {"heads": 6, "intermediate_size": 64},
             3,
-            None,
             "64 rows of layers.0.mlp.down.weight, tp 3",
             "--tp 2",
-        ),
-        (
-            {"intermediate_size": 32},
-            4,
-            "int4",
-            "rows 0 to 8 of a rank, in blocks of 32",
-            "a smaller --tp, or no --weights",
         ),
     ],
 )
 def test_what_does_not_divide_is_refused_by_name_and_numbers(
-    tmp_path: Path,
-    change: dict[str, int],
-    tp: int,
-    weights: str | None,
-    found: str,
-    fix: str,
+    tmp_path: Path, change: dict[str, int], tp: int, found: str, fix: str
 ) -> None:
     made = drawn(replace(CONFIG, **change))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"among {tp} ranks") as caught:
-        compiled(*made, tmp_path, tp, replace(SETTINGS, weights=weights))
+        compiled(*made, tmp_path, tp, SETTINGS)
     assert (caught.value.found, caught.value.fix) == (found, fix)
     assert not list(tmp_path.iterdir())
+
+
+def test_blocks_too_small_for_a_gpu_are_refused(tmp_path: Path) -> None:
+    made = drawn(replace(CONFIG, head_dim=64, intermediate_size=32))
+    settings = replace(SETTINGS, dtype="float16", weights="int4")
+    with pytest.raises(ConfigError, match="among 4 ranks") as caught:
+        compiled(*made, tmp_path, 4, settings, "cuda", described=True)
+    assert caught.value.found == "rows 0 to 8 of a rank, in blocks of 32"
+    assert caught.value.fix == "a smaller --tp, or no --weights"
 
 
 def test_what_would_fit_is_told() -> None:
@@ -242,7 +278,7 @@ def test_attention_between_unknown_things_is_refused() -> None:
     traced, part, _ = drawn(CONFIG)
     known = [name for name in part.weights if "attn.out" not in name]
     with pytest.raises(BuildError, match="cannot be divided among ranks") as caught:
-        shard(traced.model.graph, known, Rank(1, 2), {})
+        shard(traced.model.graph, known, Rank(1, 2), {}, rounded=True)
     assert caught.value.expected == "an attention between two products of weights"
     assert caught.value.found.startswith("CachedAttention of ")
 

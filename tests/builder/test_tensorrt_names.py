@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+import vlmforge.backends.plans as plans
 import vlmforge_builder.tensorrt.compiler as compiler
 import vlmforge_plugins.cached_attention.plugin as plugin
 
-MODULES = (compiler, plugin)
+MODULES = (compiler, plugin, plans)
 # Of TensorRT-RTX alone; asked for only with --compute-capability, which the other flavour refuses.
 RTX_ONLY = {"ComputeCapability"}
 METHODS = {
@@ -25,6 +26,10 @@ METHODS = {
     *("build_serialized_network_to_stream", "create_optimization_profile", "set_preview_feature"),
     *("add_optimization_profile", "set_shape", "progress_monitor", "get_input", "num_inputs"),
     *("num_layers", "get_layer", "get_output", "num_outputs", "get_dimension_name"),
+    *("deserialize_cuda_engine", "create_execution_context", "set_device_memory"),
+    *("get_device_memory_size_for_profile_v2", "set_optimization_profile_async"),
+    *("set_input_shape", "set_tensor_address", "execute_async_v3"),
+    *("num_io_tensors", "get_tensor_name", "num_optimization_profiles"),
     *("register_creator", "field_names", "plugin_namespace", "plugin_version", "INT8"),
 }
 # What the library calls on our classes.

@@ -30,8 +30,8 @@ from golden_models import (
 )
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
-from vlmforge.backends import DecoderBatch, IntArray
-from vlmforge.backends.cuda.decoder import ChainDecoder
+from vlmforge.backends import DecoderBatch, FloatArray, IntArray
+from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.fake import HostDevice, cuda_on_cpu
 from vlmforge.errors import CancelledError
 from vlmforge.kv.blocks import BlockPool
@@ -102,7 +102,7 @@ def singles(pipe: Pipeline) -> list[list[int]]:
 
 def device(pipe: Pipeline) -> HostDevice:
     decoder = pipe._engine.decoder
-    assert isinstance(decoder, ChainDecoder)
+    assert isinstance(decoder, PagedDecoder)
     assert isinstance(decoder._device, HostDevice)
     return decoder._device
 
@@ -131,13 +131,13 @@ def test_batches_in_any_order_equal_singles(pipe: Pipeline, singles: list[list[i
 
 def test_ids_alone_give_what_logits_give(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    real = ChainDecoder.likeliest
+    real = PagedDecoder.likeliest
 
-    def noted(decoder: ChainDecoder, batch: DecoderBatch) -> IntArray:
+    def noted(decoder: PagedDecoder, batch: DecoderBatch) -> IntArray:
         steps.append(len(batch.slots))
         return real(decoder, batch)
 
-    monkeypatch.setattr(ChainDecoder, "likeliest", noted)
+    monkeypatch.setattr(PagedDecoder, "likeliest", noted)
     texts = [f"number {n}, and so on" for n in range(4)]
     plain = GenerationConfig(max_new_tokens=12, ignore_eos=True)
     whole = replace(plain, output_logits="generation")
@@ -147,6 +147,53 @@ def test_ids_alone_give_what_logits_give(pipe: Pipeline, monkeypatch: pytest.Mon
     by_logits = [answer.token_ids for answer in pipe(texts, gen_config=whole)]  # type: ignore[union-attr]
     assert by_ids == by_logits
     assert steps == []  # one who wants the logits is not asked
+
+
+SAMPLED = [
+    GenerationConfig(max_new_tokens=14, ignore_eos=True, random_seed=seed, **settings)
+    for seed, settings in enumerate(
+        (
+            {"top_k": 40, "top_p": 0.8, "temperature": 0.6},
+            {"top_k": 0, "temperature": 1.2, "repetition_penalty": 1.3, "logprobs": 3},
+            {"top_k": 0, "top_p": 0.9, "frequency_penalty": 0.5, "presence_penalty": 0.2},
+            {"top_k": 50, "min_p": 0.1, "output_logits": "generation"},
+            {"top_k": 1, "bad_words": ["a"], "min_new_tokens": 3},
+        )
+    )
+]
+
+
+def by_host(pipe: Pipeline) -> Pipeline:
+    """A pipeline on the same engine whose decoder chooses no tokens."""
+    engine = replace(pipe._engine)
+    object.__setattr__(engine, "choosing", None)
+    return serve(engine, EngineConfig(), VisionConfig())
+
+
+def test_the_device_chooses_what_the_host_would(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone or in company, and gives logits only to those that ask for them."""
+    texts: list[object] = [f"number {n}, and so on" for n in range(len(SAMPLED))]
+    rows: list[int] = []
+    real = PagedDecoder._row
+
+    def noted(decoder: PagedDecoder, logits: int, row: int) -> FloatArray:
+        rows.append(row)
+        return real(decoder, logits, row)
+
+    with by_host(pipe) as plain:
+        wanted = [plain(t, gen_config=c) for t, c in zip(texts, SAMPLED, strict=True)]
+    alone = [pipe(t, gen_config=c) for t, c in zip(texts, SAMPLED, strict=True)]
+    monkeypatch.setattr(PagedDecoder, "_row", noted)
+    together = pipe(texts, gen_config=SAMPLED)
+    for one, other, third in zip(wanted, alone, together, strict=True):
+        assert one.token_ids == other.token_ids == third.token_ids  # type: ignore[union-attr]
+    assert len(rows) == 13  # of the one request that wants them, after its first token
+    for answers in (alone, together):
+        found = [list(top) for top in answers[1].logprobs]  # type: ignore[index, union-attr]
+        assert found == [list(top) for top in wanted[1].logprobs]  # type: ignore[union-attr]
+        assert answers[3].logits.shape[0] == 14  # type: ignore[index, union-attr]
 
 
 def test_sizes_are_captured_once(pipe: Pipeline, singles: list[list[int]]) -> None:
@@ -185,13 +232,13 @@ def test_several_answers_part_on_pages_of_their_own(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies: list[Move] = []
-    real = ChainDecoder.move
+    real = PagedDecoder.move
 
-    def noted(decoder: ChainDecoder, move: Move) -> None:
+    def noted(decoder: PagedDecoder, move: Move) -> None:
         copies.append(move)
         real(decoder, move)
 
-    monkeypatch.setattr(ChainDecoder, "move", noted)
+    monkeypatch.setattr(PagedDecoder, "move", noted)
     sampled = GenerationConfig(max_new_tokens=12, ignore_eos=True, top_k=50, random_seed=3)
     several = replace(sampled, n=3)
     with small(pipe, 64) as fresh:

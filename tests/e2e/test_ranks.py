@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import HANGS, HF, IMAGES, divided_engine
+from conftest import HANGS, HF, IMAGES, divided_engine, wait_until
 from golden_models import CASES, FOLDERS, TOLERANCES, Golden, cases_of, check_answer, check_prompt
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, Session, pipeline
 from vlmforge.engine.manifest import load_manifest
@@ -153,18 +153,52 @@ MPI = """
 import sys
 from vlmforge import EngineConfig, GenerationConfig, pipeline
 config = EngineConfig(tp=2, communicator="mpi")
-for _ in range(2):
-    with pipeline(sys.argv[1], config) as pipe:
-        print(pipe("hi", GenerationConfig(max_new_tokens=16, ignore_eos=True)).token_ids)
+greedy = GenerationConfig(max_new_tokens=16, ignore_eos=True)
+with pipeline(sys.argv[1], config) as pipe:
+    print(pipe("hi", greedy).token_ids)
+pipe = pipeline(sys.argv[1], config)  # it is never closed
+print(pipe("hi", greedy).token_ids)
+"""
+HANGING = """
+import os, signal, sys
+from pathlib import Path
+from vlmforge import EngineConfig, pipeline
+from vlmforge.errors import RankError
+Path(f"{os.environ['PMI_RANK']}.pid").write_text(str(os.getpid()))
+config = EngineConfig(tp=2, communicator="mpi")
+pipe = pipeline(sys.argv[1], config)
+pipe("hi")
+os.kill(int(Path("1.pid").read_text()), signal.SIGSTOP)
+for ask in (lambda: pipe("hi"), lambda: pipe("again"), lambda: pipeline(sys.argv[1], config)):
+    try:
+        ask()
+    except RankError as error:
+        print(error.found)
 """
 
 
-def test_a_program_that_mpirun_has_started(shared: Path, one: Pipeline, tmp_path: Path) -> None:
-    (tmp_path / "app.py").write_text(MPI, "utf-8")
+def started(program: str, engine: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What mpirun and two ranks of the program say."""
+    (folder / "app.py").write_text(program, "utf-8")
     mpirun = Path(sys.executable).with_name("mpirun")
-    command = [mpirun, "-n", "2", sys.executable, "app.py", divided_engine(shared, HF.name, 2)]
-    done = subprocess.run(
-        command, cwd=tmp_path, text=True, capture_output=True, check=False, timeout=HANGS
+    command = [mpirun, "-n", "2", sys.executable, "app.py", engine]
+    return subprocess.run(
+        command, cwd=folder, text=True, capture_output=True, check=False, timeout=HANGS
     )
+
+
+def test_a_program_that_mpirun_has_started(shared: Path, one: Pipeline, tmp_path: Path) -> None:
+    done = started(MPI, divided_engine(shared, HF.name, 2), tmp_path)
     assert done.stdout.splitlines() == 2 * [str(one("hi", GREEDY).token_ids)]
     assert done.returncode == 0
+
+
+@pytest.mark.nightly
+def test_a_rank_of_mpirun_hangs(shared: Path, tmp_path: Path) -> None:
+    """The program hears of it, and its end is that of all."""
+    done = started(HANGING, divided_engine(shared, HF.name, 2), tmp_path)
+    first, second, third = done.stdout.splitlines()
+    assert first == second == third == "rank 1: it hangs: no sign of it for 3.5 seconds"
+    assert done.returncode != 0
+    process = Path("/proc", (tmp_path / "1.pid").read_text("utf-8"), "stat")
+    wait_until(lambda: not process.exists() or ") Z " in process.read_text("utf-8"))

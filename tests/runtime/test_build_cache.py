@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from vlmforge import env, pipeline
+from vlmforge import EngineConfig, env, pipeline
 from vlmforge.engine import build_cache
 from vlmforge.engine.build_cache import engine_for
 from vlmforge.engine.build_child import Outcome, run_build
@@ -149,6 +149,28 @@ def test_the_error_is_the_childs_own(checkpoint: Path, monkeypatch: pytest.Monke
     assert (error.found, error.expected, error.fix) == (
         *("only config.json", "weights", "download it again"),
     )
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--tp 2", "tp=2"),
+        ("a smaller --tp, or no --weights", "a smaller tp, or no --weights"),
+        ("--dtype float32 or --dtype bfloat16", "dtype='float32' or dtype='bfloat16'"),
+        ("another --dtype is worth it", "another dtype is worth it"),
+        ("--session-len 2048; build without --tp", "session_len=2048; build without tp"),
+        ("build-engine CHECKPOINT --tp N", "build-engine CHECKPOINT --tp N"),
+        ("--tpu 2, --target cuda", "--tpu 2, --target cuda"),
+    ],
+)
+def test_advice_is_in_the_words_of_the_caller(
+    words: str, told: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(monkeypatch, Outcome(1, {**ERROR, "found": words, "fix": words}, ()))
+    with pytest.raises(BuildError) as caught:
+        pipeline(checkpoint, EngineConfig(tp=3))
+    assert (caught.value.found, caught.value.fix) == (told, told)
 
 
 def test_a_place_that_the_caller_did_not_choose(

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sample_manifest import MANIFEST
-from vlmforge import pipeline
+from vlmforge import GenerationConfig, pipeline
 from vlmforge.api import config as module
 from vlmforge.api.config import EngineConfig, TurbomindEngineConfig, VisionConfig, VisonConfig
 from vlmforge.api.parallel import parallel_refusals
@@ -23,6 +23,7 @@ from vlmforge.engine.manifest import dump_manifest
 from vlmforge.errors import ConfigError, EngineError
 from vlmforge.inputs import template_config
 from vlmforge.inputs.template_config import ChatTemplateConfig
+from vlmforge.outputs import generation_config
 
 FIELDS_OF_0_4_2 = """model_name model_format tp session_len max_batch_size cache_max_entry_count
 cache_block_seq_len enable_prefix_caching quant_policy rope_scaling_factor use_logn_attn
@@ -50,6 +51,25 @@ def test_every_field_is_checked_or_refused() -> None:
     assert {*checked, *pytorch} == set(names(PytorchEngineConfig))
     rules, refusals = template_config.RULES, template_config.REFUSALS
     assert set(rules) | set(refusals) == set(names(ChatTemplateConfig))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules", "refusals"),
+    [
+        (EngineConfig, module.RULES, {**module.REFUSALS, **parallel_refusals(1)}),
+        (EngineConfig, {}, parallel_refusals(2)),
+        (PytorchEngineConfig, PYTORCH_RULES, PYTORCH_REFUSALS),
+        (ChatTemplateConfig, template_config.RULES, template_config.REFUSALS),
+        (GenerationConfig, generation_config.RULES, generation_config.REFUSALS),
+    ],
+)
+def test_every_default_is_right(kind: Any, rules: Any, refusals: Any) -> None:
+    """So what is left at it need not be looked at."""
+    fields = {f.name: f.default for f in dataclasses.fields(kind)}
+    for name, rule in rules.items():
+        assert fields[name] is dataclasses.MISSING or rule.admits(fields[name]), name
+    for name, refusal in refusals.items():
+        assert any(fields[name] == neutral for neutral in refusal.neutral), name
 
 
 def test_both_spellings_are_the_same_class() -> None:

@@ -25,7 +25,7 @@ def test_a_gpu_engine_gets_a_pool_of_what_is_free(tmp_path: Path) -> None:
     bundle = paged(tmp_path)
     page = 64 * bundle.manifest.kv.bytes_per_token
     config = EngineConfig(cache_max_entry_count=0.5)
-    taken = sum(memory.part_memory(part, 512).total for part in bundle.manifest.parts)
+    taken = sum(memory.part_memory(part, 512, 64).total for part in bundle.manifest.parts)
     planned = memory.load_options(bundle, config, taken + 1000 * page)
     assert (planned.blocks, planned.block_size, planned.paged) == (500, 64, True)
     assert (planned.slots, planned.capacity, planned.chunk) == (64, 2048, 512)
@@ -37,7 +37,7 @@ def test_a_gpu_engine_gets_a_pool_of_what_is_free(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_a_gpu_says_what_to_change(tmp_path: Path) -> None:
     bundle = paged(tmp_path)
-    taken = sum(memory.part_memory(part, 512).total for part in bundle.manifest.parts)
+    taken = sum(memory.part_memory(part, 512, 64).total for part in bundle.manifest.parts)
     with pytest.raises(BackendUnavailableError, match="memory of this GPU") as caught:
         memory.load_options(bundle, EngineConfig(), taken + 1e9)
     needed = 2048 * bundle.manifest.kv.bytes_per_token
@@ -49,9 +49,12 @@ def test_what_does_not_fit_a_gpu_says_what_to_change(tmp_path: Path) -> None:
 def test_a_chain_takes_more_the_more_tokens_are_run_at_once() -> None:
     part = RICH.part("decoder")
     assert part.chain is not None
-    one, many = (memory.part_memory(part, tokens).total for tokens in (1, 101))
+    one, many = (memory.part_memory(part, tokens, 1).total for tokens in (1, 101))
     row = sum(segment.token_bytes for segment in part.chain.segments)
     assert many - one == pytest.approx(100 * 1.2 * row)
+    assert part.chain.sampler is not None
+    several = memory.part_memory(part, 1, 11).total  # sequences, whose tokens are chosen
+    assert several - one == pytest.approx(10 * 1.2 * part.chain.sampler.token_bytes)
     assert one > part.loaded_bytes
 
 
@@ -66,6 +69,7 @@ def test_a_chain_of_whole_numbers_takes_room_to_make_its_largest_matrices_whole(
         ),
     )
     assert (
-        memory.part_memory(part, 1).total - memory.part_memory(replace(part, chain=plain), 1).total
+        memory.part_memory(part, 1, 1).total
+        - memory.part_memory(replace(part, chain=plain), 1, 1).total
         == 4096
     )

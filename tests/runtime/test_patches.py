@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from live_parity import picture
 from vlmforge.engine.images import CenterCrop, Patches
 from vlmforge.engine.images.patch_inputs import interpolation, turns, windows
-from vlmforge.engine.images.pixels import PixelFormat
+from vlmforge.engine.images.pixels import PixelFormat, PixelRange
 from vlmforge.errors import ConfigError, ImageError
 
 FORMAT = PixelFormat(
@@ -144,13 +144,18 @@ def test_what_a_part_takes_is_named_by_its_policy() -> None:
 
 def test_limits_of_pixels() -> None:
     policy = POLICIES["narrow"]
-    smaller = policy.within(None, 28 * 28 * 8)
+    smaller = policy.within(PixelRange(None, 28 * 28 * 8))
     assert (smaller.min_pixels, smaller.max_pixels) == (policy.min_pixels, 28 * 28 * 8)
     assert dataclasses.replace(smaller, max_pixels=policy.max_pixels) == policy
     for least, most in ((28 * 28 * 10, None), (None, 28 * 28 * 6), (1, 27 * 27)):
         with pytest.raises(ConfigError, match="leave no size"):
-            policy.within(least, most)
+            policy.within(PixelRange(least, most))
+    larger = policy.within(PixelRange(None, 28 * 28 * 12), tokens=12)
+    assert larger.max_pixels == 28 * 28 * 12
+    for most, tokens in ((28 * 28 * 9 + 1, 0), (28 * 28 * 12 + 1, 12), (1 << 45, 1 << 31)):
+        with pytest.raises(ConfigError, match="larger than it may be"):
+            policy.within(PixelRange(None, most), tokens)
     crop = CenterCrop(FORMAT, 8, (8, 8))
-    assert crop.within(None, None) is crop
+    assert crop.within(PixelRange()) is crop
     with pytest.raises(ConfigError, match="no limits of pixels"):
-        crop.within(1, None)
+        crop.within(PixelRange(1))

@@ -41,8 +41,9 @@ PAGED = replace(
 
 
 def taken(manifest: Manifest, config: EngineConfig) -> float:
-    tokens = max(min(512, config.session_len or 2048), config.max_batch_size or 16)
-    return CONTEXT_BYTES + sum(part_memory(part, tokens).total for part in manifest.parts)
+    rows = config.max_batch_size or 16
+    tokens = max(min(512, config.session_len or 2048), rows)
+    return CONTEXT_BYTES + sum(part_memory(part, tokens, rows).total for part in manifest.parts)
 
 
 @given(

@@ -61,6 +61,38 @@ def test_a_typed_placeholder_is_text(setup: Setup, blocks: tuple[str | Image, ..
     assert rendered.text.count("<image>") == typed + images
 
 
+IN_ORDER = ActiveTemplate(
+    "in order",
+    "{% for m in messages %}{% for c in m['content'] %}"
+    "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endfor %}",
+    (),
+    in_order=True,
+)
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        (PHOTO, "say <ima", "ge>"),
+        ("<im", "a", "", "ge> and <ima", "ge", ">", PHOTO, "!"),
+        ("<ima", PHOTO, "ge>"),
+        (PHOTO, *("<ima", "ge>") * 1500),
+    ],
+    ids=[*"abc", "many"],
+)
+def test_texts_that_make_a_placeholder_together_are_text(blocks: tuple[str | Image, ...]) -> None:
+    joined = dataclasses.replace(original_setup().policy, text_separator="")
+    for used in (
+        dataclasses.replace(hf_setup(), template=IN_ORDER),
+        dataclasses.replace(original_setup(), policy=joined),
+    ):
+        rendered = used.render(user(*blocks), length=3)
+        assert [span.length for span in rendered.image_spans] == [3]
+        assert rendered.token_ids.count(used.policy.image_token_id) == 3
+        written = "".join(b if isinstance(b, str) else "<image>" for b in blocks)
+        assert written in rendered.text
+
+
 def test_a_typed_placeholder_has_the_ids_of_its_letters() -> None:
     setup = hf_setup()
     for message in (user("what does <image> mean?"), assistant("<image>"), user("<image>")):

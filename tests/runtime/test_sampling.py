@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
 from vlmforge.errors import ConfigError, EngineError
-from vlmforge.outputs.sampling import (
-    Sampler,
-    SamplingParams,
-    distribution,
-    mean_cross_entropy,
-    top_ids,
-    top_logprobs,
-)
+from vlmforge.outputs.logprobs import mean_cross_entropy, top_ids, top_logprobs
+from vlmforge.outputs.sampling import Sampler, SamplingParams, distribution
 
 SAMPLED = SamplingParams(greedy=False)
 INF = math.inf

@@ -24,6 +24,7 @@ from vlmforge.api.session_file import read_session
 from vlmforge.backends import FloatArray
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.images.patches import Patches
+from vlmforge.engine.images.pixels import PixelRange
 from vlmforge.engine.manifest import FileEntry
 from vlmforge.errors import (
     ConfigError,
@@ -79,7 +80,7 @@ def test_other_limits_of_pixels_are_no_other_engine() -> None:
     patches = Patches(MANIFEST.image.format, 14, 2, 2, 3136, 12544, (1.0,))
     built = dataclasses.replace(MANIFEST, image=patches)
     decode = dataclasses.replace(MANIFEST.decode, tokens_per_image=9)
-    chosen = dataclasses.replace(built, image=patches.within(784, 7056), decode=decode)
+    chosen = dataclasses.replace(built, image=patches.within(PixelRange(784, 7056)), decode=decode)
     assert engine_digest(chosen) == engine_digest(built)
     other = dataclasses.replace(patches, merge=1)
     assert engine_digest(dataclasses.replace(built, image=other)) != engine_digest(built)
@@ -190,6 +191,8 @@ def changed(saved: bytes, path: Path, old: str, new: str, **arrays: Any) -> Path
         ('"finish_reason": "length"', '"finish_reason": "luck"', "not a whole"),
         ('"image": 0', '"image": 7', "not a whole"),
         ('"image": 0', '"image": -1', "not a whole"),
+        ('"min_pixels": null', '"min_pixels": -1', "not a whole"),
+        ('"max_pixels": null', '"max_pixels": true', "not a whole"),
         ('"turns"', '"turn"', "not a whole"),
         ('"salt": "', '"salt": "x', "not a whole"),
         ('"key.0"', '"key.9"', "not a whole"),

@@ -34,8 +34,8 @@ def server(pipe: Pipeline) -> Iterator[Running]:
         yield made
 
 
-def images(*urls: object) -> list[dict[str, Any]]:
-    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+def images(*urls: object, **limits: int) -> list[dict[str, Any]]:
+    parts = [{"type": "image_url", "image_url": {"url": url, **limits}} for url in urls]
     return [{"role": "user", "content": parts}]
 
 
@@ -72,6 +72,9 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "too long": ({"messages": [{"role": "user", "content": "a b " * 9000}]}, 400, "window"),
     "model": ({"model": "gpt-4o"}, 404, "tiny"),
     "broken image": ({"messages": images(BROKEN)}, 422, "image"),
+    "no pixels": ({"messages": images(BROKEN, max_pixels=0)}, 400, "max_pixels"),
+    "limits of pixels": ({"messages": images(BROKEN, max_pixels=9)}, 400, "no limits of pixels"),
+    "size": ({"messages": images(BROKEN, resized_width=9)}, 400, "resized_width"),
     "too many images": ({"messages": images(BROKEN, BROKEN, BROKEN)}, 400, "at most 2"),
     "file": ({"messages": images("file:///etc/passwd")}, 400, "http"),
     "path": ({"messages": images("/etc/passwd")}, 400, "http"),

@@ -5,6 +5,10 @@ the second by rows, and a sum over the ranks behind it. That is query, key and v
 of some heads, and the product behind it; and it is an MLP. The matrix that makes the logits is
 divided by columns, a large table of embeddings by rows. All else is the same on every rank.
 
+Beside whole numbers a kernel may round activations too, block by block. A border inside a block has
+them rounded otherwise, and so has a sum in another order, now and then. There the second product is
+divided by columns as well, and what it takes is gathered before it: ranks give the bits of one.
+
 Where there are fewer heads of keys and values than ranks, or a rank's queries would share some of
 them unevenly, ranks hold the same ones.
 """
@@ -38,7 +42,12 @@ _BY_COLUMN = frozenset(
 
 
 def shard(
-    graph: ir.Graph, weights: Collection[str], rank: Rank, blocks: Mapping[str, int]
+    graph: ir.Graph,
+    weights: Collection[str],
+    rank: Rank,
+    blocks: Mapping[str, int],
+    *,
+    rounded: bool,
 ) -> dict[str, Share]:
     """Leave `rank`'s part of a traced decoder in `graph`; what it has of which weight.
 
@@ -48,19 +57,20 @@ def shard(
         rank: Whose part.
         blocks: Rows of a block of those that will be whole numbers. An MLP is divided where blocks
             end, and then not quite evenly, if every rank gets some.
+        rounded: Whether products with those round what they take. Then no block is cut.
 
     Raises:
         ConfigError: heads or inner columns that the ranks cannot have the same number of.
         BuildError: attention whose products are of a form that is not known here.
     """
-    work = _Work(graph, frozenset(weights), rank, blocks)
+    work = _Work(graph, frozenset(weights), rank, blocks, rounded)
     for node in tuple(graph):
         if not work.is_product(node):
             continue
         if (between := work.between(node)) is not None:
             work.divide(node, between)
         elif any(value.is_graph_output() for value in node.outputs):
-            work.divide_output(node)
+            work.divide_columns(node)
     for node in tuple(graph):
         if CachedAttentionNode.is_of(node) and node not in work.divided:
             raise _unknown_form(node, "an attention between two products of weights")
@@ -92,6 +102,7 @@ class _Work:
     weights: frozenset[str]
     rank: Rank
     blocks: Mapping[str, int]
+    rounded: bool
     shares: dict[str, Share] = field(default_factory=dict)
     divided: set[ir.Node] = field(default_factory=set)
 
@@ -166,7 +177,10 @@ class _Work:
     # --- dividing -------------------------------------------------------------------------------
 
     def divide(self, product: ir.Node, between: tuple[ir.Node, ...]) -> None:
-        """Leave the rank's columns of `between` and rows of `product`; sum behind it."""
+        """Leave the rank's columns of `between` and rows of `product`; sum behind it.
+
+        Or the rank's columns of both, and gather before and behind the product.
+        """
         taken, weight = product.inputs
         assert taken is not None and weight is not None and weight.shape is not None
         attentions = [CachedAttentionNode.read(n) for n in between if CachedAttentionNode.is_of(n)]
@@ -180,36 +194,34 @@ class _Work:
             kept: Ranges = ((first * dim, (first + own) * dim),)
         else:
             kept = (self._rows(weight.name or "", rows),)
-        self._share(weight, Share(0, kept))
         layouts = {taken: kept}
         for node in reversed(between):
             self._divide_node(node, layouts)
         self.divided.update(between)
-        self._sum(product)
+        if self.rounded and weight.name in self.blocks:
+            self._gather(taken, rows)
+            self.divide_columns(product)
+        else:
+            self._share(weight, Share(0, kept))
+            self._sum(product)
 
     def _rows(self, name: str, count: int) -> tuple[int, int]:
         """The rank's rows of the second matrix of an MLP."""
         even = even_share(count, self.rank, f"rows of {name}")
         size, (index, of) = self.blocks.get(name, 1), (self.rank.index, self.rank.of)
         number = count // size
-        if number < of:
+        if number < of or self.rounded:
             return even.start, even.start + even.size
         return number * index // of * size, number * (index + 1) // of * size
 
-    def divide_output(self, product: ir.Node) -> None:
-        """Leave the rank's columns of the matrix of the logits, and gather all behind it."""
-        weight, logits = product.inputs[1], product.outputs[0]
+    def divide_columns(self, product: ir.Node) -> None:
+        """Leave the rank's columns of a matrix, and gather all behind it."""
+        weight, out = product.inputs[1], product.outputs[0]
         assert weight is not None and weight.shape is not None
         width = weight.shape.numpy()[1]
         self._share(weight, self._padded(width, axis=1))
-        name = logits.name
-        gathered = ir.Value(name=name, type=logits.type, shape=logits.shape)
-        logits.name = f"{name}_share"
-        self._set_features(logits, -(-width // self.rank.of))
-        node = AllGatherNode(share=logits, width=width, out=gathered).write(f"{name}_gather")
-        self.graph.insert_after(product, node)
-        outputs = self.graph.outputs
-        outputs[:] = [gathered if value is logits else value for value in outputs]
+        self._set_features(out, -(-width // self.rank.of))
+        self._gather(out, width)
 
     def divide_table(self, gather: ir.Node) -> None:
         """Leave the rank's rows of a table; rows that others have are zeroes, and all are summed.
@@ -253,11 +265,23 @@ class _Work:
 
     def _sum(self, node: ir.Node) -> None:
         share = node.outputs[0]
-        total = ir.Value(name=share.name, type=share.type, shape=share.shape)
-        share.name = f"{total.name}_share"
-        share.replace_all_uses_with(total)
+        total = self._met(share)
         made = AllReduceNode(share=share, out=total).write(f"{total.name}_sum")
         self.graph.insert_after(node, made)
+
+    def _gather(self, share: ir.Value, width: int) -> None:
+        node, whole = share.producer(), self._met(share)
+        assert node is not None
+        self._set_features(whole, width)
+        made = AllGatherNode(share=share, width=width, out=whole).write(f"{whole.name}_gather")
+        self.graph.insert_after(node, made)
+
+    def _met(self, share: ir.Value) -> ir.Value:
+        """What the ranks have of their shares: it has a share's name, users and shape."""
+        met = ir.Value(name=share.name, type=share.type, shape=share.shape)
+        share.name = f"{met.name}_share"
+        share.replace_all_uses_with(met, replace_graph_outputs=True)
+        return met
 
     def _divide_node(self, node: ir.Node, layouts: dict[ir.Value, Ranges]) -> None:
         """Leave the columns that `layouts` says of the outputs, and say those of the inputs."""

@@ -37,6 +37,7 @@ from vlmforge_builder.passes.fuse_contrib import FuseContribPass
 from vlmforge_builder.passes.likeliest_token import likeliest_token
 from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
 from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
+from vlmforge_builder.passes.sample_token import sample_token, sampling_bytes
 from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
 from vlmforge_builder.widened_graphs import open_widened
@@ -109,7 +110,7 @@ class CudaTarget(Target):
         settings, stem = job.settings, job.stem
         dtypes = {n: stored_dtype(job.part.weights[n], settings.dtype) for n in traced.shapes}
         whole = _matrices(blocks_of_part(traced.model.graph, job.part, settings.weights))
-        divided = divide_part(traced, job.part, whole, job.rank)
+        divided = divide_part(traced, job.part, whole, job.rank, rounded=False)
         part, blocks = divided.part, divided.blocks
         dense = _dense(part.interface, settings)
         passes.run(_sequence(dtypes, blocks, dense, settings), traced.model)
@@ -196,11 +197,14 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
     kernels = {} if job.described else _kernels(config, job.folder)
     pieces = (*cut.pieces, likeliest_token(vocab_size))
     segments = save_segments(pieces, job.stem, job.folder)
+    steps, tables = chain_steps(segments, cut.between), _tables(cut, layout, data)
+    (sampler,) = save_segments([sample_token(vocab_size)], f"{job.stem}.sample", job.folder)
+    sampler = dataclasses.replace(sampler, token_bytes=sampling_bytes(vocab_size))
     return dataclasses.replace(
         part,
         file=segments[0].file,
-        data=(data, *(segment.file for segment in segments[1:]), *kernels.values()),
-        chain=PartChain(chain_steps(segments, cut.between), _tables(cut, layout, data), kernels),
+        data=(data, *(s.file for s in (*segments[1:], sampler)), *kernels.values()),
+        chain=PartChain(steps, tables, kernels, sampler),
     )
 
 

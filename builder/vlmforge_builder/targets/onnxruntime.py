@@ -99,7 +99,7 @@ class OnnxRuntimeTarget(Target):
             name: stored_dtype(job.part.weights[name], job.settings.dtype) for name in traced.shapes
         }
         blocks = blocks_of_part(model.graph, job.part, job.settings.weights)
-        divided = divide_part(traced, job.part, blocks, job.rank)
+        divided = divide_part(traced, job.part, blocks, job.rank, rounded=True)
         part = divided.part
         if isinstance(part.interface, PatchInterface):  # images may be of any size
             passes.run(ir.passes.Sequential(FlashAttentionPass()), model)

@@ -19,6 +19,7 @@ from vlmforge.api.pipeline import Pipeline
 from vlmforge.backends import load_backend
 from vlmforge.engine.build_cache import cut_engine, engine_for
 from vlmforge.engine.bundle import open_bundle
+from vlmforge.engine.images.pixels import AS_ENGINE, PixelRange
 from vlmforge.engine.manifest import MANIFEST_FILE, Manifest, load_manifest
 from vlmforge.errors import ConfigError
 from vlmforge.field_rules import Instance, OrNone, check_value, shown
@@ -74,7 +75,7 @@ def pipeline(
     vision = vision_config or VisionConfig()
     vision.validate()
     folder = _engine(path, config)
-    _check_pixels(folder, vision)
+    _check_pixels(folder, vision, config)
     free = _available_memory() if ranks is None else ranks.room()
     features = feature_bytes(vision.feature_cache_bytes, free)
     vision = dataclasses.replace(vision, feature_cache_bytes=features)
@@ -83,7 +84,7 @@ def pipeline(
         engine = _load(folder, config, template_config, free - features, finished=finished)
     if vision.background is not None:
         engine = engine.on_background(vision.background)
-    engine = engine.with_pixels(vision.min_pixels, vision.max_pixels)
+    engine = engine.with_pixels(PixelRange(vision.min_pixels, vision.max_pixels))
     engine = dataclasses.replace(engine, limits=vision.image_limits())
     return serve(engine, config, vision)
 
@@ -244,11 +245,12 @@ def _check_finished(config: EngineConfig, manifest: Manifest) -> None:
         )
 
 
-def _check_pixels(folder: Path, vision: VisionConfig) -> None:
+def _check_pixels(folder: Path, vision: VisionConfig, config: EngineConfig) -> None:
     """Refuse limits that the engine's images cannot have, before its ranks are started."""
-    limits = vision.min_pixels, vision.max_pixels
-    if limits != (None, None):
-        load_manifest(folder).image.within(*limits)
+    limits = PixelRange(vision.min_pixels, vision.max_pixels)
+    if limits != AS_ENGINE:
+        manifest = load_manifest(folder)
+        manifest.image.within(limits, config.session_len or manifest.decode.session_len)
 
 
 def _launched(config: EngineConfig) -> World | None:

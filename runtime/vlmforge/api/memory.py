@@ -115,12 +115,12 @@ class PartMemory:
 def parts_memory(manifest: Manifest, config: EngineConfig, capacity: int) -> tuple[PartMemory, ...]:
     """What an engine's parts take of its first GPU's memory, for sequences of `capacity` tokens."""
     chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
-    tokens = max(chunk, _slots(manifest, config))
-    return tuple(part_memory(part, tokens) for part in manifest.first_parts)
+    slots = _slots(manifest, config)
+    return tuple(part_memory(part, max(chunk, slots), slots) for part in manifest.first_parts)
 
 
-def part_memory(part: Part, tokens: int) -> PartMemory:
-    """What a part takes of a GPU's memory when at most so many tokens are run at once.
+def part_memory(part: Part, tokens: int, rows: int) -> PartMemory:
+    """What a part takes of a GPU's memory when at most so many tokens, or sequences, run at once.
 
     The factors were measured.
     """
@@ -129,9 +129,12 @@ def part_memory(part: Part, tokens: int) -> PartMemory:
     segments = part.chain.segments
     # Each segment keeps what it took once.
     whole = sum(segment.matrix_bytes for segment in segments)
-    row = sum(segment.token_bytes for segment in segments)
+    taken = tokens * sum(segment.token_bytes for segment in segments)
+    if part.chain.sampler is not None:
+        segments = (*segments, part.chain.sampler)
+        taken += rows * part.chain.sampler.token_bytes
     library = _SEGMENT_BYTES * len(segments)
-    return PartMemory(part.loaded_bytes, whole + _ROOM * row * tokens, library)
+    return PartMemory(part.loaded_bytes, whole + _ROOM * taken, library)
 
 
 def _slots(manifest: Manifest, config: EngineConfig) -> int:

@@ -227,7 +227,7 @@ def _kept(message: Message) -> Message:
     return Message(
         message.role,
         tuple(
-            Image(open_image(block.source.copy()), given_name(block))
+            Image(open_image(block.source.copy()), given_name(block), block.pixels)
             if isinstance(block, Image) and isinstance(block.source, PIL.Image.Image)
             else block
             for block in message.blocks

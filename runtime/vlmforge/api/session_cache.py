@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -53,8 +54,15 @@ class SessionCache:
 
     def __init__(self, engine: Engine, loop: Loop) -> None:
         self._engine, self._loop = engine, loop
-        self.engine_digest = engine_digest(engine.manifest)
-        self._pixels = _digest(to_data(engine.manifest.image))
+
+    @cached_property
+    def engine_digest(self) -> str:
+        """See the function of this name."""
+        return engine_digest(self._engine.manifest)
+
+    @cached_property
+    def _pixels(self) -> str:
+        return _digest(to_data(self._engine.manifest.image))
 
     @property
     def limits(self) -> ImageLimits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from vlmforge.api.array_file import Arrays, damaged, read_arrays, write_arrays
 from vlmforge.api.session_cache import Kept
+from vlmforge.engine.images.patches import PixelCount
+from vlmforge.engine.images.pixels import PixelRange
 from vlmforge.engine.schema import from_json, parse_json, to_json
 from vlmforge.errors import EngineFormatError, ImageError, SessionError
 from vlmforge.inputs.image_names import given_name
@@ -63,11 +65,13 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """A text, or the number of an image and the name that it was given by."""
+    """A text, or the number of an image, the name that it was given by, and its limits."""
 
     text: str | None
     image: int | None
     name: str | None
+    min_pixels: PixelCount | None = None
+    max_pixels: PixelCount | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +236,7 @@ def _message(message: Message, images: _Images) -> _Message:
 def _block(block: Text | Image, images: _Images) -> _Block:
     if isinstance(block, Text):
         return _Block(block.text, None, None)
-    return _Block(None, images.number(block), given_name(block))
+    return _Block(None, images.number(block), given_name(block), *block.pixel_range)
 
 
 def _written(kept: Kept, arrays: dict[str, NDArray[Any]]) -> _Kept:
@@ -289,7 +293,9 @@ def _read_block(block: _Block, images: Sequence[StoredImage], limits: ImageLimit
         return Text(block.text or "")
     if block.image < 0:
         raise IndexError(f"image {block.image}")
-    return Image(reopen(images[block.image], name=block.name, limits=limits), block.name)
+    opened = reopen(images[block.image], name=block.name, limits=limits)
+    asked = PixelRange(block.min_pixels, block.max_pixels)
+    return Image(replace(opened, pixel_range=asked), block.name)
 
 
 def _prompt(form: str, messages: Sequence[Message]) -> object:

@@ -67,11 +67,11 @@ class _Call:
         p = self._p = params
         self._type, self._stored = config.activation, config.stored
         self._width, self._page = config.head_size, 1 << p.page_shift
-        self._past = _array(p.past_lengths, np.int32, (p.batch,))
+        self._past = memory_as(p.past_lengths, np.int32, (p.batch,))
         most = np.full(p.batch, p.max_query, np.int32)
         lengths = p.query_lengths
-        self._new = _array(lengths, np.int32, (p.batch,)) if lengths else most
-        self._table = _array(p.block_table, np.int32, (p.batch, p.max_pages))
+        self._new = memory_as(lengths, np.int32, (p.batch,)) if lengths else most
+        self._table = memory_as(p.block_table, np.int32, (p.batch, p.max_pages))
 
     def write(self, row: int) -> None:
         """New keys and values to their pages."""
@@ -121,7 +121,7 @@ class _Call:
         new = int(self._new[row])
         start = address + 2 * row * batch_stride
         used = heads * self._width
-        flat = _array(start, np.uint16, ((new - 1) * row_stride + used,))
+        flat = memory_as(start, np.uint16, ((new - 1) * row_stride + used,))
         shape, strides = (new, heads, self._width), (2 * row_stride, 2 * self._width, 2)
         return np.lib.stride_tricks.as_strided(flat, shape, strides)
 
@@ -130,7 +130,9 @@ class _Call:
         if not p.cos:
             return numbers
         cos, sin = (
-            np.stack([_array(t + 4 * half * int(i), np.float32, (half,)) for i in places])[:, None]
+            np.stack([memory_as(t + 4 * half * int(i), np.float32, (half,)) for i in places])[
+                :, None
+            ]
             for t in (p.cos, p.sin)
         )
         first, second = numbers[..., :half], numbers[..., half:]
@@ -139,7 +141,7 @@ class _Call:
     def _pool(self, address: int, page: int) -> NDArray[Any]:
         """One page, `[kv_heads, page_size, D]`."""
         shape, dtype = (self._p.kv_heads, self._page, self._width), np.dtype(DTYPES[self._stored])
-        return _array(address + int(page) * dtype.itemsize * int(np.prod(shape)), dtype, shape)
+        return memory_as(address + int(page) * dtype.itemsize * int(np.prod(shape)), dtype, shape)
 
     def _held(self, address: int, row: int) -> NDArray[np.float32]:
         """`[kv_heads, tokens, D]` of a sequence, new tokens included, without the scale."""
@@ -149,7 +151,7 @@ class _Call:
         return decode(bits, self._stored).astype(np.float32)
 
 
-def _array(address: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+def memory_as(address: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
     """Memory as an array, in place."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
@@ -226,7 +228,7 @@ def _narrow(tensor: Tensor) -> bool:
 
 
 def _bits(tensor: Tensor) -> NDArray[Any]:
-    return _array(tensor.address, DTYPES.get(tensor.dtype, tensor.dtype), tensor.shape)
+    return memory_as(tensor.address, DTYPES.get(tensor.dtype, tensor.dtype), tensor.shape)
 
 
 def _read(tensor: Tensor) -> NDArray[Any]:
@@ -270,7 +272,7 @@ class HostDevice(Device):
 
     @override
     def download(self, address: int, shape: tuple[int, ...], dtype: np.dtype[T]) -> NDArray[T]:
-        return _array(address, dtype, shape).copy()
+        return memory_as(address, dtype, shape).copy()
 
     @override
     def copy(self, source: int, target: int, size: int) -> None:

@@ -6,10 +6,16 @@ infinities, one NaN, 448 is the largest.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
-DTYPES = {"float16": np.uint16, "bfloat16": np.uint16, "float8_e4m3fn": np.uint8}
+DTYPES: Mapping[str, type[np.unsignedinteger]] = {
+    "float16": np.uint16,
+    "bfloat16": np.uint16,
+    "float8_e4m3fn": np.uint8,
+}
 
 
 def _e4m3_values() -> NDArray[np.float64]:

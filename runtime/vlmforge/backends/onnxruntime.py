@@ -39,7 +39,7 @@ from vlmforge.limits import available_cpus
 from vlmforge.ort import ort
 
 PROVIDER = "CPUExecutionProvider"
-_BOUND_LAYOUTS = 256
+_KEPT_LAYOUTS = 256
 
 
 def physical_cores() -> int:
@@ -171,6 +171,20 @@ def _more_inputs(batch: DecoderBatch) -> dict[str, NDArray[Any]]:
     return {name: values for name, values in given.items() if values is not None}
 
 
+@dataclass(slots=True)
+class _Layout:
+    """Some rows of the cache that lie side by side, as a session takes them; made once."""
+
+    rows: tuple[tuple[str, ort.OrtValue], ...]  # by the name of what is past
+    one_token: ort.IOBinding | None = None
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        """What is written goes where what was read lies."""
+        for past, value in self.rows:
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(interface.present_of(past), value)
+
+
 class _Decoder(DecoderSession):
     def __init__(
         self,
@@ -183,7 +197,7 @@ class _Decoder(DecoderSession):
         self._weights = weights  # the session refers to them
         self._places = PlacedCache(kv, options.slots, options.capacity)
         self._tokens = _TokenSteps(session, options.slots)
-        self._bound: OrderedDict[tuple[int, int], ort.IOBinding] = OrderedDict()
+        self._layouts: OrderedDict[tuple[int, int], _Layout] = OrderedDict()
 
     @override
     def move(self, move: Move) -> None:
@@ -228,28 +242,30 @@ class _Decoder(DecoderSession):
         binding.bind_cpu_input(interface.IMAGE_FEATURES, np.ascontiguousarray(features))
         for name, value in inputs.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value[order]))
-        self._bind_cache(binding, first, len(batch.input_ids))
+        self._layout(first, len(batch.input_ids)).bind(binding)
         binding.bind_output(interface.LOGITS, "cpu")
         return binding
 
     def _token_binding(self, first: int, rows: int) -> ort.IOBinding:
         """Of one token for each of the rows `first .. first + rows`; made once."""
-        key = (first, rows)
-        if key not in self._bound:
-            binding = self._tokens.bind(rows)
-            self._bind_cache(binding, first, rows)
-            self._bound[key] = binding
-        self._bound.move_to_end(key)
-        if len(self._bound) > _BOUND_LAYOUTS:
-            self._bound.popitem(last=False)
-        return self._bound[key]
+        layout = self._layout(first, rows)
+        if layout.one_token is None:
+            layout.one_token = self._tokens.bind(rows)
+            layout.bind(layout.one_token)
+        return layout.one_token
 
-    def _bind_cache(self, binding: ort.IOBinding, first: int, count: int) -> None:
-        """The rows `first .. first + count` of each tensor, where they lie."""
-        for past, rows in self._places.rows(first, count):
-            value = ort.OrtValue.ortvalue_from_numpy(rows)
-            binding.bind_ortvalue_input(past, value)
-            binding.bind_ortvalue_output(interface.present_of(past), value)
+    def _layout(self, first: int, count: int) -> _Layout:
+        """The rows `first .. first + count`; those that were used last are kept."""
+        key = (first, count)
+        if key not in self._layouts:
+            rows = self._places.rows(first, count)
+            self._layouts[key] = _Layout(
+                tuple((past, ort.OrtValue.ortvalue_from_numpy(array)) for past, array in rows)
+            )
+        self._layouts.move_to_end(key)
+        if len(self._layouts) > _KEPT_LAYOUTS:
+            self._layouts.popitem(last=False)
+        return self._layouts[key]
 
 
 @dataclass(frozen=True, slots=True)

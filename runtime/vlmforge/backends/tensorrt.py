@@ -1,26 +1,29 @@
-"""Plans of TensorRT and TensorRT-RTX. This version builds them and looks into them.
+"""Engines of TensorRT and TensorRT-RTX: plans, over the pool, buckets and steps of `cuda`.
 
-Running them is not there yet, so that loading one always refuses: with what this machine lacks, or
-else with that.
+Never run on a GPU: what the libraries do is tested with a stand-in (`backends.fake_plans`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from vlmforge.backends import Backend, DecoderSession, LoadOptions, VisionSession
+from vlmforge.backends.cuda import machine
 from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import BackendUnavailableError
+from vlmforge.limits import Room
 
-_DRIVER = "libcuda.so.1"
+if TYPE_CHECKING:
+    from vlmforge.backends.cuda.device import Device
+    from vlmforge.backends.plans import Library
+
 _ELSEWHERE = "vlmforge inspect and vlmforge verify --static work here; to run the model on this "
 _ELSEWHERE += "machine, build it with --target onnxruntime"
 
@@ -45,25 +48,59 @@ class PlanBackend(Backend):
 
     @override
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
-        del folder, manifest, options
-        self.check()
+        from vlmforge.backends.plans import Plan, PlanVision
+
+        del options
+        part, device = manifest.part("vision"), self.device()
+        return PlanVision(device, Plan(self.library(), folder / part.file, part, device), part)
 
     @override
     def load_decoder(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
-        del folder, manifest, options
-        self.check()
+        from vlmforge.backends.cuda.decoder import PagedDecoder
+        from vlmforge.backends.plans import Plan, PlanProgram
+
+        part, kv, device = manifest.part("decoder"), manifest.kv, self.device()
+        if kv.page_size is None:
+            raise BackendUnavailableError(
+                "Plans with the library's own attention are built, but not run.",
+                found="an engine of --attention native, whose cache is not in pages",
+                expected="an engine with the attention plugin",
+                fix="build-engine CHECKPOINT -o ENGINE --attention plugin",
+            )
+        plan = Plan(self.library(), folder / part.file, part, device)
+        program = PlanProgram(plan, part, kv, options)
+        return PagedDecoder(device, program, kv, manifest.decode.vocab_size, options)
 
     @override
-    def memory(self) -> NoReturn:
-        self.check()
+    def memory(self) -> Room | None:
+        """What is free on the GPU now."""
+        gpu = self._checked()
+        return Room(gpu.free, f"the free memory of {gpu.name}")
 
     @override
     def versions(self) -> Sequence[tuple[str, str]]:
         """BackendUnavailableError: not installed"""
         self._check_installed()
         return ((self.module, importlib.metadata.version(self.requirement)),)
+
+    @override
+    def check(self) -> None:
+        self._checked()
+
+    def device(self) -> Device:
+        """A device for a part of an engine (BackendUnavailableError: see `check`)."""
+        self._checked()
+        from vlmforge.backends.cuda.gpu import Gpu  # not before the bindings are known to be there
+
+        return Gpu()
+
+    def library(self) -> Library:
+        """What runs the plans (BackendUnavailableError: it cannot be loaded)."""
+        from vlmforge.backends.plans import load_library
+
+        return load_library(self.module)
 
     def _check_installed(self) -> None:
         if importlib.util.find_spec(self.module) is None:
@@ -74,34 +111,9 @@ class PlanBackend(Backend):
                 fix=f"pip install 'vlmforge[{self.requirement}]'; {_ELSEWHERE}",
             )
 
-    @override
-    def check(self) -> NoReturn:
+    def _checked(self) -> machine.FoundGpu:
         self._check_installed()
-        try:
-            ctypes.CDLL(_DRIVER)
-        except OSError as error:
-            raise BackendUnavailableError(
-                f"An engine of the backend {self.name} needs an NVIDIA GPU.",
-                found=f"no driver: {error}",
-                expected=f"{self.gpus}, and its driver",
-                fix=_ELSEWHERE,
-            ) from None
-        self._check_gpu()
-        raise BackendUnavailableError(
-            f"This version of vlmforge builds engines of {self.name}, but does not run them.",
-            found=f"backend {self.name!r}",
-            expected="an engine of the backend onnxruntime",
-            fix=_ELSEWHERE,
-        )
-
-    def _check_gpu(self) -> None:
-        """BackendUnavailableError: the library itself refuses the GPU that is here."""
-        from vlmforge.backends.cuda import machine  # not where there is no driver
-
-        try:
-            gpu = machine.find_gpu()
-        except (ImportError, OSError, RuntimeError):
-            return  # nothing is known of it
+        gpu = machine.check_gpu(machine.find_gpu, self.name, self.gpus, _ELSEWHERE)
         if (reason := self.refused.get(gpu.capability)) is not None:
             raise BackendUnavailableError(
                 f"{self.requirement} refuses this GPU: {reason}",
@@ -110,8 +122,9 @@ class PlanBackend(Backend):
                 fix="build the checkpoint with --target cuda, whose attention is the same, and "
                 "which runs there",
             )
+        return gpu
 
 
-BACKEND = PlanBackend(
+BACKEND: PlanBackend = PlanBackend(
     "tensorrt", "tensorrt", "tensorrt", "the kind of GPU that the engine was built on"
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlmforge.backends.tensorrt import PlanBackend
 
-BACKEND = PlanBackend(
+BACKEND: PlanBackend = PlanBackend(
     "tensorrt_rtx",
     "tensorrt_rtx",
     "tensorrt-rtx",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import signal
 import sys
@@ -21,6 +22,11 @@ from vlmforge.engine.manifest import MANIFEST_FILE
 from vlmforge.engine.ownership import sole_owner
 from vlmforge.errors import BuildError
 from vlmforge.version import __version__
+
+# Options of build-engine that a caller gives as fields, and such values as advice names.
+_OPTION = re.compile(
+    r"--(tp|dtype|session-len|max-batch-size|revision)\b(?: (?:(\d+|N)|(b?float\d+))\b)?"
+)
 
 
 def engine_for(path: str, options: Mapping[str, str]) -> Path:
@@ -182,7 +188,23 @@ def _failed(path: str, engine: Path, outcome: Outcome) -> BuildError:
     moved = f" (VLMFORGE_CACHE chooses another place than {engine.parent})"
     return BuildError(
         f"The build of {path} failed: {told['error']}: {told['summary']}",
-        found=told["found"],
-        expected=told["expected"],
-        fix=told["fix"] + (moved if str(engine) in told["summary"] else ""),
+        found=as_fields(told["found"]),
+        expected=as_fields(told["expected"]),
+        fix=as_fields(told["fix"]) + (moved if str(engine) in told["summary"] else ""),
     )
+
+
+def as_fields(words: str) -> str:
+    """What build-engine says of its options, for who gives them as fields: `--tp 2` is `tp=2`.
+
+    A command line to be typed stays one.
+    """
+    if "build-engine" in words:
+        return words
+
+    def field(option: re.Match[str]) -> str:
+        name, number, dtype = option.groups()
+        value = repr(dtype) if dtype else number
+        return name.replace("-", "_") + (f"={value}" if value else "")
+
+    return _OPTION.sub(field, words)

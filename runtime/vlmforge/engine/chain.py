@@ -145,11 +145,14 @@ class PartChain(Agreeing):
         rotary: What the calls of attention rotate by; None where none does.
         kernels: Files of the attention's compiled kernels, by the names of their targets; none
             where attention is inside the segments.
+        sampler: What chooses tokens from the logits of a step (`interface.SAMPLED`); None: the host
+            does.
     """
 
     steps: tuple[ChainStep, ...]
     rotary: RotaryTables | None
     kernels: Mapping[str, FilePath]
+    sampler: Segment | None = None
 
     @override
     def disagreements(self) -> Iterator[tuple[str, str]]:
@@ -186,7 +189,8 @@ class PartChain(Agreeing):
     def files(self) -> frozenset[str]:
         """All that it names."""
         tables = () if self.rotary is None else (self.rotary.file,)
-        return frozenset((*(s.file for s in self.segments), *self.kernels.values(), *tables))
+        graphs = (*self.segments, *(() if self.sampler is None else (self.sampler,)))
+        return frozenset((*(s.file for s in graphs), *self.kernels.values(), *tables))
 
     def missing(self, inputs: frozenset[str]) -> frozenset[str]:
         """Tensors that a step takes and neither the part's `inputs` nor an earlier step gives."""

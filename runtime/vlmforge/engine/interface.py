@@ -42,6 +42,23 @@ TURNS = "turns"
 """Cosines and sines of the tokens, where the position policy gives them."""
 LIKELIEST = TensorSpec("likeliest", "int64", (BATCH, OUTPUTS))
 """Ids of the largest logits, which a chain gives beside them."""
+EDITS = "edits"
+REPORTED = 20
+"""Likeliest tokens that a sampled step tells of."""
+CHOICES = TensorSpec("choices", "float64", (BATCH, 5))
+"""How each row's token is chosen: temperature, top-k (the vocabulary's size: all), top-p, min-p,
+and a random number in [0, 1), below 0 for the likeliest."""
+EDIT_IDS = TensorSpec("edit_ids", "int64", (BATCH, EDITS))
+"""Ids whose logits are changed before, in any order; those that fill up a row repeat its last."""
+EDIT_FACTORS = TensorSpec("edit_factors", "float32", (BATCH, EDITS))
+"""Of their logits: divides positive ones, multiplies others."""
+EDIT_MINUS = TensorSpec("edit_minus", "float64", (BATCH, EDITS))
+"""What is taken from them then; infinity for what must not be chosen."""
+SAMPLED = "sampled"
+"""float64 `[3 + 2 * reported, batch]`: the token's id, its edited logit, the logarithm of the sum
+of all edited logits' exponentials, then ids and edited logits of the likeliest, best first."""
+UNDECIDED = -2
+"""An id where the host has to choose from the logits."""
 QUERY_LENGTHS = TensorSpec("query_lengths", "int32", (BATCH,))
 """How many of the tokens of a row are there, where the cache is paged."""
 BLOCK_TABLE = TensorSpec("block_table", "int32", (BATCH, SEQUENCE_PAGES))

@@ -118,8 +118,8 @@ def _greedy(
     place, levels = engine.options.whole_place, np.array([given.rotary_level])
     while len(rows) < GREEDY_TOKENS:
         last, done = np.array([rows[-1].argmax()]), np.array([length + len(rows) - 1])
-        step = engine.decode([place], last, done, levels, np.array([given.lag]))
-        rows.append(step[0].copy())
+        (step,) = engine.decode([place], last, done, levels, np.array([given.lag]))
+        rows.append(np.array(step, np.float32))
     return np.stack(rows)
 
 

@@ -16,11 +16,13 @@ TYPED = "\ue0f4\ue0f5\ue0f6"
 OPEN, CLOSE = "\ue0f7\ue0f8\ue0f9", "\ue0fa\ue0fb\ue0fc"
 """Begin and end of the content of a message."""
 NAMED = "\ue0fd\ue0fe\ue0ff"
+SEAM = "\ue0ee\ue0ef\ue0f0"
+"""Between two texts of a message that would make the image placeholder together."""
 
 
 def refuse_marks(text: str) -> None:
     """PromptError for a text that has a mark."""
-    for mark in (IMAGE, TYPED, OPEN, CLOSE, NAMED):
+    for mark in (IMAGE, TYPED, OPEN, CLOSE, NAMED, SEAM):
         if mark in text:
             raise PromptError(
                 "The prompt contains a private-use sequence that vlmforge uses inside.",
@@ -42,6 +44,7 @@ def as_written(text: str, placeholder: str) -> str:
         (OPEN, ""),
         (CLOSE, ""),
         (NAMED, ""),
+        (SEAM, ""),
     ):
         text = text.replace(mark, written).replace(_in_writing(mark), written)
     return text

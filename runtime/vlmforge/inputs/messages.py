@@ -12,8 +12,10 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from vlmforge.engine.images.pixels import AS_ENGINE, PixelRange
 from vlmforge.errors import PromptError
 from vlmforge.field_rules import shown
+from vlmforge.inputs.pixel_range import pixel_range
 from vlmforge.vl.load import OpenedImage
 
 ImageSource: TypeAlias = (
@@ -39,11 +41,19 @@ class Text:
 class Image:
     """A block that is an image: anything that `load_image` takes, or an image that is open.
 
-    `name` is the path or URL that it was loaded from, where `source` is that no more.
+    `name` is the path or URL that it was loaded from, where `source` is that no more; `pixels` what
+    it is to be brought to, where `source` does not say so itself.
     """
 
     source: ImageSource
     name: str | None = None
+    pixels: PixelRange = AS_ENGINE
+
+    @property
+    def pixel_range(self) -> PixelRange:
+        """The least and the most pixels that it is to be brought to."""
+        own = self.pixels == AS_ENGINE and isinstance(self.source, OpenedImage)
+        return self.source.pixel_range if own else self.pixels  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,16 +223,15 @@ def _block(item: object, where: str) -> Text | Image:
         return Text(item)
     kind = item.get("type") if isinstance(item, Mapping) else None
     if isinstance(item, Mapping) and isinstance(kind, str) and kind == "image":
-        return Image(_source(_image_part(item, where)))
+        return Image(_source(_image_part(item, where)), pixels=pixel_range(where, item))
     if isinstance(item, Mapping) and isinstance(kind, str) and kind in item:
         payload = item[kind]
         match kind:
             case "text" if isinstance(payload, str):
                 return Text(payload)
-            case "image_url":
-                return Image(_source(_unwrap(payload, "url")))
-            case "image_data":
-                return Image(_source(_unwrap(payload, "data")))
+            case "image_url" | "image_data":
+                source = _source(_unwrap(payload, kind.removeprefix("image_")))
+                return Image(source, pixels=pixel_range(where, item, payload))
     if isinstance(kind, str) and "video" in kind:
         raise PromptError(
             f"The content of {where} is a video; models see images only.",

@@ -121,7 +121,10 @@ def render_prompt(
     if len(typed) != len(images):
         raise _mismatch("The prompt", len(typed), len(images), optional=False)
     names = [spelled_name(policy, *pair) for pair in zip(images, typed, strict=True)]
-    chunks = [chunk.replace(marks.TYPED, policy.image_placeholder) for chunk in chunks]
+    chunks = [
+        chunk.replace(marks.SEAM, "").replace(marks.TYPED, policy.image_placeholder)
+        for chunk in chunks
+    ]
     for chunk in chunks:
         refuse_spelled(chunk, policy)
     texts, runs = _laid_out(chunks, layouts)
@@ -245,10 +248,24 @@ def _in_order(message: Message, policy: PromptPolicy) -> dict[str, object]:
         ]
     content = [
         {"type": "image"} if piece is None else _text_block(f"{begin}{piece}{end}")
-        for piece in places
+        for piece in _seamed(places, policy)
         if piece != "" or len(places) == 1
     ]
     return {"role": message.role, "content": content}
+
+
+def _seamed(places: Sequence[str | None], policy: PromptPolicy) -> list[str | None]:
+    """Texts, and None for an image: marked where two make a placeholder that neither has."""
+    word, found, before = policy.image_placeholder, list[str | None](), ""
+    for piece in places:
+        if piece is None:
+            before = ""
+        elif word in before + piece:
+            piece = before = f"{marks.SEAM}{piece}"
+        else:
+            before = (before + piece)[1 - len(word) :]
+        found.append(piece)
+    return found
 
 
 def _text_block(text: str) -> dict[str, str]:
@@ -301,7 +318,7 @@ def _interleaved(message: Message, policy: PromptPolicy) -> str:
             parts.append(line.replace("{image}", marks.IMAGE))
         else:
             parts.append(_escape(block.text, policy))
-    return policy.text_separator.join(parts)
+    return policy.text_separator.join(parts).replace(policy.image_placeholder, marks.TYPED)
 
 
 def _placeholder(policy: PromptPolicy) -> re.Pattern[str]:

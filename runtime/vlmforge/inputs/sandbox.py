@@ -141,7 +141,8 @@ def _slice(value: Any) -> Any:
 
 @pass_context
 def _written(_: Context, value: Any) -> Any:
-    spend(OPERATION + text_work(size_of(value)), "the output")
+    size = len(value) if type(value) is str else size_of(value)
+    spend(OPERATION + text_work(size), "the output")
     return value
 
 

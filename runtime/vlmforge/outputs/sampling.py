@@ -14,10 +14,11 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmforge.backends.choice import NO_EDITS, Choice, Edits, Picked
 from vlmforge.errors import ConfigError, EngineError
 from vlmforge.outputs.grammar import Guide
+from vlmforge.outputs.logprobs import Logits, top_ids, top_logprobs
 
-Logits: TypeAlias = NDArray[np.float32]
 LogitsProcessor: TypeAlias = Callable[[list[int], Logits], Logits]
 """`(ids so far, logits [vocab]) -> logits [vocab]`; ids of the prompt's text come first."""
 
@@ -122,16 +123,58 @@ class Sampler:
         self._matcher = None if params.guide is None else params.guide.matcher()
         self._seen = np.zeros(vocab_size, np.bool_)
         self._seen[list(self._prompt)] = True
+        self._number: float | None = None  # drawn, and nothing chosen by it yet
 
-    def step(self, logits: Logits | np.int64) -> SampledToken:
+    def choice(self) -> Choice | None:
+        """How the next token is to be chosen elsewhere, as `step` would; None: only by `step`.
+
+        Whoever chooses it, `step` is to be called with it, or with the logits: that draws no other
+        number.
+        """
+        params = self._params
+        if params.logits_processors or params.guide:
+            return None
+        numbers = (1.0, float(self._vocab_size), 1.0, 0.0, -1.0)
+        if self.rng is not None and not params.greedy:
+            self._number = self._next_number()
+            kept = params.top_k if 0 < params.top_k < self._vocab_size else self._vocab_size
+            numbers = (params.temperature, kept, params.top_p, params.min_p, self._number)
+        return Choice(numbers, self._edits(), params.logprobs)
+
+    def _next_number(self) -> float:
+        assert self.rng is not None
+        number, self._number = self._number, None
+        return float(self.rng.random()) if number is None else number
+
+    def _edits(self) -> Edits:
+        """What `_edited` does to the logits, where it is arithmetic."""
+        params, banned = self._params, self._banned_now()
+        repeated = params.repetition_penalty != 1
+        counted = params.presence_penalty or params.frequency_penalty
+        if not (banned or repeated or counted):
+            return NO_EDITS
+        generated, counts = np.unique(self._generated if counted else [], return_counts=True)
+        seen = np.flatnonzero(self._seen) if repeated else np.zeros(0, np.int64)
+        ids = np.unique(np.concatenate((seen, generated, banned))).astype(np.int64)
+        factors = np.where(self._seen[ids] & repeated, params.repetition_penalty, 1)
+        minus = np.zeros(len(ids))
+        taken = params.presence_penalty + params.frequency_penalty * counts
+        minus[np.searchsorted(ids, generated)] = taken
+        minus[np.searchsorted(ids, banned)] = np.inf
+        return Edits(ids, factors.astype(np.float32), minus)
+
+    def step(self, logits: Logits | np.int64 | Picked) -> SampledToken:
         """Choose from logits `[vocab_size]`, which are left as they are.
 
-        The id of the largest will do if the parameters are `likeliest`; -1: they are not finite.
+        The id of the largest will do if the parameters are `likeliest`; -1: they are not finite. So
+        does what was chosen by `choice`.
 
         Raises:
             EngineError: the logits are not finite, or the guide was lost.
             ConfigError: every token is banned, or a processor or the penalty broke the logits.
         """
+        if isinstance(logits, Picked):
+            return self._picked(logits)
         if isinstance(logits, np.int64):
             return self._known(int(logits))
         if logits.shape != (self._vocab_size,):
@@ -143,7 +186,7 @@ class Sampler:
             token = int(edited.argmax())
             _check_edited(float(edited[token]))
         if self.rng is not None and not self._params.greedy:
-            token = _draw(*_weights(edited, self._params), self.rng)
+            token = _draw(*_weights(edited, self._params), self._next_number())
         if self._matcher is not None:
             self._matcher.accept(token)
         self._generated.append(token)
@@ -152,6 +195,15 @@ class Sampler:
             return SampledToken(token)
         top = top_logprobs(edited, self._params.logprobs, token)
         return SampledToken(token, top[token], top)
+
+    def _picked(self, picked: Picked) -> SampledToken:
+        self._number = None
+        token = self._known(picked.id)
+        if not self._params.logprobs:
+            return token
+        return SampledToken(
+            token.id, picked.logprob, {**picked.likeliest, token.id: picked.logprob}
+        )
 
     def _known(self, token: int) -> SampledToken:
         if token < 0:
@@ -234,68 +286,17 @@ def _weights(
     values = (logits if ids is None else logits[ids]).astype(np.float64)
     # The largest is 0 before the division: no temperature can overflow it.
     values -= values.max()
-    with np.errstate(over="ignore"):
-        values /= params.temperature
+    if params.temperature != 1:
+        with np.errstate(over="ignore"):
+            values /= params.temperature
     weights: NDArray[np.float64] = np.exp(values, out=values)
     if params.top_p < 1:
         kept = _nucleus(weights, params.top_p)
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     if params.min_p > 0:
-        kept = np.flatnonzero(weights >= params.min_p * weights.max())
+        kept = np.flatnonzero(weights >= params.min_p)  # the largest is 1
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     return ids, weights
-
-
-def top_ids(logits: Logits, count: int) -> NDArray[np.int64]:
-    """The ids of the `count` largest logits, largest first; of equal ones the lowest ids."""
-    count = min(count, len(logits))
-    ids = np.flatnonzero(logits >= _bound(logits, count))
-    order = np.lexsort((ids, -logits[ids]))
-    return ids[order[:count]]
-
-
-def _bound(logits: Logits, count: int) -> np.float32:
-    """At least `count` logits are not below it, and mostly few more.
-
-    If there are as many parts, that many of them have their largest logit above it. That is a
-    third of the work of looking for it among all.
-    """
-    parts = len(logits) // _PART
-    if count <= parts:
-        logits = logits[: parts * _PART].reshape(_PART, parts).max(axis=0)
-    bound: np.float32 = np.partition(logits, -count)[-count]
-    return bound
-
-
-_PART = 64
-
-
-def top_logprobs(logits: Logits, count: int, chosen: int) -> dict[int, float]:
-    """Log-probabilities of the `count` likeliest tokens, best first, and of `chosen`."""
-    normaliser = _log_sum_exp(logits)
-    ids = [int(i) for i in top_ids(logits, count) if logits[i] > -np.inf]
-    if chosen not in ids:
-        ids.append(chosen)
-    return {i: float(logits[i]) - normaliser for i in ids}
-
-
-def mean_cross_entropy(logits: NDArray[np.float32], targets: Sequence[int]) -> float:
-    """Mean of -log p(target), in nats: the logarithm of the perplexity.
-
-    Args:
-        logits: `[n, vocab]`, row i from before target i.
-        targets: n ids, n > 0.
-    """
-    losses = [
-        _log_sum_exp(row) - float(row[target]) for row, target in zip(logits, targets, strict=True)
-    ]
-    return math.fsum(losses) / len(losses)
-
-
-def _log_sum_exp(logits: Logits) -> float:
-    values = logits.astype(np.float64)
-    peak = float(values.max())
-    return peak + math.log(float(np.exp(values - peak).sum()))
 
 
 def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
@@ -317,7 +318,8 @@ def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     before = np.cumsum(largest) - largest
     count = max(1, int(np.count_nonzero(before < enough)))
     places = places[values >= largest[count - 1]]
-    order = np.argsort(-weights[places], kind="stable")
+    alike = (largest[1:count] == largest[: count - 1]).any() or len(places) > count
+    order = np.argsort(-weights[places], kind="stable" if alike else None)  # which is faster
     kept: NDArray[np.int64] = places[order[:count]]
     return kept
 
@@ -325,12 +327,10 @@ def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
 _ROUNDING = 1e-9
 
 
-def _draw(
-    ids: NDArray[np.int64] | None, weights: NDArray[np.float64], rng: np.random.Generator
-) -> int:
-    """Where a random part of the whole weight ends: at none whose weight is 0."""
+def _draw(ids: NDArray[np.int64] | None, weights: NDArray[np.float64], number: float) -> int:
+    """Where the part `number` of the whole weight ends: at none whose weight is 0."""
     total = np.cumsum(weights)
-    place = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+    place = int(np.searchsorted(total, number * total[-1], side="right"))
     return place if ids is None else int(ids[place])
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from vlmforge.backends import FloatArray
+from vlmforge.backends.choice import Choice, Found
 
 
 class TokenChooser(Protocol):
@@ -20,10 +19,14 @@ class TokenChooser(Protocol):
     def begin(self, facts: PrefillFacts) -> None:
         """The prompt has been run."""
 
-    def accept(self, logits: FloatArray | np.int64) -> int | None:
+    def choice(self) -> Choice | None:
+        """How the next token is chosen, for who has the logits; None: they are wanted here."""
+
+    def accept(self, found: Found) -> int | None:
         """Choose from logits `[vocab_size]`; the token to run next, or None at the end.
 
-        The largest one's id will do for one that always takes the likeliest (-1: not finite).
+        The largest one's id will do for one that always takes the likeliest (-1: not finite), and
+        the token itself for one that gave its `choice` for this step.
         """
 
     def fail(self, error: Exception) -> None:

@@ -8,13 +8,15 @@ import numpy as np
 from typing_extensions import override
 
 from vlmforge.backends import FloatArray
+from vlmforge.backends.choice import Choice, Found
 from vlmforge.errors import CancelledError, as_exception
 from vlmforge.inputs.render import RenderedPrompt
 from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.outputs.detokenizer import IncrementalDetokenizer
 from vlmforge.outputs.generation_config import GenerationPlan
+from vlmforge.outputs.logprobs import mean_cross_entropy
 from vlmforge.outputs.response import FinishReason, Response, Stopwatch
-from vlmforge.outputs.sampling import Sampler, mean_cross_entropy
+from vlmforge.outputs.sampling import Sampler
 from vlmforge.outputs.stopping import NgramCounter, StopScanner
 from vlmforge.outputs.token_chooser import PrefillFacts, TokenChooser
 from vlmforge.vl.boxes import Grounding, parse_boxes
@@ -97,10 +99,14 @@ class TokenGenerator(TokenChooser):
             self._logits.append(facts.prompt_logits[:-1])
 
     @override
-    def accept(self, logits: FloatArray | np.int64) -> int | None:
-        token = self._sampler.step(logits)
-        if self._plan.output_logits is not None and isinstance(logits, np.ndarray):
-            self._logits.append(logits[None].copy())
+    def choice(self) -> Choice | None:
+        return None if self._plan.output_logits is not None else self._sampler.choice()
+
+    @override
+    def accept(self, found: Found) -> int | None:
+        token = self._sampler.step(found)
+        if self._plan.output_logits is not None and isinstance(found, np.ndarray):
+            self._logits.append(found[None].copy())
         stop = self._plan.stop
         ends = token.id in stop.ids and len(self._ids) >= stop.min_new_tokens
         if ends and not stop.include_stop_str_in_output:

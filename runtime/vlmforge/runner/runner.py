@@ -15,7 +15,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from vlmforge.backends import FloatArray, IntArray
+from vlmforge.backends import FloatArray
+from vlmforge.backends.choice import Found
 from vlmforge.errors import EngineStepError, as_ours
 from vlmforge.kv.cache import Copy
 from vlmforge.outputs.token_chooser import PrefillFacts
@@ -187,15 +188,20 @@ class _Work:
             raise ValueError("the decoder gave no logits for the end of a prompt")
         return logits
 
-    def _run_tokens(self, rows: Sequence[Row]) -> FloatArray | IntArray:
+    def _run_tokens(self, rows: Sequence[Row]) -> Sequence[Found]:
         tokens = np.array([row.tokens[0] for row in rows], np.int64)
         lengths = np.array([row.start for row in rows], np.int64)
         inputs = [self.active[row.sequence].input for row in rows]
         levels = np.array([given.rotary_level for given in inputs], np.int64)
         lags = np.array([given.lag for given in inputs], np.int64)
         places = [row.place for row in rows]
-        likeliest = all(self.active[row.sequence].job.likeliest for row in rows)
-        found = self.engine.decode(places, tokens, lengths, levels, lags, likeliest=likeliest)
+        jobs = [self.active[row.sequence].job for row in rows]
+        likeliest, choices = all(job.likeliest for job in jobs), None
+        if self.engine.choosing is not None and not likeliest:
+            choices = [job.generation.choice() for job in jobs]
+        found = self.engine.decode(
+            places, tokens, lengths, levels, lags, likeliest=likeliest, choices=choices
+        )
         if len(found) != len(rows):
             raise ValueError(f"the decoder gave {len(found)} rows for {len(rows)} sequences")
         return found
@@ -221,7 +227,7 @@ class _Work:
         active.begun = True
         return True
 
-    def _accept(self, sequence: int, found: FloatArray | np.int64) -> None:
+    def _accept(self, sequence: int, found: Found) -> None:
         try:
             token = self.active[sequence].job.generation.accept(found)
             self.tokens[sequence] = None if token is None else int(token)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import PIL.Image
@@ -23,9 +22,11 @@ from vlmforge.backends import (
     VisionSession,
     load_backend,
 )
+from vlmforge.backends.choice import Choice, ChoosingDecoder, Found
 from vlmforge.engine.bundle import Bundle, check_sizes
+from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Grid
-from vlmforge.engine.images.pixels import Colour, Layout
+from vlmforge.engine.images.pixels import AS_ENGINE, Colour, Layout, PixelRange, Size
 from vlmforge.engine.manifest import Manifest
 from vlmforge.engine.positions.axes import AXES
 from vlmforge.engine.positions.in_graph import PlacedGrid, Places
@@ -33,6 +34,7 @@ from vlmforge.inputs import image_marks as marks
 from vlmforge.inputs.history import newest_turns
 from vlmforge.inputs.image_names import given_name
 from vlmforge.inputs.messages import Conversation, Image, ImageSource, Message, Text
+from vlmforge.inputs.pixel_range import policy_within
 from vlmforge.inputs.render import RenderedPrompt, marked_tokenizer_json, render_prompt
 from vlmforge.inputs.template_choice import ActiveTemplate
 from vlmforge.inputs.tokenizer import TextTokenizer
@@ -86,49 +88,53 @@ class Engine:
     limits: ImageLimits = DEFAULT_LIMITS
     clock: PartClock = field(default_factory=PartClock)
     _sparing: LikeliestDecoder | None = field(init=False, repr=False)
+    choosing: ChoosingDecoder | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Asked once: to ask whether something fulfils a protocol takes as long as half a step's
         # bookkeeping.
         sparing = self.decoder if isinstance(self.decoder, LikeliestDecoder) else None
         object.__setattr__(self, "_sparing", sparing)
+        choosing = self.decoder if isinstance(self.decoder, ChoosingDecoder) else None
+        able = choosing is not None and choosing.chooses
+        object.__setattr__(self, "choosing", choosing if able else None)
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
         image = self.manifest.image
-        shown = dataclasses.replace(
-            image, format=dataclasses.replace(image.format, background=colour)
-        )
-        manifest = dataclasses.replace(self.manifest, image=shown)
-        return dataclasses.replace(self, manifest=manifest)
+        shown = replace(image, format=replace(image.format, background=colour))
+        manifest = replace(self.manifest, image=shown)
+        return replace(self, manifest=manifest)
 
-    def with_pixels(self, least: int | None, most: int | None) -> Engine:
-        """This engine with other limits of an image's pixels; None leaves one.
+    def with_pixels(self, limits: PixelRange) -> Engine:
+        """This engine with other limits of an image's pixels.
 
         Raises:
             ConfigError: see `ImagePolicy.within`.
         """
-        if least is None and most is None:
+        if limits == AS_ENGINE:
             return self
-        image = self.manifest.image.within(least, most)
+        image = self.manifest.image.within(limits, self.options.capacity)
         tokens = image.most_tokens(self.manifest.decode.tokens_per_image)
-        decode = dataclasses.replace(self.manifest.decode, tokens_per_image=tokens)
-        manifest = dataclasses.replace(self.manifest, image=image, decode=decode)
-        return dataclasses.replace(self, manifest=manifest)
+        decode = replace(self.manifest.decode, tokens_per_image=tokens)
+        manifest = replace(self.manifest, image=image, decode=decode)
+        return replace(self, manifest=manifest)
 
-    def prepare_image(self, image: PIL.Image.Image, digest: bytes | None = None) -> PreparedImage:
-        """Preprocess by the engine's image policy (ImageError otherwise).
+    def prepare_image(
+        self, image: PIL.Image.Image, digest: bytes | None = None, asked: PixelRange = AS_ENGINE
+    ) -> PreparedImage:
+        """Preprocess by the engine's image policy (ImageError, PromptError otherwise).
 
         `digest` identifies the image's content; None: its pixel values do.
         """
-        policy, size = self.manifest.image, upright_size(image)
+        policy, size = policy_within(self.manifest.image, asked), upright_size(image)
         rows, grid = policy.rows(size), policy.grid(size)
         return prepare(preprocess(image, policy), rows, digest, grid)
 
     def features_digest(self, image: OpenedImage, content: bytes) -> bytes:
-        """What `prepare_image(image.decode(), content)` would have as its digest."""
-        policy = self.manifest.image
-        return features_digest(content, policy.rows(image.size), policy.grid(image.size))
+        """What `prepare_image(image.decode(), content, ...)` would have as its digest."""
+        policy, size = self._sized(image)
+        return features_digest(content, policy.rows(size), policy.grid(size))
 
     @property
     def needs_sizes(self) -> bool:
@@ -143,8 +149,13 @@ class Engine:
         """
         if not self.needs_sizes:
             return self.manifest.decode.tokens_per_image
-        rows = self.manifest.image.rows(self.open_image(image).size)
+        policy, size = self._sized(image)
+        rows = policy.rows(size)
         return self.manifest.decode.tokens_per_image if rows is None else len(rows)
+
+    def _sized(self, image: ImageSource) -> tuple[ImagePolicy, Size]:
+        opened = self.open_image(image)
+        return policy_within(self.manifest.image, opened.pixel_range), opened.size
 
     def image_layout(self, image: ImageSource) -> Layout:
         """What stands for an image in a prompt (errors as `image_tokens`)."""
@@ -171,7 +182,10 @@ class Engine:
                 return given
             if but_pillow and isinstance(given.source, PIL.Image.Image):
                 return given
-            return Image(self.open_image(given.source), given_name(given))
+            opened = self.open_image(given.source)
+            if given.pixel_range != opened.pixel_range:
+                opened = replace(opened, pixel_range=given.pixel_range)
+            return Image(opened, given_name(given))
 
         return Conversation(
             tuple(Message(m.role, tuple(map(block, m.blocks))) for m in conversation.messages)
@@ -193,6 +207,8 @@ class Engine:
 
         Raises: see `render`.
         """
+        for image in conversation.images:
+            policy_within(self.manifest.image, image.pixel_range)
         if self.needs_sizes:
             conversation = self.opened(conversation)  # once, not once for each rendering
         rendered = self._render(conversation, do_preprocess)
@@ -220,7 +236,8 @@ class Engine:
         return replace(rendered, image_spans=tuple(spans))
 
     def _grid(self, image: ImageSource) -> Grid | None:
-        return self.manifest.image.grid(self.open_image(image).size)
+        policy, size = self._sized(image)
+        return policy.grid(size)
 
     def keys(self, rendered: RenderedPrompt, images: Sequence[PreparedImage]) -> Keys:
         """int64 `[tokens]`, what identifies each token's content; no image need be encoded."""
@@ -304,11 +321,12 @@ class Engine:
         lags: IntArray | None = None,
         *,
         likeliest: bool = False,
-    ) -> FloatArray | IntArray:
+        choices: Sequence[Choice | None] | None = None,
+    ) -> Sequence[Found]:
         """One step of sequences: `tokens` `[B]` to logits `[B, vocab_size]`.
 
         With `likeliest` the largest one's ids `[B]` will do, and are given by decoders that can
-        (`LikeliestDecoder`).
+        (`LikeliestDecoder`). `choices` `[B]` are for who is `choosing`.
 
         `places` `[B]` are where they are (see `KVCache.place`); `lengths` and `levels` `[B]` are
         the tokens before, and each sequence's rotary level; `lags` `[B]` see `DecoderInput.lag`.
@@ -322,11 +340,12 @@ class Engine:
         batch = DecoderBatch(
             slots, tokens[:, None], lengths, None, zeros, self._levels(levels), places, turns
         )
-        if likeliest and self._sparing is not None:
-            with self.clock.running():
-                return self._sparing.likeliest(batch)
-        found: FloatArray = self._run(batch)[:, 0]
-        return found
+        with self.clock.running():
+            if choices is not None and self.choosing is not None:
+                return self.choosing.choose(batch, choices)
+            if likeliest and self._sparing is not None:
+                return cast("Sequence[Found]", self._sparing.likeliest(batch))
+            return cast("Sequence[Found]", self.decoder.step(batch)[:, 0])
 
     def encode(self, pixel_values: FloatArray, grid: Grid | None = None) -> FloatArray:
         """Pixel values of images, all of one grid if they have one, to features `[n, rows, width]`.

@@ -180,7 +180,7 @@ class Preparation:
                 with stage("load"):
                     pixels = image.decode(ended)
                 with stage("preprocess"):
-                    return self.engine.prepare_image(pixels, content)
+                    return self.engine.prepare_image(pixels, content, image.pixel_range)
 
         return self._in_flight.get(digest, make)
 

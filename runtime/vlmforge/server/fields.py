@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from vlmforge.field_rules import Flag, Int, Number, OrNone, Rule, Text, shown
+from vlmforge.inputs.pixel_range import KEYS
 from vlmforge.outputs.generation_config import GenerationConfig
 from vlmforge.server.api_errors import ApiError, refused
 
@@ -272,7 +273,9 @@ def _part(part: object, where: str) -> dict[str, object]:
         image = part.get("image_url")
         url = image.get("url") if isinstance(image, dict) else image
         if isinstance(url, str) and url[:8].lower().startswith(("http://", "https://", "data:")):
-            return {"type": "image_url", "image_url": {"url": url}}
+            given = {**part, **image} if isinstance(image, dict) else part
+            asked = {key: given[key] for key in KEYS if key in given}
+            return {"type": "image_url", "image_url": {"url": url, **asked}}
         raise _bad(where, shown(url)[:80], "an http(s) or data URL", "upload it as a data URL")
     raise _bad(where, f"a part of type {shown(kind)[:80]}", "text or image_url", "send these only")
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from vlmforge import env
+from vlmforge.engine.images.pixels import AS_ENGINE, PixelRange
 from vlmforge.errors import ImageError
 from vlmforge.vl.data_url import data_url_bytes, without_prefix
 from vlmforge.vl.decode import upright_size
@@ -38,6 +39,7 @@ class OpenedImage:
         size: Width and height in pixels of what `decode` gives: upright, by the EXIF orientation.
             Of a Pillow image, as `to_rgb` turns it.
         name: The path or URL that it was given by, as `image.filename` has it; None: it has none.
+        pixel_range: What it is to be brought to.
     """
 
     size: tuple[int, int]
@@ -45,6 +47,7 @@ class OpenedImage:
     _pixels: Callable[[Cancelled | None], Image.Image] = field(repr=False)
     _digest: Callable[[], bytes] = field(repr=False)
     _stored: Callable[[], StoredImage] = field(repr=False)
+    pixel_range: PixelRange = AS_ENGINE
 
     @cached_property
     def digest(self) -> bytes:

@@ -14,7 +14,9 @@ from typing_extensions import override
 
 from vlmforge.backends import Backend, DecoderSession, FloatArray, LoadOptions, VisionSession
 from vlmforge.backends.cuda import machine
-from vlmforge.backends.cuda.decoder import ChainDecoder
+from vlmforge.backends.cuda.chain import ChainProgram
+from vlmforge.backends.cuda.choosing import TokenSampler
+from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.cuda.device import Device
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.interface import PIXEL_VALUES
@@ -46,7 +48,11 @@ class CudaBackend(Backend):
     def load_decoder(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
-        return ChainDecoder(self.device(), folder, manifest.part("decoder"), manifest.kv, options)
+        device, kv, part = self.device(), manifest.kv, manifest.part("decoder")
+        assert part.chain is not None
+        program, graph = ChainProgram(device, folder, part, kv, options), part.chain.sampler
+        sampler = None if graph is None else TokenSampler(device, folder, graph, options.slots)
+        return PagedDecoder(device, program, kv, manifest.decode.vocab_size, options, sampler)
 
     @override
     def memory(self) -> Room | None:

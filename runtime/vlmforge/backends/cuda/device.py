@@ -19,6 +19,7 @@ from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.kernel_store import Loaded
 
 ITEM_BYTES: Mapping[str, int] = {
+    "float64": 8,
     "float32": 4,
     "float16": 2,
     "bfloat16": 2,

@@ -9,8 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmforge.backends import LoadOptions
 from vlmforge.backends.cuda.device import ITEM_BYTES
+from vlmforge.backends.number_formats import DTYPES
 from vlmforge.engine.chain import PartChain, TensorSpec
 from vlmforge.engine.interface import BATCH, BLOCK_TABLE, OUTPUTS, QUERY_LENGTHS, ROWS, TOKENS
 
@@ -38,10 +44,14 @@ class Size:
     rows: int
     total: int
 
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """Sizes by the dimensions' names."""
+        return {BATCH: self.batch, TOKENS: self.tokens, OUTPUTS: self.outputs, ROWS: self.rows}
+
     def shape(self, spec: TensorSpec) -> tuple[int, ...]:
-        """Of a tensor of the chain."""
-        dims = {BATCH: self.batch, TOKENS: self.tokens, OUTPUTS: self.outputs, ROWS: self.rows}
-        return tuple(dim if isinstance(dim, int) else dims[dim] for dim in spec.shape)
+        """Of a tensor of the decoder."""
+        return shape_of(spec, self.dims)
 
     @property
     def replayed(self) -> bool:
@@ -56,6 +66,15 @@ def bucket(size: Size, slots: int, capacity: int) -> Size:
         return replace(size, total=total)
     batch = 1 << (size.batch - 1).bit_length()
     return replace(size, batch=min(batch, slots), total=total)
+
+
+def largest(options: LoadOptions) -> tuple[Size, ...]:
+    """No step needs more than the largest of these."""
+    chunk = min(options.chunk, options.capacity)
+    return (
+        Size(1, chunk, chunk, chunk, options.capacity),
+        Size(options.slots, 1, 1, 1, options.capacity),
+    )
 
 
 def _round_up(number: int) -> int:
@@ -88,6 +107,15 @@ class Arrangement:
     uploaded: int
     size: int
 
+    def view(
+        self, inputs: NDArray[np.uint8], spec: TensorSpec, dims: Mapping[str, int]
+    ) -> NDArray[Any]:
+        """The place of one input in all that is uploaded; numbers of 16 bits as their bits."""
+        shape, dtype = shape_of(spec, dims), np.dtype(DTYPES.get(spec.dtype, spec.dtype))
+        begin = self.offsets[spec.name]
+        part: NDArray[Any] = inputs[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype)
+        return part.reshape(shape)
+
 
 def arrange(chain: PartChain, inputs: Sequence[TensorSpec], size: Size) -> Arrangement:
     """Inputs one after the other, and behind them the tensors between steps.
@@ -96,7 +124,7 @@ def arrange(chain: PartChain, inputs: Sequence[TensorSpec], size: Size) -> Arran
     """
     offsets, end = {}, 0
     for spec in inputs:
-        offsets[spec.name], end = end, end + _bytes(spec, size)
+        offsets[spec.name], end = end, end + _bytes(spec, size.dims)
     specs = {s.name: s for seg in chain.segments for s in (*seg.inputs, *seg.outputs)}
     last = _last_uses(chain)
     living: dict[str, tuple[int, int]] = {}  # by name: begin and end
@@ -104,12 +132,25 @@ def arrange(chain: PartChain, inputs: Sequence[TensorSpec], size: Size) -> Arran
     for index, names in enumerate(_made(chain)):
         living = {name: place for name, place in living.items() if last[name] >= index}
         for name in names:
-            needed = _bytes(specs[name], size)
+            needed = _bytes(specs[name], size.dims)
             begin = _gap(sorted(living.values()), end, needed)
             offsets[name] = begin
             living[name] = (begin, begin + needed)
             most = max(most, begin + needed)
     return Arrangement(offsets, end, most)
+
+
+def in_a_row(
+    inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], dims: Mapping[str, int]
+) -> Arrangement:
+    """Inputs one after the other, outputs behind them; `dims` are sizes by dimensions' names."""
+    offsets, end = {}, 0
+    for spec in inputs:
+        offsets[spec.name], end = end, end + _bytes(spec, dims)
+    uploaded = end
+    for spec in outputs:
+        offsets[spec.name], end = end, end + _bytes(spec, dims)
+    return Arrangement(offsets, uploaded, end)
 
 
 def made_by(chain: PartChain, name: str) -> int:
@@ -148,6 +189,11 @@ def _gap(taken: Sequence[tuple[int, int]], start: int, needed: int) -> int:
     return start
 
 
-def _bytes(spec: TensorSpec, size: Size) -> int:
-    exact = math.prod(size.shape(spec)) * ITEM_BYTES[spec.dtype]
+def shape_of(spec: TensorSpec, dims: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a tensor where its dimensions have these sizes."""
+    return tuple(dim if isinstance(dim, int) else dims[dim] for dim in spec.shape)
+
+
+def _bytes(spec: TensorSpec, dims: Mapping[str, int]) -> int:
+    exact = math.prod(shape_of(spec, dims)) * ITEM_BYTES[spec.dtype]
     return -(-exact // ALIGNMENT) * ALIGNMENT

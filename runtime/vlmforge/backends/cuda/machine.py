@@ -43,32 +43,17 @@ Find = Callable[[], FoundGpu]
 
 
 def check_machine(find: Find, providers: Sequence[str]) -> FoundGpu:
-    """The GPU that engines run on.
+    """The GPU that engines of the backend `cuda` run on.
 
     Args:
-        find: Asks the driver. OSError: it is not installed; ImportError: nor are the bindings;
-            RuntimeError: it has no answer.
+        find: See `check_gpu`.
         providers: That the imported ONNX Runtime has.
 
     Raises:
-        BackendUnavailableError: no GPU, one that is too old, or whose driver is; a library that is
-            missing, or an ONNX Runtime for processors.
+        BackendUnavailableError: see `check_gpu`; or an ONNX Runtime for processors.
     """
-    gpu = _answering(find)
-    if gpu.driver < LEAST_DRIVER:
-        raise BackendUnavailableError(
-            "The NVIDIA driver is too old.",
-            found=f"a driver for CUDA {gpu.driver // 1000}.{gpu.driver % 1000 // 10} ({gpu.name})",
-            expected="CUDA 13.0 or later, that is driver 580 or later",
-            fix=f"install a newer NVIDIA driver; {_ELSEWHERE}",
-        )
-    if gpu.capability < LEAST_CAPABILITY:
-        raise BackendUnavailableError(
-            "The GPU is too old.",
-            found=f"{gpu.name}, compute capability {gpu.capability / 10:.1f}",
-            expected="compute capability 8.0 or higher (Ampere and later)",
-            fix=_ELSEWHERE,
-        )
+    gpus = "an NVIDIA GPU of compute capability 8.0 or higher"
+    gpu = check_gpu(find, "cuda", gpus, _ELSEWHERE)
     if PROVIDER not in providers:
         raise BackendUnavailableError(
             "This ONNX Runtime has no CUDA provider.",
@@ -79,23 +64,54 @@ def check_machine(find: Find, providers: Sequence[str]) -> FoundGpu:
     return gpu
 
 
-def _answering(find: Find) -> FoundGpu:
+def check_gpu(find: Find, backend: str, gpus: str, elsewhere: str) -> FoundGpu:
+    """The GPU that engines of a backend run on.
+
+    Args:
+        find: Asks the driver. OSError: it is not installed; ImportError: nor are the bindings;
+            RuntimeError: it has no answer.
+        backend: Its name.
+        gpus: What it runs on.
+        elsewhere: What to do without a GPU.
+
+    Raises:
+        BackendUnavailableError: no GPU, one that is too old, or whose driver is.
+    """
+    gpu = _answering(find, backend, gpus, elsewhere)
+    if gpu.driver < LEAST_DRIVER:
+        raise BackendUnavailableError(
+            "The NVIDIA driver is too old.",
+            found=f"a driver for CUDA {gpu.driver // 1000}.{gpu.driver % 1000 // 10} ({gpu.name})",
+            expected="CUDA 13.0 or later, that is driver 580 or later",
+            fix=f"install a newer NVIDIA driver; {elsewhere}",
+        )
+    if gpu.capability < LEAST_CAPABILITY:
+        raise BackendUnavailableError(
+            "The GPU is too old.",
+            found=f"{gpu.name}, compute capability {gpu.capability / 10:.1f}",
+            expected="compute capability 8.0 or higher (Ampere and later)",
+            fix=elsewhere,
+        )
+    return gpu
+
+
+def _answering(find: Find, backend: str, gpus: str, elsewhere: str) -> FoundGpu:
     try:
         return find()
     except ImportError as error:
         raise BackendUnavailableError(
-            "The backend cuda needs the bindings of CUDA.",
+            f"The backend {backend} needs the bindings of CUDA.",
             found=str(error),
             expected="cuda-bindings 13 or later",
             fix="pip install 'vlmforge[cuda]'",
         ) from error
     except (OSError, RuntimeError) as error:
         raise BackendUnavailableError(
-            "An engine of the backend cuda needs an NVIDIA GPU.",
+            f"An engine of the backend {backend} needs an NVIDIA GPU.",
             found=f"no GPU that answers: {error}",
-            expected="an NVIDIA GPU of compute capability 8.0 or higher, and its driver",
+            expected=f"{gpus}, and its driver",
             fix="nvidia-smi tells whether the driver sees one (in a container: --gpus all); "
-            f"{_ELSEWHERE}",
+            f"{elsewhere}",
         ) from error
 
 

@@ -12,7 +12,7 @@ from vlmforge.errors import EngineError
 from vlmforge.ort import ort
 
 # Of TensorProto.DataType in onnx.proto3: numpy has no name for all of them.
-_ELEMENTS = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16}
+_ELEMENTS = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "float64": 11, "bfloat16": 16}
 
 
 class OrtSegment(Segment):

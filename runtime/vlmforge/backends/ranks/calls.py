@@ -25,6 +25,9 @@ from vlmforge.backends import (
 from vlmforge.errors import RankError
 from vlmforge.kv.cache import Drop, Move
 
+SILENT_S = 3.5
+"""A rank that has given no sign that it lives for so long hangs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Read:
@@ -107,6 +110,11 @@ def rank_error(rank: int, size: int, reason: str) -> RankError:
         fix="close the pipeline and make it again: pipeline(ENGINE, ...); if memory was short, "
         "with a smaller max_batch_size or session_len",
     )
+
+
+def no_sign(seconds: float) -> str:
+    """The reason of one that hangs."""
+    return f"it hangs: no sign of it for {seconds:g} seconds"
 
 
 class RankedDecoder(DecoderSession, ClosableDecoder):

@@ -2,7 +2,9 @@
 
 On the first, `pipeline()` returns as ever. On the others it never does: they serve the first one's
 pipelines, one after the other, and end with it. A rank that is killed ends all of them: that is
-what mpirun does. What a rank can say itself, it says to the first one.
+what mpirun does. What a rank can say itself, it says to the first one. While that waits, it asks
+the others for a sign that they live, which a thread of theirs gives whatever they calculate: one
+that gives none hangs.
 
 Waiting is by looking, more and more seldom: MPI's own would keep a processor busy for as long as
 nobody asks anything.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -23,7 +26,13 @@ import numpy as np
 from typing_extensions import override
 
 from vlmforge.backends import Communicator, FloatArray, KeyValues, LoadOptions, onnxruntime
-from vlmforge.backends.ranks.calls import Call, OtherRanks, rank_error
+from vlmforge.backends.ranks.calls import (
+    SILENT_S,
+    Call,
+    OtherRanks,
+    no_sign,
+    rank_error,
+)
 from vlmforge.backends.ranks.serving import Failed, Task, serve
 from vlmforge.errors import BackendUnavailableError, ConfigError, PipelineError, RankError
 from vlmforge.limits import available_memory
@@ -32,6 +41,9 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _TOLD, _SAID, _FAILED = 1, 2, 3  # tags: the first rank's words, the others', and their last
+_ASKED, _SIGN = 4, 5  # tags: whether a rank lives, and that it does
+_ANSWER_S = 0.1  # how often a rank looks whether it was asked that
+_STEP_S = 0.1  # of one look at most: while this process stands still, so may all
 _LOOKS = 200  # before the first pause
 _PAUSE_S, _LONGEST_S = 2e-5, 1e-3
 
@@ -51,20 +63,68 @@ class Memory:
     """Say on which host you are, and how many bytes you may take there."""
 
 
+class Signs:
+    """Whether the other ranks live. On the first they are asked, on the others they answer."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm, self._over = comm, threading.Event()
+        self._asked: dict[int, Any] = {}  # what was sent to those that have not answered
+        self._silent = [0.0] * comm.Get_size()
+        self._looked = time.monotonic()
+        self._thread = threading.Thread(target=self._answer, daemon=True)
+
+    def look(self) -> int | None:
+        """Ask who is not asked; a rank that gives no sign for long, or None. On the first rank."""
+        now = time.monotonic()
+        step, self._looked = min(now - self._looked, _STEP_S), now
+        for rank in range(1, len(self._silent)):
+            if self._comm.iprobe(rank, _SIGN):
+                self._comm.recv(source=rank, tag=_SIGN)
+                self._silent[rank] = 0.0
+                del self._asked[rank]
+            elif rank in self._asked:
+                self._silent[rank] += step
+                self._asked[rank].Test()
+            if rank not in self._asked:
+                self._asked[rank] = self._comm.isend(None, rank, _ASKED)
+            if self._silent[rank] >= SILENT_S:
+                return rank
+        return None
+
+    def begin(self) -> None:
+        """Answer from now on. On the other ranks."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Use MPI no more."""
+        self._over.set()
+        self._thread.join()
+
+    def _answer(self) -> None:
+        while not self._over.wait(_ANSWER_S):
+            while self._comm.iprobe(0, _ASKED):
+                self._comm.recv(source=0, tag=_ASKED)
+                self._comm.send(None, 0, _SIGN)
+
+
 class World:
     """All processes of this mpirun.
 
     Attributes:
         rank, size: Of this one, and how many there are.
         leads: The pipeline that is open on the first rank, or None.
+        hangs: Whether a rank has given no sign for long: the program can only be ended.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self._comm, self._owner = comm, os.getpid()
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.leads: MpiRanks | None = None
-        if self.rank == 0:
-            atexit.register(self._end)
+        self.hangs = False
+        self._signs = Signs(comm)
+        if self.rank > 0:
+            self._signs.begin()
+        atexit.register(self._end if self.rank == 0 else self._signs.end)
 
     def tell(self, message: object) -> None:
         """From the first rank to all others."""
@@ -110,6 +170,7 @@ class World:
                 self.say(_memory())
             elif isinstance(message, Task):
                 self._serve_one(message)
+        self.say(message)
         raise SystemExit(0)
 
     def _serve_one(self, task: Task) -> None:
@@ -137,23 +198,38 @@ class World:
                 continue
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_S)
-            if self.leads is not None:
-                self.leads.look()
+            if self.rank == 0 and (found := self._failure()) is not None:
+                raise self._error(*found)
 
-    def failure(self) -> tuple[int, str] | None:
-        """A rank that has said that it failed, and why; None: nobody has. On the first rank."""
+    def _failure(self) -> tuple[int, str] | None:
+        """A rank that has said that it failed, or hangs, and why; None: there is none."""
         for rank in range(1, self.size):
-            if self._comm.iprobe(rank, _FAILED):
+            if self.leads is not None and self._comm.iprobe(rank, _FAILED):
                 return rank, self._comm.recv(source=rank, tag=_FAILED).reason
-        return None
+        if (silent := self._signs.look()) is None:
+            return None
+        self.hangs = True
+        return silent, no_sign(SILENT_S)
+
+    def _error(self, rank: int, reason: str) -> RankError:
+        error = rank_error(rank, self.size, reason)
+        return error if self.leads is None else self.leads.failed(error)
 
     def _end(self) -> None:
         """The interpreter ends. Ranks that are in the middle of something cannot be told so."""
         if os.getpid() != self._owner:
             return
-        if self.leads is not None and self.leads.broken:
+        if self.hangs or (self.leads is not None and self.leads.broken):
             self._comm.Abort(1)
-        self.tell(Ended())
+        try:
+            if self.leads is not None:
+                self.leads.close()
+            self.tell(message := Ended())
+            for rank in range(1, self.size):
+                while self.said(rank) != message:  # what they had to say before
+                    pass
+        except RankError:
+            self._comm.Abort(1)
 
 
 class MpiMeetings(Communicator):
@@ -192,8 +268,8 @@ class MpiRanks(OtherRanks):
 
     @property
     def broken(self) -> bool:
-        """Whether a rank failed since all had loaded: the others wait at a meeting for it."""
-        return self._loaded and self._error is not None
+        """Whether a rank failed since all had loaded, for which others wait, or one hangs."""
+        return self._world.hangs or (self._loaded and self._error is not None)
 
     @property
     @override
@@ -228,11 +304,10 @@ class MpiRanks(OtherRanks):
         ranks = range(1, self._world.size)
         return [cast("KeyValues", self._world.said(rank)) for rank in ranks]
 
-    def look(self) -> None:
-        """While the first rank waits (RankError: another one has failed)."""
-        if (found := self._world.failure()) is not None:
-            self._error = rank_error(found[0], self._world.size, found[1])
-            self._check()
+    def failed(self, error: RankError) -> RankError:
+        """Another rank has failed: what is to be raised now."""
+        self._error = error
+        return RankError.of(error)
 
     @override
     def give_up(self, error: BaseException) -> None:
@@ -260,7 +335,8 @@ def world(ranks: int) -> World:
     """That of this process, of so many ranks; MPI begins with the first call.
 
     Raises:
-        BackendUnavailableError: mpi4py or an MPI library is not installed.
+        BackendUnavailableError: mpi4py or an MPI library is not installed, or that library lets
+            one thread alone use it.
         ConfigError: mpirun has not started this program, or in another number.
     """
     try:
@@ -272,6 +348,13 @@ def world(ranks: int) -> World:
             expected="mpi4py, and the library of MPI whose mpirun is used",
             fix="pip install 'vlmforge[tp]' mpich",
         ) from error
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise BackendUnavailableError(
+            "This MPI is for one thread at a time, and a rank shows from a second that it lives.",
+            found=f"thread level {MPI.Query_thread()}",
+            expected=f"{MPI.THREAD_MULTIPLE} (MPI_THREAD_MULTIPLE), which mpi4py asks for",
+            fix="leave mpi4py.rc as it is; with another library: pip install mpich",
+        )
     size = MPI.COMM_WORLD.Get_size()
     if size != ranks:
         raise ConfigError(

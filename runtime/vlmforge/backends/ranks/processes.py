@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from vlmforge import env
 from vlmforge.backends import KeyValues, LoadOptions, onnxruntime
-from vlmforge.backends.ranks.calls import Call, OtherRanks, rank_error
+from vlmforge.backends.ranks.calls import SILENT_S, Call, OtherRanks, no_sign, rank_error
 from vlmforge.backends.ranks.serving import Failed, Task
 from vlmforge.backends.ranks.wire import Board, Channel, SharedMemory, Watch
 from vlmforge.errors import RankError
@@ -34,8 +34,8 @@ from vlmforge.errors import RankError
 CHILD = "vlmforge.backends.ranks.child"
 LEFT_STATUS = 75  # of a rank that ended because another one had
 _LOOK_MS = 100
-_SILENT_S = 3.5  # a rank that has not shown itself for so long hangs
-_START_S = 120.0  # or one that never has: its program is still being read from a slow disk
+# A rank that has never shown itself hangs after so long: its program is read from a slow disk.
+_START_S = 120.0
 _SETTLE_S = 1.0  # ranks that end because one has: which was the first is known then
 _groups: weakref.WeakSet[Processes]
 
@@ -234,8 +234,8 @@ class Processes(OtherRanks, Watch):
                 # Looks are counted, not time: while this process stands still, so may all.
                 self._silent[rank] += _LOOK_MS / 1000
                 begun = count or _stopped(self._children[rank].pid)
-                if self._silent[rank] >= (patience := _SILENT_S if begun else _START_S):
-                    self._fail(rank, f"it hangs: no sign of it for {patience:g} seconds")
+                if self._silent[rank] >= (patience := SILENT_S if begun else _START_S):
+                    self._fail(rank, no_sign(patience))
 
     def _listen(self, ready: set[int]) -> None:
         """A rank has something to say, before it is asked for that, or has ended."""

@@ -3,7 +3,7 @@
 All of them have a `format` and answer `pixels(rgb)`, `view_size`, `view_rows(most_tokens)`,
 `sized`, `rows(size)`, `layout(size, tokens)`, `most_tokens(rows)` and `str()`; and for vision parts
 that take patches instead of views: `patch_inputs`, `grid(size)`, `arrays(grid)` and
-`within(min_pixels, max_pixels)`. A new one is a file here and a name in the union.
+`within(limits, tokens)`. A new one is a file here and a name in the union.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from vlmforge.engine.images.patch_inputs import (
     turns,
     windows,
 )
-from vlmforge.engine.images.pixels import Layout, PixelFormat, PixelValues, Rows, Size
+from vlmforge.engine.images.pixels import Layout, PixelFormat, PixelRange, PixelValues, Rows, Size
 from vlmforge.engine.positions.absolute import Frequency
 from vlmforge.engine.schema import Agreeing
 from vlmforge.errors import ConfigError, ImageError
@@ -165,19 +165,30 @@ class Patches(Agreeing):
         """Its limits of pixels, and with them the most tokens of an image."""
         return frozenset(("min_pixels", "max_pixels", "tokens_per_image"))
 
-    def within(self, least: int | None, most: int | None) -> Patches:
-        """The policy with other limits of pixels; None leaves one.
+    def within(self, limits: PixelRange, tokens: int = 0) -> Patches:
+        """The policy with other limits of an image's pixels.
+
+        `tokens` are what an image may take; 0: no more than by this policy.
 
         Raises:
-            ConfigError: no image could be within both.
+            ConfigError: no image could be within both, or it would take more tokens than it may.
         """
-        low, high = least or self.min_pixels, most or self.max_pixels
+        low, high = limits.least or self.min_pixels, limits.most or self.max_pixels
+        most = max(self.max_pixels, min(tokens, MOST_TOKENS) * self._unit**2)
+        if high > most:
+            raise ConfigError(
+                "The limits of an image's pixels let it be larger than it may be here.",
+                found=f"max_pixels {high}",
+                expected=f"at most {most}, which are {most // self._unit**2} tokens",
+                fix="lower max_pixels; a message's may be VisionConfig's, and that as many as "
+                "EngineConfig(session_len=...) holds",
+            )
         if not self._unit**2 <= high or low > high:
             raise ConfigError(
                 "The limits of an image's pixels leave no size.",
                 found=f"min_pixels {low}, max_pixels {high}",
                 expected=f"min_pixels up to max_pixels, and that at least {self._unit**2}",
-                fix="VisionConfig(min_pixels=..., max_pixels=...), or leave one out",
+                fix="set both, min_pixels too, or leave both out",
             )
         return dataclasses.replace(self, min_pixels=low, max_pixels=high)
 

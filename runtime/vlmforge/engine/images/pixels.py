@@ -6,7 +6,7 @@ Pixel parity is with the processors that resize with Pillow.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Self, TypeAlias
+from typing import Annotated, NamedTuple, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,16 @@ Rows: TypeAlias = NDArray[np.int64]
 Layout: TypeAlias = tuple[str | int, ...]
 """An image in a prompt: texts, and numbers of its tokens, which follow each other in order."""
 
+
+class PixelRange(NamedTuple):
+    """The least and the most pixels that an image is brought to; None: as the engine has it."""
+
+    least: int | None = None
+    most: int | None = None
+
+
+AS_ENGINE = PixelRange()
+
 _FILTERS = {member.name.lower(): member for member in Image.Resampling}
 
 
@@ -61,19 +71,22 @@ class InViews:
         """Names of what `within` changes of an engine: it is as good an engine with other ones."""
         return frozenset()
 
-    def within(self, least: int | None, most: int | None) -> Self:
-        """The policy with other limits of an image's pixels; None leaves one.
+    def within(self, limits: PixelRange, tokens: int = 0) -> Self:
+        """The policy with other limits of an image's pixels.
+
+        `tokens` are what an image may take; 0: no more than by this policy.
 
         Raises:
             ConfigError: all images are brought to one size.
         """
-        if least is None and most is None:
+        del tokens
+        if limits == AS_ENGINE:
             return self
         raise ConfigError(
             "This engine's images have no limits of pixels to choose.",
-            found=f"min_pixels {least}, max_pixels {most}",
+            found=f"min_pixels {limits.least}, max_pixels {limits.most}",
             expected="neither: every image is brought to views of one size",
-            fix="leave VisionConfig(min_pixels=..., max_pixels=...) out",
+            fix="leave min_pixels and max_pixels out",
         )
 
 

@@ -1,0 +1,165 @@
+"""A decoder that is a chain: segments that ONNX Runtime runs, and our attention between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from typing_extensions import override
+
+from vlmforge.backends import LoadOptions
+from vlmforge.backends.cuda.device import Device, Memory, Segment, Tensor, Work
+from vlmforge.backends.cuda.frames import (
+    PAST,
+    Arrangement,
+    Size,
+    arrange,
+    inputs_of,
+    largest,
+    made_by,
+)
+from vlmforge.backends.cuda.program import FEW, Pools, Program
+from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, TensorSpec
+from vlmforge.engine.interface import BLOCK_TABLE, LOGITS, QUERY_LENGTHS
+from vlmforge.engine.manifest import KVLayout, Part
+from vlmforge_plugins.cached_attention import launcher
+from vlmforge_plugins.cached_attention.config import Config
+from vlmforge_plugins.cached_attention.plan import Plan, Shape, max_workspace, plan
+
+
+class ChainProgram(Program):
+    """See `Program`."""
+
+    outputs: int | None = None
+    gives_likeliest = True
+
+    def __init__(
+        self, device: Device, folder: Path, part: Part, kv: KVLayout, options: LoadOptions
+    ) -> None:
+        assert part.chain is not None and kv.page_size is not None
+        self._device, self._chain = device, part.chain
+        self._page, self._columns = kv.page_size, -(-options.capacity // kv.page_size)
+        self._inputs = inputs_of(part.inputs, self._columns)
+        self._segments = {s.file: device.segment(folder / s.file) for s in part.chain.segments}
+        self._loaded = device.kernels(
+            _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}
+        )
+        self._tables = _tables(device, folder, part.chain)
+        self._workspace = device.allocate(max(map(self._workspace_bytes, largest(options))))
+
+    @override
+    def inputs(self, size: Size) -> Sequence[TensorSpec]:
+        return self._inputs
+
+    @override
+    def arrange(self, size: Size) -> Arrangement:
+        return arrange(self._chain, self._inputs, size)
+
+    @override
+    def bind(self, size: Size, at: Mapping[str, int], pools: Pools) -> Work:
+        planned = plan(self._shape(size), self._loaded.sizes, self._loaded.machine)
+        works = [self._step(step, size, at, planned, pools) for step in self._steps(size)]
+        return partial(_all, works)
+
+    def _workspace_bytes(self, size: Size) -> int:
+        return max_workspace(self._shape(size), self._loaded.sizes, self._loaded.machine)
+
+    def _shape(self, size: Size) -> Shape:
+        call, rotary = self._chain.attention[0], self._chain.rotary
+        total = min(size.total, self._columns * self._page)
+        return Shape(
+            batch=size.batch,
+            max_query=size.tokens,
+            max_total=total if rotary is None else min(total, rotary.positions),
+            heads=call.heads,
+            kv_heads=call.kv_heads,
+            page_size=self._page,
+            max_pages=self._columns,
+            rotary=call.rotary,
+            **({} if rotary is None else {"positions": rotary.positions}),
+        )
+
+    def _steps(self, size: Size) -> tuple[ChainStep, ...]:
+        """Those that are of use: without logits, none behind the last attention."""
+        if size.replayed and size.batch > FEW:
+            return self._chain.steps
+        last = LOGITS if size.outputs else self._chain.attention[-1].out
+        return self._chain.steps[: made_by(self._chain, last) + 1]
+
+    def _step(
+        self, step: ChainStep, size: Size, at: Mapping[str, int], planned: Plan, pools: Pools
+    ) -> Work:
+        if step.attention is not None:
+            return self._attention(step.attention, size, at, planned, pools)
+        assert step.segment is not None
+
+        def tensors(specs: tuple[TensorSpec, ...]) -> list[Tensor]:
+            return [Tensor(s.name, s.dtype, size.shape(s), at[s.name]) for s in specs]
+
+        loaded: Segment = self._segments[step.segment.file]
+        return loaded.bind(tensors(step.segment.inputs), tensors(step.segment.outputs))
+
+    def _attention(
+        self,
+        call: AttentionCall,
+        size: Size,
+        at: Mapping[str, int],
+        planned: Plan,
+        pools: Pools,
+    ) -> Work:
+        width = (call.heads + 2 * call.kv_heads) * call.head_dim
+        query, key, value = (
+            launcher.Rows(at[call.qkv] + 2 * head * call.head_dim, size.tokens * width, width)
+            for head in (0, call.heads, call.heads + call.kv_heads)
+        )
+        out = call.heads * call.head_dim
+        cos, sin = (memory.address for memory in self._tables) if self._tables else (0, 0)
+        key_pool, value_pool = pools.of(call.layer)
+        tensors = launcher.Tensors(
+            query=query,
+            key=key,
+            value=value,
+            out=launcher.Rows(at[call.out], size.tokens * out, out),
+            key_pool=key_pool,
+            value_pool=value_pool,
+            pages=pools.pages,
+            cos=cos if call.rotary else 0,
+            sin=sin if call.rotary else 0,
+            past_lengths=at[PAST.name],
+            query_lengths=at[QUERY_LENGTHS.name],
+            block_table=at[BLOCK_TABLE.name],
+            workspace=self._workspace.address,
+        )
+        scales = launcher.Scales(call.scale, call.key_scale, call.value_scale)
+        stream, kernels = self._device.stream, self._loaded.kernels
+        return partial(launcher.run, planned, tensors, scales, kernels, stream)
+
+
+def _all(works: list[Work]) -> None:
+    for work in works:
+        work()
+
+
+def _config(chain: PartChain, kv: KVLayout) -> Config:
+    """What the attention's kernels are specialised on."""
+    call = chain.attention[0]
+    specs = {s.name: s for segment in chain.segments for s in segment.outputs}
+    return Config(call.head_dim, specs[call.qkv].dtype, kv.dtype)  # type: ignore[arg-type]
+
+
+def _tables(device: Device, folder: Path, chain: PartChain) -> tuple[Memory, Memory] | None:
+    """Cosines and sines on the device, where attention rotates by them."""
+    tables = chain.rotary
+    if tables is None:
+        return None
+    count = tables.positions * tables.width
+
+    def put(offset: int) -> Memory:
+        values = np.fromfile(folder / tables.file, np.float32, count, offset=offset)
+        memory = device.allocate(values.nbytes)
+        device.upload(memory.address, values)
+        return memory
+
+    return put(tables.cos_offset), put(tables.sin_offset)

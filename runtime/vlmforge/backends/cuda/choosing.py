@@ -1,0 +1,145 @@
+"""Tokens chosen on the device, by a graph of the engine's, from numbers that the host gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmforge.backends.choice import NO_EDITS, Choice, Picked
+from vlmforge.backends.cuda.device import Device, Tensor, Work
+from vlmforge.backends.cuda.frames import Arrangement, in_a_row, shape_of
+from vlmforge.engine import chain
+from vlmforge.engine.interface import (
+    BATCH,
+    CHOICES,
+    EDIT_FACTORS,
+    EDIT_IDS,
+    EDIT_MINUS,
+    EDITS,
+    LOGITS,
+    SAMPLED,
+)
+
+MOST_EDITS = 4096
+_LEAST_EDITS, _GROWTH = 16, 16
+_NO_CHOICE = Choice((1.0, 1.0, 1.0, 0.0, -1.0))
+
+
+@dataclass(slots=True)
+class _Frame:
+    """The choice for batches of one size, from logits at one place."""
+
+    arrangement: Arrangement
+    inputs: NDArray[np.uint8]
+    views: Mapping[str, NDArray[Any]]
+    work: Work
+    runs: int = 0
+
+
+class TokenSampler:
+    """See the module. Captured for each size and place of logits when it has run once.
+
+    Args:
+        device: Runs it.
+        folder: Of the engine.
+        segment: The graph.
+        rows: Of a batch, at most.
+    """
+
+    def __init__(self, device: Device, folder: Path, segment: chain.Segment, rows: int) -> None:
+        self._device, self._segment = device, device.segment(folder / segment.file)
+        self._logits, *inputs = segment.inputs
+        self._inputs, self._outputs = tuple(inputs), segment.outputs
+        self._reported = (int(segment.outputs[0].shape[0]) - 3) // 2
+        most = in_a_row(self._inputs, self._outputs, {BATCH: rows, EDITS: MOST_EDITS})
+        self._arena = device.allocate(most.size)
+        self._frames: dict[tuple[int, int, int], _Frame] = {}
+
+    def prepare(self, rows: int, logits: int, choices: Sequence[Choice | None]) -> _Frame:
+        """Upload what `choices` say of the first of `rows` rows, whose logits will be at `logits`.
+
+        Those of rows without a choice, or with more edits than fit, play no part.
+        """
+        given = [choice if self.takes(choice) else _NO_CHOICE for choice in choices]
+        longest = max((len(choice.edits.ids) for choice in given if choice), default=0)
+        edits = _LEAST_EDITS
+        while edits < longest:
+            edits *= _GROWTH
+        key = rows, logits, edits
+        if key not in self._frames:
+            self._frames[key] = self._bound(*key)
+        frame = self._frames[key]
+        for row in range(rows):
+            _fill(frame.views, row, (given[row] if row < len(given) else None) or _NO_CHOICE)
+        self._device.upload(self._arena.address, frame.inputs)
+        return frame
+
+    def takes(self, choice: Choice | None) -> bool:
+        """Whether it can be made here."""
+        if choice is None:
+            return False
+        return len(choice.edits.ids) <= MOST_EDITS and choice.logprobs <= self._reported
+
+    def run(self, frame: _Frame) -> None:
+        """Enqueue the choice."""
+        frame.work()
+        frame.runs += 1
+        if frame.runs == 1:
+            frame.work = self._device.captured(frame.work)
+
+    def found(self, frame: _Frame, choices: Sequence[Choice | None]) -> list[Picked | None]:
+        """Wait for the tokens; None for rows that have none."""
+        rows = frame.views[CHOICES.name].shape[0]
+        told = max((choice.logprobs for choice in choices if choice is not None), default=0)
+        lines = 3 + 2 * self._reported if told else 1  # nothing but ids, where they will do
+        address = self._arena.address + frame.arrangement.offsets[SAMPLED]
+        values = self._device.download(address, (lines, rows), np.dtype(np.float64)).copy()
+        return [
+            self._picked(values[:, row], choice) if self.takes(choice) else None
+            for row, choice in enumerate(choices)
+        ]
+
+    def _picked(self, values: NDArray[np.float64], choice: Choice | None) -> Picked | None:
+        token = int(values[0])
+        if token < 0 or choice is None:
+            return None
+        if not choice.logprobs:
+            return Picked(token)
+        _, logit, normaliser, *rest = values.tolist()
+        ids, logits = rest[: self._reported], rest[self._reported :]
+        pairs = zip(ids[: choice.logprobs], logits[: choice.logprobs], strict=True)
+        likeliest = {int(i): value - normaliser for i, value in pairs if value > -np.inf}
+        return Picked(token, logit - normaliser, likeliest)
+
+    def _bound(self, rows: int, logits: int, edits: int) -> _Frame:
+        dims = {BATCH: rows, EDITS: edits}
+        arrangement = in_a_row(self._inputs, self._outputs, dims)
+        at = {n: self._arena.address + offset for n, offset in arrangement.offsets.items()}
+        at[LOGITS] = logits
+
+        def tensors(specs: Sequence[chain.TensorSpec]) -> list[Tensor]:
+            return [Tensor(s.name, s.dtype, shape_of(s, dims), at[s.name]) for s in specs]
+
+        work = self._segment.bind(tensors((self._logits, *self._inputs)), tensors(self._outputs))
+        inputs = np.zeros(arrangement.uploaded, np.uint8)
+        views = {spec.name: arrangement.view(inputs, spec, dims) for spec in self._inputs}
+        return _Frame(arrangement, inputs, views, work)
+
+
+def _fill(views: Mapping[str, NDArray[Any]], row: int, choice: Choice) -> None:
+    views[CHOICES.name][row] = choice.numbers
+    edits = choice.edits
+    empty = edits is NO_EDITS or not len(edits.ids)
+    for name, values, nothing in (
+        (EDIT_IDS.name, edits.ids, 0),
+        (EDIT_FACTORS.name, edits.factors, 1),
+        (EDIT_MINUS.name, edits.minus, 0),
+    ):
+        # What fills up a row says what is said already: each id has one logit.
+        views[name][row] = nothing if empty else values[-1]
+        views[name][row, : len(values)] = values

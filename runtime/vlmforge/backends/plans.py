@@ -1,0 +1,317 @@
+"""Plans of TensorRT and TensorRT-RTX on a `Device`: deserialised, bound by address, enqueued.
+
+Both libraries have one interface under two names. Everything of a decoder but what runs its steps
+is that of the backend `cuda` (`backends.cuda.decoder`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from vlmforge.backends import FloatArray, LoadOptions, VisionSession
+from vlmforge.backends.cuda.device import Device, Work
+from vlmforge.backends.cuda.frames import Arrangement, Size, in_a_row, shape_of
+from vlmforge.backends.cuda.program import Pools, Program
+from vlmforge.backends.number_formats import DTYPES, decode
+from vlmforge.engine.chain import TensorSpec
+from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
+from vlmforge.engine.interface import (
+    BATCH,
+    BLOCK_TABLE,
+    IMAGE_FEATURES,
+    IMAGES,
+    LOGITS,
+    PIXEL_VALUES,
+    TOKENS,
+    cache_names,
+)
+from vlmforge.engine.manifest import KVLayout, Part
+from vlmforge.errors import BackendUnavailableError, ConfigError, EngineError
+from vlmforge_plugins.cached_attention.plugin import register
+
+logger = logging.getLogger("vlmforge")
+_KEPT_WORDS = 3
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A library that runs plans, ready for them: our plugin is registered, without kernels.
+
+    Each plan brings its own.
+
+    Attributes:
+        trt: The module.
+        runtime: Of the library.
+        said: Its latest errors, newest last.
+        creators: Of the plugin, which the library does not keep.
+    """
+
+    trt: Any
+    runtime: Any
+    said: list[str]
+    creators: tuple[object, ...]
+
+    def words(self) -> str:
+        """The reason that the library gave for what it has just refused."""
+        found = "; ".join(self.said[-_KEPT_WORDS:]) or "no reason given"
+        self.said.clear()
+        return found
+
+
+@cache
+def load_library(module: str) -> Library:
+    """The library, once in a process (BackendUnavailableError: it cannot be loaded)."""
+    try:
+        trt = importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        raise BackendUnavailableError(
+            f"The library {module} is installed, but cannot be loaded.",
+            found=str(error)[:300],
+            expected="the package and the libraries that it depends on",
+            fix="install it again, in one version with its libraries; vlmforge doctor",
+        ) from error
+    return open_library(trt)
+
+
+def open_library(trt: Any) -> Library:
+    """An imported module `tensorrt` or `tensorrt_rtx` as a `Library`."""
+    said: list[str] = []
+    creators = register(trt, {})
+    return Library(trt, trt.Runtime(_logger(trt, said)), said, creators)
+
+
+def _logger(trt: Any, said: list[str]) -> Any:
+    severity = trt.ILogger.Severity
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Errors are kept, to be told with what they are the reason of; warnings are passed on."""
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, level: Any, message: str) -> None:
+            if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                said.append(message)
+            elif level == severity.WARNING:
+                logger.debug("%s", message)
+
+    return Logger()
+
+
+class _Context:
+    """One profile of a plan. Shapes and addresses are told when they change, and only then.
+
+    So that nothing is enqueued but the plan's own work while a stream is captured.
+    """
+
+    def __init__(self, library: Library, context: Any, stream: int, what: str) -> None:
+        self._library, self._context, self._stream = library, context, stream
+        self._what = what
+        self._latest: object = None
+
+    def run(self, shapes: Shapes, addresses: Mapping[str, int]) -> None:
+        """Enqueue a run (EngineError: the library refuses it)."""
+        context = self._context
+        if self._latest is not addresses:
+            self._latest = None
+            for name, shape in shapes.items():
+                self._need(context.set_input_shape(name, shape), f"{name} of {shape}")
+            for name, address in addresses.items():
+                self._need(context.set_tensor_address(name, address), f"the address of {name}")
+            self._latest = addresses
+        self._need(context.execute_async_v3(self._stream), f"a run of {dict(shapes)}")
+
+    def _need(self, done: bool, what: str) -> None:
+        if not done:
+            raise EngineError(
+                f"{self._library.trt.__name__} failed to run {self._what}.",
+                found=self._library.words(),
+                expected=what[:300],
+                fix="vlmforge doctor; if all is well there, rebuild the engine on this machine",
+            )
+
+
+class Plan:
+    """A deserialised plan, with a context for each of its profiles, which share their scratch.
+
+    Args:
+        library: What it was compiled by.
+        file: Where it is.
+        part: What the manifest says of it.
+        device: Runs it.
+
+    Raises:
+        BackendUnavailableError: the library refuses it: it is of another version or another GPU.
+        EngineError: it is not what the manifest says, or there is no memory for it.
+    """
+
+    def __init__(self, library: Library, file: Path, part: Part, device: Device) -> None:
+        engine = _deserialised(library, file)
+        self._engine = engine  # the contexts are of it
+        _check_plan(engine, file, part)
+        profiles = range(len(part.profiles))
+        needed = [engine.get_device_memory_size_for_profile_v2(index) for index in profiles]
+        self._scratch = device.allocate(max(1, *needed))
+        strategy = library.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._contexts: dict[str, _Context] = {}
+        for index, profile in enumerate(part.profiles):
+            context = engine.create_execution_context(strategy)
+            if context is None:
+                raise _refused(library, file)
+            context.set_device_memory(self._scratch.address, max(1, *needed))
+            if not context.set_optimization_profile_async(index, device.stream):
+                raise _refused(library, file)
+            what = f"{file.name} ({profile.name})"
+            self._contexts[profile.name] = _Context(library, context, device.stream, what)
+
+    def bind(self, profile: str, shapes: Shapes, addresses: Mapping[str, int]) -> Work:
+        """What enqueues a run, all of whose inputs have these shapes (see `_Context.run`)."""
+        return partial(self._contexts[profile].run, shapes, addresses)
+
+
+def _deserialised(library: Library, file: Path) -> Any:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise EngineError(
+            f"{file} cannot be read.",
+            found=str(error.strerror),
+            expected="the plan as build-engine wrote it",
+            fix="copy the engine again, or rebuild it",
+        ) from error
+    library.said.clear()
+    engine = library.runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        raise _refused(library, file)
+    return engine
+
+
+def _refused(library: Library, file: Path) -> BackendUnavailableError:
+    name = library.trt.__name__
+    return BackendUnavailableError(
+        f"{name} {library.trt.__version__} refuses the plan {file.name}.",
+        found=library.words()[:400],
+        expected="a plan of this very version, for this kind of GPU, and memory for it",
+        fix=f"rebuild the engine with the {name} that is installed here: build-engine CHECKPOINT "
+        "-o ENGINE --force; or install the version that it was built with",
+    )
+
+
+def _check_plan(engine: Any, file: Path, part: Part) -> None:
+    names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    listed = {spec.name for spec in (*part.inputs, *part.outputs)}
+    profiles = engine.num_optimization_profiles
+    if names != listed or profiles != len(part.profiles):
+        wrong = ", ".join(sorted(names ^ listed)[:6]) or "all tensors"
+        raise EngineError(
+            f"The plan {file.name} is not the one that the engine describes.",
+            found=f"{profiles} profiles, and tensors that only one of both knows: {wrong}",
+            expected=f"{len(part.profiles)} profiles and {len(listed)} tensors",
+            fix="rebuild the engine: build-engine CHECKPOINT -o ENGINE --force",
+        )
+
+
+class PlanProgram(Program):
+    """See `Program`."""
+
+    outputs: int | None = 1
+    gives_likeliest = False
+
+    def __init__(self, plan: Plan, part: Part, kv: KVLayout, options: LoadOptions) -> None:
+        assert kv.page_size is not None
+        _check_options(part, options)
+        self._plan, self._kv, self._page = plan, kv, kv.page_size
+        self._caches, self._aliases = cache_names(kv), part.aliases
+        self._inputs = tuple(spec for spec in part.inputs if spec.name not in self._caches)
+        self._logits = next(spec for spec in part.outputs if spec.name == LOGITS)
+
+    @override
+    def inputs(self, size: Size) -> Sequence[TensorSpec]:
+        # The attention plans its launches by the table's columns: no more of them than needed.
+        columns = -(-size.total // self._page)
+        table = replace(BLOCK_TABLE, shape=(BATCH, columns))
+        return tuple(table if spec.name == table.name else spec for spec in self._inputs)
+
+    @override
+    def arrange(self, size: Size) -> Arrangement:
+        return in_a_row(self.inputs(size), [self._logits], size.dims)
+
+    @override
+    def bind(self, size: Size, at: Mapping[str, int], pools: Pools) -> Work:
+        kv = self._kv
+        pool = pools.pages, kv.kv_heads, self._page, kv.head_dim
+        shapes = {spec.name: size.shape(spec) for spec in self.inputs(size)}
+        shapes |= dict.fromkeys(self._caches, pool)
+        layers = [pools.of(layer) for layer in range(kv.layers)]
+        held = dict(zip(self._caches, (pair[i] for i in (0, 1) for pair in layers), strict=True))
+        held |= {after: held[before] for after, before in self._aliases.items()}
+        profile = "decode" if size.tokens == 1 else "prefill"
+        return self._plan.bind(profile, shapes, {**at, **held})
+
+
+def _check_options(part: Part, options: LoadOptions) -> None:
+    """Refuse what the plan was not compiled for (ConfigError)."""
+    for field, asked, dim in (
+        ("max_batch_size", options.slots, BATCH),
+        ("max_prefill_token_num", options.chunk, TOKENS),
+    ):
+        most = max(profile.dims[dim].most for profile in part.profiles)
+        if asked > most:
+            raise ConfigError(
+                f"{field} is larger than what the plan was compiled for.",
+                found=f"{field}={asked}",
+                expected=f"at most {most}",
+                fix=f"EngineConfig({field}={most}), or build-engine --max-batch-size {asked}"
+                if dim == BATCH
+                else f"EngineConfig({field}={most})",
+            )
+
+
+class PlanVision(VisionSession):
+    """A vision part that is a plan; as many views at once as it was compiled for."""
+
+    def __init__(self, device: Device, plan: Plan, part: Part) -> None:
+        self._device, self._plan, self._part = device, plan, part
+        (profile,) = part.profiles
+        self._profile, self._most = profile.name, profile.dims[IMAGES].most
+        most = {name: dim.most for name, dim in profile.dims.items()}
+        self._arena = device.allocate(self._arrange(most).size)
+
+    def _arrange(self, dims: Mapping[str, int]) -> Arrangement:
+        return in_a_row(self._part.inputs, self._part.outputs, dims)
+
+    @override
+    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
+        starts = range(0, len(pixel_values), self._most)
+        parts = (pixel_values[start : start + self._most] for start in starts)
+        return np.concatenate([self._run({PIXEL_VALUES: part, **arrays}) for part in parts])
+
+    def _run(self, arrays: Arrays) -> FloatArray:
+        device, specs = self._device, self._part.inputs
+        dims = {
+            dim: size
+            for spec in specs
+            for dim, size in zip(spec.shape, arrays[spec.name].shape, strict=True)
+            if isinstance(dim, str)
+        }
+        arrangement = self._arrange(dims)
+        at = {name: self._arena.address + o for name, o in arrangement.offsets.items()}
+        for spec in specs:
+            values = np.ascontiguousarray(arrays[spec.name], spec.dtype)
+            device.upload(at[spec.name], values)
+        shapes = {spec.name: arrays[spec.name].shape for spec in specs}
+        self._plan.bind(self._profile, shapes, at)()
+        (given,) = self._part.outputs
+        kind = np.dtype(DTYPES[given.dtype])
+        found = device.download(at[IMAGE_FEATURES], shape_of(given, dims), kind)
+        return decode(found, given.dtype).astype(np.float32)
