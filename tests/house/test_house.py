@@ -190,7 +190,7 @@ def _swallows(node: ast.AST) -> bool:
 
 
 def _last_name(node: ast.expr) -> str:
-    """`c` of `a.b.c`: the rest of a call's name is not asked for, and takes long to write."""
+    """`c` of `a.b.c`: no more of a call's name is asked for, and writing it all takes long."""
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 

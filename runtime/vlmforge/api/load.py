@@ -27,7 +27,8 @@ from vlmforge.inputs.template_choice import choose_template
 from vlmforge.inputs.template_config import ChatTemplateConfig
 from vlmforge.limits import available_memory, keep_one_heap
 from vlmforge.runner.features import USUAL_BUDGET, FeatureCache
-from vlmforge.runner.stages import Engine, load_engine
+from vlmforge.runner.load import load_engine
+from vlmforge.runner.stages import Engine
 from vlmforge.scheduler.loop import Loop
 
 if TYPE_CHECKING:

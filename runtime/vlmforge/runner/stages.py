@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
@@ -11,8 +10,6 @@ import numpy as np
 import PIL.Image
 
 from vlmforge.backends import (
-    Backend,
-    ClosableDecoder,
     DecoderBatch,
     DecoderSession,
     FloatArray,
@@ -20,22 +17,19 @@ from vlmforge.backends import (
     LikeliestDecoder,
     LoadOptions,
     VisionSession,
-    load_backend,
 )
 from vlmforge.backends.choice import Choice, ChoosingDecoder, Found
-from vlmforge.engine.bundle import Bundle, check_sizes
 from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Grid
 from vlmforge.engine.images.pixels import AS_ENGINE, Colour, Layout, PixelRange, Size
 from vlmforge.engine.manifest import Manifest
 from vlmforge.engine.positions.axes import AXES
 from vlmforge.engine.positions.in_graph import PlacedGrid, Places
-from vlmforge.inputs import image_marks as marks
 from vlmforge.inputs.history import newest_turns
 from vlmforge.inputs.image_names import given_name
 from vlmforge.inputs.messages import Conversation, Image, ImageSource, Message, Text
 from vlmforge.inputs.pixel_range import policy_within
-from vlmforge.inputs.render import RenderedPrompt, marked_tokenizer_json, render_prompt
+from vlmforge.inputs.render import RenderedPrompt, render_prompt
 from vlmforge.inputs.template_choice import ActiveTemplate
 from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.kv.cache import Keys
@@ -365,43 +359,3 @@ class Engine:
 
     def _levels(self, levels: IntArray) -> IntArray | None:
         return levels if self.manifest.decode.positions.has_levels else None
-
-
-def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) -> Engine:
-    """Load the parts of an engine directory (EngineError otherwise).
-
-    Parts may be mapped, so that a file which is cut later ends the process: sizes are compared once
-    more when all are loaded, and when one cannot be.
-    """
-    manifest = bundle.manifest
-    backend = load_backend(manifest.backend)
-    text = marked_tokenizer_json(bundle.text(manifest.tokenizer_file), manifest.prompt)
-    tokenizer = TextTokenizer(text, {marks.IMAGE: manifest.prompt.image_placeholder})
-    with ExitStack() as started:
-        try:
-            vision = backend.load_vision(bundle.folder, manifest, options)
-            decoder = _decoder(backend, bundle, options)
-            if isinstance(decoder, ClosableDecoder):
-                started.callback(decoder.close)
-        finally:
-            # It names the file, where a backend would say that it cannot load a part.
-            files = [name for part in manifest.parts for name in (part.file, *part.data)]
-            check_sizes(bundle, files)
-        started.pop_all()
-    return Engine(
-        manifest=manifest,
-        tokenizer=tokenizer,
-        template=template,
-        vision=vision,
-        decoder=decoder,
-        options=options,
-    )
-
-
-def _decoder(backend: Backend, bundle: Bundle, options: LoadOptions) -> DecoderSession:
-    folder, manifest = bundle.folder, bundle.manifest
-    if manifest.parallel.tp == 1:
-        return backend.load_decoder(folder, manifest, options)
-    from vlmforge.backends.ranks.load import load_ranked  # not before it is known which backend
-
-    return load_ranked(backend, folder, manifest, options)
