@@ -6,6 +6,7 @@ scheduler are those of a GPU; what is not is listed in `vlmforge.backends.fake`.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from golden_models import (
     check_images,
     check_prompt,
 )
-from stand_in import at_once
+from stand_in import Gate, at_once
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
 from vlmforge.backends import DecoderBatch, FloatArray, IntArray
@@ -318,9 +319,19 @@ def test_the_logits_of_a_whole_prompt(pipe: Pipeline) -> None:
 
 def test_closing_ends_what_is_in_flight(engine: Path) -> None:
     with cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=1)) as opened:
-        pieces = opened.stream_infer("go on", GenerationConfig(max_new_tokens=900, ignore_eos=True))
+        gate, seen = Gate(), itertools.count()
+
+        def held_up(_: list[int], logits: Any) -> Any:
+            if next(seen) == 20:  # it is in flight, however late the pipeline is closed
+                gate.passed()
+            return logits
+
+        config = GenerationConfig(max_new_tokens=900, ignore_eos=True, logits_processors=[held_up])
+        pieces = opened.stream_infer("go on", config)
         next(pieces)
         threading.Thread(target=opened.close).start()
+        wait_until(lambda: opened._scheduler._stopping)
+        gate.open.set()
         with pytest.raises(CancelledError):
             for piece in pieces:
                 if piece.finish_reason == "abort":

@@ -208,8 +208,8 @@ class VisionConfig:
             and of any size, 1024 patches count as a view, and those of one shape run together.
         thread_safe: Accepted: the pipeline always is.
         background: Colour (red, green, blue; 0 to 255) on which transparent images are composited.
-            None: what the engine's image policy says. Published models were trained on images whose
-            transparency was left out of account, so their engines do that too.
+            None: as the model's own processor does, which leaves transparency out of account or
+            has white.
         local_files: Whether images may be named by paths and `file://` URLs. True: all files that
             this process can read. A folder: only files that are in it when links are followed.
             False: none. Prompts from others, such as a server's, need False or a folder.

@@ -218,12 +218,7 @@ class Backend(Protocol):
             BackendUnavailableError: this backend has no tensor parallelism.
         """
         del folder, options, ranks
-        raise BackendUnavailableError(
-            f"Engines for {manifest.backend} run on one rank here.",
-            found=f"an engine of {manifest.parallel.tp} ranks",
-            expected="tp=1 for this backend, or an engine for onnxruntime",
-            fix="build-engine CHECKPOINT -o ENGINE --tp 1",
-        )
+        raise one_rank_only(manifest)
 
     def memory(self) -> Room | None:
         """What it may take of a memory of its own; None: engines lie in this process's memory."""
@@ -233,6 +228,16 @@ class Backend(Protocol):
 
     def versions(self) -> Sequence[tuple[str, str]]:
         """Names and versions of the libraries in use, for `vlmforge doctor`."""
+
+
+def one_rank_only(manifest: Manifest) -> BackendUnavailableError:
+    """What is to be said of an engine of several ranks, for a backend that has none."""
+    return BackendUnavailableError(
+        f"Engines for {manifest.backend} run on one rank here.",
+        found=f"an engine of {manifest.parallel.tp} ranks",
+        expected="tp=1 for this backend, or an engine for onnxruntime",
+        fix="build-engine CHECKPOINT -o ENGINE --tp 1",
+    )
 
 
 BACKENDS = ("onnxruntime", "cuda", "tensorrt", "tensorrt_rtx")

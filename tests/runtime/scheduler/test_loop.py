@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from vlmforge.backends import FloatArray, IntArray, LoadOptions
 from vlmforge.errors import CancelledError
 from vlmforge.inputs.render import RenderedPrompt
@@ -163,7 +164,7 @@ BLOCKS = st.none() | st.integers(-(-70 // BLOCK), 3 * -(-70 // BLOCK))
 
 
 @given(REQUESTS, st.integers(1, 5), st.integers(1, 50), st.booleans(), BLOCKS)
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 def test_sequences_do_not_disturb_each_other(
     requests: list[tuple[list[int], int]], slots: int, chunk: int, reuse: bool, blocks: int | None
 ) -> None:
@@ -181,7 +182,7 @@ def test_sequences_do_not_disturb_each_other(
 
 
 @given(REQUESTS, st.integers(2, 4), st.integers(1, 9), st.data())
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_a_cancelled_sequence_leaves_the_others_alone(
     requests: list[tuple[list[int], int]], slots: int, chunk: int, data: st.DataObject
 ) -> None:

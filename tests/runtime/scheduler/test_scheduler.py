@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from token_store import VOCAB, BlockStore, SlotStore, Store, alone, next_token
 from vlmforge.kv.blocks import BlockPool
 from vlmforge.kv.cache import Copy, KVCache
@@ -126,7 +127,7 @@ SIZES = st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 9), st.i
     st.booleans(),
     st.sampled_from([1, 2, 5]),
 )
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 def test_histories(
     history: list[Asked],
     sizes: tuple[int, int, int, int],
@@ -167,7 +168,7 @@ def test_histories(
 
 
 @given(st.lists(ASKED, min_size=2, max_size=6), st.data(), st.sampled_from([slots, blocks]))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_what_fails_takes_nobody_along(
     history: list[Asked], data: st.DataObject, make: object
 ) -> None:
