@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vlmforge.engine.images import CenterCrop, PadSquare, Stretch
-from vlmforge.engine.images.pixels import PixelFormat
+from vlmforge.engine.images.pixels import Colour, PixelFormat
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config
@@ -18,6 +18,8 @@ from vlmforge_builder.checkpoint.keys import KeyTable, check_keys
 from vlmforge_recipes.config_keys import LLAVA_TYPES, PREPROCESSOR, PROCESSOR, TOWER
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+WHITE: Colour = (255, 255, 255)
+"""What `convert_to_rgb` of transformers has behind transparent pixels."""
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 # Of a mean or a deviation, in which pixels are 0 to 1 or 0 to 255.
@@ -81,8 +83,12 @@ def read_format(
     resample: int = 3,
     mean: tuple[float, float, float] = _MEAN,
     std: tuple[float, float, float] = _STD,
+    background: Colour | None = None,
 ) -> PixelFormat:
-    """How pixels become values; the others are the class's own, for keys that are left out.
+    """How pixels become values; the numbers are the class's own, for keys that are left out.
+
+    `background` is what the original has behind transparent pixels; None: its `convert("RGB")`
+    leaves transparency out.
 
     Steps that are left out have neutral numbers.
 
@@ -97,7 +103,7 @@ def read_format(
         rescale_factor=scale if rescales else 1.0,
         mean=mean if normalizes else (0.0, 0.0, 0.0),
         std=std if normalizes else (1.0, 1.0, 1.0),
-        background=None,  # the originals' `convert("RGB")`
+        background=background,
     )
 
 

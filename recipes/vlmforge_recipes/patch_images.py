@@ -11,7 +11,7 @@ from typing import Literal
 from vlmforge.engine.images import Patches
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.checkpoint.config import ConfigReader
-from vlmforge_recipes.clip_images import read_format
+from vlmforge_recipes.clip_images import WHITE, read_format
 
 _PIXELS = range(1, 1 << 40)
 _SIDES = range(1, 1 << 10)
@@ -71,7 +71,7 @@ def read_patches(processor: ConfigReader, tower: TowerGrid) -> Patches:
             fix="check the file against the published one",
         )
     return Patches(
-        read_format(processor),
+        read_format(processor, background=WHITE),
         tower.patch,
         tower.frames,
         tower.merge,

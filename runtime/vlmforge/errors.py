@@ -32,7 +32,7 @@ Each says what was found, what was expected and what to do next, in words a user
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class VlmforgeError(Exception):
@@ -139,10 +139,10 @@ class EngineStepError(EngineError):
     code = "engine_step"
 
     @classmethod
-    def of(cls, error: BaseException) -> EngineStepError:
+    def of(cls, error: BaseException) -> Self:
         """One for each request that `error` ends: no two callers raise the same object."""
         if isinstance(error, VlmforgeError):
-            kind = type(error) if isinstance(error, EngineStepError) else cls
+            kind = type(error) if isinstance(error, cls) else cls
             found = kind(error.summary, found=error.found, expected=error.expected, fix=error.fix)
         else:
             found = cls(

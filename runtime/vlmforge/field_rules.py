@@ -230,7 +230,8 @@ def check_fields(config: object, rules: Mapping[str, Rule]) -> None:
 
     What is left at its default is right, and most is: this is done for each request.
     """
-    kind, defaults = type(config), _defaults(type(config))
+    kind: Any = type(config)
+    defaults = _defaults(kind)
     for name, rule in rules.items():
         value = getattr(config, name)
         if value is not defaults.get(name, _NO_DEFAULT):
@@ -250,7 +251,8 @@ def check_value(what: str, name: str, value: object, rule: Rule) -> None:
 
 def check_refusals(config: object, refusals: Mapping[str, Refusal]) -> None:
     """Refuse what cannot be honoured (ConfigError: field, reason, what to do instead)."""
-    kind, defaults = type(config), _defaults(type(config))
+    kind: Any = type(config)
+    defaults = _defaults(kind)
     for name, refusal in refusals.items():
         value = getattr(config, name)
         if value is defaults.get(name, _NO_DEFAULT):

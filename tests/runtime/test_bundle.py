@@ -16,7 +16,7 @@ from vlmforge.engine.bundle import check_hashes, check_sizes, open_bundle
 from vlmforge.engine.manifest import MANIFEST_FILE, FileEntry, Manifest, dump_manifest
 from vlmforge.errors import EngineError, EngineFormatError, EngineIntegrityError
 from vlmforge.inputs.template_choice import ActiveTemplate
-from vlmforge.runner.stages import load_engine
+from vlmforge.runner.load import load_engine
 
 NAMES = (
     *("vision.onnx", "vision.data", "decoder.rank0.onnx", "decoder.rank0.data"),
@@ -240,7 +240,7 @@ def test_a_file_that_is_cut_while_it_is_loaded_is_named(
             if fails:
                 raise EngineError("cannot load")
 
-    monkeypatch.setattr("vlmforge.runner.stages.load_backend", lambda name: Cutting())
+    monkeypatch.setattr("vlmforge.runner.load.load_backend", lambda name: Cutting())
     with pytest.raises(EngineIntegrityError, match=r"vision\.data is not the file") as caught:
         load_engine(bundle, ActiveTemplate("plain", "", ()), LoadOptions(slots=1, capacity=8))
     assert caught.value.found == "3 bytes"

@@ -19,7 +19,7 @@ from vlmforge_builder.checkpoint.keys import KeyTable, check_keys
 from vlmforge_builder.checkpoint.store import TensorStore, open_store
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
-from vlmforge_recipes.clip_images import find_processor, read_format
+from vlmforge_recipes.clip_images import WHITE, find_processor, read_format
 from vlmforge_recipes.config_keys import PROCESSOR, check_files
 from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.idefics3 import architecture_of
@@ -151,7 +151,7 @@ def _image_policy(
     fake = named_token(checkpoint, tokenizer, "fake_image_token", "<fake_token_around_image>")
     whole = named_token(checkpoint, tokenizer, "global_image_token", "<global-img>")
     return GridTiles(
-        read_format(processor, resample=_LANCZOS, mean=_HALF, std=_HALF),
+        read_format(processor, resample=_LANCZOS, mean=_HALF, std=_HALF, background=WHITE),
         tile=tile,
         longest_edge=_longest_edge(processor, "size", 4 * 364),
         splits=processor.bool("do_image_splitting", default=True),

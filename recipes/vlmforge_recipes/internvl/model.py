@@ -18,7 +18,7 @@ from vlmforge_builder.checkpoint.store import TensorStore, open_store
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
 from vlmforge_builder.tokenizer.convert import ConvertedTokenizer, convert_tokenizer
 from vlmforge_recipes.chatml import chatml
-from vlmforge_recipes.clip_images import check_fit, find_processor, read_box, read_format
+from vlmforge_recipes.clip_images import WHITE, check_fit, find_processor, read_box, read_format
 from vlmforge_recipes.config_keys import PROCESSOR, check_files
 from vlmforge_recipes.end_ids import with_end_ids
 from vlmforge_recipes.internvl import ARCHITECTURE
@@ -159,7 +159,7 @@ def _image_policy(
             fix="check the file against the published one",
         )
     return AspectTiles(
-        read_format(processor),
+        read_format(processor, background=WHITE),
         tile=tower.image_size,
         # Of one tile at most the processor makes no grid.
         least=least if most > 1 else 1,

@@ -29,6 +29,7 @@ from vlmforge.field_rules import (
 )
 from vlmforge.vl.image_limits import DEFAULT_FORMATS, FORMATS, ImageLimits
 
+MAX_GPU_CHUNK = 2048
 MAX_CHUNK = 512  # attention keeps a score for each of them, each head and each token before
 
 
@@ -51,7 +52,8 @@ class EngineConfig:
         enable_prefix_caching: Reuse the cache of prompts that begin alike, images included. The
             answers are the same without; it only costs time.
         max_prefill_token_num: Tokens of a prompt that are run at once, between the others' steps.
-            More than 512 is 512, with a warning: memory would grow with it, answers do not change.
+            More than 512 (on GPUs 2048) is as many, with a warning: memory would grow with it,
+            answers do not change.
         dtype: Of the weights when a checkpoint is built. An engine has its own; another is refused.
         revision: Of a checkpoint on the hub; refused for an engine.
         threads: Of arithmetic; None: one for each physical core that this process may use. More
@@ -206,8 +208,8 @@ class VisionConfig:
             and of any size, 1024 patches count as a view, and those of one shape run together.
         thread_safe: Accepted: the pipeline always is.
         background: Colour (red, green, blue; 0 to 255) on which transparent images are composited.
-            None: what the engine's image policy says. Published models were trained on images whose
-            transparency was left out of account, so their engines do that too.
+            None: as the model's own processor does, which leaves transparency out of account or
+            has white.
         local_files: Whether images may be named by paths and `file://` URLs. True: all files that
             this process can read. A folder: only files that are in it when links are followed.
             False: none. Prompts from others, such as a server's, need False or a folder.

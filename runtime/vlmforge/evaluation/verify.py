@@ -18,7 +18,8 @@ from vlmforge.errors import EngineFormatError
 from vlmforge.inputs.messages import Conversation, parse_prompt
 from vlmforge.inputs.template_choice import choose_template
 from vlmforge.runner.features import FeatureCache
-from vlmforge.runner.stages import DecoderInput, Engine, load_engine
+from vlmforge.runner.load import load_engine
+from vlmforge.runner.stages import DecoderInput, Engine
 from vlmforge.vl import load_image
 
 FOLDER = "goldens"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
@@ -11,8 +10,6 @@ import numpy as np
 import PIL.Image
 
 from vlmforge.backends import (
-    Backend,
-    ClosableDecoder,
     DecoderBatch,
     DecoderSession,
     FloatArray,
@@ -20,59 +17,30 @@ from vlmforge.backends import (
     LikeliestDecoder,
     LoadOptions,
     VisionSession,
-    load_backend,
 )
 from vlmforge.backends.choice import Choice, ChoosingDecoder, Found
-from vlmforge.engine.bundle import Bundle, check_sizes
 from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Grid
 from vlmforge.engine.images.pixels import AS_ENGINE, Colour, Layout, PixelRange, Size
 from vlmforge.engine.manifest import Manifest
 from vlmforge.engine.positions.axes import AXES
 from vlmforge.engine.positions.in_graph import PlacedGrid, Places
-from vlmforge.inputs import image_marks as marks
 from vlmforge.inputs.history import newest_turns
 from vlmforge.inputs.image_names import given_name
 from vlmforge.inputs.messages import Conversation, Image, ImageSource, Message, Text
 from vlmforge.inputs.pixel_range import policy_within
-from vlmforge.inputs.render import RenderedPrompt, marked_tokenizer_json, render_prompt
+from vlmforge.inputs.render import RenderedPrompt, render_prompt
 from vlmforge.inputs.template_choice import ActiveTemplate
 from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.kv.cache import Keys
 from vlmforge.runner.clock import PartClock
+from vlmforge.runner.decoder_input import DecoderInput as DecoderInput
+from vlmforge.runner.decoder_input import PromptPart, together
 from vlmforge.vl.decode import upright_size
 from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.load import OpenedImage, open_image
 from vlmforge.vl.prepared import PreparedImage, features_digest, prepare, row_keys
 from vlmforge.vl.preprocess import preprocess
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderInput:
-    """A prompt as the decoder takes it.
-
-    Attributes:
-        ids: int64 `[tokens]`; an id >= vocab_size is row `id - vocab_size` of `features`.
-        features: `[rows, hidden]` of all images, or None without images.
-        rotary_level: Of the sequence that the prompt begins (see `PositionPolicy`).
-        places: Where each token is, if the decoder is told; None: it counts them.
-        lag: By how much the place of a token behind the prompt is below its number in the sequence.
-    """
-
-    ids: IntArray
-    features: FloatArray | None
-    rotary_level: int = 0
-    places: Places | None = None
-    lag: int = 0
-
-    def places_from(self, start: int, count: int) -> Places | None:
-        """Where `count` tokens from `start` on are, those that were generated included."""
-        if self.places is None:
-            return None
-        known = self.places[start : start + count]
-        more = np.arange(start + len(known), start + count, dtype=np.int64) - self.lag
-        behind = np.broadcast_to(more[:, None], (len(more), known.shape[1]))
-        return np.concatenate((known, behind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,14 +261,7 @@ class Engine:
 
         Returns logits `[n, vocab_size]`: those after the last token (n = 1), after all, or none.
         """
-        vocab = self.manifest.decode.vocab_size
-        ids, features = chunk.ids, None
-        rows = ids[ids >= vocab]
-        if len(rows) and chunk.features is not None:
-            # Only the rows of this chunk are handed over.
-            first = int(rows[0]) - vocab
-            features = chunk.features[first : int(rows[-1]) - vocab + 1]
-            ids = np.where(ids >= vocab, ids - first, ids)
+        ids, features = chunk.handed_over(self.manifest.decode.vocab_size)
         every = np.arange(len(ids), dtype=np.int64)
         wanted = {"none": every[:0], "last": every[-1:], "all": every}[logits]
         levels = self._levels(np.array([chunk.rotary_level], np.int64))
@@ -311,6 +272,13 @@ class Engine:
         )
         found: FloatArray = self._run(batch)[0]
         return found.copy() if len(ids) == 1 else found  # it may be a step of decoding to it
+
+    def prefill_together(self, parts: Sequence[PromptPart]) -> FloatArray:
+        """Run the next tokens of several sequences at once; logits `[n, vocab_size]` after each.
+
+        As `prefill` of each alone, where `LoadOptions.prompts` are as many.
+        """
+        return self._run(together(parts, self.manifest.decode))[:, 0].copy()
 
     def decode(
         self,
@@ -365,43 +333,3 @@ class Engine:
 
     def _levels(self, levels: IntArray) -> IntArray | None:
         return levels if self.manifest.decode.positions.has_levels else None
-
-
-def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) -> Engine:
-    """Load the parts of an engine directory (EngineError otherwise).
-
-    Parts may be mapped, so that a file which is cut later ends the process: sizes are compared once
-    more when all are loaded, and when one cannot be.
-    """
-    manifest = bundle.manifest
-    backend = load_backend(manifest.backend)
-    text = marked_tokenizer_json(bundle.text(manifest.tokenizer_file), manifest.prompt)
-    tokenizer = TextTokenizer(text, {marks.IMAGE: manifest.prompt.image_placeholder})
-    with ExitStack() as started:
-        try:
-            vision = backend.load_vision(bundle.folder, manifest, options)
-            decoder = _decoder(backend, bundle, options)
-            if isinstance(decoder, ClosableDecoder):
-                started.callback(decoder.close)
-        finally:
-            # It names the file, where a backend would say that it cannot load a part.
-            files = [name for part in manifest.parts for name in (part.file, *part.data)]
-            check_sizes(bundle, files)
-        started.pop_all()
-    return Engine(
-        manifest=manifest,
-        tokenizer=tokenizer,
-        template=template,
-        vision=vision,
-        decoder=decoder,
-        options=options,
-    )
-
-
-def _decoder(backend: Backend, bundle: Bundle, options: LoadOptions) -> DecoderSession:
-    folder, manifest = bundle.folder, bundle.manifest
-    if manifest.parallel.tp == 1:
-        return backend.load_decoder(folder, manifest, options)
-    from vlmforge.backends.ranks.load import load_ranked  # not before it is known which backend
-
-    return load_ranked(backend, folder, manifest, options)

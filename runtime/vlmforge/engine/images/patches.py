@@ -180,8 +180,8 @@ class Patches(Agreeing):
                 "The limits of an image's pixels let it be larger than it may be here.",
                 found=f"max_pixels {high}",
                 expected=f"at most {most}, which are {most // self._unit**2} tokens",
-                fix="lower max_pixels; a message's may be VisionConfig's, and that as many as "
-                "EngineConfig(session_len=...) holds",
+                fix="lower it; VisionConfig(max_pixels=...) is the most for messages, and what "
+                "EngineConfig(session_len=...) holds the most for that",
             )
         if not self._unit**2 <= high or low > high:
             raise ConfigError(

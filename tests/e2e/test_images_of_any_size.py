@@ -1,7 +1,10 @@
-"""Limits of pixels that come with an image: everything that depends on its size follows them."""
+"""Images of any size: limits of pixels that come with one, sessions, and what users do to them."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +92,32 @@ def test_a_conversation_keeps_them_and_so_does_its_file(opened: Opened, tmp_path
     assert found.response.token_ids == expected.response.token_ids
     again = pipe.render(loaded.history[0][0])  # the prompt as it was restored
     assert again.token_ids == pipe.render(session.history[0][0]).token_ids
+
+
+RESTORE = """
+import json, sys
+from vlmforge import EngineConfig, GenerationConfig, Session, pipeline
+
+with pipeline(sys.argv[1], EngineConfig(threads=1)) as pipe:
+    session = Session.load(sys.argv[2], pipe)
+    done = pipe.chat("And?", session, GenerationConfig(max_new_tokens=24, ignore_eos=True)).response
+    print(json.dumps([done.token_ids, done.cached_tokens, done.timings.cached_images]))
+"""
+
+
+def test_a_new_process_goes_on_where_this_one_ended(opened: Opened, tmp_path: Path) -> None:
+    """Places behind images lag behind the number of tokens, and each image has its own size."""
+    pipe, path = opened.pipe, tmp_path / "talk.session"
+    session = pipe.chat(("What is it?", TALL), gen_config=SHORT)
+    session = pipe.chat(ours(_asked((16000, 23000))), session, gen_config=SHORT)
+    session.save(path)
+    command = [sys.executable, "-c", RESTORE, str(opened.path), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    greedy = GenerationConfig(max_new_tokens=24, ignore_eos=True)
+    here = pipe.chat("And?", session, gen_config=greedy).response
+    assert here is not None
+    assert json.loads(done.stdout) == [here.token_ids, here.cached_tokens, 2]
+    assert here.cached_tokens > 40
 
 
 def test_what_cannot_be_is_refused(opened: Opened) -> None:
