@@ -35,7 +35,7 @@ class Line:
         self.send(message, rank, tag)
         return self
 
-    def Test(self) -> bool:
+    def Wait(self) -> bool:
         return True
 
 
@@ -104,3 +104,24 @@ def test_a_thread_answers_until_it_ends(
     first.send(None, 1, mpi._ASKED)
     assert other.iprobe(0, mpi._ASKED)
     assert not first.iprobe(1, mpi._SIGN)
+
+
+def test_before_the_end_all_are_asked_once_more_and_then_no_more(
+    ends: tuple[Line, Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mpi, "_ANSWER_S", 0.001)
+    first, other = ends
+    signs, answering = mpi.Signs(first), mpi.Signs(other)  # type: ignore[arg-type]
+    answering.begin()
+    assert signs.settle()
+    answering.end()
+    assert signs.look() is None
+    assert not other.iprobe(0, mpi._ASKED)
+    assert not first.iprobe(1, mpi._SIGN)
+
+
+def test_who_hangs_is_found_before_the_end(
+    ends: tuple[Line, Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mpi, "SILENT_S", 0.01)
+    assert not mpi.Signs(ends[0]).settle()  # type: ignore[arg-type]

@@ -70,7 +70,7 @@ class Signs:
         self._comm, self._over = comm, threading.Event()
         self._asked: dict[int, Any] = {}  # what was sent to those that have not answered
         self._silent = [0.0] * comm.Get_size()
-        self._looked = time.monotonic()
+        self._looked, self._asks = time.monotonic(), True
         self._thread = threading.Thread(target=self._answer, daemon=True)
 
     def look(self) -> int | None:
@@ -81,15 +81,24 @@ class Signs:
             if self._comm.iprobe(rank, _SIGN):
                 self._comm.recv(source=rank, tag=_SIGN)
                 self._silent[rank] = 0.0
-                del self._asked[rank]
+                self._asked.pop(rank).Wait()
             elif rank in self._asked:
                 self._silent[rank] += step
-                self._asked[rank].Test()
-            if rank not in self._asked:
+            if self._asks and rank not in self._asked:
                 self._asked[rank] = self._comm.isend(None, rank, _ASKED)
             if self._silent[rank] >= SILENT_S:
                 return rank
         return None
+
+    def settle(self) -> bool:
+        """Whether all live, asked for the last time: MPI cannot end while words are on the way."""
+        self.look()
+        self._asks = False
+        while self._asked:
+            if self.look() is not None:
+                return False
+            time.sleep(_LONGEST_S)
+        return True
 
     def begin(self) -> None:
         """Answer from now on. On the other ranks."""
@@ -170,7 +179,6 @@ class World:
                 self.say(_memory())
             elif isinstance(message, Task):
                 self._serve_one(message)
-        self.say(message)
         raise SystemExit(0)
 
     def _serve_one(self, task: Task) -> None:
@@ -221,17 +229,19 @@ class World:
         """The interpreter ends. Ranks that are in the middle of something cannot be told so."""
         if os.getpid() != self._owner:
             return
-        if self.hangs or (self.leads is not None and self.leads.broken):
+        broken = self.hangs or (self.leads is not None and self.leads.broken)
+        if broken or not self._close() or not self._signs.settle():
             self._comm.Abort(1)
+        self.tell(Ended())
+
+    def _close(self) -> bool:
+        """Close the pipeline that is open still; False: a rank has failed meanwhile."""
         try:
             if self.leads is not None:
                 self.leads.close()
-            self.tell(message := Ended())
-            for rank in range(1, self.size):
-                while self.said(rank) != message:  # what they had to say before
-                    pass
         except RankError:
-            self._comm.Abort(1)
+            return False
+        return True
 
 
 class MpiMeetings(Communicator):
