@@ -46,7 +46,8 @@ def bars(records: list[StepRecord]) -> dict[str, dict[int, list[tuple[float, flo
             if record.images:
                 found["encode"].setdefault(prompt.sequence, []).append((begin, record.encode))
             begin += record.encode
-            found["prompt"].setdefault(prompt.sequence, []).append((begin, record.prompt))
+            for row in record.step.prompts:
+                found["prompt"].setdefault(row.sequence, []).append((begin, record.prompt))
             begin += record.prompt
         for row in record.step.decode:
             found["decode"].setdefault(row.sequence, []).append((begin, record.decode))

@@ -93,7 +93,8 @@ class Drawing:
     """Draws requests for an engine with `window` tokens.
 
     `bad` is the share of requests with something wrong, `large` that of those with large pictures;
-    the first `largest_first` requests take as much memory as any.
+    the first `largest_first` requests take as much memory as any, and after them each thing that is
+    seldom drawn comes once: what it takes at its first use is taken by then.
     """
 
     def __init__(
@@ -109,12 +110,21 @@ class Drawing:
         self._largest_first = largest_first
         self._seed, self._pictures, self._window = seed, pictures, window
         self._bad, self._large = bad, large if pictures.large else 0.0
+        files = [("what is this?", file) for file in (*pictures.large, *pictures.bad)]
+        self._seldom: list[tuple[object, dict[str, Any]]] = [
+            *((prompt, {"max_new_tokens": 1}) for prompt in (*BAD_PROMPTS, *files)),
+            *(("hello", config) for config in BAD_CONFIGS),
+            *(("hello", {"max_new_tokens": 2, name: value}) for name, value in OPTIONS),
+        ]
 
     def request(self, number: int) -> Drawn:
         """The request of that number."""
         draw = random.Random(self._seed * 1_000_003 + number)
         if number < self._largest_first:
             return self._largest(number, draw)
+        if self._largest_first and number - self._largest_first < len(self._seldom):
+            prompt, config = self._seldom[number - self._largest_first]
+            return Drawn(number, "call", (prompt,), config, None, True)
         form = draw.choice(FORMS)
         count = draw.randint(1, 5) if form in ("list", "stream") else 1
         return Drawn(

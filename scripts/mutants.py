@@ -176,6 +176,35 @@ MUTANTS = (
         ("tests/recipes/test_numbers_of_configs.py", "-k", "llava_1_5_hf"),
     ),
     Mutant(
+        "a build holds all weights that it has read",
+        "builder/vlmforge_builder/checkpoint/mapped.py",
+        "        return flat.as_strided(",
+        "        mmap.held = [*getattr(mmap, 'held', ()), flat.clone()]\n"
+        "        return flat.as_strided(",
+        ("tests/builder/test_build.py", "-k", "weights_are_streamed"),
+    ),
+    Mutant(
+        "reading a tensor copies it",
+        "builder/vlmforge_builder/checkpoint/mapped.py",
+        "return flat.as_strided(self.info.shape, self.stride)",
+        "return flat.as_strided(self.info.shape, self.stride).clone()",
+        ("tests/builder/test_checkpoint_store.py", "-k", "copies_nothing"),
+    ),
+    Mutant(
+        "an interrupt that a library lost is forgotten",
+        "builder/vlmforge_builder/progress.py",
+        "        yield\n        if self._state.signal is not None:",
+        "        yield\n        if self._state.signal is NotImplemented:",
+        ("tests/builder/test_build_ends.py", "-k", "loses"),
+    ),
+    Mutant(
+        "the paged reference sees one place behind the past",
+        "builder/vlmforge_builder/ops/paged_attention.py",
+        "held = op.Less(",
+        "held = op.LessOrEqual(",
+        ("tests/builder/test_paged_attention.py", "-k", "the_paged_body"),
+    ),
+    Mutant(
         "a build imports what lies where it is started",
         "runtime/vlmforge/engine/build_cache.py",
         '"-P", "-m", "vlmforge_builder"',

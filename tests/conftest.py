@@ -35,6 +35,13 @@ for _profile, _examples in (("house", 50), ("thorough", 500)):
         suppress_health_check=[HealthCheck.too_slow],
     )
 settings.load_profile("house")
+
+
+def examples(many: int) -> int:
+    """Of a property that needs more than others: so many at night, and half of them before."""
+    return many if settings.default.max_examples >= 500 else many // 2
+
+
 # Seconds after which something hangs, on however slow a machine.
 HANGS = 600.0
 
@@ -61,28 +68,39 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files that take longest, so that no core is idle while another comes to the end of one of them.
+# Files that take longest, by `--costs`: the longest first, down to what the last of two workers may
+# be alone with, so that no core is idle while another comes to the end of one of them.
 LONGEST = (
+    "plugins_cuda/test_kernels.py",
     "builder/test_tensorrt_builds.py",
+    "e2e/test_live_parity.py",
+    "plugins_cuda/test_attention_compile.py",
+    "builder/test_build_inputs.py",
     "e2e/test_cuda_engines.py",
     "e2e/test_parity_qwen.py",
-    "plugins_cuda/test_kernels.py",
-    "plugins_cuda/test_attention_compile.py",
-    "builder/test_build.py",
+    "e2e/test_seed_snippets.py",
     "e2e/test_demo_model.py",
-    "builder/test_build_inputs.py",
-    "e2e/test_live_parity.py",
+    "recipes/test_checkpoint_keys.py",
     "builder/test_build_ends.py",
     "e2e/test_parity.py",
-    "e2e/test_seed_snippets.py",
+    "builder/test_build.py",
+    "recipes/test_numbers_of_configs.py",
     "e2e/test_parity_tagged.py",
-    "e2e/test_goldens.py",
     "e2e/test_ranks.py",
-    "builder/test_shard.py",
-    "e2e/test_bad_inputs.py",
-    "e2e/test_build_child.py",
+    "builder/test_cuda_weights.py",
+    "builder/test_assign_precision.py",
+    "builder/test_layers.py",
+    "builder/test_checkpoint_source.py",
+    "recipes/test_tower_choice.py",
+    "recipes/test_demo_training.py",
+    "e2e/test_interleavings.py",
+    "builder/test_checkpoint_store.py",
+    "builder/test_command_ends.py",
     "e2e/test_nothing_is_executed.py",
     "e2e/test_pipeline.py",
+    "recipes/test_qwen_vl.py",
+    "e2e/test_build_child.py",
+    "runtime/test_lifetime.py",
 )
 
 
@@ -161,15 +179,17 @@ def _http_clients() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _kept_traces(shared: Path) -> None:
-    """Builds in this process trace equal parts once for the whole run."""
+    """Builds in this process trace equal parts, and prove equal tokenizers, once for the run."""
     if "vlmforge_builder.build" in sys.modules:
         _keep_traces(shared)
 
 
 def _keep_traces(shared: Path) -> None:
+    from kept_tokenizers import remember_tokenizers
     from traces import remember_traces
 
     remember_traces(shared / "traces")
+    remember_tokenizers()
 
 
 @pytest.fixture

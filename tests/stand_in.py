@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import PIL.Image
 
+from conftest import HANGS, wait_until
 from sample_manifest import MANIFEST, PROMPT, TEMPLATE
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig
 from vlmforge.api.load import serve
@@ -31,6 +32,7 @@ from vlmforge.inputs.template import jinja_from_parts
 from vlmforge.inputs.template_choice import ActiveTemplate
 from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.kv.cache import Copy, Move
+from vlmforge.outputs.response import Response
 from vlmforge.runner.stages import Engine
 
 T = TypeVar("T")
@@ -199,3 +201,20 @@ def answered(call: Callable[[], T]) -> T:
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
+
+
+def at_once(pipe: Pipeline, prompts: Sequence[Any], configs: Any) -> list[Response]:
+    """What a call gives whose prompts are all queued before any is run."""
+    inbox, begun = pipe._scheduler._inbox, threading.Event()
+
+    def question(_: object) -> None:
+        begun.set()
+        wait_until(lambda: inbox.qsize() == len(prompts))
+
+    waiting = threading.Thread(target=pipe._scheduler.ask, args=(question,))
+    waiting.start()
+    assert begun.wait(HANGS)
+    found = pipe(prompts, gen_config=configs)
+    waiting.join()
+    assert isinstance(found, list)
+    return found

@@ -63,10 +63,16 @@ def check_interface(graph: ir.Graph, interface: Interface) -> None:
 
 def add_input(graph: ir.Graph, spec: TensorSpec) -> ir.Value:
     """Give a graph an input of the runtime's list."""
-    dtype = _TYPES.get(spec.dtype) or ir.DataType[spec.dtype.upper()]
-    value = ir.Value(name=spec.name, type=ir.TensorType(dtype), shape=ir.Shape(spec.shape))
+    value = ir.Value()
+    describe(value, spec)
     graph.inputs.append(value)
     return value
+
+
+def describe(value: ir.Value, spec: TensorSpec) -> None:
+    """Give a value the name, the type and the shape of the runtime's list."""
+    dtype = _TYPES.get(spec.dtype) or ir.DataType[spec.dtype.upper()]
+    value.name, value.type, value.shape = spec.name, ir.TensorType(dtype), ir.Shape(spec.shape)
 
 
 def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:

@@ -14,7 +14,8 @@ from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_te
 
 from conftest import HF
 from lowered_decoder import model_spec, part_of
-from vlmforge_builder.export import OPSET, trace
+from vlmforge_builder import build
+from vlmforge_builder.export import OPSET
 from vlmforge_builder.ops import DOMAIN, VERSION
 from vlmforge_builder.passes.assign_precision import TYPES, AssignPrecisionPass
 from vlmforge_builder.passes.native_attention import NativeAttentionPass
@@ -186,7 +187,7 @@ def test_tables_of_a_neutral_op_keep_their_type(dtype: str) -> None:
 @pytest.mark.parametrize("name", ["vision", "decoder"])
 def test_the_types_of_a_traced_part_are_those_inferred(name: str, dtype: str) -> None:
     part = part_of(model_spec(HF.name), name)
-    traced = trace(part)
+    traced = build.trace(part)  # kept by `traces.py`
     stored = {n: stored_dtype(part.weights[n], dtype) for n in traced.shapes}
     AssignPrecisionPass(dtype, stored, float32=("pixel_values", "logits"))(traced.model)
     assert NativeAttentionPass(capacity=64)(traced.model).modified is (name == "decoder")

@@ -70,7 +70,6 @@ def test_goldens() -> None:
 
 
 @given(MIXED)
-@settings(max_examples=300)
 def test_it_encodes_as_published(text: str) -> None:
     for allowed in ((), IMAGE_ST[:6], (*CONTROL, *IMAGE_ST[:6])):
         expected = tokens().encode(text, allowed) if allowed else _plain(text)

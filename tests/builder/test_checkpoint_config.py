@@ -77,9 +77,14 @@ def test_git_lfs_pointer(tmp_path: Path) -> None:
     assert caught.value.fix == f"run 'git lfs pull' in {tmp_path}"
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("json")
+
+
 @given(st.dictionaries(st.text(), _JSON))
-def test_objects_are_read_whole(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
-    path = _write(tmp_path_factory.mktemp("json"), json.dumps(value).encode())
+def test_objects_are_read_whole(folder: Path, value: Any) -> None:
+    path = _write(folder, json.dumps(value).encode())
     assert read_json(path) == value
     assert read_config(path) == ConfigReader(value, path)
 

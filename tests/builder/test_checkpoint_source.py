@@ -21,11 +21,13 @@ _PROGRAM = """
 import sys
 from vlmforge.errors import CheckpointError
 from vlmforge_builder.checkpoint.source import resolve_checkpoint
-spec, revision = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
-try:
-    print(resolve_checkpoint(spec, revision=revision, progress=print))
-except CheckpointError as error:
-    print(error)
+for given in sys.argv[1:]:
+    spec, _, revision = given.partition("@")
+    try:
+        print(resolve_checkpoint(spec, revision=revision or None, progress=print))
+    except CheckpointError as error:
+        print(error)
+    print("---")
 """
 _FILES = {
     "config.json": b"{}",
@@ -69,7 +71,7 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
 
 @pytest.fixture
 def fetch(hub: HubServer, tmp_path: Path) -> Fetch:
-    """Run `resolve_checkpoint(*arguments)` in an empty folder; what it printed."""
+    """Resolve checkpoints, each a name or name@revision, in an empty folder; what was printed."""
     work = tmp_path / "work"
     work.mkdir()
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
@@ -84,7 +86,7 @@ def fetch(hub: HubServer, tmp_path: Path) -> Fetch:
             text=True,
             check=True,
         )
-        return done.stdout
+        return done.stdout.removesuffix("---\n")
 
     return run
 
@@ -125,18 +127,16 @@ def test_the_hub_is_asked_for_the_checkpoint_and_told_of_nothing_else(
     assert all("torch" not in agent and "agent/" not in agent for agent in hub.agents)
 
 
-def test_pickles_are_fetched_where_there_is_nothing_else(fetch: Fetch, hub: HubServer) -> None:
-    assert _contents(fetch("org/pickle")) == _wanted("org/pickle")
-    assert "modeling_custom.py" not in hub.downloaded()
-
-
-def test_other_safetensors_do_not_stand_for_the_pickles(fetch: Fetch, hub: HubServer) -> None:
-    """`open_store` and transformers read the pickles then; one file more costs less than one less.
+def test_pickles_are_fetched_where_nothing_stands_for_them(fetch: Fetch, hub: HubServer) -> None:
+    """`open_store` and transformers read the pickles where there are other safetensors; one file
+    more costs less than one less.
 
     The weights by the names of the code that trained them are never fetched.
     """
-    assert _contents(fetch("org/others")) == _wanted("org/others", "consolidated.safetensors")
-    assert "consolidated.safetensors" not in hub.downloaded()
+    pickle, others = fetch("org/pickle", "org/others").split("---\n")
+    assert _contents(pickle) == _wanted("org/pickle")
+    assert _contents(others) == _wanted("org/others", "consolidated.safetensors")
+    assert not {"modeling_custom.py", "consolidated.safetensors"} & set(hub.downloaded())
 
 
 def test_second_time_and_offline_nothing_is_fetched(fetch: Fetch, hub: HubServer) -> None:
@@ -153,7 +153,7 @@ def test_second_time_and_offline_nothing_is_fetched(fetch: Fetch, hub: HubServer
 
 def test_commit_as_revision(fetch: Fetch, hub: HubServer) -> None:
     commit = hub.commit("org/pickle")
-    printed = fetch("org/pickle", commit)
+    printed = fetch(f"org/pickle@{commit}")
     assert printed.splitlines()[0] == f"fetching org/pickle ({commit}) from {hub.url}"
     assert _contents(printed) == _wanted("org/pickle")
 
@@ -172,23 +172,22 @@ def test_offline_and_not_cached(fetch: Fetch, hub: HubServer, tmp_path: Path) ->
     assert "fix:      unset HF_HUB_OFFLINE" in printed
 
 
-@pytest.mark.parametrize(
-    ("arguments", "found", "fix"),
-    [
-        (("org/nothing",), "no such model, or a private one", "check the spelling (org/name)"),
-        (("org/gated",), "the model is gated", "accept its terms at http://127.0.0.1:"),
-        (("org/forbidden",), "access refused (HTTP 403)", "set HF_TOKEN"),
-        (("org/both", "v9"), "no revision 'v9'", "check the revision on the hub"),
-    ],
-)
-def test_refusals_of_the_hub(
-    fetch: Fetch, arguments: tuple[str, ...], found: str, fix: str
-) -> None:
-    printed = fetch(*arguments)
-    assert f"{arguments[0]} is neither a folder nor could it be fetched from" in printed
-    assert f"; {found}\n" in printed
-    assert "expected: a folder, or the id of a model on the hub that you may read" in printed
-    assert f"fix:      {fix}" in printed
+REFUSALS = {
+    "org/nothing": ("no such model, or a private one", "check the spelling (org/name)"),
+    "org/gated": ("the model is gated", "accept its terms at http://127.0.0.1:"),
+    "org/forbidden": ("access refused (HTTP 403)", "set HF_TOKEN"),
+    "org/both@v9": ("no revision 'v9'", "check the revision on the hub"),
+}
+
+
+def test_refusals_of_the_hub(fetch: Fetch) -> None:
+    parts = fetch(*REFUSALS).split("---\n")
+    for (given, (found, fix)), printed in zip(REFUSALS.items(), parts, strict=True):
+        name = given.partition("@")[0]
+        assert f"{name} is neither a folder nor could it be fetched from" in printed
+        assert f"; {found}\n" in printed
+        assert "expected: a folder, or the id of a model on the hub that you may read" in printed
+        assert f"fix:      {fix}" in printed
 
 
 def test_hub_out_of_reach(fetch: Fetch) -> None:

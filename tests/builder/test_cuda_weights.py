@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from conftest import HF, cuda_engine
 from lowered_decoder import filled, model_spec, part_of, session
-from vlmforge import EngineConfig, pipeline
+from vlmforge import EngineConfig, GenerationConfig, pipeline
 from vlmforge.backends import DecoderBatch
 from vlmforge.backends.fake import cuda_on_cpu
 from vlmforge.engine.bundle import open_bundle
@@ -140,7 +140,9 @@ def test_it_is_as_small_as_its_bits_say(shared: Path, kind: str) -> None:
 def test_answers_are_those_of_one_that_is_alone(shared: Path) -> None:
     """Batches, pages and replayed steps do with whole numbers what they do with others."""
     prompts = [f"number {n}, and so on" for n in range(3)]
+    config = GenerationConfig(max_new_tokens=80)  # into the second of their pages
     engine = cuda_engine(shared, HF.name, "--weights", "int4")
     with cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=4)) as pipe:
-        alone = [pipe(prompt).token_ids for prompt in prompts]
-        assert [answer.token_ids for answer in pipe(prompts)] == alone
+        alone = [pipe(prompt, gen_config=config).token_ids for prompt in prompts]
+        assert max(len(tokens) for tokens in alone) == 80
+        assert [answer.token_ids for answer in pipe(prompts, gen_config=config)] == alone

@@ -137,7 +137,7 @@ def check(call: Pages) -> None:
         np.testing.assert_array_equal(np.isnan(found), np.isnan(pool))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(paged_calls())
 def test_the_paged_body_equals_the_dense_one(call: Pages) -> None:
     check(call)

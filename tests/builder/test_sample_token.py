@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,7 +69,7 @@ def settings_of_requests(draw: st.DrawFn) -> SamplingParams:
         greedy=greedy,
         temperature=draw(st.sampled_from([0.05, 0.6, 1.0, 2.0])),
         top_k=draw(st.sampled_from([0, 0, 1, 2, 40, 60, SMALL, 5000])),
-        top_p=draw(st.sampled_from([1.0, 1.0, 0.01, 0.5, 0.8, 0.999])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 0.0, 0.01, 0.5, 0.8, 0.999])),
         min_p=draw(st.sampled_from([0.0, 0.0, 0.05, 0.5, 1.0])),
         repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3, 0.7])),
         presence_penalty=draw(st.sampled_from([0.0, 0.0, 1.5, -1.0])),
@@ -194,5 +193,5 @@ def test_no_node_waits_for_the_host() -> None:
     """Shapes are constants: a captured step copies nothing from the host on its way."""
     ops = {node.op_type for node in sample_token(32064).graph}
     assert not ops & {"Shape", "Size", "NonZero", "If", "Loop", "CastLike"}
-    assert "Pad" not in ops  # which the GPU's provider has not in this version of the ops
-    assert ir.DataType.DOUBLE in {v.dtype for v in sample_token(SMALL).graph.outputs}
+    # What the GPU's provider has not in this version, and what is told sizes by a copy at each run.
+    assert not ops & {"Pad", "Concat", "Split"}

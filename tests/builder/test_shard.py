@@ -14,6 +14,7 @@ from divided_decoders import SETTINGS, compiled, prompts, ranks_of
 from drawn_decoder import Random, drawn
 from golden_models import FOLDERS
 from lowered_decoder import model_spec, part_of
+from vlmforge.engine.layer_report import read_layers
 from vlmforge.errors import BuildError, ConfigError
 from vlmforge_builder import build
 from vlmforge_builder.blocks.decoder import Decoder, DecoderConfig
@@ -21,7 +22,6 @@ from vlmforge_builder.export import Traced
 from vlmforge_builder.passes import shard as shard_pass
 from vlmforge_builder.passes.shard import shard
 from vlmforge_builder.ranks import Rank, heads_of
-from vlmforge_builder.targets import load_target
 from vlmforge_builder.weights import Stored
 from vlmforge_recipes.cached_decoder import cached_decoder_part
 
@@ -172,6 +172,8 @@ def test_decoders_of_today_are_divided() -> None:
     """Norms of heads, positions from outside, features for several layers."""
     config = replace(
         CONFIG,
+        heads=12,
+        intermediate_size=96,
         layers=3,
         qkv_bias=True,
         qk_norm=True,
@@ -182,12 +184,13 @@ def test_decoders_of_today_are_divided() -> None:
     part = cached_decoder_part(config, {name: Stored(name) for name in shapes})
     made = build.trace(part), part, Random(shapes)
     ids, features = prompts(config.vocab_size, 2 * config.hidden_size)
-    with ranks_of(*made, 1) as whole, ranks_of(*made, 2) as two, ranks_of(*made, 4) as four:
+    with ranks_of(*made, 1) as whole:
         expected, tokens = whole.greedy(ids, features, 4)
-        for ranks in (two, four):
+    for tp in (2, 3, 4):
+        with ranks_of(*made, tp) as ranks:
             found, same = ranks.greedy(ids, features, 4)
-            np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-4)
-            np.testing.assert_array_equal(same, tokens)
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-4)
+        np.testing.assert_array_equal(same, tokens)
 
 
 def test_drawn_decoders_are_of_the_form_of_traced_ones() -> None:
@@ -299,9 +302,28 @@ def test_every_query_meets_its_own_key(kv_heads: int, group: int, tp: int) -> No
     assert seen == [head * kv_heads // heads for head in range(heads)]
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "tensorrt_rtx"])
-def test_plans_are_not_divided(target: str) -> None:
-    with pytest.raises(ConfigError, match="divides no decoders") as caught:
-        load_target(target).check(replace(SETTINGS, dtype="float16", tp=2))
-    assert caught.value.found == "--tp 2"
-    assert "--target cuda" in caught.value.fix
+def test_plans_of_ranks_meet_inside(tmp_path: Path) -> None:
+    """Each rank's is compiled by the library, with its own op where they meet."""
+    config = replace(CONFIG, heads=8, kv_heads=8, head_dim=64)
+    half = replace(SETTINGS, dtype="float16", attention="native")
+    (whole,) = compiled(*drawn(config), tmp_path, 1, half, "tensorrt_rtx", described=True)
+    parts = compiled(*drawn(config), tmp_path, 2, half, "tensorrt_rtx")
+    assert [part.name for part in parts] == ["decoder", "decoder.rank1"]
+    assert [part.file for part in parts] == ["decoder.rank0.plan", "decoder.rank1.plan"]
+    first, second = ((tmp_path / part.file).read_bytes() for part in parts)
+    assert first != second
+    for part in parts:
+        assert part.chain is None
+        assert part.profiles == whole.profiles
+        assert [s.name for s in part.inputs] == [s.name for s in whole.inputs]
+        assert part.outputs[0] == whole.outputs[0]  # the logits of all
+        assert {s.shape[1] for s in part.inputs if "." in s.name} == {4}
+        # All but the norms, the table of words and those of cosines and sines.
+        same = 2 * 32 * (3 + CONFIG.vocab_size) + 2 * 4 * 64 * 32
+        assert part.layers is not None
+        halved = (whole.weight_bytes - same) / 2
+        assert part.weight_bytes - same == pytest.approx(halved, rel=0.02)
+        layers = read_layers(tmp_path / part.layers).layers
+        met = [layer.outputs[0] for layer in layers if layer.type == "DIST_COLLECTIVE"]
+        assert [(out.dtype, out.shape[-1]) for out in met[:2]] == [("HALF", 32)] * 2
+        assert met[2].shape[0] == 38  # of two ranks: 37 of the vocabulary, and padding

@@ -6,9 +6,10 @@ scheduler are those of a GPU; what is not is listed in `vlmforge.backends.fake`.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from golden_models import (
     check_images,
     check_prompt,
 )
+from stand_in import Gate, at_once
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
 from vlmforge.backends import DecoderBatch, FloatArray, IntArray
@@ -36,6 +38,8 @@ from vlmforge.backends.fake import HostDevice, cuda_on_cpu
 from vlmforge.errors import CancelledError
 from vlmforge.kv.blocks import BlockPool
 from vlmforge.kv.cache import Move
+from vlmforge.runner.decoder_input import PromptPart
+from vlmforge.runner.stages import Engine
 
 LIMITS = TOLERANCES["float16"]
 PHOTO, TALL = str(IMAGES / "photo_640x480.png"), str(IMAGES / "tall_300x900.png")
@@ -147,6 +151,41 @@ def test_ids_alone_give_what_logits_give(pipe: Pipeline, monkeypatch: pytest.Mon
     by_logits = [answer.token_ids for answer in pipe(texts, gen_config=whole)]  # type: ignore[union-attr]
     assert by_ids == by_logits
     assert steps == []  # one who wants the logits is not asked
+
+
+def test_prompts_of_several_lengths_and_pictures_run_together(
+    pipe: Pipeline, singles: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one step, and each answers as it does alone."""
+    together: list[list[tuple[int, int]]] = []
+    real = Engine.prefill_together
+
+    def noted(engine: Engine, parts: Sequence[PromptPart]) -> FloatArray:
+        together.append([(part.past, len(part.chunk.ids)) for part in parts])
+        return real(engine, parts)
+
+    monkeypatch.setattr(Engine, "prefill_together", noted)
+    order = [0, 1, 4, 3]
+    with small(pipe, 64) as fresh:
+        answers = at_once(fresh, [PROMPTS[i] for i in order], [CONFIGS[i] for i in order])
+    assert [answer.token_ids for answer in answers] == [singles[i] for i in order]
+    assert [len(parts) for parts in together] == [2, 2]
+    assert all(len(parts) * max(n for _, n in parts) <= 512 for parts in together)
+    assert len({length for parts in together for _, length in parts}) > 2, together
+
+
+def test_long_prompts_run_in_larger_parts_where_they_are_asked_for(engine: Path) -> None:
+    text = " ".join(f"word {n}," for n in range(110))
+    config = GenerationConfig(max_new_tokens=4, ignore_eos=True)
+    answers, parts = [], []
+    for chunk in (512, 2048):
+        fields = EngineConfig(max_batch_size=1, max_prefill_token_num=chunk)
+        with cuda_on_cpu(), pipeline(engine, fields) as opened:
+            assert 512 < opened.count_tokens(text) < 1000
+            parts.append(opened._engine.options.chunk)
+            answers.append(opened(text, gen_config=config).token_ids)  # type: ignore[union-attr]
+    assert parts == [512, 1024]  # no more than its window
+    assert answers[0] == answers[1]
 
 
 SAMPLED = [
@@ -280,9 +319,19 @@ def test_the_logits_of_a_whole_prompt(pipe: Pipeline) -> None:
 
 def test_closing_ends_what_is_in_flight(engine: Path) -> None:
     with cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=1)) as opened:
-        pieces = opened.stream_infer("go on", GenerationConfig(max_new_tokens=900, ignore_eos=True))
+        gate, seen = Gate(), itertools.count()
+
+        def held_up(_: list[int], logits: Any) -> Any:
+            if next(seen) == 20:  # it is in flight, however late the pipeline is closed
+                gate.passed()
+            return logits
+
+        config = GenerationConfig(max_new_tokens=900, ignore_eos=True, logits_processors=[held_up])
+        pieces = opened.stream_infer("go on", config)
         next(pieces)
         threading.Thread(target=opened.close).start()
+        wait_until(lambda: opened._scheduler._stopping)
+        gate.open.set()
         with pytest.raises(CancelledError):
             for piece in pieces:
                 if piece.finish_reason == "abort":

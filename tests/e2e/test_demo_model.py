@@ -70,7 +70,7 @@ def often(few: int, many: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.nightly)])
 
 
-@often(130, 1300)
+@often(195, 1300)
 def test_the_engine_passes_the_gate(
     engine: Path, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
@@ -352,7 +352,7 @@ def test_eval_catches_channels_that_the_build_swapped(tmp_path: Path) -> None:
         save_file(weights, file)
 
     built = _rebuilt(tmp_path, "channels", change)
-    scores = {score.kind: score.accuracy for score in _accuracy(built, 65).scores}
+    scores = {score.kind: score.accuracy for score in _accuracy(built, 130).scores}
     assert scores["color"] < 0.7
 
 

@@ -40,7 +40,7 @@ def pair(
     else:
         folder = tmp_path_factory.mktemp("drawn")
         checkpoint = drawn_v1_6.write(folder, DRAWN[name])
-        engine = build_once(folder / "engine", checkpoint)
+        engine = build_once(folder / "engine", checkpoint, "--skip-goldens")
         original = reference(checkpoint, folder / drawn_v1_6.TOWER)
     with pipeline(engine, EngineConfig(threads=1, max_batch_size=1)) as pipe:
         yield pipe, original

@@ -21,7 +21,9 @@ from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pip
 from vlmforge.api.load import serve
 from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.fake import HostDevice
-from vlmforge.backends.fake_plans import VERSION, plans_on_cpu
+from vlmforge.backends.fake_plans import VERSION, plans_on_cpu, stand_in_library
+from vlmforge.backends.plans import Plan, open_library
+from vlmforge.engine.manifest import TensorSpec, load_manifest
 from vlmforge.errors import BackendUnavailableError, ConfigError, EngineError
 from vlmforge_plugins.cached_attention.plugin import OPS
 
@@ -112,13 +114,12 @@ def test_more_than_the_plan_was_compiled_for(engine: Path) -> None:
 def altered(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the engine whose files may be changed: nobody compares their sums."""
     monkeypatch.setattr("vlmforge.api.load.open_bundle", _unchecked)
-    monkeypatch.setattr("vlmforge.runner.stages.check_sizes", lambda *_: None)
+    monkeypatch.setattr("vlmforge.runner.load.check_sizes", lambda *_: None)
     return shutil.copytree(engine, tmp_path / "engine")
 
 
 def _unchecked(folder: Path, *_: object, **__: object) -> object:
     from vlmforge.engine.bundle import Bundle
-    from vlmforge.engine.manifest import load_manifest
 
     return Bundle(folder, load_manifest(folder))
 
@@ -137,3 +138,14 @@ def test_a_plan_of_another_part(altered: Path) -> None:
     error = refused(altered, EngineError)
     assert "is not the one that the engine describes" in error.summary
     assert "1 profiles, and tensors that only one of both knows" in error.found
+
+
+def test_a_plan_without_an_input_that_it_does_not_use(engine: Path) -> None:
+    """Libraries leave them out; outputs must be there."""
+    part = load_manifest(engine).part("vision")
+    library, file = open_library(stand_in_library("tensorrt_rtx")), engine / part.file
+    more = TensorSpec("more", "int64", ("images",))
+    Plan(library, file, replace(part, inputs=(*part.inputs, more)), HostDevice())
+    with pytest.raises(EngineError) as caught:
+        Plan(library, file, replace(part, outputs=(*part.outputs, more)), HostDevice())
+    assert "only one of both knows: more" in caught.value.found

@@ -5,6 +5,7 @@ A few of the kills and cycles that `scripts/kill_ranks.py` draws.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -16,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from conftest import HANGS, HF, ROOT, divided_engine, wait_until
-from stand_in import Parts, stand_in
+from stand_in import Gate, Parts, stand_in
 from vlmforge import EngineConfig, GenerationConfig, pipeline
-from vlmforge.backends import LoadOptions
+from vlmforge.backends import DecoderBatch, FloatArray, LoadOptions
 from vlmforge.backends.ranks.processes import Processes
 from vlmforge.errors import EngineStepError, RankError, VlmforgeError
 
@@ -52,11 +53,23 @@ def test_a_rank_is_killed(engine: str, point: str) -> None:
     assert caught.value.fix
 
 
-def test_a_rank_hangs_and_all_that_is_in_flight_ends(engine: str) -> None:
+def test_a_rank_hangs_and_all_that_is_in_flight_ends(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with opened(engine) as pipe:
+        gate, decoder = Gate(), pipe._engine.decoder
+        step, steps = decoder.step, itertools.count()
+
+        def held_up(batch: DecoderBatch) -> FloatArray:
+            if next(steps) == 20:  # it is in flight, however late the signal comes
+                gate.passed()
+            return step(batch)
+
+        monkeypatch.setattr(decoder, "step", held_up)
         stream = pipe.stream_infer("hi", LONG)
         next(stream)
         sent(signal.SIGSTOP)
+        gate.open.set()
         responses = pipe(["one", "two"], LONG)
         with pytest.raises(RankError, match="Rank 1 of 2 failed"):
             list(stream)

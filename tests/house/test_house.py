@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import os
 import pkgutil
@@ -70,7 +71,11 @@ def python_files(*tops: str) -> list[Path]:
 @cache
 def nodes(path: Path) -> tuple[ast.AST, ...]:
     """All nodes of a file, parsed and walked once for all rules."""
-    return tuple(ast.walk(ast.parse(path.read_text("utf-8"), str(path))))
+    gc.disable()  # all of it stays: to look for garbage takes as long as to parse
+    try:
+        return tuple(ast.walk(ast.parse(path.read_text("utf-8"), str(path))))
+    finally:
+        gc.enable()
 
 
 def name_of(path: Path) -> str:

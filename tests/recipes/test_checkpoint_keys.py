@@ -124,6 +124,7 @@ def _no_proofs() -> Iterator[None]:
         patch.setattr(convert, "_differing", lambda *_: None)
         patch.setattr(convert, "_converted", _once(convert._converted))
         patch.setattr(store, "read_torch_file", lru_cache(store.read_torch_file))
+        patch.setattr(store, "read_safetensors", lru_cache(store.read_safetensors))
         patch.setattr(prompting, "convert_byte_bpe", _once(byte_bpe.convert_byte_bpe))
         yield
 

@@ -186,11 +186,11 @@ def test_a_stop_that_the_model_chooses(copy: Path, tmp_path: Path) -> None:
     tensors = torch.load(path, weights_only=True)
     tensors["lm_head.weight"][[76, 514]] = tensors["lm_head.weight"][[514, 76]]
     torch.save(tensors, path)
-    options = BuildOptions(str(copy), tmp_path / "engine", max_batch_size=1, session_len=512)
+    options = BuildOptions(str(copy), tmp_path / "engine", max_batch_size=1)  # traced already
     with Progress(text=io.StringIO()) as progress:
         build_engine(options, progress)
     prompt = "Write one line about cats."
-    with pipeline(tmp_path / "engine", EngineConfig(threads=1)) as pipe:
+    with pipeline(tmp_path / "engine", EngineConfig(threads=1, session_len=512)) as pipe:
         ended = pipe(prompt)
         config = GenerationConfig(max_new_tokens=2, ignore_eos=True)
         going_on = pipe(prompt, gen_config=config)

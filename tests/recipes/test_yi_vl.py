@@ -203,9 +203,7 @@ def test_a_preprocessing_that_no_one_has() -> None:
 
 
 def test_the_choice_is_frozen_into_the_engine(tmp_path: Path) -> None:
-    options = BuildOptions(
-        str(CHECKPOINT), tmp_path / "it.engine", session_len=512, image_policy="center_crop"
-    )
+    options = BuildOptions(str(CHECKPOINT), tmp_path / "it.engine", image_policy="center_crop")
     with Progress(text=io.StringIO()) as progress:
         build_engine(options, progress)
     manifest = load_manifest(tmp_path / "it.engine")

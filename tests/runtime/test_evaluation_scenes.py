@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from vlmforge.evaluation import questions, small_talk
 from vlmforge.evaluation.cases import KINDS, held_out_cases, training_conversation
 from vlmforge.evaluation.draw import draw
@@ -28,8 +29,8 @@ def combination(scene: Scene) -> tuple[tuple[str, str], ...]:
 
 def test_the_combinations_of_training_and_test_scenes_are_disjoint() -> None:
     generator = rng()
-    trained = {combination(random_scene(generator, held_out=False)) for _ in range(3000)}
-    held = {combination(random_scene(generator, held_out=True)) for _ in range(1000)}
+    trained = {combination(random_scene(generator, held_out=False)) for _ in range(1500)}
+    held = {combination(random_scene(generator, held_out=True)) for _ in range(700)}
     assert not trained & held
     assert len(held) > 300
     # One thing alone is where a split by places or sizes would leak.
@@ -38,7 +39,7 @@ def test_the_combinations_of_training_and_test_scenes_are_disjoint() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_training_shows_no_held_out_scene(seed: int) -> None:
     scenes, turns = training_conversation(rng(seed), turns=5)
     assert not any(scene.held_out for scene in scenes)
@@ -46,7 +47,7 @@ def test_training_shows_no_held_out_scene(seed: int) -> None:
 
 
 @given(SEEDS, st.booleans())
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_things_stand_apart_and_in_reading_order(seed: int, held_out: bool) -> None:
     cells = [thing.cell for thing in random_scene(rng(seed), held_out=held_out).things]
     assert cells == sorted(set(cells))
@@ -88,7 +89,7 @@ def test_a_picture_shows_each_thing_in_its_place(seed: int) -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_answers_are_true(seed: int) -> None:
     """Every kind of question against a reading of the scene that shares no code with it."""
     generator = rng(seed)
@@ -165,7 +166,7 @@ def test_colours_of_a_shape_in_two_pictures() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_a_follow_up_cannot_be_answered_alone(seed: int) -> None:
     generator = rng(seed)
     scene = random_scene(generator, held_out=False)

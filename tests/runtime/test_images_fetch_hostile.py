@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from vlmforge.errors import ImageFetchError
 from vlmforge.vl.fetch import fetch_bytes
 from vlmforge.vl.image_limits import ImageLimits
@@ -179,7 +180,9 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 @settings(
-    max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+    max_examples=examples(300),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    deadline=None,
 )
 @given(ANSWERS.filter(bool) | st.binary(min_size=1))
 @example(b"HTTP/1.1 302 x\r\nLocation: http://[/x\r\n\r\n")

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import examples
 from image_files import encoded, jpeg_segment, png_chunk, run_length_bmp, with_more_scans
 from vlmforge.errors import ImageError
 from vlmforge.vl.containers import CONTAINERS, Container, DamagedError
@@ -127,7 +128,7 @@ def check(data: bytes) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_mutated_files(image_format: str) -> None:
     @given(mutated(image_format))
-    @settings(max_examples=100)
+    @settings(max_examples=examples(100))
     def run(data: bytes) -> None:
         check(data)
 
@@ -154,14 +155,14 @@ SIGNATURES = [
 
 
 @given(st.sampled_from(SIGNATURES), st.binary(max_size=300))
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_random_bytes(signature: bytes, data: bytes) -> None:
     check(signature + data)
 
 
 @given(st.sampled_from(sorted(CONTAINERS)), st.binary(max_size=300))
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_no_bytes_break_the_walk_through_a_file(image_format: str, data: bytes) -> None:
     signature = SEEDS[image_format][0][:12]
     for content in (data, signature + data):
@@ -180,7 +181,7 @@ BASE64 = st.binary(max_size=40).map(lambda data: base64.b64encode(data).decode()
 
 
 @given(ANY_TEXT | BASE64)
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_random_texts_are_no_images(text: str) -> None:
     for head in ("data:", "data:;base64,", "data:image/png;base64,", "file://", "iVBORw0KGgo"):
         for limits in (ImageLimits(local_files=False), ImageLimits(local_files="/proc/sys")):

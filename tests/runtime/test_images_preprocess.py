@@ -17,6 +17,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 import anyres_original
+from conftest import examples
 from vlmforge.engine.images import AnyRes, CenterCrop, ImagePolicy, PadSquare, Stretch
 from vlmforge.engine.images.pixels import PixelFormat
 from vlmforge.engine.images.tiling import Tiling, UnpaddedLines, view_count
@@ -121,7 +122,7 @@ def test_the_policy_is_that_of_the_golden_checkpoint() -> None:
 )
 @example(size=(1, 1), mode="RGB", edge=24, crop=(24, 24), resample="bicubic", seed=0)
 @example(size=(90, 31), mode="RGB", edge=24, crop=(33, 20), resample="bicubic", seed=0)
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 def test_center_crop_is_the_original(
     size: tuple[int, int],
     mode: str,
@@ -164,7 +165,7 @@ def test_stretch_resizes_the_whole_image(
     seed=st.integers(0, 2**32 - 1),
 )
 @example(size=(1, 1), mode="RGB", edge=24, crop=24, resample="bicubic", seed=0)
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 def test_pad_square_is_the_original(
     size: tuple[int, int], mode: str, edge: int, crop: int, resample: str, seed: int
 ) -> None:
@@ -258,7 +259,7 @@ def anyres_of_the_original(image: Image.Image, policy: AnyRes) -> np.ndarray:
 @example(size=(4000, 1), mode="RGB", seed=0)
 @example(size=(56, 28), mode="RGB", seed=0)
 @example(size=(57, 27), mode="LA", seed=0)
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_anyres_is_the_original(size: tuple[int, int], mode: str, seed: int) -> None:
     image = noise(*size, seed).convert("RGBA" if mode == "RGBA" else "RGB").convert(mode)
     policy = dataclasses.replace(ANYRES, format=dataclasses.replace(FORMAT, background=None))

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from sample_manifest import MANIFEST, RICH
 from vlmforge.engine.fields import RelativePath, Sha256
 from vlmforge.engine.manifest import (
@@ -170,7 +171,7 @@ NASTY = [
 ]
 
 
-@settings(SHARED_FOLDER, max_examples=250)
+@settings(SHARED_FOLDER, max_examples=examples(250))
 @given(st.sampled_from(sorted(RULES)), st.sampled_from(NASTY), st.booleans())
 def test_a_nasty_value_is_a_typed_error_or_does_no_harm(
     tmp_path: Path, place: str, value: object, whole: bool
@@ -269,7 +270,7 @@ def test_there_are_as_many_logits_as_tokens(
 # --- the digest, and the text itself ------------------------------------------------------------
 
 
-@settings(SHARED_FOLDER, max_examples=200)
+@settings(SHARED_FOLDER, max_examples=examples(200))
 @given(st.data())
 def test_a_flipped_bit_is_seen_or_changes_nothing(tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(dump_manifest(RICH).encode())

@@ -131,6 +131,7 @@ def test_errors_of_many_threads_are_all_counted() -> None:
             thread.start()
         for thread in threads:
             thread.join()
+        settle(pipe)
         metrics = pipe.metrics()
     assert metrics.requests == {"stop": 0, "length": count // 2, "abort": 0, "error": count // 2}
     assert metrics.generated_tokens == count

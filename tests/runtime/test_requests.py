@@ -15,6 +15,7 @@ import pytest
 
 from stand_in import HANG_S, Gate, Parts, SlowFile, answered, plain, png, stand_in
 from vlmforge import Pipeline, Response
+from vlmforge.backends import DecoderBatch, FloatArray
 from vlmforge.errors import CancelledError, ImageError, VlmforgeError
 
 SLOTS = 3
@@ -283,16 +284,19 @@ def test_waiting_requests_can_be_stopped(pipe: Pipeline, parts: Parts, gate: Gat
     check_idle(pipe, parts)
 
 
-def test_an_error_of_one_leaves_those_that_wait(pipe: Pipeline, parts: Parts) -> None:
+def test_an_error_of_one_leaves_those_that_wait(
+    pipe: Pipeline, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step that breaks concerns the rows that it ran, not the queue."""
-    broken: list[int] = []
+    broken, run = list[int](), parts.step
 
-    def fail(name: str, _: int) -> None:
-        if name == "step" and parts.rows and parts.rows[-1] == SLOTS and not broken:
+    def fail(batch: DecoderBatch) -> FloatArray:
+        if len(batch.slots) == SLOTS and not broken:  # whenever the others have come
             broken.append(1)
             raise MemoryError
+        return run(batch)
 
-    parts.before = fail
+    monkeypatch.setattr(parts, "step", fail)
     answers = answered(lambda: pipe([f"prompt {n}" for n in range(12)], gen_config=plain(30)))
     assert isinstance(answers, list)
     ends = [answer.finish_reason for answer in answers]

@@ -79,7 +79,8 @@ def timeline() -> ModuleType:
 
 def test_a_picture_has_a_bar_for_each_piece_of_work(timeline: ModuleType, tmp_path: Path) -> None:
     prompts = [("look", png(1)), "a longer text of some words", "short"]
-    with stand_in(slots=3, max_prefill_token_num=8) as pipe, timeline.Steps() as steps:
+    # The last step is told of when it has ended, which its answers do not wait for.
+    with timeline.Steps() as steps, stand_in(slots=3, max_prefill_token_num=8) as pipe:
         pipe(prompts, plain(7))
     bars = timeline.bars(steps.records)
     assert [len(pieces) for pieces in bars["decode"].values()] == [6] * 3

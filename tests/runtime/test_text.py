@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from conftest import examples
 from vlmforge.errors import EngineFormatError, PromptError
 from vlmforge.inputs.tokenizer import KEEP_VALID_BYTES, TextTokenizer
 from vlmforge.outputs.detokenizer import IncrementalDetokenizer
@@ -134,7 +135,7 @@ def test_what_is_no_tokenizer_is_refused(text: str) -> None:
 # --- decoding -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.lists(st.integers(0, 641), max_size=30), st.booleans())
 def test_decoding_is_that_of_transformers(ids: list[int], skip: bool) -> None:
     theirs = _transformers().decode(
@@ -205,7 +206,7 @@ INTERESTING = [
 IDS = st.lists(st.sampled_from(INTERESTING) | st.integers(0, 720), max_size=40)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(
     st.sampled_from(KINDS),
     IDS,

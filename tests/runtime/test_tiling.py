@@ -25,6 +25,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 import anyres_original
+from conftest import examples
 from vlmforge.engine.images.pixels import Rows, Size
 from vlmforge.engine.images.tiling import (
     Lines,
@@ -195,7 +196,7 @@ def test_boxes_cover_the_canvas_once(canvas: Size) -> None:
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_padded_lines_hold_every_row_once(width: int, height: int) -> None:
     lines = dataclasses.replace(TINY, merge=Lines(), view_rows=4)
     rows = token_rows((width, height), lines)

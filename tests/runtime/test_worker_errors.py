@@ -58,9 +58,9 @@ SEAMS: dict[str, tuple[type, str]] = {
 ENDS = {"cache.free", "cache.take_moves"}
 # Called where a prompt has several answers: see their tests.
 FORKS = {"cache.fork"}
+# Of a decoder with a pool of blocks: see `test_pool_errors.py`.
+POOLS = {"engine.prefill_together", "generation.choice"}
 NO_CALLS = {"engine.options", "engine.decoder", "engine.choosing"}
-# Where a device chooses the tokens: arithmetic of ours, and no words of the caller's.
-CHOICES = {"generation.choice"}
 # For a session that is saved, or by whoever wants to see metrics; who asked is told.
 ASKED = {"cache.find", "cache.used_blocks"}
 
@@ -73,7 +73,7 @@ def test_the_table_has_every_call_of_the_worker() -> None:
                 owner = node.value.attr.removeprefix("_")
                 if owner in ("features", "engine", "cache", "generation"):
                     found.add(f"{owner}.{node.attr}".replace("cache.get", "features.get"))
-    assert found - NO_CALLS == SEAMS.keys() | ENDS | FORKS | ASKED | CHOICES
+    assert found - NO_CALLS == SEAMS.keys() | ENDS | FORKS | ASKED | POOLS
 
 
 class Fault:

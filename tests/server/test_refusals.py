@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from conftest import wait_until
 from running_server import Running, held, running
 from stand_in import Gate, Parts, stand_in
 from vlmforge import Pipeline, pipeline
@@ -153,6 +154,7 @@ def test_the_client_tells_every_status_apart() -> None:
         with pytest.raises(openai.APIStatusError) as large:
             ask(server, messages=[{"role": "user", "content": "x" * 2000}])
         assert large.value.status_code == 413
+        wait_until(lambda: server.app.state.admission.running == 0)  # the stream's place is free
         server.app.state.admission.running = 1
         with pytest.raises(openai.RateLimitError):
             ask(server)

@@ -16,16 +16,20 @@ from onnxscript import script
 
 from vlmforge.engine.interface import (
     BATCH,
+    BEST_IDS,
+    BEST_LOGITS,
     CHOICES,
+    CHOSEN,
+    CHOSEN_LOGIT,
     EDIT_FACTORS,
     EDIT_IDS,
     EDIT_MINUS,
     LOGITS,
+    NORMALISER,
     REPORTED,
-    SAMPLED,
 )
 from vlmforge.engine.manifest import TensorSpec
-from vlmforge_builder.onnx_file import add_input
+from vlmforge_builder.onnx_file import add_input, describe
 from vlmforge_builder.ops.node import DOMAIN, OPSET, VERSION, Floats, Int64s, op
 
 CANDIDATES = 1024
@@ -116,37 +120,34 @@ def KeptCandidates(  # noqa: N802
 
 @script(OPSET, default_opset=op)
 def DrawFromAll(  # noqa: N802
-    weights: Floats, draw: Floats, block: int, padding: int, last_block: int
+    weights: Floats, draw: Floats, vocab_size: int, padded_size: int, last_block: int
 ) -> Int64s:
     """The id `[B, 1]` where a part `draw` of all weights ends, in the order of ids.
 
     By the sums of blocks, and within one: sums of a whole row take long on a GPU.
     """
     zero = op.Cast(op.Constant(value_float=0.0), to=11)
-    first = op.Constant(value_ints=[0])
-    width = op.Unsqueeze(op.Constant(value_int=block), first)
-    # By a product: the CUDA provider has no Pad of this version.
-    behind = op.Concat(
-        op.Constant(value_ints=[1]), op.Unsqueeze(op.Constant(value_int=padding), first), axis=0
-    )
-    padded = op.Concat(weights, op.Mul(draw, op.Expand(zero, behind)), axis=1)
-    blocks = op.Reshape(padded, op.Concat(op.Constant(value_ints=[0, -1]), width, axis=0))
+    # Gathered: the CUDA provider has no Pad of this version, and what its Concat is told of sizes
+    # is not there any more when a captured graph is replayed.
+    start, step = op.Constant(value_int=0), op.Constant(value_int=1)
+    each = op.Range(start, op.Constant(value_int=padded_size), step)
+    size = op.Constant(value_int=vocab_size)
+    there = op.Cast(op.Less(each, size), to=11)
+    padded = op.Mul(op.Gather(weights, op.Min(each, op.Sub(size, step)), axis=1), there)
+    blocks = op.Reshape(padded, op.Constant(value_ints=[0, -1, _BLOCK]))
     of_blocks = op.ReduceSum(blocks, [2], keepdims=0)
     sums = op.CumSum(of_blocks, op.Constant(value_int=1))
     target = op.Mul(draw, LastSum(sums))
     before = op.ReduceSum(op.Where(op.LessOrEqual(sums, target), of_blocks, zero), [1], keepdims=1)
     chosen = op.Min(CountWithin(sums, target), op.Constant(value_int=last_block))
-    places = op.Expand(
-        op.Unsqueeze(chosen, [2]), op.Concat(op.Constant(value_ints=[1, 1]), width, axis=0)
-    )
-    inside = op.CumSum(
-        op.Squeeze(op.GatherElements(blocks, places, axis=1), [1]), op.Constant(value_int=1)
-    )
+    places = op.Expand(op.Unsqueeze(chosen, [2]), op.Constant(value_ints=[1, 1, _BLOCK]))
+    weights_there = op.Squeeze(op.GatherElements(blocks, places, axis=1), [1])
+    inside = op.CumSum(weights_there, op.Constant(value_int=1))
     # Sums that are made in another order differ in their last digits: never end at no weight.
     end = LastSum(inside)
     little = op.Cast(op.Constant(value_float=9.094947017729282e-13), to=11)  # 2 ** -40
     rest = op.Max(op.Min(op.Sub(target, before), op.Sub(end, op.Mul(end, little))), zero)
-    return op.Add(op.Mul(chosen, width), CountWithin(inside, rest))
+    return op.Add(op.Mul(chosen, op.Constant(value_int=_BLOCK)), CountWithin(inside, rest))
 
 
 @script(OPSET, default_opset=op)
@@ -159,15 +160,18 @@ def SampleToken(  # noqa: N802
     vocab_size: int,
     candidates: int,
     reported: int,
-    block: int,
-    padding: int,
+    padded_size: int,
     last_candidate: int,
     last_block: int,
-) -> Floats:
-    """See `SAMPLED` of the interface; a draw below 0 takes the likeliest."""
+) -> tuple[Int64s, Floats, Floats, Int64s, Floats]:
+    """What comes out is `CHOSEN` and what follows it in the interface, for choices as there."""
     rows = op.Squeeze(logits, [1])
     edited = op.Cast(EditLogits(rows, edit_ids, edit_factors, edit_minus), to=11)
-    temperature, top_k, top_p, min_p, draw = op.Split(choices, axis=1, num_outputs=5)
+    temperature = op.Gather(choices, op.Constant(value_ints=[0]), axis=1)
+    top_k = op.Gather(choices, op.Constant(value_ints=[1]), axis=1)
+    top_p = op.Gather(choices, op.Constant(value_ints=[2]), axis=1)
+    min_p = op.Gather(choices, op.Constant(value_ints=[3]), axis=1)
+    draw = op.Gather(choices, op.Constant(value_ints=[4]), axis=1)
     ids = LikeliestIds(edited, vocab_size=vocab_size, candidates=candidates)
     zero, one = op.Constant(value_float=0.0), op.Cast(op.Constant(value_float=1.0), to=11)
     first = op.Gather(ids, op.Constant(value_ints=[0]), axis=1)
@@ -183,7 +187,13 @@ def SampleToken(  # noqa: N802
     ends = CountWithin(sums, op.Mul(draw, LastSum(sums)))
     rank = op.Min(ends, op.Constant(value_int=last_candidate))
     likely = op.Where(op.GreaterOrEqual(weights, min_p), weights, op.Cast(zero, to=11))
-    from_all = DrawFromAll(likely, draw, block=block, padding=padding, last_block=last_block)
+    from_all = DrawFromAll(
+        likely,
+        draw,
+        vocab_size=vocab_size,
+        padded_size=padded_size,
+        last_block=last_block,
+    )
     drawn = op.Where(by_rank, op.GatherElements(ids, rank, axis=1), from_all)
     greedy = op.Less(draw, op.Cast(zero, to=11))
     token = op.Where(greedy, first, drawn)
@@ -191,24 +201,13 @@ def SampleToken(  # noqa: N802
     raw = op.ReduceSum(op.Mul(rows, zero), [1], keepdims=1)
     broken = op.Or(op.IsNaN(raw), op.IsNaN(op.Sub(largest, largest)))
     unknown = op.And(op.And(by_rank, op.Not(known)), op.Not(greedy))
-    undecided = op.Cast(op.Constant(value_float=-2.0), to=11)
-    found = op.Where(op.Or(broken, unknown), undecided, op.Cast(token, to=11))
+    found = op.Where(op.Or(broken, unknown), op.Constant(value_int=-2), token)
     normaliser = op.Add(largest, op.Log(op.ReduceSum(op.Exp(behind), [1], keepdims=1)))
-    shown = op.Slice(
-        ids,
-        op.Constant(value_ints=[0]),
-        op.Unsqueeze(op.Constant(value_int=reported), op.Constant(value_ints=[0])),
-        op.Constant(value_ints=[1]),
-    )
-    row = op.Concat(
-        found,
-        op.GatherElements(edited, token, axis=1),
-        normaliser,
-        op.Cast(shown, to=11),
-        op.GatherElements(edited, shown, axis=1),
-        axis=1,
-    )
-    return op.Transpose(row, perm=[1, 0])
+    count = op.Unsqueeze(op.Constant(value_int=reported), op.Constant(value_ints=[0]))
+    best = op.Slice(ids, op.Constant(value_ints=[0]), count, op.Constant(value_ints=[1]))
+    logit = op.GatherElements(edited, token, axis=1)
+    logits_of_best = op.GatherElements(edited, best, axis=1)
+    return found, logit, normaliser, best, logits_of_best
 
 
 _FUNCTIONS = (
@@ -229,14 +228,13 @@ def sample_token(vocab_size: int) -> ir.Model:
         "vocab_size": vocab_size,
         "candidates": candidates,
         "reported": reported,
-        "block": _BLOCK,
-        "padding": _BLOCK - vocab_size % _BLOCK,  # never none
+        "padded_size": -(-vocab_size // _BLOCK) * _BLOCK,
         "last_candidate": candidates - 1,
         "last_block": (vocab_size - 1) // _BLOCK,
     }
-    node = ir.node("SampleToken", [], attributes=attributes, domain=DOMAIN)
+    node = ir.node("SampleToken", [], attributes=attributes, domain=DOMAIN, num_outputs=5)
     imports = {"": _OPSET, DOMAIN: VERSION}
-    graph = ir.Graph([], node.outputs, nodes=[node], opset_imports=imports, name=SAMPLED)
+    graph = ir.Graph([], node.outputs, nodes=[node], opset_imports=imports, name=CHOSEN.name)
     logits = TensorSpec(LOGITS, "float32", (BATCH, 1, vocab_size))
     given = [
         add_input(graph, spec) for spec in (logits, CHOICES, EDIT_IDS, EDIT_FACTORS, EDIT_MINUS)
@@ -244,9 +242,10 @@ def sample_token(vocab_size: int) -> ir.Model:
     node.resize_inputs(len(given))
     for index, value in enumerate(given):
         node.replace_input_with(index, value)
-    (out,) = node.outputs
-    out.name, out.shape = SAMPLED, ir.Shape((3 + 2 * reported, BATCH))
-    out.type = ir.TensorType(ir.DataType.DOUBLE)
+    best = BATCH, reported
+    outputs = (TensorSpec(BEST_IDS, "int64", best), TensorSpec(BEST_LOGITS, "float64", best))
+    for out, spec in zip(node.outputs, (CHOSEN, CHOSEN_LOGIT, NORMALISER, *outputs), strict=True):
+        describe(out, spec)
     model = ir.Model(graph, ir_version=10, producer_name="vlmforge")
     for body in _FUNCTIONS:
         function = ir.serde.deserialize_function(body.to_function_proto())

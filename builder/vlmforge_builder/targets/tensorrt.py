@@ -1,7 +1,8 @@
 """TensorRT and TensorRT-RTX: graphs compiled to plans by a process of its own.
 
 The attention over the cache is our plugin's (paged, as long as its sequences), or with
-`--attention native` the library's own (dense, as long as its capacity).
+`--attention native` the library's own (dense, as long as its capacity). Each rank's decoder is a
+plan of its own, in which ranks meet by the library's own op.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ from vlmforge.env import writable_cache
 from vlmforge.errors import ConfigError
 from vlmforge_builder import passes
 from vlmforge_builder.block_quantisation import Blocks, InBlocks
+from vlmforge_builder.divided_part import divide_part
 from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced
 from vlmforge_builder.onnx_file import check_interface, refer
 from vlmforge_builder.ops.cached_attention import CachedAttentionNode
 from vlmforge_builder.passes.assign_precision import AssignPrecisionPass
+from vlmforge_builder.passes.dist_collective import DistCollectivePass
 from vlmforge_builder.passes.lint import LintPass
 from vlmforge_builder.passes.native_attention import NativeAttentionPass
 from vlmforge_builder.passes.paged_attention import PagedAttentionPass
@@ -67,7 +70,6 @@ VIEWS = 4
 USUAL_TOKENS = 256
 # Of GPUs with tensor cores for our types, and of those that convert fp8.
 LEAST_CAPABILITY, FP8_CAPABILITY = 8.0, 8.9
-_STEMS = {"vision": "vision", "decoder": "decoder.rank0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +99,6 @@ class TensorRTTarget(Target):
                 expected=" or ".join(ATTENTIONS),
                 fix="--attention plugin",
             )
-        if settings.tp > 1:
-            raise ConfigError(
-                f"The target {self.name} divides no decoders among ranks.",
-                found=f"--tp {settings.tp}",
-                expected="1: a plan is one graph, and ranks meet between graphs",
-                fix="--tp 1, or --target cuda for the same GPUs",
-            )
         capability_name(self.flavour, settings.compute_capability)
         _check_kernels(settings)
         check_installed(self.flavour)
@@ -123,31 +118,38 @@ class TensorRTTarget(Target):
 
     @override
     def compile(self, traced: Traced, job: CompileJob) -> Part:
-        """Write the part's plan and its layer report.
+        """Write the part's plan and its layer report; of a decoder, those of the rank.
 
         Raises:
             TensorError: a weight that is not right.
+            ConfigError: sizes that ranks cannot divide.
             BuildError: a graph that the library refuses or dies of, or kernels that there are not.
         """
-        part, settings, stem = job.part, job.settings, _STEMS[job.part.name]
-        dtypes = {name: stored_dtype(part.weights[name], settings.dtype) for name in traced.shapes}
-        blocks = blocks_of_part(traced.model.graph, part, settings.weights)
+        settings, stem = job.settings, job.stem
+        dtypes = {n: stored_dtype(job.part.weights[n], settings.dtype) for n in traced.shapes}
+        whole = blocks_of_part(traced.model.graph, job.part, settings.weights)
+        divided = divide_part(traced, job.part, whole, job.rank, rounded=False)
+        part, blocks = divided.part, divided.blocks
         kernels = _kernels(traced.model, settings)
         interface = self._interface(part, settings)
-        passes.run(_sequence(dtypes, blocks, interface, settings), traced.model)
+        passes.run(_sequence(dtypes, blocks, interface, job), traced.model)
         check_interface(traced.model.graph, interface)
         layout = plan(
-            traced.shapes,
+            divided.shapes,
             {
-                name: InBlocks(blocks[name], dtype) if name in blocks else AsDtype(dtype)
+                name: divided.encoding(name, InBlocks(blocks[name], dtype))
+                if name in blocks
+                else AsDtype(dtype)
                 for name, dtype in dtypes.items()
             },
         )
         profiles = _profiles(interface, settings)
         if not job.described:
-            self._build(traced.model, layout, profiles, kernels, job)
+            self._build(
+                traced.model, layout, profiles, kernels, dataclasses.replace(job, part=part)
+            )
         return Part(
-            part.name,
+            job.name,
             f"{stem}.plan",
             (f"{stem}.layers.json",),
             interface.inputs,
@@ -177,7 +179,7 @@ class TensorRTTarget(Target):
         job: CompileJob,
     ) -> None:
         """Write the graph and its weights to a scratch folder, and have them compiled."""
-        stem = _STEMS[job.part.name]
+        stem = job.stem
         with TemporaryDirectory(prefix=f".{stem}.", dir=job.folder) as scratch:
             graph = _write_graph(model, layout, Path(scratch) / f"{stem}.onnx", job)
             request = CompileRequest(
@@ -216,14 +218,15 @@ def _sequence(
     dtypes: Mapping[str, str],
     blocks: Mapping[str, Blocks],
     interface: Interface,
-    settings: Settings,
+    job: CompileJob,
 ) -> ir.passes.Sequential:
     specs = (*interface.inputs, *interface.outputs)
     float32 = [spec.name for spec in specs if spec.dtype == "float32"]
     return ir.passes.Sequential(
-        AssignPrecisionPass(settings.dtype, dtypes, float32),
+        AssignPrecisionPass(job.settings.dtype, dtypes, float32),
         QuantiseWeightsPass(blocks),
-        _attention(settings),
+        _attention(job.settings),
+        DistCollectivePass(job.rank.of),
         RemoveUnusedNodesPass(),
         RemoveUnusedOpsetsPass(),
         LintPass(),

@@ -29,6 +29,7 @@ from vlmforge.field_rules import (
 )
 from vlmforge.vl.image_limits import DEFAULT_FORMATS, FORMATS, ImageLimits
 
+MAX_GPU_CHUNK = 2048
 MAX_CHUNK = 512  # attention keeps a score for each of them, each head and each token before
 
 
@@ -51,7 +52,8 @@ class EngineConfig:
         enable_prefix_caching: Reuse the cache of prompts that begin alike, images included. The
             answers are the same without; it only costs time.
         max_prefill_token_num: Tokens of a prompt that are run at once, between the others' steps.
-            More than 512 is 512, with a warning: memory would grow with it, answers do not change.
+            More than 512 (on GPUs 2048) is as many, with a warning: memory would grow with it,
+            answers do not change.
         dtype: Of the weights when a checkpoint is built. An engine has its own; another is refused.
         revision: Of a checkpoint on the hub; refused for an engine.
         threads: Of arithmetic; None: one for each physical core that this process may use. More

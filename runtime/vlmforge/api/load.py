@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlmforge import env
 from vlmforge.api.arguments import path_text
-from vlmforge.api.config import MAX_CHUNK, EngineConfig, VisionConfig
-from vlmforge.api.memory import feature_bytes, load_options, window_is_fixed
+from vlmforge.api.config import EngineConfig, VisionConfig
+from vlmforge.api.memory import feature_bytes, load_options, most_chunk, window_is_fixed
 from vlmforge.api.pipeline import Pipeline
 from vlmforge.backends import load_backend
 from vlmforge.engine.build_cache import cut_engine, engine_for
@@ -101,7 +101,7 @@ def serve(engine: Engine, config: EngineConfig, vision: VisionConfig) -> Pipelin
     loop = Loop(
         engine,
         features,
-        chunk=_chunk(config.max_prefill_token_num),
+        chunk=_chunk(config.max_prefill_token_num, engine),
         reuse_prefixes=config.enable_prefix_caching,
     )
     return Pipeline(engine, loop, max_queued_requests=int(config.max_queued_requests))
@@ -148,15 +148,17 @@ def _patience(text: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _chunk(asked: int) -> int:
-    if asked > MAX_CHUNK:
+def _chunk(asked: int, engine: Engine) -> int:
+    most = most_chunk(engine.manifest)
+    if asked > most:
         logger.warning(
             "max_prefill_token_num=%s: %d tokens are run at once, to keep memory in bounds; "
             "answers do not depend on it",
             shown(asked),
-            MAX_CHUNK,
+            most,
         )
-    return min(int(asked), MAX_CHUNK)
+    # A pool's decoder was loaded for no more.
+    return min(int(asked), engine.options.chunk if engine.options.paged else most)
 
 
 def _set_level(level: object) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from vlmforge.api.config import MAX_CHUNK, EngineConfig
+from vlmforge.api.config import MAX_CHUNK, MAX_GPU_CHUNK, EngineConfig
 from vlmforge.backends import LoadOptions
 from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.interface import TOKENS
 from vlmforge.engine.manifest import Manifest, Part
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.field_rules import shown
@@ -73,7 +74,7 @@ def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float)
     """Of a GPU: a pool of pages in what weights and activations leave of its free memory."""
     page, slots = manifest.kv.page_size or 0, _slots(manifest, config)
     page_bytes = page * manifest.rank_kv.bytes_per_token
-    chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
+    chunk = min(config.max_prefill_token_num, most_chunk(manifest), capacity)
     taken = sum(p.total for p in parts_memory(manifest, config, capacity))
     budget = config.cache_max_entry_count * (free - taken)
     longest = -(-capacity // page)
@@ -89,7 +90,18 @@ def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float)
             fix="EngineConfig(session_len=...) with a smaller window, a larger "
             "cache_max_entry_count, a GPU with more memory, or what else is on it ended",
         )
-    return LoadOptions(slots, capacity, None, True, blocks, page, paged=True, chunk=chunk)
+    prompts = slots if manifest.parallel.tp == 1 else 1
+    return LoadOptions(
+        slots, capacity, None, True, blocks, page, paged=True, chunk=chunk, prompts=prompts
+    )
+
+
+def most_chunk(manifest: Manifest) -> int:
+    """Tokens of prompts that may be run at once."""
+    profiles = manifest.first_parts[-1].profiles
+    if manifest.kv.page_size is None:
+        return MAX_CHUNK
+    return max((p.dims[TOKENS].most for p in profiles), default=MAX_GPU_CHUNK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +126,7 @@ class PartMemory:
 
 def parts_memory(manifest: Manifest, config: EngineConfig, capacity: int) -> tuple[PartMemory, ...]:
     """What an engine's parts take of its first GPU's memory, for sequences of `capacity` tokens."""
-    chunk = min(config.max_prefill_token_num, MAX_CHUNK, capacity)
+    chunk = min(config.max_prefill_token_num, most_chunk(manifest), capacity)
     slots = _slots(manifest, config)
     return tuple(part_memory(part, max(chunk, slots), slots) for part in manifest.first_parts)
 

@@ -42,6 +42,7 @@ class LoadOptions:
             loading is immediate, the system can reclaim the memory, and 16-bit weights are widened
             at every use.
         mpi: Whether the ranks of an engine are those that mpirun has started.
+        prompts: Whose parts may be run at once (see `DecoderBatch.lengths`).
     """
 
     slots: int
@@ -53,6 +54,7 @@ class LoadOptions:
     paged: bool = False
     chunk: int = 512
     mpi: bool = False
+    prompts: int = 1
 
     @property
     def whole_place(self) -> tuple[int, ...]:
@@ -78,7 +80,7 @@ class VisionSession(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecoderBatch:
-    """Rows of equal length that run together. B > 1 is for decoding, one token each.
+    """Rows of equal length that run together. B > 1 is for decoding, one token each, or `lengths`.
 
     Attributes:
         slots: Where the sequence of each row is; all different.
@@ -90,6 +92,8 @@ class DecoderBatch:
         rotary_levels: int64 `[B]`, for an engine whose position policy has levels.
         blocks: The blocks of each row's sequence, in order, for a cache that is a pool of them.
         turns: float32 `[B, S, turn_width]`, for an engine whose position policy gives them.
+        lengths: int64 `[B]`, how many of a row's tokens are there where rows are filled up; None:
+            all. Only for a cache that is a pool of blocks.
     """
 
     slots: Sequence[int]
@@ -100,6 +104,7 @@ class DecoderBatch:
     rotary_levels: IntArray | None = None
     blocks: Sequence[Sequence[int]] = ()
     turns: FloatArray | None = None
+    lengths: IntArray | None = None
 
 
 KeyValues = Mapping[str, NDArray[Any]]
@@ -213,12 +218,7 @@ class Backend(Protocol):
             BackendUnavailableError: this backend has no tensor parallelism.
         """
         del folder, options, ranks
-        raise BackendUnavailableError(
-            f"Engines for {manifest.backend} run on one rank here.",
-            found=f"an engine of {manifest.parallel.tp} ranks",
-            expected="tp=1 for this backend, or an engine for onnxruntime",
-            fix="build-engine CHECKPOINT -o ENGINE --tp 1",
-        )
+        raise one_rank_only(manifest)
 
     def memory(self) -> Room | None:
         """What it may take of a memory of its own; None: engines lie in this process's memory."""
@@ -228,6 +228,16 @@ class Backend(Protocol):
 
     def versions(self) -> Sequence[tuple[str, str]]:
         """Names and versions of the libraries in use, for `vlmforge doctor`."""
+
+
+def one_rank_only(manifest: Manifest) -> BackendUnavailableError:
+    """What is to be said of an engine of several ranks, for a backend that has none."""
+    return BackendUnavailableError(
+        f"Engines for {manifest.backend} run on one rank here.",
+        found=f"an engine of {manifest.parallel.tp} ranks",
+        expected="tp=1 for this backend, or an engine for onnxruntime",
+        fix="build-engine CHECKPOINT -o ENGINE --tp 1",
+    )
 
 
 BACKENDS = ("onnxruntime", "cuda", "tensorrt", "tensorrt_rtx")

@@ -158,7 +158,7 @@ class Plan:
     def __init__(self, library: Library, file: Path, part: Part, device: Device) -> None:
         engine = _deserialised(library, file)
         self._engine = engine  # the contexts are of it
-        _check_plan(engine, file, part)
+        self._names = _names(engine, file, part)
         profiles = range(len(part.profiles))
         needed = [engine.get_device_memory_size_for_profile_v2(index) for index in profiles]
         self._scratch = device.allocate(max(1, *needed))
@@ -176,7 +176,9 @@ class Plan:
 
     def bind(self, profile: str, shapes: Shapes, addresses: Mapping[str, int]) -> Work:
         """What enqueues a run, all of whose inputs have these shapes (see `_Context.run`)."""
-        return partial(self._contexts[profile].run, shapes, addresses)
+        known = {name: shape for name, shape in shapes.items() if name in self._names}
+        bound = {name: address for name, address in addresses.items() if name in self._names}
+        return partial(self._contexts[profile].run, known, bound)
 
 
 def _deserialised(library: Library, file: Path) -> Any:
@@ -207,18 +209,21 @@ def _refused(library: Library, file: Path) -> BackendUnavailableError:
     )
 
 
-def _check_plan(engine: Any, file: Path, part: Part) -> None:
-    names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    listed = {spec.name for spec in (*part.inputs, *part.outputs)}
+def _names(engine: Any, file: Path, part: Part) -> frozenset[str]:
+    """The tensors of a plan (EngineError: not the part's). Inputs that it does not use may lack."""
+    names = frozenset(engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
+    given, taken = ({spec.name for spec in specs} for specs in (part.outputs, part.inputs))
     profiles = engine.num_optimization_profiles
-    if names != listed or profiles != len(part.profiles):
-        wrong = ", ".join(sorted(names ^ listed)[:6]) or "all tensors"
+    wrong = (names - given - taken) | (given - names)
+    if wrong or profiles != len(part.profiles):
         raise EngineError(
             f"The plan {file.name} is not the one that the engine describes.",
-            found=f"{profiles} profiles, and tensors that only one of both knows: {wrong}",
-            expected=f"{len(part.profiles)} profiles and {len(listed)} tensors",
+            found=f"{profiles} profiles, and tensors that only one of both knows: "
+            f"{', '.join(sorted(wrong)[:6]) or 'none'}",
+            expected=f"{len(part.profiles)} profiles, and {len(given | taken)} tensors",
             fix="rebuild the engine: build-engine CHECKPOINT -o ENGINE --force",
         )
+    return names
 
 
 class PlanProgram(Program):

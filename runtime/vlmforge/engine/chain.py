@@ -145,7 +145,7 @@ class PartChain(Agreeing):
         rotary: What the calls of attention rotate by; None where none does.
         kernels: Files of the attention's compiled kernels, by the names of their targets; none
             where attention is inside the segments.
-        sampler: What chooses tokens from the logits of a step (`interface.SAMPLED`); None: the host
+        sampler: What chooses tokens from the logits of a step (`interface.CHOSEN`); None: the host
             does.
     """
 

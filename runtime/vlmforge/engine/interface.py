@@ -54,9 +54,14 @@ EDIT_FACTORS = TensorSpec("edit_factors", "float32", (BATCH, EDITS))
 """Of their logits: divides positive ones, multiplies others."""
 EDIT_MINUS = TensorSpec("edit_minus", "float64", (BATCH, EDITS))
 """What is taken from them then; infinity for what must not be chosen."""
-SAMPLED = "sampled"
-"""float64 `[3 + 2 * reported, batch]`: the token's id, its edited logit, the logarithm of the sum
-of all edited logits' exponentials, then ids and edited logits of the likeliest, best first."""
+CHOSEN = TensorSpec("chosen", "int64", (BATCH, 1))
+"""The tokens' ids."""
+CHOSEN_LOGIT = TensorSpec("chosen_logit", "float64", (BATCH, 1))
+"""Their logits, edited, as all that follow."""
+NORMALISER = TensorSpec("normaliser", "float64", (BATCH, 1))
+"""The logarithm of the sum of all logits' exponentials."""
+BEST_IDS, BEST_LOGITS = "best_ids", "best_logits"
+"""int64 and float64 `[batch, reported]`: the likeliest tokens, best first, and their logits."""
 UNDECIDED = -2
 """An id where the host has to choose from the logits."""
 QUERY_LENGTHS = TensorSpec("query_lengths", "int32", (BATCH,))

@@ -17,7 +17,7 @@ from typing import Annotated, cast
 
 from typing_extensions import override
 
-from vlmforge.engine.chain import PartChain
+from vlmforge.engine.chain import Collective, PartChain
 from vlmforge.engine.chain import TensorSpec as TensorSpec
 from vlmforge.engine.fields import (
     FLOATS,
@@ -163,8 +163,9 @@ class ParallelLayout:
     """Tensor parallelism that the parts were sharded for.
 
     Attributes:
-        tp: Ranks. All take the same inputs, and each has a decoder part of its own, a chain with
-            collectives in it where there are several; the logits of all are the same.
+        tp: Ranks. All take the same inputs, and each has a decoder part of its own; the logits of
+            all are the same. Where there are several, it is a chain with collectives in it, or a
+            plan, which has them inside.
         kv_heads: Heads of keys and values that each rank's cache has; None: all of the model's.
             They are more than `KVLayout.kv_heads / tp` where ranks hold the same ones.
     """
@@ -236,7 +237,7 @@ class Manifest(Agreeing):
             return
         if None in ranks or len(parts) > tp + 1:
             yield "parts", f"a decoder for each of {tp} ranks, and a vision part"
-        meetings = {() if p is None or p.chain is None else p.chain.collectives for p in ranks}
+        meetings = {None if p is None else _meetings(p) for p in ranks}
         if len(meetings) > 1 or () in meetings:
             yield "parts", "decoders that meet at the same collectives, at least once"
 
@@ -263,6 +264,13 @@ class Manifest(Agreeing):
             expected=name,
             fix="rebuild the engine with build-engine",
         )
+
+
+def _meetings(part: Part) -> tuple[Collective, ...] | None:
+    """Where a rank meets the others; None: that is inside a plan."""
+    if part.chain is None:
+        return () if part.layers is None else None
+    return part.chain.collectives
 
 
 def decoder_name(rank: int) -> str:

@@ -13,6 +13,8 @@ from vlmforge.engine.layer_report import read_layers
 from vlmforge.engine.manifest import Part, decoder_name
 from vlmforge.errors import EngineFormatError
 
+_COLLECTIVE = "DIST_COLLECTIVE"  # TensorRT's type of layer
+
 
 @dataclass(frozen=True, slots=True)
 class StaticResult:
@@ -116,6 +118,9 @@ def _aliases(bundle: Bundle, part: Part) -> Finding:
 def _ranks(bundle: Bundle, part: Part) -> Finding:
     """Whether what a rank gives where all meet is of the shape that the first one's is."""
     tp, first = bundle.manifest.parallel.tp, bundle.manifest.part(decoder_name(0))
+    if tp > 1 and part.layers is not None and part.name != "vision":
+        met, wanted_met = (_collectives(bundle, plan) for plan in (part, first))
+        return met == wanted_met != (), f"meets {tp - 1} others {len(met)} times, in the plan"
     if tp == 1 or part.chain is None or first.chain is None:
         return True, "one: nobody to meet" if tp == 1 else "has no other"
     own, others = _given(part.chain), _given(first.chain)
@@ -127,6 +132,15 @@ def _ranks(bundle: Bundle, part: Part) -> Finding:
         if meeting.width is not None and isinstance(last, int) and meeting.width > tp * last:
             return False, f"{meeting.tensor}: {meeting.width} columns of {tp} times {last}"
     return True, f"meets {tp - 1} others {len(part.chain.collectives)} times"
+
+
+def _collectives(bundle: Bundle, part: Part) -> tuple[object, ...]:
+    """Types and shapes of what a plan's ranks meet over, in order."""
+    if part.layers is None:
+        return ()
+    layers = read_layers(bundle.folder / part.layers).layers
+    met = (layer.outputs for layer in layers if layer.type == _COLLECTIVE)
+    return tuple((out.dtype, out.shape) for outputs in met for out in outputs)
 
 
 def _given(chain: PartChain) -> Mapping[str, TensorSpec]:

@@ -9,20 +9,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from vlmforge.backends import FloatArray
-from vlmforge.backends.choice import Found
+from vlmforge.backends.choice import Choice, Found
 from vlmforge.errors import EngineStepError, as_ours
 from vlmforge.kv.cache import Copy
 from vlmforge.outputs.token_chooser import PrefillFacts
+from vlmforge.runner.decoder_input import DecoderInput, PromptPart
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
-from vlmforge.runner.stages import DecoderInput, Engine
+from vlmforge.runner.stages import Engine
 from vlmforge.runner.step import Row, Step, StepRecord, StepResult
 from vlmforge.vl.prepared import PreparedImage
 
@@ -85,8 +87,7 @@ class Runner:
         work = _Work(self._engine, self._features, self._active)
         begun = time.perf_counter()
         work.move(step)
-        if step.prefill is not None:
-            work.prefill(step.prefill, ahead)
+        work.prefill(step.prompts, ahead)
         prompted = time.perf_counter()
         work.decode(step.decode)
         if steps.isEnabledFor(logging.DEBUG):
@@ -117,15 +118,22 @@ class _Work:
                 else:  # memory that did not go back; its content is of no use anyway
                     logger.warning("the cache's memory could not be given back", exc_info=True)
 
-    def prefill(self, row: Row, ahead: Iterable[PreparedImage]) -> None:
-        if row.sequence in self.failed:
+    def prefill(self, rows: Sequence[Row], ahead: Iterable[PreparedImage]) -> None:
+        ready = []
+        for row in rows:
+            if row.sequence in self.failed:
+                continue
+            if self._attempt([row], partial(self._encode, self.active[row.sequence], row, ahead)):
+                ready.append(row)
+        if not ready:
             return
+        logits = self._attempt(ready, lambda: self._run_prompts(ready))
+        for row, found in zip(ready, logits or (), strict=logits is not None):
+            self._prompted(row, found)
+
+    def _prompted(self, row: Row, logits: FloatArray) -> None:
+        """A part of a prompt has been run, and gave logits `[n, vocab_size]`."""
         active = self.active[row.sequence]
-        if not self._attempt([row], lambda: self._encode(active, row, ahead)):
-            return
-        logits = self._attempt([row], lambda: self._run_prompt(active, row))
-        if logits is None:
-            return
         if row.logits == "all":
             active.prompt_logits = active.prompt_logits if row.start else []
             active.prompt_logits.append(logits)
@@ -150,9 +158,12 @@ class _Work:
 
     def decode(self, rows: Sequence[Row]) -> None:
         rows = [row for row in rows if row.sequence not in self.failed]
+        choices = self._choices(rows)
+        if choices is not None:
+            rows = [row for row in rows if row.sequence in choices]
         if not rows:
             return
-        found = self._attempt(rows, lambda: self._run_tokens(rows))
+        found = self._attempt(rows, lambda: self._run_tokens(rows, choices))
         if found is None:
             return
         for row, values in zip(rows, found, strict=True):
@@ -174,33 +185,58 @@ class _Work:
             active.cached_images = known + len(active.features) - len(needed)
         if needed or active.given is None:
             active.given = self.engine.decoder_input(active.job.prompt, active.features)
-        self.images, self.encode = len(images) - known, time.perf_counter() - begun
-        active.encode += self.encode
+        took = time.perf_counter() - begun
+        self.images, self.encode = self.images + len(images) - known, self.encode + took
+        active.encode += took
         return True
 
-    def _run_prompt(self, active: _Active, row: Row) -> FloatArray:
-        # Behind the prompt are tokens that were generated before the sequence lost its place.
-        prompt = active.input.ids[row.start : row.stop]
-        ids = np.concatenate((prompt, np.array(row.tokens[len(prompt) :], np.int64)))
-        chunk = dataclasses.replace(active.input, ids=ids)
-        logits = self.engine.prefill(row.place, chunk, row.start, logits=row.logits)
-        if not len(logits) and row.logits != "none":
-            raise ValueError("the decoder gave no logits for the end of a prompt")
-        return logits
+    def _run_prompts(self, rows: Sequence[Row]) -> list[FloatArray]:
+        """Of each, its logits."""
+        if len(rows) > 1:
+            parts = [PromptPart(row.place, self._chunk(row), row.start) for row in rows]
+            found = [row[None] for row in self.engine.prefill_together(parts)]
+        else:
+            (row,) = rows
+            chunk, logits = self._chunk(row), row.logits
+            found = [self.engine.prefill(row.place, chunk, row.start, logits=logits)]
+        for row, given in zip(rows, found, strict=True):
+            if not len(given) and row.logits != "none":
+                raise ValueError("the decoder gave no logits for the end of a prompt")
+        return found
 
-    def _run_tokens(self, rows: Sequence[Row]) -> Sequence[Found]:
+    def _chunk(self, row: Row) -> DecoderInput:
+        given = self.active[row.sequence].input
+        # Behind the prompt are tokens that were generated before the sequence lost its place.
+        prompt = given.ids[row.start : row.stop]
+        ids = np.concatenate((prompt, np.array(row.tokens[len(prompt) :], np.int64)))
+        return dataclasses.replace(given, ids=ids)
+
+    def _choices(self, rows: Sequence[Row]) -> Mapping[int, Choice | None] | None:
+        """How tokens are to be chosen, by sequence, where that is not done here."""
+        jobs = {row.sequence: self.active[row.sequence].job for row in rows}
+        if self.engine.choosing is None or all(job.likeliest for job in jobs.values()):
+            return None
+        found: dict[int, Choice | None] = {}
+        for row in rows:
+            try:
+                found[row.sequence] = jobs[row.sequence].generation.choice()
+            except BaseException as error:  # noqa: BLE001 - ends this sequence, whatever it is
+                self._lose([row], error)
+        return found
+
+    def _run_tokens(
+        self, rows: Sequence[Row], choices: Mapping[int, Choice | None] | None
+    ) -> Sequence[Found]:
         tokens = np.array([row.tokens[0] for row in rows], np.int64)
         lengths = np.array([row.start for row in rows], np.int64)
         inputs = [self.active[row.sequence].input for row in rows]
         levels = np.array([given.rotary_level for given in inputs], np.int64)
         lags = np.array([given.lag for given in inputs], np.int64)
         places = [row.place for row in rows]
-        jobs = [self.active[row.sequence].job for row in rows]
-        likeliest, choices = all(job.likeliest for job in jobs), None
-        if self.engine.choosing is not None and not likeliest:
-            choices = [job.generation.choice() for job in jobs]
+        likeliest = all(self.active[row.sequence].job.likeliest for row in rows)
+        given = None if choices is None else [choices[row.sequence] for row in rows]
         found = self.engine.decode(
-            places, tokens, lengths, levels, lags, likeliest=likeliest, choices=choices
+            places, tokens, lengths, levels, lags, likeliest=likeliest, choices=given
         )
         if len(found) != len(rows):
             raise ValueError(f"the decoder gave {len(found)} rows for {len(rows)} sequences")

@@ -34,39 +34,13 @@ from vlmforge.inputs.template_choice import ActiveTemplate
 from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.kv.cache import Keys
 from vlmforge.runner.clock import PartClock
+from vlmforge.runner.decoder_input import DecoderInput as DecoderInput
+from vlmforge.runner.decoder_input import PromptPart, together
 from vlmforge.vl.decode import upright_size
 from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.load import OpenedImage, open_image
 from vlmforge.vl.prepared import PreparedImage, features_digest, prepare, row_keys
 from vlmforge.vl.preprocess import preprocess
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderInput:
-    """A prompt as the decoder takes it.
-
-    Attributes:
-        ids: int64 `[tokens]`; an id >= vocab_size is row `id - vocab_size` of `features`.
-        features: `[rows, hidden]` of all images, or None without images.
-        rotary_level: Of the sequence that the prompt begins (see `PositionPolicy`).
-        places: Where each token is, if the decoder is told; None: it counts them.
-        lag: By how much the place of a token behind the prompt is below its number in the sequence.
-    """
-
-    ids: IntArray
-    features: FloatArray | None
-    rotary_level: int = 0
-    places: Places | None = None
-    lag: int = 0
-
-    def places_from(self, start: int, count: int) -> Places | None:
-        """Where `count` tokens from `start` on are, those that were generated included."""
-        if self.places is None:
-            return None
-        known = self.places[start : start + count]
-        more = np.arange(start + len(known), start + count, dtype=np.int64) - self.lag
-        behind = np.broadcast_to(more[:, None], (len(more), known.shape[1]))
-        return np.concatenate((known, behind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,14 +261,7 @@ class Engine:
 
         Returns logits `[n, vocab_size]`: those after the last token (n = 1), after all, or none.
         """
-        vocab = self.manifest.decode.vocab_size
-        ids, features = chunk.ids, None
-        rows = ids[ids >= vocab]
-        if len(rows) and chunk.features is not None:
-            # Only the rows of this chunk are handed over.
-            first = int(rows[0]) - vocab
-            features = chunk.features[first : int(rows[-1]) - vocab + 1]
-            ids = np.where(ids >= vocab, ids - first, ids)
+        ids, features = chunk.handed_over(self.manifest.decode.vocab_size)
         every = np.arange(len(ids), dtype=np.int64)
         wanted = {"none": every[:0], "last": every[-1:], "all": every}[logits]
         levels = self._levels(np.array([chunk.rotary_level], np.int64))
@@ -305,6 +272,13 @@ class Engine:
         )
         found: FloatArray = self._run(batch)[0]
         return found.copy() if len(ids) == 1 else found  # it may be a step of decoding to it
+
+    def prefill_together(self, parts: Sequence[PromptPart]) -> FloatArray:
+        """Run the next tokens of several sequences at once; logits `[n, vocab_size]` after each.
+
+        As `prefill` of each alone, where `LoadOptions.prompts` are as many.
+        """
+        return self._run(together(parts, self.manifest.decode))[:, 0].copy()
 
     def decode(
         self,

@@ -45,16 +45,23 @@ class Step:
         moves: Done first, in order: what the cache's bookkeeping asks of its storage.
         prefill: A part of a prompt.
         decode: One token of each sequence that has its prompt behind it.
+        together: Parts of other prompts that are run with `prefill`, all at once.
     """
 
     moves: tuple[Move, ...]
     prefill: Row | None
     decode: tuple[Row, ...]
+    together: tuple[Row, ...] = ()
+
+    @property
+    def prompts(self) -> tuple[Row, ...]:
+        """The parts of prompts."""
+        return () if self.prefill is None else (self.prefill, *self.together)
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """All of them."""
-        return (*((self.prefill,) if self.prefill else ()), *self.decode)
+        return (*self.prompts, *self.decode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +99,12 @@ class StepRecord:
     decode: float
 
     def __str__(self) -> str:
-        did, prefill = [], self.step.prefill
+        did = []
         if self.images:
             did.append(f"{self.images} images in {self.encode:.4f} s")
-        if prefill is not None:
-            part = f"prompt of {prefill.sequence} [{prefill.start}:{prefill.stop}]"
-            did.append(f"{part} in {self.prompt:.4f} s")
+        if self.step.prompts:
+            parts = (f"{row.sequence} [{row.start}:{row.stop}]" for row in self.step.prompts)
+            did.append(f"prompt of {' '.join(parts)} in {self.prompt:.4f} s")
         if self.step.decode:
             names = " ".join(str(row.sequence) for row in self.step.decode)
             did.append(f"a token of {names} in {self.decode:.4f} s")

@@ -148,10 +148,10 @@ class Jobs:
             return
         if step is None:
             return
-        prompt = step.prefill
-        if prompt is not None and not self._runner.has(prompt.sequence):
-            sequence, job = self._jobs[prompt.sequence]
-            self._runner.begin(sequence.id, job, sequence.cached)
+        for prompt in step.prompts:
+            if not self._runner.has(prompt.sequence):
+                sequence, job = self._jobs[prompt.sequence]
+                self._runner.begin(sequence.id, job, sequence.cached)
         waiting = [self._jobs[sequence.id][1] for sequence in self._scheduler.waiting]
         ahead = (image for job in waiting for image in job.images)
         for lost in self._scheduler.update(step, self._runner.run(step, ahead)):
@@ -183,7 +183,13 @@ class Jobs:
     def _forget_cache(self) -> None:
         options = self._engine.options
         self._cache = _cache(options, self._reuse)
-        self._scheduler = Scheduler(self._cache, rows=options.slots, chunk=self._chunk)
+        self._scheduler = Scheduler(
+            self._cache,
+            rows=options.slots,
+            chunk=self._chunk,
+            prompts=options.prompts,
+            window=options.capacity,
+        )
 
     def _sequence(self, job: Job) -> TokenSequence:
         tokens = list(job.prompt.token_ids)

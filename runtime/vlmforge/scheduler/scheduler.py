@@ -1,6 +1,7 @@
 """Which tokens run next. No threads, no arrays of numbers, no devices: state in, `Step` out.
 
-Continuous batching: while sequences decode, the prompt of one more is run in chunks beside them.
+Continuous batching: while sequences decode, the prompt of one more is run in chunks beside them,
+and where the backend can, those of others with it.
 Higher priorities go first; within one, first come, first served. When the cache is full, whoever
 would be served last gives up its place and is computed again later, generated tokens included.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 
-from vlmforge.kv.cache import KVCache
+from vlmforge.kv.cache import KVCache, common_prefix
 from vlmforge.runner.step import Logits, Row, Step, StepResult
 from vlmforge.scheduler.sequence import State, TokenSequence
 
@@ -23,11 +24,22 @@ class SequenceError(Exception):
         self.sequence = sequence
 
 
-class Scheduler:
-    """Plans steps of at most `rows` sequences; prompts run `chunk` tokens at a time."""
+_ALL = 512  # tokens whose logits are wanted, at once: they take more memory than all else
+_ALIKE = 64  # tokens in common that are worth waiting for: the cache will have them then
 
-    def __init__(self, cache: KVCache, *, rows: int, chunk: int) -> None:
+
+class Scheduler:
+    """Plans steps of at most `rows` sequences; prompts run `chunk` tokens at a time.
+
+    `prompts` of them may be run together: each is filled up to the longest, to no more than a chunk
+    in all, and none beyond `window` tokens.
+    """
+
+    def __init__(
+        self, cache: KVCache, *, rows: int, chunk: int, prompts: int = 1, window: int = 1 << 62
+    ) -> None:
         self._cache, self._rows, self._chunk = cache, rows, chunk
+        self._prompts, self._window = prompts, window
         self._waiting: list[TokenSequence] = []  # in the order in which they will be served
         self._running: list[TokenSequence] = []  # likewise
 
@@ -71,13 +83,14 @@ class Scheduler:
         decoding = list(self._grown())
         prefill = self._prefill_row()
         # Some made room for the prompt just now, and one may have come back as the prompt.
-        prompt = None if prefill is None else prefill.sequence
-        there = [s for s in decoding if s.state is State.RUNNING and s.id != prompt]
+        together = () if prefill is None else self._together(prefill)
+        prompts = {row.sequence for row in ((prefill, *together) if prefill else ())}
+        there = [s for s in decoding if s.state is State.RUNNING and s.id not in prompts]
         decode = [s for s in there if s.decoding]
         if prefill is None and not decode:
             return None
         rows = tuple(self._row(s, s.computed, len(s.tokens), "last") for s in decode)
-        return Step(self._cache.take_moves(), prefill, rows)
+        return Step(self._cache.take_moves(), prefill, rows, together)
 
     def update(self, step: Step, result: StepResult) -> tuple[SequenceError, ...]:
         """Note what a step did; returns whose tokens could not be noted: they have ended.
@@ -152,14 +165,60 @@ class Scheduler:
         sequence = next((s for s in self._running if not s.decoding), None) or self._admit()
         if sequence is None:
             return None
-        start = sequence.computed
-        stop = min(start + self._chunk, len(sequence.tokens))
+        start, every = sequence.computed, _wants_all(sequence)
+        chunk = min(self._chunk, _ALL) if every else self._chunk
+        stop = min(start + chunk, len(sequence.tokens))
         if not self._make_room(sequence, stop):
             return None
         logits: Logits = "last" if stop == len(sequence.tokens) else "none"
-        if sequence.fresh and not sequence.begun:
-            logits = "all"
-        return self._row(sequence, start, stop, logits)
+        return self._row(sequence, start, stop, "all" if every else logits)
+
+    def _together(self, first: Row) -> tuple[Row, ...]:
+        """What is left of other prompts and fits beside; nobody loses a place for them."""
+        rows = [first]
+        while first.logits != "all" and len(rows) < self._prompts:
+            row = self._another(rows)
+            if row is None:
+                break
+            rows.append(row)
+        return tuple(rows[1:])
+
+    def _another(self, rows: list[Row]) -> Row | None:
+        width, room = max(len(row.tokens) for row in rows), self._chunk // (len(rows) + 1)
+        if width > room:
+            return None
+        there = {row.sequence for row in rows}
+        begun = (s for s in self._running if not s.decoding and s.id not in there)
+        sequence = next(begun, None) or self._admit_beside(there, room)
+        if sequence is None or _wants_all(sequence):
+            return None
+        start, stop = sequence.computed, len(sequence.tokens)
+        ends = max(start, *(row.start for row in rows)) + max(width, stop - start)
+        with _at(sequence):
+            fits = stop - start <= room and ends <= self._window
+            if not fits or not self._cache.grow(sequence.id, stop):
+                return None
+        return self._row(sequence, start, stop, "last")
+
+    def _admit_beside(self, running: set[int], room: int) -> TokenSequence | None:
+        """Give the next waiting sequence a place, if what is left of it is no more than `room`.
+
+        One that begins as one does that is `running` now finds this in the cache a step later.
+        """
+        sequence = self._waiting[0] if self._waiting else None
+        if sequence is None or _wants_all(sequence):
+            return None
+        known = self._cache.find(sequence.keys, salt=sequence.salt)[1]
+        if len(sequence.tokens) - known > room:
+            return None
+        others = (s for s in self._running if s.id in running and s.salt == sequence.salt)
+        if any(common_prefix(s.keys, sequence.keys) >= known + _ALIKE for s in others):
+            return None
+        cached = self._begin(sequence)
+        if cached is None:
+            return None
+        self._run(sequence, cached)
+        return sequence
 
     def _row(self, sequence: TokenSequence, start: int, stop: int, logits: Logits) -> Row:
         with _at(sequence):
@@ -221,6 +280,11 @@ class _at:  # noqa: N801 - reads as what it is: with _at(sequence)
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None:
             raise SequenceError(self._sequence) from error
+
+
+def _wants_all(sequence: TokenSequence) -> bool:
+    """Whether the logits after each token of the prompt are wanted."""
+    return sequence.fresh and not sequence.begun
 
 
 def _order(sequence: TokenSequence) -> tuple[int, int]:

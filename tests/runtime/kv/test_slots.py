@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from conftest import examples
 from vlmforge.kv.cache import Copy, Drop
 from vlmforge.kv.slots import SlotCache
 
@@ -88,7 +89,7 @@ class Slots(RuleBasedStateMachine):
 
 
 TestSlots = Slots.TestCase
-TestSlots.settings = settings(max_examples=60, stateful_step_count=40)
+TestSlots.settings = settings(max_examples=examples(60), stateful_step_count=40)
 
 
 def _common(first: list[int], second: list[int]) -> int:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from vlmforge.backends import FloatArray, IntArray, LoadOptions
 from vlmforge.errors import CancelledError
 from vlmforge.inputs.render import RenderedPrompt
@@ -65,6 +66,8 @@ class Cache:
 class FakeEngine:
     """The functions of an engine that a loop uses."""
 
+    choosing = None
+
     def __init__(self, slots: int, blocks: int | None) -> None:
         self.decoder, self.clock = Cache(slots), PartClock()
         self.options = LoadOptions(slots, CAPACITY, budget=blocks, block_size=BLOCK)
@@ -97,8 +100,10 @@ class FakeEngine:
         lags: IntArray,
         *,
         likeliest: bool,
+        choices: None,
     ) -> FloatArray:
         assert not likeliest and not lags.any()  # nobody here said that it would do
+        assert choices is None
         slots = [slot for (slot,) in at]
         self.decoder.tokens[slots, lengths] = stored(tokens, levels)
         places = zip(slots, lengths, strict=True)
@@ -159,7 +164,7 @@ BLOCKS = st.none() | st.integers(-(-70 // BLOCK), 3 * -(-70 // BLOCK))
 
 
 @given(REQUESTS, st.integers(1, 5), st.integers(1, 50), st.booleans(), BLOCKS)
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 def test_sequences_do_not_disturb_each_other(
     requests: list[tuple[list[int], int]], slots: int, chunk: int, reuse: bool, blocks: int | None
 ) -> None:
@@ -177,7 +182,7 @@ def test_sequences_do_not_disturb_each_other(
 
 
 @given(REQUESTS, st.integers(2, 4), st.integers(1, 9), st.data())
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_a_cancelled_sequence_leaves_the_others_alone(
     requests: list[tuple[list[int], int]], slots: int, chunk: int, data: st.DataObject
 ) -> None:

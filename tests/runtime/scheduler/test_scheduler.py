@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from token_store import VOCAB, BlockStore, SlotStore, Store, alone, next_token
 from vlmforge.kv.blocks import BlockPool
 from vlmforge.kv.cache import Copy, KVCache
@@ -120,15 +121,24 @@ SIZES = st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 9), st.i
 
 
 @given(
-    st.lists(ASKED, min_size=1, max_size=10), SIZES, st.sampled_from([slots, blocks]), st.booleans()
+    st.lists(ASKED, min_size=1, max_size=10),
+    SIZES,
+    st.sampled_from([slots, blocks]),
+    st.booleans(),
+    st.sampled_from([1, 2, 5]),
 )
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 def test_histories(
-    history: list[Asked], sizes: tuple[int, int, int, int], make: object, reuse: bool
+    history: list[Asked],
+    sizes: tuple[int, int, int, int],
+    make: object,
+    reuse: bool,
+    prompts: int,
 ) -> None:
     rows, spare, block, chunk = sizes
     cache, store = make(rows, -(-LONGEST // block) + spare, block, reuse=reuse)  # type: ignore[operator]
-    world = World(Scheduler(cache, rows=rows, chunk=chunk), cache, store)
+    scheduler = Scheduler(cache, rows=rows, chunk=chunk, prompts=prompts, window=LONGEST)
+    world = World(scheduler, cache, store)
     coming = sorted(history, key=lambda asked: asked.arrival)
     placed: list[tuple[Asked, list[TokenSequence]]] = []
     time = 0
@@ -144,6 +154,11 @@ def test_histories(
         assert world.step() or not busy
         time += 1
         assert time < 20_000
+    for step in world.log:
+        widths = [len(row.tokens) for row in step.prompts]
+        assert len(widths) <= prompts
+        assert len(widths) * max(widths, default=0) <= chunk
+        assert max((row.start for row in step.together), default=0) + max(widths, default=0) <= 72
     for asked, sequences in placed:
         for sequence, whole in zip(sequences, asked.answers(), strict=True):
             assert sequence.state is State.ENDED
@@ -153,7 +168,7 @@ def test_histories(
 
 
 @given(st.lists(ASKED, min_size=2, max_size=6), st.data(), st.sampled_from([slots, blocks]))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_what_fails_takes_nobody_along(
     history: list[Asked], data: st.DataObject, make: object
 ) -> None:
@@ -270,3 +285,54 @@ def test_decoding_goes_on_while_a_long_prompt_is_run() -> None:
     beside = [step for step in world.log if step.prefill is not None and step.decode]
     assert len(beside) == 10
     assert all(step.prefill.stop - step.prefill.start == 4 for step in beside if step.prefill)
+
+
+def test_prompts_are_run_together_as_far_as_a_chunk_goes() -> None:
+    cache, store = blocks(8, 100, 8)
+    world = World(Scheduler(cache, rows=8, chunk=12, prompts=8), cache, store)
+    for prompt in ([1, 2, 3], [4, 5], [6] * 20, [7]):
+        world.add(Asked(prompt, 2))
+    while world.step():
+        pass
+    parts = [[(row.sequence, row.start, row.stop) for row in step.prompts] for step in world.log]
+    # None is cut for another; the long one runs alone.
+    assert parts[:4] == [[(0, 0, 3), (1, 0, 2)], [(2, 0, 12)], [(2, 12, 20)], [(3, 0, 1)]]
+    assert [world.answer(world.sequences[i]) for i in range(4)] == [
+        alone(prompt, 2) for prompt in ([1, 2, 3], [4, 5], [6] * 20, [7])
+    ]
+
+
+def test_who_begins_as_another_waits_for_what_the_cache_will_have() -> None:
+    cache, store = blocks(4, 100, 8)
+    world = World(Scheduler(cache, rows=4, chunk=512, prompts=4), cache, store)
+    for last in (1, 2, 3):
+        world.add(Asked([0] * 70 + [last], 2))
+    while world.step():
+        pass
+    prompts = [[len(row.tokens) for row in step.prompts] for step in world.log]
+    assert prompts == [[71], [7, 7], []]  # of the others, all but what the first one left
+
+
+def test_nobody_loses_a_place_for_a_prompt_that_is_run_beside_another() -> None:
+    cache, store = blocks(4, 4, 8)
+    world = World(Scheduler(cache, rows=4, chunk=64, prompts=4), cache, store)
+    for token in (1, 2, 3):
+        world.add(Asked([token] * 15, 2))
+    while world.step():
+        pass
+    assert [sequence.preempted for sequence in world.sequences.values()] == [0, 0, 0]
+    assert [len(step.prompts) for step in world.log] == [2, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("window", "prompts"), [(24, [2]), (23, [1, 1])])
+def test_none_is_filled_up_beyond_the_window(window: int, prompts: list[int]) -> None:
+    """One goes on behind 16 tokens that are there, and another has 8."""
+    cache, store = blocks(2, 100, 8)
+    world = World(Scheduler(cache, rows=2, chunk=64, prompts=2, window=window), cache, store)
+    world.add(Asked([1] * 16, 1))
+    world.step()
+    world.add(Asked([1] * 16 + [2], 1))
+    world.add(Asked([3] * 8, 1))
+    while world.step():
+        pass
+    assert [len(step.prompts) for step in world.log[1:]] == prompts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +18,17 @@ from vlmforge.backends.cuda.frames import Arrangement, in_a_row, shape_of
 from vlmforge.engine import chain
 from vlmforge.engine.interface import (
     BATCH,
+    BEST_IDS,
+    BEST_LOGITS,
     CHOICES,
+    CHOSEN,
+    CHOSEN_LOGIT,
     EDIT_FACTORS,
     EDIT_IDS,
     EDIT_MINUS,
     EDITS,
     LOGITS,
-    SAMPLED,
+    NORMALISER,
 )
 
 MOST_EDITS = 4096
@@ -55,7 +61,8 @@ class TokenSampler:
         self._device, self._segment = device, device.segment(folder / segment.file)
         self._logits, *inputs = segment.inputs
         self._inputs, self._outputs = tuple(inputs), segment.outputs
-        self._reported = (int(segment.outputs[0].shape[0]) - 3) // 2
+        best = next(spec for spec in segment.outputs if spec.name == BEST_IDS)
+        self._reported = int(best.shape[-1])
         most = in_a_row(self._inputs, self._outputs, {BATCH: rows, EDITS: MOST_EDITS})
         self._arena = device.allocate(most.size)
         self._frames: dict[tuple[int, int, int], _Frame] = {}
@@ -94,27 +101,40 @@ class TokenSampler:
 
     def found(self, frame: _Frame, choices: Sequence[Choice | None]) -> list[Picked | None]:
         """Wait for the tokens; None for rows that have none."""
-        rows = frame.views[CHOICES.name].shape[0]
-        told = max((choice.logprobs for choice in choices if choice is not None), default=0)
-        lines = 3 + 2 * self._reported if told else 1  # nothing but ids, where they will do
-        address = self._arena.address + frame.arrangement.offsets[SAMPLED]
-        values = self._device.download(address, (lines, rows), np.dtype(np.float64)).copy()
+        told = any(choice is not None and choice.logprobs for choice in choices)
+        outputs = self._outputs if told else (CHOSEN,)  # nothing but ids, where they will do
+        values = self._downloaded(frame, outputs)
         return [
-            self._picked(values[:, row], choice) if self.takes(choice) else None
+            self._picked(values, row, choice) if self.takes(choice) else None
             for row, choice in enumerate(choices)
         ]
 
-    def _picked(self, values: NDArray[np.float64], choice: Choice | None) -> Picked | None:
-        token = int(values[0])
+    def _downloaded(
+        self, frame: _Frame, outputs: Sequence[chain.TensorSpec]
+    ) -> Mapping[str, NDArray[Any]]:
+        """The first of the outputs, which lie one behind the other."""
+        offsets, dims = frame.arrangement.offsets, {BATCH: frame.views[CHOICES.name].shape[0]}
+        begin = offsets[CHOSEN.name]
+        last = outputs[-1]
+        end = offsets[last.name] + 8 * math.prod(shape_of(last, dims))
+        address, size = self._arena.address + begin, end - begin
+        raw = self._device.download(address, (size,), np.dtype(np.uint8)).copy()
+        behind = Arrangement({spec.name: offsets[spec.name] - begin for spec in outputs}, 0, 0)
+        return {spec.name: behind.view(raw, spec, dims) for spec in outputs}
+
+    def _picked(
+        self, values: Mapping[str, NDArray[Any]], row: int, choice: Choice | None
+    ) -> Picked | None:
+        token = int(values[CHOSEN.name][row, 0])
         if token < 0 or choice is None:
             return None
         if not choice.logprobs:
             return Picked(token)
-        _, logit, normaliser, *rest = values.tolist()
-        ids, logits = rest[: self._reported], rest[self._reported :]
-        pairs = zip(ids[: choice.logprobs], logits[: choice.logprobs], strict=True)
-        likeliest = {int(i): value - normaliser for i, value in pairs if value > -np.inf}
-        return Picked(token, logit - normaliser, likeliest)
+        normaliser = float(values[NORMALISER.name][row, 0])
+        pairs = zip(values[BEST_IDS][row].tolist(), values[BEST_LOGITS][row].tolist(), strict=True)
+        best = itertools.islice(pairs, choice.logprobs)
+        likeliest = {i: value - normaliser for i, value in best if value > -np.inf}
+        return Picked(token, float(values[CHOSEN_LOGIT.name][row, 0]) - normaliser, likeliest)
 
     def _bound(self, rows: int, logits: int, edits: int) -> _Frame:
         dims = {BATCH: rows, EDITS: edits}

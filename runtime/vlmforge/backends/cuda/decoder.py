@@ -77,8 +77,10 @@ class PagedDecoder(DecoderSession):
         self._device, self._program, self._options = device, program, options
         self._vocab_size = vocab_size
         self._pools = make_pools(device, kv, options.blocks)
-        most = (program.arrange(self._fitted(size)).size for size in largest(options))
-        self._arena = device.allocate(max(most))
+        # Of several prompts at once, what is for each row lies beside what is for each token.
+        most = [program.arrange(self._fitted(size)) for size in largest(options)]
+        self._room = max(one.size for one in most) + max(one.uploaded for one in most)
+        self._arena = device.allocate(self._room)
         self._eager: OrderedDict[Size, _Frame] = OrderedDict()
         self._replayed: dict[Size, _Frame] = {}
         self._warm_up()
@@ -185,7 +187,7 @@ class PagedDecoder(DecoderSession):
             features = batch.image_features
             views[IMAGE_FEATURES][:] = encode(features, dtype) if dtype in DTYPES else features
         views[QUERY_LENGTHS.name][:] = 0
-        views[QUERY_LENGTHS.name][:rows] = tokens
+        views[QUERY_LENGTHS.name][:rows] = tokens if batch.lengths is None else batch.lengths
         table = views[BLOCK_TABLE.name]
         for row, blocks in enumerate(batch.blocks):
             held = blocks[: table.shape[1]]
@@ -207,6 +209,7 @@ class PagedDecoder(DecoderSession):
 
     def _bound(self, size: Size) -> _Frame:
         specs, arrangement = self._program.inputs(size), self._program.arrange(size)
+        assert arrangement.size <= self._room, f"{size} takes {arrangement.size} bytes"
         at = {n: self._arena.address + offset for n, offset in arrangement.offsets.items()}
         work = self._program.bind(size, at, self._pools)
         inputs = np.zeros(arrangement.uploaded, np.uint8)
@@ -228,7 +231,8 @@ def _largest(logits: FloatArray) -> IntArray:
 def _size(batch: DecoderBatch) -> Size:
     (rows, tokens), outputs = batch.input_ids.shape, batch.logits_indices.shape[1]
     features = 1 if batch.image_features is None else len(batch.image_features)
-    return Size(rows, tokens, outputs, features, int(batch.past_lengths.max()) + tokens)
+    new = tokens if batch.lengths is None else batch.lengths
+    return Size(rows, tokens, outputs, features, int((batch.past_lengths + new).max()))
 
 
 def _tokens(batch: DecoderBatch) -> Iterator[DecoderBatch]:

@@ -23,6 +23,8 @@ from vlmforge.engine.interface import BATCH, BLOCK_TABLE, OUTPUTS, QUERY_LENGTHS
 ALIGNMENT = 256
 PAST = TensorSpec("past_lengths.int32", "int32", (BATCH,))
 """As the attention's kernels take them."""
+MOST_OUTPUTS = 512
+"""Positions of a prompt whose logits are wanted, at once (see `Scheduler`)."""
 _LEAST_TOTAL = 256
 _CACHES = ("past_key.", "past_value.")
 
@@ -72,7 +74,7 @@ def largest(options: LoadOptions) -> tuple[Size, ...]:
     """No step needs more than the largest of these."""
     chunk = min(options.chunk, options.capacity)
     return (
-        Size(1, chunk, chunk, chunk, options.capacity),
+        Size(1, chunk, min(chunk, MOST_OUTPUTS), chunk, options.capacity),
         Size(options.slots, 1, 1, 1, options.capacity),
     )
 

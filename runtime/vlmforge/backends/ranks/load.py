@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmforge.backends import Backend, DecoderSession, LoadOptions
+from vlmforge.backends import Backend, DecoderSession, LoadOptions, one_rank_only
 from vlmforge.backends.chained import room_of
 from vlmforge.backends.ranks.calls import RankedDecoder
 from vlmforge.backends.ranks.mpi import MpiRanks, world
@@ -18,8 +18,11 @@ def load_ranked(
     """The decoder of an engine that was built for several ranks; the others are started.
 
     Raises:
+        BackendUnavailableError: the backend has no ranks.
         EngineError: a part cannot be loaded, or a rank failed (RankError).
     """
+    if manifest.part("decoder").chain is None:  # plans, inside which ranks would meet
+        raise one_rank_only(manifest)
     size, tokens = manifest.parallel.tp, max(options.chunk, options.slots)
     room = room_of(manifest.part("decoder"), tokens, size)
     others = MpiRanks(world(size), room) if options.mpi else Processes(size, room)

@@ -199,7 +199,7 @@ class World:
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_S)
             if self.rank == 0 and (found := self._failure()) is not None:
-                raise self._error(*found)
+                self._fail(*found)
 
     def _failure(self) -> tuple[int, str] | None:
         """A rank that has said that it failed, or hangs, and why; None: there is none."""
@@ -211,9 +211,11 @@ class World:
         self.hangs = True
         return silent, no_sign(SILENT_S)
 
-    def _error(self, rank: int, reason: str) -> RankError:
+    def _fail(self, rank: int, reason: str) -> NoReturn:
         error = rank_error(rank, self.size, reason)
-        return error if self.leads is None else self.leads.failed(error)
+        if self.leads is not None:
+            self.leads.failed(error)
+        raise error
 
     def _end(self) -> None:
         """The interpreter ends. Ranks that are in the middle of something cannot be told so."""
@@ -304,10 +306,10 @@ class MpiRanks(OtherRanks):
         ranks = range(1, self._world.size)
         return [cast("KeyValues", self._world.said(rank)) for rank in ranks]
 
-    def failed(self, error: RankError) -> RankError:
-        """Another rank has failed: what is to be raised now."""
+    def failed(self, error: RankError) -> NoReturn:
+        """Another rank has failed, and with it all that the first one waits for."""
         self._error = error
-        return RankError.of(error)
+        raise RankError.of(error)
 
     @override
     def give_up(self, error: BaseException) -> None:
