@@ -149,7 +149,9 @@ def test_layers_profiles_and_caches(build: Build, name: str, attention: str, dty
 def test_plans_of_drawn_checkpoints(
     build: Build, shared: Path, family: str, attention: str
 ) -> None:
-    drawn = checkpoint(shared, family, next(iter(FAMILIES[family].SHAPES)))
+    # The library has no attention of its own for two heads of queries with one of keys and values.
+    shapes = [*FAMILIES[family].SHAPES]
+    drawn = checkpoint(shared, family, shapes[(family, attention) == ("idefics3", "native")])
     check_plan(build(str(drawn), attention, "float16"), attention, "float16")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from conftest import build_once
 from golden_models import TOLERANCES
 from live_parity import (
     SMALL,
@@ -25,8 +26,11 @@ from live_parity import (
     ours,
     picture,
 )
+from plan_engines import keep_graph
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, Session, VisionConfig, pipeline
+from vlmforge.backends.fake_plans import plans_on_cpu
 from vlmforge.errors import ConfigError, PromptError
+from vlmforge_builder.targets import tensorrt
 
 SHORT = GenerationConfig(max_new_tokens=4)
 
@@ -118,6 +122,24 @@ def test_a_new_process_goes_on_where_this_one_ended(opened: Opened, tmp_path: Pa
     assert here is not None
     assert json.loads(done.stdout) == [here.token_ids, here.cached_tokens, 2]
     assert here.cached_tokens > 40
+
+
+def test_plans_take_what_images_of_any_size_are(
+    opened: Opened, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the library's stand-in: images of one size and of others, answers beside each other."""
+    monkeypatch.setattr(tensorrt, "run_compiler", keep_graph)
+    options = ("--target", "tensorrt_rtx", "--dtype", "float16", "--max-batch-size", "2")
+    plans = build_once(shared / f"{opened.path.stem}.plans", opened.original.folder, *options)
+    prompts = [[WIDE, picture(90, 40, 1), SMALL, "Compare."], ["Look: ", TALL, " What is it?"]]
+    messages = [[{"role": "user", "content": content}] for content in prompts]
+    together = VisionConfig(max_batch_size=4)
+    with plans_on_cpu("tensorrt_rtx"), pipeline(plans, vision_config=together) as pipe:
+        for asked in messages:
+            check_answer(pipe, opened.original, asked, TOLERANCES["float16"].margin)
+        answers = pipe([ours(asked) for asked in messages], gen_config=SHORT)
+        alone = [pipe(ours(asked), gen_config=SHORT).token_ids for asked in messages]
+        assert [answer.token_ids for answer in answers] == alone
 
 
 def test_what_cannot_be_is_refused(opened: Opened) -> None:

@@ -118,7 +118,7 @@ def _failure(
             f"{flavour.name} refused the part {part!r} ({stage}).",
             found=reason,
             expected="a graph that the library compiles",
-            fix=f"try --attention native or another --dtype; the log's end:{log}",
+            fix=f"try --attention native (or plugin) or another --dtype; the log's end:{log}",
         )
     last = heard.phases[-1] if heard.phases else "none"
     killed = status == -signal.SIGKILL
