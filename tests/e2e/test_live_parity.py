@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from live_parity import (
     ours,
     picture,
 )
+from stand_in import at_once
 from vlmforge import (
     ChatTemplateConfig,
     EngineConfig,
@@ -35,10 +36,12 @@ from vlmforge import (
     VisionConfig,
     pipeline,
 )
+from vlmforge.api.load import serve
 from vlmforge.backends.fake import cuda_on_cpu
 from vlmforge.cli.inspect import describe
 from vlmforge.errors import ContextLengthError, PromptError
 from vlmforge.evaluation.verify import verify
+from vlmforge.runner.stages import Engine
 from vlmforge.vl.constants import IMAGE_TOKEN
 
 # One shape of each family in `make test` beside the first.
@@ -116,6 +119,32 @@ def test_sixteen_bits(opened: Open, family: str, shape: str, options: tuple[str,
         if "cuda" not in options:  # the chain's arrays are the runner's
             check_stages(found.pipe, found.original, CASES[case], limits)
         check_answer(found.pipe, found.original, CASES[case], limits.margin)
+
+
+@pytest.mark.parametrize(("family", "shape"), FIRST)
+def test_prompts_in_one_step_on_the_chain(
+    opened: Open, family: str, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several lengths, with pictures, and with places of tokens that the runtime gives."""
+    held = opened(family, shape, "--target", "cuda", "--dtype", "float16").pipe._engine
+    config = GenerationConfig(max_new_tokens=2, output_logits="generation")
+    prompts = [ours(CASES[case]) for case in ("middle", "turns")]
+    prompts.append("What is it?")
+    together, sizes = Engine.prefill_together, list[int]()
+
+    def noted(engine: Engine, parts: Sequence[Any]) -> Any:
+        sizes.append(len(parts))
+        return together(engine, parts)
+
+    with serve(held, EngineConfig(enable_prefix_caching=False), VisionConfig()) as pipe:
+        alone = [pipe(prompt, gen_config=config) for prompt in prompts]
+        monkeypatch.setattr(Engine, "prefill_together", noted)
+        found = at_once(pipe, prompts, config)
+    assert sizes
+    for one, other in zip(found, alone, strict=True):
+        assert one.logits is not None and other.logits is not None
+        gap = TOLERANCES["float16"].logits
+        np.testing.assert_allclose(one.logits[0], other.logits[0], atol=gap)
 
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("int4", marks=pytest.mark.nightly)])
