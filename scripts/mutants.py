@@ -198,10 +198,10 @@ MUTANTS = (
         ("tests/builder/test_build_ends.py", "-k", "loses"),
     ),
     Mutant(
-        "the paged reference sees one place behind the past",
+        "the paged reference writes a token too many",
         "builder/vlmforge_builder/ops/paged_attention.py",
-        "held = op.Less(",
-        "held = op.LessOrEqual(",
+        "there = op.Less(",
+        "there = op.LessOrEqual(",
         ("tests/builder/test_paged_attention.py", "-k", "the_paged_body"),
     ),
     Mutant(

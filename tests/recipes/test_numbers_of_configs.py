@@ -140,7 +140,7 @@ def linked(source: Path, target: Path) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenizers, headers and weights are read once: they do not change here, and take long."""
+    """Tokenizers and headers are read once: they do not change here, and take nearly all time."""
     from vlmforge_recipes import tower_choice
     from vlmforge_recipes.llava import hf, original
     from vlmforge_recipes.qwen_vl import model as qwen
@@ -152,7 +152,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             module, "open_store", lambda folder, note=None, opened=opened: opened(folder)
         )
-    monkeypatch.setattr(tower_choice, "same_values", cache(tower_choice.same_values))
     for module, name in (
         *((module, "convert_tokenizer") for module in (hf, original, yi)),
         (prompting, "convert_byte_bpe"),
