@@ -18,7 +18,7 @@ from sent_requests import Outcome, judged
 
 def test_a_short_run(hf_engine: Path, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "scripts/fuzz.py", "--engine", hf_engine, "--seed", "3"]
-    options = ["--requests", "150", "--no-large", "--memory", "3", "--growth", "inf"]
+    options = ["--requests", "100", "--no-large", "--memory", "3", "--growth", "inf"]
     options += ["--largest-first", "0"]
     done = subprocess.run(
         [*map(str, command), *options, "--work", str(tmp_path), "--hangs", str(HANGS / 2)],
