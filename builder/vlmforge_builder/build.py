@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import tempfile
@@ -24,6 +25,7 @@ from vlmforge.engine.manifest import (
 )
 from vlmforge.engine.migration import SCHEMA_VERSION
 from vlmforge.errors import BuildError, ConfigError, EngineError, VlmforgeError
+from vlmforge.limits import return_freed_memory
 from vlmforge_builder.checkpoint.altered import refuse_altered
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_builder.checkpoint.fingerprint import fingerprint, input_files
@@ -159,6 +161,9 @@ def _write(source: Source, options: BuildOptions, progress: Progress) -> None:
             progress.note(f"no goldens: {why}")
         else:
             with progress.stage("run the goldens"), stand_in:
+                # What tracing and writing took goes back first: the engine needs as much again.
+                gc.collect()
+                return_freed_memory()
                 record_goldens(folder, manifest, progress)
         with progress.stage("checksums"):
             files = list_files(folder)

@@ -19,7 +19,7 @@ from conftest import IMAGES
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, Response, limits, pipeline
 from vlmforge.engine.manifest import MANIFEST_FILE, load_manifest, manifest_digest
 from vlmforge.errors import BackendUnavailableError, ImageError
-from vlmforge.runner import stages
+from vlmforge.runner import load
 
 GIB = 1 << 30
 PHOTO = str(IMAGES / "photo_640x480.png")
@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(
         assert planned(pipe) > cache
     container()
     with monkeypatch.context() as patched, pytest.raises(BackendUnavailableError) as caught:
-        patched.setattr(stages, "load_backend", lambda name: pytest.fail("it was loaded"))
+        patched.setattr(load, "load_backend", lambda name: pytest.fail("it was loaded"))
         pipeline(engine)
     assert caught.value.found.endswith("by the limit of 2.15 GB of /sys/fs/cgroup")
     assert caught.value.expected.startswith(f"{cache / 1e9:.2f} GB for ")

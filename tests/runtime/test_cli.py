@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import IMAGES
+from vlmforge.backends.cuda import machine
 from vlmforge.cli import main
 from vlmforge.engine.bundle import open_bundle
 from vlmforge.engine.manifest import load_manifest
@@ -163,21 +164,24 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 def test_doctor_calls_ready_what_can_run_here(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_driver(name: str) -> None:
-        raise OSError(f"{name}: cannot open shared object file")
+    def no_gpu() -> machine.FoundGpu:
+        raise OSError("libcuda.so.1: cannot open shared object file")
 
-    monkeypatch.setattr("vlmforge.backends.tensorrt.ctypes.CDLL", no_driver)
+    monkeypatch.setattr(machine, "find_gpu", no_gpu)
     assert main(["doctor"]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     version = importlib.metadata.version("tensorrt-rtx")
-    assert f"cannot run here (tensorrt_rtx {version}): no driver: libcuda" in rows["tensorrt_rtx"]
+    assert f"cannot run here (tensorrt_rtx {version}): no GPU" in rows["tensorrt_rtx"]
+    assert "libcuda.so.1" in rows["tensorrt_rtx"]
     assert "--target onnxruntime" in rows["tensorrt_rtx"]
     assert "no module tensorrt" in rows["tensorrt"]
     assert "ready" not in rows["tensorrt_rtx"] + rows["tensorrt"]
-    monkeypatch.setattr("vlmforge.backends.cuda.machine.find_gpu", lambda: no_driver("libcuda"))
-    monkeypatch.setattr("vlmforge.backends.tensorrt.ctypes.CDLL", lambda _: None)
+    hopper = machine.FoundGpu("a GPU", 90, 13000, 1 << 34, 1 << 35)
+    monkeypatch.setattr(machine, "find_gpu", lambda: hopper)
     assert main(["doctor"]) == 0
-    assert "ready: tensorrt_rtx" not in capsys.readouterr().out  # nor where there is a GPU: not yet
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "compute capability 9.0" in rows["tensorrt_rtx"]
+    assert "ready" not in rows["tensorrt_rtx"]
 
 
 @pytest.fixture
