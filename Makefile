@@ -39,7 +39,7 @@ mutants: $(STAMP) ## plant known faults, one after the other: does the suite not
 	@$(BIN)/python scripts/mutants.py
 
 fuzz: $(STAMP) ## 10,000 fuzzed requests at a memory ceiling: no crash, hang, untyped error, lost memory (minutes)
-	@$(BIN)/python scripts/fuzz.py
+	@PYTHONMALLOC=malloc $(BIN)/python scripts/fuzz.py
 
 soak: $(STAMP) ## 30 minutes at full load: is memory flat, and does every request end?
 	@$(BIN)/python scripts/soak.py
