@@ -6,6 +6,7 @@ import json
 import logging
 import secrets
 import time
+import traceback
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -61,6 +62,7 @@ class Guard:
             log["error"] = failed.code
             if failed.status == 500:
                 logger.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            _let_go(error)
             if status == 0:
                 await self._refuse(failed, scope, receive, sent)
         finally:
@@ -93,6 +95,13 @@ class Guard:
             logger.info("%s", json.dumps(line, ensure_ascii=True))
         else:
             logger.info("%s", " ".join(f"{name}={_shown(line[name])}" for name in line))
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Forget the body: frames that an error came through hold it until garbage is collected."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _shown(value: object) -> str:
