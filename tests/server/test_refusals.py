@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from conftest import wait_until
+from conftest import HANGS, wait_until
 from running_server import Running, held, running
 from stand_in import Gate, Parts, stand_in
 from vlmforge import Pipeline, pipeline
@@ -129,7 +129,12 @@ def test_the_client_tells_every_status_apart() -> None:
 
     parts = Parts(3)
     parts.before = fail
-    settings = ServerSettings(api_keys=("right",), max_body_bytes=2000, max_concurrent_requests=1)
+    settings = ServerSettings(
+        api_keys=("right",),
+        max_body_bytes=2000,
+        max_concurrent_requests=1,
+        shutdown_seconds=HANGS,
+    )
     with stand_in(parts) as pipe, running([("x", pipe)], settings) as server:
         with pytest.raises(openai.InternalServerError, match="out of order") as failed:
             ask(server)
@@ -142,6 +147,7 @@ def test_the_client_tells_every_status_apart() -> None:
             model="x",
             messages=HELLO,  # type: ignore[arg-type]
             max_tokens=9,
+            temperature=0,  # tokens by chance may have no text to begin a stream with
             stream=True,
             extra_body={"ignore_eos": True},
         )
@@ -158,10 +164,10 @@ def test_the_client_tells_every_status_apart() -> None:
         server.app.state.admission.running = 1
         with pytest.raises(openai.RateLimitError):
             ask(server)
-        server.app.state.admission.running = 0
-        server.app.state.admission.draining = True
+        server.app.state.admission.draining = True  # it listens until its last request has ended
         with pytest.raises(openai.InternalServerError, match="shutting down") as ending:
             ask(server)
+        server.app.state.admission.running = 0
         assert ending.value.status_code == 503
 
 
