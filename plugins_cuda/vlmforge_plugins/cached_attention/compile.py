@@ -38,8 +38,36 @@ FLAGS = ("-std=c++17",)
 
 
 @dataclass(frozen=True)
+class Source:
+    """What is compiled.
+
+    Attributes:
+        name: For messages and files.
+        main: The file that includes all others.
+        folders: In which these are.
+        defines: Macros, `NAME=VALUE`.
+    """
+
+    name: str
+    main: Path
+    folders: tuple[Path, ...]
+    defines: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that may go in, in order."""
+        found = [path for folder in self.folders for path in sorted(folder.iterdir())]
+        return tuple(path for path in found if path.suffix in (".cu", ".cuh", ".h"))
+
+
+def source_of(sizes: Sizes) -> Source:
+    """The attention's kernels of one configuration."""
+    return Source(sizes.config.name, SOURCES / MAIN, (SOURCES,), sizes.defines)
+
+
+@dataclass(frozen=True)
 class Binary:
-    """Compiled kernels of one configuration.
+    """Compiled kernels.
 
     Attributes:
         target: What it runs on.
@@ -59,7 +87,7 @@ class Compiler(Protocol):
     def version(self) -> str:
         """Name and version: part of the cache's key."""
 
-    def compile(self, sizes: Sizes, target: Target) -> Binary:
+    def compile(self, source: Source, target: Target) -> Binary:
         """Raises `CompileError` with the compiler's words."""
 
 
@@ -91,18 +119,19 @@ class Nvcc:
         """What `nvcc --version` prints."""
         return self._version
 
-    def compile(self, sizes: Sizes, target: Target) -> Binary:
+    def compile(self, source: Source, target: Target) -> Binary:
         """Runs nvcc once. The 'a' of an architecture needs the long form of its option."""
         real = target.arch.replace("sm_", "compute_")
-        ptx = target.arch.startswith("compute_")
+        ptx = target.is_ptx
         kind = [f"-arch={real}", "-ptx"] if ptx else [f"-gencode=arch={real},code={target.arch}"]
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
             command = [self._path, *FLAGS, *kind, "-Xptxas", "-v", *([] if ptx else ["-cubin"])]
-            command += [*(f"-D{d}" for d in sizes.defines), str(SOURCES / MAIN), "-o", str(out)]
+            command += [*(f"-I{folder}" for folder in source.folders[1:])]
+            command += [*(f"-D{d}" for d in source.defines), str(source.main), "-o", str(out)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
-                raise _refused("nvcc", done.stderr, sizes, target)
+                raise _refused("nvcc", done.stderr, source, target)
             code = out.read_bytes()
         return Binary(target, code + b"\0" if ptx else code, "" if ptx else done.stderr)
 
@@ -134,37 +163,38 @@ class Nvrtc:
         """As NVRTC gives it."""
         return self._version
 
-    def compile(self, sizes: Sizes, target: Target) -> Binary:
+    def compile(self, source: Source, target: Target) -> Binary:
         """Compiles in this process; needs neither driver nor GPU, also for PTX."""
         nvrtc = self._nvrtc
-        ptx = target.arch.startswith("compute_")
-        source = (SOURCES / MAIN).read_bytes()
-        _, program = nvrtc.nvrtcCreateProgram(source, MAIN.encode(), 0, [], [])
-        options = [*FLAGS, f"--gpu-architecture={target.arch}", f"--include-path={SOURCES}"]
+        ptx = target.is_ptx
+        text, name = source.main.read_bytes(), source.main.name
+        _, program = nvrtc.nvrtcCreateProgram(text, name.encode(), 0, [], [])
+        options = [*FLAGS, f"--gpu-architecture={target.arch}"]
+        options += [f"--include-path={folder}" for folder in source.folders]
         options += [] if ptx else ["--ptxas-options=-v"]
-        options += [f"-D{define}" for define in sizes.defines]
+        options += [f"-D{define}" for define in source.defines]
         (status,) = nvrtc.nvrtcCompileProgram(
             program, len(options), [option.encode() for option in options]
         )
         log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
         nvrtc.nvrtcGetProgramLog(program, log)
-        text = log.decode(errors="replace").rstrip("\0")
+        words = log.decode(errors="replace").rstrip("\0")
         try:
             if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-                raise _refused("NVRTC", text, sizes, target)
+                raise _refused("NVRTC", words, source, target)
             size_of = nvrtc.nvrtcGetPTXSize if ptx else nvrtc.nvrtcGetCUBINSize
             code = bytearray(size_of(program)[1])
             (nvrtc.nvrtcGetPTX if ptx else nvrtc.nvrtcGetCUBIN)(program, code)
         finally:
             nvrtc.nvrtcDestroyProgram(program)
-        return Binary(target, bytes(code), text)
+        return Binary(target, bytes(code), words)
 
 
-def _refused(compiler: str, words: str, sizes: Sizes, target: Target) -> CompileError:
+def _refused(compiler: str, words: str, source: Source, target: Target) -> CompileError:
     return CompileError(
-        f"{compiler} refused the attention kernels.",
+        f"{compiler} refused the kernels of {source.main.name}.",
         found=words.strip()[-2000:],
-        expected=f"{sizes.config.name} for {target.arch}",
+        expected=f"{source.name} for {target.arch}",
         fix="use a compiler of CUDA 12.8 or newer; if it is, please report this",
     )
 
@@ -174,12 +204,12 @@ def compiler(name: str) -> Compiler:
     return Nvcc() if name == "nvcc" else Nvrtc()
 
 
-def digest(sizes: Sizes, target: Target, version: str) -> str:
+def digest(source: Source, target: Target, version: str) -> str:
     """The cache's key: a hash of all that the result depends on."""
     state = hashlib.sha256()
-    parts = [version, target.arch, *FLAGS, *sizes.defines]
-    files = [path for path in sorted(SOURCES.iterdir()) if path.suffix in (".cu", ".cuh", ".h")]
-    for part in [*(p.encode() for p in parts), *(p.name.encode() + p.read_bytes() for p in files)]:
+    parts = [version, target.arch, *FLAGS, *source.defines]
+    files = (path.name.encode() + path.read_bytes() for path in source.files)
+    for part in [*(p.encode() for p in parts), *files]:
         state.update(len(part).to_bytes(8, "little") + part)
     return state.hexdigest()
 
@@ -193,13 +223,19 @@ def compile_one(config: Config, target: Target, by: Compiler, cache: Path | None
     """
     config.check()
     config.check_target(target)
-    chosen = sizes(config, target)
+    return compile_source(source_of(sizes(config, target)), target, by, cache)
+
+
+def compile_source(
+    source: Source, target: Target, by: Compiler, cache: Path | None = None
+) -> Binary:
+    """One binary, from the cache if it is there (CompileError: the compiler refused)."""
     if cache is None:
-        return by.compile(chosen, target)
-    kept = cache / f"{config.name}.{target.name}.{digest(chosen, target, by.version)[:32]}"
+        return by.compile(source, target)
+    kept = cache / f"{source.name}.{target.name}.{digest(source, target, by.version)[:32]}"
     if kept.is_dir():
         return Binary(target, (kept / "code").read_bytes(), (kept / "log").read_text("utf-8"))
-    binary = by.compile(chosen, target)
+    binary = by.compile(source, target)
     _keep(binary, kept)
     return binary
 

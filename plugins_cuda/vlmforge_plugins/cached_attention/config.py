@@ -35,6 +35,11 @@ class Target:
     capability: int
     shared_bytes: int
 
+    @property
+    def is_ptx(self) -> bool:
+        """Whether a driver compiles it on."""
+        return self.arch.startswith("compute_")
+
 
 TARGETS = (
     Target("sm_80", "sm_80", 80, 163 << 10),

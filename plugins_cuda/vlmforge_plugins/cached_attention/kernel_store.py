@@ -92,20 +92,27 @@ def choose_target(config: Config, available: Collection[str], capability: int) -
         UnsupportedError: the plan has none that could run on it.
     """
     known = [target for target in targets(config) if target.name in available]
-    fitting = [
-        target
-        for target in known
-        # A cubin runs on every later minor version of its major one.
-        if target.capability // 10 == capability // 10 and target.capability <= capability
-    ]
-    if fitting:
-        return max(fitting, key=lambda target: target.capability)
     ptx = PTX_TARGETS[config.fp8]
-    if ptx.name in available and capability >= ptx.capability:
-        return ptx
+    known += [ptx] if ptx.name in available else []
+    if (found := newest_target(known, capability)) is not None:
+        return found
     raise UnsupportedError(
         "The engine has no attention kernels for this GPU.",
         found=f"compute capability {capability / 10:.1f}",
         expected=", ".join(sorted(available)) or "an engine that was built with kernels",
         fix=f"use a GPU of compute capability {ptx.capability / 10:.1f} or later",
     )
+
+
+def newest_target(known: Sequence[Target], capability: int) -> Target | None:
+    """Of these, the one whose kernels run best on a GPU of this capability; None: none does.
+
+    A cubin runs on every later minor version of its major one, PTX on all that is later.
+    """
+    fitting = [
+        target
+        for target in known
+        if target.capability <= capability
+        and (target.is_ptx or target.capability // 10 == capability // 10)
+    ]
+    return max(fitting, key=lambda target: (not target.is_ptx, target.capability), default=None)

@@ -1,0 +1,39 @@
+"""The collectives on a GPU, through the CUDA driver."""
+
+from __future__ import annotations
+
+import ctypes
+
+from cuda.bindings import driver
+
+from vlmforge_plugins.cached_attention.driver import call, launch_config
+from vlmforge_plugins.cached_attention.plan import Launch
+from vlmforge_plugins.collectives.launcher import KERNELS, Params
+
+
+class CudaKernels:
+    """See `Kernels`. Make it once, where handles may be created; launching creates none.
+
+    Args:
+        binary: A cubin, or PTX that ends in a zero byte.
+
+    Raises:
+        LaunchError: The binary is for another GPU.
+    """
+
+    def __init__(self, binary: bytes) -> None:
+        self._module = call(driver.cuModuleLoadData, binary)
+        self._functions = {
+            name: call(driver.cuModuleGetFunction, self._module, name.encode()) for name in KERNELS
+        }
+
+    def launch(self, launch: Launch, params: Params, stream: int) -> None:
+        """See `Kernels`."""
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        call(
+            driver.cuLaunchKernelEx,
+            launch_config(launch, stream),
+            self._functions[launch.kernel],
+            ctypes.addressof(arguments),
+            0,
+        )

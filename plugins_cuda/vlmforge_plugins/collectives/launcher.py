@@ -1,0 +1,164 @@
+"""Launches of the collectives: how a message is cut into them, and what each is told.
+
+No allocation, no synchronisation, no look at device memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from vlmforge_plugins.cached_attention.plan import Launch
+from vlmforge_plugins.errors import UnsupportedError
+
+MOST_RANKS = 8
+THREADS, BLOCKS, REGION = 512, 64, 2048
+GROUP = 8  # bytes that one thread gives at once
+ROOM = BLOCKS * REGION * GROUP
+"""Bytes that a rank may give by one launch."""
+ITEM_BYTES: Mapping[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
+_SUMS = {"float16": "vf_sum_f16", "bfloat16": "vf_sum_bf16", "float32": "vf_sum_f32"}
+_GATHERS = {2: "vf_gather_16", 4: "vf_gather_32"}
+KERNELS = (*_SUMS.values(), *_GATHERS.values())
+_MOST_ITEMS = 1 << 31
+
+
+def lanes_bytes(size: int) -> int:
+    """Memory of a rank's lanes, of `size` ranks; zeroes before they first meet."""
+    return 2 * size * BLOCKS * REGION * 2 * GROUP
+
+
+COUNTS_BYTES = 4 * BLOCKS
+
+
+class Params(ctypes.Structure):
+    """`vf::Params` of kernels/lanes.cuh, field by field."""
+
+    _fields_ = [
+        ("lanes", ctypes.c_void_p * MOST_RANKS),
+        *((name, ctypes.c_void_p) for name in ("counts", "stop", "failed", "given", "out")),
+        ("patience", ctypes.c_ulonglong),
+        *((name, ctypes.c_uint) for name in ("items", "width", "kept", "first", "last", "share")),
+        *((name, ctypes.c_int) for name in ("rank", "size")),
+    ]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank meets the others.
+
+    Attributes:
+        rank: Its number.
+        lanes: Addresses of all ranks' lanes as its GPU sees them, by rank.
+        counts: `COUNTS_BYTES` of its own memory; zeroes before they first meet.
+        stop, failed: 32 bits each of the host's memory, zeroes; see kernels/lanes.cuh.
+        patience: Nanoseconds that a launch waits for another rank.
+    """
+
+    rank: int
+    lanes: tuple[int, ...]
+    counts: int
+    stop: int
+    failed: int
+    patience: int
+
+
+@dataclass(frozen=True)
+class Sum:
+    """`out = sum of all ranks' given`, `items` numbers of `dtype`; both aligned to 16 bytes.
+
+    The sum is made in float32 in the order of the ranks. `out` may be `given`.
+    """
+
+    given: int
+    out: int
+    items: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Gather:
+    """All ranks' `given` `[rows, width]` side by side into `out` `[rows, kept]`.
+
+    kept <= ranks * width: what is behind falls away. Both aligned to 16 bytes.
+    """
+
+    given: int
+    out: int
+    rows: int
+    width: int
+    kept: int
+    dtype: str
+
+    @property
+    def items(self) -> int:
+        """Numbers that a rank gives."""
+        return self.rows * self.width
+
+
+class Kernels(Protocol):
+    """Compiled kernels on one GPU."""
+
+    def launch(self, launch: Launch, params: Params, stream: int) -> None:
+        """Enqueues one kernel. `params` is read before this returns."""
+
+
+def run(meeting: Sum | Gather, place: Place, kernels: Kernels, stream: int) -> None:
+    """Enqueues a meeting on `stream`; all ranks do, in one order. Capturable into a CUDA graph.
+
+    Raises:
+        UnsupportedError: Too many ranks or numbers, or numbers of another kind.
+        LaunchError: The driver refused a kernel.
+    """
+    _check(meeting, place)
+    name = _SUMS[meeting.dtype]
+    if isinstance(meeting, Gather):
+        name = _GATHERS[ITEM_BYTES[meeting.dtype]]
+    for launch, params in launches(name, meeting, place):
+        kernels.launch(launch, params, stream)
+
+
+def launches(
+    name: str, meeting: Sum | Gather, place: Place
+) -> Iterator[tuple[Launch, Params]]:
+    """Each gives at most `ROOM` bytes, in blocks as small as threads allow."""
+    groups = -(-meeting.items * ITEM_BYTES[meeting.dtype] // GROUP)
+    most = BLOCKS * REGION
+    for first in range(0, groups, most):
+        last = min(first + most, groups)
+        blocks = min(BLOCKS, -(-(last - first) // THREADS))
+        params = Params(
+            (ctypes.c_void_p * MOST_RANKS)(*place.lanes),
+            place.counts,
+            place.stop,
+            place.failed,
+            meeting.given,
+            meeting.out,
+            place.patience,
+            meeting.items,
+            meeting.width if isinstance(meeting, Gather) else 0,
+            meeting.kept if isinstance(meeting, Gather) else 0,
+            first,
+            last,
+            -(-(last - first) // blocks),
+            place.rank,
+            len(place.lanes),
+        )
+        yield Launch(name, (blocks, 1, 1), THREADS, 0), params
+
+
+def _check(meeting: Sum | Gather, place: Place) -> None:
+    if not 2 <= len(place.lanes) <= MOST_RANKS:
+        raise UnsupportedError(
+            "So many GPUs do not meet through their memory.",
+            found=f"{len(place.lanes)} ranks",
+            expected=f"2 to {MOST_RANKS}",
+        )
+    if meeting.dtype not in ITEM_BYTES or meeting.items >= _MOST_ITEMS:
+        raise UnsupportedError(
+            "GPUs do not meet over such a tensor.",
+            found=f"{meeting.items} numbers in {meeting.dtype}",
+            expected=f"fewer than {_MOST_ITEMS} in one of {', '.join(ITEM_BYTES)}",
+        )
