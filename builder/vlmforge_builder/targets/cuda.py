@@ -7,7 +7,7 @@ take their weights from one file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +41,14 @@ from vlmforge_builder.passes.sample_token import sample_token, sampling_bytes
 from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
 from vlmforge_builder.widened_graphs import open_widened
-from vlmforge_plugins.cached_attention.compile import Compiler, Nvcc, Nvrtc, compile_set
+from vlmforge_plugins.cached_attention.compile import Binary, Compiler, Nvcc, Nvrtc, compile_set
 from vlmforge_plugins.cached_attention.config import Config
+from vlmforge_plugins.collectives.compile import compile_set as compile_meetings
 from vlmforge_plugins.errors import CompileError, PluginError
 
 PAGE_SIZE = 64
 _WHOLE_ACTIVATIONS = 0  # the provider has no others
-_KERNELS = "decoder.rank0.attention"
+_KERNELS, _MEETINGS = "decoder.rank0.attention", "decoder.rank0.meetings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,8 @@ class CudaTarget(Target):
 
     @override
     def stand_in(self) -> AbstractContextManager[None]:
-        return cuda_on_cpu(graphs=InFloat32(open_widened))
+        program = "vlmforge_builder.rank_on_cpu"
+        return cuda_on_cpu(graphs=InFloat32(open_widened), program=program)
 
     @override
     def compute_dtype(self, settings: Settings) -> str:
@@ -194,7 +196,7 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
     cut = cut_chain(model)
     vocab_size = int(part.outputs[0].shape[-1])
     config = _config(cut.calls[0].head_dim, job.settings)
-    kernels = {} if job.described else _kernels(config, job.folder)
+    kernels, meetings = _kernels(config, job)
     pieces = (*cut.pieces, likeliest_token(vocab_size))
     segments = save_segments(pieces, job.stem, job.folder)
     steps, tables = chain_steps(segments, cut.between), _tables(cut, layout, data)
@@ -203,8 +205,12 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
     return dataclasses.replace(
         part,
         file=segments[0].file,
-        data=(data, *(s.file for s in (*segments[1:], sampler)), *kernels.values()),
-        chain=PartChain(steps, tables, kernels, sampler),
+        data=(
+            data,
+            *(s.file for s in (*segments[1:], sampler)),
+            *(*kernels.values(), *meetings.values()),
+        ),
+        chain=PartChain(steps, tables, kernels, sampler, meetings),
     )
 
 
@@ -251,21 +257,31 @@ def _compiler() -> Compiler:
             ) from missing
 
 
-def _kernels(config: Config, folder: Path) -> Mapping[str, str]:
-    """Compile the attention for every kind of GPU; files by the targets' names, for all ranks."""
-    with TemporaryDirectory(prefix=".kernels.", dir=folder) as scratch:
+def _kernels(config: Config, job: CompileJob) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Compile the attention for every kind of GPU, and where there are ranks, what they meet in.
+
+    Files by the targets' names, for all ranks.
+    """
+    if job.described:
+        return {}, {}
+    with TemporaryDirectory(prefix=".kernels.", dir=job.folder) as scratch:
         # Without a cache they are compiled again the next time.
-        cache = writable_cache("kernels") or Path(scratch)
+        cache, by = writable_cache("kernels") or Path(scratch), _compiler()
         try:
-            binaries = compile_set(config, _compiler(), cache)
+            attention = compile_set(config, by, cache)
+            meetings = compile_meetings(by, cache) if job.rank.of > 1 else ()
         except PluginError as error:
             raise BuildError(
                 error.summary, found=error.found, expected=error.expected, fix=error.fix
             ) from error
+    return _written(attention, _KERNELS, job.folder), _written(meetings, _MEETINGS, job.folder)
+
+
+def _written(binaries: Iterable[Binary], stem: str, folder: Path) -> Mapping[str, str]:
     files = {}
     for binary in binaries:
         kind = "ptx" if binary.target.name == "ptx" else f"{binary.target.name}.cubin"
-        files[binary.target.name] = f"{_KERNELS}.{kind}"
+        files[binary.target.name] = f"{stem}.{kind}"
         (folder / files[binary.target.name]).write_bytes(binary.code)
     return files
 

@@ -120,9 +120,7 @@ def run(meeting: Sum | Gather, place: Place, kernels: Kernels, stream: int) -> N
         kernels.launch(launch, params, stream)
 
 
-def launches(
-    name: str, meeting: Sum | Gather, place: Place
-) -> Iterator[tuple[Launch, Params]]:
+def launches(name: str, meeting: Sum | Gather, place: Place) -> Iterator[tuple[Launch, Params]]:
     """Each gives at most `ROOM` bytes, in blocks as small as threads allow."""
     groups = -(-meeting.items * ITEM_BYTES[meeting.dtype] // GROUP)
     most = BLOCKS * REGION

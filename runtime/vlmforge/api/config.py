@@ -42,7 +42,8 @@ class EngineConfig:
         tp: Ranks, each a process with its share of the decoder's weights. An engine that was built
             for several has as many, whatever this says; one of a single rank is cut into so many,
             once, and the result kept in the cache directory.
-        device_num, devices, attn_tp_size, mlp_tp_size: Accepted where they say what `tp` does.
+        device_num, attn_tp_size, mlp_tp_size: Accepted where they say what `tp` does.
+        devices: Numbers of the GPUs, one for each rank; None: the first ones.
         communicator: "nccl" is the fastest way that the backend has; on processors, shared memory.
             "mpi": the program was started by mpirun, once for each rank.
         session_len: Tokens of one conversation, images and answers included; None: the engine's.
@@ -138,6 +139,7 @@ TurbomindEngineConfig = EngineConfig
 RULES: Mapping[str, Rule] = {
     "model_name": OrNone(Text()),
     "tp": Int(1),
+    "devices": OrNone(ListOf(Int(0))),
     "session_len": OrNone(Int(1)),
     "max_batch_size": OrNone(Int(1)),
     "cache_max_entry_count": Number(0, 1, above=True),

@@ -15,6 +15,7 @@ from vlmforge import env
 from vlmforge.api.arguments import path_text
 from vlmforge.api.config import EngineConfig, VisionConfig
 from vlmforge.api.memory import feature_bytes, load_options, most_chunk, window_is_fixed
+from vlmforge.api.parallel import check_processors, devices_of
 from vlmforge.api.pipeline import Pipeline
 from vlmforge.backends import load_backend
 from vlmforge.engine.build_cache import cut_engine, engine_for
@@ -127,11 +128,14 @@ def _load(
     """Within `free` bytes; `finished`: it was not built for this call."""
     bundle = open_bundle(folder)
     manifest = bundle.manifest
+    _check_devices(config, manifest)
     if finished:
         _check_finished(config, manifest)
-    own = load_backend(manifest.backend).memory()
+    devices = devices_of(config.devices, manifest.parallel.tp)
+    own = load_backend(manifest.backend).memory(devices)
     options = load_options(bundle, config, free if own is None else own.bytes)
-    options = dataclasses.replace(options, mpi=config.communicator == "mpi")
+    mpi = config.communicator == "mpi"
+    options = dataclasses.replace(options, mpi=mpi, devices=devices)
     frozen = bundle.text(manifest.prompt.template_file)
     return load_engine(bundle, choose_template(manifest.prompt, frozen, template), options)
 
@@ -209,7 +213,9 @@ def _engine(path: str, config: EngineConfig) -> Path:
     folder = engine_for(path, options)
     if folder == env.expanded(path):
         # Nobody asks for one rank by name: it is the default, and an engine knows better.
-        as_it_is = config.tp == 1 or load_manifest(folder).parallel.tp == config.tp
+        manifest = load_manifest(folder)
+        _check_devices(config, manifest)
+        as_it_is = config.tp == 1 or manifest.parallel.tp == config.tp
         return folder if as_it_is else cut_engine(folder, int(config.tp))
     if asked is None:
         return folder
@@ -246,6 +252,11 @@ def _check_finished(config: EngineConfig, manifest: Manifest) -> None:
             expected=f"none: the engine was built of {manifest.provenance.source}",
             fix="leave revision out, or build-engine HUB_ID -o ENGINE --revision REVISION",
         )
+
+
+def _check_devices(config: EngineConfig, manifest: Manifest) -> None:
+    if manifest.kv.page_size is None and config.devices is not None:
+        check_processors(config.devices)
 
 
 def _check_pixels(folder: Path, vision: VisionConfig, config: EngineConfig) -> None:

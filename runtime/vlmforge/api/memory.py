@@ -27,6 +27,8 @@ _RANK_BYTES = 120 << 20
 _OVERCOMMIT = 4
 # Of a graph on a GPU, and of a segment of a chain: the library's own; and what allocations lose.
 _GRAPH_BYTES, _SEGMENT_BYTES, _ROOM = 600 << 20, 64 << 20, 1.2
+# Where GPUs meet: NCCL's buffers, and ours.
+_MEETING_BYTES = 640 << 20
 
 
 def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptions:
@@ -90,9 +92,8 @@ def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float)
             fix="EngineConfig(session_len=...) with a smaller window, a larger "
             "cache_max_entry_count, a GPU with more memory, or what else is on it ended",
         )
-    prompts = slots if manifest.parallel.tp == 1 else 1
     return LoadOptions(
-        slots, capacity, None, True, blocks, page, paged=True, chunk=chunk, prompts=prompts
+        slots, capacity, None, True, blocks, page, paged=True, chunk=chunk, prompts=slots
     )
 
 
@@ -145,7 +146,7 @@ def part_memory(part: Part, tokens: int, rows: int) -> PartMemory:
     if part.chain.sampler is not None:
         segments = (*segments, part.chain.sampler)
         taken += rows * part.chain.sampler.token_bytes
-    library = _SEGMENT_BYTES * len(segments)
+    library = _SEGMENT_BYTES * len(segments) + (_MEETING_BYTES if part.chain.collectives else 0)
     return PartMemory(part.loaded_bytes, whole + _ROOM * taken, library)
 
 

@@ -6,9 +6,10 @@ A,B -n 2 python app.py`, and by none of these fields.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from vlmforge.field_rules import Refusal
+from vlmforge.errors import ConfigError
+from vlmforge.field_rules import Refusal, shown
 
 ONE_HOST = "an engine and its ranks are one pipeline on one host, unless a launcher says otherwise"
 START_MORE = (
@@ -42,10 +43,29 @@ _ALWAYS: Mapping[str, Refusal] = {
 def parallel_refusals(tp: int) -> Mapping[str, Refusal]:
     """Of all fields that have to do with ranks, for a configuration of so many."""
     alike = Refusal((None, tp), NO_OTHER_CUT, _USE_TP)
-    first = Refusal(
-        (None, list(range(tp)), tuple(range(tp))),
-        "the ranks of an engine take the first devices, one each",
-        "leave it out; for others set CUDA_VISIBLE_DEVICES, or start one pipeline for each",
-    )
-    by_tp = {"device_num": alike, "attn_tp_size": alike, "mlp_tp_size": alike, "devices": first}
-    return {**_ALWAYS, **by_tp}
+    return {**_ALWAYS, "device_num": alike, "attn_tp_size": alike, "mlp_tp_size": alike}
+
+
+def devices_of(asked: Sequence[int] | None, ranks: int) -> tuple[int, ...]:
+    """The numbers of the ranks' devices, one each (ConfigError: not as many, or one twice)."""
+    if asked is None:
+        return tuple(range(ranks))
+    if len(asked) != ranks or len(set(asked)) != ranks:
+        raise ConfigError(
+            "EngineConfig: devices names no device for each rank of the engine.",
+            found=f"devices={shown(list(asked))}",
+            expected=f"{ranks} different numbers",
+            fix=f"devices={list(range(ranks))}, or leave it out: it means the first devices",
+        )
+    return tuple(int(number) for number in asked)
+
+
+def check_processors(devices: Sequence[int]) -> None:
+    """ConfigError: other devices than the first ones, for an engine that runs on processors."""
+    if list(devices) != list(range(len(devices))):
+        raise ConfigError(
+            "EngineConfig: an engine for processors takes the first devices.",
+            found=f"devices={shown(list(devices))}",
+            expected="no devices",
+            fix="leave it out; taskset, or a container, says which processors a program may use",
+        )

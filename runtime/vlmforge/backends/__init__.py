@@ -6,7 +6,7 @@ A backend shares its stem with the target of the builder that compiles for it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -43,6 +43,7 @@ class LoadOptions:
             at every use.
         mpi: Whether the ranks of an engine are those that mpirun has started.
         prompts: Whose parts may be run at once (see `DecoderBatch.lengths`).
+        devices: Numbers of the GPUs, one for each rank; empty: the first ones.
     """
 
     slots: int
@@ -55,6 +56,11 @@ class LoadOptions:
     chunk: int = 512
     mpi: bool = False
     prompts: int = 1
+    devices: tuple[int, ...] = ()
+
+    def device(self, rank: int) -> int:
+        """The number of a rank's GPU."""
+        return self.devices[rank] if self.devices else rank
 
     @property
     def whole_place(self) -> tuple[int, ...]:
@@ -177,6 +183,18 @@ class Communicator(Protocol):
             EOFError: on ranks other than the first: another one is no more.
         """
 
+    def watch(self, alarm: Callable[[], None]) -> None:
+        """Have `alarm` called, by any thread, when a rank is lost, and when all end.
+
+        For who waits where nothing can be raised, such as for a GPU. It is called soon, perhaps
+        more than once, and is a method of what it does not keep alive. Ranks other than the first
+        are ended then, without being asked.
+        """
+        del alarm
+
+    def check(self) -> None:
+        """RankError: a rank is lost, or all have ended."""
+
 
 @runtime_checkable
 class LikeliestDecoder(Protocol):
@@ -187,6 +205,17 @@ class LikeliestDecoder(Protocol):
 
         The lowest of equals, as `argmax` has it; -1 where logits are not finite. EngineError: the
         library failed.
+        """
+
+
+@runtime_checkable
+class FollowingDecoder(Protocol):
+    """A `DecoderSession` that can do its share of a step that another rank has asked for."""
+
+    def follow(self, batch: DecoderBatch) -> None:
+        """Begin what any call of the first rank's does with `batch`; nothing is waited for.
+
+        EngineError: the library failed, now or in an earlier step.
         """
 
 
@@ -220,8 +249,11 @@ class Backend(Protocol):
         del folder, options, ranks
         raise one_rank_only(manifest)
 
-    def memory(self) -> Room | None:
-        """What it may take of a memory of its own; None: engines lie in this process's memory."""
+    def memory(self, devices: Sequence[int] = (0,)) -> Room | None:
+        """What it may take of the memory of each of its own devices, of those with these numbers.
+
+        None: it has none, and engines lie in this process's memory.
+        """
 
     def check(self) -> None:
         """Whether this machine can run its engines (BackendUnavailableError otherwise)."""

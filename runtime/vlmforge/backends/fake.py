@@ -21,11 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from vlmforge.backends import cuda
+from vlmforge.backends import Communicator, cuda
 from vlmforge.backends.cuda import CudaBackend
-from vlmforge.backends.cuda.device import Device, Segment, T, Tensor, Work
+from vlmforge.backends.cuda.device import Device, MeetingPlace, Segment, T, Tensor, Work
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.backends.number_formats import DTYPES, decode, encode, rounded
+from vlmforge.backends.ranks import all_gather, all_reduce, processes
+from vlmforge.engine.chain import Collective
 from vlmforge.ort import ort
 from vlmforge_plugins.cached_attention.config import TARGETS, Config, Sizes, sizes
 from vlmforge_plugins.cached_attention.kernel_store import Loaded
@@ -244,6 +246,25 @@ class HostMemory:
     kept: NDArray[np.uint8]
 
 
+@dataclass(frozen=True, slots=True)
+class HostMeetings(MeetingPlace):
+    """See `MeetingPlace`. Sums are made in float32."""
+
+    ranks: Communicator
+
+    @override
+    def bind(self, call: Collective, given: Tensor, out: Tensor) -> Work:
+        meet = all_reduce if call.kind == "all_reduce" else all_gather
+
+        def work() -> None:
+            values = np.ascontiguousarray(_read(given), np.float32)
+            found = np.empty(out.shape, np.float32)
+            meet(self.ranks, values, found)
+            _bits(out)[:] = encode(found, out.dtype) if _narrow(out) else found
+
+        return work
+
+
 class HostDevice(Device):
     """See `Device`.
 
@@ -294,6 +315,11 @@ class HostDevice(Device):
         return Loaded(self._kernels(chosen), chosen, self.machine)
 
     @override
+    def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:
+        """Through what ranks on the processor meet by."""
+        return HostMeetings(ranks)
+
+    @override
     def captured(self, work: Work) -> Work:
         self.captures += 1
 
@@ -316,7 +342,7 @@ class HostBackend(CudaBackend):
     graphs: Graphs | None = None
 
     @override
-    def memory(self) -> None:
+    def memory(self, devices: Sequence[int] = (0,)) -> None:
         return None
 
     @override
@@ -324,15 +350,23 @@ class HostBackend(CudaBackend):
         """Runs everywhere."""
 
     @override
-    def device(self) -> HostDevice:
+    def device(self, number: int = 0) -> HostDevice:
         return HostDevice(self.make, self.graphs)
 
 
 @contextmanager
-def cuda_on_cpu(make: MakeKernels = NumpyKernels, graphs: Graphs | None = None) -> Iterator[None]:
-    """Engines of the backend `cuda` that are loaded within the block run on the processor."""
+def cuda_on_cpu(
+    make: MakeKernels = NumpyKernels,
+    graphs: Graphs | None = None,
+    program: str = "vlmforge.backends.fake_rank",
+) -> Iterator[None]:
+    """Engines of the backend `cuda` that are loaded within the block run on the processor.
+
+    So do the processes of other ranks that are started within it: `program` is theirs.
+    """
     real, cuda.BACKEND = cuda.BACKEND, HostBackend(make, graphs)
+    child, processes.CHILD = processes.CHILD, program
     try:
         yield
     finally:
-        cuda.BACKEND = real
+        cuda.BACKEND, processes.CHILD = real, child

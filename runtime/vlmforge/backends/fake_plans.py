@@ -215,7 +215,7 @@ class HostPlanBackend(PlanBackend):
     """A backend of plans on the processor."""
 
     @override
-    def memory(self) -> None:
+    def memory(self, devices: Sequence[int] = (0,)) -> None:
         return None
 
     @override

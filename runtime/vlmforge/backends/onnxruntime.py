@@ -300,7 +300,7 @@ class OnnxRuntimeBackend(Backend):
         return ChainedDecoder(part, sessions, manifest.rank_kv, options, ranks, weights)
 
     @override
-    def memory(self) -> None:
+    def memory(self, devices: Sequence[int] = (0,)) -> None:
         return None
 
     @override

@@ -74,7 +74,7 @@ class PlanBackend(Backend):
         return PagedDecoder(device, program, kv, manifest.decode.vocab_size, options)
 
     @override
-    def memory(self) -> Room | None:
+    def memory(self, devices: Sequence[int] = (0,)) -> Room | None:
         """What is free on the GPU now."""
         gpu = self._checked()
         return Room(gpu.free, f"the free memory of {gpu.name}")

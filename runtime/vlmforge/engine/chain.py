@@ -7,7 +7,7 @@ Between segments are calls of attention, collectives of tensor-parallel ranks, o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from typing_extensions import override
@@ -145,6 +145,8 @@ class PartChain(Agreeing):
         rotary: What the calls of attention rotate by; None where none does.
         kernels: Files of the attention's compiled kernels, by the names of their targets; none
             where attention is inside the segments.
+        meetings: Files of the compiled kernels in which GPUs meet, by the names of their targets;
+            none where they meet by those of a library.
         sampler: What chooses tokens from the logits of a step (`interface.CHOSEN`); None: the host
             does.
     """
@@ -153,6 +155,7 @@ class PartChain(Agreeing):
     rotary: RotaryTables | None
     kernels: Mapping[str, FilePath]
     sampler: Segment | None = None
+    meetings: Mapping[str, FilePath] = field(default_factory=dict)
 
     @override
     def disagreements(self) -> Iterator[tuple[str, str]]:
@@ -190,7 +193,8 @@ class PartChain(Agreeing):
         """All that it names."""
         tables = () if self.rotary is None else (self.rotary.file,)
         graphs = (*self.segments, *(() if self.sampler is None else (self.sampler,)))
-        return frozenset((*(s.file for s in graphs), *self.kernels.values(), *tables))
+        kernels = (*self.kernels.values(), *self.meetings.values())
+        return frozenset((*(s.file for s in graphs), *kernels, *tables))
 
     def missing(self, inputs: frozenset[str]) -> frozenset[str]:
         """Tensors that a step takes and neither the part's `inputs` nor an earlier step gives."""

@@ -12,7 +12,14 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import override
 
-from vlmforge.backends import Backend, DecoderSession, FloatArray, LoadOptions, VisionSession
+from vlmforge.backends import (
+    Backend,
+    Communicator,
+    DecoderSession,
+    FloatArray,
+    LoadOptions,
+    VisionSession,
+)
 from vlmforge.backends.cuda import machine
 from vlmforge.backends.cuda.chain import ChainProgram
 from vlmforge.backends.cuda.choosing import TokenSampler
@@ -20,7 +27,7 @@ from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.cuda.device import Device
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.interface import PIXEL_VALUES
-from vlmforge.engine.manifest import Manifest
+from vlmforge.engine.manifest import Manifest, Part, decoder_name
 from vlmforge.limits import Room
 from vlmforge.ort import ort
 
@@ -37,27 +44,39 @@ class _Vision(VisionSession):
 
 @dataclass(frozen=True, slots=True)
 class CudaBackend(Backend):
-    """See the module: the first GPU."""
+    """See the module: the first GPU, or one for each rank."""
 
     @override
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
-        del options
-        return _Vision(self.device().session(folder / manifest.part("vision").file))
+        device = self.device(options.device(0))
+        return _Vision(device.session(folder / manifest.part("vision").file))
 
     @override
     def load_decoder(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
-        device, kv, part = self.device(), manifest.kv, manifest.part("decoder")
-        assert part.chain is not None
-        program, graph = ChainProgram(device, folder, part, kv, options), part.chain.sampler
-        sampler = None if graph is None else TokenSampler(device, folder, graph, options.slots)
-        return PagedDecoder(device, program, kv, manifest.decode.vocab_size, options, sampler)
+        device, part = self.device(options.device(0)), manifest.part("decoder")
+        program = ChainProgram(device, folder, part, manifest.kv, options)
+        return _decoder(device, folder, manifest, part, program, options)
 
     @override
-    def memory(self) -> Room | None:
-        """What is free on the GPU now."""
-        gpu = _check()
+    def load_rank(
+        self, folder: Path, manifest: Manifest, options: LoadOptions, ranks: Communicator
+    ) -> DecoderSession:
+        """One GPU a rank. They do what takes long first: on a GPU none waits for long."""
+        part, kv = manifest.part(decoder_name(ranks.rank)), manifest.rank_kv
+        assert part.chain is not None
+        device = self.device(options.device(ranks.rank))
+        kernels = {name: folder / file for name, file in part.chain.meetings.items()}
+        place = device.meeting_place(ranks, kernels)
+        program = ChainProgram(device, folder, part, kv, options, place)
+        ranks.meet(np.zeros(1, np.float32))
+        return _decoder(device, folder, manifest, part, program, options)
+
+    @override
+    def memory(self, devices: Sequence[int] = (0,)) -> Room | None:
+        """What is free now, on the one of these GPUs that has least."""
+        gpu = min((_check(number) for number in devices), key=lambda found: found.free)
         return Room(gpu.free, f"the free memory of {gpu.name}")
 
     @override
@@ -68,17 +87,36 @@ class CudaBackend(Backend):
     def versions(self) -> Sequence[tuple[str, str]]:
         return (("onnxruntime", ort.__version__),)
 
-    def device(self) -> Device:
+    def device(self, number: int = 0) -> Device:
         """A device for a part of an engine (BackendUnavailableError: see `check`)."""
-        _check()
+        _check(number)
         machine.preload()
         from vlmforge.backends.cuda.gpu import Gpu  # not before the bindings are known to be there
 
-        return Gpu()
+        return Gpu(number)
 
 
-def _check() -> machine.FoundGpu:
-    return machine.check_machine(machine.find_gpu, ort.get_available_providers())
+def _decoder(
+    device: Device,
+    folder: Path,
+    manifest: Manifest,
+    part: Part,
+    program: ChainProgram,
+    options: LoadOptions,
+) -> PagedDecoder:
+    """Tokens are chosen by the first rank alone."""
+    assert part.chain is not None
+    graph = part.chain.sampler if part.name == decoder_name(0) else None
+    sampler = None if graph is None else TokenSampler(device, folder, graph, options.slots)
+    vocab_size = manifest.decode.vocab_size
+    return PagedDecoder(device, program, manifest.rank_kv, vocab_size, options, sampler)
+
+
+def _check(number: int = 0) -> machine.FoundGpu:
+    def find() -> machine.FoundGpu:
+        return machine.find_gpu(number) if number else machine.find_gpu()
+
+    return machine.check_machine(find, ort.get_available_providers())
 
 
 BACKEND: CudaBackend = CudaBackend()

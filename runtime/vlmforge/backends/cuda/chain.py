@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from typing_extensions import override
 
 from vlmforge.backends import LoadOptions
-from vlmforge.backends.cuda.device import Device, Memory, Segment, Tensor, Work
+from vlmforge.backends.cuda.device import Device, MeetingPlace, Memory, Segment, Tensor, Work
 from vlmforge.backends.cuda.frames import (
     PAST,
     Arrangement,
@@ -19,6 +19,7 @@ from vlmforge.backends.cuda.frames import (
     inputs_of,
     largest,
     made_by,
+    tensors_of,
 )
 from vlmforge.backends.cuda.program import FEW, Pools, Program
 from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, TensorSpec
@@ -36,10 +37,18 @@ class ChainProgram(Program):
     gives_likeliest = True
 
     def __init__(
-        self, device: Device, folder: Path, part: Part, kv: KVLayout, options: LoadOptions
+        self,
+        device: Device,
+        folder: Path,
+        part: Part,
+        kv: KVLayout,
+        options: LoadOptions,
+        place: MeetingPlace | None = None,
     ) -> None:
+        """`place`: where it meets the other ranks, if there are any."""
         assert part.chain is not None and kv.page_size is not None
-        self._device, self._chain = device, part.chain
+        self._device, self._chain, self._place = device, part.chain, place
+        self._specs = tensors_of(part.chain)
         self._page, self._columns = kv.page_size, -(-options.capacity // kv.page_size)
         self._inputs = inputs_of(part.inputs, self._columns)
         self._segments = {s.file: device.segment(folder / s.file) for s in part.chain.segments}
@@ -93,10 +102,15 @@ class ChainProgram(Program):
     ) -> Work:
         if step.attention is not None:
             return self._attention(step.attention, size, at, planned, pools)
-        assert step.segment is not None
 
-        def tensors(specs: tuple[TensorSpec, ...]) -> list[Tensor]:
+        def tensors(specs: Iterable[TensorSpec]) -> list[Tensor]:
             return [Tensor(s.name, s.dtype, size.shape(s), at[s.name]) for s in specs]
+
+        if (call := step.collective) is not None:
+            assert self._place is not None
+            given, out = tensors(self._specs[name] for name in (call.tensor, call.out))
+            return self._place.bind(call, given, out)
+        assert step.segment is not None
 
         loaded: Segment = self._segments[step.segment.file]
         return loaded.bind(tensors(step.segment.inputs), tensors(step.segment.outputs))

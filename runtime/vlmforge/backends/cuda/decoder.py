@@ -102,6 +102,12 @@ class PagedDecoder(DecoderSession):
         # Tokens are chosen from a decoded step's at once; a prompt's may be kept for its end.
         return logits if frame.size.replayed else logits.copy()
 
+    def follow(self, batch: DecoderBatch) -> None:
+        """See `FollowingDecoder`."""
+        frame = self._frame(_size(batch))
+        self._fill(frame, batch)
+        self._run(frame)
+
     def _token_by_token(self, batch: DecoderBatch) -> FloatArray:
         """The logits after several tokens, of a program that gives fewer of them in a step."""
         found = np.concatenate([self.step(one).copy() for one in _tokens(batch)], axis=1)

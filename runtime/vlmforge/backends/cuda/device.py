@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmforge.backends import Communicator
+from vlmforge.engine.chain import Collective
 from vlmforge.ort import ort
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.kernel_store import Loaded
@@ -61,6 +63,23 @@ class Segment(Protocol):
         """
 
 
+class MeetingPlace(Protocol):
+    """Where a rank meets the others over what lies in their devices' memory.
+
+    All ranks enqueue the same meetings in the same order.
+    """
+
+    def bind(self, call: Collective, given: Tensor, out: Tensor) -> Work:
+        """What enqueues a meeting, as often as it is called, and may be captured.
+
+        Sums are made in float32 and rounded once, or, of large tensors, in any order that is the
+        same on all ranks.
+
+        Raises (when called):
+            EngineError: a library failed; RankError: a rank is lost.
+        """
+
+
 class Device(Protocol):
     """A device with a stream of work. One thread at a time.
 
@@ -93,6 +112,16 @@ class Device(Protocol):
 
         Raises:
             BackendUnavailableError: there are none for it.
+        """
+
+    def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:
+        """Meet the others for the first time; all ranks do, with one device each.
+
+        `files`: compiled kernels by their targets' names (see `PartChain.meetings`).
+
+        Raises:
+            BackendUnavailableError: there is no way that all of them have.
+            RankError: a rank is lost.
         """
 
     def captured(self, work: Work) -> Work:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vlmforge.backends import LoadOptions
 from vlmforge.backends.cuda.device import ITEM_BYTES
 from vlmforge.backends.number_formats import DTYPES
-from vlmforge.engine.chain import PartChain, TensorSpec
+from vlmforge.engine.chain import ChainStep, PartChain, TensorSpec
 from vlmforge.engine.interface import BATCH, BLOCK_TABLE, OUTPUTS, QUERY_LENGTHS, ROWS, TOKENS
 
 ALIGNMENT = 256
@@ -127,11 +127,16 @@ def arrange(chain: PartChain, inputs: Sequence[TensorSpec], size: Size) -> Arran
     offsets, end = {}, 0
     for spec in inputs:
         offsets[spec.name], end = end, end + _bytes(spec, size.dims)
-    specs = {s.name: s for seg in chain.segments for s in (*seg.inputs, *seg.outputs)}
-    last = _last_uses(chain)
+    specs = tensors_of(chain)
+    last = {
+        name: index
+        for index, step in enumerate(chain.steps)
+        for name in sorted(step.taken | step.given)
+    }
     living: dict[str, tuple[int, int]] = {}  # by name: begin and end
     most = end
-    for index, names in enumerate(_made(chain)):
+    for index, step in enumerate(chain.steps):
+        names = _given(step)
         living = {name: place for name, place in living.items() if last[name] >= index}
         for name in names:
             needed = _bytes(specs[name], size.dims)
@@ -157,29 +162,19 @@ def in_a_row(
 
 def made_by(chain: PartChain, name: str) -> int:
     """The step that gives a tensor."""
-    return next(index for index, names in enumerate(_made(chain)) if name in names)
+    return next(index for index, step in enumerate(chain.steps) if name in step.given)
 
 
-def _made(chain: PartChain) -> list[tuple[str, ...]]:
-    """The names of what each step gives."""
-    made = []
-    for step in chain.steps:
-        if step.segment is not None:
-            made.append(tuple(spec.name for spec in step.segment.outputs))
-        elif step.attention is not None:
-            made.append((step.attention.out,))
-    return made
+def tensors_of(chain: PartChain) -> Mapping[str, TensorSpec]:
+    """All that segments take and give, by name; what else is given, a segment takes."""
+    return {s.name: s for seg in chain.segments for s in (*seg.inputs, *seg.outputs)}
 
 
-def _last_uses(chain: PartChain) -> dict[str, int]:
-    """The last step that takes or gives each tensor."""
-    last = {name: index for index, names in enumerate(_made(chain)) for name in names}
-    for index, step in enumerate(chain.steps):
-        if step.segment is not None:
-            last.update({spec.name: index for spec in step.segment.inputs})
-        elif step.attention is not None:
-            last[step.attention.qkv] = index
-    return last
+def _given(step: ChainStep) -> tuple[str, ...]:
+    """Names of what a step gives, in one order always."""
+    if step.segment is not None:
+        return tuple(spec.name for spec in step.segment.outputs)
+    return tuple(step.given)
 
 
 def _gap(taken: Sequence[tuple[int, int]], start: int, needed: int) -> int:

@@ -20,7 +20,8 @@ from cuda.bindings import driver
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from vlmforge.backends.cuda.device import Device, T, Work
+from vlmforge.backends import Communicator
+from vlmforge.backends.cuda.device import Device, MeetingPlace, T, Work
 from vlmforge.backends.cuda.machine import MEND, PROVIDER
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.errors import BackendUnavailableError, EngineError
@@ -49,7 +50,7 @@ def enter(ordinal: int = 0) -> None:
 class GpuMemory:
     """See `Memory`."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, ordinal: int) -> None:
         try:
             self.address = int(call(driver.cuMemAlloc, size))
         except PluginError as error:
@@ -61,104 +62,133 @@ class GpuMemory:
                 fix="EngineConfig(cache_max_entry_count=...) with a smaller share, a smaller "
                 "session_len or max_batch_size, or end what else is on the GPU",
             ) from error
-        weakref.finalize(self, _free, driver.cuMemFree, self.address).atexit = False
+        weakref.finalize(self, free, ordinal, driver.cuMemFree, self.address).atexit = False
 
 
-class _Staging:
-    """Memory of the host that the GPU reads and writes at full rate."""
+class PinnedMemory:
+    """Memory of the host that the GPU reads and writes at full rate, at the same address."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, ordinal: int) -> None:
         self.address = int(call(driver.cuMemHostAlloc, size, 0))
         raw = (ctypes.c_ubyte * size).from_address(self.address)
         self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(raw)
-        weakref.finalize(self, _free, driver.cuMemFreeHost, self.address).atexit = False
+        weakref.finalize(self, free, ordinal, driver.cuMemFreeHost, self.address).atexit = False
 
 
-def _free(function: Any, handle: Any) -> None:
-    enter()
+def free(ordinal: int, function: Any, handle: Any) -> None:
+    """Give back what is a GPU's."""
+    enter(ordinal)
     call(function, handle)
 
 
-class Gpu(Device):
-    """See `Device`."""
+def _nothing() -> None:
+    pass
 
-    def __init__(self) -> None:
-        enter()
+
+class Gpu(Device):
+    """See `Device`. The one with the number `ordinal`.
+
+    Attributes:
+        waited: Called whenever it was waited for; raises what has come to light meanwhile.
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        self.ordinal, self.waited = ordinal, _nothing
+        self.enter()
         ort.set_default_logger_severity(3)  # it warns of each session that there is no plugin
         non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         stream = call(driver.cuStreamCreate, non_blocking)
         self.stream = int(stream)
-        self._up, self._down = _Staging(_LEAST_STAGING), _Staging(_LEAST_STAGING)
-        weakref.finalize(self, _free, driver.cuStreamDestroy, stream).atexit = False
+        self._up, self._down = (PinnedMemory(_LEAST_STAGING, ordinal) for _ in range(2))
+        weakref.finalize(self, free, ordinal, driver.cuStreamDestroy, stream).atexit = False
+
+    def enter(self) -> None:
+        """Make its context that of the calling thread."""
+        enter(self.ordinal)
+
+    def wait(self) -> None:
+        """Return when all that is enqueued has ended; see `waited` for what it raises."""
+        try:
+            call(driver.cuStreamSynchronize, self.stream)
+        finally:
+            self.waited()
 
     @override
     def allocate(self, size: int) -> GpuMemory:
-        enter()
-        return GpuMemory(size)
+        self.enter()
+        return GpuMemory(size, self.ordinal)
 
     @override
     def upload(self, address: int, values: NDArray[Any]) -> None:
-        enter()
+        self.enter()
         # What was uploaded before has been read: every step is waited for by its download, but
         # for those that give nothing.
-        call(driver.cuStreamSynchronize, self.stream)
+        self.wait()
         if values.nbytes > len(self._up.bytes):
-            self._up = _Staging(values.nbytes)
+            self._up = PinnedMemory(values.nbytes, self.ordinal)
         flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         self._up.bytes[: values.nbytes] = flat
         call(driver.cuMemcpyHtoDAsync, address, self._up.address, values.nbytes, self.stream)
 
     @override
     def download(self, address: int, shape: tuple[int, ...], dtype: np.dtype[T]) -> NDArray[T]:
-        enter()
+        self.enter()
         size = dtype.itemsize * math.prod(shape)
         if size > len(self._down.bytes):
-            self._down = _Staging(size)
+            self._down = PinnedMemory(size, self.ordinal)
         call(driver.cuMemcpyDtoHAsync, self._down.address, address, size, self.stream)
-        call(driver.cuStreamSynchronize, self.stream)
+        self.wait()
         found: NDArray[T] = self._down.bytes[:size].view(dtype)
         return found.reshape(shape)
 
     @override
     def copy(self, source: int, target: int, size: int) -> None:
-        enter()
+        self.enter()
         call(driver.cuMemcpyDtoDAsync, target, source, size, self.stream)
 
     @override
     def segment(self, file: Path) -> OrtSegment:
         settings = {"user_compute_stream": str(self.stream), "do_copy_in_default_stream": "1"}
-        return OrtSegment(_session(file, settings), "cuda", self)
+        return OrtSegment(_session(file, self.ordinal, settings), "cuda", self, self.ordinal)
 
     @override
     def session(self, file: Path) -> ort.InferenceSession:
-        return _session(file, {})
+        return _session(file, self.ordinal, {})
 
     @override
     def kernels(self, config: Config, files: Mapping[str, Path]) -> Loaded:
-        enter()
+        self.enter()
         try:
-            return _loaded(config, files, capability(), machine())
+            found = capability(self.ordinal), machine(self.ordinal)
+            return _loaded(config, files, *found)
         except PluginError as error:
             raise BackendUnavailableError(
                 error.summary, found=error.found, expected=error.expected, fix=error.fix
             ) from error
 
     @override
+    def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:
+        from vlmforge.backends.cuda.meeting import meet_first  # of several ranks only
+
+        return meet_first(self, ranks, files)
+
+    @override
     def captured(self, work: Work) -> Work:
-        enter()
+        self.enter()
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         call(driver.cuStreamBeginCapture, self.stream, mode)
         try:
             work()
         finally:
             graph = call(driver.cuStreamEndCapture, self.stream)
-        return _Replay(graph, self.stream, work)
+        return _Replay(graph, self.stream, work, self.ordinal)
 
 
-def _session(file: Path, settings: Mapping[str, str]) -> ort.InferenceSession:
+def _session(file: Path, ordinal: int, settings: Mapping[str, str]) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.enable_mem_pattern = False  # it keeps one piece of memory for each size that ever came
-    common = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+    common = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+    common |= {"device_id": str(ordinal)}
     session = open_session(file, [(PROVIDER, {**common, **settings})], options)
     if session.get_providers()[0] != PROVIDER:
         raise not_loaded(file)
@@ -168,11 +198,11 @@ def _session(file: Path, settings: Mapping[str, str]) -> ort.InferenceSession:
 class _Replay:
     """A captured graph. What it was captured from, and all that is in it, is kept."""
 
-    def __init__(self, graph: Any, stream: int, work: Work) -> None:
+    def __init__(self, graph: Any, stream: int, work: Work, ordinal: int) -> None:
         self._ready = call(driver.cuGraphInstantiate, graph, 0)
         call(driver.cuGraphDestroy, graph)
         self._stream, self._work = stream, work
-        weakref.finalize(self, _free, driver.cuGraphExecDestroy, self._ready).atexit = False
+        weakref.finalize(self, free, ordinal, driver.cuGraphExecDestroy, self._ready).atexit = False
 
     def __call__(self) -> None:
         call(driver.cuGraphLaunch, self._ready, self._stream)

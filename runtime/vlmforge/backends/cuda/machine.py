@@ -115,8 +115,8 @@ def _answering(find: Find, backend: str, gpus: str, elsewhere: str) -> FoundGpu:
         ) from error
 
 
-def find_gpu() -> FoundGpu:
-    """Ask the driver for the first GPU; see `check_machine` for what it raises."""
+def find_gpu(number: int = 0) -> FoundGpu:
+    """Ask the driver for a GPU, the first; see `check_machine` for what it raises."""
     ctypes.CDLL(_DRIVER)
     from cuda.bindings import driver
 
@@ -125,14 +125,17 @@ def find_gpu() -> FoundGpu:
     from vlmforge_plugins.errors import LaunchError
 
     try:
-        enter()
-        name = call(driver.cuDeviceGetName, 128, call(driver.cuDeviceGet, 0))
+        call(driver.cuInit, 0)
+        if number >= (count := int(call(driver.cuDeviceGetCount))):
+            raise RuntimeError(f"number {number}, of {count}")
+        enter(number)
+        name = call(driver.cuDeviceGetName, 128, call(driver.cuDeviceGet, number))
         free, total = call(driver.cuMemGetInfo)
         known = int(call(driver.cuDriverGetVersion))
     except LaunchError as error:
         raise RuntimeError(error.found) from error
     words = bytes(name).partition(b"\0")[0].decode(errors="replace").strip()
-    return FoundGpu(words, capability(), known, int(free), int(total))
+    return FoundGpu(words, capability(number), known, int(free), int(total))
 
 
 def installed_onnxruntime() -> str:

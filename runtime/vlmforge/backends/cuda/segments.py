@@ -16,10 +16,15 @@ _ELEMENTS = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "float64": 11,
 
 
 class OrtSegment(Segment):
-    """See `Segment`. `owner` is kept as long as the session: the stream is its."""
+    """See `Segment`. `owner` is kept as long as the session: the stream is its.
 
-    def __init__(self, session: ort.InferenceSession, kind: str, owner: object) -> None:
-        self._session, self._kind = session, kind
+    Tensors are of the device `number` of its kind.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, kind: str, owner: object, number: int = 0
+    ) -> None:
+        self._session, self._kind, self._number = session, kind, number
         self._run_options = ort.RunOptions()
         # Nobody waits for the device here: what is read is read from the same stream.
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -31,7 +36,7 @@ class OrtSegment(Segment):
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for item in tensors:
                 element = _ELEMENTS[item.dtype]
-                bind(item.name, self._kind, 0, element, item.shape, item.address)
+                bind(item.name, self._kind, self._number, element, item.shape, item.address)
 
         def work() -> None:
             try:

@@ -9,6 +9,25 @@ import numpy as np
 
 from vlmforge.backends import Communicator, FloatArray
 
+_WORDS = 256  # bytes of a reason
+
+
+def exchange(ranks: Communicator, data: bytes) -> list[bytes]:
+    """What each rank gives, by rank: of all equally long."""
+    found: list[list[bytes]] = [[] for _ in range(ranks.size)]
+    for start in range(0, len(data), ranks.room):
+        piece = np.frombuffer(data[start : start + ranks.room], np.uint8).astype(np.float32)
+        for rank, values in enumerate(ranks.meet(piece)):
+            found[rank].append(values.astype(np.uint8).tobytes())
+    return [b"".join(pieces) for pieces in found]
+
+
+def hindrance(ranks: Communicator, own: str) -> str:
+    """What keeps one of the ranks from something; "" on all if nothing does on any."""
+    said = exchange(ranks, own.encode()[:_WORDS].ljust(_WORDS, b"\0"))
+    words = [text.rstrip(b"\0").decode(errors="ignore") for text in said]
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(words) if text), "")
+
 
 def all_reduce(ranks: Communicator, values: FloatArray, out: FloatArray) -> None:
     """The sum of all ranks' `values` into `out` of the same shape, contiguous both.

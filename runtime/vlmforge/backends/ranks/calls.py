@@ -19,9 +19,13 @@ from vlmforge.backends import (
     DecoderBatch,
     DecoderSession,
     FloatArray,
+    FollowingDecoder,
+    IntArray,
     KeyValues,
+    LikeliestDecoder,
     LoadOptions,
 )
+from vlmforge.backends.choice import Choice, ChoosingDecoder, Picked
 from vlmforge.errors import RankError
 from vlmforge.kv.cache import Drop, Move
 
@@ -82,7 +86,10 @@ class OtherRanks(Protocol):
 def carry_out(call: Call, decoder: DecoderSession, rank: int, size: int) -> KeyValues | None:
     """Do what the first rank has told; returns what is to be sent back, or None."""
     if isinstance(call, DecoderBatch):
-        decoder.step(call)
+        if isinstance(decoder, FollowingDecoder):
+            decoder.follow(call)
+        else:
+            decoder.step(call)
     elif isinstance(call, Read):
         return decoder.read(call.place, call.tokens)
     elif isinstance(call, Write):
@@ -131,23 +138,22 @@ class RankedDecoder(DecoderSession, ClosableDecoder):
 
     @override
     def step(self, batch: DecoderBatch) -> FloatArray:
-        with self._together():
-            self._others.tell(batch)
+        with self.together(batch):
             return self.own.step(batch)
 
     @override
     def move(self, move: Move) -> None:
         if isinstance(move, Drop) and self._others.over:
             return  # the memory went with them
-        with self._together():
-            self._others.tell(move)
+        with self.together(move):
             self.own.move(move)
 
     @override
     def read(self, place: Sequence[int], tokens: int) -> KeyValues:
+        own = self.own.read(place, tokens)  # refused before anything is told
         with self._together():
             self._others.tell(Read(tuple(place), tokens))
-            shares = [self.own.read(place, tokens), *self._others.answers()]
+            shares = [own, *self._others.answers()]
         return {name: np.concatenate([share[name] for share in shares]) for name in shares[0]}
 
     @override
@@ -161,6 +167,13 @@ class RankedDecoder(DecoderSession, ClosableDecoder):
         self._others.close()
 
     @contextmanager
+    def together(self, call: Call) -> Iterator[None]:
+        """The others do `call` while this rank does its share of it."""
+        with self._together():
+            self._others.tell(call)
+            yield
+
+    @contextmanager
     def _together(self) -> Iterator[None]:
         """All ranks do it, or none is of use any more."""
         try:
@@ -171,3 +184,30 @@ class RankedDecoder(DecoderSession, ClosableDecoder):
             # error.
             traceback.clear_frames(error.__traceback__)
             raise
+
+
+class RankedChoosingDecoder(RankedDecoder):
+    """The same where the first rank has the logits on a device, and can choose tokens there."""
+
+    def __init__(self, own: DecoderSession, others: OtherRanks) -> None:
+        super().__init__(own, others)
+        assert isinstance(own, LikeliestDecoder) and isinstance(own, ChoosingDecoder)
+        self._device, self.chooses = own, own.chooses
+
+    def likeliest(self, batch: DecoderBatch) -> IntArray:
+        """See `LikeliestDecoder`."""
+        with self.together(batch):
+            return self._device.likeliest(batch)
+
+    def choose(
+        self, batch: DecoderBatch, choices: Sequence[Choice | None]
+    ) -> Sequence[Picked | FloatArray]:
+        """See `ChoosingDecoder`."""
+        with self.together(batch):
+            return self._device.choose(batch, choices)
+
+
+def ranked(own: DecoderSession, others: OtherRanks) -> RankedDecoder:
+    """The decoder of all ranks, which can what the first one's can."""
+    on_device = isinstance(own, LikeliestDecoder) and isinstance(own, ChoosingDecoder)
+    return RankedChoosingDecoder(own, others) if on_device else RankedDecoder(own, others)

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import NoReturn, cast
 
 from typing_extensions import override
@@ -39,6 +40,14 @@ class _Patience(Watch):
     @override
     def lost(self, rank: int) -> NoReturn:
         raise SystemExit(LEFT_STATUS)
+
+    @override
+    def guard(self, alarm: Callable[[], None]) -> None:
+        """Nothing: this one is ended with the first."""
+
+    @override
+    def check(self) -> None:
+        """Nothing: see `guard`."""
 
 
 def main(place: Place) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from vlmforge.backends import Backend, DecoderSession, LoadOptions, one_rank_only
 from vlmforge.backends.chained import room_of
-from vlmforge.backends.ranks.calls import RankedDecoder
+from vlmforge.backends.ranks.calls import ranked
 from vlmforge.backends.ranks.mpi import MpiRanks, world
 from vlmforge.backends.ranks.processes import Processes
 from vlmforge.engine.manifest import Manifest
+from vlmforge.errors import BackendUnavailableError
 
 
 def load_ranked(
@@ -18,11 +19,18 @@ def load_ranked(
     """The decoder of an engine that was built for several ranks; the others are started.
 
     Raises:
-        BackendUnavailableError: the backend has no ranks.
+        BackendUnavailableError: the backend has no ranks, or not of that kind.
         EngineError: a part cannot be loaded, or a rank failed (RankError).
     """
     if manifest.part("decoder").chain is None:  # plans, inside which ranks would meet
         raise one_rank_only(manifest)
+    if options.mpi and manifest.kv.page_size is not None:
+        raise BackendUnavailableError(
+            "Ranks that mpirun has started have no GPUs.",
+            found=f"communicator='mpi' for an engine of {manifest.backend}",
+            expected="ranks that the pipeline starts, one for each GPU of its host",
+            fix="leave communicator out, and mpirun",
+        )
     size, tokens = manifest.parallel.tp, max(options.chunk, options.slots)
     room = room_of(manifest.part("decoder"), tokens, size)
     others = MpiRanks(world(size), room) if options.mpi else Processes(size, room)
@@ -33,4 +41,4 @@ def load_ranked(
     except BaseException:
         others.close()
         raise
-    return RankedDecoder(first, others)
+    return ranked(first, others)

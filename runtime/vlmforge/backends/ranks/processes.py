@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing_extensions import override
 from vlmforge import env
 from vlmforge.backends import KeyValues, LoadOptions, onnxruntime
 from vlmforge.backends.ranks.calls import SILENT_S, Call, OtherRanks, no_sign, rank_error
+from vlmforge.backends.ranks.guard import Guard
 from vlmforge.backends.ranks.serving import Failed, Task
 from vlmforge.backends.ranks.wire import Board, Channel, SharedMemory, Watch
 from vlmforge.errors import RankError
@@ -34,7 +36,8 @@ from vlmforge.errors import RankError
 CHILD = "vlmforge.backends.ranks.child"
 LEFT_STATUS = 75  # of a rank that ended because another one had
 _LOOK_MS = 100
-# A rank that has never shown itself hangs after so long: its program is read from a slow disk.
+# A rank that has not loaded its part hangs after so long: its program, and libraries that let no
+# thread of it show that it lives meanwhile, are read from a slow disk.
 _START_S = 120.0
 _SETTLE_S = 1.0  # ranks that end because one has: which was the first is known then
 _groups: weakref.WeakSet[Processes]
@@ -85,6 +88,7 @@ class Processes(OtherRanks, Watch):
         self._polls: dict[tuple[int, int], select.poll] = {}
         self._communicator: SharedMemory | None = None
         self._seen, self._silent = [0] * size, [0.0] * size
+        self._guard, self._loaded = Guard(), False
         _groups.add(self)
         try:
             self._start(room)
@@ -138,6 +142,8 @@ class Processes(OtherRanks, Watch):
     def wait_until_loaded(self) -> None:
         for rank, channel in self._channels.items():
             self._heard(rank, channel)
+        self._loaded = True
+        self._guard.loaded()
 
     @property
     @override
@@ -169,20 +175,22 @@ class Processes(OtherRanks, Watch):
     def close(self) -> None:
         if os.getpid() != self._owner:
             return
+        if self._error is None:
+            self._error = rank_error(0, self.size, "it was closed")
+        self._guard.ring()
         for child in self._children.values():
             child.kill()
         for child in self._children.values():
             with suppress(subprocess.TimeoutExpired):  # the kernel is busy with it
                 child.wait(_SETTLE_S)
         self.let_go()
-        if self._error is None:
-            self._error = rank_error(0, self.size, "it was closed")
 
     def let_go(self) -> None:
         """Close what leads to them: in a forked child it would outlive the parent."""
         pipes, self._pipes = self._pipes, {}
         channels, self._channels = self._channels, {}
         communicator, self._communicator = self._communicator, None
+        self._guard.let_go()
         if communicator is not None:
             communicator.let_go()
         for channel in channels.values():
@@ -192,6 +200,24 @@ class Processes(OtherRanks, Watch):
         for child in self._children.values():
             if child.stdin is not None:
                 child.stdin.close()
+
+    @override
+    def guard(self, alarm: Callable[[], None]) -> None:
+        """Also those that hang are found, as nobody else looks while a device is waited for."""
+        channels = {rank: channel.fileno() for rank, channel in self._channels.items()}
+        self._guard.add(alarm, channels, self.communicator.board)
+
+    @override
+    def check(self) -> None:
+        self._check()
+        if (rank := self._guard.hangs) is not None:
+            self._fail(rank, no_sign(SILENT_S))
+        poll = select.poll()
+        for channel in self._channels.values():
+            poll.register(channel.fileno(), select.POLLIN)
+        self._listen({found for found, _ in poll.poll(0)})
+        if self._guard.rung:  # a rank has gone without a word
+            self.lost(self._guard.gone or 0)
 
     # --- waiting -------------------------------------------------------------------------------
 
@@ -233,7 +259,7 @@ class Processes(OtherRanks, Watch):
             else:
                 # Looks are counted, not time: while this process stands still, so may all.
                 self._silent[rank] += _LOOK_MS / 1000
-                begun = count or _stopped(self._children[rank].pid)
+                begun = self._loaded or _stopped(self._children[rank].pid)
                 if self._silent[rank] >= (patience := SILENT_S if begun else _START_S):
                     self._fail(rank, no_sign(patience))
 

@@ -13,7 +13,7 @@ import pickle
 import select
 import socket
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from mmap import mmap
 from typing import NoReturn, Protocol
 
@@ -35,6 +35,12 @@ class Watch(Protocol):
 
     def lost(self, rank: int) -> NoReturn:
         """The other end of what leads to `rank` is closed: raise what is to be said of it."""
+
+    def guard(self, alarm: Callable[[], None]) -> None:
+        """See `Communicator.watch`."""
+
+    def check(self) -> None:
+        """See `Communicator.check`."""
 
 
 class Channel:
@@ -154,6 +160,14 @@ class SharedMemory(Communicator):
     def let_go(self) -> None:
         """There will be no more meetings: the memory goes, whoever still holds this."""
         self._board = None
+
+    @override
+    def watch(self, alarm: Callable[[], None]) -> None:
+        self._watch.guard(alarm)
+
+    @override
+    def check(self) -> None:
+        self._watch.check()
 
     @override
     def meet(self, values: FloatArray) -> Sequence[FloatArray]:

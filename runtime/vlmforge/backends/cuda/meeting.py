@@ -1,0 +1,109 @@
+"""Where the GPUs of one host meet: small tensors by our kernels over memory that all of them see,
+large ones by NCCL. Where one of both is not to be had, all goes by the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+from typing_extensions import override
+
+from vlmforge.backends import Communicator
+from vlmforge.backends.cuda.device import ITEM_BYTES, MeetingPlace, Tensor, Work
+from vlmforge.backends.cuda.gpu import Gpu
+from vlmforge.backends.cuda.nccl import Nccl
+from vlmforge.backends.cuda.peers import Peers
+from vlmforge.engine.chain import Collective
+from vlmforge.errors import BackendUnavailableError, EngineError
+
+logger = logging.getLogger("vlmforge")
+
+# Bytes of a sum up to which our kernel is sooner. It gives all to all, and NCCL a share to each.
+_SMALL, _SMALL_OF_TWO = 512 << 10, 1 << 20
+
+
+class GpuMeetings(MeetingPlace):
+    """See the module; one of the ways may be missing."""
+
+    def __init__(
+        self, gpu: Gpu, ranks: Communicator, peers: Peers | None, nccl: Nccl | None
+    ) -> None:
+        self._ranks, self._peers, self._nccl = ranks, peers, nccl
+        self._small = _SMALL_OF_TWO if ranks.size == 2 else _SMALL
+        self._lost = False
+        check = weakref.WeakMethod(self._check)
+        gpu.waited = lambda: _call(check)
+        ranks.watch(self._give_up)
+
+    @override
+    def bind(self, call: Collective, given: Tensor, out: Tensor) -> Work:
+        way: Peers | Nccl | None = self._nccl
+        if self._peers is not None and (way is None or self._is_small(call, given)):
+            way = self._peers
+        assert way is not None
+        if call.kind == "all_reduce":
+            return way.all_reduce(given, out)
+        return way.all_gather(given, out)
+
+    def _is_small(self, call: Collective, given: Tensor) -> bool:
+        if call.kind == "all_gather":  # it has no place for each rank's columns in NCCL
+            return True
+        return math.prod(given.shape) * ITEM_BYTES[given.dtype] <= self._small
+
+    def _give_up(self) -> None:
+        """What waits for other ranks on the GPU ends. By any thread."""
+        self._lost = True
+        for way in (self._peers, self._nccl):
+            if way is not None:
+                way.give_up()
+
+    def _check(self) -> None:
+        """Whether what was waited for is what it should be."""
+        failed = self._peers is not None and self._peers.failed
+        if not (self._lost or failed):
+            return
+        self._ranks.check()
+        raise EngineError(
+            "The GPUs of the engine do not meet any more.",
+            found="a rank that did not come to a meeting" if failed else "a rank that was lost",
+            expected="the same steps on all ranks",
+            fix="close the pipeline and make it again; if it happens again, nvidia-smi tells "
+            "whether a GPU has failed",
+        )
+
+
+def _call(check: weakref.WeakMethod[object]) -> None:
+    if (found := check()) is not None:
+        found()  # type: ignore[operator]
+
+
+def meet_first(gpu: Gpu, ranks: Communicator, files: Mapping[str, Path]) -> GpuMeetings:
+    """Every rank calls it at the same time; see `Device.meeting_place`."""
+    peers = Peers.made(gpu, ranks, files)
+    nccl = Nccl.made(gpu, ranks)
+    if isinstance(peers, str) and isinstance(nccl, str):
+        raise BackendUnavailableError(
+            "The GPUs of this machine cannot meet.",
+            found=f"no memory that they share ({peers}), and no NCCL ({nccl})",
+            expected="GPUs that reach each other's memory, or NCCL",
+            fix="pip install 'vlmforge[nccl]'; nvidia-smi topo -p2p r shows which reach each other",
+        )
+    if ranks.rank == 0:
+        if isinstance(peers, str):
+            logger.warning("ranks meet by NCCL alone, which is slower for few tokens: %s", peers)
+        if isinstance(nccl, str):
+            logger.warning(
+                "ranks meet without NCCL, which is slower for long prompts on more than two GPUs: "
+                "%s; pip install 'vlmforge[nccl]'",
+                nccl,
+            )
+    return GpuMeetings(
+        gpu,
+        ranks,
+        None if isinstance(peers, str) else peers,
+        None if isinstance(nccl, str) else nccl,
+    )

@@ -1,0 +1,250 @@
+"""The kernels in which GPUs meet, compiled for the host: each rank a thread with a copy of them."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from attention_backends import HOST_SOURCES, _compiled, _standard_library
+from vlmforge.backends.number_formats import decode, encode
+from vlmforge_plugins.cached_attention.config import TARGETS
+from vlmforge_plugins.cached_attention.kernel_store import newest_target
+from vlmforge_plugins.cached_attention.plan import Launch
+from vlmforge_plugins.collectives import launcher
+from vlmforge_plugins.collectives.compile import SOURCE
+from vlmforge_plugins.errors import UnsupportedError
+
+SECOND = 10**9
+HALVES = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.float32}
+
+
+@cache
+def library(rank: int) -> ctypes.CDLL:
+    """A copy of its own: what is a block is told by what a library has once."""
+    places = (*SOURCE.folders, HOST_SOURCES)
+    files = [path for folder in places for path in sorted(folder.iterdir()) if path.is_file()]
+    header = _standard_library()
+    # Or all copies would have one block between them.
+    options = [
+        "-shared",
+        "-fno-gnu-unique",
+        *(f"-I{p}" for p in (*places, header.parent)),
+        "-include",
+        header.name,
+    ]
+    main = HOST_SOURCES / "collectives.cpp"
+    made = _compiled(main, files, options, "collectives-", ".so")
+    with tempfile.NamedTemporaryFile(suffix=f".{rank}.so") as copy:
+        shutil.copy(made, copy.name)
+        return ctypes.CDLL(copy.name)
+
+
+class HostKernels:
+    def __init__(self, rank: int) -> None:
+        self._library = library(rank)
+
+    def launch(self, launch: Launch, params: launcher.Params, stream: int) -> None:
+        blocks, threads = launch.grid[0], launch.threads
+        self._library.vf_launch(launch.kernel.encode(), ctypes.byref(params), blocks, threads)
+
+
+def aligned(size: int) -> NDArray[np.uint8]:
+    memory = np.zeros(size + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    return memory[start : start + size]
+
+
+class Ranks:
+    """Memory of all ranks, and what they do at the same time."""
+
+    def __init__(self, size: int, patience: int = 60 * SECOND) -> None:
+        self._kernels = [HostKernels(rank) for rank in range(size)]
+        self.words = [aligned(128) for _ in range(size)]
+        self.lanes = [aligned(launcher.lanes_bytes(size)) for _ in range(size)]
+        self._counts = [aligned(launcher.COUNTS_BYTES) for _ in range(size)]
+        self.places = [
+            launcher.Place(
+                rank,
+                tuple(lanes.ctypes.data for lanes in self.lanes),
+                self._counts[rank].ctypes.data,
+                self.words[rank].ctypes.data,
+                self.words[rank].ctypes.data + 64,
+                patience,
+            )
+            for rank in range(size)
+        ]
+
+    def meet(
+        self, make: Callable[[int], launcher.Sum | launcher.Gather], ranks: Sequence[int] = ()
+    ) -> None:
+        def one(rank: int) -> None:
+            launcher.run(make(rank), self.places[rank], self._kernels[rank], 0)
+
+        threads = [
+            threading.Thread(target=one, args=(rank,)) for rank in ranks or range(len(self.places))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def sum(self, numbers: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+        """Of rows, one for each rank; what each rank has got."""
+        given = [bits(row, dtype) for row in numbers]
+        out = [bits(np.full_like(row, 7), dtype) for row in numbers]
+        items = numbers.shape[1]
+        self.meet(lambda r: launcher.Sum(given[r].ctypes.data, out[r].ctypes.data, items, dtype))
+        return np.stack([numbers_of(got, items, dtype) for got in out])
+
+    def gather(self, numbers: NDArray[np.float32], kept: int, dtype: str) -> NDArray[np.float32]:
+        """Of `[ranks, rows, width]`; what each rank has got, `[ranks, rows, kept]`."""
+        _, rows, width = numbers.shape
+        given = [bits(part, dtype) for part in numbers]
+        out = [bits(np.full((rows, kept), 7, np.float32), dtype) for _ in numbers]
+        self.meet(
+            lambda r: launcher.Gather(
+                given[r].ctypes.data, out[r].ctypes.data, rows, width, kept, dtype
+            )
+        )
+        found = [numbers_of(got, rows * kept, dtype).reshape(rows, kept) for got in out]
+        return np.stack(found)
+
+
+def bits(numbers: NDArray[np.float32], dtype: str) -> NDArray[np.uint8]:
+    stored = numbers if dtype == "float32" else encode(numbers, dtype)
+    memory = aligned(stored.nbytes + 64)
+    memory[:] = 0xA5
+    memory[: stored.nbytes] = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+    return memory
+
+
+def numbers_of(memory: NDArray[np.uint8], items: int, dtype: str) -> NDArray[np.float32]:
+    """Nothing behind them was written."""
+    end = items * launcher.ITEM_BYTES[dtype]
+    assert (memory[end:] == 0xA5).all()
+    found: NDArray[Any] = memory[:end].view(HALVES[dtype])
+    return found.copy() if dtype == "float32" else decode(found, dtype).astype(np.float32)
+
+
+def drawn(seed: int, *shape: int, dtype: str) -> NDArray[np.float32]:
+    numbers = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    if dtype == "float32":
+        return numbers
+    return decode(encode(numbers, dtype), dtype).astype(np.float32)
+
+
+def in_order(numbers: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    total = numbers[0].copy()
+    for row in numbers[1:]:
+        total += row
+    if dtype == "float32":
+        return total
+    return decode(encode(total, dtype), dtype).astype(np.float32)
+
+
+MEETING = st.tuples(
+    st.sampled_from(["sum", "gather"]),
+    st.sampled_from(sorted(launcher.ITEM_BYTES)),
+    st.integers(1, 3),
+    st.sampled_from([1, 3, 4, 6, 250, 1000]),
+    st.integers(0, 2),
+)
+
+
+@settings(max_examples=8)
+@given(st.integers(2, 4), st.lists(MEETING, min_size=1, max_size=5), st.integers(0, 99))
+def test_meetings_one_after_the_other(
+    size: int, meetings: list[tuple[str, str, int, int, int]], seed: int
+) -> None:
+    ranks = Ranks(size)
+    for number, (kind, dtype, rows, width, padded) in enumerate(meetings):
+        numbers = drawn(seed + number, size, rows, width, dtype=dtype)
+        if kind == "sum":
+            numbers = numbers.reshape(size, -1)
+            expected = in_order(numbers, dtype)
+            found = ranks.sum(numbers, dtype)
+        else:
+            kept = max(1, size * width - padded)
+            expected = np.concatenate(numbers, -1)[:, :kept]
+            found = ranks.gather(numbers, kept, dtype)
+        np.testing.assert_array_equal(found, np.broadcast_to(expected, found.shape))
+
+
+@pytest.mark.parametrize("kind", ["sum", "gather"])
+def test_more_than_one_launch_gives(kind: str) -> None:
+    items = launcher.ROOM // 4 + 20_011
+    ranks, numbers = Ranks(2), drawn(1, 2, items, dtype="float32")
+    for _ in range(2):
+        if kind == "sum":
+            found = ranks.sum(numbers, "float32")
+            np.testing.assert_array_equal(found[1], in_order(numbers, "float32"))
+        else:
+            found = ranks.gather(numbers[:, None], 2 * items - 1, "float32")[:, 0]
+            np.testing.assert_array_equal(found[1], numbers.reshape(-1)[:-1])
+        np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_a_sum_in_place() -> None:
+    ranks, numbers = Ranks(2), drawn(2, 2, 999, dtype="float16")
+    memory = [bits(row, "float16") for row in numbers]
+    place = [array.ctypes.data for array in memory]
+    ranks.meet(lambda r: launcher.Sum(place[r], place[r], 999, "float16"))
+    for array in memory:
+        found = numbers_of(array, 999, "float16")
+        np.testing.assert_array_equal(found, in_order(numbers, "float16"))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["it is told to stop", "its time is over"])
+def test_a_rank_that_does_not_come_is_not_waited_for(told: bool) -> None:
+    ranks = Ranks(2, patience=60 * SECOND if told else 1)
+    if told:
+        ranks.words[0][0] = 1
+    given = bits(drawn(3, 3000, dtype="float32"), "float32")
+    ranks.meet(lambda _: launcher.Sum(given.ctypes.data, given.ctypes.data, 3000, "float32"), [0])
+    assert ranks.words[0][64] == 1
+
+
+def test_what_a_launch_is_told_is_as_the_kernels_read_it() -> None:
+    known = library(0)
+    assert ctypes.sizeof(launcher.Params) == known.vf_params_size()
+    for name, *_ in launcher.Params._fields_:
+        offset = getattr(launcher.Params, name).offset
+        assert offset == known.vf_params_offset(name.encode()), name
+    for name in ("MOST_RANKS", "THREADS", "BLOCKS", "REGION"):
+        assert getattr(launcher, name) == known.vf_constant(name.encode())
+
+
+def test_every_block_of_a_launch_has_something_to_give() -> None:
+    """A rank hears from all others in each: only then is a lane free again."""
+    place = Ranks(2).places[0]
+    for items in (*range(1, 3000, 7), *range(30_000, 270_000, 997)):
+        for _, params in launcher.launches("", launcher.Sum(0, 0, items, "float32"), place):
+            blocks = -(-(params.last - params.first) // params.share)
+            assert params.share <= launcher.REGION and blocks <= launcher.BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("ranks", "items", "dtype"), [(9, 8, "float32"), (2, 1 << 31, "float32"), (2, 8, "int32")]
+)
+def test_what_is_too_much(ranks: int, items: int, dtype: str) -> None:
+    place = launcher.Place(0, (0,) * ranks, 0, 0, 0, 0)
+    with pytest.raises(UnsupportedError):
+        launcher.run(launcher.Sum(0, 0, items, dtype), place, HostKernels(0), 0)
+
+
+def test_a_gpu_gets_the_kernels_of_its_generation() -> None:
+    found = [newest_target(TARGETS, capability) for capability in (75, 80, 87, 90, 120)]
+    names = [None if target is None else target.name for target in found]
+    assert names == [None, "sm_80", "sm_86", "sm_90", "sm_120"]
