@@ -43,6 +43,7 @@ KINDS = {
     "bfloat16": ("--dtype", "bfloat16"),
     "int8": ("--dtype", "float16", "--weights", "int8"),
     "int4": ("--dtype", "float16", "--weights", "int4"),
+    "tp2": ("--dtype", "float16", "--tp", "2"),
     "fp8": ("--dtype", "float16", "--kv-dtype", "fp8"),
 }
 _LEAST_STEPS, _QUESTIONS = 48, 1300
@@ -85,14 +86,14 @@ def goldens(engines: Path) -> int:
 def originals(engine: Path) -> str:
     """What the original code gave, for engines whose weights are the original's."""
     name, kind = engine.name.rsplit(".", 1)
-    if name == DEMO or kind not in ("float16", "bfloat16"):
+    if name == DEMO or kind not in ("float16", "bfloat16", "tp2"):
         return ""
     from golden_models import TOLERANCES, Golden, cases_of, check_answer, check_images, check_prompt
 
     began = time.perf_counter()
     with pipeline(engine) as pipe:
         loaded = time.perf_counter()
-        golden, limits = Golden(name, pipe), TOLERANCES[kind]
+        golden, limits = Golden(name, pipe), TOLERANCES[pipe.manifest.dtype]
         check_images(golden, limits)
         cases = [case["id"] for case in cases_of(name)]
         for case in cases:

@@ -110,7 +110,8 @@ def _write_header(path: Path, entries: Any, seed: int, progress: Any) -> None:
 def _of_whole_numbers(item: Any) -> list[list[Any]]:
     """Numbers, and scales by which the weights are about as large as others."""
     numbers, scales = item.places
-    spread = {8: 74.0, 4: 4.6}[item.encoding.blocks.bits]
+    encoding = getattr(item.encoding, "inner", item.encoding)  # of a rank's share
+    spread = {8: 74.0, 4: 4.6}[encoding.blocks.bits]
     return [
         [numbers.offset, numbers.tensor.shape, "uint8"],
         [scales.offset, scales.tensor.shape, scales.tensor.dtype, item.shape[0] ** -0.5 / spread],

@@ -261,13 +261,17 @@ def cuda_engine(shared: Path, name: str, *more: str) -> Path:
 def kernels_for_one_gpu() -> Iterator[None]:
     """Builds in this process compile kernels for one GPU, which all tests share."""
     from vlmforge_builder.targets import cuda
-    from vlmforge_plugins.cached_attention.compile import compile_one
+    from vlmforge_plugins.cached_attention.compile import compile_one, compile_source
     from vlmforge_plugins.cached_attention.config import TARGETS
+    from vlmforge_plugins.collectives.compile import SOURCE
 
     hopper = next(target for target in TARGETS if target.name == "sm_90")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             cuda, "compile_set", lambda config, by, kept: (compile_one(config, hopper, by, kept),)
+        )
+        patch.setattr(
+            cuda, "compile_meetings", lambda by, kept: (compile_source(SOURCE, hopper, by, kept),)
         )
         yield
 

@@ -50,19 +50,25 @@ class _Patience(Watch):
         """Nothing: see `guard`."""
 
 
-def main(place: Place) -> None:
-    """Serve there. Never returns: SystemExit when another rank is gone."""
+def joined(place: Place) -> SharedMemory:
+    """Where this rank meets the others; it shows that it lives, and ends with the first one."""
     end_with_parent(signal.SIGKILL)
     board = Board(mmap.mmap(place.memory, 0), place.size, place.room)
     threading.Thread(target=_beat, args=(board, place.rank), daemon=True).start()
-    channel = Channel(socket.socket(fileno=place.channel), 0, watch := _Patience())
+    return SharedMemory(place.rank, board, place.pipes, _Patience())
+
+
+def main(place: Place) -> None:
+    """Serve there. Never returns: SystemExit when another rank is gone."""
+    ranks = joined(place)
+    channel = Channel(socket.socket(fileno=place.channel), 0, _Patience())
     task = channel.receive()
     assert isinstance(task, Task)
 
     def next_call() -> Call:
         return cast("Call", channel.receive())
 
-    serve(task, SharedMemory(place.rank, board, place.pipes, watch), channel.send, next_call)
+    serve(task, ranks, channel.send, next_call)
     raise SystemExit(1)
 
 

@@ -1,0 +1,107 @@
+"""Engines of the target cuda for several ranks, each a process, with the processor for its GPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import HF, IMAGES, cuda_engine
+from golden_models import TOLERANCES, Golden, cases_of, check_answer, check_prompt
+from vlmforge import EngineConfig, GenerationConfig, Pipeline, pipeline
+from vlmforge.backends.choice import ChoosingDecoder
+from vlmforge.backends.fake import cuda_on_cpu
+from vlmforge.backends.ranks.calls import RankedDecoder
+from vlmforge.backends.ranks.processes import Processes
+from vlmforge.errors import BackendUnavailableError, ConfigError, RankError
+
+LIMITS = TOLERANCES["float16"]
+PICTURE = str(IMAGES / "tall_300x900.png")
+PROMPTS = ["hi", ("What is this?", PICTURE), "One more, and longer than the first.", "hi"]
+GREEDY = GenerationConfig(max_new_tokens=12, ignore_eos=True)
+DRAWN = GenerationConfig(max_new_tokens=8, top_k=40, temperature=1.0, random_seed=7, logprobs=2)
+
+
+@pytest.fixture(scope="module")
+def engine(shared: Path) -> Path:
+    return cuda_engine(shared, HF.name, "--tp", "2")
+
+
+@pytest.fixture(scope="module")
+def two(engine: Path) -> Iterator[Pipeline]:
+    with cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=4)) as pipe:
+        yield pipe
+
+
+@pytest.mark.parametrize("name", [case["id"] for case in cases_of(HF.name)])
+def test_every_golden_case(two: Pipeline, name: str) -> None:
+    golden = Golden(HF.name, two)
+    check_prompt(golden, name)
+    check_answer(golden, name, LIMITS)
+
+
+def test_a_batch_is_as_each_of_it_alone_and_as_one_rank(shared: Path, two: Pipeline) -> None:
+    together = [answer.token_ids for answer in two(PROMPTS, GREEDY)]
+    assert together == [two(prompt, GREEDY).token_ids for prompt in PROMPTS]
+    with cuda_on_cpu(), pipeline(cuda_engine(shared, HF.name)) as one:
+        assert together == [answer.token_ids for answer in one(PROMPTS, GREEDY)]
+        first = one(PROMPTS, DRAWN)
+    assert isinstance(two._engine.decoder, ChoosingDecoder) and two._engine.decoder.chooses
+    second = two(PROMPTS, DRAWN)
+    assert [answer.token_ids for answer in second] == [answer.token_ids for answer in first]
+
+
+def test_a_cache_that_cannot_be_read_is_refused_and_nothing_ends(
+    two: Pipeline, tmp_path: Path
+) -> None:
+    session = two.chat("hi", gen_config=GREEDY)
+    with pytest.raises(BackendUnavailableError, match="does not hand out"):
+        session.save(tmp_path / "talk")
+    assert two("hi", GREEDY).token_ids
+
+
+def test_a_rank_is_killed_while_the_first_one_waits_for_its_gpu(engine: Path) -> None:
+    """What waits on the GPU is told to stop; then it is said who is gone."""
+    with cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=1)) as pipe:
+        decoder = pipe._engine.decoder
+        assert isinstance(decoder, RankedDecoder)
+        others = decoder._others
+        assert isinstance(others, Processes)
+        told = Waiting()
+        others.communicator.watch(told.stop)
+        os.kill(others._children[1].pid, signal.SIGKILL)
+        assert told.event.wait(60)
+        with pytest.raises(RankError, match="Rank 1 of 2 failed") as caught:
+            others.communicator.check()
+        assert "signal 9" in caught.value.found
+        with pytest.raises(RankError, match="Rank 1 of 2 failed"):
+            pipe("hi", GREEDY)
+
+
+class Waiting:
+    """What a GPU's meetings are to those who look after the ranks."""
+
+    def __init__(self) -> None:
+        import threading
+
+        self.event = threading.Event()
+
+    def stop(self) -> None:
+        self.event.set()
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"devices": [0]}, ConfigError, "no device for each rank"),
+        ({"devices": [1, 1]}, ConfigError, "no device for each rank"),
+        ({"communicator": "mpi", "tp": 2}, ConfigError, "processes that mpirun has started"),
+    ],
+)
+def test_what_ranks_on_gpus_cannot_be(engine: Path, fields: Any, error: Any, words: str) -> None:
+    with cuda_on_cpu(), pytest.raises(error, match=words):
+        pipeline(engine, EngineConfig(**fields))
