@@ -138,8 +138,8 @@ def _decode_dataclass(cls: type, data: object, where: str) -> object:
     names = [f.name for f in fields]
     if unknown := sorted(set(table) - set(names)):
         raise _mismatch(where, f"unknown key {unknown[0]!r}", f"only the keys {', '.join(names)}")
-    missing = dataclasses.MISSING
-    needed = [f.name for f in fields if f.default is missing and f.default_factory is missing]
+    absent = dataclasses.MISSING
+    needed = [f.name for f in fields if f.default is absent and f.default_factory is absent]
     if missing := [name for name in needed if name not in table]:
         raise _mismatch(where, f"no key {missing[0]!r}", f"the keys {', '.join(names)}")
     given = [name for name in names if name in table]

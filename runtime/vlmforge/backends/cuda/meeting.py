@@ -32,11 +32,16 @@ class GpuMeetings(MeetingPlace):
     def __init__(
         self, gpu: Gpu, ranks: Communicator, peers: Peers | None, nccl: Nccl | None
     ) -> None:
-        self._ranks, self._peers, self._nccl = ranks, peers, nccl
+        self._gpu, self._ranks, self._peers, self._nccl = gpu, ranks, peers, nccl
         self._small = _SMALL_OF_TWO if ranks.size == 2 else _SMALL
         self._lost = False
-        check = weakref.WeakMethod(self._check)
-        gpu.waited = lambda: _call(check)
+        known = weakref.WeakMethod(self._check)
+
+        def waited() -> None:
+            if (check := known()) is not None:
+                check()
+
+        gpu.waited = waited
         ranks.watch(self._give_up)
 
     @override
@@ -74,11 +79,6 @@ class GpuMeetings(MeetingPlace):
             fix="close the pipeline and make it again; if it happens again, nvidia-smi tells "
             "whether a GPU has failed",
         )
-
-
-def _call(check: weakref.WeakMethod[object]) -> None:
-    if (found := check()) is not None:
-        found()  # type: ignore[operator]
 
 
 def meet_first(gpu: Gpu, ranks: Communicator, files: Mapping[str, Path]) -> GpuMeetings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import threading
 import time
@@ -42,10 +43,10 @@ class Nccl:
     @staticmethod
     def made(gpu: Gpu, ranks: Communicator) -> Nccl | str:
         """On all ranks, or on none: why not."""
-        bindings, reason = None, ""
+        bindings: Any = None
+        reason = ""
         try:
-            from nccl.bindings import nccl as bindings  # an extra
-
+            bindings = importlib.import_module("nccl.bindings.nccl")  # an extra
             bindings.get_version()  # loads the library
         except (ImportError, RuntimeError, OSError) as error:
             reason = _first_line(error)
