@@ -89,7 +89,7 @@ class Ranks:
         self, make: Callable[[int], launcher.Sum | launcher.Gather], ranks: Sequence[int] = ()
     ) -> None:
         def one(rank: int) -> None:
-            launcher.run(make(rank), self.places[rank], self._kernels[rank], 0)
+            launcher.run(launcher.launches(make(rank), self.places[rank]), self._kernels[rank], 0)
 
         threads = [
             threading.Thread(target=one, args=(rank,)) for rank in ranks or range(len(self.places))
@@ -229,7 +229,7 @@ def test_every_block_of_a_launch_has_something_to_give() -> None:
     """A rank hears from all others in each: only then is a lane free again."""
     place = Ranks(2).places[0]
     for items in (*range(1, 3000, 7), *range(30_000, 270_000, 997)):
-        for _, params in launcher.launches("", launcher.Sum(0, 0, items, "float32"), place):
+        for _, params in launcher.launches(launcher.Sum(0, 0, items, "float32"), place):
             blocks = -(-(params.last - params.first) // params.share)
             assert params.share <= launcher.REGION and blocks <= launcher.BLOCKS
 
@@ -240,7 +240,7 @@ def test_every_block_of_a_launch_has_something_to_give() -> None:
 def test_what_is_too_much(ranks: int, items: int, dtype: str) -> None:
     place = launcher.Place(0, (0,) * ranks, 0, 0, 0, 0)
     with pytest.raises(UnsupportedError):
-        launcher.run(launcher.Sum(0, 0, items, dtype), place, HostKernels(0), 0)
+        launcher.launches(launcher.Sum(0, 0, items, dtype), place)
 
 
 def test_a_gpu_gets_the_kernels_of_its_generation() -> None:

@@ -6,7 +6,7 @@ No allocation, no synchronisation, no look at device memory.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,25 +105,21 @@ class Kernels(Protocol):
         """Enqueues one kernel. `params` is read before this returns."""
 
 
-def run(meeting: Sum | Gather, place: Place, kernels: Kernels, stream: int) -> None:
-    """Enqueues a meeting on `stream`; all ranks do, in one order. Capturable into a CUDA graph.
+Launches = tuple[tuple[Launch, Params], ...]
+
+
+def launches(meeting: Sum | Gather, place: Place) -> Launches:
+    """What a meeting takes: each gives at most `ROOM` bytes, in blocks as small as threads allow.
 
     Raises:
         UnsupportedError: Too many ranks or numbers, or numbers of another kind.
-        LaunchError: The driver refused a kernel.
     """
     _check(meeting, place)
-    name = _SUMS[meeting.dtype]
+    item, width, kept, name = ITEM_BYTES[meeting.dtype], 0, 0, _SUMS[meeting.dtype]
     if isinstance(meeting, Gather):
-        name = _GATHERS[ITEM_BYTES[meeting.dtype]]
-    for launch, params in launches(name, meeting, place):
-        kernels.launch(launch, params, stream)
-
-
-def launches(name: str, meeting: Sum | Gather, place: Place) -> Iterator[tuple[Launch, Params]]:
-    """Each gives at most `ROOM` bytes, in blocks as small as threads allow."""
-    groups = -(-meeting.items * ITEM_BYTES[meeting.dtype] // GROUP)
-    most = BLOCKS * REGION
+        name, width, kept = _GATHERS[item], meeting.width, meeting.kept
+    groups, most = -(-meeting.items * item // GROUP), BLOCKS * REGION
+    found = []
     for first in range(0, groups, most):
         last = min(first + most, groups)
         blocks = min(BLOCKS, -(-(last - first) // THREADS))
@@ -136,15 +132,26 @@ def launches(name: str, meeting: Sum | Gather, place: Place) -> Iterator[tuple[L
             meeting.out,
             place.patience,
             meeting.items,
-            meeting.width if isinstance(meeting, Gather) else 0,
-            meeting.kept if isinstance(meeting, Gather) else 0,
+            width,
+            kept,
             first,
             last,
             -(-(last - first) // blocks),
             place.rank,
             len(place.lanes),
         )
-        yield Launch(name, (blocks, 1, 1), THREADS, 0), params
+        found.append((Launch(name, (blocks, 1, 1), THREADS), params))
+    return tuple(found)
+
+
+def run(found: Launches, kernels: Kernels, stream: int) -> None:
+    """Enqueues a meeting on `stream`; all ranks do, in one order. Capturable into a CUDA graph.
+
+    Raises:
+        LaunchError: The driver refused a kernel.
+    """
+    for launch, params in found:
+        kernels.launch(launch, params, stream)
 
 
 def _check(meeting: Sum | Gather, place: Place) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,26 @@ def context(ordinal: int = 0) -> Any:
 def enter(ordinal: int = 0) -> None:
     """Make the GPU's context that of the calling thread."""
     call(driver.cuCtxSetCurrent, context(ordinal))
+
+
+@contextmanager
+def visited(ordinal: int) -> Iterator[None]:
+    """The GPU's context is that of the calling thread. It goes then, if nobody else uses it.
+
+    That of the first GPU stays: it is the usual one.
+    """
+    if ordinal == 0:
+        enter()
+        yield
+        return
+    call(driver.cuInit, 0)
+    number = call(driver.cuDeviceGet, ordinal)
+    call(driver.cuCtxSetCurrent, call(driver.cuDevicePrimaryCtxRetain, number))
+    try:
+        yield
+    finally:
+        call(driver.cuCtxSetCurrent, 0)
+        call(driver.cuDevicePrimaryCtxRelease, number)
 
 
 class GpuMemory:

@@ -120,7 +120,7 @@ def find_gpu(number: int = 0) -> FoundGpu:
     ctypes.CDLL(_DRIVER)
     from cuda.bindings import driver
 
-    from vlmforge.backends.cuda.gpu import enter
+    from vlmforge.backends.cuda.gpu import visited
     from vlmforge_plugins.cached_attention.driver import call, capability
     from vlmforge_plugins.errors import LaunchError
 
@@ -128,9 +128,9 @@ def find_gpu(number: int = 0) -> FoundGpu:
         call(driver.cuInit, 0)
         if number >= (count := int(call(driver.cuDeviceGetCount))):
             raise RuntimeError(f"number {number}, of {count}")
-        enter(number)
         name = call(driver.cuDeviceGetName, 128, call(driver.cuDeviceGet, number))
-        free, total = call(driver.cuMemGetInfo)
+        with visited(number):
+            free, total = call(driver.cuMemGetInfo)
         known = int(call(driver.cuDriverGetVersion))
     except LaunchError as error:
         raise RuntimeError(error.found) from error

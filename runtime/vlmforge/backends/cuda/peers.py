@@ -27,8 +27,8 @@ from vlmforge_plugins.collectives import launcher
 from vlmforge_plugins.collectives.driver import CudaKernels
 from vlmforge_plugins.errors import PluginError
 
-PATIENCE_S = 10
-"""A kernel waits no longer for another rank; that one is lost is noticed otherwise, and sooner."""
+PATIENCE_S = 30
+"""A kernel waits no longer for another rank. That one is lost is noticed otherwise, and sooner."""
 _HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _PIECE = 2 << 20  # what handles are of
 _STOP, _FAILED = 0, 64  # bytes of the host's memory
@@ -43,7 +43,8 @@ class Peers:
         lanes = launcher.lanes_bytes(size)
         needed = -(-(lanes + launcher.COUNTS_BYTES) // _PIECE) * _PIECE
         self._memory = gpu.allocate(needed)
-        call(driver.cuMemsetD8, self._memory.address, 0, needed)
+        call(driver.cuMemsetD8Async, self._memory.address, 0, needed, gpu.stream)
+        gpu.wait()
         self._counts = self._memory.address + lanes
         self._words = PinnedMemory(2 * _FAILED, gpu.ordinal)
         self._words.bytes[:] = 0
@@ -139,8 +140,10 @@ class Peers:
             PATIENCE_S * 10**9,
         )
 
+        launches = launcher.launches(meeting, place)
+
         def work() -> None:
-            launcher.run(meeting, place, self._kernels, self._gpu.stream)
+            launcher.run(launches, self._kernels, self._gpu.stream)
 
         return work
 
