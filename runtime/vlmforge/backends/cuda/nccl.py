@@ -13,7 +13,7 @@ from cuda.bindings import driver
 
 from vlmforge.backends import Communicator
 from vlmforge.backends.cuda.device import ITEM_BYTES, Tensor, Work
-from vlmforge.backends.cuda.gpu import Gpu
+from vlmforge.backends.cuda.gpu import Gpu, enter
 from vlmforge.backends.ranks import exchange, hindrance
 from vlmforge.errors import EngineError
 from vlmforge_plugins.cached_attention.driver import call
@@ -146,8 +146,6 @@ def _end(ordinal: int, bindings: Any, communicator: Any, using: Any, over: threa
     over.set()
 
     def abort() -> None:
-        from vlmforge.backends.cuda.gpu import enter
-
         mine = using.acquire(timeout=_BETWEEN_S)
         try:
             enter(ordinal)

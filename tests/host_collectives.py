@@ -1,0 +1,52 @@
+"""The kernels in which GPUs meet, compiled for the host: a copy of the library is a rank."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import tempfile
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention_backends import HOST_SOURCES, _compiled, _standard_library
+from vlmforge_plugins.cached_attention.plan import Launch
+from vlmforge_plugins.collectives import launcher
+from vlmforge_plugins.collectives.compile import SOURCE
+
+
+@cache
+def library(rank: int) -> ctypes.CDLL:
+    """A copy of its own: what is a block is told by what a library has once."""
+    places = (*SOURCE.folders, HOST_SOURCES)
+    files = [path for folder in places for path in sorted(folder.iterdir()) if path.is_file()]
+    header = _standard_library()
+    # Or all copies would have one block between them.
+    options = [
+        "-shared",
+        "-fno-gnu-unique",
+        *(f"-I{p}" for p in (*places, header.parent)),
+        "-include",
+        header.name,
+    ]
+    main = HOST_SOURCES / "collectives.cpp"
+    made = _compiled(main, files, options, "collectives-", ".so")
+    with tempfile.NamedTemporaryFile(suffix=f".{rank}.so") as copy:
+        shutil.copy(made, copy.name)
+        return ctypes.CDLL(copy.name)
+
+
+class HostKernels:
+    def __init__(self, rank: int) -> None:
+        self._library = library(rank)
+
+    def launch(self, launch: Launch, params: launcher.Params, stream: int) -> None:
+        blocks, threads = launch.grid[0], launch.threads
+        self._library.vf_launch(launch.kernel.encode(), ctypes.byref(params), blocks, threads)
+
+
+def aligned(size: int) -> NDArray[np.uint8]:
+    memory = np.zeros(size + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    return memory[start : start + size]

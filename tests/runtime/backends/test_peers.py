@@ -1,0 +1,377 @@
+"""Where GPUs meet, with what the driver does done by the host; NCCL by what its bindings have."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import inspect
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda.bindings import driver
+
+from host_collectives import HostKernels, aligned
+from vlmforge.backends import Communicator, FloatArray
+from vlmforge.backends.cuda import meeting, nccl, peers
+from vlmforge.backends.cuda.device import Tensor
+from vlmforge.backends.cuda.meeting import GpuMeetings, meet_first
+from vlmforge.backends.fake import HostDevice, HostMeetings
+from vlmforge.backends.ranks import exchange, hindrance
+from vlmforge.engine.chain import Collective
+from vlmforge.errors import BackendUnavailableError, EngineError, RankError
+
+GOOD = driver.CUresult.CUDA_SUCCESS
+SUM = Collective("all_reduce", "a", "b")
+GATHER = Collective("all_gather", "a", "b", 7)
+
+
+class Table:
+    """Where threads meet."""
+
+    def __init__(self, size: int, room: int = 40) -> None:
+        self.size, self.room = size, room
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.given: list[FloatArray] = [np.zeros(0, np.float32)] * size
+
+
+class Seat(Communicator):
+    def __init__(self, table: Table, rank: int) -> None:
+        self.rank, self.size, self.room = rank, table.size, table.room
+        self._table = table
+        self.alarms: list[Callable[[], None]] = []
+        self.lost: RankError | None = None
+
+    def meet(self, values: FloatArray) -> Sequence[FloatArray]:
+        assert values.size <= self.room
+        self._table.given[self.rank] = values.copy()
+        self._table.barrier.wait()
+        found = [given.copy() for given in self._table.given]
+        self._table.barrier.wait()
+        return found
+
+    def watch(self, alarm: Callable[[], None]) -> None:
+        self.alarms.append(alarm)
+
+    def check(self) -> None:
+        if self.lost is not None:
+            raise self.lost
+
+
+class HostGpu(HostDevice):
+    """As much of a `Gpu` as those who meet ask for."""
+
+    def __init__(self, ordinal: int) -> None:
+        super().__init__()
+        self.ordinal, self.waited = ordinal, lambda: None
+
+    def enter(self) -> None:
+        """Every thread has the host's memory."""
+
+    def wait(self) -> None:
+        self.waited()
+
+    def download(self, address: int, shape: tuple[int, ...], dtype: Any) -> Any:
+        found = super().download(address, shape, dtype)
+        self.wait()
+        return found
+
+
+def all_ranks(size: int, do: Callable[[HostGpu, Seat], Any]) -> list[Any]:
+    """What each rank has to say, or the error that it raised."""
+    table, found = Table(size), [None] * size
+
+    def one(rank: int) -> None:
+        try:
+            found[rank] = do(HostGpu(rank), Seat(table, rank))
+        except Exception as error:  # noqa: BLE001 - shown by the test
+            found[rank] = error  # type: ignore[call-overload]
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+class Driver:
+    """The driver's calls that `Peers` makes, by their own names and signatures."""
+
+    def __init__(self) -> None:
+        self.refused = ""
+        self.closed = 0
+
+    def patch(self, patch: pytest.MonkeyPatch) -> None:
+        for name in ("cuMemsetD8Async", "cuIpcGetMemHandle", "cuIpcOpenMemHandle"):
+            real, ours = getattr(driver, name), getattr(self, name)
+            patch.setattr(driver, name, self._checked(name, real, ours))
+        patch.setattr(peers, "free", self._free)
+        patch.setattr(peers, "PinnedMemory", Words)
+        patch.setattr(peers, "_kernels", lambda gpu, files: HostKernels(gpu.ordinal))
+
+    def _checked(self, name: str, real: Any, ours: Any) -> Callable[..., Any]:
+        def called(*arguments: object) -> Any:
+            inspect.signature(real).bind(*arguments)
+            if name == self.refused:
+                return (driver.CUresult.CUDA_ERROR_NOT_SUPPORTED,)
+            return (GOOD, *ours(*arguments))
+
+        return called
+
+    def cuMemsetD8Async(self, at: int, value: int, size: int, _: object) -> tuple[()]:
+        ctypes.memset(at, value, size)
+        return ()
+
+    def cuIpcGetMemHandle(self, at: int) -> tuple[object]:
+        handle = driver.CUipcMemHandle()
+        data = at.to_bytes(8, "little").ljust(64, b"\7")
+        ctypes.memmove(handle.getPtr(), data, 64)
+        return (handle,)
+
+    def cuIpcOpenMemHandle(self, handle: Any, flags: int) -> tuple[object]:
+        data = ctypes.string_at(handle.getPtr(), 64)
+        assert data.endswith(b"\7") and flags == 1
+        return (driver.CUdeviceptr(int.from_bytes(data[:8], "little")),)
+
+    def _free(self, ordinal: int, function: object, handle: object) -> None:
+        self.closed += 1
+
+
+class Words:
+    def __init__(self, size: int, ordinal: int) -> None:
+        self.bytes = aligned(size)
+        self.address = self.bytes.ctypes.data
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    made = Driver()
+    made.patch(monkeypatch)
+    monkeypatch.setattr(nccl.Nccl, "made", staticmethod(lambda gpu, ranks: "it is not here"))
+    yield made
+
+
+def tensor(gpu: HostGpu, values: Any) -> Tensor:
+    memory = gpu.allocate(values.nbytes)
+    gpu.upload(memory.address, values)
+    gpu.kept = [*getattr(gpu, "kept", []), memory]  # type: ignore[attr-defined]
+    return Tensor("t", "float32", values.shape, memory.address)
+
+
+def numbers(rank: int, *shape: int) -> FloatArray:
+    return np.random.default_rng(rank).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gpus_meet_by_our_kernels(gpus: Driver, size: int) -> None:
+    def meet(gpu: HostGpu, ranks: Seat) -> tuple[Any, Any]:
+        place = meet_first(gpu, ranks, {})  # type: ignore[arg-type]
+        given, out = (tensor(gpu, numbers(ranks.rank, 3, 5)) for _ in range(2))
+        wide = tensor(gpu, np.zeros((3, 5 * size - 1), np.float32))
+        works = [place.bind(SUM, given, out), place.bind(GATHER, given, wide)]
+        for work in (*works, *works):
+            work()
+        host = HostMeetings(ranks)
+        expected = [tensor(gpu, np.zeros(t.shape, np.float32)) for t in (out, wide)]
+        for call, target in zip((SUM, GATHER), expected, strict=True):
+            host.bind(call, given, target)()
+        kind = np.dtype(np.float32)
+        pairs = zip((out, wide), expected, strict=True)
+        return tuple(
+            np.array_equal(*(gpu.download(t.address, t.shape, kind).copy() for t in pair))
+            for pair in pairs
+        )
+
+    assert all_ranks(size, meet) == [(True, True)] * size
+    gc.collect()
+    assert gpus.closed == size * (size - 1)
+
+
+@pytest.mark.parametrize("refused", ["cuIpcGetMemHandle", "cuIpcOpenMemHandle"])
+def test_without_memory_that_all_see_all_know_it(
+    gpus: Driver, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus.refused = refused
+
+    def meet(gpu: HostGpu, ranks: Seat) -> object:
+        return meet_first(gpu, ranks, {})  # type: ignore[arg-type]
+
+    for error in all_ranks(2, meet):
+        assert isinstance(error, BackendUnavailableError)
+        assert "NOT_SUPPORTED" in error.found and "it is not here" in error.found
+        assert "vlmforge[nccl]" in error.fix
+    library = object()
+    monkeypatch.setattr(nccl.Nccl, "made", staticmethod(lambda gpu, ranks: library))
+    for place in all_ranks(2, meet):
+        assert (place._peers, place._nccl) == (None, library)
+
+
+def test_what_is_lost_on_the_way_is_noticed_at_the_first_meeting(
+    gpus: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lossy(HostKernels):
+        def launch(self, launch: Any, params: Any, stream: int) -> None:
+            super().launch(launch, params, stream)
+            ctypes.memset(params.out, 0, 4)
+
+    monkeypatch.setattr(peers, "_kernels", lambda gpu, files: Lossy(gpu.ordinal))
+    found = all_ranks(2, lambda gpu, ranks: peers.Peers.made(gpu, ranks, {}))  # type: ignore[arg-type]
+    assert found == ["rank 0: what is written there does not arrive"] * 2
+
+
+def test_who_waits_is_told_when_a_rank_is_lost_and_says_so(gpus: Driver) -> None:
+    lost = RankError("Rank 1 of 2 failed", found="gone", expected="all", fix="again")
+    apart = threading.Barrier(2, timeout=60)
+
+    def meet(gpu: HostGpu, ranks: Seat) -> object:
+        place = meet_first(gpu, ranks, {})  # type: ignore[arg-type]
+        apart.wait()
+        if ranks.rank == 1:
+            return None  # it never comes
+        given = tensor(gpu, numbers(0, 2000))
+        work = place.bind(SUM, given, given)
+        ranks.lost = lost
+
+        def ring() -> None:
+            for alarm in ranks.alarms:
+                alarm()
+
+        threading.Timer(0.05, ring).start()
+        work()
+        gpu.wait()
+        return None
+
+    error, _ = all_ranks(2, meet)
+    assert error is lost
+
+
+def test_a_rank_that_never_came_is_an_error_too(gpus: Driver) -> None:
+    def meet(gpu: HostGpu, ranks: Seat) -> object:
+        place = meet_first(gpu, ranks, {})  # type: ignore[arg-type]
+        assert place._peers is not None
+        gpu.wait()
+        place._peers._words.bytes[peers._FAILED] = 1
+        with pytest.raises(EngineError, match="do not meet any more") as caught:
+            gpu.wait()
+        return caught.value.found
+
+    assert all_ranks(2, meet) == ["a rank that did not come to a meeting"] * 2
+
+
+class Way:
+    """One of both ways, by its name."""
+
+    failed = False
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def all_reduce(self, given: Tensor, out: Tensor) -> Any:
+        return self._name
+
+    all_gather = all_reduce
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_small_tensors_go_by_our_kernels_and_large_sums_by_nccl(size: int) -> None:
+    ranks = Seat(Table(size), 0)
+    place = GpuMeetings(HostGpu(0), ranks, Way("ours"), Way("nccl"))  # type: ignore[arg-type]
+    limit = meeting._SMALL_OF_TWO if size == 2 else meeting._SMALL
+    for call, count, way in (
+        (SUM, limit // 2, "ours"),
+        (SUM, limit // 2 + 1, "nccl"),
+        (GATHER, 1 << 24, "ours"),
+    ):
+        given = Tensor("a", "float16", (count,), 0)
+        assert place.bind(call, given, given) == way  # type: ignore[comparison-overlap]
+
+
+def test_bytes_are_exchanged_in_pieces_and_reasons_by_the_first_that_has_one() -> None:
+    def meet(gpu: HostGpu, ranks: Seat) -> object:
+        data = bytes([ranks.rank, *range(256)])
+        none = hindrance(ranks, "")
+        reason = hindrance(ranks, f"no {ranks.rank} é" if ranks.rank else "")
+        return exchange(ranks, data) == [bytes([r, *range(256)]) for r in range(3)], none, reason
+
+    assert all_ranks(3, meet) == [(True, "", "rank 1: no 1 é")] * 3
+
+
+# --- NCCL -----------------------------------------------------------------------------------------
+
+
+class Bindings:
+    """Calls of NCCL as its bindings have them: their documentation begins with the signature."""
+
+    def __init__(self) -> None:
+        from nccl.bindings import nccl as real
+
+        self.real, self.calls = real, []  # type: ignore[var-annotated]
+        self.DataType, self.RedOp, self.NCCLError = real.DataType, real.RedOp, real.NCCLError
+        self.aborted = threading.Event()
+        self.ids = 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        words = getattr(self.real, name).__doc__
+        parameters = re.match(rf"{name}\((.*?)\)", words)
+        assert parameters is not None, words
+        count = len([one for one in parameters[1].split(",") if one])
+
+        def called(*arguments: object) -> Any:
+            assert len(arguments) == count, f"{words}: {arguments}"
+            self.calls.append((name, *arguments))
+            if name == "comm_abort":
+                self.aborted.set()
+            return {"get_unique_id": bytes(range(128)), "comm_user_rank": 1}.get(name, name)
+
+        return called
+
+
+def test_nccl_is_called_as_its_bindings_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[Any] = []
+    monkeypatch.setattr(driver, "cuMemsetD8Async", lambda *a: copies.append(a) or (GOOD,))
+    monkeypatch.setattr(driver, "cuMemcpy2DAsync", lambda *a: copies.append(a) or (GOOD,))
+    known = [Bindings(), Bindings()]
+    found = iter(known)
+    lock = threading.Lock()
+
+    def load(name: str) -> Bindings:
+        assert name == "nccl.bindings.nccl"
+        with lock:
+            return next(found)
+
+    monkeypatch.setattr(nccl.importlib, "import_module", load)
+    monkeypatch.setattr(nccl, "enter", lambda ordinal: None)
+    made = all_ranks(2, nccl.Nccl.made)  # type: ignore[arg-type]
+    assert all(isinstance(one, nccl.Nccl) for one in made), made
+    starts = sorted(c for b in known for c in b.calls if c[0] == "comm_init_rank_scalable")
+    key = bytearray(range(128))
+    assert starts == [("comm_init_rank_scalable", 2, rank, 1, key, 0) for rank in range(2)]
+    one, bindings = made[0], made[0]._nccl
+    given, out = Tensor("a", "bfloat16", (4, 10), 1000), Tensor("b", "bfloat16", (4, 17), 5000)
+    one.all_gather(given, out)()
+    (_, address, zero, size, _), (copy, _) = ("", *copies[0]), copies[1]
+    assert (address, zero, size) == (5000, 0, 2 * 4 * 17)
+    assert (copy.srcPitch, copy.dstPitch, copy.WidthInBytes, copy.Height) == (20, 34, 14, 4)
+    assert int(copy.dstDevice) == 5000 + 20  # it is rank 1's: what is padded falls away
+    kind, total = int(bindings.DataType.Bfloat16), int(bindings.RedOp.Sum)
+    reduced = ("all_reduce", 5000, 5000, 68, kind, total, "comm_init_rank_scalable", 0)
+    assert bindings.calls[-1] == reduced
+    one.give_up()
+    one.give_up()
+    assert bindings.aborted.wait(60)
+    with pytest.raises(EngineError, match="do not meet any more"):
+        one.all_reduce(out, out)()
+    assert [name for name, *_ in bindings.calls].count("comm_abort") == 1
+
+
+def test_without_nccl_it_is_said_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> object:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(nccl.importlib, "import_module", load)
+    reason = "rank 0: No module named 'nccl.bindings.nccl'"
+    assert all_ranks(2, nccl.Nccl.made) == [reason] * 2  # type: ignore[arg-type]
