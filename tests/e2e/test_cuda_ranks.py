@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import HF, IMAGES, cuda_engine
+from conftest import HANGS, HF, IMAGES, cuda_engine
 from golden_models import TOLERANCES, Golden, cases_of, check_answer, check_prompt
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
@@ -88,7 +88,7 @@ def test_a_rank_is_killed_while_the_first_one_waits_for_its_gpu(engine: Path) ->
         told = Waiting()
         others.communicator.watch(told.stop)
         os.kill(others._children[1].pid, signal.SIGKILL)
-        assert told.event.wait(60)
+        assert told.event.wait(HANGS)
         with pytest.raises(RankError, match="Rank 1 of 2 failed") as caught:
             others.communicator.check()
         assert "signal 9" in caught.value.found

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from cuda.bindings import driver
 
+from conftest import HANGS
 from host_collectives import HostKernels, aligned
 from vlmforge.backends import Communicator, FloatArray
 from vlmforge.backends.cuda import meeting, nccl, peers
@@ -34,7 +35,7 @@ class Table:
 
     def __init__(self, size: int, room: int = 40) -> None:
         self.size, self.room = size, room
-        self.barrier = threading.Barrier(size, timeout=60)
+        self.barrier = threading.Barrier(size, timeout=HANGS)
         self.given: list[FloatArray] = [np.zeros(0, np.float32)] * size
 
 
@@ -225,7 +226,7 @@ def test_what_is_lost_on_the_way_is_noticed_at_the_first_meeting(
 
 def test_who_waits_is_told_when_a_rank_is_lost_and_says_so(gpus: Driver) -> None:
     lost = RankError("Rank 1 of 2 failed", found="gone", expected="all", fix="again")
-    apart = threading.Barrier(2, timeout=60)
+    apart = threading.Barrier(2, timeout=HANGS)
 
     def meet(gpu: HostGpu, ranks: Seat) -> object:
         place = meet_first(gpu, ranks, {})  # type: ignore[arg-type]
@@ -362,7 +363,7 @@ def test_nccl_is_called_as_its_bindings_have_it(monkeypatch: pytest.MonkeyPatch)
     assert bindings.calls[-1] == reduced
     one.give_up()
     one.give_up()
-    assert bindings.aborted.wait(60)
+    assert bindings.aborted.wait(HANGS)
     with pytest.raises(EngineError, match="do not meet any more"):
         one.all_reduce(out, out)()
     assert [name for name, *_ in bindings.calls].count("comm_abort") == 1
