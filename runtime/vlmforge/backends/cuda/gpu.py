@@ -75,10 +75,10 @@ class GpuMemory:
         try:
             self.address = int(call(driver.cuMemAlloc, size))
         except PluginError as error:
-            free, _ = call(driver.cuMemGetInfo)
+            left, _ = call(driver.cuMemGetInfo)
             raise EngineError(
                 "The GPU has no memory left for the engine.",
-                found=f"{int(free) / 1e9:.2f} GB free ({error.found})",
+                found=f"{int(left) / 1e9:.2f} GB free ({error.found})",
                 expected=f"{size / 1e9:.2f} GB in one piece",
                 fix="EngineConfig(cache_max_entry_count=...) with a smaller share, a smaller "
                 "session_len or max_batch_size, or end what else is on the GPU",
