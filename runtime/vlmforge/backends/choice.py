@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmforge.backends import DecoderBatch, FloatArray
+from vlmforge.backends import DecoderBatch, FloatArray, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,4 +81,41 @@ class ChoosingDecoder(Protocol):
 
         A row that has no choice gets its logits `[vocab_size]`, which are valid until the next
         step; so does one that cannot be chosen for. EngineError: the library failed.
+        """
+
+
+class Begun(Protocol):
+    """A step of decoding that a device runs, or has run.
+
+    Attributes:
+        seconds: That it took; known once it was waited for.
+    """
+
+    seconds: float
+
+    def wait(self) -> Sequence[Picked | np.int64 | None]:
+        """What was found for each row: see `ChoosingDecoder`, `LikeliestDecoder`.
+
+        None: it must be chosen from the logits, so the row is to be run again without being begun.
+        EngineError: the library failed.
+        """
+
+
+@runtime_checkable
+class OverlappingDecoder(Protocol):
+    """A `DecoderSession` that begins a step of decoding while the one before it runs.
+
+    Steps end in the order in which they were begun, and whatever else is asked comes behind them.
+    """
+
+    def can_begin(self, rows: int, choices: Sequence[Choice] | None) -> bool:
+        """Whether `begin` can choose so for each of so many rows."""
+
+    def begin(
+        self, batch: DecoderBatch, choices: Sequence[Choice] | None, ahead: IntArray
+    ) -> Begun:
+        """Begin a step of decoding, to choose a token for each row; None: the likeliest.
+
+        `ahead` int64 `[B]` is the row of the step begun last whose token is the row's input; -1:
+        it stands in `batch`. EngineError: the library failed.
         """

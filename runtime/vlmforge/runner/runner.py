@@ -16,54 +16,37 @@ from typing import TypeVar
 
 import numpy as np
 
-from vlmforge.backends import FloatArray
-from vlmforge.backends.choice import Choice, Found
+from vlmforge.backends import FloatArray, IntArray
+from vlmforge.backends.choice import Begun, Choice, Found
 from vlmforge.errors import EngineStepError, as_ours
 from vlmforge.kv.cache import Copy
 from vlmforge.outputs.token_chooser import PrefillFacts
 from vlmforge.runner.decoder_input import DecoderInput, PromptPart
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
+from vlmforge.runner.running import Active, Choices, Lost, Running
 from vlmforge.runner.stages import Engine
-from vlmforge.runner.step import Row, Step, StepRecord, StepResult
+from vlmforge.runner.step import AHEAD, Row, Step, StepRecord, StepResult
 from vlmforge.vl.prepared import PreparedImage
 
 logger, steps = logging.getLogger("vlmforge"), logging.getLogger("vlmforge.steps")
 T = TypeVar("T")
 
 
-@dataclass(slots=True, eq=False)
-class _Active:
-    """A job that has a place, or has lost it for a while."""
-
-    job: Job
-    images: list[PreparedImage | None]  # let go once their features are here
-    features: list[FloatArray | None]  # by image
-    admitted: float
-    cached: int
-    given: DecoderInput | None = None
-    encode: float = 0.0
-    cached_images: int = 0
-    begun: bool = False
-    prompt_logits: list[FloatArray] = field(default_factory=list)
-
-    @property
-    def input(self) -> DecoderInput:
-        assert self.given is not None
-        return self.given
-
-
 class Runner:
-    """Runs the steps of one engine. One thread."""
+    """Runs the steps of one engine. One thread.
+
+    A step is `run`; or begun, and finished later: in between, the one behind it may be begun.
+    """
 
     def __init__(self, engine: Engine, features: FeatureCache) -> None:
         self._engine, self._features = engine, features
-        self._active: dict[int, _Active] = {}
+        self._active: dict[int, Active] = {}
 
     def begin(self, sequence: int, job: Job, cached: int) -> None:
         """A job has got its place, for the first time; `cached` of its tokens are there."""
         images: list[PreparedImage | None] = [*job.images]
-        self._active[sequence] = _Active(
+        self._active[sequence] = Active(
             job, images, [None] * len(images), time.perf_counter(), cached
         )
         job.images = ()
@@ -86,7 +69,8 @@ class Runner:
         """
         work = _Work(self._engine, self._features, self._active)
         begun = time.perf_counter()
-        work.move(step)
+        for lost in work.move(step):
+            work.lose(*lost)
         work.prefill(step.prompts, ahead)
         prompted = time.perf_counter()
         work.decode(step.decode)
@@ -95,6 +79,65 @@ class Runner:
             steps.debug("%s", StepRecord(step, begun, work.images, work.encode, prompt, decode))
         return StepResult(work.tokens, frozenset(work.failed))
 
+    def ahead(self, rows: Sequence[Row], before: Running | None = None) -> Choices | None:
+        """How the next tokens of `rows` are chosen in a step that is begun.
+
+        `before` runs still, and gives a token of each; those of its sequences that surely end with
+        it are left out. None: the step is to be `run`, when that has ended.
+        """
+        overlapping, later = self._engine.overlapping, before is not None
+        if overlapping is None or (before is not None and isinstance(before.found, BaseException)):
+            return None
+        there = {r.sequence: a for r in rows if (a := self._active.get(r.sequence)) is not None}
+        if any(active.here for active in there.values()):
+            return None
+        jobs = {name: active.job for name, active in there.items()}
+        if later:
+            jobs = {name: job for name, job in jobs.items() if job.generation.left > 1}
+        choices = _choices(jobs, later=later) if jobs else None
+        if choices is None:
+            return None
+        known = [choice for choice in choices.values() if choice is not None]
+        return choices if overlapping.can_begin(len(jobs), known or None) else None
+
+    def start(self, step: Step, choices: Choices, before: Running | None = None) -> Running:
+        """Begin a step of tokens alone; raises nothing (see `finish`)."""
+        work = _Work(self._engine, self._features, self._active)
+        begun, lost = time.perf_counter(), work.move(step)
+        gone = {row.sequence for rows, _ in lost for row in rows}
+        rows = [row for row in step.decode if row.sequence not in gone]
+        found: Begun | BaseException
+        try:
+            found = work.begin_tokens(rows, choices, before)
+        except BaseException as error:  # noqa: BLE001 - handed to the callers that it concerns
+            found = error
+        return Running(step, begun, lost, rows, found)
+
+    def finish(self, running: Running) -> StepResult:
+        """Wait for a step; raises nothing, as `run`. Who has ended meanwhile gets nothing of it."""
+        work = _Work(self._engine, self._features, self._active)
+        for rows, error in running.lost:
+            work.lose([row for row in rows if row.sequence in self._active], error)
+        rows = [row for row in running.rows if row.sequence in self._active]
+        found = work.attempt(rows, partial(self._found, running)) or ()
+        there = self._active.keys()
+        for row, value in zip(running.rows, found, strict=bool(found)):
+            if row.sequence in there:
+                work.take(row.sequence, value)
+        if steps.isEnabledFor(logging.DEBUG):
+            took = time.perf_counter() - running.begun
+            steps.debug("%s", StepRecord(running.step, running.begun, 0, 0, 0, took))
+        return StepResult(work.tokens, frozenset(work.failed), frozenset(work.again))
+
+    def _found(self, running: Running) -> Sequence[Found | None]:
+        if isinstance(running.found, BaseException):
+            raise running.found
+        found = running.found.wait()
+        self._engine.clock.add(running.found.seconds)
+        if len(found) != len(running.rows):
+            raise ValueError(f"the decoder gave {len(found)} of {len(running.rows)} tokens")
+        return found
+
 
 @dataclass(slots=True)
 class _Work:
@@ -102,32 +145,36 @@ class _Work:
 
     engine: Engine
     cache: FeatureCache
-    active: dict[int, _Active]
+    active: dict[int, Active]
     tokens: dict[int, int | None] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
+    again: set[int] = field(default_factory=set)
     images: int = 0
     encode: float = 0.0
 
-    def move(self, step: Step) -> None:
+    def move(self, step: Step) -> Sequence[Lost]:
+        """What the cache asks for; whom it fails."""
+        lost = list[Lost]()
         for move in step.moves:
             try:
                 self.engine.decoder.move(move)
             except BaseException as error:
                 if isinstance(move, Copy):
-                    self._lose([row for row in step.rows if move.target in row.place], error)
+                    lost.append(([row for row in step.rows if move.target in row.place], error))
                 else:  # memory that did not go back; its content is of no use anyway
                     logger.warning("the cache's memory could not be given back", exc_info=True)
+        return lost
 
     def prefill(self, rows: Sequence[Row], ahead: Iterable[PreparedImage]) -> None:
         ready = []
         for row in rows:
             if row.sequence in self.failed:
                 continue
-            if self._attempt([row], partial(self._encode, self.active[row.sequence], row, ahead)):
+            if self.attempt([row], partial(self._encode, self.active[row.sequence], row, ahead)):
                 ready.append(row)
         if not ready:
             return
-        logits = self._attempt(ready, lambda: self._run_prompts(ready))
+        logits = self.attempt(ready, lambda: self._run_prompts(ready))
         for row, found in zip(ready, logits or (), strict=logits is not None):
             self._prompted(row, found)
 
@@ -147,7 +194,7 @@ class _Work:
             if self._begin(sequence, facts):
                 self._accept(sequence, logits[-1])
 
-    def _part(self, row: Row, active: _Active) -> tuple[int, ...]:
+    def _part(self, row: Row, active: Active) -> tuple[int, ...]:
         """Other answers to the prompt become jobs of their own; returns their sequences."""
         jobs, active.job.siblings = active.job.siblings, ()
         for fork, job in zip(row.forks, jobs, strict=True):
@@ -163,16 +210,16 @@ class _Work:
             rows = [row for row in rows if row.sequence in choices]
         if not rows:
             return
-        found = self._attempt(rows, lambda: self._run_tokens(rows, choices))
+        found = self.attempt(rows, lambda: self._run_tokens(rows, choices))
         if found is None:
             return
         for row, values in zip(rows, found, strict=True):
             self._accept(row.sequence, values)
 
-    def _ends_prompt(self, active: _Active, row: Row) -> bool:
+    def _ends_prompt(self, active: Active, row: Row) -> bool:
         return row.logits == "last" or row.stop == len(active.job.prompt.token_ids)
 
-    def _encode(self, active: _Active, row: Row, ahead: Iterable[PreparedImage]) -> bool:
+    def _encode(self, active: Active, row: Row, ahead: Iterable[PreparedImage]) -> bool:
         """Have the features of all images whose tokens are not in the cache; True."""
         begun, spans = time.perf_counter(), active.job.prompt.image_spans
         wanted = {span.image for span in spans if span.start + span.length > row.start}
@@ -221,28 +268,49 @@ class _Work:
             try:
                 found[row.sequence] = jobs[row.sequence].generation.choice()
             except BaseException as error:  # noqa: BLE001 - ends this sequence, whatever it is
-                self._lose([row], error)
+                self.lose([row], error)
         return found
 
-    def _run_tokens(
-        self, rows: Sequence[Row], choices: Mapping[int, Choice | None] | None
-    ) -> Sequence[Found]:
+    def begin_tokens(self, rows: Sequence[Row], choices: Choices, before: Running | None) -> Begun:
+        """Begin the rows, those that are `AHEAD` with the tokens of `before`."""
+        found = [choice for row in rows if (choice := choices[row.sequence]) is not None]
+        places = {} if before is None else {r.sequence: i for i, r in enumerate(before.rows)}
+        ahead = [places[r.sequence] if r.tokens == (AHEAD,) else -1 for r in rows]
+        where, tokens, lengths, levels, lags = self._inputs(rows)
+        tokens, sources = np.maximum(tokens, 0), np.array(ahead, np.int64)
+        return self.engine.begin(where, tokens, lengths, levels, lags, found or None, sources)
+
+    def take(self, sequence: int, found: Found | None) -> None:
+        """What was found for a row of a step that was begun; None: it is to be run again."""
+        active = self.active[sequence]
+        if found is None or active.here:
+            active.here = True
+            self.again.add(sequence)
+        else:
+            self._accept(sequence, found)
+
+    def _inputs(
+        self, rows: Sequence[Row]
+    ) -> tuple[Sequence[tuple[int, ...]], IntArray, IntArray, IntArray, IntArray]:
+        """Of each row: its place, its token, the tokens before, the rotary level and the lag."""
         tokens = np.array([row.tokens[0] for row in rows], np.int64)
         lengths = np.array([row.start for row in rows], np.int64)
         inputs = [self.active[row.sequence].input for row in rows]
         levels = np.array([given.rotary_level for given in inputs], np.int64)
         lags = np.array([given.lag for given in inputs], np.int64)
-        places = [row.place for row in rows]
+        return [row.place for row in rows], tokens, lengths, levels, lags
+
+    def _run_tokens(
+        self, rows: Sequence[Row], choices: Mapping[int, Choice | None] | None
+    ) -> Sequence[Found]:
         likeliest = all(self.active[row.sequence].job.likeliest for row in rows)
         given = None if choices is None else [choices[row.sequence] for row in rows]
-        found = self.engine.decode(
-            places, tokens, lengths, levels, lags, likeliest=likeliest, choices=given
-        )
+        found = self.engine.decode(*self._inputs(rows), likeliest=likeliest, choices=given)
         if len(found) != len(rows):
             raise ValueError(f"the decoder gave {len(found)} rows for {len(rows)} sequences")
         return found
 
-    def _facts(self, active: _Active) -> PrefillFacts:
+    def _facts(self, active: Active) -> PrefillFacts:
         rows, active.prompt_logits = active.prompt_logits, []
         return PrefillFacts(
             queue=active.admitted - active.job.submitted,
@@ -264,21 +332,23 @@ class _Work:
         return True
 
     def _accept(self, sequence: int, found: Found) -> None:
+        active = self.active[sequence]
+        active.here = False
         try:
-            token = self.active[sequence].job.generation.accept(found)
+            token = active.job.generation.accept(found)
             self.tokens[sequence] = None if token is None else int(token)
         except BaseException as error:  # noqa: BLE001 - a logits processor may raise anything
             self._end(sequence, error)
 
-    def _attempt(self, rows: Sequence[Row], call: Callable[[], T]) -> T | None:
+    def attempt(self, rows: Sequence[Row], call: Callable[[], T]) -> T | None:
         """What `call` gives. If it raises, these rows fail; None then."""
         try:
             return call()
         except BaseException as error:  # noqa: BLE001 - handed to the callers that it concerns
-            self._lose(rows, error)
+            self.lose(rows, error)
             return None
 
-    def _lose(self, rows: Sequence[Row], error: BaseException) -> None:
+    def lose(self, rows: Sequence[Row], error: BaseException) -> None:
         """Nobody knows what these sequences have in the cache: they end."""
         for row in rows:
             self.failed.add(row.sequence)
@@ -288,3 +358,14 @@ class _Work:
         """The answer ends with an error; what is in the cache is whole."""
         self.tokens[sequence] = None
         self.active[sequence].job.fail(error)
+
+
+def _choices(jobs: Mapping[int, Job], *, later: bool) -> Choices | None:
+    """Of each job's next token, or of the one behind; nothing to be said where that is likeliest.
+
+    None: that of one is not known before its tokens are, or the logits are.
+    """
+    if all(job.likeliest for job in jobs.values()):
+        return dict.fromkeys(jobs)
+    choices = {name: job.generation.choice(int(later)) for name, job in jobs.items()}
+    return None if None in choices.values() else choices

@@ -18,7 +18,7 @@ from vlmforge.backends import (
     LoadOptions,
     VisionSession,
 )
-from vlmforge.backends.choice import Choice, ChoosingDecoder, Found
+from vlmforge.backends.choice import Begun, Choice, ChoosingDecoder, Found, OverlappingDecoder
 from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Grid
 from vlmforge.engine.images.pixels import AS_ENGINE, Colour, Layout, PixelRange, Size
@@ -57,6 +57,7 @@ class Engine:
     clock: PartClock = field(default_factory=PartClock)
     _sparing: LikeliestDecoder | None = field(init=False, repr=False)
     choosing: ChoosingDecoder | None = field(init=False, repr=False)
+    overlapping: OverlappingDecoder | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Asked once: to ask whether something fulfils a protocol takes as long as half a step's
@@ -66,6 +67,8 @@ class Engine:
         choosing = self.decoder if isinstance(self.decoder, ChoosingDecoder) else None
         able = choosing is not None and choosing.chooses
         object.__setattr__(self, "choosing", choosing if able else None)
+        overlapping = self.decoder if isinstance(self.decoder, OverlappingDecoder) else None
+        object.__setattr__(self, "overlapping", overlapping)
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -299,21 +302,47 @@ class Engine:
         `places` `[B]` are where they are (see `KVCache.place`); `lengths` and `levels` `[B]` are
         the tokens before, and each sequence's rotary level; `lags` `[B]` see `DecoderInput.lag`.
         """
-        turns = None
-        if self.manifest.decode.positions.turn_width:
-            behind = lengths if lags is None else lengths - lags
-            turns = self._turns(np.repeat(behind[:, None, None], AXES, axis=2))
-        zeros = np.zeros((len(tokens), 1), np.int64)
-        slots = tuple(place[0] for place in places)
-        batch = DecoderBatch(
-            slots, tokens[:, None], lengths, None, zeros, self._levels(levels), places, turns
-        )
+        batch = self._next_tokens(places, tokens, lengths, levels, lags)
         with self.clock.running():
             if choices is not None and self.choosing is not None:
                 return self.choosing.choose(batch, choices)
             if likeliest and self._sparing is not None:
                 return cast("Sequence[Found]", self._sparing.likeliest(batch))
             return cast("Sequence[Found]", self.decoder.step(batch)[:, 0])
+
+    def begin(
+        self,
+        places: Sequence[Sequence[int]],
+        tokens: IntArray,
+        lengths: IntArray,
+        levels: IntArray,
+        lags: IntArray,
+        choices: Sequence[Choice] | None,
+        ahead: IntArray,
+    ) -> Begun:
+        """As `decode`, for who is `overlapping` (see `OverlappingDecoder.begin`)."""
+        assert self.overlapping is not None
+        batch = self._next_tokens(places, tokens, lengths, levels, lags)
+        return self.overlapping.begin(batch, choices, ahead)
+
+    def _next_tokens(
+        self,
+        places: Sequence[Sequence[int]],
+        tokens: IntArray,
+        lengths: IntArray,
+        levels: IntArray,
+        lags: IntArray | None,
+    ) -> DecoderBatch:
+        turns = None
+        if self.manifest.decode.positions.turn_width:
+            behind = lengths if lags is None else lengths - lags
+            turns = self._turns(np.repeat(behind[:, None, None], AXES, axis=2))
+        zeros = np.zeros((len(tokens), 1), np.int64)
+        slots = tuple(place[0] for place in places)
+        levels_given = self._levels(levels)
+        return DecoderBatch(
+            slots, tokens[:, None], lengths, None, zeros, levels_given, places, turns
+        )
 
     def encode(self, pixel_values: FloatArray, grid: Grid | None = None) -> FloatArray:
         """Pixel values of images, all of one grid if they have one, to features `[n, rows, width]`.

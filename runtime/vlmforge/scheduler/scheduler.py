@@ -9,10 +9,11 @@ would be served last gives up its place and is computed again later, generated t
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 
 from vlmforge.kv.cache import KVCache, common_prefix
-from vlmforge.runner.step import Logits, Row, Step, StepResult
+from vlmforge.runner.step import AHEAD, Logits, Row, Step, StepResult
 from vlmforge.scheduler.sequence import State, TokenSequence
 
 
@@ -42,6 +43,8 @@ class Scheduler:
         self._prompts, self._window = prompts, window
         self._waiting: list[TokenSequence] = []  # in the order in which they will be served
         self._running: list[TokenSequence] = []  # likewise
+        self._ahead: Counter[int] = Counter()  # rows of sequences in steps planned by `ahead`
+        self._leaving: dict[int, bool] = {}  # ended with such a row under way; valid?
 
     @property
     def waiting(self) -> tuple[TokenSequence, ...]:
@@ -58,13 +61,17 @@ class Scheduler:
         bisect.insort(self._waiting, sequence, key=_order)
 
     def remove(self, sequence: TokenSequence, *, valid: bool = True) -> None:
-        """End a sequence wherever it is; its place is free at once. More than once does nothing.
+        """End a sequence wherever it is. More than once does nothing.
 
-        `valid=False` says that what its last row wrote is unknown.
+        Its place is free at once, or as soon as the step that was planned `ahead` with a row of it
+        has been run. `valid=False` says that what its last row wrote is unknown.
         """
         if sequence.state is State.RUNNING:
             self._running.remove(sequence)
-            self._cache.free(sequence.id, valid=valid)
+            if self._ahead[sequence.id]:
+                self._leaving[sequence.id] = valid
+            else:
+                self._cache.free(sequence.id, valid=valid)
         elif sequence.state is State.WAITING:
             self._waiting.remove(sequence)
         sequence.state = State.ENDED
@@ -92,18 +99,61 @@ class Scheduler:
         rows = tuple(self._row(s, s.computed, len(s.tokens), "last") for s in decode)
         return Step(self._cache.take_moves(), prefill, rows, together)
 
+    def ahead(self, step: Step, going_on: Collection[int]) -> Step | None:
+        """What follows `step`, which still runs: one token more of those of it that are `going_on`.
+
+        None: that depends on how it ends, as a prompt is to be run or room is short. Until what
+        is returned has been run too, only `ahead` plans more, and `update` is told of both in turn.
+
+        Raises:
+            SequenceError: remove that one when `step` has ended.
+        """
+        if step.prompts or self._prompt_is_next({row.sequence for row in step.decode}):
+            return None
+        running, rows = {sequence.id: sequence for sequence in self._running}, []
+        for row in step.decode:
+            sequence = running.get(row.sequence) if row.sequence in going_on else None
+            if sequence is None:
+                continue
+            with _at(sequence):
+                if not self._cache.grow(sequence.id, row.stop + 1):
+                    return None
+                place = self._cache.place(sequence.id)
+            rows.append(Row(sequence.id, (AHEAD,), row.stop, place, "last"))
+        if not rows:
+            return None
+        self._ahead.update(row.sequence for row in rows)
+        return Step(self._cache.take_moves(), None, tuple(rows))
+
+    def _prompt_is_next(self, decoding: Collection[int]) -> bool:
+        """Whether somebody else than these has a place, or can have one now."""
+        if any(sequence.id not in decoding for sequence in self._running):
+            return True
+        first = self._waiting[0] if self._waiting else None
+        if first is None:
+            return False
+        if self._running and self._running[-1].priority < first.priority:
+            return True
+        if first.parent is not None and not first.preempted:
+            return len(self._running) < self._rows
+        cached = self._begin(first)
+        if cached is not None:
+            self._run(first, cached)
+        return cached is not None
+
     def update(self, step: Step, result: StepResult) -> tuple[SequenceError, ...]:
         """Note what a step did; returns whose tokens could not be noted: they have ended.
 
         Sequences that ended meanwhile are passed over.
         """
+        self._let_leave(step)
         running = {sequence.id: sequence for sequence in self._running}
         errors = []
         for name in result.failed & running.keys():
             self.remove(running.pop(name), valid=False)
         for row in step.rows:
             sequence = running.get(row.sequence)
-            if sequence is None:
+            if sequence is None or row.sequence in result.again:
                 continue
             try:
                 self._note(sequence, row, result)
@@ -117,6 +167,13 @@ class Scheduler:
                 else:
                     sequence.append(token)
         return tuple(errors)
+
+    def _let_leave(self, step: Step) -> None:
+        """The places of who ended before its last row, one of `step`, are free now."""
+        self._ahead.subtract(row.sequence for row in step.decode if row.tokens == (AHEAD,))
+        self._ahead += Counter()  # no zeros
+        for name in [name for name in self._leaving if not self._ahead[name]]:
+            self._cache.free(name, valid=self._leaving.pop(name))
 
     def _note(self, sequence: TokenSequence, row: Row, result: StepResult) -> None:
         with _at(sequence):

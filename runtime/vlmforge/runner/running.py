@@ -1,0 +1,61 @@
+"""What is under way: jobs that have a place, and a step that has been begun."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vlmforge.backends import FloatArray
+from vlmforge.backends.choice import Begun, Choice
+from vlmforge.runner.decoder_input import DecoderInput
+from vlmforge.runner.job import Job
+from vlmforge.runner.step import Row, Step
+from vlmforge.vl.prepared import PreparedImage
+
+
+@dataclass(slots=True, eq=False)
+class Active:
+    """A job that has a place, or has lost it for a while."""
+
+    job: Job
+    images: list[PreparedImage | None]  # let go once their features are here
+    features: list[FloatArray | None]  # by image
+    admitted: float
+    cached: int
+    given: DecoderInput | None = None
+    encode: float = 0.0
+    cached_images: int = 0
+    begun: bool = False
+    here: bool = False  # its next token is chosen here, as it turned out
+    prompt_logits: list[FloatArray] = field(default_factory=list)
+
+    @property
+    def input(self) -> DecoderInput:
+        """What its prompt is to the decoder; there once its images are encoded."""
+        assert self.given is not None
+        return self.given
+
+
+Lost = tuple[Sequence[Row], BaseException]
+"""Rows that cannot be run, and why."""
+Choices = Mapping[int, Choice | None]
+"""How the tokens of sequences are to be chosen, where that is not done here."""
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A step that has been begun, and is to be finished.
+
+    Attributes:
+        step: What was planned.
+        begun: When (`time.perf_counter`).
+        lost: Rows that ended when it was begun, and why.
+        rows: The others, in the device's order.
+        found: What becomes of them, or why nothing does.
+    """
+
+    step: Step
+    begun: float
+    lost: Sequence[Lost]
+    rows: Sequence[Row]
+    found: Begun | BaseException
