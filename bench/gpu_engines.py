@@ -15,16 +15,12 @@ yardstick of `speed` torch.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "runtime"), str(ROOT / "plugins_cuda")]
 sys.path[:0] = [str(ROOT / folder) for folder in ("builder", "recipes", "scripts")]
 
+from gpu_watched import Watched, figures  # noqa: E402
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, pipeline  # noqa: E402
 from vlmforge.api.memory import part_memory  # noqa: E402
 from vlmforge.backends.cuda import machine  # noqa: E402
+from vlmforge.backends.cuda.program import FEW  # noqa: E402
 
 DEMO = "demo"
 DEMO_CHECKPOINT = ROOT / "recipes" / "vlmforge_recipes" / "llava" / "demo" / "checkpoint"
@@ -115,35 +113,16 @@ def own_goldens(engine: Path) -> str:
     return f"{len(results)} stages of its build's goldens met ({'; '.join(logits)}); "
 
 
-@dataclass
-class Watched:
-    """A decoder that notes when each step began and ended, its rows, and all their tokens."""
-
-    inner: Any
-    steps: list[tuple[float, float, int, int, int]]
-
-    def step(self, batch: Any) -> Any:
-        """As a decoder does."""
-        return self._noted(self.inner.step, batch)
-
-    def likeliest(self, batch: Any) -> Any:
-        """As a decoder does."""
-        return self._noted(self.inner.likeliest, batch)
-
-    def _noted(self, run: Callable[[Any], Any], batch: Any) -> Any:
-        began = time.perf_counter()
-        found = run(batch)
-        held = int(batch.past_lengths.sum()) + batch.input_ids.size
-        self.steps.append((began, time.perf_counter(), *batch.input_ids.shape, held))
-        return found
-
-    def move(self, move: Any) -> None:
-        """As a decoder does."""
-        self.inner.move(move)
+SAMPLED = {"do_sample": True, "top_k": 40, "top_p": 0.8, "temperature": 0.6, "random_seed": 1}
 
 
-def speed(engine: Path, wanted: list[str], out: Path | None) -> None:
+def speed(
+    engine: Path, wanted: list[str], out: Path | None, *, sampled: bool, one_by_one: bool, few: int
+) -> None:
     """A step of decoding through `pipeline()`, for each BATCH:CONTEXT of `wanted`."""
+    from vlmforge.backends.cuda import chain, decoder
+
+    chain.FEW = decoder.FEW = few  # type: ignore[misc]
     sizes = [tuple(map(int, item.split(":"))) for item in wanted]
     rate = copy_rate()
     before = machine.find_gpu()
@@ -158,19 +137,24 @@ def speed(engine: Path, wanted: list[str], out: Path | None) -> None:
         print(f"loaded in {rows[0]['load_s']:.1f} s; {pipe._engine.options}", flush=True)
         rows[0] |= taken(pipe, before)
         print(rows[0], flush=True)
-        watched = Watched(pipe._engine.decoder, [])
+        watched = Watched(pipe._engine.decoder, [], [])
         object.__setattr__(pipe._engine, "decoder", watched)
         object.__setattr__(pipe._engine, "_sparing", watched)  # which is asked where ids will do
+        object.__setattr__(pipe._engine, "overlapping", None if one_by_one else watched)
+        if pipe._engine.choosing is not None:
+            object.__setattr__(pipe._engine, "choosing", watched)
         read = read_bytes(pipe)
         for batch, context in sizes:
             # The first prompts decode while the last ones are still being run.
             steps = _LEAST_STEPS + 3 * batch
             prompts = [prompt(pipe, context - steps + 24, index) for index in range(batch)]
-            generation = GenerationConfig(max_new_tokens=steps, ignore_eos=True)
+            more = SAMPLED if sampled else {}
+            generation = GenerationConfig(max_new_tokens=steps, ignore_eos=True, **more)
             for _ in range(2):  # the first captures
                 watched.steps.clear()
+                watched.begun.clear()
                 answers = pipe(prompts, gen_config=[generation] * batch, do_preprocess=False)
-            rows.append(figures(watched.steps, batch, read))
+            rows.append(figures(watched, batch, read))
             rows[-1]["share"] = round(rows[-1]["gb_per_s"] / rate * 1e9, 3)
             rows[-1]["tokens"] = sum(len(answer.token_ids) for answer in answers)
             print(rows[-1], flush=True)
@@ -234,28 +218,6 @@ def prompt(pipe: Pipeline, tokens: int, index: int) -> str:
         words = max(1, words * tokens // found)
 
 
-def figures(
-    steps: list[tuple[float, float, int, int, int]], batch: int, read: tuple[int, int]
-) -> dict[str, Any]:
-    """Medians in milliseconds: of a whole step, from its beginning to the next, and inside."""
-    full = [(a, b) for a, b in itertools.pairwise(steps) if a[2:4] == b[2:4] == (batch, 1)]
-    whole = statistics.median(b[0] - a[0] for a, b in full) * 1e3
-    inside = statistics.median(a[1] - a[0] for a, _ in full) * 1e3
-    held = statistics.mean(a[4] for a, _ in full)
-    bytes_read = read[0] + held * read[1]
-    prefill = [end - start for start, end, _, tokens, _ in steps if tokens > 1]
-    return {
-        "batch": batch,
-        "context": round(held / batch),
-        "step_ms": round(whole, 3),
-        "decoder_ms": round(inside, 3),
-        "tokens_per_s": round(batch / whole * 1e3, 1),
-        "gb_per_s": round(bytes_read / whole / 1e6, 1),
-        "prefill_s": round(sum(prefill), 4),
-        "steps": len(full),
-    }
-
-
 def report(results: Path) -> None:
     """Write what `speed` measured into RESULTS.md, between its markers."""
     head, *rows = json.loads(results.read_text("utf-8"))
@@ -294,6 +256,9 @@ def main() -> None:
     timed.add_argument("engine", type=Path)
     timed.add_argument("--batch", nargs="+", default=["1:640", "8:1024", "32:1024", "64:1024"])
     timed.add_argument("--out", type=Path)
+    timed.add_argument("--sampled", action="store_true", help="and not the likeliest tokens")
+    timed.add_argument("--one-by-one", action="store_true", help="no step before one has ended")
+    timed.add_argument("--few", type=int, default=FEW, help="rows whose tokens the host finds")
     values = arguments.parse_args()
     if values.kind == "build":
         return build(values.engines, values.checkpoints, values.kinds)
@@ -307,7 +272,14 @@ def main() -> None:
         from gpu_sampling import engine
 
         sys.exit(min(1, sum(map(engine, values.engines))))
-    return speed(values.engine, values.batch, values.out)
+    return speed(
+        values.engine,
+        values.batch,
+        values.out,
+        sampled=values.sampled,
+        one_by_one=values.one_by_one,
+        few=values.few,
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,10 @@ Found = Sequence[Picked | np.int64 | None]
 
 
 @dataclass(eq=False)
-class _Begun(Begun):
+class BegunLate(Begun):
+    """A step that is done when it is waited for."""
+
+    rows: Sequence[int]
     parts: LateParts
     work: Callable[[], Found]
     seconds: float = 0.0
@@ -55,8 +58,8 @@ class LateParts(Parts, OverlappingDecoder):
         super().__init__(slots)
         self.begun: list[int] = []
         self.undecided = undecided
-        self._queue: deque[_Begun] = deque()
-        self._latest: _Begun | None = None
+        self._queue: deque[BegunLate] = deque()
+        self._latest: BegunLate | None = None
 
     @override
     def can_begin(self, rows: int, choices: Sequence[Choice] | None) -> bool:
@@ -71,7 +74,7 @@ class LateParts(Parts, OverlappingDecoder):
         before = self._latest
         if self._queue:
             self.begun.append(len(ahead))
-        made = _Begun(self, list)
+        made = BegunLate(batch.slots, self, list)
         made.work = lambda: self._do(made, before, batch, choices, ahead)
         self._queue.append(made)
         self._latest = made
@@ -79,8 +82,8 @@ class LateParts(Parts, OverlappingDecoder):
 
     def _do(
         self,
-        made: _Begun,
-        before: _Begun | None,
+        made: BegunLate,
+        before: BegunLate | None,
         batch: DecoderBatch,
         choices: Sequence[Choice] | None,
         ahead: IntArray,
@@ -114,7 +117,7 @@ class LateParts(Parts, OverlappingDecoder):
         total = np.cumsum(weights)
         return int(np.searchsorted(total, number * total[-1], side="right"))
 
-    def catch_up(self, last: _Begun | None = None) -> None:
+    def catch_up(self, last: BegunLate | None = None) -> None:
         """Do what was begun, up to `last`."""
         while self._queue and (last is None or last.outcome is None):
             self._queue.popleft().run()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from late_parts import BegunLate, LateParts
 from stand_in import HANG_S, Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline, Response
 from vlmforge.backends import DecoderBatch, FloatArray
@@ -60,7 +61,9 @@ ENDS = {"cache.free", "cache.take_moves"}
 FORKS = {"cache.fork"}
 # Of a decoder with a pool of blocks: see `test_pool_errors.py`.
 POOLS = {"engine.prefill_together", "generation.choice"}
-NO_CALLS = {"engine.options", "engine.decoder", "engine.choosing"}
+# Of a decoder that begins steps while others run: see `LATE`.
+OVERLAP = {"engine.begin", "generation.left"}
+NO_CALLS = {f"engine.{x}" for x in ("options", "decoder", "choosing", "overlapping", "clock")}
 # For a session that is saved, or by whoever wants to see metrics; who asked is told.
 ASKED = {"cache.find", "cache.used_blocks"}
 
@@ -73,7 +76,7 @@ def test_the_table_has_every_call_of_the_worker() -> None:
                 owner = node.value.attr.removeprefix("_")
                 if owner in ("features", "engine", "cache", "generation"):
                     found.add(f"{owner}.{node.attr}".replace("cache.get", "features.get"))
-    assert found - NO_CALLS == SEAMS.keys() | ENDS | FORKS | ASKED | POOLS
+    assert found - NO_CALLS == SEAMS.keys() | ENDS | FORKS | ASKED | POOLS | OVERLAP
 
 
 class Fault:
@@ -87,7 +90,8 @@ class Fault:
         def call(owner: object, *given: Any, **named: Any) -> Any:
             self._calls += 1
             if self._calls == self._number:
-                self.concerned = len(given[0]) if self._concerns == ROWS else 1
+                rows = given[0] if given else getattr(owner, "rows", ())
+                self.concerned = len(rows) if self._concerns == ROWS else 1
                 raise self._error
             return function(owner, *given, **named)
 
@@ -190,6 +194,31 @@ def test_a_failure_ends_the_requests_that_it_concerns(
         else:
             assert response.token_ids == alone[i]
     check_alive(pipe, alone)
+
+
+LATE = [("engine.begin", 1), ("engine.begin", 2), ("engine.begin", 5)]
+LATE += [("wait", 1), ("wait", 2), ("wait", 5), ("cache.note", 30), ("cache.place", 20)]
+LATE += [("cache.grow", n) for n in (9, 30, 41)] + [("generation.accept", n) for n in (1, 20, 21)]
+BEGUN = {"engine.begin": (Engine, ROWS), "wait": (BegunLate, ROWS)}
+
+
+@pytest.mark.parametrize(("seam", "number"), LATE)
+def test_a_failure_while_the_next_step_runs(
+    alone: list[list[int]], monkeypatch: pytest.MonkeyPatch, seam: str, number: int
+) -> None:
+    """It concerns those whom it would concern if that did not run."""
+    owner, concerns = (SEAMS | BEGUN)[seam]
+    fault = Fault(number, Unheard(), concerns)
+    with stand_in(LateParts(3), max_prefill_token_num=7) as pipe:
+        with monkeypatch.context() as patched:
+            fault.patch(patched, owner, seam.rpartition(".")[2])
+            responses = batch(pipe)
+        failed = [i for i, r in enumerate(responses) if r.finish_reason == "error"]
+        assert fault.concerned, "the seam was never called that often"
+        assert (0 if seam == "cache.note" else 1) <= len(failed) <= fault.concerned
+        for i, response in enumerate(responses):
+            assert i in failed or response.token_ids == alone[i]
+        check_alive(pipe, alone)
 
 
 class Breaking(Parts):

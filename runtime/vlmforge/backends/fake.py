@@ -259,7 +259,7 @@ class HostMark(Mark):
 
 @dataclass(frozen=True, slots=True)
 class _Arrived(Arriving):
-    end: HostMark
+    end: Mark
     found: NDArray[np.uint8]
 
     @override
@@ -303,7 +303,7 @@ class HostDevice(Device):
         return _Arrived(self.mark(), found)
 
     @override
-    def mark(self) -> HostMark:
+    def mark(self) -> Mark:
         return HostMark(time.perf_counter())
 
     @override

