@@ -108,7 +108,7 @@ class Scheduler:
         Raises:
             SequenceError: remove that one when `step` has ended.
         """
-        if step.prompts or self._prompt_is_next({row.sequence for row in step.decode}):
+        if self._prompt_is_next({row.sequence for row in step.decode}):
             return None
         running, rows = {sequence.id: sequence for sequence in self._running}, []
         for row in step.decode:
