@@ -96,6 +96,11 @@ class LateDevice(HostDevice):
         copies = sum(getattr(work, "__func__", None) is _Copy._do for work in self._queue)
         self.most = max(self.most, copies)
 
+    def taken_most(self) -> int:
+        """`most` since this was last asked."""
+        most, self.most = self.most, 0
+        return most
+
     def do_next(self) -> None:
         """Do what was enqueued first."""
         self._queue.popleft()()
