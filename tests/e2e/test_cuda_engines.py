@@ -32,7 +32,8 @@ from golden_models import (
 from stand_in import Gate, at_once
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
-from vlmforge.backends import DecoderBatch, FloatArray, IntArray
+from vlmforge.backends import DecoderBatch, FloatArray
+from vlmforge.backends.choice import Begun
 from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.fake import HostDevice, cuda_on_cpu
 from vlmforge.errors import CancelledError
@@ -135,18 +136,18 @@ def test_batches_in_any_order_equal_singles(pipe: Pipeline, singles: list[list[i
 
 def test_ids_alone_give_what_logits_give(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    real = PagedDecoder.likeliest
+    real = PagedDecoder.begin
 
-    def noted(decoder: PagedDecoder, batch: DecoderBatch) -> IntArray:
+    def noted(decoder: PagedDecoder, batch: DecoderBatch, *given: Any) -> Begun:
         steps.append(len(batch.slots))
-        return real(decoder, batch)
+        return real(decoder, batch, *given)
 
-    monkeypatch.setattr(PagedDecoder, "likeliest", noted)
+    monkeypatch.setattr(PagedDecoder, "begin", noted)
     texts = [f"number {n}, and so on" for n in range(4)]
     plain = GenerationConfig(max_new_tokens=12, ignore_eos=True)
     whole = replace(plain, output_logits="generation")
     by_ids = [answer.token_ids for answer in pipe(texts, gen_config=plain)]  # type: ignore[union-attr]
-    assert max(steps) == 4 and min(steps) >= 1  # by the GPU's graph, and by the host
+    assert max(steps) == 4 and min(steps) >= 1
     steps.clear()
     by_logits = [answer.token_ids for answer in pipe(texts, gen_config=whole)]  # type: ignore[union-attr]
     assert by_ids == by_logits
@@ -206,6 +207,7 @@ def by_host(pipe: Pipeline) -> Pipeline:
     """A pipeline on the same engine whose decoder chooses no tokens."""
     engine = replace(pipe._engine)
     object.__setattr__(engine, "choosing", None)
+    object.__setattr__(engine, "overlapping", None)
     return serve(engine, EngineConfig(), VisionConfig())
 
 

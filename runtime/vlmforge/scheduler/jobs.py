@@ -13,7 +13,8 @@ from vlmforge.kv.cache import Keys, KVCache
 from vlmforge.kv.slots import SlotCache
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
-from vlmforge.runner.runner import Runner, Running
+from vlmforge.runner.runner import Runner
+from vlmforge.runner.running import Running
 from vlmforge.runner.stages import Engine
 from vlmforge.runner.step import Step, StepResult
 from vlmforge.runner.terms import Terms

@@ -131,27 +131,23 @@ class PagedDecoder(DecoderSession):
 
     def likeliest(self, batch: DecoderBatch) -> IntArray:
         """See `LikeliestDecoder`."""
-        if len(batch.slots) <= FEW or not self._program.gives_likeliest:
+        if not self.can_begin(len(batch.slots), None):
             return _largest(self.step(batch)[:, 0])
-        frame = self._frame(_size(batch))
-        self._fill(frame, batch)
-        self._run(frame)
-        ids = len(batch.input_ids)
-        return self._device.download(self._at(frame, LIKELIEST.name), (ids,), np.dtype(np.int64))
+        return np.array(self.begin(batch, None, _none(batch)).wait(), np.int64)
 
     def choose(
         self, batch: DecoderBatch, choices: Sequence[Choice | None]
     ) -> Sequence[Picked | FloatArray]:
         """See `ChoosingDecoder`."""
-        assert self._sampler is not None
-        frame = self._frame(_size(batch))
-        logits = self._at(frame, LOGITS)
-        prepared = self._sampler.prepare(frame.size.batch, logits, choices)
-        self._fill(frame, batch)
-        self._run(frame)
-        self._sampler.run(prepared)
-        picked = self._sampler.found(prepared, choices)
-        return [self._row(logits, row) if one is None else one for row, one in enumerate(picked)]
+        found, logits = self.begin(batch, choices, _none(batch)).wait(), self._logits(batch)
+        return [
+            one if isinstance(one, Picked) else self._row(logits, row)
+            for row, one in enumerate(found)
+        ]
+
+    def _logits(self, batch: DecoderBatch) -> int:
+        """Where those of a step of decoding are."""
+        return self._at(self._frame(_size(batch)), LOGITS)
 
     def can_begin(self, rows: int, choices: Sequence[Choice] | None) -> bool:
         """See `OverlappingDecoder`."""
@@ -160,7 +156,7 @@ class PagedDecoder(DecoderSession):
         return self._sampler is not None and all(map(self._sampler.takes, choices))
 
     def begin(
-        self, batch: DecoderBatch, choices: Sequence[Choice] | None, ahead: IntArray
+        self, batch: DecoderBatch, choices: Sequence[Choice | None] | None, ahead: IntArray
     ) -> BegunStep:
         """See `OverlappingDecoder`."""
         device, start = self._device, self._device.mark()
@@ -294,6 +290,11 @@ def _runs(ahead: IntArray) -> Iterator[tuple[int, int, int]]:
             row += 1
         if source >= 0:
             yield first, source, row - first
+
+
+def _none(batch: DecoderBatch) -> IntArray:
+    """All tokens of the batch stand in it."""
+    return np.full(len(batch.slots), -1, np.int64)
 
 
 def _size(batch: DecoderBatch) -> Size:

@@ -98,7 +98,8 @@ class _Up:
     """Memory from which something is uploaded, and when it has been."""
 
     def __init__(self) -> None:
-        self._staging, self._read = _Staging(_LEAST_STAGING), None
+        self._staging = _Staging(_LEAST_STAGING)
+        self._read: _Event | None = None
 
     def send(self, address: int, values: NDArray[Any], stream: int) -> None:
         if self._read is not None:
