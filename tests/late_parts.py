@@ -6,7 +6,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from typing_extensions import override
@@ -17,17 +17,18 @@ from vlmforge.backends.choice import Begun, Choice, OverlappingDecoder, Picked
 from vlmforge.kv.cache import Move
 
 Found = Sequence[Picked | np.int64 | None]
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class BegunLate(Begun):
+class BegunLate(Begun[T]):
     """A step that is done when it is waited for."""
 
     rows: Sequence[int]
     parts: LateParts
-    work: Callable[[], Found]
+    work: Callable[[], T]
     seconds: float = 0.0
-    outcome: Found | BaseException | None = None
+    outcome: T | BaseException | None = None
     ids: list[int] = field(default_factory=list)
 
     def run(self) -> None:
@@ -37,7 +38,7 @@ class BegunLate(Begun):
             self.outcome = error
 
     @override
-    def wait(self) -> Found:
+    def wait(self) -> T:
         self.parts.catch_up(self)
         self.seconds = 1e-6
         if isinstance(self.outcome, BaseException):
@@ -58,8 +59,8 @@ class LateParts(Parts, OverlappingDecoder):
         super().__init__(slots)
         self.begun: list[int] = []
         self.undecided = undecided
-        self._queue: deque[BegunLate] = deque()
-        self._latest: BegunLate | None = None
+        self._queue: deque[BegunLate[Any]] = deque()
+        self._latest: BegunLate[Any] | None = None
 
     @override
     def can_begin(self, rows: int, choices: Sequence[Choice] | None) -> bool:
@@ -69,21 +70,28 @@ class LateParts(Parts, OverlappingDecoder):
     @override
     def begin(
         self, batch: DecoderBatch, choices: Sequence[Choice] | None, ahead: IntArray
-    ) -> Begun:
+    ) -> Begun[Found]:
         self._called("begin")
         before = self._latest
-        if self._queue:
+        if any(one is before for one in self._queue):
             self.begun.append(len(ahead))
-        made = BegunLate(batch.slots, self, list)
+        made = BegunLate[Found](batch.slots, self, list)
         made.work = lambda: self._do(made, before, batch, choices, ahead)
         self._queue.append(made)
         self._latest = made
         return made
 
+    @override
+    def begin_prompts(self, batch: DecoderBatch) -> Begun[FloatArray]:
+        self._called("begin_prompts")
+        made = BegunLate[FloatArray](batch.slots, self, lambda: super(LateParts, self).step(batch))
+        self._queue.append(made)
+        return made
+
     def _do(
         self,
-        made: BegunLate,
-        before: BegunLate | None,
+        made: BegunLate[Found],
+        before: BegunLate[Any] | None,
         batch: DecoderBatch,
         choices: Sequence[Choice] | None,
         ahead: IntArray,
@@ -117,7 +125,7 @@ class LateParts(Parts, OverlappingDecoder):
         total = np.cumsum(weights)
         return int(np.searchsorted(total, number * total[-1], side="right"))
 
-    def catch_up(self, last: BegunLate | None = None) -> None:
+    def catch_up(self, last: BegunLate[Any] | None = None) -> None:
         """Do what was begun, up to `last`."""
         while self._queue and (last is None or last.outcome is None):
             self._queue.popleft().run()

@@ -23,7 +23,7 @@ from vlmforge.errors import EngineError, EngineStepError, PipelineError
 from vlmforge.kv.cache import Copy, Move
 from vlmforge.kv.slots import SlotCache
 from vlmforge.outputs.token_generator import TokenGenerator
-from vlmforge.runner import runner
+from vlmforge.runner import runner, work
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.stages import Engine
 from vlmforge.scheduler import jobs, scheduler
@@ -62,7 +62,7 @@ FORKS = {"cache.fork"}
 # Of a decoder with a pool of blocks: see `test_pool_errors.py`.
 POOLS = {"engine.prefill_together", "generation.choice"}
 # Of a decoder that begins steps while others run: see `LATE`.
-OVERLAP = {"engine.begin", "generation.left"}
+OVERLAP = {"engine.begin", "engine.begin_prompts", "generation.left"}
 NO_CALLS = {f"engine.{x}" for x in ("options", "decoder", "choosing", "overlapping", "clock")}
 # For a session that is saved, or by whoever wants to see metrics; who asked is told.
 ASKED = {"cache.find", "cache.used_blocks"}
@@ -70,7 +70,7 @@ ASKED = {"cache.find", "cache.used_blocks"}
 
 def test_the_table_has_every_call_of_the_worker() -> None:
     found = set()
-    for module in (jobs, scheduler, runner):
+    for module in (jobs, scheduler, runner, work):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
                 owner = node.value.attr.removeprefix("_")
@@ -197,9 +197,18 @@ def test_a_failure_ends_the_requests_that_it_concerns(
 
 
 LATE = [("engine.begin", 1), ("engine.begin", 2), ("engine.begin", 5)]
-LATE += [("wait", 1), ("wait", 2), ("wait", 5), ("cache.note", 30), ("cache.place", 20)]
+LATE += [
+    ("wait", 1),
+    ("wait", 2),
+    ("wait", 5),
+    ("features.get", 1),
+    ("cache.note", 30),
+    ("cache.place", 20),
+]
 LATE += [("cache.grow", n) for n in (9, 30, 41)] + [("generation.accept", n) for n in (1, 20, 21)]
-BEGUN = {"engine.begin": (Engine, ROWS), "wait": (BegunLate, ROWS)}
+LATE += [("engine.begin_prompts", n) for n in (1, 2, 6)]
+BEGUN = {"engine.begin_prompts": (Engine, ROWS), "engine.begin": (Engine, ROWS)}
+BEGUN |= {"wait": (BegunLate, ROWS)}
 
 
 @pytest.mark.parametrize(("seam", "number"), LATE)

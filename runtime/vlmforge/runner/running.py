@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vlmforge.backends import FloatArray
-from vlmforge.backends.choice import Begun, Choice
+from vlmforge.backends.choice import BegunPrompts, BegunTokens, Choice
 from vlmforge.runner.decoder_input import DecoderInput
 from vlmforge.runner.job import Job
 from vlmforge.runner.step import Row, Step
@@ -50,12 +50,23 @@ class Running:
         step: What was planned.
         begun: When (`time.perf_counter`).
         lost: Rows that ended when it was begun, and why.
-        rows: The others, in the device's order.
-        found: What becomes of them, or why nothing does.
+        prompts, rows: The others, those of prompts and those of tokens, in the device's order.
+        logits, found: What becomes of them, or why nothing does; None where there are none.
+        images: That the vision part was run for.
+        encode: Seconds that this took.
     """
 
     step: Step
     begun: float
     lost: Sequence[Lost]
+    prompts: Sequence[Row]
     rows: Sequence[Row]
-    found: Begun | BaseException
+    logits: BegunPrompts | BaseException | None
+    found: BegunTokens | BaseException | None
+    images: int
+    encode: float
+
+    @property
+    def failed(self) -> bool:
+        """Whether it could not be begun."""
+        return any(isinstance(one, BaseException) for one in (self.logits, self.found))

@@ -18,7 +18,14 @@ from vlmforge.backends import (
     LoadOptions,
     VisionSession,
 )
-from vlmforge.backends.choice import Begun, Choice, ChoosingDecoder, Found, OverlappingDecoder
+from vlmforge.backends.choice import (
+    BegunPrompts,
+    BegunTokens,
+    Choice,
+    ChoosingDecoder,
+    Found,
+    OverlappingDecoder,
+)
 from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Grid
 from vlmforge.engine.images.pixels import AS_ENGINE, Colour, Layout, PixelRange, Size
@@ -264,17 +271,34 @@ class Engine:
 
         Returns logits `[n, vocab_size]`: those after the last token (n = 1), after all, or none.
         """
+        found: FloatArray = self._run(self._part(PromptPart(place, chunk, past), logits))[0]
+        # It may be a step of decoding to the decoder.
+        return found.copy() if len(chunk.ids) == 1 else found
+
+    def begin_prompts(
+        self, parts: Sequence[PromptPart], logits: Literal["none", "last"]
+    ) -> BegunPrompts:
+        """As `prefill`, or `prefill_together`, for who is `overlapping`.
+
+        `logits` are those of one part; of several, each has its last ones. `[n, K, vocab_size]`.
+        """
+        assert self.overlapping is not None
+        decode = self.manifest.decode
+        batch = together(parts, decode) if len(parts) > 1 else self._part(parts[0], logits)
+        return self.overlapping.begin_prompts(batch)
+
+    def _part(self, part: PromptPart, logits: Literal["none", "last", "all"]) -> DecoderBatch:
+        """A part of one prompt as the decoder takes it."""
+        place, chunk, past = part
         ids, features = chunk.handed_over(self.manifest.decode.vocab_size)
         every = np.arange(len(ids), dtype=np.int64)
         wanted = {"none": every[:0], "last": every[-1:], "all": every}[logits]
         levels = self._levels(np.array([chunk.rotary_level], np.int64))
         lengths, places = np.array([past], np.int64), chunk.places_from(past, len(ids))
         turns = None if places is None else self._turns(places[None])
-        batch = DecoderBatch(
+        return DecoderBatch(
             place[:1], ids[None], lengths, features, wanted[None], levels, (place,), turns
         )
-        found: FloatArray = self._run(batch)[0]
-        return found.copy() if len(ids) == 1 else found  # it may be a step of decoding to it
 
     def prefill_together(self, parts: Sequence[PromptPart]) -> FloatArray:
         """Run the next tokens of several sequences at once; logits `[n, vocab_size]` after each.
@@ -319,7 +343,7 @@ class Engine:
         lags: IntArray,
         choices: Sequence[Choice] | None,
         ahead: IntArray,
-    ) -> Begun:
+    ) -> BegunTokens:
         """As `decode`, for who is `overlapping` (see `OverlappingDecoder.begin`)."""
         assert self.overlapping is not None
         batch = self._next_tokens(places, tokens, lengths, levels, lags)

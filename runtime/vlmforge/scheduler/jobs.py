@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from vlmforge.backends import KeyValues, LoadOptions
 from vlmforge.errors import BackendUnavailableError, EngineStepError
@@ -21,6 +21,7 @@ from vlmforge.runner.terms import Terms
 from vlmforge.scheduler.request import cancelled
 from vlmforge.scheduler.scheduler import Scheduler, SequenceError
 from vlmforge.scheduler.sequence import State, TokenSequence
+from vlmforge.vl.prepared import PreparedImage
 
 logger = logging.getLogger("vlmforge")
 
@@ -178,33 +179,40 @@ class Jobs:
             return
         if step is None:
             return
-        choices = None if step.prompts else self._runner.ahead(step.decode)
+        self._admit(step)
+        every = any(row.logits == "all" for row in step.prompts)
+        names = (row.sequence for row in step.decode)
+        choices = None if every else self._runner.ahead(names)
         if choices is None:
-            self._run(step)
+            self._update(step, self._runner.run(step, self._images()))
         else:
-            self._running = self._runner.start(step, choices)
+            self._running = self._runner.start(step, choices, None, self._images())
 
     def _begun_behind(self, running: Running) -> Running | None:
         """The step behind one that runs, begun, if what it is does not depend on that."""
-        choices = self._runner.ahead(running.rows, running)
+        names = (sequence.id for sequence in self._scheduler.running)
+        choices = self._runner.ahead(names, running)
         step = None if choices is None else self._scheduler.ahead(running.step, choices)
         if step is None or choices is None:
             return None
-        return self._runner.start(step, choices, running)
+        self._admit(step)
+        return self._runner.start(step, choices, running, self._images())
+
+    def _admit(self, step: Step) -> None:
+        for prompt in step.prompts:
+            if not self._runner.has(prompt.sequence):
+                sequence, job = self._jobs[prompt.sequence]
+                self._runner.begin(sequence.id, job, sequence.cached)
+
+    def _images(self) -> Iterator[PreparedImage]:
+        """Those of who waits, in turn."""
+        for sequence in self._scheduler.waiting:
+            yield from self._jobs[sequence.id][1].images
 
     def _settle(self) -> None:
         if (running := self._running) is not None:
             self._running = None
             self._update(running.step, self._runner.finish(running))
-
-    def _run(self, step: Step) -> None:
-        for prompt in step.prompts:
-            if not self._runner.has(prompt.sequence):
-                sequence, job = self._jobs[prompt.sequence]
-                self._runner.begin(sequence.id, job, sequence.cached)
-        waiting = [self._jobs[sequence.id][1] for sequence in self._scheduler.waiting]
-        ahead = (image for job in waiting for image in job.images)
-        self._update(step, self._runner.run(step, ahead))
 
     def _update(self, step: Step, result: StepResult) -> None:
         for lost in self._scheduler.update(step, result):

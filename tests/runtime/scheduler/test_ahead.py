@@ -93,8 +93,10 @@ class World:
         step, found = self.running
         self.running = None
         decoding = {row.sequence for row in step.decode}
-        if not step.prompts and not decoding & self.alone:
-            behind = self.scheduler.ahead(step, [n for n in decoding if self._goes_on(n)])
+        if not decoding & self.alone:
+            able = [s.id for s in self.scheduler.running]
+            able = [name for name in able if name not in decoding or self._goes_on(name)]
+            behind = self.scheduler.ahead(step, able)
             if behind is not None:
                 self.running = behind, self.device.begin(behind)
         self.scheduler.update(step, self._result(step, found, begun=begun))
@@ -216,16 +218,26 @@ def test_an_end_that_is_foreseen_has_no_row_behind_it() -> None:
 
 
 def test_a_prompt_that_comes_is_not_kept_waiting() -> None:
-    """Behind what has been begun it is next."""
+    """Behind what has been begun it is next, and its tokens come with the others'."""
     made = world(2, 30, 4, 64, 999, pool=True)
     made.add(Asked([1] * 4, 12))
     made.step()
     made.step()
     late = made.add(Asked([2] * 4, 3))
     made.step()
-    assert made.running is None
+    assert made.running is not None
+    step = made.running[0]
+    assert step.prefill is not None and step.prefill.sequence == late[0].id
+    assert [(row.sequence, row.tokens) for row in step.decode] == [(0, (AHEAD,))]
     made.step()
-    assert made.answers[late[0].id]
+    assert len(made.answers[late[0].id]) == 1
+    # What its first token is was not known yet; then it is, and is no longer waited for.
+    assert [row.sequence for row in made.running[0].decode] == [0]
+    made.step()
+    assert [row.tokens for row in made.running[0].decode] == [
+        (AHEAD,),
+        tuple(made.answers[late[0].id]),
+    ]
 
 
 def test_a_higher_priority_that_comes_takes_its_place() -> None:

@@ -101,10 +101,9 @@ def test_tokens_are_decoded_in_steps_that_overlap() -> None:
         at_once(pipe, ["a", "b c", "d"], [plain(10), plain(20), plain(30)])
         settle(pipe)
         assert not parts._queue
-    # All but the first of those of each number of rows; no row is run for an end that is foreseen.
-    assert sorted(parts.begun, reverse=True) == parts.begun
-    assert sum(parts.begun) >= 20
+    # No row is run for an end that is foreseen, and nearly all are begun behind another step.
     assert sum(parts.rows) == 3 + 9 + 19 + 29
+    assert sum(parts.begun) > 50
 
 
 def test_a_stop_word_costs_one_row_that_nobody_sees() -> None:

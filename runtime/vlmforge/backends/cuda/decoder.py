@@ -5,6 +5,7 @@ Prompts run eagerly; a step of decoding is captured once for each of a few sizes
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, IntArray, LoadOptions
-from vlmforge.backends.choice import Begun, Choice, Picked
+from vlmforge.backends.choice import Begun, Choice, Picked, T_co
 from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.cuda.device import Arriving, Device, Mark, Work
 from vlmforge.backends.cuda.frames import PAST, Arrangement, Size, bucket, largest
@@ -54,20 +55,22 @@ class _Frame:
 
 
 @dataclass(slots=True)
-class BegunStep(Begun):
+class BegunStep(Begun[T_co]):
     """See `Begun`.
 
     Attributes:
         start: When the device began it.
+        arriving: What was found.
+        read: What is made of that.
     """
 
     start: Mark
     arriving: Arriving
-    read: Callable[[NDArray[np.uint8]], Sequence[Picked | np.int64 | None]]
+    read: Callable[[NDArray[np.uint8]], T_co]
     seconds: float = 0.0
 
     @override
-    def wait(self) -> Sequence[Picked | np.int64 | None]:
+    def wait(self) -> T_co:
         raw = self.arriving.wait()
         self.seconds = self.arriving.end.since(self.start)
         return self.read(raw)
@@ -152,12 +155,12 @@ class PagedDecoder(DecoderSession):
     def can_begin(self, rows: int, choices: Sequence[Choice] | None) -> bool:
         """See `OverlappingDecoder`."""
         if choices is None:
-            return self._program.gives_likeliest and rows > FEW
+            return self._program.gives_likeliest and (not rows or rows > FEW)
         return self._sampler is not None and all(map(self._sampler.takes, choices))
 
     def begin(
         self, batch: DecoderBatch, choices: Sequence[Choice | None] | None, ahead: IntArray
-    ) -> BegunStep:
+    ) -> BegunStep[Sequence[Picked | np.int64 | None]]:
         """See `OverlappingDecoder`."""
         device, start = self._device, self._device.mark()
         rows, frame = len(batch.slots), self._frame(_size(batch))
@@ -176,6 +179,15 @@ class PagedDecoder(DecoderSession):
         device.copy(self._sampler.run(prepared), self._chosen.address, 8 * rows)
         read = partial(self._sampler.read, prepared, choices)
         return BegunStep(start, self._sampler.fetch(prepared, choices), read)
+
+    def begin_prompts(self, batch: DecoderBatch) -> BegunStep[FloatArray]:
+        """See `OverlappingDecoder`."""
+        start, shape = self._device.mark(), (*batch.logits_indices.shape, self._vocab_size)
+        frame = self._frame(_size(batch))
+        self._fill(frame, batch)
+        self._run(frame)
+        arriving = self._device.fetch(self._at(frame, LOGITS), 4 * math.prod(shape))
+        return BegunStep(start, arriving, lambda raw: raw.view(np.float32).reshape(shape))
 
     def _row(self, logits: int, row: int) -> FloatArray:
         """The logits of one row."""

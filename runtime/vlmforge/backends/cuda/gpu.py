@@ -121,7 +121,8 @@ class _Down(Arriving):
         if fits is not None:
             kept.remove(fits)
         self._staging = fits or _Staging(max(size, _LEAST_FETCH))
-        call(driver.cuMemcpyDtoHAsync, self._staging.address, address, size, stream)
+        if size:
+            call(driver.cuMemcpyDtoHAsync, self._staging.address, address, size, stream)
         self.end = _Event(stream)
 
     @override
