@@ -137,7 +137,7 @@ def speed(
         print(f"loaded in {rows[0]['load_s']:.1f} s; {pipe._engine.options}", flush=True)
         rows[0] |= taken(pipe, before)
         print(rows[0], flush=True)
-        watched = Watched(pipe._engine.decoder, [], [])
+        watched = Watched(pipe._engine.decoder, [], [], [])
         object.__setattr__(pipe._engine, "decoder", watched)
         object.__setattr__(pipe._engine, "_sparing", watched)  # which is asked where ids will do
         object.__setattr__(pipe._engine, "overlapping", None if one_by_one else watched)
@@ -153,6 +153,7 @@ def speed(
             for _ in range(2):  # the first captures
                 watched.steps.clear()
                 watched.begun.clear()
+                watched.prompts.clear()
                 answers = pipe(prompts, gen_config=[generation] * batch, do_preprocess=False)
             rows.append(figures(watched, batch, read))
             rows[-1]["share"] = round(rows[-1]["gb_per_s"] / rate * 1e9, 3)

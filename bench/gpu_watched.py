@@ -45,6 +45,7 @@ class Watched:
     inner: Any
     steps: list[tuple[float, float, int, int, int]]
     begun: list[BegunStep]
+    prompts: list[Any]  # steps of them that were begun
 
     def can_begin(self, rows: int, choices: Any) -> bool:
         """As a decoder does."""
@@ -58,6 +59,12 @@ class Watched:
         took = time.perf_counter() - began
         self.begun.append(BegunStep(found, len(batch.input_ids), held, took))
         return self.begun[-1]
+
+    def begin_prompts(self, batch: Any) -> Any:
+        """As a decoder does."""
+        found = self.inner.begin_prompts(batch)
+        self.prompts.append(found)
+        return found
 
     def choose(self, batch: Any, choices: Any) -> Any:
         """As a decoder does."""
@@ -83,6 +90,13 @@ class Watched:
         self.inner.move(move)
 
 
+def _between(before: BegunStep, after: BegunStep, prompts: list[Any]) -> bool:
+    """Whether the device ran a prompt between the two."""
+    starts = (after.inner.start.since(one.start) for one in prompts)
+    length, _ = after.behind(before)
+    return any(0 < start < length for start in starts)
+
+
 def figures(watched: Watched, batch: int, read: tuple[int, int]) -> dict[str, Any]:
     """Medians in milliseconds: of a whole step, from its beginning to the next, and inside.
 
@@ -91,7 +105,9 @@ def figures(watched: Watched, batch: int, read: tuple[int, int]) -> dict[str, An
     """
     steps = watched.steps
     prefill = [end - start for start, end, _, tokens, _ in steps if tokens > 1]
+    prefill += [step.seconds for step in watched.prompts]
     pairs = [(a, b) for a, b in itertools.pairwise(watched.begun) if a.rows == b.rows == batch]
+    pairs = [pair for pair in pairs if not _between(*pair, watched.prompts)]
     if pairs:
         times = [b.behind(a) for a, b in pairs]
         whole = statistics.median(step for step, _ in times) * 1e3

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from stand_in import Parts
 from vlmforge.backends import DecoderBatch, FloatArray, IntArray, KeyValues
-from vlmforge.backends.choice import Begun, Choice, OverlappingDecoder, Picked
+from vlmforge.backends.choice import Begun, BegunPrompts, Choice, OverlappingDecoder, Picked
 from vlmforge.kv.cache import Move
 
 Found = Sequence[Picked | np.int64 | None]
@@ -82,9 +82,10 @@ class LateParts(Parts, OverlappingDecoder):
         return made
 
     @override
-    def begin_prompts(self, batch: DecoderBatch) -> Begun[FloatArray]:
+    def begin_prompts(self, batch: DecoderBatch) -> BegunPrompts:
         self._called("begin_prompts")
-        made = BegunLate[FloatArray](batch.slots, self, lambda: super(LateParts, self).step(batch))
+        step = super().step
+        made = BegunLate[Sequence[FloatArray]](batch.slots, self, lambda: list(step(batch)))
         self._queue.append(made)
         return made
 

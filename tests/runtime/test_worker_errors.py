@@ -196,22 +196,13 @@ def test_a_failure_ends_the_requests_that_it_concerns(
     check_alive(pipe, alone)
 
 
-LATE = [("engine.begin", 1), ("engine.begin", 2), ("engine.begin", 5)]
-LATE += [
-    ("wait", 1),
-    ("wait", 2),
-    ("wait", 5),
-    ("features.get", 1),
-    ("cache.note", 30),
-    ("cache.place", 20),
-]
-LATE += [("cache.grow", n) for n in (9, 30, 41)] + [("generation.accept", n) for n in (1, 20, 21)]
-LATE += [("engine.begin_prompts", n) for n in (1, 2, 6)]
-BEGUN = {"engine.begin_prompts": (Engine, ROWS), "engine.begin": (Engine, ROWS)}
+BEGUN = dict.fromkeys(("engine.begin", "engine.begin_prompts"), (Engine, ROWS))
 BEGUN |= {"wait": (BegunLate, ROWS)}
+LATE = dict.fromkeys(BEGUN, (1, 2, 5)) | {"features.get": (1,), "generation.accept": (1, 20, 21)}
+LATE |= {"cache.note": (30,), "cache.place": (20,), "cache.grow": (9, 30, 41)}
 
 
-@pytest.mark.parametrize(("seam", "number"), LATE)
+@pytest.mark.parametrize(("seam", "number"), [(s, n) for s in LATE for n in LATE[s]])
 def test_a_failure_while_the_next_step_runs(
     alone: list[list[int]], monkeypatch: pytest.MonkeyPatch, seam: str, number: int
 ) -> None:

@@ -102,8 +102,8 @@ class Begun(Protocol[T_co]):
 BegunTokens = Begun[Sequence[Picked | np.int64 | None]]
 """For each row what `ChoosingDecoder` or `LikeliestDecoder` gives; None: it must be chosen from the
 logits, so the row is to be run again without being begun."""
-BegunPrompts = Begun[FloatArray]
-"""Logits as `DecoderSession.step` gives them, but valid for ever."""
+BegunPrompts = Begun[Sequence[FloatArray]]
+"""Of each row its logits as `DecoderSession.step` gives them, but valid for ever."""
 
 
 @runtime_checkable

@@ -280,7 +280,7 @@ class Engine:
     ) -> BegunPrompts:
         """As `prefill`, or `prefill_together`, for who is `overlapping`.
 
-        `logits` are those of one part; of several, each has its last ones. `[n, K, vocab_size]`.
+        `logits` are those of one part; of several, each has its last ones.
         """
         assert self.overlapping is not None
         decode = self.manifest.decode

@@ -180,14 +180,14 @@ class PagedDecoder(DecoderSession):
         read = partial(self._sampler.read, prepared, choices)
         return BegunStep(start, self._sampler.fetch(prepared, choices), read)
 
-    def begin_prompts(self, batch: DecoderBatch) -> BegunStep[FloatArray]:
+    def begin_prompts(self, batch: DecoderBatch) -> BegunStep[Sequence[FloatArray]]:
         """See `OverlappingDecoder`."""
         start, shape = self._device.mark(), (*batch.logits_indices.shape, self._vocab_size)
         frame = self._frame(_size(batch))
         self._fill(frame, batch)
         self._run(frame)
         arriving = self._device.fetch(self._at(frame, LOGITS), 4 * math.prod(shape))
-        return BegunStep(start, arriving, lambda raw: raw.view(np.float32).reshape(shape))
+        return BegunStep(start, arriving, lambda raw: list(raw.view(np.float32).reshape(shape)))
 
     def _row(self, logits: int, row: int) -> FloatArray:
         """The logits of one row."""
