@@ -33,7 +33,7 @@ from stand_in import Gate, at_once
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
 from vlmforge.backends import DecoderBatch, FloatArray
-from vlmforge.backends.choice import Begun
+from vlmforge.backends.choice import BegunPrompts
 from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.fake import HostDevice, cuda_on_cpu
 from vlmforge.errors import CancelledError
@@ -138,9 +138,10 @@ def test_ids_alone_give_what_logits_give(pipe: Pipeline, monkeypatch: pytest.Mon
     steps: list[int] = []
     real = PagedDecoder.begin
 
-    def noted(decoder: PagedDecoder, batch: DecoderBatch, *given: Any) -> Begun:
-        steps.append(len(batch.slots))
-        return real(decoder, batch, *given)
+    def noted(decoder: PagedDecoder, batch: DecoderBatch, choices: Any, ahead: Any) -> Any:
+        if choices is None:
+            steps.append(len(batch.slots))
+        return real(decoder, batch, choices, ahead)
 
     monkeypatch.setattr(PagedDecoder, "begin", noted)
     texts = [f"number {n}, and so on" for n in range(4)]
@@ -159,13 +160,13 @@ def test_prompts_of_several_lengths_and_pictures_run_together(
 ) -> None:
     """In one step, and each answers as it does alone."""
     together: list[list[tuple[int, int]]] = []
-    real = Engine.prefill_together
+    real = Engine.begin_prompts
 
-    def noted(engine: Engine, parts: Sequence[PromptPart]) -> FloatArray:
+    def noted(engine: Engine, parts: Sequence[PromptPart], logits: Any) -> BegunPrompts:
         together.append([(part.past, len(part.chunk.ids)) for part in parts])
-        return real(engine, parts)
+        return real(engine, parts, logits)
 
-    monkeypatch.setattr(Engine, "prefill_together", noted)
+    monkeypatch.setattr(Engine, "begin_prompts", noted)
     order = [0, 1, 4, 3]
     with small(pipe, 64) as fresh:
         answers = at_once(fresh, [PROMPTS[i] for i in order], [CONFIGS[i] for i in order])
