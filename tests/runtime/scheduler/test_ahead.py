@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,8 +46,10 @@ class Device:
 
     store: Store
     tokens: dict[int, int] = field(default_factory=dict)
+    log: list[Step] = field(default_factory=list)
 
     def begin(self, step: Step) -> dict[int, int]:
+        self.log.append(step)
         self.store.move(step.moves)
         found = {}
         for row in step.rows:
@@ -249,3 +252,16 @@ def test_a_higher_priority_that_comes_takes_its_place() -> None:
     made.step()
     made.step()
     assert (low[0].state, high[0].state) == (State.WAITING, State.RUNNING)
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_answers_share_their_prompt(pool: bool) -> None:
+    """It is run once, and the others part from it when nothing is under way that writes there."""
+    made = world(4, 30, 8, 64, 999, pool=pool)
+    asked = Asked([1, 2] * 9, 6, n=4)
+    sequences = made.add(asked)
+    while made.step():
+        pass
+    assert [made.answers[sequence.id] for sequence in sequences] == asked.answers()
+    ran = [len(row.tokens) for step in made.device.log for row in step.rows]
+    assert sum(ran) == 18 + 4 * 5

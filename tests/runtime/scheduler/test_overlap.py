@@ -34,6 +34,8 @@ KINDS: list[dict[str, Any]] = [
     {"logprobs": 2},
     {"n": 3},
     {"min_new_tokens": 1},
+    {"output_logits": "all"},
+    {"output_logits": "generation"},
 ]
 
 
@@ -55,11 +57,10 @@ def requests(draw: st.DrawFn) -> tuple[Any, GenerationConfig]:
 
 def said(responses: Sequence[Response]) -> list[Any]:
     """All that must not depend on how steps are run."""
-    every = [answer for response in responses for answer in response.choices or [response]]
-    return [
-        (r.index, r.choice, r.text, r.token_ids, r.finish_reason, r.generate_token_len, r.logprobs)
-        for r in every
-    ]
+    every = [answer for response in responses for answer in response.choices]
+    logits = [None if r.logits is None else (r.logits.shape, r.logits.tobytes()) for r in every]
+    told = [(r.index, r.choice, r.text, r.token_ids, r.finish_reason, r.logprobs) for r in every]
+    return [*told, *logits, *(r.generate_token_len for r in every)]
 
 
 @given(
