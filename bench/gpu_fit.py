@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpu_results import Results, attempts
+from gpu_soak import held_pages
 from gpu_steps import text_of
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, pipeline
 from vlmforge.api.plan import CONTEXT_BYTES, Plan, plan
@@ -137,20 +138,20 @@ def full(engine: Path, results: Results, requests: int = 24, tokens: int = 400) 
         generation = GenerationConfig(max_new_tokens=tokens, ignore_eos=True)
         answers = pipe(texts, generation, do_preprocess=False)
         assert isinstance(answers, list)
-        held, found = pipe._engine.options.blocks, pipe.metrics()
+        blocks, left, found = pipe._engine.options.blocks, held_pages(pipe), pipe.metrics()
     lengths = sorted({len(answer.token_ids) for answer in answers})
     results.add(
         "full",
         engine=engine.name,
         requests=requests,
-        pool_tokens=held * 64,
+        pool_tokens=blocks * 64,
         asked_tokens=requests * (200 + tokens),
         preemptions=found.preemptions,
         errors=sum(found.errors.values()),
-        blocks_left=found.blocks_used,
+        blocks_left=left,
         lengths=str(lengths),
     )
-    assert lengths == [tokens] and found.preemptions and not found.blocks_used
+    assert lengths == [tokens] and found.preemptions and not left
 
 
 def main() -> None:
