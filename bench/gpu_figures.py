@@ -57,9 +57,9 @@ def _decode(engine: str, *batches: str) -> tuple[str, ...]:
     return ("gpu_steps.py", "decode", f"{{{engine}}}", *(("--batch", *batches) if batches else ()))
 
 
-def _planned(*engines: str) -> Part:
+def _planned(seconds: int, *engines: str) -> Part:
     commands = tuple(("gpu_fit.py", "planned", f"{{{name}}}") for name in engines)
-    return Part(35 * len(engines), "memory planned and taken", commands, trusted=engines)
+    return Part(seconds, "memory planned and taken", commands, trusted=engines)
 
 
 _FEW = ("1:640", "8:1024", "32:1024")
@@ -101,10 +101,10 @@ PARTS = {
         ),
         trusted=(_LARGE,),
     ),
-    "7b": _planned("7b.float16", "7b.int8", "7b.int4"),
-    "13b": _planned("13b.float16"),
-    "34b": _planned("34b.int4", "34b.int8"),
-    "34b.float16": _planned("34b.float16"),
+    "7b": _planned(60, "7b.float16", "7b.int8", "7b.int4"),
+    "13b": _planned(35, "13b.float16"),
+    "34b": _planned(70, "34b.int4", "34b.int8"),
+    "34b.float16": _planned(80, "34b.float16"),
 }
 
 

@@ -126,8 +126,9 @@ def refused(engine: Path, results: Results) -> None:
 def full(engine: Path, results: Results, requests: int = 24, tokens: int = 400) -> None:
     """Places are lost and found again, and every answer comes whole."""
     manifest = load_manifest(engine)
-    wanted = 3 * (200 + tokens) * manifest.kv.bytes_per_token
-    few = EngineConfig(max_batch_size=requests, session_len=1024, enable_prefix_caching=False)
+    window = 1024
+    wanted = max(3 * (200 + tokens), window + 128) * manifest.kv.bytes_per_token
+    few = EngineConfig(max_batch_size=requests, session_len=window, enable_prefix_caching=False)
     expected = plan(manifest, few, machine.find_gpu().free + CONTEXT_BYTES)
     assert expected.cache is not None
     parts = sum(part.weights + part.activations + part.library for part in expected.parts)
