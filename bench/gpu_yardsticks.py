@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from gpu_results import Results, attempts, middle, seconds_of
-
-DEFAULT = ("1:640", "8:1024", "32:1024", "64:1024")
+from gpu_steps import DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +252,7 @@ def by_onnxruntime(
     shape: Shape, sizes: Sequence[tuple[int, int]], results: Results, work: Path
 ) -> None:
     """Steps in ONNX Runtime's own CUDA graphs; all caches are as long as the longest."""
-    import onnxruntime as ort
+    from vlmforge.ort import ort
 
     ort.set_default_logger_severity(3)
     ort.preload_dlls()
