@@ -127,16 +127,11 @@ class Runner:
         for row, logits in self._found(work, running.prompts, running.logits):
             if row.sequence in there:
                 work.prompted(row, logits)
-        prompted = time.perf_counter()
         for row, found in self._found(work, running.rows, running.found):
             if row.sequence in there:
                 work.take(row.sequence, found)
         if steps.isEnabledFor(logging.DEBUG):
-            prompt, decode = prompted - running.begun, time.perf_counter() - prompted
-            images, encode = running.images, running.encode
-            steps.debug(
-                "%s", StepRecord(running.step, running.begun, images, encode, prompt, decode)
-            )
+            steps.debug("%s", running.record())
         return StepResult(work.tokens, frozenset(work.failed), frozenset(work.again))
 
     def _found(

@@ -9,7 +9,7 @@ from vlmforge.backends import FloatArray
 from vlmforge.backends.choice import BegunPrompts, BegunTokens, Choice
 from vlmforge.runner.decoder_input import DecoderInput
 from vlmforge.runner.job import Job
-from vlmforge.runner.step import Row, Step
+from vlmforge.runner.step import Row, Step, StepRecord
 from vlmforge.vl.prepared import PreparedImage
 
 
@@ -65,6 +65,14 @@ class Running:
     found: BegunTokens | BaseException | None
     images: int
     encode: float
+
+    def record(self) -> StepRecord:
+        """What it did; seconds are the device's."""
+        prompt, decode = (
+            0.0 if one is None or isinstance(one, BaseException) else one.seconds
+            for one in (self.logits, self.found)
+        )
+        return StepRecord(self.step, self.begun, self.images, self.encode, prompt, decode)
 
     @property
     def failed(self) -> bool:
