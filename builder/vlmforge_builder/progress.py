@@ -157,15 +157,15 @@ class Progress:
     def _say(self, event: str, text: str, seconds: float | None = None) -> None:
         state = self._state
         with state.lock:
-            state.spoken = self.elapsed
+            state.spoken = now = self.elapsed
             peak = f"peak {state.peak_anonymous / _MIB:.0f} MiB"
             if self._text is not None:
-                print(f"[{self.elapsed:7.1f} s | {peak}] {text}", file=self._text, flush=True)
+                print(f"[{now:7.1f} s | {peak}] {text}", file=self._text, flush=True)
             row = {
                 "event": event,
                 "stage": state.stage,
                 "text": text,
-                "elapsed_s": round(self.elapsed, 3),
+                "elapsed_s": round(now, 3),
                 "seconds": None if seconds is None else round(seconds, 3),
                 "done_bytes": state.done,
                 "total_bytes": state.total,
