@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from conftest import IMAGES
+from conftest import IMAGES, wait_until
 from vlmforge.api.session import Session
 from vlmforge.cli import chat as chat_module
 from vlmforge.cli.chat import COMMANDS, Chat, converse
@@ -273,13 +272,17 @@ def pressed(key: str, expected: str, *before: str) -> str | None:
             assert editor.read() == line
         terminal.send_text(before[-1])
 
-        def press() -> None:
-            while editor.typed != before[-1]:
-                time.sleep(0.02)
-            while editor.typed != expected:
+        def done() -> bool:
+            if editor.typed != expected:
                 terminal.send_text(key)
-                time.sleep(0.02)
-            terminal.send_text("\r")
+            return editor.typed == expected
+
+        def press() -> None:
+            try:
+                wait_until(lambda: editor.typed == before[-1])
+                wait_until(done)
+            finally:
+                terminal.send_text("\r")
 
         finger = threading.Thread(target=press)
         finger.start()
