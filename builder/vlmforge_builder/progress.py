@@ -126,7 +126,6 @@ class Progress:
         if self._state.signal is not None:
             raise Interrupted(self._state.signal)
         self._say("end", f"{name}: {self.elapsed - begin:.1f} s", seconds=self.elapsed - begin)
-        self._state.stage = ""
 
     def report(self, done: int, total: int) -> None:
         """Bytes of the current stage that are done; spoken by the next heartbeat."""
@@ -157,6 +156,8 @@ class Progress:
     def _say(self, event: str, text: str, seconds: float | None = None) -> None:
         state = self._state
         with state.lock:
+            if event == "heartbeat" and not state.stage:
+                return  # it has ended at this moment
             state.spoken = now = self.elapsed
             peak = f"peak {state.peak_anonymous / _MIB:.0f} MiB"
             if self._text is not None:
@@ -173,6 +174,8 @@ class Progress:
                 "peak_anonymous_bytes": state.peak_anonymous,
             }
             self._write(row)
+            if event == "end":
+                state.stage = ""
 
     def _write(self, row: Mapping[str, object]) -> None:
         # In ASCII: the name of a file need not be text that an encoding has.

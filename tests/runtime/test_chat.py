@@ -230,7 +230,8 @@ def test_a_pipe_of_bytes_to_one_that_closes(hf_engine: Path) -> None:
     assert "is ready" in lines[0]
     assert r"\udcff\udcfe'.png does not exist" in lines[1]
     assert process.returncode == 141
-    assert errors == ""
+    # Where loading takes long, it says so.
+    assert [line for line in errors.splitlines() if "checking and loading" not in line] == []
 
 
 # --- a terminal ------------------------------------------------------------------------------
