@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -111,6 +113,20 @@ def test_two_engines_and_a_key_from_the_environment(
         assert process.wait(HANGS) in (0, 130)
 
 
+@pytest.fixture
+def _loggers_as_before() -> Iterator[None]:
+    """The command takes those of its process for its own, and as many files as there may be."""
+    loggers = [logging.getLogger(name) for name in ("vlmforge", "uvicorn")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("_loggers_as_before")
 def test_what_cannot_begin(hf_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
