@@ -162,10 +162,11 @@ def test_a_request_that_ends_leaves_the_others_of_its_session(
 
 @pytest.mark.parametrize("turns", range(12))
 def test_cancelled_at_any_turn_of_the_loop_nothing_goes_on(
-    pipe: Pipeline, parts: Parts, turns: int
+    pipe: Pipeline, parts: Parts, gate: Gate, turns: int
 ) -> None:
     async def main() -> None:
-        task = asyncio.create_task(reason(pipe, ("look", png(1)), 120))
+        prompt = ("look", png(1))  # whose answer cannot be whole before it is cancelled
+        task = asyncio.create_task(reason(pipe, prompt, 120, **held(gate, 20)))
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
@@ -173,6 +174,7 @@ def test_cancelled_at_any_turn_of_the_loop_nothing_goes_on(
             await soon(task)
 
     asyncio.run(main())
+    gate.open.set()
     check_idle(pipe, parts)
 
 
