@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import wait_until
 from late_parts import BegunLate, LateParts
 from stand_in import HANG_S, Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline, Response
@@ -334,6 +335,12 @@ def test_an_end_that_cannot_be_reported_does_not_harm_others(
     fault = Fault(1, MemoryError(), ONE)
     with monkeypatch.context() as patched:
         fault.patch(patched, TokenGenerator, "_flush")
+        parts, loop = pipe._engine.decoder, pipe._scheduler
+        assert isinstance(parts, Parts)
+        first = parts.calls["step"] + 20  # it cannot end before it is cancelled
+        parts.before = lambda name, number: (
+            wait_until(lambda: loop._stopping) if (name, number) == ("step", first) else None
+        )
         stream = pipe.stream_infer("a", plain(90))
         pieces: list[object] = []
 
