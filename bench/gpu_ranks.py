@@ -13,7 +13,6 @@ ENGINES --kinds tp2`, `bench/hollow.py build ... --tp 2`. Needs what serving nee
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import signal
@@ -65,50 +64,33 @@ def alone() -> None:
     GpuMeetings.bind = bind  # type: ignore[method-assign, assignment]
 
 
-@dataclasses.dataclass
-class Watched:
-    """A decoder whose steps are noted, see `gpu_engines.Watched`; closed as it is."""
-
-    inner: Any
-    noted: Any
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.noted if name in ("step", "likeliest", "move") else self.inner, name)
-
-
 def one(engine: Path, wanted: list[str]) -> list[dict[str, Any]]:
     """Steps of decoding of one engine, in this process and those that it starts."""
-    import gpu_engines
+    import gpu_steps
+    from gpu_results import Results
+    from timeline import Steps
 
     if os.environ.get(ALONE):
         alone()
         processes.CHILD = PROGRAM
     sizes = [tuple(map(int, item.split(":"))) for item in wanted]
-    config = EngineConfig(
-        max_batch_size=max(batch for batch, _ in sizes), enable_prefix_caching=False
-    )
     rows: list[dict[str, Any]] = []
-    with pipeline(engine, config) as pipe:
-        decoder = pipe._engine.decoder
-        noted = gpu_engines.Watched(decoder, [])
-        watched = Watched(decoder, noted)
-        object.__setattr__(pipe._engine, "decoder", watched)
-        object.__setattr__(pipe._engine, "_sparing", watched)
+    with gpu_steps.opened(engine, max(batch for batch, _ in sizes), Results()) as pipe:
         for batch, context in sizes:
-            steps = gpu_engines._LEAST_STEPS + 3 * batch
+            steps = gpu_steps._LEAST_STEPS + 3 * batch
             prompts = [
-                gpu_engines.prompt(pipe, context - steps + 24, index) for index in range(batch)
+                gpu_steps.text_of(pipe, context - steps + 24, index) for index in range(batch)
             ]
             generation = GenerationConfig(max_new_tokens=steps, ignore_eos=True)
             found = []
             for turn in range(4):  # the first captures
-                noted.steps.clear()
-                pipe(prompts, gen_config=[generation] * batch, do_preprocess=False)
-                if turn:
-                    found.append(gpu_engines.figures(noted.steps, batch, (0, 0)))
+                with Steps() as noted, gpu_steps.stamped() as stamps:
+                    pipe(prompts, generation, do_preprocess=False)
+                    if turn:
+                        found.append(gpu_steps.figures(noted.records, stamps, batch))
             best = sorted(found, key=lambda row: row["step_ms"])[len(found) // 2]
-            rows.append({k: best[k] for k in ("batch", "context", "step_ms", "decoder_ms")})
-            rows[-1]["prefill_s"] = best["prefill_s"]
+            kept = ("batch", "context", "step_ms", "gpu_ms", "idle", "prompts_s")
+            rows.append({key: best[key] for key in kept})
     return rows
 
 
@@ -151,9 +133,9 @@ def _compared(results: list[dict[str, Any]]) -> None:
         words = f"{row['engine']}, batch {row['batch']}: step {row['step_ms']} ms"
         if (base := next(found(row, ranks=1), None)) is not None:
             words += f", {base['step_ms'] / row['step_ms']:.2f}x of one rank"
-            words += f" (decoder alone {base['decoder_ms'] / row['decoder_ms']:.2f}x)"
+            words += f" (on the GPU {base['gpu_ms'] / row['gpu_ms']:.2f}x)"
         if (apart := next(found(row, engine=row["engine"], apart=True), None)) is not None:
-            share = 1 - apart["decoder_ms"] / row["decoder_ms"]
+            share = 1 - apart["gpu_ms"] / row["gpu_ms"]
             words += f"; meeting takes {share:.1%} of it"
         print(words, flush=True)
 

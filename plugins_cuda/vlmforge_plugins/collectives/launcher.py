@@ -30,7 +30,8 @@ def lanes_bytes(size: int) -> int:
     return 2 * size * BLOCKS * REGION * 2 * GROUP
 
 
-COUNTS_BYTES = 4 * BLOCKS
+COUNTS_BYTES = 4 * (BLOCKS + 1)
+"""Each block's meetings so far, and a word that says that all is lost."""
 
 
 class Params(ctypes.Structure):

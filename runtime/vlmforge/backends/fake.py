@@ -11,6 +11,7 @@ builder can open such graphs as float32 ones (`Graphs`, `vlmforge_builder.widene
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,18 @@ from typing_extensions import override
 
 from vlmforge.backends import Communicator, cuda
 from vlmforge.backends.cuda import CudaBackend
-from vlmforge.backends.cuda.device import Device, MeetingPlace, Segment, T, Tensor, Work
+from vlmforge.backends.cuda.device import (
+    Arriving,
+    Device,
+    Mark,
+    MeetingPlace,
+    Segment,
+    T,
+    Tensor,
+    Work,
+)
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
+from vlmforge.backends.fake_marks import Arrived, HostMark
 from vlmforge.backends.number_formats import DTYPES, decode, encode, rounded
 from vlmforge.backends.ranks import all_gather, all_reduce, processes
 from vlmforge.engine.chain import Collective
@@ -294,6 +305,15 @@ class HostDevice(Device):
     @override
     def download(self, address: int, shape: tuple[int, ...], dtype: np.dtype[T]) -> NDArray[T]:
         return memory_as(address, dtype, shape).copy()
+
+    @override
+    def fetch(self, address: int, size: int) -> Arriving:
+        found = self.download(address, (size,), np.dtype(np.uint8))
+        return Arrived(self.mark(), found)
+
+    @override
+    def mark(self) -> Mark:
+        return HostMark(time.perf_counter())
 
     @override
     def copy(self, source: int, target: int, size: int) -> None:

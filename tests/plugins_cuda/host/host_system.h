@@ -24,5 +24,6 @@ VF_DEVICE u32 load_system(const u32* from) { return __atomic_load_n(from, __ATOM
 VF_DEVICE u64 nanoseconds() {
   return static_cast<u64>(std::chrono::steady_clock::now().time_since_epoch().count());
 }
+VF_DEVICE void rest() {}  // see load_system_pair
 
 }  // namespace vf

@@ -19,12 +19,14 @@ constexpr int kMostRanks = 8;
 constexpr int kThreads = 512;
 constexpr int kBlocks = 64;         // of a launch, at most
 constexpr u32 kRegion = 2048;       // groups of 8 bytes that a block can give
-constexpr u32 kLooks = 1024;        // before the time is looked at
+constexpr u32 kLooks = 1024;        // before it is asked whether to look on
+constexpr u32 kHasty = 64;          // looks before there are pauses between them
+constexpr u32 kWarps = kThreads / 32;
 
 // What a launch is told. Mirrored field by field in launcher.py; a test compares the offsets.
 struct Params {
   u32x4* lanes[kMostRanks];  // [2, size, kBlocks, kRegion] of each rank, as this GPU sees them
-  u32* counts;               // [kBlocks]: meetings of each block so far
+  u32* counts;               // [kBlocks + 1]: meetings of each block so far; not 0: all is lost
   const u32* stop;           // the host's: not 0: wait no more
   u32* failed;               // the host's: set to 1 where something was waited for in vain
   const void* given;
@@ -133,16 +135,24 @@ struct Lanes {
         here = here && static_cast<u32>(low >> 32) == count && static_cast<u32>(high >> 32) == count;
       }
       if (here || lost) return;
-      if (looks % kLooks == 0) lost = in_vain();
+      if (looks % kLooks == 0) lost = in_vain(looks / kLooks);
+      if (looks >= kHasty) rest();
     }
   }
 
-  VF_DEVICE bool in_vain() {
+  // The host's memory is far: if all threads looked there, a rank would be late by that for the next
+  // meeting, the other one would look meanwhile, and so on, a millisecond at each. One warp does at a
+  // time, each in its turn: those of others may have what they waited for.
+  VF_DEVICE bool in_vain(u32 turn) {
+    u32* all_lost = p.counts + kBlocks;
+    if (load_system(all_lost) != 0) return true;
+    if (turn % kWarps != thread_index() / 32) return false;
     const u64 now = nanoseconds();
     if (begun == 0) begun = now;
-    const bool over = load_system(p.stop) != 0 || load_system(p.failed) != 0;
+    const bool over = load_system(p.stop) != 0;
     if (!over && now - begun < p.patience) return false;
     store_system(p.failed, 1);
+    store_system(all_lost, 1);
     return true;
   }
 

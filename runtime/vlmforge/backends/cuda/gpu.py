@@ -8,6 +8,7 @@ ONNX Runtime as `user_compute_stream`; everything bound by address; a step captu
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import weakref
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from vlmforge.backends import Communicator
-from vlmforge.backends.cuda.device import Device, MeetingPlace, T, Work
+from vlmforge.backends.cuda.device import Arriving, Device, Mark, MeetingPlace, T, Work
 from vlmforge.backends.cuda.machine import MEND, PROVIDER
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.errors import BackendUnavailableError, EngineError
@@ -33,7 +34,8 @@ from vlmforge_plugins.cached_attention.kernel_store import Loaded, choose_target
 from vlmforge_plugins.cached_attention.plan import Machine
 from vlmforge_plugins.errors import PluginError, UnsupportedError
 
-_LEAST_STAGING = 1 << 20
+_LEAST_STAGING, _LEAST_FETCH = 1 << 20, 1 << 14
+_UPLOADS = 4  # under way at once: two steps have two each
 
 
 @cache
@@ -102,6 +104,68 @@ def free(ordinal: int, function: Any, handle: Any) -> None:
     call(function, handle)
 
 
+class _Event(Mark):
+    """See `Mark`. Also when staging memory may be used again."""
+
+    def __init__(self, stream: int, ordinal: int) -> None:
+        self.handle = call(driver.cuEventCreate, 0)
+        call(driver.cuEventRecord, self.handle, stream)
+        destroy = driver.cuEventDestroy
+        weakref.finalize(self, free, ordinal, destroy, self.handle).atexit = False
+
+    def wait(self) -> None:
+        """Until the moment has passed."""
+        call(driver.cuEventSynchronize, self.handle)
+
+    @override
+    def since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, _Event)
+        return float(call(driver.cuEventElapsedTime, earlier.handle, self.handle)) / 1e3
+
+
+class _Up:
+    """Memory from which something is uploaded, and when it has been."""
+
+    def __init__(self, ordinal: int) -> None:
+        self._ordinal, self._staging = ordinal, PinnedMemory(_LEAST_STAGING, ordinal)
+        self._read: _Event | None = None
+
+    def send(self, address: int, values: NDArray[Any], stream: int) -> None:
+        if self._read is not None:
+            self._read.wait()
+        if values.nbytes > len(self._staging.bytes):
+            self._staging = PinnedMemory(values.nbytes, self._ordinal)
+        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        self._staging.bytes[: values.nbytes] = flat
+        call(driver.cuMemcpyHtoDAsync, address, self._staging.address, values.nbytes, stream)
+        self._read = _Event(stream, self._ordinal)
+
+
+class _Down(Arriving):
+    """See `Arriving`. Its staging memory goes back to `kept`."""
+
+    def __init__(self, address: int, size: int, gpu: Gpu, kept: list[PinnedMemory]) -> None:
+        self._size, self._gpu, self._kept = size, gpu, kept
+        fits = next((s for s in kept if len(s.bytes) >= size), None)
+        if fits is not None:
+            kept.remove(fits)
+        self._staging = fits or PinnedMemory(max(size, _LEAST_FETCH), gpu.ordinal)
+        if size:
+            call(driver.cuMemcpyDtoHAsync, self._staging.address, address, size, gpu.stream)
+        self.end = _Event(gpu.stream, gpu.ordinal)
+
+    @override
+    def wait(self) -> NDArray[np.uint8]:
+        self._gpu.enter()
+        try:
+            self.end.wait()
+        finally:
+            self._gpu.waited()
+        found = self._staging.bytes[: self._size].copy()
+        self._kept.append(self._staging)
+        return found
+
+
 def _nothing() -> None:
     pass
 
@@ -120,7 +184,8 @@ class Gpu(Device):
         non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         stream = call(driver.cuStreamCreate, non_blocking)
         self.stream = int(stream)
-        self._up, self._down = (PinnedMemory(_LEAST_STAGING, ordinal) for _ in range(2))
+        self._ups = itertools.cycle([_Up(ordinal) for _ in range(_UPLOADS)])
+        self._down, self._fetched = PinnedMemory(_LEAST_STAGING, ordinal), list[PinnedMemory]()
         weakref.finalize(self, free, ordinal, driver.cuStreamDestroy, stream).atexit = False
 
     def enter(self) -> None:
@@ -142,14 +207,8 @@ class Gpu(Device):
     @override
     def upload(self, address: int, values: NDArray[Any]) -> None:
         self.enter()
-        # What was uploaded before has been read: every step is waited for by its download, but
-        # for those that give nothing.
-        self.wait()
-        if values.nbytes > len(self._up.bytes):
-            self._up = PinnedMemory(values.nbytes, self.ordinal)
-        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        self._up.bytes[: values.nbytes] = flat
-        call(driver.cuMemcpyHtoDAsync, address, self._up.address, values.nbytes, self.stream)
+        next(self._ups).send(address, values, self.stream)
+        self.waited()  # for what a step gives, a rank that follows never waits
 
     @override
     def download(self, address: int, shape: tuple[int, ...], dtype: np.dtype[T]) -> NDArray[T]:
@@ -161,6 +220,16 @@ class Gpu(Device):
         self.wait()
         found: NDArray[T] = self._down.bytes[:size].view(dtype)
         return found.reshape(shape)
+
+    @override
+    def fetch(self, address: int, size: int) -> Arriving:
+        self.enter()
+        return _Down(address, size, self, self._fetched)
+
+    @override
+    def mark(self) -> Mark:
+        self.enter()
+        return _Event(self.stream, self.ordinal)
 
     @override
     def copy(self, source: int, target: int, size: int) -> None:
