@@ -42,6 +42,7 @@ from vlmforge_plugins.cached_attention.compile import (  # noqa: E402
     Nvcc,
     Nvrtc,
     compile_one,
+    source_of,
 )
 from vlmforge_plugins.cached_attention.config import (  # noqa: E402
     Sizes,
@@ -64,7 +65,7 @@ class Binaries:
         """A cubin, from the cache if it is one that is shipped."""
         if chosen == sizes(chosen.config, target):
             return compile_one(chosen.config, target, self.by, self.cache).code
-        return self.by.compile(chosen, target).code
+        return self.by.compile(source_of(chosen), target).code
 
     def find_all(self, target: Target) -> None:
         """Fills the cache with all that is shipped for `target`."""

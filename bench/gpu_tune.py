@@ -11,7 +11,7 @@ from typing import Any
 
 from gpu_attention import Point, Stage, ceilings
 from gpu_timing import Work, medians
-from vlmforge_plugins.cached_attention.compile import Compiler
+from vlmforge_plugins.cached_attention.compile import Compiler, source_of
 from vlmforge_plugins.cached_attention.config import Sizes, Target, sizes
 from vlmforge_plugins.cached_attention.driver import CudaKernels
 from vlmforge_plugins.cached_attention.plan import Launch, Machine, Plan, apart, workspace
@@ -121,7 +121,7 @@ def tune(machine: Machine, by: Compiler, target: Target, out: Path) -> None:
         table.append((point, found))
     wanted = sorted({v.sizes for _, found in table for v in found.values()}, key=str)
     with ThreadPoolExecutor(16) as pool:
-        codes = list(pool.map(lambda s: by.compile(s, target).code, wanted))
+        codes = list(pool.map(lambda s: by.compile(source_of(s), target).code, wanted))
     kernels = {s: CudaKernels(code, s) for s, code in zip(wanted, codes, strict=True)}
     stage, limits = Stage(), ceilings()
     print("  " + json.dumps(limits), flush=True)

@@ -131,6 +131,7 @@ CHAIN = PartChain(
     ),
     rotary=RotaryTables("d.data", 0, 4096, 64, 4),
     kernels={"sm_90": "d.sm_90.cubin"},
+    meetings={"sm_90": "d.meetings.sm_90.cubin"},
     sampler=Segment("d.sample.onnx", (), (), 500),
 )
 """Of two layers, as the sample's key/value cache has them."""

@@ -16,18 +16,19 @@ from vlmforge_plugins.cached_attention.compile import (
     Binary,
     Nvcc,
     Nvrtc,
+    Source,
     compile_one,
     compile_set,
     compiler,
     digest,
     reports,
+    source_of,
 )
 from vlmforge_plugins.cached_attention.config import (
     HEAD_SIZES,
     PTX_TARGETS,
     TARGETS,
     Config,
-    Sizes,
     Target,
     configs,
     sizes,
@@ -263,7 +264,7 @@ class Counting:
     def __init__(self) -> None:
         self.calls = 0
 
-    def compile(self, chosen: Sizes, target: Target) -> Binary:
+    def compile(self, source: Source, target: Target) -> Binary:
         self.calls += 1
         return Binary(target, b"code \0\xff", "log é")
 
@@ -282,19 +283,20 @@ def test_results_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_key_is_all_that_goes_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    chosen = sizes(CONFIG, TARGET["sm_80"])
+    chosen = source_of(sizes(CONFIG, TARGET["sm_80"]))
+    narrow = Config(64, "float16", "float16")
     keys = {
         digest(chosen, TARGET["sm_80"], "1"),
         digest(chosen, TARGET["sm_80"], "2"),
         digest(chosen, TARGET["sm_86"], "1"),
-        digest(sizes(Config(64, "float16", "float16"), TARGET["sm_80"]), TARGET["sm_80"], "1"),
+        digest(source_of(sizes(narrow, TARGET["sm_80"])), TARGET["sm_80"], "1"),
     }
     for path in compiling.SOURCES.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with (tmp_path / "params.h").open("a") as file:
         file.write("//\n")
     monkeypatch.setattr(compiling, "SOURCES", tmp_path)
-    keys.add(digest(chosen, TARGET["sm_80"], "1"))
+    keys.add(digest(source_of(sizes(CONFIG, TARGET["sm_80"])), TARGET["sm_80"], "1"))
     assert len(keys) == 5
 
 
@@ -312,7 +314,7 @@ def test_a_refusal_has_the_compilers_words(
     monkeypatch.setattr(compiling, "SOURCES", tmp_path)
     with pytest.raises(CompileError) as caught:
         compile_one(CONFIG, TARGET["sm_80"], nvrtc)
-    assert caught.value.summary == "NVRTC refused the attention kernels."
+    assert caught.value.summary == "NVRTC refused the kernels of cached_attention.cu."
     assert "error: expected a declaration" in caught.value.found
     assert caught.value.expected == "d128_float16_float16 for sm_80"
 
@@ -359,12 +361,14 @@ def test_nvcc_is_told_what_nvrtc_is(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     program.chmod(0o755)
     by = Nvcc(program)
     assert by.version == "fake nvcc 1"
-    assert by.compile(sizes(CONFIG, TARGET["sm_90"]), TARGET["sm_90"]).code.startswith(b"cubin -o")
-    ptx = by.compile(sizes(CONFIG, PTX_TARGETS[False]), PTX_TARGETS[False])
+    assert by.compile(source_of(sizes(CONFIG, TARGET["sm_90"])), TARGET["sm_90"]).code.startswith(
+        b"cubin -o"
+    )
+    ptx = by.compile(source_of(sizes(CONFIG, PTX_TARGETS[False])), PTX_TARGETS[False])
     assert ptx.code.endswith(b"\0")
     monkeypatch.setenv("FAIL", "1")
     with pytest.raises(CompileError, match="nvcc refused") as caught:
-        by.compile(sizes(CONFIG, TARGET["sm_90"]), TARGET["sm_90"])
+        by.compile(source_of(sizes(CONFIG, TARGET["sm_90"])), TARGET["sm_90"])
     assert caught.value.found == "error: no"
 
 

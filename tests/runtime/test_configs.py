@@ -17,7 +17,7 @@ from sample_manifest import MANIFEST
 from vlmforge import GenerationConfig, pipeline
 from vlmforge.api import config as module
 from vlmforge.api.config import EngineConfig, TurbomindEngineConfig, VisionConfig, VisonConfig
-from vlmforge.api.parallel import parallel_refusals
+from vlmforge.api.parallel import check_processors, devices_of, parallel_refusals
 from vlmforge.api.pytorch_config import PYTORCH_REFUSALS, PYTORCH_RULES, PytorchEngineConfig
 from vlmforge.engine.manifest import dump_manifest
 from vlmforge.errors import ConfigError, EngineError
@@ -183,7 +183,6 @@ REFUSED: list[tuple[str, object, str, str]] = [
     ("nnodes", 2, "one pipeline", "mpirun --host"),
     ("node_rank", 1, "one pipeline", "mpirun --host"),
     ("dist_init_addr", "host:1", "one pipeline", "mpirun --host"),
-    ("devices", [1], "take the first devices", "CUDA_VISIBLE_DEVICES"),
     ("communicator", "native", "the fastest way", "leave it out"),
     ("model_format", "awq", "not quantised", "unquantised checkpoint"),
     ("model_format", "llama", "layout", "build-engine"),
@@ -220,10 +219,28 @@ def test_all_refusals_are_tried_above() -> None:
 
 def test_what_says_the_same_as_tp_is_accepted() -> None:
     EngineConfig(tp=2, device_num=2, attn_tp_size=2, mlp_tp_size=2, devices=[0, 1])
-    EngineConfig(tp=4, devices=(0, 1, 2, 3), communicator="mpi")
-    for field, value in (("device_num", 1), ("attn_tp_size", 4), ("devices", [1, 0])):
+    EngineConfig(tp=4, devices=(3, 1, 2, 0), communicator="mpi")
+    for field, value in (("device_num", 1), ("attn_tp_size", 4), ("mlp_tp_size", 1)):
         with pytest.raises(ConfigError, match=f"{field} is not supported"):
             EngineConfig(tp=2, **{field: value})  # type: ignore[arg-type]
+
+
+def test_each_rank_has_a_device_of_its_own() -> None:
+    assert devices_of(None, 3) == (0, 1, 2)
+    assert devices_of([3, 1], 2) == (3, 1)
+    for wrong in ([0], [0, 0], [0, 1, 2]):
+        with pytest.raises(ConfigError, match="no device for each rank") as caught:
+            devices_of(wrong, 2)
+        assert caught.value.found == f"devices={wrong}"
+        assert caught.value.expected == "2 different numbers"
+    with pytest.raises(ConfigError, match="devices"):
+        EngineConfig(devices=[-1])
+
+
+def test_processors_have_no_numbers() -> None:
+    check_processors([0, 1])
+    with pytest.raises(ConfigError, match="for processors takes the first devices"):
+        check_processors([1, 0])
 
 
 def test_a_value_assigned_later_is_checked_again() -> None:
