@@ -146,7 +146,7 @@ struct Lanes {
   VF_DEVICE bool in_vain(u32 turn) {
     u32* all_lost = p.counts + kBlocks;
     if (load_system(all_lost) != 0) return true;
-    if (turn % kWarps != thread_index() / 32) return false;
+    if (turn % kWarps != static_cast<u32>(thread_index()) / 32) return false;
     const u64 now = nanoseconds();
     if (begun == 0) begun = now;
     const bool over = load_system(p.stop) != 0;
