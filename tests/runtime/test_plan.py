@@ -28,6 +28,7 @@ _STEPS = tuple(
     if step.attention is None
     else replace(step, attention=replace(step.attention, heads=32, kv_heads=32, head_dim=128))
     for step in _DECODER.chain.steps
+    if step.collective is None  # it is of one rank
 )
 PAGED = replace(
     RICH,
