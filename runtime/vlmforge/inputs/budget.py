@@ -27,7 +27,8 @@ _PER_ITEM = 16
 _MOST_CHARACTERS = 16_000_000
 _MOST_ITEMS = 500_000
 _MOST_DEPTH = 100
-_CONTAINERS = (list, tuple, Mapping, AbstractSet, ValuesView)
+_MAPPINGS = (dict, Mapping)  # the first one is told quickly
+_CONTAINERS = (list, tuple, *_MAPPINGS, AbstractSet, ValuesView)
 _PLAIN = frozenset((str, int, bool, float, type(None)))
 """The types of most values; what they hold is told without asking whether they are containers."""
 
@@ -91,6 +92,9 @@ def size_of(value: object) -> int:
     for _ in range(_MOST_DEPTH):
         below: list[object] = []
         for item in level:
+            if type(item) is str:  # mostly
+                total += _PER_ITEM + len(item)
+                continue
             total += _PER_ITEM + _own_size(item)
             if type(item) in _PLAIN:
                 continue
@@ -115,6 +119,6 @@ def _length(value: object) -> int:
 
 
 def _children(value: object) -> list[object]:
-    if isinstance(value, Mapping):
+    if isinstance(value, _MAPPINGS):
         return [*value.keys(), *value.values()]
     return list(value) if isinstance(value, _CONTAINERS) else []

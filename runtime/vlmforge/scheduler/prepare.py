@@ -146,6 +146,8 @@ class Preparation:
 
         Should tokens leave the cache before the request runs, the worker makes the others itself.
         """
+        if not images:
+            return []
         with request.watch.stage("load"):
             contents = [request.terms.content(image.digest) for image in images]
         made = [
@@ -156,7 +158,7 @@ class Preparation:
             for image, content in zip(images, contents, strict=True)
         ]
         there = 0
-        if images and not fresh:
+        if not fresh:
             there = self.caches.cached(self.engine.keys(rendered, made), request.terms)
         needed = {s.image for s in rendered.image_spans if s.start + s.length > there}
         for index in sorted(needed):
@@ -186,8 +188,8 @@ class Preparation:
 
     def _grounding(self, kept: Conversation, request: Request) -> Grounding | None:
         """`kept` is what is left of the request's conversation: the latest of its images."""
-        box_format, images = self.engine.manifest.prompt.box_format, opened_images(kept)
-        if box_format is None or not images:
+        box_format = self.engine.manifest.prompt.box_format
+        if box_format is None or not (images := opened_images(kept)):
             return None
         return Grounding(box_format, images[-1].size, len(request.conversation.images) - 1)
 
