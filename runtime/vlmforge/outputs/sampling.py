@@ -68,11 +68,15 @@ class SamplingParams:
     @property
     def likeliest(self) -> bool:
         """Whether the id of the largest logit is all that it takes to choose."""
+        return self.greedy and not self.logprobs and not self.edits
+
+    @property
+    def edits(self) -> bool:
+        """Whether anything is done to the logits, of any step, before one is chosen."""
         edited = self.logits_processors or self.bad_words or self.guide
         held = self.held_ids and self.min_new_tokens
         penalty = self.presence_penalty or self.frequency_penalty
-        plain = self.repetition_penalty == 1 and not penalty and not self.logprobs
-        return bool(self.greedy and plain and not (edited or held))
+        return bool(self.repetition_penalty != 1 or penalty or edited or held)
 
 
 class SampledToken(NamedTuple):
@@ -114,7 +118,7 @@ class Sampler:
         _check_ids("bad words", [i for word in params.bad_words for i in word], vocab_size)
         _check_ids("stop tokens", params.held_ids, vocab_size)
         self.rng = _generator(params) if rng is None and not params.greedy else rng
-        self._params = params
+        self._params, self._plain = params, not params.edits
         self._vocab_size = vocab_size
         self._prompt = tuple(prompt_ids)
         self._generated: list[int] = []
@@ -181,7 +185,7 @@ class Sampler:
             raise ValueError(f"logits of shape {logits.shape}, not ({self._vocab_size},)")
         token = int(logits.argmax())
         _check_engine(float(logits[token]))
-        edited = self._edited(logits)
+        edited = logits if self._plain else self._edited(logits)
         if edited is not logits:
             token = int(edited.argmax())
             _check_edited(float(edited[token]))
