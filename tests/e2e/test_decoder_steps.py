@@ -1,4 +1,4 @@
-"""Steps of one decoder of ONNX Runtime in any order: what they keep bound changes nothing."""
+"""A decoder of ONNX Runtime: what its steps keep bound changes nothing, and what they need goes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from conftest import examples
 from vlmforge import EngineConfig, pipeline
+from vlmforge.backends import onnxruntime
 from vlmforge.runner.decoder_input import DecoderInput
 from vlmforge.runner.stages import Engine
 
@@ -64,3 +66,23 @@ def test_features_are_let_go_once_they_have_been_run(engine: Engine, logits: str
     del asked
     gc.collect()
     assert there() is None
+
+
+def test_what_loading_took_is_given_back_before_more_is_loaded(
+    hf_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    load, give_back = onnxruntime.ort.InferenceSession, onnxruntime.return_freed_memory
+
+    def loaded(*given: Any, **named: Any) -> object:
+        events.append("load")
+        return load(*given, **named)
+
+    def given_back() -> None:
+        events.append("give back")
+        give_back()
+
+    monkeypatch.setattr(onnxruntime.ort, "InferenceSession", loaded)
+    monkeypatch.setattr(onnxruntime, "return_freed_memory", given_back)
+    pipeline(hf_engine, backend_config=EngineConfig(threads=1)).close()
+    assert events == ["load", "give back"] * 2  # the vision part's, and the decoder's

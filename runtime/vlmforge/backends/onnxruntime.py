@@ -35,7 +35,7 @@ from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.manifest import KVLayout, Manifest, Part, decoder_name
 from vlmforge.errors import EngineError
 from vlmforge.kv.cache import Move
-from vlmforge.limits import available_cpus
+from vlmforge.limits import available_cpus, return_freed_memory
 from vlmforge.ort import ort
 
 PROVIDER = "CPUExecutionProvider"
@@ -84,7 +84,7 @@ def _session(
     settings.enable_cpu_mem_arena = False
     settings.enable_mem_pattern = False
     try:
-        return ort.InferenceSession(path, settings, providers=[PROVIDER])
+        session = ort.InferenceSession(path, settings, providers=[PROVIDER])
     except Exception as error:
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot load {path}.",
@@ -92,6 +92,8 @@ def _session(
             expected=f"the part {part.name!r} as build-engine wrote it",
             fix="vlmforge doctor, then rebuild: build-engine CHECKPOINT -o ENGINE --force",
         ) from error
+    return_freed_memory()  # of what was packed or widened: else it is still held while others load
+    return session
 
 
 def _longer_tables(manifest: Manifest, part: Part, capacity: int) -> Mapping[str, ort.OrtValue]:
