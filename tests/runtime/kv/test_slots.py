@@ -36,7 +36,9 @@ class Slots(RuleBasedStateMachine):
         self.carry_out()
         best = max(_common(stored, keys[:-1]) for stored in before) if reuse else 0
         assert cached == best
-        assert self.stored[self.cache.place(self.next_id)[0]][:cached] == keys[:cached]
+        (place,) = self.cache.place(self.next_id)
+        assert self.stored[place][:cached] == keys[:cached]
+        self.stored[place] = keys[:cached]  # behind them is what will be written over
         self.content[self.next_id] = keys[:cached]
         self.next_id += 1
 
