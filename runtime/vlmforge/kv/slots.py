@@ -45,12 +45,12 @@ class SlotCache(KVCache):
     @property
     @override
     def used_blocks(self) -> int:
-        return sum(slot.room for slot in self._slots)
+        return sum([slot.room for slot in self._slots])
 
     @property
     def held_blocks(self) -> int:
         """Blocks of the sequences that are there."""
-        return sum(slot.room for slot in self._slots if slot.owner is not None)
+        return sum([slot.room for slot in self._slots if slot.owner is not None])
 
     @override
     def find(self, keys: Keys, *, salt: bytes) -> tuple[tuple[int, ...], int]:

@@ -268,8 +268,8 @@ class Lane(lifetime.Owner):
             request.fail(as_ours(error))
             judge(error)
         finally:
-            self._prepared(request)
             if not handed:
+                self._prepared(request)
                 request.fail(closed())  # unless it has ended
                 self._give_place(priority)
 
