@@ -208,8 +208,7 @@ class _Work:
         given = self.active[row.sequence].input
         # Behind the prompt are tokens that were generated before the sequence lost its place.
         prompt = given.ids[row.start : row.stop]
-        more = row.tokens[len(prompt) :]
-        ids = np.concatenate((prompt, np.array(more, np.int64))) if more else prompt
+        ids = np.concatenate((prompt, np.array(row.tokens[len(prompt) :], np.int64)))
         return dataclasses.replace(given, ids=ids)
 
     def _choices(self, rows: Sequence[Row]) -> Mapping[int, Choice | None] | None:
