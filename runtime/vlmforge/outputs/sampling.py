@@ -186,7 +186,7 @@ class Sampler:
         token = int(logits.argmax())
         _check_engine(float(logits[token]))
         edited = logits if self._plain else self._edited(logits)
-        if edited is not logits:
+        if not self._plain:
             token = int(edited.argmax())
             _check_edited(float(edited[token]))
         if self.rng is not None and not self._params.greedy:
@@ -217,15 +217,10 @@ class Sampler:
         return SampledToken(token)
 
     def _edited(self, logits: Logits) -> Logits:
-        """`logits` itself when nothing is to be edited, else an edited copy."""
+        """A copy, edited as `params.edits` says."""
         params = self._params
         banned = self._banned_now()
         penalty = params.presence_penalty or params.frequency_penalty
-        edits = (
-            params.logits_processors or params.repetition_penalty != 1 or penalty or params.guide
-        )
-        if not (edits or banned):
-            return logits
         logits = np.array(logits, np.float32)
         for processor in params.logits_processors:
             logits = self._processed(processor, logits)
@@ -351,8 +346,8 @@ def _ends_with(ids: list[int], end: tuple[int, ...]) -> bool:
 
 
 def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
-    outside = [i for i in ids if not 0 <= i < vocab_size]
-    if outside:
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        outside = [i for i in ids if not 0 <= i < vocab_size]
         raise ConfigError(
             f"An id of {what} is outside the vocabulary.",
             found=str(outside[0]),
