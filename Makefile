@@ -95,7 +95,7 @@ test-gpu: ## on a GPU: kernels, CUDA graphs, compute-sanitizer; whole engines (a
 	@$(PYTHON) bench/gpu_suite.py test engines --out $(OUT)/gpu --engines $(OUT)/gpu_engines
 
 bench-gpu: ## on a GPU: kernels against its own ceilings and torch's SDPA, a 7 B engine; then BENCH.md
-	@$(PYTHON) bench/gpu_suite.py bench speed --out $(OUT)/gpu --large $(OUT)/7b
+	@$(PYTHON) bench/gpu_suite.py bench speed --out $(OUT)/gpu --engines $(OUT)/gpu_engines
 	@$(PYTHON) bench/gpu_report.py $(OUT)/gpu/results.json
 
 clean: ## remove what the commands above made

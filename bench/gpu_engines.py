@@ -4,36 +4,28 @@
     python3 bench/gpu_engines.py goldens ENGINES        # folders named CHECKPOINT.KIND
     python3 bench/gpu_engines.py accuracy ENGINE ...    # of the demo model
     python3 bench/gpu_engines.py sampling ENGINE ...    # every token chosen there, against the host
-    python3 bench/gpu_engines.py speed ENGINE --batch 1:640 8:1024 --out results.json
-    python3 bench/gpu_engines.py report results.json    # into RESULTS.md
+    python3 bench/gpu_engines.py speed ENGINE --batch 1:640 8:1024 --out results.jsonl
+    python3 bench/gpu_engines.py report results.jsonl   # of gpu_figures.py, into RESULTS.md
 
 Kinds are those of `KINDS`. `goldens` compares engines of 16 bits with the originals, and each with
-the goldens of its own build. Needs what serving needs; for the originals pytest too, and for the
-yardstick of `speed` torch.
+the goldens of its own build. Needs what serving needs; for the originals pytest too. What steps,
+requests and memory cost is measured by gpu_figures.py, of which `speed` is a part.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
-import statistics
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "runtime"), str(ROOT / "plugins_cuda")]
 sys.path[:0] = [str(ROOT / folder) for folder in ("builder", "recipes", "scripts")]
 
-from vlmforge import EngineConfig, GenerationConfig, Pipeline, pipeline  # noqa: E402
-from vlmforge.api.memory import part_memory  # noqa: E402
+from vlmforge import pipeline  # noqa: E402
 from vlmforge.backends.cuda import machine  # noqa: E402
 
 DEMO = "demo"
@@ -45,9 +37,7 @@ KINDS = {
     "int4": ("--dtype", "float16", "--weights", "int4"),
     "fp8": ("--dtype", "float16", "--kv-dtype", "fp8"),
 }
-_LEAST_STEPS, _QUESTIONS = 48, 1300
-_BEGIN = "<!-- engines on a GPU: written by bench/gpu_engines.py report -->\n"
-_END = "<!-- end of engines on a GPU -->\n"
+_QUESTIONS = 1300
 
 
 def build(engines: Path, checkpoints: list[str], kinds: list[str]) -> None:
@@ -115,91 +105,6 @@ def own_goldens(engine: Path) -> str:
     return f"{len(results)} stages of its build's goldens met ({'; '.join(logits)}); "
 
 
-@dataclass
-class Watched:
-    """A decoder that notes when each step began and ended, its rows, and all their tokens."""
-
-    inner: Any
-    steps: list[tuple[float, float, int, int, int]]
-
-    def step(self, batch: Any) -> Any:
-        """As a decoder does."""
-        return self._noted(self.inner.step, batch)
-
-    def likeliest(self, batch: Any) -> Any:
-        """As a decoder does."""
-        return self._noted(self.inner.likeliest, batch)
-
-    def _noted(self, run: Callable[[Any], Any], batch: Any) -> Any:
-        began = time.perf_counter()
-        found = run(batch)
-        held = int(batch.past_lengths.sum()) + batch.input_ids.size
-        self.steps.append((began, time.perf_counter(), *batch.input_ids.shape, held))
-        return found
-
-    def move(self, move: Any) -> None:
-        """As a decoder does."""
-        self.inner.move(move)
-
-
-def speed(engine: Path, wanted: list[str], out: Path | None) -> None:
-    """A step of decoding through `pipeline()`, for each BATCH:CONTEXT of `wanted`."""
-    sizes = [tuple(map(int, item.split(":"))) for item in wanted]
-    rate = copy_rate()
-    before = machine.find_gpu()
-    print(f"{before.name}: a copy moves {rate / 1e12:.2f} TB/s, read and written", flush=True)
-    began = time.perf_counter()
-    config = EngineConfig(
-        max_batch_size=max(batch for batch, _ in sizes), enable_prefix_caching=False
-    )
-    with pipeline(engine, config) as pipe:
-        rows: list[dict[str, Any]] = [{"card": before.name, "copy_tb_per_s": rate / 1e12}]
-        rows[0]["load_s"] = time.perf_counter() - began
-        print(f"loaded in {rows[0]['load_s']:.1f} s; {pipe._engine.options}", flush=True)
-        rows[0] |= taken(pipe, before)
-        print(rows[0], flush=True)
-        watched = Watched(pipe._engine.decoder, [])
-        object.__setattr__(pipe._engine, "decoder", watched)
-        object.__setattr__(pipe._engine, "_sparing", watched)  # which is asked where ids will do
-        read = read_bytes(pipe)
-        for batch, context in sizes:
-            # The first prompts decode while the last ones are still being run.
-            steps = _LEAST_STEPS + 3 * batch
-            prompts = [prompt(pipe, context - steps + 24, index) for index in range(batch)]
-            generation = GenerationConfig(max_new_tokens=steps, ignore_eos=True)
-            for _ in range(2):  # the first captures
-                watched.steps.clear()
-                answers = pipe(prompts, gen_config=[generation] * batch, do_preprocess=False)
-            rows.append(figures(watched.steps, batch, read))
-            rows[-1]["share"] = round(rows[-1]["gb_per_s"] / rate * 1e9, 3)
-            rows[-1]["tokens"] = sum(len(answer.token_ids) for answer in answers)
-            print(rows[-1], flush=True)
-        rows[0]["taken_at_end_gb"] = (before.free - machine.find_gpu().free) / 1e9
-        print(rows[0], flush=True)
-    if out is not None:
-        out.write_text(json.dumps(rows, indent=1), "utf-8")
-
-
-def copy_rate() -> float:
-    """Bytes read and written in a second by a large copy; a process of its own gives them back."""
-    program = "from gpu_timing import copy_bandwidths; print(max(copy_bandwidths().values()))"
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT / "bench", capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
-def taken(pipe: Pipeline, before: machine.FoundGpu) -> dict[str, float]:
-    """Gigabytes of the GPU that the engine has taken, and that it was planned to take."""
-    manifest, options = pipe._engine.manifest, pipe._engine.options
-    pool = options.blocks * options.block_size * manifest.kv.bytes_per_token
-    planned = pool + sum(
-        part_memory(part, max(options.chunk, options.slots), options.slots).total
-        for part in manifest.parts
-    )
-    found = before.free - machine.find_gpu().free
-    return {"pool_gb": pool / 1e9, "planned_gb": planned / 1e9, "taken_gb": found / 1e9}
-
-
 def accuracy(engines: list[Path]) -> None:
     """The demo model's share of right answers, by the kind of question, for each engine."""
     from precision import table
@@ -213,69 +118,6 @@ def accuracy(engines: list[Path]) -> None:
         print(f"{engine.name}: asked {len(cases)}", flush=True)
     print(machine.find_gpu().name)
     print(table(reports))
-
-
-def read_bytes(pipe: Pipeline) -> tuple[int, int]:
-    """What a step reads: weights but for the embedding, and the cache of each token."""
-    manifest = pipe._engine.manifest
-    weights = manifest.part("decoder").weight_bytes
-    table = 2 * manifest.decode.vocab_size * manifest.decode.hidden_size
-    return weights - table, manifest.kv.bytes_per_token
-
-
-def prompt(pipe: Pipeline, tokens: int, index: int) -> str:
-    """A text of about so many tokens, unlike the others from its beginning on."""
-    words = 16
-    while True:
-        text = f"{index} " + "a b c d e " * words
-        found = pipe.count_tokens(text, do_preprocess=False)
-        if abs(found - tokens) <= 16 or words == 1:
-            return text
-        words = max(1, words * tokens // found)
-
-
-def figures(
-    steps: list[tuple[float, float, int, int, int]], batch: int, read: tuple[int, int]
-) -> dict[str, Any]:
-    """Medians in milliseconds: of a whole step, from its beginning to the next, and inside."""
-    full = [(a, b) for a, b in itertools.pairwise(steps) if a[2:4] == b[2:4] == (batch, 1)]
-    whole = statistics.median(b[0] - a[0] for a, b in full) * 1e3
-    inside = statistics.median(a[1] - a[0] for a, _ in full) * 1e3
-    held = statistics.mean(a[4] for a, _ in full)
-    bytes_read = read[0] + held * read[1]
-    prefill = [end - start for start, end, _, tokens, _ in steps if tokens > 1]
-    return {
-        "batch": batch,
-        "context": round(held / batch),
-        "step_ms": round(whole, 3),
-        "decoder_ms": round(inside, 3),
-        "tokens_per_s": round(batch / whole * 1e3, 1),
-        "gb_per_s": round(bytes_read / whole / 1e6, 1),
-        "prefill_s": round(sum(prefill), 4),
-        "steps": len(full),
-    }
-
-
-def report(results: Path) -> None:
-    """Write what `speed` measured into RESULTS.md, between its markers."""
-    head, *rows = json.loads(results.read_text("utf-8"))
-    columns = ("batch", "context", "step_ms", "decoder_ms", "tokens_per_s", "share", "prefill_s")
-    words = ("batch", "tokens held by each", "step, ms", "inside the decoder, ms", "tokens/s")
-    words += ("share of the copy rate", "all prompts, s")
-    lines = [
-        f"{head['card']}, a copy moves {head['copy_tb_per_s']:.2f} TB/s. Loaded in "
-        f"{head['load_s']:.1f} s; planned {head['planned_gb']:.2f} GB of its memory, took "
-        f"{head['taken_gb']:.2f} GB ({head['pool_gb']:.2f} GB of them pages).",
-        "",
-        "| " + " | ".join(words) + " |",
-        "|" + "---|" * len(words),
-        *("| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows),
-    ]
-    document = ROOT / "bench" / "RESULTS.md"
-    before, begin, rest = document.read_text("utf-8").partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    assert begin and end, f"no {_BEGIN.strip()} ... {_END.strip()}"
-    document.write_text("".join([before, begin, "\n".join(lines), "\n", end, after]), "utf-8")
 
 
 def main() -> None:
@@ -300,14 +142,19 @@ def main() -> None:
     if values.kind == "goldens":
         sys.exit(goldens(values.engines))
     if values.kind == "report":
-        return report(values.results)
+        from gpu_tables import write
+
+        return write(values.results)
     if values.kind == "accuracy":
         return accuracy(values.engines)
-    if values.kind == "sampling":
-        from gpu_sampling import engine
+    if values.kind == "speed":
+        from gpu_steps import Results, card, decode
 
-        sys.exit(min(1, sum(map(engine, values.engines))))
-    return speed(values.engine, values.batch, values.out)
+        card(Results(values.out))
+        return decode(values.engine, values.batch, Results(values.out))
+    from gpu_sampling import engine
+
+    sys.exit(min(1, sum(map(engine, values.engines))))
 
 
 if __name__ == "__main__":

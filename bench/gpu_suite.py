@@ -6,9 +6,9 @@ Needs python3, numpy, torch, cuda-bindings, and nvcc or NVRTC; not vlmforge's en
 TensorRT. `test`: the cases of tests/plugins_cuda on the GPU, CUDA graphs, compute-sanitizer.
 `grid`: all cases that there are (minutes). `bench`: the kernels against the machine's own ceilings
 and torch's SDPA, into a JSON file; from it gpu_report.py makes plugins_cuda/BENCH.md.
-`engines` and `speed`: what bench/gpu_engines.py says of whole engines (`goldens`, and `accuracy` of
-the demo model's; `speed` of a large one), each in a process of its own; these need what serving
-needs, and engines that were built elsewhere (`gpu_engines.py build`, `hollow.py`).
+`engines` and `speed`: whole engines, each in a process of its own (`goldens` of gpu_engines.py, and
+`accuracy` of the demo model's; gpu_figures.py); these need what serving needs, and engines that
+were built elsewhere (`gpu_engines.py build`, `hollow.py`).
 """
 
 from __future__ import annotations
@@ -207,15 +207,14 @@ def engines(folder: Path) -> list[str]:
     return failures + (_engines("accuracy", *demo) if demo else [])
 
 
-def speed(large: Path, out: Path) -> list[str]:
-    """Steps of a large engine, filled first if it was built hollow; what failed."""
-    if not large.is_dir():
-        return [f"speed: no engine {large}; python bench/hollow.py build -o {large} -- ..."]
-    if (large / "holes.json").exists():
-        subprocess.run(
-            [sys.executable, str(ROOT / "bench" / "hollow.py"), "fill", large], check=True
-        )
-    return _engines("speed", str(large), "--out", str(out / "speed.json"))
+def speed(folder: Path, out: Path) -> list[str]:
+    """All figures of large engines, as far as they are there (`gpu_figures.py`); what failed."""
+    if not (folder / "7b.float16").is_dir():
+        return [f"speed: no engine {folder / '7b.float16'}; python bench/hollow.py build ..."]
+    command = [sys.executable, str(ROOT / "bench" / "gpu_figures.py"), "there"]
+    command += ["--engines", str(folder), "--out", str(out / "figures.jsonl")]
+    done = subprocess.run(command, check=False)
+    return [] if done.returncode == 0 else [f"{' '.join(command)} ended with {done.returncode}"]
 
 
 def _engines(*arguments: str) -> list[str]:
@@ -238,7 +237,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240, help="for the benchmark")
     parser.add_argument("--part", default="0/1", help="of the grid, for the step `part`")
     parser.add_argument("--engines", type=Path, default=ROOT / "out" / "gpu_engines")
-    parser.add_argument("--large", type=Path, default=ROOT / "out" / "7b", help="for `speed`")
     parser.add_argument("--plain", action="store_true", help="without Hopper's own instructions")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -270,7 +268,7 @@ def main() -> None:
     if "engines" in options.steps:
         failures += engines(options.engines)
     if "speed" in options.steps:
-        failures += speed(options.large, options.out)
+        failures += speed(options.engines, options.out)
     if "tune" in options.steps:
         from gpu_tune import tune
 

@@ -1,62 +1,87 @@
 """An engine without its weights, to be filled where it is measured: it travels in a few megabytes.
 
     python bench/hollow.py build --size 7b -o out/hollow -- --target cuda --dtype float16
-    python bench/hollow.py fill out/hollow
+    python bench/hollow.py fill out/hollow [--like ANOTHER]
+    python bench/hollow.py trust out/hollow
 
 `build` writes everything but the matrices, for which it leaves holes in the data files; `fill` puts
 random numbers there, of a size that keeps activations finite. Speed does not depend on them.
+`trust` leaves the holes, which are zeros: enough to see what memory the engine takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 HOLES = "holes.json"
-_POOL = 1 << 25  # different random numbers
+LARGEST = "34b"
+_POOL = 1 << 24  # different random numbers
+_WRITERS = 12
 
 
-def fill(engine: Path) -> None:
-    """Random numbers into the holes, and a manifest that knows of them."""
+def fill(engine: Path, like: Path | None = None) -> None:
+    """Random numbers into the holes; those of files that `like` has alike are its very files.
+
+    Its files are taken for checked from now on: their hashes are of what was never written.
+    """
+    holes = json.loads((engine / HOLES).read_text("utf-8"))
+    others = {} if like is None else json.loads((like / HOLES).read_text("utf-8"))
     drawn = np.random.default_rng(0).standard_normal(_POOL, np.float32)
     made: dict[tuple[float, str], memoryview] = {}
-    for name, holes in json.loads((engine / HOLES).read_text("utf-8")).items():
-        with (engine / name).open("r+b") as file:
-            for offset, shape, dtype, *given in holes:
-                usual = shape[0] ** -0.5 if len(shape) == 2 else 0.02
-                scale = given[0] if given else usual
-                if (scale, dtype) not in made:
-                    made[scale, dtype] = _narrow(drawn * np.float32(scale), dtype)
-                file.seek(offset)
-                item = 1 if dtype == "uint8" else 2
-                _repeat(file, made[scale, dtype], item * int(np.prod(shape)))
-    _seal(engine)
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        for name, places in holes.items():
+            path = engine / name
+            if like is not None and places == others.get(name) and same_size(path, like / name):
+                path.unlink()
+                path.hardlink_to(like / name)
+                continue
+            with path.open("r+b") as file:
+                list(pool.map(lambda piece: os.pwrite(*piece), _pieces(file, places, drawn, made)))
+    trust(engine)
+    if like is not None:  # its files have changed: they have more names
+        trust(like)
 
 
-def _seal(engine: Path) -> None:
-    """The files' hashes as they are now, and the check that the first opening would make."""
-    from vlmforge.engine.bundle import open_bundle
-    from vlmforge.engine.manifest import MANIFEST_FILE, dump_manifest, load_manifest
-
-    manifest = load_manifest(engine)
-    sums = [_sha256(engine / entry.path) for entry in manifest.files]
-    pairs = zip(manifest.files, sums, strict=True)
-    files = tuple(dataclasses.replace(entry, sha256=found) for entry, found in pairs)
-    text = dump_manifest(dataclasses.replace(manifest, files=files))
-    (engine / MANIFEST_FILE).write_text(text, "utf-8")
-    open_bundle(engine)
+def same_size(one: Path, other: Path) -> bool:
+    """Whether both files have as many bytes."""
+    return one.stat().st_size == other.stat().st_size
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _pieces(
+    file: BinaryIO,
+    places: list[list[Any]],
+    drawn: Any,
+    made: dict[tuple[float, str], memoryview],
+) -> Iterator[tuple[int, memoryview, int]]:
+    """What is written where, for `os.pwrite`."""
+    for offset, shape, dtype, *given in places:
+        usual = shape[0] ** -0.5 if len(shape) == 2 else 0.02
+        scale = given[0] if given else usual
+        if (scale, dtype) not in made:
+            made[scale, dtype] = _narrow(drawn * np.float32(scale), dtype)
+        block = made[scale, dtype]
+        size = (1 if dtype == "uint8" else 2) * int(np.prod(shape))
+        for start in range(0, size, len(block)):
+            yield file.fileno(), block[: size - start], offset + start
+
+
+def trust(engine: Path) -> None:
+    """Take an engine's files for checked: hashing gigabytes of random numbers tells nothing."""
+    from vlmforge.engine import bundle
+    from vlmforge.engine.manifest import load_manifest
+
+    stamp = bundle._stamp_path(bundle.Bundle(engine, load_manifest(engine)))
+    if stamp is not None:
+        bundle._remember(stamp)
 
 
 def _narrow(values: Any, dtype: str) -> memoryview:
@@ -66,11 +91,6 @@ def _narrow(values: Any, dtype: str) -> memoryview:
     return memoryview(bits if dtype == "bfloat16" else values.astype(dtype)).cast("B")
 
 
-def _repeat(file: BinaryIO, block: memoryview, size: int) -> None:
-    for start in range(0, size, len(block)):
-        file.write(block[: size - start])
-
-
 def build(size: str, engine: Path, options: list[str]) -> None:
     """Build the engine of a preset's shape with holes."""
     from vlmforge_builder.command import run
@@ -78,10 +98,25 @@ def build(size: str, engine: Path, options: list[str]) -> None:
 
     checkpoint = engine.with_name(f"{engine.name}.checkpoint")
     files.write_safetensors = _write_header  # type: ignore[assignment]
-    write_checkpoint(checkpoint, PRESETS[size], force=True)
+    preset = _larger(PRESETS["13b"]) if size == LARGEST else PRESETS[size]
+    write_checkpoint(checkpoint, preset, force=True)
     holes = _leave_holes()
     run([str(checkpoint), "-o", str(engine), "--force", "--skip-goldens", *options])
     (engine / HOLES).write_text(json.dumps(holes), "utf-8")
+
+
+def _larger(preset: Any) -> Any:
+    """The decoder of llava-hf/llava-v1.6-34b-hf, behind the tower of another."""
+    text = dataclasses.replace(
+        preset.text,
+        hidden=7168,
+        intermediate=20480,
+        layers=60,
+        heads=56,
+        kv_heads=8,
+        vocab=64064,
+    )
+    return dataclasses.replace(preset, text=text)
 
 
 def _write_header(path: Path, entries: Any, seed: int, progress: Any) -> None:
@@ -172,9 +207,13 @@ def main() -> None:
     make.add_argument("options", nargs="*", help="of build-engine, behind --")
     full = kinds.add_parser("fill")
     full.add_argument("engine", type=Path)
+    full.add_argument("--like", type=Path, help="an engine that is filled already")
+    kinds.add_parser("trust").add_argument("engine", type=Path)
     values = arguments.parse_args()
     if values.kind == "fill":
-        fill(values.engine)
+        fill(values.engine, values.like)
+    elif values.kind == "trust":
+        trust(values.engine)
     else:
         build(values.size, values.output, values.options)
 
