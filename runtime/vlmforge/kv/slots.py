@@ -102,9 +102,9 @@ class SlotCache(KVCache):
     @override
     def grow(self, sequence: int, tokens: int) -> bool:
         slot = self._slots[self._place[sequence]]
-        wanted = self._count(tokens)
-        if wanted <= slot.room:  # mostly
+        if tokens <= slot.room * self._block_size:  # mostly
             return tokens <= self._capacity
+        wanted = self._count(tokens)
         if tokens > self._capacity or wanted - slot.room > self._budget - self.held_blocks:
             return False
         slot.room = wanted

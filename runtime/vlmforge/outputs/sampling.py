@@ -184,7 +184,8 @@ class Sampler:
         if logits.shape != (self._vocab_size,):
             raise ValueError(f"logits of shape {logits.shape}, not ({self._vocab_size},)")
         token = int(logits.argmax())
-        _check_engine(float(logits[token]))
+        if not math.isfinite(peak := float(logits[token])):
+            raise _not_finite(peak)
         edited = logits if self._plain else self._edited(logits)
         if not self._plain:
             token = int(edited.argmax())
@@ -211,7 +212,7 @@ class Sampler:
 
     def _known(self, token: int) -> SampledToken:
         if token < 0:
-            _check_engine(math.nan)
+            raise _not_finite(math.nan)
         self._generated.append(token)
         self._seen[token] = True
         return SampledToken(token)
@@ -356,15 +357,14 @@ def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def _check_engine(peak: float) -> None:
-    if not math.isfinite(peak):
-        raise EngineError(
-            "The decoder gave logits that are not finite.",
-            found=str(peak),
-            expected="finite logits",
-            fix="check the engine: vlmforge verify ENGINE; if it fails, build it again, with "
-            "--dtype float32 if it was built with less",
-        )
+def _not_finite(peak: float) -> EngineError:
+    return EngineError(
+        "The decoder gave logits that are not finite.",
+        found=str(peak),
+        expected="finite logits",
+        fix="check the engine: vlmforge verify ENGINE; if it fails, build it again, with "
+        "--dtype float32 if it was built with less",
+    )
 
 
 def _check_edited(peak: float) -> None:
