@@ -92,10 +92,13 @@ def size_of(value: object) -> int:
     for _ in range(_MOST_DEPTH):
         below: list[object] = []
         for item in level:
+            total += _PER_ITEM
             if type(item) is str:  # mostly
-                total += _PER_ITEM + len(item)
+                total += len(item)
                 continue
-            total += _PER_ITEM + _own_size(item)
+            if item is None or type(item) is bool:
+                continue
+            total += _own_size(item)
             if type(item) in _PLAIN:
                 continue
             items += _length(item)
@@ -119,6 +122,8 @@ def _length(value: object) -> int:
 
 
 def _children(value: object) -> list[object]:
+    if isinstance(value, list | tuple):
+        return [*value]
     if isinstance(value, _MAPPINGS):
         return [*value.keys(), *value.values()]
-    return list(value) if isinstance(value, _CONTAINERS) else []
+    return [*value] if isinstance(value, _CONTAINERS) else []

@@ -146,9 +146,6 @@ class Engine:
         `but_pillow` leaves Pillow images as they are.
         """
 
-        if not conversation.images:
-            return conversation
-
         def block(given: Text | Image) -> Text | Image:
             if isinstance(given, Text):
                 return given

@@ -90,9 +90,9 @@ class Preparation:
             CancelledError: nobody wants it any more.
         """
         watch = request.watch
-        with watch.stage("load"):
-            conversation = request.conversation
-            if self.engine.needs_sizes:
+        conversation = request.conversation
+        if self.engine.needs_sizes:
+            with watch.stage("load"):
                 conversation = self.engine.opened(conversation)
         with watch.stage("preprocess"):
             conversation, rendered = self.engine.fitted(
@@ -101,8 +101,9 @@ class Preparation:
             plan = request.config.resolved(self.facts)
             budget = self._budget(rendered, plan.max_new_tokens)
         request.check()
-        with watch.stage("load"):
-            conversation = self.engine.opened(conversation)
+        if conversation.images:
+            with watch.stage("load"):
+                conversation = self.engine.opened(conversation)
         fresh = plan.wants_prompt_logits
         images = self._images(opened_images(conversation), rendered, request, fresh=fresh)
         request.check()
