@@ -85,7 +85,7 @@ class SlotCache(KVCache):
             cached = 0
         elif source != target:
             self._moves.append(Copy(source, target, cached))
-        self._occupy(target, sequence, keys[:cached], salt, len(keys))
+        self._occupy(target, sequence, keys[:cached], salt)
         return cached
 
     @override
@@ -96,7 +96,7 @@ class SlotCache(KVCache):
         source = self._place[parent]
         target = self._oldest(None)
         self._moves.append(Copy(source, target, len(keys)))
-        self._occupy(target, child, keys, self._slots[source].salt, len(keys))
+        self._occupy(target, child, keys, self._slots[source].salt)
         return True
 
     @override
@@ -124,21 +124,19 @@ class SlotCache(KVCache):
         slot.last_used = self._clock
         self._trim(index, len(slot.keys) if valid and self._reuse else 0)
 
-    def _occupy(self, index: int, sequence: int, keys: Keys, salt: bytes, soon: int) -> None:
-        """A sequence that is to have `soon` tokens begins with what the slot has of it."""
+    def _occupy(self, index: int, sequence: int, keys: Keys, salt: bytes) -> None:
         slot = self._slots[index]
         slot.owner, slot.keys, slot.salt = sequence, keys, salt
         slot.room = max(slot.room, self._count(len(keys)))
         self._place[sequence] = index
-        # One that holds nothing is free to lie where it is wanted; see `backends.rows`.
-        self._trim(index, soon if len(keys) else 0)
+        self._trim(index, len(keys))
         self._evict()
 
     def _count(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
 
     def _trim(self, index: int, tokens: int) -> None:
-        """Keep the first `tokens` tokens of a slot and the blocks that they are, or will be, in."""
+        """Keep the first `tokens` tokens of a slot and the blocks that they are in."""
         slot = self._slots[index]
         slot.keys = slot.keys[:tokens]
         if slot.room > self._count(tokens):
