@@ -182,13 +182,22 @@ def engine(folder: Path) -> int:
 
     with pipeline(folder) as pipe:
         plain = seconds(pipe)
+        overlapping = pipe._engine.overlapping
+        object.__setattr__(pipe._engine, "overlapping", None)
+        by_turns = seconds(pipe)
         object.__setattr__(pipe._engine, "choosing", None)
         by_host = seconds(pipe)
         object.__setattr__(pipe._engine, "choosing", pipe._engine.decoder)
         PagedDecoder.choose, Sampler.step = noted, checked  # type: ignore[method-assign]
         answers(pipe)
         PagedDecoder.choose, Sampler.step = choose, step  # type: ignore[method-assign]
-    print(f"{folder.name}: {told}; {plain:.2f} s chosen there, {by_host:.2f} s by the host")
+        wanted = answers(pipe)
+        object.__setattr__(pipe._engine, "overlapping", overlapping)
+        differ = sum(a != b for a, b in zip(wanted, answers(pipe), strict=True))
+    print(
+        f"{folder.name}: {told}; {plain:.2f} s chosen there, {by_turns:.2f} s one step after the "
+        f"other, {by_host:.2f} s by the host; answers of overlapping steps that differ: {differ}"
+    )
     return told["differ"] + (not told["device"])
 
 
@@ -198,13 +207,16 @@ def _size_of(batch: Any) -> Any:
     return _size(batch)
 
 
-def answers(pipe: Pipeline) -> None:
-    """A batch of requests of all kinds."""
+def answers(pipe: Pipeline) -> list[list[int]]:
+    """A batch of requests of all kinds, and the ids of what is said."""
     wanted = [
         GenerationConfig(max_new_tokens=48, ignore_eos=True, random_seed=i, **settings)
         for i, settings in enumerate(_REQUESTS * 4)
     ]
-    pipe([f"number {i}, and so on" for i in range(len(wanted))], gen_config=wanted)
+    texts = [f"number {i}, and so on" for i in range(len(wanted))]
+    found = pipe(texts, gen_config=wanted)
+    assert isinstance(found, list)
+    return [answer.token_ids for answer in found]
 
 
 def seconds(pipe: Pipeline) -> float:

@@ -31,7 +31,8 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("runtime", "plugins_cuda")]
 from gpu_results import Results, Row, attempts, middle, seconds_of  # noqa: E402
 from timeline import Steps  # noqa: E402
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, pipeline  # noqa: E402
-from vlmforge.backends.cuda import machine  # noqa: E402
+from vlmforge.backends.cuda import chain, machine  # noqa: E402
+from vlmforge.backends.cuda import decoder as paged  # noqa: E402
 from vlmforge.engine.manifest import Manifest, load_manifest  # noqa: E402
 from vlmforge.runner.step import StepRecord  # noqa: E402
 
@@ -123,11 +124,15 @@ def busy(stamps: Sequence[Stamp], begin: float, end: float) -> float:
 # --- decoding -------------------------------------------------------------------------------------
 
 
-def decode(engine: Path, wanted: Sequence[str], results: Results) -> None:
+def decode(
+    engine: Path, wanted: Sequence[str], results: Results, *, one_by_one: bool = False
+) -> None:
     """A step of decoding, for each BATCH:CONTEXT of `wanted`."""
     sizes = [(int(batch), int(context)) for batch, context in (w.split(":") for w in wanted)]
     before = machine.find_gpu()
     with opened(engine, max(batch for batch, _ in sizes), results) as pipe:
+        if one_by_one:
+            object.__setattr__(pipe._engine, "overlapping", None)
         for batch, context in sizes:
             results.add("decode", **decoded(pipe, engine.name, batch, context))
         taken = before.free - machine.find_gpu().free
@@ -289,14 +294,18 @@ def main() -> None:
     parser.add_argument("kind", choices=("card", "decode", "prompts"))
     parser.add_argument("engine", type=Path, nargs="?")
     parser.add_argument("--batch", nargs="+", default=list(DEFAULT), metavar="BATCH:CONTEXT")
+    parser.add_argument("--one-by-one", action="store_true", help="no step before one has ended")
+    parser.add_argument("--few", type=int, help="rows whose likeliest tokens the host finds")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     results, engine = Results(given.out), given.engine
+    if given.few is not None:
+        chain.FEW = paged.FEW = given.few  # type: ignore[misc]
     if given.kind != "card" and engine is None:
         parser.error(f"{given.kind} needs an engine")
     works: dict[str, Callable[[], object]] = {
         "card": lambda: card(results),
-        "decode": lambda: decode(engine, given.batch, results),
+        "decode": lambda: decode(engine, given.batch, results, one_by_one=given.one_by_one),
         "prompts": lambda: prompts(engine, results),
     }
     attempts([(f"{given.kind} {engine.name if engine else ''}".strip(), works[given.kind])])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import itertools
 import os
-import resource
 import sys
 import threading
 import time
@@ -89,11 +88,15 @@ def settle(pipe: Pipeline, places: int) -> None:
 
 def resident_bytes() -> int:
     """Memory of this process that is in use."""
-    fields = Path("/proc/self/statm").read_text("ascii").split()
-    return int(fields[1]) * resource.getpagesize()
+    return _rolled_up("Rss")
 
 
 def of_files() -> int:
     """Resident memory of this process that is of files: the system takes it when it needs it."""
-    fields = Path("/proc/self/statm").read_text("ascii").split()
-    return int(fields[2]) * resource.getpagesize()
+    return resident_bytes() - _rolled_up("Anonymous")
+
+
+def _rolled_up(name: str) -> int:
+    """To the page: `statm`, which is faster, is rough where processors are many."""
+    rows = Path("/proc/self/smaps_rollup").read_text("ascii").splitlines()
+    return int(next(row for row in rows if row.startswith(f"{name}:")).split()[1]) << 10

@@ -23,6 +23,7 @@ from vlmforge import EngineConfig, GenerationConfig, pipeline
 from vlmforge.limits import return_freed_memory
 
 MOST_GROWTH = 32 * MIB
+LONGEST_S = 600.0  # a thread that has not ended by then is left
 
 
 def main() -> int:
@@ -55,6 +56,9 @@ def cycle(engine: str) -> int:
         there = [weakref.ref(part) for part in parts if hasattr(type(part), "__weakref__")]
     assert len(there) >= 3
     del pipe, parts, session
+    for thread in threading.enumerate():  # those that prepare end when they can
+        if thread.name in ("vlmforge", "vlmforge-prepare"):
+            thread.join(LONGEST_S)
     gc.collect()
     # Those that decode images belong to the process.
     names = [thread.name for thread in threading.enumerate()]

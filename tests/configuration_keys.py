@@ -194,15 +194,17 @@ class Section:
 
     def plan(self, **changes: object) -> object:
         """What a build would make of the checkpoint with these keys changed."""
-        before = self.path.read_bytes() if self.path.exists() else None
+        values, kept = read(self.path), self.checkpoint.parent / "as it was"
+        if there := self.path.exists():  # moved away: some disks are slow where a file is cut
+            self.path.rename(kept)
         try:
-            write(self.path, _with(read(self.path), self.place, changes))
+            write(self.path, _with(values, self.place, changes))
             return plan(load(self.checkpoint))
         finally:
-            if before is None:
-                self.path.unlink()
+            if there:
+                kept.replace(self.path)
             else:
-                self.path.write_bytes(before)
+                self.path.unlink()
 
 
 def _with(values: dict[str, Any], place: str, changes: Mapping[str, object]) -> dict[str, Any]:

@@ -56,6 +56,12 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def resident() -> int:
+    """Bytes of this process in memory, to the page; `statm` is rough where processors are many."""
+    rows = Path("/proc/self/smaps_rollup").read_text("ascii").splitlines()
+    return int(next(row for row in rows if row.startswith("Rss:")).split()[1]) << 10
+
+
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests/data"
 IMAGES = DATA / "images"
@@ -197,10 +203,15 @@ def _keep_traces(shared: Path) -> None:
 @pytest.fixture
 def traces_for_children(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds in child processes too; for tests whose point is not the export itself."""
-    before = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
-    path = os.pathsep.join([str(ROOT / "tests/keeping"), *before])
-    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests/keeping"), prepend=os.pathsep)
     monkeypatch.setenv("KEPT_TRACES", str(shared / "traces"))
+
+
+@pytest.fixture
+def builds_that_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds in child processes never go on once their first part is traced."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests/keeping"), prepend=os.pathsep)
+    monkeypatch.setenv("HELD_TRACES", "1")
 
 
 def run_build(*arguments: object) -> subprocess.CompletedProcess[str]:

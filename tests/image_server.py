@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import HANGS
+
 PIXELS = np.random.default_rng(1).integers(0, 256, (9, 8, 3), dtype=np.uint8)
 
 
@@ -67,19 +69,17 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(bytes(7))
 
     def send_drip(self) -> None:
-        self.start(200, Content_Length="100")
-        for _ in range(100):
-            self.server.stop.wait(0.02)
+        self.start(200, Content_Length="1000000")
+        while not self.server.stop.wait(0.02):
             self.wfile.write(b"x")
 
     def send_drip_headers(self) -> None:
         self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
-        for _ in range(100):
-            self.server.stop.wait(0.02)
+        while not self.server.stop.wait(0.02):
             self.wfile.write(b"x")
 
     def send_silence(self) -> None:
-        self.server.stop.wait(3)
+        self.server.stop.wait(HANGS)
 
     def send_garbage(self) -> None:
         self.wfile.write(b"SSH-2.0-OpenSSH_9.9\r\n")

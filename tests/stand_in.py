@@ -204,12 +204,13 @@ def answered(call: Callable[[], T]) -> T:
 
 
 def at_once(pipe: Pipeline, prompts: Sequence[Any], configs: Any) -> list[Response]:
-    """What a call gives whose prompts are all queued before any is run."""
+    """What a call gives whose prompts are queued, as many as may, before any is run."""
     inbox, begun = pipe._scheduler._inbox, threading.Event()
+    first = min(len(prompts), pipe._ahead)
 
     def question(_: object) -> None:
         begun.set()
-        wait_until(lambda: inbox.qsize() == len(prompts))
+        wait_until(lambda: inbox.qsize() >= first)
 
     waiting = threading.Thread(target=pipe._scheduler.ask, args=(question,))
     waiting.start()

@@ -126,7 +126,6 @@ class Progress:
         if self._state.signal is not None:
             raise Interrupted(self._state.signal)
         self._say("end", f"{name}: {self.elapsed - begin:.1f} s", seconds=self.elapsed - begin)
-        self._state.stage = ""
 
     def report(self, done: int, total: int) -> None:
         """Bytes of the current stage that are done; spoken by the next heartbeat."""
@@ -157,15 +156,17 @@ class Progress:
     def _say(self, event: str, text: str, seconds: float | None = None) -> None:
         state = self._state
         with state.lock:
-            state.spoken = self.elapsed
+            if event == "heartbeat" and not state.stage:
+                return  # it has ended at this moment
+            state.spoken = now = self.elapsed
             peak = f"peak {state.peak_anonymous / _MIB:.0f} MiB"
             if self._text is not None:
-                print(f"[{self.elapsed:7.1f} s | {peak}] {text}", file=self._text, flush=True)
+                print(f"[{now:7.1f} s | {peak}] {text}", file=self._text, flush=True)
             row = {
                 "event": event,
                 "stage": state.stage,
                 "text": text,
-                "elapsed_s": round(self.elapsed, 3),
+                "elapsed_s": round(now, 3),
                 "seconds": None if seconds is None else round(seconds, 3),
                 "done_bytes": state.done,
                 "total_bytes": state.total,
@@ -173,6 +174,8 @@ class Progress:
                 "peak_anonymous_bytes": state.peak_anonymous,
             }
             self._write(row)
+            if event == "end":
+                state.stage = ""
 
     def _write(self, row: Mapping[str, object]) -> None:
         # In ASCII: the name of a file need not be text that an encoding has.

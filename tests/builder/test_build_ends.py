@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+import pytest
+
 from conftest import HANGS, HF
 from vlmforge.engine.bundle import open_bundle
 from vlmforge_builder import build, cli, export
@@ -87,6 +89,7 @@ def _build(arguments: list[str], trace: Trace) -> NoReturn:
             os._exit(status)
 
 
+@pytest.mark.usefixtures("builds_that_stand_still")
 def test_a_terminated_build_leaves_nothing(tmp_path: Path) -> None:
     """By the command itself, with all that it imports."""
     command = [sys.executable, "-m", "vlmforge_builder", CHECKPOINT, "-o", tmp_path / "it.engine"]

@@ -95,6 +95,7 @@ def test_a_killed_container_is_no_hindrance_and_is_swept(tmp_path: Path) -> None
     with builder(target, prefix) as first:
         assert line(first) == "builds as 1"
         first.kill()
+        assert line(first) == ""  # its process in the namespace has ended too
     assert not target.exists()
     with builder(target, prefix) as second:
         assert line(second) == "builds as 1"

@@ -144,7 +144,7 @@ def test_a_process_that_dies(tmp_path: Path, flavour: Flavour, death: str) -> No
 
 # A library that never comes back to Python, in a process that has a lock.
 SPINS = (
-    "import signal; signal.alarm(300); "  # if nothing else ends it
+    "import signal; signal.alarm(600); "  # if nothing else ends it
     "from filelock import FileLock; lock = FileLock('lock'); lock.acquire(); "
     "config.progress_monitor.step_complete('Building', 2); sum(iter(int, 1))"
 )

@@ -16,6 +16,7 @@ from conftest import DATA, HANGS
 CHECKPOINT = DATA / "yi_vl" / "checkpoint"
 
 
+@pytest.mark.usefixtures("builds_that_stand_still")
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
 def test_the_build_ends_with_the_pipeline(tmp_path: Path, death: signal.Signals) -> None:
     program = "import sys; from vlmforge import pipeline; pipeline(sys.argv[1])"

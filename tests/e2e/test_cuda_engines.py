@@ -32,7 +32,8 @@ from golden_models import (
 from stand_in import Gate, at_once
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
-from vlmforge.backends import DecoderBatch, FloatArray, IntArray
+from vlmforge.backends import DecoderBatch, FloatArray
+from vlmforge.backends.choice import BegunPrompts
 from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.fake import HostDevice, cuda_on_cpu
 from vlmforge.errors import CancelledError
@@ -135,18 +136,19 @@ def test_batches_in_any_order_equal_singles(pipe: Pipeline, singles: list[list[i
 
 def test_ids_alone_give_what_logits_give(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    real = PagedDecoder.likeliest
+    real = PagedDecoder.begin
 
-    def noted(decoder: PagedDecoder, batch: DecoderBatch) -> IntArray:
-        steps.append(len(batch.slots))
-        return real(decoder, batch)
+    def noted(decoder: PagedDecoder, batch: DecoderBatch, choices: Any, ahead: Any) -> Any:
+        if choices is None:
+            steps.append(len(batch.slots))
+        return real(decoder, batch, choices, ahead)
 
-    monkeypatch.setattr(PagedDecoder, "likeliest", noted)
+    monkeypatch.setattr(PagedDecoder, "begin", noted)
     texts = [f"number {n}, and so on" for n in range(4)]
     plain = GenerationConfig(max_new_tokens=12, ignore_eos=True)
     whole = replace(plain, output_logits="generation")
     by_ids = [answer.token_ids for answer in pipe(texts, gen_config=plain)]  # type: ignore[union-attr]
-    assert max(steps) == 4 and min(steps) >= 1  # by the GPU's graph, and by the host
+    assert max(steps) == 4 and min(steps) >= 1
     steps.clear()
     by_logits = [answer.token_ids for answer in pipe(texts, gen_config=whole)]  # type: ignore[union-attr]
     assert by_ids == by_logits
@@ -158,13 +160,13 @@ def test_prompts_of_several_lengths_and_pictures_run_together(
 ) -> None:
     """In one step, and each answers as it does alone."""
     together: list[list[tuple[int, int]]] = []
-    real = Engine.prefill_together
+    real = Engine.begin_prompts
 
-    def noted(engine: Engine, parts: Sequence[PromptPart]) -> FloatArray:
+    def noted(engine: Engine, parts: Sequence[PromptPart], logits: Any) -> BegunPrompts:
         together.append([(part.past, len(part.chunk.ids)) for part in parts])
-        return real(engine, parts)
+        return real(engine, parts, logits)
 
-    monkeypatch.setattr(Engine, "prefill_together", noted)
+    monkeypatch.setattr(Engine, "begin_prompts", noted)
     order = [0, 1, 4, 3]
     with small(pipe, 64) as fresh:
         answers = at_once(fresh, [PROMPTS[i] for i in order], [CONFIGS[i] for i in order])
@@ -206,6 +208,7 @@ def by_host(pipe: Pipeline) -> Pipeline:
     """A pipeline on the same engine whose decoder chooses no tokens."""
     engine = replace(pipe._engine)
     object.__setattr__(engine, "choosing", None)
+    object.__setattr__(engine, "overlapping", None)
     return serve(engine, EngineConfig(), VisionConfig())
 
 

@@ -1,19 +1,32 @@
 """What a child process of the tests runs first: its builds share the traces of the other tests.
 
-Only where the fixture `traces_for_children` puts this folder on the path. Nothing is imported
-before the builder itself is.
+Or they stand still. Only where a fixture (`traces_for_children`, `builds_that_stand_still`) puts
+this folder on the path. Nothing is imported before the builder itself is.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 BUILD = "vlmforge_builder.build"
+
+
+def stand_still(module: Any) -> None:
+    """Whoever traces a part never comes back, but by an exception."""
+    trace = module.trace
+
+    def for_ever(part: object) -> None:
+        trace(part)
+        threading.Event().wait()
+
+    module.trace = for_ever
 
 
 class Watch:
@@ -30,10 +43,13 @@ class Watch:
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            sys.path.append(str(Path(__file__).parents[1]))
-            from traces import remember_traces
+            if "KEPT_TRACES" in os.environ:
+                sys.path.append(str(Path(__file__).parents[1]))
+                from traces import remember_traces
 
-            remember_traces(Path(os.environ["KEPT_TRACES"]))
+                remember_traces(Path(os.environ["KEPT_TRACES"]))
+            if "HELD_TRACES" in os.environ:
+                stand_still(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

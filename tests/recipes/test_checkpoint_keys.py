@@ -10,12 +10,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tokenizers import Tokenizer
 
 from configuration_keys import DOCUMENT, LAYOUTS, Row, Section, load, plan, rows, section
 from conftest import ROOT
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.checkpoint import store
 from vlmforge_builder.tokenizer import byte_bpe, convert
+from vlmforge_builder.tokenizer.convert import ConvertedTokenizer
 from vlmforge_builder.tokenizer.proof import TokenizerProof
 from vlmforge_recipes.qwen_vl import prompting
 
@@ -123,10 +125,34 @@ def _no_proofs() -> Iterator[None]:
             patch.setattr(module, "prove", lambda *_, **__: proof)
         patch.setattr(convert, "_differing", lambda *_: None)
         patch.setattr(convert, "_converted", _once(convert._converted))
-        patch.setattr(store, "read_torch_file", lru_cache(store.read_torch_file))
+        patch.setattr(store, "read_torch_file", lru_cache(_by_content(store.read_torch_file)))
         patch.setattr(store, "read_safetensors", lru_cache(store.read_safetensors))
         patch.setattr(prompting, "convert_byte_bpe", _once(byte_bpe.convert_byte_bpe))
+        patch.setattr(ConvertedTokenizer, "token_id", _token_id)
         yield
+
+
+@lru_cache
+def _parsed(tokenizer_json: bytes) -> Tokenizer:
+    return Tokenizer.from_str(tokenizer_json.decode())
+
+
+def _token_id(tokenizer: ConvertedTokenizer, token: str) -> int | None:
+    found: int | None = _parsed(tokenizer.json).token_to_id(token)
+    return found
+
+
+def _by_content(read: Callable[[Path], object]) -> Callable[[Path], object]:
+    """`read`, asked once for all files of one name and content."""
+    known: dict[tuple[str, bytes], object] = {}
+
+    def asked(path: Path) -> object:
+        key = (path.name, path.read_bytes())
+        if key not in known:
+            known[key] = read(path)
+        return known[key]
+
+    return asked
 
 
 def _once(function: Callable[..., object]) -> Callable[..., object]:

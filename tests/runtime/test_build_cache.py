@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from conftest import wait_until
 from vlmforge import EngineConfig, env, pipeline
 from vlmforge.engine import build_cache
 from vlmforge.engine.build_cache import engine_for
@@ -85,7 +85,7 @@ class End(BaseException): pass
 def end(*_): raise End
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, end)
-signal.alarm(300)  # if nothing else ends it
+signal.alarm(600)  # if nothing else ends it
 lock = FileLock("lock")
 lock.acquire()
 try:
@@ -229,10 +229,13 @@ def test_the_second_of_two_uses_the_engine_of_the_first(
     threads[0].start()
     assert begun.wait(HANG_S)
     threads[1].start()
-    said = ""
-    while "waiting for the engine of" not in said:
-        said += capsys.readouterr().err
-        time.sleep(0.01)
+    said: list[str] = []
+
+    def waits() -> bool:
+        said.append(capsys.readouterr().err)
+        return "waiting for the engine of" in "".join(said)
+
+    wait_until(waits)
     go.set()
     for thread in threads:
         thread.join(HANG_S)

@@ -6,19 +6,22 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from conftest import HANGS
 from image_server import PIXELS, Network, Server, png
 from vlmforge.errors import ImageError, ImageFetchError
 from vlmforge.vl import load_image
 from vlmforge.vl.addresses import is_public
 from vlmforge.vl.fetch import fetch_bytes, shown_url
-from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
+from vlmforge.vl.image_limits import ImageLimits
 
 PUBLIC = "93.184.216.34"
+PATIENT = ImageLimits(timeout_s=HANGS)
 OTHER_PUBLIC = "2606:2800:220:1:248:1893:25c8:1946"
 
 # A key pair of these tests only: self-signed for images.example, valid until 2120.
@@ -66,11 +69,11 @@ def network(monkeypatch: pytest.MonkeyPatch, server: Server) -> Network:
 
 
 def local(url: str, **limits: float) -> bytes:
-    return fetch_bytes(url, limits=ImageLimits(**limits), allow_private=True)
+    return fetch_bytes(url, limits=replace(PATIENT, **limits), allow_private=True)
 
 
 def public(url: str) -> bytes:
-    return fetch_bytes(url, limits=DEFAULT_LIMITS, allow_private=False)
+    return fetch_bytes(url, limits=PATIENT, allow_private=False)
 
 
 def refusal(fetch: Callable[..., bytes], url: str, **limits: float) -> str:

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from conftest import examples
+from conftest import HANGS, examples
 from vlmforge.errors import ImageFetchError
 from vlmforge.vl.fetch import fetch_bytes
 from vlmforge.vl.image_limits import ImageLimits
 
-LIMITS = ImageLimits(max_bytes=1000, timeout_s=20, max_redirects=2)
+LIMITS = ImageLimits(max_bytes=1000, timeout_s=HANGS, max_redirects=2)
 OK = b"HTTP/1.1 200 OK\r\n"
 
 

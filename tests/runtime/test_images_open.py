@@ -22,6 +22,7 @@ from vlmforge.vl.load import open_image
 
 PIXELS = np.random.default_rng(29).integers(0, 256, (11, 17, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(PIXELS)
+PATIENT = ImageLimits(decode_s=HANGS)
 EXIF = Image.Exif()
 EXIF[0x0112] = 6
 
@@ -231,7 +232,7 @@ class Gate:
                 self.inside += 1
                 self.most = max(self.most, self.inside)
             self.entered.release()
-            self.open.wait()
+            assert self.open.wait(HANGS)
             with self._lock:
                 self.inside -= 1
             return load(image)
@@ -241,7 +242,7 @@ class Gate:
 
 def test_a_cancelled_caller_does_not_wait_for_its_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     gate, cancelled = Gate(monkeypatch), threading.Event()
-    opened = open_image(encoded(PHOTO))
+    opened = open_image(encoded(PHOTO), limits=PATIENT)
     errors: list[CancelledError] = []
 
     def ask() -> None:
@@ -251,7 +252,7 @@ def test_a_cancelled_caller_does_not_wait_for_its_decoder(monkeypatch: pytest.Mo
 
     caller = threading.Thread(target=ask)
     caller.start()
-    gate.entered.acquire()
+    assert gate.entered.acquire(timeout=HANGS)
     cancelled.set()
     caller.join(HANGS)  # although its decoder stands still
     left, inside = caller.is_alive(), gate.inside
@@ -264,7 +265,7 @@ def test_a_cancelled_caller_does_not_wait_for_its_decoder(monkeypatch: pytest.Mo
 
 def test_few_images_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
-    opened = open_image(encoded(PHOTO))
+    opened = open_image(encoded(PHOTO), limits=PATIENT)
     done: list[Image.Image] = []
     callers = [
         threading.Thread(target=lambda: done.append(opened.decode(lambda: False)))
@@ -273,7 +274,7 @@ def test_few_images_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     for caller in callers:
         caller.start()
     for _ in range(lanes.LANES):
-        gate.entered.acquire()
+        assert gate.entered.acquire(timeout=HANGS)
     waiting = threading.Event()
     waiting.set()
     try:
@@ -282,7 +283,7 @@ def test_few_images_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     finally:
         gate.open.set()
     for caller in callers:
-        caller.join()
+        caller.join(HANGS)
     assert gate.most == lanes.LANES
     assert len(done) == len(callers)
 
@@ -298,6 +299,10 @@ def test_a_forked_process_has_lanes_of_its_own() -> None:
     opened.decode(lambda: False)  # the threads of this process are there
     child = os.fork()
     if child == 0:
-        signal.alarm(30)  # a child that hangs must not stay
-        os._exit(0 if opened.decode(lambda: False).size == (17, 11) else 1)
+        signal.alarm(int(HANGS))  # a child that hangs must not stay
+        try:
+            assert opened.decode(lambda: False).size == (17, 11)
+            os._exit(0)
+        finally:
+            os._exit(1)  # nor go on with the tests
     assert os.waitpid(child, 0)[1] == 0

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import resident
 from vlmforge.api import load as api
 from vlmforge.api import memory
 from vlmforge.api.config import EngineConfig
@@ -375,12 +376,6 @@ def test_one_heap_unless_somebody_chose(
 
 def test_freed_memory_goes_back() -> None:
     """Blocks between others that stay: the C library would keep them."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf(
-            "SC_PAGE_SIZE"
-        )
-
     blocks = [bytearray(b"1" * 100_000) for _ in range(1000)]
     del blocks[::2]
     before = resident()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import wait_until
-from stand_in import HANG_S, Gate, Parts, plain, png, settle, stand_in
+from stand_in import HANG_S, Gate, Parts, at_once, plain, png, settle, stand_in
 from vlmforge import Metrics, Response
 from vlmforge.api.prometheus import PipelineCollector
 from vlmforge.errors import ConfigError, ImageError
@@ -108,7 +108,7 @@ def test_answers_to_one_prompt_have_one_prompt() -> None:
 
 def test_preemptions_are_counted() -> None:
     with stand_in(slots=3, blocks=(16, 8)) as pipe:
-        found = answers(pipe([f"prompt {n}" for n in range(3)], gen_config=plain(60)))
+        found = at_once(pipe, [f"prompt {n}" for n in range(3)], plain(60))
         assert [answer.generate_token_len for answer in found] == [60] * 3
         settle(pipe)
         assert pipe.metrics().preemptions > 0

@@ -100,7 +100,7 @@ CHILD = """
 import signal, sys
 from filelock import FileLock
 from vlmforge.engine.lifeline import end_with_parent
-signal.alarm(300)  # if nothing else ends it
+signal.alarm(600)  # if nothing else ends it
 lock = FileLock(sys.argv[1])
 lock.acquire()
 end_with_parent(signal.Signals[sys.argv[2]])

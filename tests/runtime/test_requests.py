@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stand_in import HANG_S, Gate, Parts, SlowFile, answered, plain, png, stand_in
+from conftest import wait_until
+from stand_in import HANG_S, Gate, Parts, SlowFile, answered, at_once, plain, png, stand_in
 from vlmforge import Pipeline, Response
 from vlmforge.backends import DecoderBatch, FloatArray
 from vlmforge.errors import CancelledError, ImageError, VlmforgeError
@@ -162,10 +162,11 @@ def test_a_request_that_ends_leaves_the_others_of_its_session(
 
 @pytest.mark.parametrize("turns", range(12))
 def test_cancelled_at_any_turn_of_the_loop_nothing_goes_on(
-    pipe: Pipeline, parts: Parts, turns: int
+    pipe: Pipeline, parts: Parts, gate: Gate, turns: int
 ) -> None:
     async def main() -> None:
-        task = asyncio.create_task(reason(pipe, ("look", png(1)), 120))
+        prompt = ("look", png(1))  # whose answer cannot be whole before it is cancelled
+        task = asyncio.create_task(reason(pipe, prompt, 120, **held(gate, 20)))
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
@@ -173,6 +174,7 @@ def test_cancelled_at_any_turn_of_the_loop_nothing_goes_on(
             await soon(task)
 
     asyncio.run(main())
+    gate.open.set()
     check_idle(pipe, parts)
 
 
@@ -208,8 +210,7 @@ def test_close_releases_whoever_waits_wherever_it_is(
         slow = [pool.submit(pipe, ("look", SlowFile(picture, gate)), plain(5)) for _ in range(20)]
         assert gate.reached.wait(HANG_S)
         running = pool.submit(pipe, "running", plain(140))
-        while not parts.rows:
-            time.sleep(0.001)
+        wait_until(lambda: bool(parts.rows))
         answered(pipe.close)
         assert whole(running.result(HANG_S)).finish_reason in ("abort", "length")
         for call in slow:  # the gate is shut still
@@ -250,8 +251,7 @@ def test_what_waits_is_not_loaded(
     async def main() -> list[str | None]:
         tasks = [asyncio.create_task(reason(pipe, prompt, 2)) for prompt in prompts]
         await reached(gate.reached)
-        while len(prepared) < 2 * SLOTS + 1:
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(wait_until, lambda: len(prepared) >= 2 * SLOTS + 1)
         for _ in range(50):
             await asyncio.sleep(0.001)  # only a late failure, if it is too short
         assert len(prepared) <= 2 * SLOTS + 1  # those ahead, and the one that runs
@@ -291,14 +291,13 @@ def test_an_error_of_one_leaves_those_that_wait(
     broken, run = list[int](), parts.step
 
     def fail(batch: DecoderBatch) -> FloatArray:
-        if len(batch.slots) == SLOTS and not broken:  # whenever the others have come
+        if len(batch.slots) == SLOTS and not broken:
             broken.append(1)
             raise MemoryError
         return run(batch)
 
     monkeypatch.setattr(parts, "step", fail)
-    answers = answered(lambda: pipe([f"prompt {n}" for n in range(12)], gen_config=plain(30)))
-    assert isinstance(answers, list)
+    answers = answered(lambda: at_once(pipe, [f"prompt {n}" for n in range(12)], plain(30)))
     ends = [answer.finish_reason for answer in answers]
     assert broken
     assert ends.count("error") == SLOTS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,9 +62,9 @@ def test_a_record_reads_as_a_sentence(records: Records) -> None:
     with stand_in(slots=1, max_prefill_token_num=512) as pipe:
         pipe(("look", png(1)), plain(2))
     first, second = map(str, records.found)
-    assert first.startswith("1 images in 0.")
+    assert re.match(r"1 images in \d+\.\d+ s", first), first
     assert "prompt of 0 [0:" in first
-    assert second.startswith("a token of 0 in 0.")
+    assert re.match(r"a token of 0 in \d+\.\d+ s", second), second
 
 
 @pytest.fixture

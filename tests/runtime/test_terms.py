@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pytest
 
 from conftest import wait_until
-from stand_in import HANG_S, Gate, Parts, SlowFile, answered, plain, png, stand_in
+from stand_in import HANG_S, Gate, Parts, SlowFile, answered, plain, png, settle, stand_in
 from vlmforge import Pipeline, QueueFullError, RequestTimeoutError, Response, Session
 from vlmforge.errors import ConfigError, VlmforgeError
 from vlmforge.outputs.events import GenOut
@@ -265,22 +265,24 @@ def test_time_runs_out_while_an_image_is_loaded(gate: Gate, tmp_path: Path) -> N
         assert parts.calls["encode"] == 0
 
 
-def long_enough(gate: Gate, call: Callable[[float], T]) -> T:
-    """What `call(timeout)` gives, with a timeout that is not over before the gate is reached."""
+def long_enough(call: Callable[[float, Gate], T]) -> tuple[T, Gate]:
+    """What `call(timeout, gate)` gives, of a timeout that ends when the gate has been reached."""
     for seconds in (0.3, 3, 30, 300):
-        found = call(seconds)
+        gate = Gate()
+        found = call(seconds, gate)
         if gate.reached.is_set():
-            return found
+            return found, gate
+        gate.open.set()
     raise AssertionError("the gate was never reached")
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_time_runs_out_within_an_answer(gate: Gate, n: int) -> None:
+def test_time_runs_out_within_an_answer(n: int) -> None:
     """Its work stops with the step that runs, and its pieces were handed out."""
     parts = Parts(3)
     with stand_in(parts, slots=3) as pipe:
 
-        def stream(seconds: float) -> tuple[list[Response], Exception | None]:
+        def stream(seconds: float, gate: Gate) -> tuple[list[Response], Exception | None]:
             config, pieces = plain(100, n=n, **held(gate, 30)), list[Response]()
             try:
                 pieces.extend(pipe.stream_infer("look", config, timeout=seconds))
@@ -288,28 +290,29 @@ def test_time_runs_out_within_an_answer(gate: Gate, n: int) -> None:
                 return pieces, error
             return pieces, None
 
-        pieces, error = answered(lambda: long_enough(gate, stream))
+        (pieces, error), gate = answered(lambda: long_enough(stream))
         assert isinstance(error, RequestTimeoutError)
         assert {piece.choice for piece in pieces} == {*range(n)}
         steps = parts.calls["step"]
         gate.open.set()
         check_idle(pipe, parts)
         assert parts.calls["step"] - steps <= 1 + 3 + 20
+        settle(pipe)
         assert pipe._scheduler._jobs._cache.held_blocks == 0
 
 
-def test_a_slow_reader_does_not_keep_the_worker_busy(gate: Gate) -> None:
+def test_a_slow_reader_does_not_keep_the_worker_busy() -> None:
     parts = Parts(1)
     with stand_in(parts, slots=1) as pipe:
 
-        def begun(seconds: float) -> Iterator[Response]:
+        def begun(seconds: float, gate: Gate) -> Iterator[Response]:
             pieces = pipe.stream_infer("look", plain(140, **held(gate, 30)), timeout=seconds)
             with suppress(RequestTimeoutError):
                 next(pieces)
                 time.sleep(seconds)
             return pieces
 
-        pieces = long_enough(gate, begun)
+        pieces, gate = long_enough(begun)
         steps = parts.calls["step"]
         gate.open.set()
         check_idle(pipe, parts)
@@ -318,14 +321,14 @@ def test_a_slow_reader_does_not_keep_the_worker_busy(gate: Gate) -> None:
             list(pieces)
 
 
-def test_of_a_list_what_there_is_stays(gate: Gate) -> None:
+def test_of_a_list_what_there_is_stays() -> None:
     with stand_in(slots=3) as pipe:
 
-        def call(seconds: float) -> object:
+        def call(seconds: float, gate: Gate) -> object:
             configs = [plain(2), plain(60, **held(gate, 40)), plain(2)]
             return pipe(["a", "b", "c"], configs, timeout=seconds)
 
-        found = answered(lambda: long_enough(gate, call))
+        found, gate = answered(lambda: long_enough(call))
         assert isinstance(found, list)
         gate.open.set()
         assert found[1].error_code == "request_timeout"

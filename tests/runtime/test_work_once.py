@@ -16,7 +16,19 @@ from hypothesis import strategies as st
 
 import vlmforge.runner.stages
 from sample_manifest import MANIFEST
-from stand_in import CAPACITY, HIDDEN, TOKENS, Gate, Parts, SlowFile, manifest, plain, png, stand_in
+from stand_in import (
+    CAPACITY,
+    HIDDEN,
+    TOKENS,
+    Gate,
+    Parts,
+    SlowFile,
+    manifest,
+    plain,
+    png,
+    settle,
+    stand_in,
+)
 from vlmforge import Pipeline, Response, Session, VisionConfig
 from vlmforge.engine.images import AnyRes
 from vlmforge.engine.images.tiling import Lines, Tiling
@@ -177,6 +189,7 @@ def test_nor_is_it_decoded_or_preprocessed(counted: Counter[str]) -> None:
         session = pipe.chat(("look", png(1)), gen_config=plain(4))
         work = [(counted["decode"], counted["preprocess"], parts.calls["encode"])]
         for prompt in ("and", "then", ("and this", png(2)), "or"):
+            settle(pipe)  # what it leaves in the cache is known
             session = pipe.chat(prompt, session, plain(4))  # type: ignore[arg-type]
             work.append((counted["decode"], counted["preprocess"], parts.calls["encode"]))
     assert work == [(1, 1, 1)] * 3 + [(2, 2, 2)] * 2

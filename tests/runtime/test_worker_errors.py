@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import wait_until
+from late_parts import BegunLate, LateParts
 from stand_in import HANG_S, Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline, Response
 from vlmforge.backends import DecoderBatch, FloatArray
@@ -22,7 +24,7 @@ from vlmforge.errors import EngineError, EngineStepError, PipelineError
 from vlmforge.kv.cache import Copy, Move
 from vlmforge.kv.slots import SlotCache
 from vlmforge.outputs.token_generator import TokenGenerator
-from vlmforge.runner import runner
+from vlmforge.runner import runner, work
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.stages import Engine
 from vlmforge.scheduler import jobs, scheduler
@@ -60,20 +62,22 @@ ENDS = {"cache.free", "cache.take_moves"}
 FORKS = {"cache.fork"}
 # Of a decoder with a pool of blocks: see `test_pool_errors.py`.
 POOLS = {"engine.prefill_together", "generation.choice"}
-NO_CALLS = {"engine.options", "engine.decoder", "engine.choosing"}
+# Of a decoder that begins steps while others run: see `LATE`.
+OVERLAP = {"engine.begin", "engine.begin_prompts", "generation.left"}
+NO_CALLS = {f"engine.{x}" for x in ("options", "decoder", "choosing", "overlapping", "clock")}
 # For a session that is saved, or by whoever wants to see metrics; who asked is told.
 ASKED = {"cache.find", "cache.used_blocks"}
 
 
 def test_the_table_has_every_call_of_the_worker() -> None:
     found = set()
-    for module in (jobs, scheduler, runner):
+    for module in (jobs, scheduler, runner, work):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
                 owner = node.value.attr.removeprefix("_")
                 if owner in ("features", "engine", "cache", "generation"):
                     found.add(f"{owner}.{node.attr}".replace("cache.get", "features.get"))
-    assert found - NO_CALLS == SEAMS.keys() | ENDS | FORKS | ASKED | POOLS
+    assert found - NO_CALLS == SEAMS.keys() | ENDS | FORKS | ASKED | POOLS | OVERLAP
 
 
 class Fault:
@@ -87,7 +91,8 @@ class Fault:
         def call(owner: object, *given: Any, **named: Any) -> Any:
             self._calls += 1
             if self._calls == self._number:
-                self.concerned = len(given[0]) if self._concerns == ROWS else 1
+                rows = given[0] if given else getattr(owner, "rows", ())
+                self.concerned = len(rows) if self._concerns == ROWS else 1
                 raise self._error
             return function(owner, *given, **named)
 
@@ -190,6 +195,31 @@ def test_a_failure_ends_the_requests_that_it_concerns(
         else:
             assert response.token_ids == alone[i]
     check_alive(pipe, alone)
+
+
+BEGUN = dict.fromkeys(("engine.begin", "engine.begin_prompts"), (Engine, ROWS))
+BEGUN |= {"wait": (BegunLate, ROWS)}
+LATE = dict.fromkeys(BEGUN, (1, 2, 5)) | {"features.get": (1,), "generation.accept": (1, 20, 21)}
+LATE |= {"cache.note": (30,), "cache.place": (20,), "cache.grow": (9, 30, 41)}
+
+
+@pytest.mark.parametrize(("seam", "number"), [(s, n) for s in LATE for n in LATE[s]])
+def test_a_failure_while_the_next_step_runs(
+    alone: list[list[int]], monkeypatch: pytest.MonkeyPatch, seam: str, number: int
+) -> None:
+    """It concerns those whom it would concern if that did not run."""
+    owner, concerns = (SEAMS | BEGUN)[seam]
+    fault = Fault(number, Unheard(), concerns)
+    with stand_in(LateParts(3), max_prefill_token_num=7) as pipe:
+        with monkeypatch.context() as patched:
+            fault.patch(patched, owner, seam.rpartition(".")[2])
+            responses = batch(pipe)
+        failed = [i for i, r in enumerate(responses) if r.finish_reason == "error"]
+        assert fault.concerned, "the seam was never called that often"
+        assert (0 if seam == "cache.note" else 1) <= len(failed) <= fault.concerned
+        for i, response in enumerate(responses):
+            assert i in failed or response.token_ids == alone[i]
+        check_alive(pipe, alone)
 
 
 class Breaking(Parts):
@@ -305,6 +335,12 @@ def test_an_end_that_cannot_be_reported_does_not_harm_others(
     fault = Fault(1, MemoryError(), ONE)
     with monkeypatch.context() as patched:
         fault.patch(patched, TokenGenerator, "_flush")
+        parts, loop = pipe._engine.decoder, pipe._scheduler
+        assert isinstance(parts, Parts)
+        first = parts.calls["step"] + 20  # it cannot end before it is cancelled
+        parts.before = lambda name, number: (
+            wait_until(lambda: loop._stopping) if (name, number) == ("step", first) else None
+        )
         stream = pipe.stream_infer("a", plain(90))
         pieces: list[object] = []
 

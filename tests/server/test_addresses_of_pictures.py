@@ -81,8 +81,9 @@ def ask(server: Running, address: str) -> httpx.Response:
 
 def test_nobody_inside_is_called(server: Running, inside: tuple[int, list[str]]) -> None:
     port, callers = inside
+    before = list(callers)
     answers = {given: ask(server, given.replace("{port}", str(port))) for given in INSIDE.split()}
-    assert callers == []
+    assert callers == before
     for given, found in answers.items():
         assert found.status_code in (400, 422), (given, found.text)
         assert found.json()["error"]["code"] is not None, given
@@ -94,6 +95,7 @@ def test_somebody_inside_is_called_where_that_is_allowed(
 ) -> None:
     """So that the test above would notice a call."""
     port, callers = inside
+    before = list(callers)
     monkeypatch.setenv("VLMFORGE_ALLOW_PRIVATE_URLS", "1")
     assert ask(server, f"http://127.0.0.1:{port}/").status_code == 422
-    assert callers != []
+    assert len(callers) > len(before)

@@ -204,9 +204,11 @@ def test_the_page_needs_nothing_from_elsewhere(server: Running) -> None:
 
 
 def test_more_requests_than_places(pipe: Pipeline) -> None:
-    with running([("tiny", pipe)], ServerSettings(max_concurrent_requests=1)) as server:
+    settings = ServerSettings(max_concurrent_requests=1, shutdown_seconds=HANGS)
+    with running([("tiny", pipe)], settings) as server:
         body: dict[str, Any] = {
             "model": "tiny",
+            "temperature": 0,  # it begins with a token that has text
             "messages": HELLO,
             "stream": True,
             "max_tokens": 3000,

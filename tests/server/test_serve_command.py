@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+import vlmforge.server
 from conftest import HANGS
 from vlmforge.cli import main
 
@@ -49,10 +52,10 @@ def served(
                 line = process.stderr.readline()
                 assert line, log
                 log.append(line)
+            address = re.search(r"http://\S+", log[-3])  # before more is written
+            assert address is not None
             reader = threading.Thread(target=lambda: log.extend(process.stderr or ()))
             reader.start()
-            address = re.search(r"http://\S+", log[-3])
-            assert address is not None
             yield address[0], process, log
             reader.join(HANGS)
         finally:
@@ -65,11 +68,13 @@ def test_a_signal_lets_what_runs_finish_and_refuses_the_rest(
     body = {
         "messages": [{"role": "user", "content": "hello"}],
         "max_tokens": 150,
+        "temperature": 0,  # tokens by chance may have no text
         "ignore_eos": True,
         "stream": True,
     }
     program, released = ("-c", HELD, tmp_path / "released"), tmp_path / "released"
     arguments = (hf_engine, "--served-model-name", "tiny", "--log-json")
+    arguments = (*arguments, "--shutdown-seconds", HANGS)
     with served(*arguments, program=program) as (url, process, log):
         chat = f"{url}/v1/chat/completions"
         with httpx.Client(timeout=HANGS) as other, httpx.stream("POST", chat, json=body) as stream:
@@ -108,6 +113,20 @@ def test_two_engines_and_a_key_from_the_environment(
         assert process.wait(HANGS) in (0, 130)
 
 
+@pytest.fixture
+def _loggers_as_before() -> Iterator[None]:
+    """The command takes those of its process for its own, and as many files as there may be."""
+    loggers = [logging.getLogger(name) for name in ("vlmforge", "uvicorn")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("_loggers_as_before")
 def test_what_cannot_begin(hf_engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -133,6 +152,7 @@ def test_what_cannot_begin(hf_engine: Path, capsys: pytest.CaptureFixture[str]) 
 def test_without_the_extra(
     hf_engine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(vlmforge, "server", vlmforge.server)  # put back with its modules
     for name in [name for name in sys.modules if name.startswith("vlmforge.server")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "starlette.applications", None)

@@ -7,8 +7,8 @@ positions, and nobody would notice. `--ignore-config-key` is how a user takes th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
 
@@ -59,13 +59,19 @@ class KeyTable:
     place: str
     keys: tuple[Key, ...]
     when: str = ""
+    _named: Mapping[str, Key] = field(init=False, repr=False, compare=False)
+    _patterns: tuple[Key, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        named = {key.name: key for key in reversed(self.keys)}
+        object.__setattr__(self, "_named", named)
+        object.__setattr__(self, "_patterns", tuple(key for key in self.keys if "*" in key.name))
 
     def find(self, name: str) -> Key | None:
-        """The key of that name, or the pattern that it fits."""
-        for key in self.keys:
-            if key.name == name or ("*" in key.name and fnmatchcase(name, key.name)):
-                return key
-        return None
+        """The key of that name, or the first pattern that it fits."""
+        if (key := self._named.get(name)) is not None:
+            return key
+        return next((key for key in self._patterns if fnmatchcase(name, key.name)), None)
 
 
 def honoured(note: str, names: str) -> tuple[Key, ...]:

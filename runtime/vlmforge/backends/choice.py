@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmforge.backends import DecoderBatch, FloatArray
+from vlmforge.backends import DecoderBatch, FloatArray, IntArray
+
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +84,46 @@ class ChoosingDecoder(Protocol):
         A row that has no choice gets its logits `[vocab_size]`, which are valid until the next
         step; so does one that cannot be chosen for. EngineError: the library failed.
         """
+
+
+class Begun(Protocol[T_co]):
+    """What a device runs, or has run.
+
+    Attributes:
+        seconds: That it took; known once it was waited for.
+    """
+
+    seconds: float
+
+    def wait(self) -> T_co:
+        """What was found. EngineError: the library failed."""
+
+
+BegunTokens = Begun[Sequence[Picked | np.int64 | None]]
+"""For each row what `ChoosingDecoder` or `LikeliestDecoder` gives; None: it must be chosen from the
+logits, so the row is to be run again without being begun."""
+BegunPrompts = Begun[Sequence[FloatArray]]
+"""Of each row its logits as `DecoderSession.step` gives them, but valid for ever."""
+
+
+@runtime_checkable
+class OverlappingDecoder(Protocol):
+    """A `DecoderSession` that begins steps while those before run.
+
+    Steps end in the order in which they were begun, and whatever else is asked comes behind them.
+    """
+
+    def can_begin(self, rows: int, choices: Sequence[Choice] | None) -> bool:
+        """Whether `begin` can choose so for each of so many rows; of none: if it can at all."""
+
+    def begin(
+        self, batch: DecoderBatch, choices: Sequence[Choice] | None, ahead: IntArray
+    ) -> BegunTokens:
+        """Begin a step of decoding, to choose a token for each row; None: the likeliest.
+
+        `ahead` int64 `[B]` is the row of the last such step whose token is the row's input; -1: it
+        stands in `batch`. EngineError: the library failed.
+        """
+
+    def begin_prompts(self, batch: DecoderBatch) -> BegunPrompts:
+        """Begin a step of prompts. EngineError: the library failed."""

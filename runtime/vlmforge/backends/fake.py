@@ -11,6 +11,7 @@ builder can open such graphs as float32 ones (`Graphs`, `vlmforge_builder.widene
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing_extensions import override
 
 from vlmforge.backends import cuda
 from vlmforge.backends.cuda import CudaBackend
-from vlmforge.backends.cuda.device import Device, Segment, T, Tensor, Work
+from vlmforge.backends.cuda.device import Arriving, Device, Mark, Segment, T, Tensor, Work
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.backends.number_formats import DTYPES, decode, encode, rounded
 from vlmforge.ort import ort
@@ -244,6 +245,28 @@ class HostMemory:
     kept: NDArray[np.uint8]
 
 
+@dataclass(frozen=True, slots=True)
+class HostMark(Mark):
+    """See `Mark`; `time.perf_counter`."""
+
+    time: float
+
+    @override
+    def since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, HostMark)
+        return self.time - earlier.time
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived(Arriving):
+    end: Mark
+    found: NDArray[np.uint8]
+
+    @override
+    def wait(self) -> NDArray[np.uint8]:
+        return self.found
+
+
 class HostDevice(Device):
     """See `Device`.
 
@@ -273,6 +296,15 @@ class HostDevice(Device):
     @override
     def download(self, address: int, shape: tuple[int, ...], dtype: np.dtype[T]) -> NDArray[T]:
         return memory_as(address, dtype, shape).copy()
+
+    @override
+    def fetch(self, address: int, size: int) -> Arriving:
+        found = self.download(address, (size,), np.dtype(np.uint8))
+        return _Arrived(self.mark(), found)
+
+    @override
+    def mark(self) -> Mark:
+        return HostMark(time.perf_counter())
 
     @override
     def copy(self, source: int, target: int, size: int) -> None:

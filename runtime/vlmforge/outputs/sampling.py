@@ -7,6 +7,7 @@ minimum length, response format, temperature, top-k, softmax, top-p, min-p, reno
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -127,32 +128,41 @@ class Sampler:
         self._matcher = None if params.guide is None else params.guide.matcher()
         self._seen = np.zeros(vocab_size, np.bool_)
         self._seen[list(self._prompt)] = True
-        self._number: float | None = None  # drawn, and nothing chosen by it yet
+        self._numbers: deque[float] = deque()  # drawn, and nothing chosen by them yet
 
-    def choice(self) -> Choice | None:
+    def choice(self, ahead: int = 0) -> Choice | None:
         """How the next token is to be chosen elsewhere, as `step` would; None: only by `step`.
 
         Whoever chooses it, `step` is to be called with it, or with the logits: that draws no other
-        number.
+        number. `ahead` tokens come before it, with which `step` will be called first; None too
+        where what they are decides how.
         """
         params = self._params
-        if params.logits_processors or params.guide:
+        if params.logits_processors or params.guide or (ahead and self._looks_back):
             return None
         numbers = (1.0, float(self._vocab_size), 1.0, 0.0, -1.0)
         if self.rng is not None and not params.greedy:
-            self._number = self._next_number()
+            while len(self._numbers) <= ahead:
+                self._numbers.append(float(self.rng.random()))
             kept = params.top_k if 0 < params.top_k < self._vocab_size else self._vocab_size
-            numbers = (params.temperature, kept, params.top_p, params.min_p, self._number)
-        return Choice(numbers, self._edits(), params.logprobs)
+            number = self._numbers[ahead]
+            numbers = (params.temperature, kept, params.top_p, params.min_p, number)
+        return Choice(numbers, self._edits(ahead), params.logprobs)
+
+    @property
+    def _looks_back(self) -> bool:
+        """Whether a choice depends on what was chosen before."""
+        params = self._params
+        counted = params.presence_penalty or params.frequency_penalty
+        return bool(params.repetition_penalty != 1 or counted or self._bad_sequences)
 
     def _next_number(self) -> float:
         assert self.rng is not None
-        number, self._number = self._number, None
-        return float(self.rng.random()) if number is None else number
+        return self._numbers.popleft() if self._numbers else float(self.rng.random())
 
-    def _edits(self) -> Edits:
+    def _edits(self, ahead: int) -> Edits:
         """What `_edited` does to the logits, where it is arithmetic."""
-        params, banned = self._params, self._banned_now()
+        params, banned = self._params, self._banned_now(ahead)
         repeated = params.repetition_penalty != 1
         counted = params.presence_penalty or params.frequency_penalty
         if not (banned or repeated or counted):
@@ -202,7 +212,8 @@ class Sampler:
         return SampledToken(token, top[token], top)
 
     def _picked(self, picked: Picked) -> SampledToken:
-        self._number = None
+        if self._numbers:
+            self._numbers.popleft()
         token = self._known(picked.id)
         if not self._params.logprobs:
             return token
@@ -246,11 +257,11 @@ class Sampler:
             )
         return np.array(result, np.float32)  # a copy: the processor may have kept its result
 
-    def _banned_now(self) -> list[int]:
+    def _banned_now(self, ahead: int = 0) -> list[int]:
         params, done = self._params, self._generated
         banned = list(self._bad_ids)
         banned += [word[-1] for word in self._bad_sequences if _ends_with(done, word[:-1])]
-        if len(done) < params.min_new_tokens:
+        if len(done) + ahead < params.min_new_tokens:
             banned += params.held_ids
         return banned
 

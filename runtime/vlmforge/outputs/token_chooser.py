@@ -19,8 +19,15 @@ class TokenChooser(Protocol):
     def begin(self, facts: PrefillFacts) -> None:
         """The prompt has been run."""
 
-    def choice(self) -> Choice | None:
-        """How the next token is chosen, for who has the logits; None: they are wanted here."""
+    @property
+    def left(self) -> int:
+        """Tokens that may still be chosen; the last of them ends the sequence."""
+
+    def choice(self, ahead: int = 0) -> Choice | None:
+        """How the next token is chosen, for who has the logits; None: they are wanted here.
+
+        `ahead` tokens come before it that are not known yet; None too if it depends on them.
+        """
 
     def accept(self, found: Found) -> int | None:
         """Choose from logits `[vocab_size]`; the token to run next, or None at the end.

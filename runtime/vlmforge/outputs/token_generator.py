@@ -98,9 +98,14 @@ class TokenGenerator(TokenChooser):
             # The last row comes with the first token.
             self._logits.append(facts.prompt_logits[:-1])
 
+    @property
     @override
-    def choice(self) -> Choice | None:
-        return None if self._plan.output_logits is not None else self._sampler.choice()
+    def left(self) -> int:
+        return self._budget - len(self._ids)
+
+    @override
+    def choice(self, ahead: int = 0) -> Choice | None:
+        return None if self._plan.output_logits is not None else self._sampler.choice(ahead)
 
     @override
     def accept(self, found: Found) -> int | None:

@@ -20,6 +20,10 @@ class PartClock:
         """For a `with` in which a part runs."""
         return self
 
+    def add(self, seconds: float) -> None:
+        """A part has run for so long, while this thread did something else."""
+        self.seconds += seconds
+
     def __enter__(self) -> None:
         self._begun = time.perf_counter()
 

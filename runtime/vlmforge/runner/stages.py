@@ -19,7 +19,14 @@ from vlmforge.backends import (
     LoadOptions,
     VisionSession,
 )
-from vlmforge.backends.choice import Choice, ChoosingDecoder, Found
+from vlmforge.backends.choice import (
+    BegunPrompts,
+    BegunTokens,
+    Choice,
+    ChoosingDecoder,
+    Found,
+    OverlappingDecoder,
+)
 from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Grid
 from vlmforge.engine.images.pixels import AS_ENGINE, Colour, Layout, PixelRange, Size
@@ -58,6 +65,7 @@ class Engine:
     clock: PartClock = field(default_factory=PartClock)
     _sparing: LikeliestDecoder | None = field(init=False, repr=False)
     choosing: ChoosingDecoder | None = field(init=False, repr=False)
+    overlapping: OverlappingDecoder | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Asked once: to ask whether something fulfils a protocol takes as long as half a step's
@@ -67,6 +75,8 @@ class Engine:
         choosing = self.decoder if isinstance(self.decoder, ChoosingDecoder) else None
         able = choosing is not None and choosing.chooses
         object.__setattr__(self, "choosing", choosing if able else None)
+        overlapping = self.decoder if isinstance(self.decoder, OverlappingDecoder) else None
+        object.__setattr__(self, "overlapping", overlapping)
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -262,17 +272,34 @@ class Engine:
 
         Returns logits `[n, vocab_size]`: those after the last token (n = 1), after all, or none.
         """
+        found: FloatArray = self._run(self._part(PromptPart(place, chunk, past), logits))[0]
+        # It may be a step of decoding to the decoder.
+        return found.copy() if len(chunk.ids) == 1 else found
+
+    def begin_prompts(
+        self, parts: Sequence[PromptPart], logits: Literal["none", "last"]
+    ) -> BegunPrompts:
+        """As `prefill`, or `prefill_together`, for who is `overlapping`.
+
+        `logits` are those of one part; of several, each has its last ones.
+        """
+        assert self.overlapping is not None
+        decode = self.manifest.decode
+        batch = together(parts, decode) if len(parts) > 1 else self._part(parts[0], logits)
+        return self.overlapping.begin_prompts(batch)
+
+    def _part(self, part: PromptPart, logits: Literal["none", "last", "all"]) -> DecoderBatch:
+        """A part of one prompt as the decoder takes it."""
+        place, chunk, past = part
         ids, features = chunk.handed_over(self.manifest.decode.vocab_size)
         every = np.arange(len(ids), dtype=np.int64)
         wanted = {"none": every[:0], "last": every[-1:], "all": every}[logits]
         levels = self._levels(np.array([chunk.rotary_level], np.int64))
         lengths, places = np.array([past], np.int64), chunk.places_from(past, len(ids))
         turns = None if places is None else self._turns(places[None])
-        batch = DecoderBatch(
+        return DecoderBatch(
             place[:1], ids[None], lengths, features, wanted[None], levels, (place,), turns
         )
-        found: FloatArray = self._run(batch)[0]
-        return found.copy() if len(ids) == 1 else found  # it may be a step of decoding to it
 
     def prefill_together(self, parts: Sequence[PromptPart]) -> FloatArray:
         """Run the next tokens of several sequences at once; logits `[n, vocab_size]` after each.
@@ -300,21 +327,47 @@ class Engine:
         `places` `[B]` are where they are (see `KVCache.place`); `lengths` and `levels` `[B]` are
         the tokens before, and each sequence's rotary level; `lags` `[B]` see `DecoderInput.lag`.
         """
-        turns = None
-        if self.manifest.decode.positions.turn_width:
-            behind = lengths if lags is None else lengths - lags
-            turns = self._turns(np.repeat(behind[:, None, None], AXES, axis=2))
-        zeros = np.zeros((len(tokens), 1), np.int64)
-        slots = tuple(place[0] for place in places)
-        batch = DecoderBatch(
-            slots, tokens[:, None], lengths, None, zeros, self._levels(levels), places, turns
-        )
+        batch = self._next_tokens(places, tokens, lengths, levels, lags)
         with self.clock.running():
             if choices is not None and self.choosing is not None:
                 return self.choosing.choose(batch, choices)
             if likeliest and self._sparing is not None:
                 return cast("Sequence[Found]", self._sparing.likeliest(batch))
             return cast("Sequence[Found]", self.decoder.step(batch)[:, 0])
+
+    def begin(
+        self,
+        places: Sequence[Sequence[int]],
+        tokens: IntArray,
+        lengths: IntArray,
+        levels: IntArray,
+        lags: IntArray,
+        choices: Sequence[Choice] | None,
+        ahead: IntArray,
+    ) -> BegunTokens:
+        """As `decode`, for who is `overlapping` (see `OverlappingDecoder.begin`)."""
+        assert self.overlapping is not None
+        batch = self._next_tokens(places, tokens, lengths, levels, lags)
+        return self.overlapping.begin(batch, choices, ahead)
+
+    def _next_tokens(
+        self,
+        places: Sequence[Sequence[int]],
+        tokens: IntArray,
+        lengths: IntArray,
+        levels: IntArray,
+        lags: IntArray | None,
+    ) -> DecoderBatch:
+        turns = None
+        if self.manifest.decode.positions.turn_width:
+            behind = lengths if lags is None else lengths - lags
+            turns = self._turns(np.repeat(behind[:, None, None], AXES, axis=2))
+        zeros = np.zeros((len(tokens), 1), np.int64)
+        slots = tuple(place[0] for place in places)
+        levels_given = self._levels(levels)
+        return DecoderBatch(
+            slots, tokens[:, None], lengths, None, zeros, levels_given, places, turns
+        )
 
     def encode(self, pixel_values: FloatArray, grid: Grid | None = None) -> FloatArray:
         """Pixel values of images, all of one grid if they have one, to features `[n, rows, width]`.

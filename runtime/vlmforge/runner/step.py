@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 from vlmforge.kv.cache import Move
 
 Logits = Literal["none", "last", "all"]
+AHEAD = -1
+"""The id of a token that nobody knows yet: the step before, which still runs, gives it."""
 
 
 class Row(NamedTuple):
@@ -16,7 +18,7 @@ class Row(NamedTuple):
 
     Attributes:
         sequence: Its id.
-        tokens: Their ids; an id >= vocab_size is a row of the images' features.
+        tokens: Their ids; an id >= vocab_size is a row of the images' features; or `AHEAD` alone.
         start: Tokens of the sequence that come before them.
         place: Where the cache has it (see `KVCache.place`).
         logits: After which of the tokens they are wanted.
@@ -72,10 +74,12 @@ class StepResult:
         tokens: The next token by sequence, or None where its answer is complete. Sequences whose
             row wanted no logits are not in it.
         failed: Sequences whose content in the cache is unknown now. They need not have had a row.
+        again: Sequences whose row counts for nothing, and is to be run again.
     """
 
     tokens: Mapping[int, int | None]
     failed: frozenset[int] = frozenset()
+    again: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

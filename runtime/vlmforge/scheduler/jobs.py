@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from vlmforge.backends import KeyValues, LoadOptions
 from vlmforge.errors import BackendUnavailableError, EngineStepError
@@ -14,11 +14,14 @@ from vlmforge.kv.slots import SlotCache
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.runner import Runner
+from vlmforge.runner.running import Running
 from vlmforge.runner.stages import Engine
+from vlmforge.runner.step import Step, StepResult
 from vlmforge.runner.terms import Terms
 from vlmforge.scheduler.request import cancelled
 from vlmforge.scheduler.scheduler import Scheduler, SequenceError
 from vlmforge.scheduler.sequence import State, TokenSequence
+from vlmforge.vl.prepared import PreparedImage
 
 logger = logging.getLogger("vlmforge")
 
@@ -33,6 +36,7 @@ class Jobs:
         self._runner = Runner(engine, features)
         self._ids = itertools.count()
         self._jobs: dict[int, tuple[TokenSequence, Job]] = {}
+        self._running: Running | None = None  # the step that was begun last, and not finished
         self.preemptions = 0  # of jobs that have ended
         self._forget_cache()
 
@@ -49,7 +53,7 @@ class Jobs:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._jobs
+        return not self._jobs and self._running is None
 
     def add(self, job: Job) -> None:
         """Queue a job; one that can never run fails at once."""
@@ -119,10 +123,19 @@ class Jobs:
             raise
 
     def step(self) -> None:
-        """Run a part of a prompt, and one token of every sequence that has its prompt behind it."""
+        """Run a part of a prompt, and one token of every sequence that has its prompt behind it.
+
+        Where the next such step may be begun before this one has ended, it has been.
+        """
+        self._guarded(self._next_step)
+
+    def settle(self) -> None:
+        """Return when nothing runs."""
+        self._guarded(self._settle)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            self._drop_unwanted()
-            self._step()
+            work()
         except BaseException as error:  # nobody knows whom it concerns
             logger.critical("a step could not be planned", exc_info=True)
             cause = error
@@ -133,32 +146,85 @@ class Jobs:
         jobs = [job for _, job in self._jobs.values()]
         for sequence in list(self._jobs):
             self._forget(sequence)
+        if self._running is not None:  # it writes to the cache
+            self._runner.finish(self._running)
+        self._running = None
         self._forget_cache()
         for job in jobs:
             job.let_go()
         for job in jobs:
             job.fail(refusal())
 
-    def _step(self) -> None:
+    def _next_step(self) -> None:
+        self._drop_unwanted()
+        if self._running is None:
+            self._begin()
+        if (running := self._running) is None:
+            return
+        broken = None
+        try:
+            self._running = self._begun_behind(running)
+        except SequenceError as error:
+            self._running, broken = None, error
+        self._update(running.step, self._runner.finish(running))
+        if broken is not None and broken.sequence.state is not State.ENDED:
+            self._broken(broken)
+
+    def _begin(self) -> None:
+        """Begin the next step, or run it where that must be waited for."""
         try:
             step = self._scheduler.schedule()
         except SequenceError as error:
-            self._scheduler.remove(error.sequence, valid=False)
-            self._lost(error)
+            self._broken(error)
             return
         if step is None:
             return
+        self._admit(step)
+        every = any(row.logits == "all" for row in step.prompts)
+        names = (row.sequence for row in step.decode)
+        choices = None if every else self._runner.ahead(names)
+        if choices is None:
+            self._update(step, self._runner.run(step, self._images()))
+        else:
+            self._running = self._runner.start(step, choices, None, self._images())
+
+    def _begun_behind(self, running: Running) -> Running | None:
+        """The step behind one that runs, begun, if what it is does not depend on that."""
+        names = (sequence.id for sequence in self._scheduler.running)
+        choices = self._runner.ahead(names, running)
+        step = None if choices is None else self._scheduler.ahead(running.step, choices)
+        if step is None or choices is None:
+            return None
+        self._admit(step)
+        return self._runner.start(step, choices, running, self._images())
+
+    def _admit(self, step: Step) -> None:
         for prompt in step.prompts:
             if not self._runner.has(prompt.sequence):
                 sequence, job = self._jobs[prompt.sequence]
                 self._runner.begin(sequence.id, job, sequence.cached)
-        waiting = [self._jobs[sequence.id][1] for sequence in self._scheduler.waiting]
-        ahead = (image for job in waiting for image in job.images)
-        for lost in self._scheduler.update(step, self._runner.run(step, ahead)):
+
+    def _images(self) -> Iterator[PreparedImage]:
+        """Those of who waits, in turn."""
+        for sequence in self._scheduler.waiting:
+            yield from self._jobs[sequence.id][1].images
+
+    def _settle(self) -> None:
+        if (running := self._running) is not None:
+            self._running = None
+            self._update(running.step, self._runner.finish(running))
+
+    def _update(self, step: Step, result: StepResult) -> None:
+        for lost in self._scheduler.update(step, result):
             self._lost(lost)
         for sequence, _ in list(self._jobs.values()):
             if sequence.state is State.ENDED:
                 self._forget(sequence.id)
+
+    def _broken(self, error: SequenceError) -> None:
+        """The cache failed when a step was planned, of which nothing runs."""
+        self._scheduler.remove(error.sequence, valid=False)
+        self._lost(error)
 
     def _lost(self, error: SequenceError) -> None:
         """The cache failed at a sequence that has ended."""

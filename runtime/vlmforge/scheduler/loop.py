@@ -195,6 +195,7 @@ class Loop(lifetime.Owner):
 
     def _handle(self, item: Job | _Question[Any]) -> None:
         if isinstance(item, _Question):
+            self._jobs.settle()
             item.put(self._jobs, self._refusal)
             return
         try:

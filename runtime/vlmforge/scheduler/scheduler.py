@@ -9,10 +9,11 @@ would be served last gives up its place and is computed again later, generated t
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from vlmforge.kv.cache import KVCache, common_prefix
-from vlmforge.runner.step import Logits, Row, Step, StepResult
+from vlmforge.runner.step import AHEAD, Logits, Row, Step, StepResult
 from vlmforge.scheduler.sequence import State, TokenSequence
 
 
@@ -42,6 +43,10 @@ class Scheduler:
         self._prompts, self._window = prompts, window
         self._waiting: list[TokenSequence] = []  # in the order in which they will be served
         self._running: list[TokenSequence] = []  # likewise
+        self._planned: list[Step] = []  # by `ahead`, and not run yet
+        self._ahead: Counter[int] = Counter()  # rows of sequences in these
+        self._reached: Mapping[int, int] = {}  # tokens that will be computed, of prompts under way
+        self._leaving: dict[int, bool] = {}  # ended with such a row under way; valid?
 
     @property
     def waiting(self) -> tuple[TokenSequence, ...]:
@@ -58,13 +63,17 @@ class Scheduler:
         bisect.insort(self._waiting, sequence, key=_order)
 
     def remove(self, sequence: TokenSequence, *, valid: bool = True) -> None:
-        """End a sequence wherever it is; its place is free at once. More than once does nothing.
+        """End a sequence wherever it is. More than once does nothing.
 
-        `valid=False` says that what its last row wrote is unknown.
+        Its place is free at once, or as soon as the step that was planned `ahead` with a row of it
+        has been run. `valid=False` says that what its last row wrote is unknown.
         """
         if sequence.state is State.RUNNING:
             self._running.remove(sequence)
-            self._cache.free(sequence.id, valid=valid)
+            if self._ahead[sequence.id]:
+                self._leaving[sequence.id] = valid
+            else:
+                self._cache.free(sequence.id, valid=valid)
         elif sequence.state is State.WAITING:
             self._waiting.remove(sequence)
         sequence.state = State.ENDED
@@ -89,21 +98,94 @@ class Scheduler:
         decode = [s for s in there if s.decoding]
         if prefill is None and not decode:
             return None
-        rows = tuple(self._row(s, s.computed, len(s.tokens), "last") for s in decode)
+        rows = tuple(self._row(s, s.computed, len(s.tokens)) for s in decode)
         return Step(self._cache.take_moves(), prefill, rows, together)
+
+    def ahead(self, step: Step, able: Collection[int]) -> Step | None:
+        """What follows `step`, which still runs, as far as it does not depend on how that ends.
+
+        Prompts go on, and one token more of the `able`: those of `step` that may go on, and all
+        others that decode. None: somebody must give up a place, or needs what is not known yet.
+        Until what is returned has been run too, only `ahead` plans more, and `update` is told of
+        both in turn.
+
+        Raises:
+            SequenceError: remove that one when `step` has ended.
+        """
+        if self._waiting and self._must_wait(self._waiting[0]):
+            return None
+        self._reached = {row.sequence: row.stop for row in step.prompts}
+        try:
+            decode = self._decode_behind({row.sequence: row for row in step.decode}, able)
+            prompts = None if decode is None else self._prompts_behind()
+        finally:
+            self._reached = {}
+        if decode is None or prompts is None or not (decode or prompts):
+            return None
+        first = prompts[0] if prompts else None
+        planned = Step(self._cache.take_moves(), first, tuple(decode), prompts[1:])
+        self._planned.append(planned)
+        self._ahead.update(row.sequence for row in planned.rows)
+        return planned
+
+    def _must_wait(self, first: TokenSequence) -> bool:
+        """Whether who is next takes another's place, or parts from one that runs."""
+        if self._running and self._running[-1].priority < first.priority:
+            return True
+        fork = first.parent is not None and not first.preempted
+        return fork and len(self._running) < self._rows
+
+    def _decode_behind(
+        self, under_way: Mapping[int, Row], able: Collection[int]
+    ) -> Sequence[Row] | None:
+        """The next tokens; None: there is no room for all of them."""
+        rows = []
+        for sequence in self._running:
+            before = under_way.get(sequence.id)
+            if before is not None:
+                start, token = before.stop, AHEAD
+            elif sequence.decoding and sequence.id not in self._reached:
+                start, token = sequence.computed, sequence.tokens[-1]
+            else:
+                continue
+            if sequence.id not in able:
+                if before is None:
+                    return None
+                continue
+            with _at(sequence):
+                if not self._cache.grow(sequence.id, start + 1):
+                    return None
+                place = self._cache.place(sequence.id)
+            rows.append(Row(sequence.id, (token,), start, place, "last"))
+        return rows
+
+    def _prompts_behind(self) -> tuple[Row, ...] | None:
+        """The next part of a prompt, and others; None: there is no room for it."""
+        sequence = self._next_prompt()
+        if sequence is None:
+            return ()
+        start, stop = self._next_part(sequence)
+        if _wants_all(sequence):
+            return None
+        with _at(sequence):
+            if not self._cache.grow(sequence.id, stop):
+                return None
+        first = self._row(sequence, start, stop)
+        return (first, *self._together(first))
 
     def update(self, step: Step, result: StepResult) -> tuple[SequenceError, ...]:
         """Note what a step did; returns whose tokens could not be noted: they have ended.
 
         Sequences that ended meanwhile are passed over.
         """
+        self._let_leave(step)
         running = {sequence.id: sequence for sequence in self._running}
         errors = []
         for name in result.failed & running.keys():
             self.remove(running.pop(name), valid=False)
         for row in step.rows:
             sequence = running.get(row.sequence)
-            if sequence is None:
+            if sequence is None or row.sequence in result.again:
                 continue
             try:
                 self._note(sequence, row, result)
@@ -117,6 +199,15 @@ class Scheduler:
                 else:
                     sequence.append(token)
         return tuple(errors)
+
+    def _let_leave(self, step: Step) -> None:
+        """The places of who ended before its last row, one of `step`, are free now."""
+        if any(planned is step for planned in self._planned):
+            self._planned = [planned for planned in self._planned if planned is not step]
+            self._ahead.subtract(row.sequence for row in step.rows)
+            self._ahead += Counter()  # no zeros
+        for name in [name for name in self._leaving if not self._ahead[name]]:
+            self._cache.free(name, valid=self._leaving.pop(name))
 
     def _note(self, sequence: TokenSequence, row: Row, result: StepResult) -> None:
         with _at(sequence):
@@ -143,6 +234,8 @@ class Scheduler:
             there = parent is not None and parent.state is State.RUNNING
             if parent is None or not there or parent.computed < prompt or fork.preempted:
                 return
+            if self._ahead[parent.id]:  # it writes to what they would share
+                return
             with _at(fork):
                 if not self._cache.fork(parent.id, fork.id, fork.keys[:prompt]):
                     return
@@ -162,16 +255,29 @@ class Scheduler:
                 yield sequence
 
     def _prefill_row(self) -> Row | None:
-        sequence = next((s for s in self._running if not s.decoding), None) or self._admit()
+        sequence = self._next_prompt()
         if sequence is None:
             return None
-        start, every = sequence.computed, _wants_all(sequence)
-        chunk = min(self._chunk, _ALL) if every else self._chunk
-        stop = min(start + chunk, len(sequence.tokens))
+        start, stop = self._next_part(sequence)
         if not self._make_room(sequence, stop):
             return None
-        logits: Logits = "last" if stop == len(sequence.tokens) else "none"
-        return self._row(sequence, start, stop, "all" if every else logits)
+        return self._row(sequence, start, stop)
+
+    def _next_prompt(self) -> TokenSequence | None:
+        return next(filter(self._prompting, self._running), None) or self._admit()
+
+    def _prompting(self, sequence: TokenSequence) -> bool:
+        """Whether more than its newest token is left to run, behind what is under way."""
+        return not sequence.decoding and self._start(sequence) < len(sequence.tokens)
+
+    def _start(self, sequence: TokenSequence) -> int:
+        return self._reached.get(sequence.id, sequence.computed)
+
+    def _next_part(self, sequence: TokenSequence) -> tuple[int, int]:
+        """Where the next part of a prompt begins and ends."""
+        chunk = min(self._chunk, _ALL) if _wants_all(sequence) else self._chunk
+        start = self._start(sequence)
+        return start, min(start + chunk, len(sequence.tokens))
 
     def _together(self, first: Row) -> tuple[Row, ...]:
         """What is left of other prompts and fits beside; nobody loses a place for them."""
@@ -188,17 +294,17 @@ class Scheduler:
         if width > room:
             return None
         there = {row.sequence for row in rows}
-        begun = (s for s in self._running if not s.decoding and s.id not in there)
+        begun = (s for s in self._running if self._prompting(s) and s.id not in there)
         sequence = next(begun, None) or self._admit_beside(there, room)
         if sequence is None or _wants_all(sequence):
             return None
-        start, stop = sequence.computed, len(sequence.tokens)
+        start, stop = self._start(sequence), len(sequence.tokens)
         ends = max(start, *(row.start for row in rows)) + max(width, stop - start)
         with _at(sequence):
             fits = stop - start <= room and ends <= self._window
             if not fits or not self._cache.grow(sequence.id, stop):
                 return None
-        return self._row(sequence, start, stop, "last")
+        return self._row(sequence, start, stop)
 
     def _admit_beside(self, running: set[int], room: int) -> TokenSequence | None:
         """Give the next waiting sequence a place, if what is left of it is no more than `room`.
@@ -220,10 +326,11 @@ class Scheduler:
         self._run(sequence, cached)
         return sequence
 
-    def _row(self, sequence: TokenSequence, start: int, stop: int, logits: Logits) -> Row:
+    def _row(self, sequence: TokenSequence, start: int, stop: int) -> Row:
         with _at(sequence):
             place = self._cache.place(sequence.id)
         ends = stop == len(sequence.tokens)
+        logits: Logits = "all" if _wants_all(sequence) else "last" if ends else "none"
         forks = tuple(fork.id for fork in sequence.forks) if ends else ()
         return Row(sequence.id, tuple(sequence.tokens[start:stop]), start, place, logits, forks)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import mmap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from conftest import resident
 from vlmforge.backends import dense
 from vlmforge.backends.dense import DenseCache
 from vlmforge.backends.rows import Exchange
@@ -104,11 +104,6 @@ def test_rows_of_another_cache_are_refused_before_any_is_written(change: Any) ->
         cache.write(3, change(cache.read(2, 5)), 0)
     assert "4 tensors: float32 [3, up to 256, 64]" in caught.value.expected
     np.testing.assert_array_equal(content(cache), values)
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * mmap.PAGESIZE
 
 
 def test_memory_is_used_only_where_tokens_are() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conftest import wait_until
+from conftest import HANGS, wait_until
 from vlmforge.backends.ranks import mpi
 from vlmforge.backends.ranks.calls import SILENT_S
 
@@ -110,6 +110,7 @@ def test_before_the_end_all_are_asked_once_more_and_then_no_more(
     ends: tuple[Line, Line], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mpi, "_ANSWER_S", 0.001)
+    monkeypatch.setattr(mpi, "SILENT_S", HANGS)
     first, other = ends
     signs, answering = mpi.Signs(first), mpi.Signs(other)  # type: ignore[arg-type]
     answering.begin()

@@ -200,6 +200,7 @@ def test_what_a_rank_says_while_another_is_waited_for_is_kept(
         return subprocess.Popen([sys.executable, "-IS", "-c", waits], stdin=subprocess.PIPE)
 
     monkeypatch.setattr(processes, "_spawn", stands_in)
+    monkeypatch.setattr(processes, "_START_S", HANGS)  # they show no signs of life
     ranks = Processes(3, 8)
     waits = threading.Thread(target=ranks.wait_until_loaded, daemon=True)
     waits.start()

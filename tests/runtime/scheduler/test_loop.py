@@ -67,6 +67,7 @@ class FakeEngine:
     """The functions of an engine that a loop uses."""
 
     choosing = None
+    overlapping = None
 
     def __init__(self, slots: int, blocks: int | None) -> None:
         self.decoder, self.clock = Cache(slots), PartClock()

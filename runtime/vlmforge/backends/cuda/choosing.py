@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmforge.backends.choice import NO_EDITS, Choice, Picked
-from vlmforge.backends.cuda.device import Device, Tensor, Work
+from vlmforge.backends.cuda.device import Arriving, Device, Tensor, Work
 from vlmforge.backends.cuda.frames import Arrangement, in_a_row, shape_of
 from vlmforge.engine import chain
 from vlmforge.engine.interface import (
@@ -45,6 +45,11 @@ class _Frame:
     views: Mapping[str, NDArray[Any]]
     work: Work
     runs: int = 0
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """Rows by their dimension's name."""
+        return {BATCH: self.views[CHOICES.name].shape[0]}
 
 
 class TokenSampler:
@@ -92,35 +97,43 @@ class TokenSampler:
             return False
         return len(choice.edits.ids) <= MOST_EDITS and choice.logprobs <= self._reported
 
-    def run(self, frame: _Frame) -> None:
-        """Enqueue the choice."""
+    def run(self, frame: _Frame) -> int:
+        """Enqueue the choice; where the tokens will be, int64 `[rows]`."""
         frame.work()
         frame.runs += 1
         if frame.runs == 1:
             frame.work = self._device.captured(frame.work)
+        return self._arena.address + frame.arrangement.offsets[CHOSEN.name]
 
     def found(self, frame: _Frame, choices: Sequence[Choice | None]) -> list[Picked | None]:
         """Wait for the tokens; None for rows that have none."""
-        told = any(choice is not None and choice.logprobs for choice in choices)
-        outputs = self._outputs if told else (CHOSEN,)  # nothing but ids, where they will do
-        values = self._downloaded(frame, outputs)
+        return self.read(frame, choices, self.fetch(frame, choices).wait())
+
+    def fetch(self, frame: _Frame, choices: Sequence[Choice | None]) -> Arriving:
+        """Have brought here what `read` makes tokens of."""
+        outputs = self._told(choices)
+        offsets, last = frame.arrangement.offsets, outputs[-1]
+        begin = offsets[CHOSEN.name]
+        end = offsets[last.name] + 8 * math.prod(shape_of(last, frame.dims))
+        return self._device.fetch(self._arena.address + begin, end - begin)
+
+    def read(
+        self, frame: _Frame, choices: Sequence[Choice | None], raw: NDArray[np.uint8]
+    ) -> list[Picked | None]:
+        """See `found`."""
+        outputs, offsets = self._told(choices), frame.arrangement.offsets
+        begin = offsets[CHOSEN.name]
+        behind = Arrangement({spec.name: offsets[spec.name] - begin for spec in outputs}, 0, 0)
+        values = {spec.name: behind.view(raw, spec, frame.dims) for spec in outputs}
         return [
             self._picked(values, row, choice) if self.takes(choice) else None
             for row, choice in enumerate(choices)
         ]
 
-    def _downloaded(
-        self, frame: _Frame, outputs: Sequence[chain.TensorSpec]
-    ) -> Mapping[str, NDArray[Any]]:
-        """The first of the outputs, which lie one behind the other."""
-        offsets, dims = frame.arrangement.offsets, {BATCH: frame.views[CHOICES.name].shape[0]}
-        begin = offsets[CHOSEN.name]
-        last = outputs[-1]
-        end = offsets[last.name] + 8 * math.prod(shape_of(last, dims))
-        address, size = self._arena.address + begin, end - begin
-        raw = self._device.download(address, (size,), np.dtype(np.uint8)).copy()
-        behind = Arrangement({spec.name: offsets[spec.name] - begin for spec in outputs}, 0, 0)
-        return {spec.name: behind.view(raw, spec, dims) for spec in outputs}
+    def _told(self, choices: Sequence[Choice | None]) -> tuple[chain.TensorSpec, ...]:
+        """The outputs that are of use, which lie one behind the other: mostly nothing but ids."""
+        told = any(choice is not None and choice.logprobs for choice in choices)
+        return self._outputs if told else (CHOSEN,)
 
     def _picked(
         self, values: Mapping[str, NDArray[Any]], row: int, choice: Choice | None

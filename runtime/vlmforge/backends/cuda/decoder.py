@@ -5,9 +5,11 @@ Prompts run eagerly; a step of decoding is captured once for each of a few sizes
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,9 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, IntArray, LoadOptions
-from vlmforge.backends.choice import Choice, Picked
+from vlmforge.backends.choice import Begun, Choice, Picked, T_co
 from vlmforge.backends.cuda.choosing import TokenSampler
-from vlmforge.backends.cuda.device import Device, Work
+from vlmforge.backends.cuda.device import Arriving, Device, Mark, Work
 from vlmforge.backends.cuda.frames import PAST, Arrangement, Size, bucket, largest
 from vlmforge.backends.cuda.program import FEW, Program, make_pools
 from vlmforge.backends.number_formats import DTYPES, encode
@@ -52,6 +54,28 @@ class _Frame:
     runs: int = 0
 
 
+@dataclass(slots=True)
+class BegunStep(Begun[T_co]):
+    """See `Begun`.
+
+    Attributes:
+        start: When the device began it.
+        arriving: What was found.
+        read: What is made of that.
+    """
+
+    start: Mark
+    arriving: Arriving
+    read: Callable[[NDArray[np.uint8]], T_co]
+    seconds: float = 0.0
+
+    @override
+    def wait(self) -> T_co:
+        raw = self.arriving.wait()
+        self.seconds = self.arriving.end.since(self.start)
+        return self.read(raw)
+
+
 class PagedDecoder(DecoderSession):
     """See `DecoderSession`. Its slots are the blocks of each row (`DecoderBatch.blocks`).
 
@@ -81,6 +105,7 @@ class PagedDecoder(DecoderSession):
         most = [program.arrange(self._fitted(size)) for size in largest(options)]
         self._room = max(one.size for one in most) + max(one.uploaded for one in most)
         self._arena = device.allocate(self._room)
+        self._chosen = device.allocate(8 * options.slots)  # the tokens of the step begun last
         self._eager: OrderedDict[Size, _Frame] = OrderedDict()
         self._replayed: dict[Size, _Frame] = {}
         self._warm_up()
@@ -109,28 +134,60 @@ class PagedDecoder(DecoderSession):
 
     def likeliest(self, batch: DecoderBatch) -> IntArray:
         """See `LikeliestDecoder`."""
-        if len(batch.slots) <= FEW or not self._program.gives_likeliest:
+        if not self.can_begin(len(batch.slots), None):
             return _largest(self.step(batch)[:, 0])
-        frame = self._frame(_size(batch))
-        self._fill(frame, batch)
-        self._run(frame)
-        ids = len(batch.input_ids)
-        return self._device.download(self._at(frame, LIKELIEST.name), (ids,), np.dtype(np.int64))
+        return np.array(self.begin(batch, None, _none(batch)).wait(), np.int64)
 
     def choose(
         self, batch: DecoderBatch, choices: Sequence[Choice | None]
     ) -> Sequence[Picked | FloatArray]:
         """See `ChoosingDecoder`."""
+        found, logits = self.begin(batch, choices, _none(batch)).wait(), self._logits(batch)
+        return [
+            one if isinstance(one, Picked) else self._row(logits, row)
+            for row, one in enumerate(found)
+        ]
+
+    def _logits(self, batch: DecoderBatch) -> int:
+        """Where those of a step of decoding are."""
+        return self._at(self._frame(_size(batch)), LOGITS)
+
+    def can_begin(self, rows: int, choices: Sequence[Choice] | None) -> bool:
+        """See `OverlappingDecoder`."""
+        if choices is None:
+            return self._program.gives_likeliest and (not rows or rows > FEW)
+        return self._sampler is not None and all(map(self._sampler.takes, choices))
+
+    def begin(
+        self, batch: DecoderBatch, choices: Sequence[Choice | None] | None, ahead: IntArray
+    ) -> BegunStep[Sequence[Picked | np.int64 | None]]:
+        """See `OverlappingDecoder`."""
+        device, start = self._device, self._device.mark()
+        rows, frame = len(batch.slots), self._frame(_size(batch))
+        self._fill(frame, batch)
+        device.upload(self._arena.address, frame.inputs)
+        inputs = self._at(frame, INPUT_IDS.name)
+        for row, source, count in _runs(ahead):
+            device.copy(self._chosen.address + 8 * source, inputs + 8 * row, 8 * count)
+        self._work(frame)
+        # Another size may lie over these tokens, before its inputs are there.
+        if choices is None:
+            device.copy(self._at(frame, LIKELIEST.name), self._chosen.address, 8 * rows)
+            return BegunStep(start, device.fetch(self._chosen.address, 8 * rows), _ids)
         assert self._sampler is not None
+        prepared = self._sampler.prepare(frame.size.batch, self._at(frame, LOGITS), choices)
+        device.copy(self._sampler.run(prepared), self._chosen.address, 8 * rows)
+        read = partial(self._sampler.read, prepared, choices)
+        return BegunStep(start, self._sampler.fetch(prepared, choices), read)
+
+    def begin_prompts(self, batch: DecoderBatch) -> BegunStep[Sequence[FloatArray]]:
+        """See `OverlappingDecoder`."""
+        start, shape = self._device.mark(), (*batch.logits_indices.shape, self._vocab_size)
         frame = self._frame(_size(batch))
-        logits = self._at(frame, LOGITS)
-        # Before the step: to upload is to wait for what has been enqueued.
-        prepared = self._sampler.prepare(frame.size.batch, logits, choices)
         self._fill(frame, batch)
         self._run(frame)
-        self._sampler.run(prepared)
-        picked = self._sampler.found(prepared, choices)
-        return [self._row(logits, row) if one is None else one for row, one in enumerate(picked)]
+        arriving = self._device.fetch(self._at(frame, LOGITS), 4 * math.prod(shape))
+        return BegunStep(start, arriving, lambda raw: list(raw.view(np.float32).reshape(shape)))
 
     def _row(self, logits: int, row: int) -> FloatArray:
         """The logits of one row."""
@@ -195,6 +252,9 @@ class PagedDecoder(DecoderSession):
 
     def _run(self, frame: _Frame) -> None:
         self._device.upload(self._arena.address, frame.inputs)
+        self._work(frame)
+
+    def _work(self, frame: _Frame) -> None:
         frame.work()
         frame.runs += 1
         if frame.size.replayed and frame.runs == 1:
@@ -226,6 +286,27 @@ def _largest(logits: FloatArray) -> IntArray:
     ids = logits.argmax(-1)
     found = np.take_along_axis(logits, ids[:, None], -1)[:, 0]
     return np.where(np.isfinite(found), ids, -1)
+
+
+def _ids(raw: NDArray[np.uint8]) -> Sequence[np.int64]:
+    return list(raw.view(np.int64))
+
+
+def _runs(ahead: IntArray) -> Iterator[tuple[int, int, int]]:
+    """Rows whose tokens come from rows that lie side by side: the first of both, how many."""
+    row, end = 0, len(ahead)
+    while row < end:
+        first, source = row, int(ahead[row])
+        row += 1
+        while source >= 0 and row < end and ahead[row] == source + row - first:
+            row += 1
+        if source >= 0:
+            yield first, source, row - first
+
+
+def _none(batch: DecoderBatch) -> IntArray:
+    """All tokens of the batch stand in it."""
+    return np.full(len(batch.slots), -1, np.int64)
 
 
 def _size(batch: DecoderBatch) -> Size:

@@ -50,6 +50,26 @@ class Memory(Protocol):
         """Of its first byte; a multiple of 256."""
 
 
+class Mark(Protocol):
+    """A moment in a stream of work."""
+
+    def since(self, earlier: Mark) -> float:
+        """Seconds between two that have passed."""
+
+
+class Arriving(Protocol):
+    """A copy on its way from the device.
+
+    Attributes:
+        end: When it is there.
+    """
+
+    end: Mark
+
+    def wait(self) -> NDArray[np.uint8]:
+        """What was there when all had happened that was enqueued before. Called once."""
+
+
 class Segment(Protocol):
     """A graph that is loaded."""
 
@@ -78,6 +98,12 @@ class Device(Protocol):
 
     def download(self, address: int, shape: tuple[int, ...], dtype: np.dtype[T]) -> NDArray[T]:
         """Wait for all that is enqueued; what is there, until the next download."""
+
+    def fetch(self, address: int, size: int) -> Arriving:
+        """Enqueue a copy of `size` bytes to the host, which is not waited for yet."""
+
+    def mark(self) -> Mark:
+        """The moment at which all that is enqueued has happened."""
 
     def copy(self, source: int, target: int, size: int) -> None:
         """Enqueue a copy of `size` bytes within the device's memory."""

@@ -8,6 +8,7 @@ ONNX Runtime as `user_compute_stream`; everything bound by address; a step captu
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import weakref
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from cuda.bindings import driver
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from vlmforge.backends.cuda.device import Device, T, Work
+from vlmforge.backends.cuda.device import Arriving, Device, Mark, T, Work
 from vlmforge.backends.cuda.machine import MEND, PROVIDER
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.errors import BackendUnavailableError, EngineError
@@ -31,7 +32,8 @@ from vlmforge_plugins.cached_attention.kernel_store import Loaded, choose_target
 from vlmforge_plugins.cached_attention.plan import Machine
 from vlmforge_plugins.errors import PluginError, UnsupportedError
 
-_LEAST_STAGING = 1 << 20
+_LEAST_STAGING, _LEAST_FETCH = 1 << 20, 1 << 14
+_UPLOADS = 4  # under way at once: two steps have two each
 
 
 @cache
@@ -74,6 +76,64 @@ class _Staging:
         weakref.finalize(self, _free, driver.cuMemFreeHost, self.address).atexit = False
 
 
+class _Event(Mark):
+    """See `Mark`. Also when staging memory may be used again."""
+
+    def __init__(self, stream: int) -> None:
+        self.handle = call(driver.cuEventCreate, 0)
+        call(driver.cuEventRecord, self.handle, stream)
+        weakref.finalize(self, _free, driver.cuEventDestroy, self.handle).atexit = False
+
+    def wait(self) -> None:
+        """Until the moment has passed."""
+        call(driver.cuEventSynchronize, self.handle)
+
+    @override
+    def since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, _Event)
+        return float(call(driver.cuEventElapsedTime, earlier.handle, self.handle)) / 1e3
+
+
+class _Up:
+    """Memory from which something is uploaded, and when it has been."""
+
+    def __init__(self) -> None:
+        self._staging = _Staging(_LEAST_STAGING)
+        self._read: _Event | None = None
+
+    def send(self, address: int, values: NDArray[Any], stream: int) -> None:
+        if self._read is not None:
+            self._read.wait()
+        if values.nbytes > len(self._staging.bytes):
+            self._staging = _Staging(values.nbytes)
+        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        self._staging.bytes[: values.nbytes] = flat
+        call(driver.cuMemcpyHtoDAsync, address, self._staging.address, values.nbytes, stream)
+        self._read = _Event(stream)
+
+
+class _Down(Arriving):
+    """See `Arriving`. Its staging memory goes back to `kept`."""
+
+    def __init__(self, address: int, size: int, stream: int, kept: list[_Staging]) -> None:
+        self._size, self._kept = size, kept
+        fits = next((s for s in kept if len(s.bytes) >= size), None)
+        if fits is not None:
+            kept.remove(fits)
+        self._staging = fits or _Staging(max(size, _LEAST_FETCH))
+        if size:
+            call(driver.cuMemcpyDtoHAsync, self._staging.address, address, size, stream)
+        self.end = _Event(stream)
+
+    @override
+    def wait(self) -> NDArray[np.uint8]:
+        enter()
+        self.end.wait()
+        found = self._staging.bytes[: self._size].copy()
+        self._kept.append(self._staging)
+        return found
+
+
 def _free(function: Any, handle: Any) -> None:
     enter()
     call(function, handle)
@@ -88,7 +148,8 @@ class Gpu(Device):
         non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         stream = call(driver.cuStreamCreate, non_blocking)
         self.stream = int(stream)
-        self._up, self._down = _Staging(_LEAST_STAGING), _Staging(_LEAST_STAGING)
+        self._ups = itertools.cycle([_Up() for _ in range(_UPLOADS)])
+        self._down, self._fetched = _Staging(_LEAST_STAGING), list[_Staging]()
         weakref.finalize(self, _free, driver.cuStreamDestroy, stream).atexit = False
 
     @override
@@ -99,14 +160,7 @@ class Gpu(Device):
     @override
     def upload(self, address: int, values: NDArray[Any]) -> None:
         enter()
-        # What was uploaded before has been read: every step is waited for by its download, but
-        # for those that give nothing.
-        call(driver.cuStreamSynchronize, self.stream)
-        if values.nbytes > len(self._up.bytes):
-            self._up = _Staging(values.nbytes)
-        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        self._up.bytes[: values.nbytes] = flat
-        call(driver.cuMemcpyHtoDAsync, address, self._up.address, values.nbytes, self.stream)
+        next(self._ups).send(address, values, self.stream)
 
     @override
     def download(self, address: int, shape: tuple[int, ...], dtype: np.dtype[T]) -> NDArray[T]:
@@ -118,6 +172,16 @@ class Gpu(Device):
         call(driver.cuStreamSynchronize, self.stream)
         found: NDArray[T] = self._down.bytes[:size].view(dtype)
         return found.reshape(shape)
+
+    @override
+    def fetch(self, address: int, size: int) -> Arriving:
+        enter()
+        return _Down(address, size, self.stream, self._fetched)
+
+    @override
+    def mark(self) -> Mark:
+        enter()
+        return _Event(self.stream)
 
     @override
     def copy(self, source: int, target: int, size: int) -> None:

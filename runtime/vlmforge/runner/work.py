@@ -1,0 +1,271 @@
+"""One step: arrays for the decoder, features for the images, logits to whoever chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+
+from vlmforge.backends import FloatArray, IntArray
+from vlmforge.backends.choice import BegunPrompts, BegunTokens, Choice, Found
+from vlmforge.errors import EngineStepError, as_ours
+from vlmforge.kv.cache import Copy
+from vlmforge.outputs.token_chooser import PrefillFacts
+from vlmforge.runner.decoder_input import DecoderInput, PromptPart
+from vlmforge.runner.features import FeatureCache
+from vlmforge.runner.running import Active, Choices, Lost, Running
+from vlmforge.runner.stages import Engine
+from vlmforge.runner.step import AHEAD, Row, Step
+from vlmforge.vl.prepared import PreparedImage
+
+logger = logging.getLogger("vlmforge")
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Work:
+    """One step."""
+
+    engine: Engine
+    cache: FeatureCache
+    active: dict[int, Active]
+    tokens: dict[int, int | None] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
+    again: set[int] = field(default_factory=set)
+    images: int = 0
+    encode: float = 0.0
+
+    def move(self, step: Step) -> Sequence[Lost]:
+        """What the cache asks for; whom it fails."""
+        lost = list[Lost]()
+        for move in step.moves:
+            try:
+                self.engine.decoder.move(move)
+            except BaseException as error:
+                if isinstance(move, Copy):
+                    lost.append(([row for row in step.rows if move.target in row.place], error))
+                else:  # memory that did not go back; its content is of no use anyway
+                    logger.warning("the cache's memory could not be given back", exc_info=True)
+        return lost
+
+    def prefill(self, rows: Sequence[Row], ahead: Iterable[PreparedImage]) -> None:
+        """Run parts of prompts; where they end, choose the first tokens."""
+        ready = []
+        for row in rows:
+            if row.sequence in self.failed:
+                continue
+            if self.attempt([row], partial(self._encode, self.active[row.sequence], row, ahead)):
+                ready.append(row)
+        if not ready:
+            return
+        logits = self.attempt(ready, lambda: self._run_prompts(ready))
+        for row, found in zip(ready, logits or (), strict=logits is not None):
+            self.prompted(row, found)
+
+    def prompted(self, row: Row, logits: FloatArray) -> None:
+        """A part of a prompt has been run, and gave logits `[n, vocab_size]`."""
+        active = self.active[row.sequence]
+        if row.logits == "all":
+            active.prompt_logits = active.prompt_logits if row.start else []
+            active.prompt_logits.append(logits)
+        if row.logits == "none" or not self._ends_prompt(active, row):
+            return
+        if active.begun:
+            self._accept(row.sequence, logits[-1])
+            return
+        facts = self._facts(active)
+        for sequence in (row.sequence, *self._part(row, active)):
+            if self._begin(sequence, facts):
+                self._accept(sequence, logits[-1])
+
+    def _part(self, row: Row, active: Active) -> tuple[int, ...]:
+        """Other answers to the prompt become jobs of their own; returns their sequences."""
+        jobs, active.job.siblings = active.job.siblings, ()
+        for fork, job in zip(row.forks, jobs, strict=True):
+            self.active[fork] = dataclasses.replace(
+                active, job=job, images=list(active.images), features=list(active.features)
+            )
+        return row.forks
+
+    def decode(self, rows: Sequence[Row]) -> None:
+        """Run the tokens of sequences, and choose the next ones."""
+        rows = [row for row in rows if row.sequence not in self.failed]
+        choices = self._choices(rows)
+        if choices is not None:
+            rows = [row for row in rows if row.sequence in choices]
+        if not rows:
+            return
+        found = self.attempt(rows, lambda: self._run_tokens(rows, choices))
+        if found is None:
+            return
+        for row, values in zip(rows, found, strict=True):
+            self._accept(row.sequence, values)
+
+    def _ends_prompt(self, active: Active, row: Row) -> bool:
+        return row.logits == "last" or row.stop == len(active.job.prompt.token_ids)
+
+    def _encode(self, active: Active, row: Row, ahead: Iterable[PreparedImage]) -> bool:
+        """Have the features of all images whose tokens are not in the cache; True."""
+        begun, spans = time.perf_counter(), active.job.prompt.image_spans
+        wanted = {span.image for span in spans if span.start + span.length > row.start}
+        needed = [index for index in sorted(wanted) if active.features[index] is None]
+        images = [image for index in needed if (image := active.images[index]) is not None]
+        found, known = self.cache.get(images, list(ahead)) if images else ([], 0)
+        for index, features in zip(needed, found, strict=True):
+            active.features[index], active.images[index] = features, None
+        if active.given is None:
+            active.cached_images = known + len(active.features) - len(needed)
+        if needed or active.given is None:
+            active.given = self.engine.decoder_input(active.job.prompt, active.features)
+        took = time.perf_counter() - begun
+        self.images, self.encode = self.images + len(images) - known, self.encode + took
+        active.encode += took
+        return True
+
+    def _run_prompts(self, rows: Sequence[Row]) -> list[FloatArray]:
+        """Of each, its logits."""
+        if len(rows) > 1:
+            parts = [PromptPart(row.place, self._chunk(row), row.start) for row in rows]
+            found = [row[None] for row in self.engine.prefill_together(parts)]
+        else:
+            (row,) = rows
+            chunk, logits = self._chunk(row), row.logits
+            found = [self.engine.prefill(row.place, chunk, row.start, logits=logits)]
+        check_logits(rows, found)
+        return found
+
+    def _chunk(self, row: Row) -> DecoderInput:
+        given = self.active[row.sequence].input
+        # Behind the prompt are tokens that were generated before the sequence lost its place.
+        prompt = given.ids[row.start : row.stop]
+        ids = np.concatenate((prompt, np.array(row.tokens[len(prompt) :], np.int64)))
+        return dataclasses.replace(given, ids=ids)
+
+    def _choices(self, rows: Sequence[Row]) -> Mapping[int, Choice | None] | None:
+        """How tokens are to be chosen, by sequence, where that is not done here."""
+        jobs = {row.sequence: self.active[row.sequence].job for row in rows}
+        if self.engine.choosing is None or all(job.likeliest for job in jobs.values()):
+            return None
+        found: dict[int, Choice | None] = {}
+        for row in rows:
+            try:
+                found[row.sequence] = jobs[row.sequence].generation.choice()
+            except BaseException as error:  # noqa: BLE001 - ends this sequence, whatever it is
+                self.lose([row], error)
+        return found
+
+    def encoded(self, row: Row, ahead: Iterable[PreparedImage]) -> BaseException | None:
+        """Have the features for a part of a prompt; why they cannot be had."""
+        try:
+            self._encode(self.active[row.sequence], row, ahead)
+        except BaseException as error:  # noqa: BLE001 - handed to the caller that it concerns
+            return error
+        return None
+
+    def begin_prompts(self, rows: Sequence[Row]) -> BegunPrompts:
+        """Begin the parts of prompts."""
+        parts = [PromptPart(row.place, self._chunk(row), row.start) for row in rows]
+        return self.engine.begin_prompts(parts, "none" if rows[0].logits == "none" else "last")
+
+    def begin_tokens(
+        self, rows: Sequence[Row], choices: Choices, before: Running | None
+    ) -> BegunTokens:
+        """Begin the rows, those that are `AHEAD` with the tokens of `before`."""
+        found = [choice for row in rows if (choice := choices[row.sequence]) is not None]
+        places = {} if before is None else {r.sequence: i for i, r in enumerate(before.rows)}
+        ahead = [places[r.sequence] if r.tokens == (AHEAD,) else -1 for r in rows]
+        where, tokens, lengths, levels, lags = self._inputs(rows)
+        tokens, sources = np.maximum(tokens, 0), np.array(ahead, np.int64)
+        return self.engine.begin(where, tokens, lengths, levels, lags, found or None, sources)
+
+    def take(self, sequence: int, found: Found | None) -> None:
+        """What was found for a row of a step that was begun; None: it is to be run again."""
+        active = self.active[sequence]
+        if found is None or active.here:
+            active.here = True
+            self.again.add(sequence)
+        else:
+            self._accept(sequence, found)
+
+    def _inputs(
+        self, rows: Sequence[Row]
+    ) -> tuple[Sequence[tuple[int, ...]], IntArray, IntArray, IntArray, IntArray]:
+        """Of each row: its place, its token, the tokens before, the rotary level and the lag."""
+        tokens = np.array([row.tokens[0] for row in rows], np.int64)
+        lengths = np.array([row.start for row in rows], np.int64)
+        inputs = [self.active[row.sequence].input for row in rows]
+        levels = np.array([given.rotary_level for given in inputs], np.int64)
+        lags = np.array([given.lag for given in inputs], np.int64)
+        return [row.place for row in rows], tokens, lengths, levels, lags
+
+    def _run_tokens(
+        self, rows: Sequence[Row], choices: Mapping[int, Choice | None] | None
+    ) -> Sequence[Found]:
+        likeliest = all(self.active[row.sequence].job.likeliest for row in rows)
+        given = None if choices is None else [choices[row.sequence] for row in rows]
+        found = self.engine.decode(*self._inputs(rows), likeliest=likeliest, choices=given)
+        if len(found) != len(rows):
+            raise ValueError(f"the decoder gave {len(found)} rows for {len(rows)} sequences")
+        return found
+
+    def _facts(self, active: Active) -> PrefillFacts:
+        rows, active.prompt_logits = active.prompt_logits, []
+        return PrefillFacts(
+            queue=active.admitted - active.job.submitted,
+            encode=active.encode,
+            prefill=time.perf_counter() - active.admitted - active.encode,
+            cached_tokens=active.cached,
+            cached_images=active.cached_images,
+            prompt_logits=np.concatenate(rows) if rows else None,
+        )
+
+    def _begin(self, sequence: int, facts: PrefillFacts) -> bool:
+        active = self.active[sequence]
+        try:
+            active.job.generation.begin(facts)
+        except BaseException as error:  # noqa: BLE001 - ends this sequence, whatever it is
+            self._end(sequence, as_ours(error))
+            return False
+        active.begun = True
+        return True
+
+    def _accept(self, sequence: int, found: Found) -> None:
+        active = self.active[sequence]
+        active.here = False
+        try:
+            token = active.job.generation.accept(found)
+            self.tokens[sequence] = None if token is None else int(token)
+        except BaseException as error:  # noqa: BLE001 - a logits processor may raise anything
+            self._end(sequence, error)
+
+    def attempt(self, rows: Sequence[Row], call: Callable[[], T]) -> T | None:
+        """What `call` gives. If it raises, these rows fail; None then."""
+        try:
+            return call()
+        except BaseException as error:  # noqa: BLE001 - handed to the callers that it concerns
+            self.lose(rows, error)
+            return None
+
+    def lose(self, rows: Sequence[Row], error: BaseException) -> None:
+        """Nobody knows what these sequences have in the cache: they end."""
+        for row in rows:
+            self.failed.add(row.sequence)
+            self.active[row.sequence].job.fail(EngineStepError.of(error))
+
+    def _end(self, sequence: int, error: BaseException) -> None:
+        """The answer ends with an error; what is in the cache is whole."""
+        self.tokens[sequence] = None
+        self.active[sequence].job.fail(error)
+
+
+def check_logits(rows: Sequence[Row], found: Sequence[object]) -> None:
+    """Whether there are logits for the end of each prompt (ValueError)."""
+    for row, given in zip(rows, found, strict=True):
+        if isinstance(given, np.ndarray) and not len(given) and row.logits != "none":
+            raise ValueError("the decoder gave no logits for the end of a prompt")
