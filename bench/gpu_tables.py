@@ -37,9 +37,9 @@ def lines(results: Results) -> Iterator[str]:
     card = next(iter(results.of("card")), {})
     if card:
         yield (
-            f"{card['card']}, driver {card['driver'].split()[0]}, {card['onnxruntime']}; a copy moves "
-            f"{card['copy_tb_per_s']:.2f} TB/s, read and written, a product of 8192-cubed matrices "
-            f"runs at {card['matmul_tflop_per_s']:.0f} TFLOP/s in float16."
+            f"{card['card']}, driver {card['driver'].split()[0]}, {card['onnxruntime']}; a copy "
+            f"moves {card['copy_tb_per_s']:.2f} TB/s, read and written, a product of 8192-cubed "
+            f"matrices runs at {card['matmul_tflop_per_s']:.0f} TFLOP/s in float16."
         )
     for section in (_steps, _others, _prompts, _serving, _start, _memory, _pool, _soak):
         made = list(section(results, card))
