@@ -2,7 +2,7 @@
 
     python bench/before.py 058addf --checkpoints out/bench/1b.checkpoint --work out/bench
 
-Both are asked the same, one right after the other, in an order that alternates; what is shown are
+Both are asked the same, one right after the other; of each case, they begin in turn. Shown are
 medians, the median of the rounds' ratios, and the ratio of the best rounds, which neighbours on the
 machine disturb least. Both use the packages that are installed here and load the same engines:
 those that the earlier commit builds of `--checkpoints`, or `--engines` that both can read. The
@@ -90,23 +90,22 @@ class Sides:
     def _child(self, tree: Path) -> Child:
         return Child("burst.py", *self._arguments, sources=sources(tree))
 
-    def load(self) -> tuple[float, float]:
+    def load(self, first: int) -> tuple[float, float]:
         """How long each takes to load: a second process, beside the one that is there."""
-        self._asked += 1
         found = {}
-        for index in self._order():
+        for index in (first, 1 - first):
             child = self._child(self._trees[index])
             found[index] = child.hello["load"]
             child.close()
         return found[0], found[1]
 
-    def ask(self, case: Case) -> tuple[dict[str, float], dict[str, float]]:
-        """What each took for the same prompts, which nobody has seen."""
+    def ask(self, case: Case, first: int) -> tuple[dict[str, float], dict[str, float]]:
+        """What each took for the same prompts, which nobody has seen; `first`: who begins."""
         self._asked += 1
         texts = [f"{self._asked}.{i}: what is shown here?" for i in range(case.prompts)]
         image = str(saved_image(self._work, self._asked)) if case.image else None
         question = {"prompts": texts, "image": image, "tokens": case.tokens}
-        found = {index: self._children[index].ask(question) for index in self._order()}
+        found = {index: self._children[index].ask(question) for index in (first, 1 - first)}
         if found[0]["text"] != found[1]["text"]:
             print(f"the answers to {question} differ", file=sys.stderr)
         return found[0], found[1]
@@ -115,9 +114,6 @@ class Sides:
         """End both."""
         for child in self._children:
             child.close()
-
-    def _order(self) -> tuple[int, int]:
-        return (0, 1) if self._asked % 2 else (1, 0)
 
 
 def measure(
@@ -134,10 +130,11 @@ def measure(
             left = (time.monotonic() - begun) / index * (rounds + 1 - index)
             print(f"round {index} of {rounds}; {left:.0f} s left", file=sys.stderr, flush=True)
         for alike in asked.values():
-            before, now = sides.ask(alike[0])
+            # Of one case, each begins in turn: who ran last has the processors' caches.
+            before, now = sides.ask(alike[0], index % 2)
             for case in alike if index else ():  # the first round warms up
                 found[case.name].append((before[case.measure], now[case.measure]))
-    found["load (ms)"] += [sides.load() for _ in range(loads)]
+    found["load (ms)"] += [sides.load(index % 2) for index in range(loads)]
     return found
 
 

@@ -40,9 +40,12 @@ with pipeline({engine}, max_batch_size=64) as pipe:
 
 
 def opened(engine: Path, slots: int) -> Pipeline:
-    """Of short windows, so that its pool is for as many requests as there are."""
+    """Of short windows, so that its pool is for as many requests as there are.
+
+    Prompts that are run together have a window's tokens in all, at most.
+    """
     config = EngineConfig(
-        session_len=1024,
+        session_len=CHUNK,
         max_batch_size=slots,
         max_prefill_token_num=CHUNK,
         enable_prefix_caching=False,

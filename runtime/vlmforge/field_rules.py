@@ -234,19 +234,24 @@ def check_fields(config: object, rules: Mapping[str, Rule]) -> None:
     defaults = _defaults(kind)
     for name, rule in rules.items():
         value = getattr(config, name)
-        if value is not defaults.get(name, _NO_DEFAULT):
-            check_value(f"{kind.__name__}: {name}", name, value, rule)
+        if value is not defaults.get(name, _NO_DEFAULT) and not rule.admits(value):
+            raise misfit(f"{kind.__name__}: {name}", name, value, rule)
 
 
 def check_value(what: str, name: str, value: object, rule: Rule) -> None:
     """ConfigError for a value that `rule` does not admit; `what` names it in a sentence."""
     if not rule.admits(value):
-        raise ConfigError(
-            f"{what} must be {rule}.",
-            found=f"{name}={shown(value)}",
-            expected=str(rule),
-            fix=f"set {name} to such a value, or leave it out for its default",
-        )
+        raise misfit(what, name, value, rule)
+
+
+def misfit(what: str, name: str, value: object, rule: Rule) -> ConfigError:
+    """The error of `check_value`."""
+    return ConfigError(
+        f"{what} must be {rule}.",
+        found=f"{name}={shown(value)}",
+        expected=str(rule),
+        fix=f"set {name} to such a value, or leave it out for its default",
+    )
 
 
 def check_refusals(config: object, refusals: Mapping[str, Refusal]) -> None:

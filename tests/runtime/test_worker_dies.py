@@ -12,7 +12,7 @@ import pytest
 from conftest import wait_until
 from stand_in import HANG_S, Gate, Parts, SlowFile, answered, plain, png, stand_in
 from vlmforge import Pipeline
-from vlmforge.errors import PipelineError
+from vlmforge.errors import EngineStepError, PipelineError
 from vlmforge.outputs.detokenizer import IncrementalDetokenizer
 from vlmforge.outputs.sampling import Sampler
 from vlmforge.runner.runner import Runner
@@ -117,3 +117,24 @@ def test_a_runner_that_raises_after_all_ends_those_of_its_step(
         (found,) = answered(lambda: pipe(["a"], plain(9)))
         assert found.error_code == "engine_step"
         assert answered(lambda: pipe("c", plain(4))).generate_token_len == 4
+
+
+def test_a_failure_that_is_told_to_several_is_not_one_object(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each raises its own: tracebacks of different threads do not mix."""
+    parts = Parts(2)
+    with stand_in(parts, slots=2) as pipe, ThreadPoolExecutor(2) as pool:
+
+        def fail(name: str, _: int) -> None:
+            if name == "step" and len(parts.rows) and parts.rows[-1] == 2:
+                raise RuntimeError("once")
+
+        parts.before = fail
+        first = second = None
+        while not (first and second):  # until they were run together
+            calls = [pool.submit(pipe, text, plain(90)) for text in ("a", "b")]
+            first, second = (call.exception(HANG_S) for call in calls)
+    assert isinstance(first, EngineStepError)
+    assert isinstance(second, EngineStepError)
+    assert first is not second

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import wait_until
 from late_parts import BegunLate, LateParts
-from stand_in import HANG_S, Parts, answered, plain, png, stand_in
+from stand_in import Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline, Response
 from vlmforge.backends import DecoderBatch, FloatArray
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
@@ -379,26 +379,3 @@ def test_a_worker_that_dies_tells_all_and_refuses_the_rest(monkeypatch: pytest.M
             answered(lambda: pipe("later"))
         assert "SystemError: a bug" in caught.value.found
         assert isinstance(caught.value.__cause__, SystemError)
-
-
-def test_a_failure_that_is_told_to_several_is_not_one_object(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Each raises its own: tracebacks of different threads do not mix."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    parts = Parts(2)
-    with stand_in(parts, slots=2) as pipe, ThreadPoolExecutor(2) as pool:
-
-        def fail(name: str, _: int) -> None:
-            if name == "step" and len(parts.rows) and parts.rows[-1] == 2:
-                raise RuntimeError("once")
-
-        parts.before = fail
-        first = second = None
-        while not (first and second):  # until they were run together
-            calls = [pool.submit(pipe, text, plain(90)) for text in ("a", "b")]
-            first, second = (call.exception(HANG_S) for call in calls)
-    assert isinstance(first, EngineStepError)
-    assert isinstance(second, EngineStepError)
-    assert first is not second

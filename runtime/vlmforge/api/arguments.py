@@ -19,7 +19,7 @@ from vlmforge.field_rules import (
     OrNone,
     Rule,
     Text,
-    check_value,
+    misfit,
     shown,
 )
 from vlmforge.outputs.generation_config import GenerationConfig
@@ -49,7 +49,8 @@ def check_call(call: str, /, **arguments: object) -> None:
         arguments: By their names; what each must be is the same in all calls.
     """
     for name, value in arguments.items():
-        check_value(f"{call}(): {name}", name, value, _RULES[name])
+        if not _RULES[name].admits(value):
+            raise misfit(f"{call}(): {name}", name, value, _RULES[name])
 
 
 def path_text(model_path: object) -> str:

@@ -74,11 +74,12 @@ class Call:
         """
         self.loop.check()
         asked = enumerate(zip(items, configs, strict=False))
+        count = len(items) if isinstance(items, tuple) else None  # an iterator does not tell
         more = True
         try:
             while more or self._requests:
                 while more and self._may_ask():
-                    more = yield from self._ask(asked)
+                    more = yield from self._ask(asked, count)
                 if self._requests:
                     yield self._next()
         finally:
@@ -125,9 +126,15 @@ class Call:
         return not count or (count < self.ahead and not self.intake.full)
 
     def _ask(
-        self, asked: Iterator[tuple[int, tuple[Conversation | Exception, GenerationConfig]]]
+        self,
+        asked: Iterator[tuple[int, tuple[Conversation | Exception, GenerationConfig]]],
+        count: int | None,
     ) -> Generator[Event, None, bool]:
-        """Submit the next item; False when there is none. What fails at once is its event."""
+        """Submit the next item, of so many; False when there are no more.
+
+        What fails at once is its event. Behind the last one nothing is left to do but to wait: the
+        worker, which is just waking up, needs this thread's lock of the interpreter.
+        """
         found = next(asked, None)
         if found is None:
             return False
@@ -142,7 +149,7 @@ class Call:
         except VlmforgeError as error:
             self._requests.pop(index, None)
             yield Event(index, error=error)
-        return True
+        return index + 1 != count
 
     def _next(self) -> Event:
         """The next event; a process that was forked while one was awaited gets no more of them."""

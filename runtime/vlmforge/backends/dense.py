@@ -127,9 +127,8 @@ class PlacedCache:
 
     def note(self, batch: DecoderBatch) -> None:
         """The batch's tokens have been written."""
-        length = batch.input_ids.shape[1]
-        for slot, past in zip(batch.slots, batch.past_lengths.tolist(), strict=True):
-            self._rows.set_tokens(slot, past + length)
+        tokens = batch.past_lengths + batch.input_ids.shape[1]
+        self._rows.set_all_tokens(batch.slots, tokens.tolist())
 
     def move(self, move: Move) -> None:
         """See `DecoderSession`."""

@@ -35,7 +35,7 @@ from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.manifest import KVLayout, Manifest, Part, decoder_name
 from vlmforge.errors import EngineError
 from vlmforge.kv.cache import Move
-from vlmforge.limits import available_cpus
+from vlmforge.limits import available_cpus, return_freed_memory
 from vlmforge.ort import ort
 
 PROVIDER = "CPUExecutionProvider"
@@ -84,7 +84,7 @@ def _session(
     settings.enable_cpu_mem_arena = False
     settings.enable_mem_pattern = False
     try:
-        return ort.InferenceSession(path, settings, providers=[PROVIDER])
+        session = ort.InferenceSession(path, settings, providers=[PROVIDER])
     except Exception as error:
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot load {path}.",
@@ -92,6 +92,8 @@ def _session(
             expected=f"the part {part.name!r} as build-engine wrote it",
             fix="vlmforge doctor, then rebuild: build-engine CHECKPOINT -o ENGINE --force",
         ) from error
+    return_freed_memory()  # of what was packed or widened: else it is still held while others load
+    return session
 
 
 def _longer_tables(manifest: Manifest, part: Part, capacity: int) -> Mapping[str, ort.OrtValue]:
@@ -154,9 +156,7 @@ class _TokenSteps:
         """Whether it is such a step, and its arrays are taken over."""
         rows, length = batch.input_ids.shape
         more = _more_inputs(batch)
-        if length != 1 or batch.image_features is not None or batch.logits_indices.shape[1] != 1:
-            return False
-        if more.keys() != self._more:
+        if length != 1 or batch.image_features is not None or more.keys() != self._more:
             return False
         self._inputs[interface.INPUT_IDS.name][:rows] = batch.input_ids[order]
         self._inputs[interface.PAST_LENGTHS.name][:rows] = batch.past_lengths[order]
@@ -177,6 +177,7 @@ class _Layout:
 
     rows: tuple[tuple[str, ort.OrtValue], ...]  # by the name of what is past
     one_token: ort.IOBinding | None = None
+    prompt: ort.IOBinding | None = None
 
     def bind(self, binding: ort.IOBinding) -> None:
         """What is written goes where what was read lies."""
@@ -214,21 +215,45 @@ class _Decoder(DecoderSession):
     def step(self, batch: DecoderBatch) -> FloatArray:
         first_row, order = self._places.arrange(batch)
         rows = len(batch.input_ids)
-        one_token = self._tokens.take(batch, order)
-        if one_token:
-            binding = self._token_binding(first_row, rows)
+        layout = self._layout(first_row, rows)
+        if batch.logits_indices.shape[1] != 1:
+            given = self._run_anew(layout, batch, order)
+        elif self._tokens.take(batch, order):
+            run_bound(self._session, self._token_binding(layout, rows))
+            given = self._tokens.logits[:rows]
         else:
-            binding = self._binding(batch, order, first_row)
-        run_bound(self._session, binding)
+            self._run_prompt(layout, batch, order)
+            given = self._tokens.logits[:rows]
         self._places.note(batch)
         # Copied: what comes may be a view of memory that goes with the binding, or is used again.
-        given = self._tokens.logits[:rows] if one_token else binding.get_outputs()[-1].numpy()
         logits = np.empty(given.shape, np.float32)
         logits[order] = given
         return logits
 
-    def _binding(self, batch: DecoderBatch, order: Order, first: int) -> ort.IOBinding:
-        """`order`: of the batch's rows in the cache, from row `first` on."""
+    def _run_anew(self, layout: _Layout, batch: DecoderBatch, order: Order) -> FloatArray:
+        """Any number of logits for each row; `order`: of the batch's rows in the cache."""
+        binding = self._session.io_binding()
+        layout.bind(binding)
+        binding.bind_output(interface.LOGITS, "cpu")
+        self._bind_inputs(binding, batch, order)
+        run_bound(self._session, binding)
+        found: FloatArray = binding.get_outputs()[-1].numpy()
+        return found
+
+    def _run_prompt(self, layout: _Layout, batch: DecoderBatch, order: Order) -> None:
+        """Several tokens for each row, and the logits after one of them, where `_tokens` has them.
+
+        What does not change from one prompt to the next is bound once.
+        """
+        if layout.prompt is None:
+            layout.prompt = self._tokens.bind(len(batch.input_ids))
+            layout.bind(layout.prompt)
+        self._bind_inputs(layout.prompt, batch, order)
+        run_bound(self._session, layout.prompt)
+        if batch.image_features is not None:  # let them go
+            layout.prompt.bind_cpu_input(interface.IMAGE_FEATURES, self._tokens.no_features)
+
+    def _bind_inputs(self, binding: ort.IOBinding, batch: DecoderBatch, order: Order) -> None:
         features = batch.image_features
         inputs = {
             interface.INPUT_IDS.name: batch.input_ids,
@@ -238,17 +263,12 @@ class _Decoder(DecoderSession):
         }
         if features is None:
             features = self._tokens.no_features
-        binding = self._session.io_binding()
         binding.bind_cpu_input(interface.IMAGE_FEATURES, np.ascontiguousarray(features))
         for name, value in inputs.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value[order]))
-        self._layout(first, len(batch.input_ids)).bind(binding)
-        binding.bind_output(interface.LOGITS, "cpu")
-        return binding
 
-    def _token_binding(self, first: int, rows: int) -> ort.IOBinding:
-        """Of one token for each of the rows `first .. first + rows`; made once."""
-        layout = self._layout(first, rows)
+    def _token_binding(self, layout: _Layout, rows: int) -> ort.IOBinding:
+        """Of one token for each of the layout's rows; made once."""
         if layout.one_token is None:
             layout.one_token = self._tokens.bind(rows)
             layout.bind(layout.one_token)

@@ -40,6 +40,7 @@ class Rows:
         self._slot_in = list(range(count))
         self._tokens = [0] * count  # by row
         self._latest = range(0)  # the rows of the latest arrangement
+        self._settled: dict[tuple[int, ...], Arrangement] = {}  # of slots that lie so
 
     def row(self, slot: int) -> int:
         """Where a slot is now."""
@@ -49,10 +50,19 @@ class Rows:
         """From now on the slot's first `tokens` tokens matter."""
         self._tokens[self._row_of[slot]] = tokens
 
+    def set_all_tokens(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """The same of each slot."""
+        for slot, count in zip(slots, tokens, strict=True):
+            self._tokens[self._row_of[slot]] = count
+
     def arrange(self, slots: Sequence[int]) -> Arrangement:
         """Bring the slots, all different, side by side; as few tokens as possible are moved."""
         if len(slots) == 1:
             return self._alone(slots[0])
+        settled = self._settled.get(tuple(slots))  # mostly: those of the step before
+        if settled is not None:
+            self._latest = range(settled.first_row, settled.first_row + len(slots))
+            return settled
         members = {self._row_of[slot] for slot in slots}
         first = min(members)
         if max(members) - first + 1 > len(slots):  # mostly they are side by side already
@@ -63,7 +73,9 @@ class Rows:
         exchanges = tuple(self._exchange(a, b) for a, b in zip(guests, away, strict=True))
         place = {slot: index for index, slot in enumerate(slots)}
         self._latest = window
-        return Arrangement(first, tuple(place[self._slot_in[row]] for row in window), exchanges)
+        order = tuple(place[self._slot_in[row]] for row in window)
+        self._settled = {tuple(slots): Arrangement(first, order, ())}
+        return Arrangement(first, order, exchanges)
 
     def _alone(self, slot: int) -> Arrangement:
         """One that holds nothing yet goes where it will be wanted: beside those that ran last."""
@@ -93,6 +105,7 @@ class Rows:
 
     def _exchange(self, first: int, second: int) -> Exchange:
         exchange = Exchange(first, second, self._tokens[first], self._tokens[second])
+        self._settled = {}
         for values in (self._slot_in, self._tokens):
             values[first], values[second] = values[second], values[first]
         for row in (first, second):

@@ -27,7 +27,8 @@ _PER_ITEM = 16
 _MOST_CHARACTERS = 16_000_000
 _MOST_ITEMS = 500_000
 _MOST_DEPTH = 100
-_CONTAINERS = (list, tuple, Mapping, AbstractSet, ValuesView)
+_MAPPINGS = (dict, Mapping)  # the first one is told quickly
+_CONTAINERS = (list, tuple, *_MAPPINGS, AbstractSet, ValuesView)
 _PLAIN = frozenset((str, int, bool, float, type(None)))
 """The types of most values; what they hold is told without asking whether they are containers."""
 
@@ -91,7 +92,13 @@ def size_of(value: object) -> int:
     for _ in range(_MOST_DEPTH):
         below: list[object] = []
         for item in level:
-            total += _PER_ITEM + _own_size(item)
+            total += _PER_ITEM
+            if type(item) is str:  # mostly
+                total += len(item)
+                continue
+            if item is None or type(item) is bool:
+                continue
+            total += _own_size(item)
             if type(item) in _PLAIN:
                 continue
             items += _length(item)
@@ -115,6 +122,8 @@ def _length(value: object) -> int:
 
 
 def _children(value: object) -> list[object]:
-    if isinstance(value, Mapping):
+    if isinstance(value, list | tuple):
+        return [*value]
+    if isinstance(value, _MAPPINGS):
         return [*value.keys(), *value.values()]
-    return list(value) if isinstance(value, _CONTAINERS) else []
+    return [*value] if isinstance(value, _CONTAINERS) else []

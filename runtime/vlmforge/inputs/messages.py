@@ -66,12 +66,12 @@ class Message:
     @property
     def images(self) -> tuple[Image, ...]:
         """Its images in order."""
-        return tuple(block for block in self.blocks if isinstance(block, Image))
+        return tuple([block for block in self.blocks if isinstance(block, Image)])
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Its texts in order."""
-        return tuple(block.text for block in self.blocks if isinstance(block, Text))
+        return tuple([block.text for block in self.blocks if isinstance(block, Text)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,9 @@ class Conversation:
     @property
     def images(self) -> tuple[Image, ...]:
         """All images in order."""
-        return tuple(image for message in self.messages for image in message.images)
+        return tuple(
+            [b for message in self.messages for b in message.blocks if isinstance(b, Image)]
+        )
 
 
 @dataclass(frozen=True, slots=True)

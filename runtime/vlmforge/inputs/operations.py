@@ -26,6 +26,9 @@ Cost = Callable[..., int]
 def check_operator(operator: str, left: Any, right: Any) -> None:
     """Count the work of `left operator right`; TemplateLimitError: its result would be huge."""
     what = f"the operator {operator}"
+    if operator == "+" and type(left) is str is type(right):  # mostly
+        spend(OPERATION + text_work(len(left) + len(right)), what)
+        return
     spend(OPERATION, what)
     for value in (left, right):
         if isinstance(value, int) and value.bit_length() > _MOST_BITS:

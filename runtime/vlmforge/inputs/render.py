@@ -129,9 +129,7 @@ def render_prompt(
         refuse_spelled(chunk, policy)
     texts, runs = _laid_out(chunks, layouts)
     pieces = encode_chunks(texts, policy, encoder)
-    text, places = _text(chunks, names, policy)
-    rendered = _expand(text, pieces, names, policy, runs)
-    return dataclasses.replace(rendered, image_texts=places)
+    return _expand(_text(chunks, names, policy), pieces, names, policy, runs)
 
 
 def _cut(marked: str) -> tuple[list[str], list[str | None]]:
@@ -346,7 +344,7 @@ def _escape(text: str, policy: PromptPolicy) -> str:
 
 
 def _expand(
-    text: str,
+    written: tuple[str, tuple[tuple[int, int], ...]],
     pieces: Sequence[Encoded],
     names: Sequence[str],
     policy: PromptPolicy,
@@ -361,4 +359,5 @@ def _expand(
         ids += behind
         contents += [len(ids) + start for start in piece.contents]
         ids += piece.ids
-    return RenderedPrompt(text, tuple(ids), tuple(spans), tuple(contents))
+    text, places = written
+    return RenderedPrompt(text, tuple(ids), tuple(spans), tuple(contents), places)

@@ -47,6 +47,8 @@ from vlmforge.inputs.operations import (
 # What jinja's code hands on to functions that ask for the context of a loop or block.
 _LOOP_SCOPES = ("_loop_vars", "_block_vars")
 
+_OF_DICT = frozenset(dir(dict))
+
 T = TypeVar("T", bound=nodes.Node)
 
 _MOST_SOURCE = 1 << 17
@@ -117,12 +119,9 @@ def _sum(context: Context, value: Any, attribute: str | int | None = None, start
     return start
 
 
-def _step(weight: int, line: int) -> None:
-    spend(weight, f"what is repeated at line {line}")
-
-
-def _weighed(value: Any) -> Any:
-    spend(OPERATION + work_of(value), "a comparison")
+def _weighed(value: Any, others: int = 0) -> Any:
+    """`value`, whose work is counted, and that of `others`, which is known."""
+    spend(OPERATION + work_of(value) + abs(others), "a comparison")
     return value
 
 
@@ -179,11 +178,14 @@ def _count_body(node: nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node
 
 
 def _count_comparison(node: nodes.Compare) -> nodes.Node:
-    node = _inside(node)
-    node.expr = _wrapped(node.expr, _WEIGHED)
+    node, known = _inside(node), 0
     for operand in node.ops:
-        name = _SEARCHED if operand.op in ("in", "notin") else _WEIGHED
-        operand.expr = _wrapped(operand.expr, name)
+        if isinstance(operand.expr, nodes.Const):  # mostly: a role or a type
+            known += OPERATION + work_of(operand.expr.value)
+        else:
+            name = _SEARCHED if operand.op in ("in", "notin") else _WEIGHED
+            operand.expr = _wrapped(operand.expr, name)
+    node.expr = _wrapped(node.expr, _WEIGHED, nodes.Const(known))
     return node
 
 
@@ -219,13 +221,13 @@ _REWRITES: Mapping[type, Callable[[Any], nodes.Node]] = {
 }
 
 
-def _wrapped(node: nodes.Expr, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+def _wrapped(node: nodes.Expr, name: str, *arguments: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(node, name, [*arguments], [], None, None, lineno=node.lineno)
 
 
 def _step_of(weight: int, line: int) -> nodes.Filter:
-    arguments: list[nodes.Expr] = [nodes.Const(line)]
-    return nodes.Filter(nodes.Const(weight), _STEP, arguments, [], None, None, lineno=line)
+    what = nodes.Const(f"what is repeated at line {line}")
+    return _wrapped(nodes.Const(weight, lineno=line), _STEP, what)
 
 
 def _weight(body: Iterable[nodes.Node]) -> int:
@@ -251,6 +253,11 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         check_operator(operator, left, right)
         return super().call_binop(context, operator, left, right)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute not in _OF_DICT:  # mostly a message: no error on the way
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         spend(1, "the look-ups")
@@ -289,7 +296,7 @@ def _environment() -> _Environment:
     )
     known = {**environment.filters, "tojson": _tojson, "join": _join, "sum": _sum}
     environment.filters = {name: counted_filter(name, known[name]) for name in FILTERS}
-    environment.filters |= {_STEP: _step, _WEIGHED: _weighed, _SEARCHED: _searched}
+    environment.filters |= {_STEP: spend, _WEIGHED: _weighed, _SEARCHED: _searched}
     environment.filters |= {_CONCAT: _concat, _SLICED: _slice}
     tests: Any = environment.tests
     environment.tests = {name: counted_test(name, test) for name, test in tests.items()}
@@ -308,7 +315,9 @@ def compile_template(source: str) -> jinja2.Template:
             f"a template of {len(source)} characters; at most {_MOST_SOURCE} are compiled"
         )
     with limited():
-        return _environment().from_string(source)
+        template = _environment().from_string(source)
+    template.globals = dict(template.globals)  # not a chain, which takes long to copy each time
+    return template
 
 
 def render_bounded(source: str, values: Mapping[str, object]) -> str:

@@ -97,8 +97,11 @@ class KVCache(Protocol):
 def common_prefix(first: Keys, second: Keys) -> int:
     """Number of equal elements at the beginning."""
     length = min(len(first), len(second))
-    differs = np.flatnonzero(first[:length] != second[:length])
-    return int(differs[0]) if len(differs) else length
+    if not length:
+        return 0
+    differs = first[:length] != second[:length]
+    place = int(differs.argmax())
+    return place if differs[place] else length
 
 
 def joined(keys: Keys, more: Keys | Sequence[int], room: Keys) -> tuple[Keys, Keys]:

@@ -45,12 +45,12 @@ class SlotCache(KVCache):
     @property
     @override
     def used_blocks(self) -> int:
-        return sum(slot.room for slot in self._slots)
+        return sum([slot.room for slot in self._slots])
 
     @property
     def held_blocks(self) -> int:
         """Blocks of the sequences that are there."""
-        return sum(slot.room for slot in self._slots if slot.owner is not None)
+        return sum([slot.room for slot in self._slots if slot.owner is not None])
 
     @override
     def find(self, keys: Keys, *, salt: bytes) -> tuple[tuple[int, ...], int]:
@@ -102,9 +102,9 @@ class SlotCache(KVCache):
     @override
     def grow(self, sequence: int, tokens: int) -> bool:
         slot = self._slots[self._place[sequence]]
-        wanted = self._count(tokens)
-        if wanted <= slot.room:  # mostly
+        if tokens <= slot.room * self._block_size:  # mostly
             return tokens <= self._capacity
+        wanted = self._count(tokens)
         if tokens > self._capacity or wanted - slot.room > self._budget - self.held_blocks:
             return False
         slot.room = wanted

@@ -342,6 +342,8 @@ def _sampling_params(
 
 def _bad_words(config: GenerationConfig, facts: TokenFacts) -> tuple[tuple[int, ...], ...]:
     """Banned ids, and the ids of each banned word at the start of a text and after a space."""
+    if not (config.bad_token_ids or config.bad_words):  # mostly
+        return ()
     ids = [int(i) for i in config.bad_token_ids or ()]
     _check_vocabulary("bad_token_ids", ids, facts.vocab_size)
     spellings = [

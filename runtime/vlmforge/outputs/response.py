@@ -6,8 +6,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -92,20 +91,16 @@ class Stopwatch:
         other._seconds = dict(self._seconds)
         return other
 
-    def switch(self, stage: Stage) -> None:
-        """From now on, time is charged to `stage`."""
-        self.split({})
-        self._current = stage
+    def switch(self, stage: Stage) -> Stage:
+        """From now on, time is charged to `stage`; returns to which it was until now."""
+        before, now = self._current, self._clock()
+        self._seconds[before] += now - self._mark
+        self._current, self._mark = stage, now
+        return before
 
-    @contextmanager
-    def stage(self, stage: Stage) -> Iterator[None]:
-        """Charge the block to `stage`; inside another such block, not to that one."""
-        outer = self._current
-        self.switch(stage)
-        try:
-            yield
-        finally:
-            self.switch(outer)
+    def stage(self, stage: Stage) -> _Charged:
+        """For a `with` whose time is charged to `stage`; inside another one, not to that one's."""
+        return _Charged(self, stage)
 
     def split(self, parts: Mapping[Stage, float]) -> None:
         """Charge the time since the last call: `parts`, measured elsewhere, and the rest."""
@@ -131,6 +126,21 @@ class Stopwatch:
             cached_prefix_tokens=cached_prefix_tokens,
             cached_images=cached_images,
         )
+
+
+class _Charged:
+    """No generator: there are several of every request."""
+
+    __slots__ = ("_outer", "_stage", "_watch")
+
+    def __init__(self, watch: Stopwatch, stage: Stage) -> None:
+        self._watch, self._stage, self._outer = watch, stage, stage
+
+    def __enter__(self) -> None:
+        self._outer = self._watch.switch(self._stage)
+
+    def __exit__(self, *_: object) -> None:
+        self._watch.switch(self._outer)
 
 
 @dataclass(slots=True, repr=False)

@@ -69,11 +69,15 @@ class SamplingParams:
     @property
     def likeliest(self) -> bool:
         """Whether the id of the largest logit is all that it takes to choose."""
+        return self.greedy and not self.logprobs and not self.edits
+
+    @property
+    def edits(self) -> bool:
+        """Whether anything is done to the logits, of any step, before one is chosen."""
         edited = self.logits_processors or self.bad_words or self.guide
         held = self.held_ids and self.min_new_tokens
         penalty = self.presence_penalty or self.frequency_penalty
-        plain = self.repetition_penalty == 1 and not penalty and not self.logprobs
-        return bool(self.greedy and plain and not (edited or held))
+        return bool(self.repetition_penalty != 1 or penalty or edited or held)
 
 
 class SampledToken(NamedTuple):
@@ -115,7 +119,7 @@ class Sampler:
         _check_ids("bad words", [i for word in params.bad_words for i in word], vocab_size)
         _check_ids("stop tokens", params.held_ids, vocab_size)
         self.rng = _generator(params) if rng is None and not params.greedy else rng
-        self._params = params
+        self._params, self._plain = params, not params.edits
         self._vocab_size = vocab_size
         self._prompt = tuple(prompt_ids)
         self._generated: list[int] = []
@@ -190,9 +194,10 @@ class Sampler:
         if logits.shape != (self._vocab_size,):
             raise ValueError(f"logits of shape {logits.shape}, not ({self._vocab_size},)")
         token = int(logits.argmax())
-        _check_engine(float(logits[token]))
-        edited = self._edited(logits)
-        if edited is not logits:
+        if not math.isfinite(peak := float(logits[token])):
+            raise _not_finite(peak)
+        edited = logits if self._plain else self._edited(logits)
+        if not self._plain:
             token = int(edited.argmax())
             _check_edited(float(edited[token]))
         if self.rng is not None and not self._params.greedy:
@@ -218,21 +223,16 @@ class Sampler:
 
     def _known(self, token: int) -> SampledToken:
         if token < 0:
-            _check_engine(math.nan)
+            raise _not_finite(math.nan)
         self._generated.append(token)
         self._seen[token] = True
         return SampledToken(token)
 
     def _edited(self, logits: Logits) -> Logits:
-        """`logits` itself when nothing is to be edited, else an edited copy."""
+        """A copy, edited as `params.edits` says."""
         params = self._params
         banned = self._banned_now()
         penalty = params.presence_penalty or params.frequency_penalty
-        edits = (
-            params.logits_processors or params.repetition_penalty != 1 or penalty or params.guide
-        )
-        if not (edits or banned):
-            return logits
         logits = np.array(logits, np.float32)
         for processor in params.logits_processors:
             logits = self._processed(processor, logits)
@@ -358,8 +358,8 @@ def _ends_with(ids: list[int], end: tuple[int, ...]) -> bool:
 
 
 def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
-    outside = [i for i in ids if not 0 <= i < vocab_size]
-    if outside:
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        outside = [i for i in ids if not 0 <= i < vocab_size]
         raise ConfigError(
             f"An id of {what} is outside the vocabulary.",
             found=str(outside[0]),
@@ -368,15 +368,14 @@ def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def _check_engine(peak: float) -> None:
-    if not math.isfinite(peak):
-        raise EngineError(
-            "The decoder gave logits that are not finite.",
-            found=str(peak),
-            expected="finite logits",
-            fix="check the engine: vlmforge verify ENGINE; if it fails, build it again, with "
-            "--dtype float32 if it was built with less",
-        )
+def _not_finite(peak: float) -> EngineError:
+    return EngineError(
+        "The decoder gave logits that are not finite.",
+        found=str(peak),
+        expected="finite logits",
+        fix="check the engine: vlmforge verify ENGINE; if it fails, build it again, with "
+        "--dtype float32 if it was built with less",
+    )
 
 
 def _check_edited(peak: float) -> None:

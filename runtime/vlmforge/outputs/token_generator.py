@@ -123,7 +123,7 @@ class TokenGenerator(TokenChooser):
         text = self._scanner.push(self._detokenizer.push([token.id]))
         if self._scanner.matched is not None:
             self._end("stop", text)
-        elif ends or self._ngrams.push(token.id):
+        elif ends or (stop.ngram_size and self._ngrams.push(token.id)):
             self._end("stop", text + self._flush())
         elif len(self._ids) >= self._budget:
             self._end("length", text + self._flush())

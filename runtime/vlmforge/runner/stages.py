@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
@@ -243,7 +244,7 @@ class Engine:
         ids = np.array(rendered.token_ids, np.int64)
         begins = [self.manifest.decode.vocab_size]
         begins += [0 if known is None else len(known) for known in features]
-        rows_of = np.cumsum(begins)
+        rows_of = [*itertools.accumulate(begins)]
         for span in rendered.image_spans:
             if features[span.image] is not None:
                 rows = np.arange(span.first, span.first + span.length, dtype=np.int64)

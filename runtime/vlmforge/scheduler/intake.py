@@ -268,8 +268,8 @@ class Lane(lifetime.Owner):
             request.fail(as_ours(error))
             judge(error)
         finally:
-            self._prepared(request)
             if not handed:
+                self._prepared(request)
                 request.fail(closed())  # unless it has ended
                 self._give_place(priority)
 
@@ -280,7 +280,8 @@ class Lane(lifetime.Owner):
     def _give_place(self, priority: int) -> None:
         with self._lock:
             self._held[priority] -= 1
-            self._held += Counter()  # forgets priorities that nobody has
+            if not self._held[priority]:
+                del self._held[priority]
             self._advance()
 
 

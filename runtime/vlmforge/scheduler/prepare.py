@@ -90,9 +90,9 @@ class Preparation:
             CancelledError: nobody wants it any more.
         """
         watch = request.watch
-        with watch.stage("load"):
-            conversation = request.conversation
-            if self.engine.needs_sizes:
+        conversation = request.conversation
+        if self.engine.needs_sizes:
+            with watch.stage("load"):
                 conversation = self.engine.opened(conversation)
         with watch.stage("preprocess"):
             conversation, rendered = self.engine.fitted(
@@ -101,8 +101,9 @@ class Preparation:
             plan = request.config.resolved(self.facts)
             budget = self._budget(rendered, plan.max_new_tokens)
         request.check()
-        with watch.stage("load"):
-            conversation = self.engine.opened(conversation)
+        if conversation.images:
+            with watch.stage("load"):
+                conversation = self.engine.opened(conversation)
         fresh = plan.wants_prompt_logits
         images = self._images(opened_images(conversation), rendered, request, fresh=fresh)
         request.check()
@@ -146,6 +147,8 @@ class Preparation:
 
         Should tokens leave the cache before the request runs, the worker makes the others itself.
         """
+        if not images:
+            return []
         with request.watch.stage("load"):
             contents = [request.terms.content(image.digest) for image in images]
         made = [
@@ -156,7 +159,7 @@ class Preparation:
             for image, content in zip(images, contents, strict=True)
         ]
         there = 0
-        if images and not fresh:
+        if not fresh:
             there = self.caches.cached(self.engine.keys(rendered, made), request.terms)
         needed = {s.image for s in rendered.image_spans if s.start + s.length > there}
         for index in sorted(needed):
@@ -186,8 +189,8 @@ class Preparation:
 
     def _grounding(self, kept: Conversation, request: Request) -> Grounding | None:
         """`kept` is what is left of the request's conversation: the latest of its images."""
-        box_format, images = self.engine.manifest.prompt.box_format, opened_images(kept)
-        if box_format is None or not images:
+        box_format = self.engine.manifest.prompt.box_format
+        if box_format is None or not (images := opened_images(kept)):
             return None
         return Grounding(box_format, images[-1].size, len(request.conversation.images) - 1)
 

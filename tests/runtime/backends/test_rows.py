@@ -12,10 +12,13 @@ from vlmforge.backends.rows import Rows
 def test_every_arrangement_is_whole(data: st.DataObject, count: int) -> None:
     rows = Rows(count)
     content = [f"slot {i}" for i in range(count)]  # by row
+    before: list[list[int]] = []
     for _ in range(data.draw(st.integers(1, 12))):
         slot = data.draw(st.integers(0, count - 1))
         rows.set_tokens(slot, data.draw(st.integers(0, 20)))
-        asked = data.draw(st.lists(st.integers(0, count - 1), min_size=1, unique=True))
+        new = st.lists(st.integers(0, count - 1), min_size=1, unique=True)
+        asked = data.draw(st.sampled_from(before) | new if before else new)
+        before.append(asked)
         arrangement = rows.arrange(asked)
         for exchange in arrangement.exchanges:
             a, b = exchange.first, exchange.second
@@ -52,3 +55,13 @@ def test_who_holds_nothing_yet_goes_beside_those_that_run() -> None:
     rows.arrange([7])
     rows.set_tokens(7, 600)
     assert rows.arrange([2, 3, 7]).exchanges == ()
+
+
+def test_what_lay_side_by_side_is_looked_for_again_when_another_moved_it() -> None:
+    rows = Rows(5)
+    assert rows.arrange([0, 1]) == rows.arrange([0, 1])
+    for slot in (3, 4):  # the second takes the place of slot 1
+        rows.arrange([slot])
+    assert rows.row(1) == 4
+    first = rows.arrange([0, 1]).first_row
+    assert {rows.row(0), rows.row(1)} == {first, first + 1}
