@@ -174,6 +174,22 @@ def test_a_rank_that_does_not_come_is_not_waited_for(told: bool) -> None:
     assert ranks.words[0][64] == 1
 
 
+@pytest.mark.parametrize("asked", ["host", "device"])
+def test_who_waits_asks_the_host_once_of_sixteen_times(asked: str) -> None:
+    """It is far: were all of a rank's threads to look there, the rank would be late by that."""
+    ranks, known = Ranks(2, patience=1), library(0)
+    here = ranks.places[0]
+    threads = 1500  # with a group each
+    given = bits(drawn(4, 2 * threads, dtype="float32"), "float32")
+    lost = here.counts + launcher.COUNTS_BYTES - 4
+    known.vf_watch(ctypes.c_void_p(here.stop if asked == "host" else lost))
+    place = given.ctypes.data
+    ranks.meet(lambda _: launcher.Sum(place, place, 2 * threads, "float32"), [0])
+    # The first thread of all finds at its second look that time is over, all others that it was.
+    assert known.vf_looks() == (2 if asked == "host" else 2 * 16 + threads - 1)
+    known.vf_watch(None)
+
+
 def test_what_a_launch_is_told_is_as_the_kernels_read_it() -> None:
     known = library(0)
     assert ctypes.sizeof(launcher.Params) == known.vf_params_size()

@@ -28,6 +28,9 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int blocks,
   return 0;
 }
 
+extern "C" void vf_watch(const void* word) { vf_host::watched = word, vf_host::looks = 0; }
+extern "C" int vf_looks() { return vf_host::looks; }
+
 // For the tests of what Python mirrors.
 extern "C" int vf_params_size() { return sizeof(vf::Params); }
 extern "C" int vf_params_offset(const char* field) {
