@@ -10,6 +10,7 @@ import hashlib
 import os
 import struct
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -104,17 +105,26 @@ def _compiled(
     source: Path, files: Sequence[Path], options: Sequence[str], name: str, suffix: str
 ) -> Path:
     """What g++ makes of `source`; kept by `options`, but for places, and the content of `files`."""
-    state = hashlib.sha256(Path("/proc/cpuinfo").read_bytes()[:400])
+    state = hashlib.sha256("".join(_processor()).encode())
     state.update(" ".join(o for o in (*FLAGS, *options) if not o.startswith("-I")).encode())
     for path in files:
         state.update(path.read_bytes())
     made = ROOT / "out" / "host_kernels" / f"{name}{state.hexdigest()[:24]}{suffix}"
     if not made.is_file():
         made.parent.mkdir(parents=True, exist_ok=True)
-        beside = made.with_suffix(f".{os.getpid()}")
+        # Two threads may want it at once, and so may two processes: the last one's is kept.
+        beside = made.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         subprocess.run(["g++", *FLAGS, *options, str(source), "-o", str(beside)], check=True)
         beside.rename(made)
     return made
+
+
+@cache
+def _processor() -> tuple[str, ...]:
+    """What is compiled for: not its speed at the moment, which stands there too."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    told = (line for line in lines if line.startswith(("model name", "flags", "Features")))
+    return tuple(sorted(set(told)))
 
 
 class HostKernels:

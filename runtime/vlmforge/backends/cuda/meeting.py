@@ -22,8 +22,10 @@ from vlmforge.errors import BackendUnavailableError, EngineError
 
 logger = logging.getLogger("vlmforge")
 
-# Bytes of a sum up to which our kernel is sooner. It gives all to all, and NCCL a share to each.
-_SMALL, _SMALL_OF_TWO = 512 << 10, 1 << 20
+# Bytes of a sum up to which it goes by our kernel, whose threads all wait for their own data. Where
+# both ranks begin at once it is sooner up to 2 MiB, but in steps of decoding, whose ranks do not,
+# 512 KiB took a millisecond each (bench/RESULTS.md, "Several ranks on GPUs").
+_SMALL = 64 << 10
 
 
 class GpuMeetings(MeetingPlace):
@@ -33,7 +35,6 @@ class GpuMeetings(MeetingPlace):
         self, gpu: Gpu, ranks: Communicator, peers: Peers | None, nccl: Nccl | None
     ) -> None:
         self._gpu, self._ranks, self._peers, self._nccl = gpu, ranks, peers, nccl
-        self._small = _SMALL_OF_TWO if ranks.size == 2 else _SMALL
         self._lost = False
         known = weakref.WeakMethod(self._check)
 
@@ -57,7 +58,7 @@ class GpuMeetings(MeetingPlace):
     def _is_small(self, call: Collective, given: Tensor) -> bool:
         if call.kind == "all_gather":  # it has no place for each rank's columns in NCCL
             return True
-        return math.prod(given.shape) * ITEM_BYTES[given.dtype] <= self._small
+        return math.prod(given.shape) * ITEM_BYTES[given.dtype] <= _SMALL
 
     def _give_up(self) -> None:
         """What waits for other ranks on the GPU ends. By any thread."""
