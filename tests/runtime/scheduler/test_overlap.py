@@ -190,3 +190,19 @@ def test_a_device_that_fails_while_the_next_step_runs_ends_each_request_once() -
         assert {r.error_code for r in responses} == {EngineStepError.code}
         parts.before = lambda name, number: None
         assert pipe("a", plain(9)).generate_token_len == 9  # type: ignore[union-attr]
+
+
+def test_a_copy_that_fails_ends_whom_it_was_made_for_and_nobody_else() -> None:
+    """Nothing is begun behind a step from which a row is missing."""
+    ends = []
+    for parts in (Parts(3), LateParts(3)):
+
+        def fail(name: str, _: int) -> None:
+            if name == "copy":
+                raise MemoryError("gone")
+
+        parts.before = fail
+        with stand_in(parts, enable_prefix_caching=False) as pipe:
+            found = at_once(pipe, ["x y z", "a"], [plain(30), plain(20, n=2)])
+        ends.append([(a.finish_reason, len(a.token_ids)) for r in found for a in r.choices])
+    assert ends[0] == ends[1] == [("length", 30), ("length", 20), ("error", 0)]
