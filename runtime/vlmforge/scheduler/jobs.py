@@ -227,11 +227,13 @@ class Jobs:
         self._lost(error)
 
     def _lost(self, error: SequenceError) -> None:
-        """The cache failed at a sequence that has ended."""
-        job = self._jobs[error.sequence.id][1]
-        self._forget(error.sequence.id)
-        job.let_go()
-        job.fail(EngineStepError.of(error.__cause__ or error))
+        """The cache failed at a sequence that has ended, and those with it that had not parted."""
+        for sequence in (error.sequence, *error.sequence.forks):
+            if sequence.id in self._jobs:
+                job = self._jobs[sequence.id][1]
+                self._forget(sequence.id)
+                job.let_go()
+                job.fail(EngineStepError.of(error.__cause__ or error))
 
     def _drop_unwanted(self) -> None:
         for sequence, job in list(self._jobs.values()):

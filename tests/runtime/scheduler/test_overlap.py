@@ -206,3 +206,20 @@ def test_a_copy_that_fails_ends_whom_it_was_made_for_and_nobody_else() -> None:
             found = at_once(pipe, ["x y z", "a"], [plain(30), plain(20, n=2)])
         ends.append([(a.finish_reason, len(a.token_ids)) for r in found for a in r.choices])
     assert ends[0] == ends[1] == [("length", 30), ("length", 20), ("error", 0)]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("function", ["begin", "note"])
+def test_bookkeeping_that_fails_at_a_prompt_ends_all_its_answers(late: bool, function: str) -> None:
+    parts = LateParts(3) if late else Parts(3)
+    with stand_in(parts, enable_prefix_caching=False) as pipe:
+        cache, jobs = pipe._scheduler._jobs._cache, pipe._scheduler._jobs
+
+        def fail(*_: object, **__: object) -> None:
+            raise MemoryError("gone")
+
+        setattr(cache, function, fail)
+        (found,) = answered(lambda: at_once(pipe, ["a"], [plain(9, n=2)]))
+        assert [answer.finish_reason for answer in found.choices] == ["error"] * 2
+        settle(pipe)
+        assert jobs.idle
