@@ -379,23 +379,3 @@ def test_a_worker_that_dies_tells_all_and_refuses_the_rest(monkeypatch: pytest.M
             answered(lambda: pipe("later"))
         assert "SystemError: a bug" in caught.value.found
         assert isinstance(caught.value.__cause__, SystemError)
-
-
-def test_what_is_written_over_moves_that_fail_tells_why() -> None:
-    """The cache is a new one then: there is no place in it to be given back."""
-    parts = Parts(3)
-    with stand_in(parts) as pipe:
-        pipe(["a", "b", "c"], plain(40))
-
-        def fail(name: str, _: int) -> None:
-            if name == "drop":
-                raise MemoryError("gone")
-
-        def write(asked: jobs.Jobs) -> bool:
-            asked.settle()
-            rows = {"key.0": np.zeros((1, 4, 1), np.int64)}
-            return asked.write(np.arange(4, dtype=np.int64), b"", rows)
-
-        parts.before = fail
-        with pytest.raises(MemoryError, match="gone"):
-            pipe._scheduler.ask(write)

@@ -15,6 +15,7 @@ from late_parts import LateParts
 from stand_in import Parts, answered, at_once, plain, png, settle, stand_in
 from vlmforge import GenerationConfig, Response
 from vlmforge.errors import EngineStepError
+from vlmforge.scheduler.jobs import Jobs
 
 PROMPTS: list[Any] = ["a", "a b", ("look", png(1)), "a b c d e f g", ("and", [png(1), png(2)])]
 WORDS = [" a", "e", "the", "s", "in"]  # some of them occur in what the stand-in says
@@ -223,3 +224,23 @@ def test_bookkeeping_that_fails_at_a_prompt_ends_all_its_answers(late: bool, fun
         assert [answer.finish_reason for answer in found.choices] == ["error"] * 2
         settle(pipe)
         assert jobs.idle
+
+
+def test_what_is_written_over_moves_that_fail_tells_why() -> None:
+    """The cache is a new one then: there is no place in it to be given back."""
+    parts = Parts(3)
+    with stand_in(parts) as pipe:
+        pipe(["a", "b", "c"], plain(40))
+
+        def fail(name: str, _: int) -> None:
+            if name == "drop":
+                raise MemoryError("gone")
+
+        def write(asked: Jobs) -> bool:
+            asked.settle()
+            rows = {"key.0": np.zeros((1, 4, 1), np.int64)}
+            return asked.write(np.arange(4, dtype=np.int64), b"", rows)
+
+        parts.before = fail
+        with pytest.raises(MemoryError, match="gone"):
+            pipe._scheduler.ask(write)
