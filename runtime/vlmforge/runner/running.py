@@ -76,5 +76,7 @@ class Running:
 
     @property
     def failed(self) -> bool:
-        """Whether it could not be begun."""
-        return any(isinstance(one, BaseException) for one in (self.logits, self.found))
+        """Whether it, or some of its rows, could not be begun."""
+        return bool(self.lost) or any(
+            isinstance(one, BaseException) for one in (self.logits, self.found)
+        )

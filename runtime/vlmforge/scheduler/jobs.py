@@ -97,19 +97,19 @@ class Jobs:
         """
         if not self._reuse or not self._cache.fits(len(keys)):
             return False
-        sequence = next(self._ids)
-        start = self._cache.begin(sequence, keys, salt=salt, reuse=True)
+        sequence, cache = next(self._ids), self._cache  # of a failure nothing is left but a new one
+        start = cache.begin(sequence, keys, salt=salt, reuse=True)
         if start is None:
             return False
         written = False
         try:
-            if self._cache.grow(sequence, len(keys)):
+            if cache.grow(sequence, len(keys)):
                 self._carry_out()
-                self._engine.decoder.write(self._cache.place(sequence), rows, start)
-                self._cache.note(sequence, keys[start:])
+                self._engine.decoder.write(cache.place(sequence), rows, start)
+                cache.note(sequence, keys[start:])
                 written = True
         finally:
-            self._cache.free(sequence, valid=written)
+            cache.free(sequence, valid=written)
         return written
 
     def _carry_out(self) -> None:
@@ -227,11 +227,13 @@ class Jobs:
         self._lost(error)
 
     def _lost(self, error: SequenceError) -> None:
-        """The cache failed at a sequence that has ended."""
-        job = self._jobs[error.sequence.id][1]
-        self._forget(error.sequence.id)
-        job.let_go()
-        job.fail(EngineStepError.of(error.__cause__ or error))
+        """The cache failed at a sequence that has ended, and those with it that had not parted."""
+        for sequence in (error.sequence, *error.sequence.forks):
+            if sequence.id in self._jobs:
+                job = self._jobs[sequence.id][1]
+                self._forget(sequence.id)
+                job.let_go()
+                job.fail(EngineStepError.of(error.__cause__ or error))
 
     def _drop_unwanted(self) -> None:
         for sequence, job in list(self._jobs.values()):

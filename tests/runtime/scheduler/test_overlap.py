@@ -15,6 +15,7 @@ from late_parts import LateParts
 from stand_in import Parts, answered, at_once, plain, png, settle, stand_in
 from vlmforge import GenerationConfig, Response
 from vlmforge.errors import EngineStepError
+from vlmforge.scheduler.jobs import Jobs
 
 PROMPTS: list[Any] = ["a", "a b", ("look", png(1)), "a b c d e f g", ("and", [png(1), png(2)])]
 WORDS = [" a", "e", "the", "s", "in"]  # some of them occur in what the stand-in says
@@ -190,3 +191,56 @@ def test_a_device_that_fails_while_the_next_step_runs_ends_each_request_once() -
         assert {r.error_code for r in responses} == {EngineStepError.code}
         parts.before = lambda name, number: None
         assert pipe("a", plain(9)).generate_token_len == 9  # type: ignore[union-attr]
+
+
+def test_a_copy_that_fails_ends_whom_it_was_made_for_and_nobody_else() -> None:
+    """Nothing is begun behind a step from which a row is missing."""
+    ends = []
+    for parts in (Parts(3), LateParts(3)):
+
+        def fail(name: str, _: int) -> None:
+            if name == "copy":
+                raise MemoryError("gone")
+
+        parts.before = fail
+        with stand_in(parts, enable_prefix_caching=False) as pipe:
+            found = at_once(pipe, ["x y z", "a"], [plain(30), plain(20, n=2)])
+        ends.append([(a.finish_reason, len(a.token_ids)) for r in found for a in r.choices])
+    assert ends[0] == ends[1] == [("length", 30), ("length", 20), ("error", 0)]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("function", ["begin", "note"])
+def test_bookkeeping_that_fails_at_a_prompt_ends_all_its_answers(late: bool, function: str) -> None:
+    parts = LateParts(3) if late else Parts(3)
+    with stand_in(parts, enable_prefix_caching=False) as pipe:
+        cache, jobs = pipe._scheduler._jobs._cache, pipe._scheduler._jobs
+
+        def fail(*_: object, **__: object) -> None:
+            raise MemoryError("gone")
+
+        setattr(cache, function, fail)
+        (found,) = answered(lambda: at_once(pipe, ["a"], [plain(9, n=2)]))
+        assert [answer.finish_reason for answer in found.choices] == ["error"] * 2
+        settle(pipe)
+        assert jobs.idle
+
+
+def test_what_is_written_over_moves_that_fail_tells_why() -> None:
+    """The cache is a new one then: there is no place in it to be given back."""
+    parts = Parts(3)
+    with stand_in(parts) as pipe:
+        pipe(["a", "b", "c"], plain(40))
+
+        def fail(name: str, _: int) -> None:
+            if name == "drop":
+                raise MemoryError("gone")
+
+        def write(asked: Jobs) -> bool:
+            asked.settle()
+            rows = {"key.0": np.zeros((1, 4, 1), np.int64)}
+            return asked.write(np.arange(4, dtype=np.int64), b"", rows)
+
+        parts.before = fail
+        with pytest.raises(MemoryError, match="gone"):
+            pipe._scheduler.ask(write)
