@@ -21,8 +21,8 @@ from vlmforge.engine.manifest import Manifest, load_manifest
 from vlmforge.errors import BackendUnavailableError
 from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress
-from vlmforge_plugins.cached_attention.compile import Binary, Nvrtc, compile_set
-from vlmforge_plugins.cached_attention.config import Config, Sizes, Target
+from vlmforge_plugins.cached_attention.compile import Binary, Nvrtc, Source, compile_set
+from vlmforge_plugins.cached_attention.config import Config, Target
 from vlmforge_recipes.llava.synthetic import PRESETS, SyntheticSpec, write_checkpoint
 
 # A checkpoint of each family and version, and the head sizes of their decoders.
@@ -51,8 +51,8 @@ class Named:
     def __init__(self) -> None:
         self.version = Nvrtc().version
 
-    def compile(self, chosen: Sizes, target: Target) -> Binary:
-        return Binary(target, f"{chosen.config.name} for {target.name}\0".encode() * 64, "")
+    def compile(self, source: Source, target: Target) -> Binary:
+        return Binary(target, f"{source.name} for {target.name}\0".encode() * 64, "")
 
 
 # No plan is run here: it is enough that those of one checkpoint carry kernels as they are compiled.
