@@ -148,7 +148,7 @@ class LateDevice(HostDevice):
 @dataclass(frozen=True, slots=True)
 class _Backend(HostBackend):
     @override
-    def device(self) -> LateDevice:
+    def device(self, number: int = 0) -> LateDevice:
         return LateDevice()
 
 

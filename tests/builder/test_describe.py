@@ -92,7 +92,7 @@ def test_the_plan_of_a_checkpoint_is_that_of_its_engine_and_of_its_load(
     planned = plan(found, config, MEMORY)
     assert planned == plan(load_manifest(engine), config, MEMORY)
     free = Room(MEMORY - CONTEXT_BYTES, "a test")
-    monkeypatch.setattr(HostBackend, "memory", lambda backend: free)
+    monkeypatch.setattr(HostBackend, "memory", lambda backend, devices: free)
     with cuda_on_cpu(), pipeline(engine, config) as pipe:
         options = pipe._engine.options
     assert planned.cache is not None

@@ -41,7 +41,7 @@ from vlmforge.backends.fake import cuda_on_cpu
 from vlmforge.cli.inspect import describe
 from vlmforge.errors import ContextLengthError, PromptError
 from vlmforge.evaluation.verify import verify
-from vlmforge.runner.stages import Engine
+from vlmforge.runner import stages
 from vlmforge.vl.constants import IMAGE_TOKEN
 
 # One shape of each family in `make test` beside the first.
@@ -130,15 +130,15 @@ def test_prompts_in_one_step_on_the_chain(
     config = GenerationConfig(max_new_tokens=2, output_logits="generation")
     prompts = [ours(CASES[case]) for case in ("middle", "turns")]
     prompts.append("What is it?")
-    together, sizes = Engine.prefill_together, list[int]()
+    together, sizes = stages.together, list[int]()
 
-    def noted(engine: Engine, parts: Sequence[Any]) -> Any:
+    def noted(parts: Sequence[Any], decode: Any) -> Any:
         sizes.append(len(parts))
-        return together(engine, parts)
+        return together(parts, decode)
 
     with serve(held, EngineConfig(enable_prefix_caching=False), VisionConfig()) as pipe:
         alone = [pipe(prompt, gen_config=config) for prompt in prompts]
-        monkeypatch.setattr(Engine, "prefill_together", noted)
+        monkeypatch.setattr(stages, "together", noted)
         found = at_once(pipe, prompts, config)
     assert sizes
     for one, other in zip(found, alone, strict=True):

@@ -213,6 +213,8 @@ def _engine(path: str, config: EngineConfig) -> Path:
     folder = engine_for(path, options)
     if folder == env.expanded(path):
         # Nobody asks for one rank by name: it is the default, and an engine knows better.
+        if config.tp == 1 and config.devices is None:
+            return folder
         manifest = load_manifest(folder)
         _check_devices(config, manifest)
         as_it_is = config.tp == 1 or manifest.parallel.tp == config.tp
