@@ -32,6 +32,13 @@ def alone(prompt: list[int], count: int) -> list[int]:
     return content[len(prompt) :]
 
 
+def answers_alone(prompt: list[int], count: int, n: int) -> list[list[int]]:
+    """`n` answers, each alone. The first token of another one than the first is another one."""
+    first, *_ = alone(prompt, 1)
+    starts = [(first + number) % VOCAB for number in range(n)]
+    return [[start, *alone([*prompt, start], count - 1)] for start in starts]
+
+
 class Store(Protocol):
     """Where a cache's tokens are."""
 

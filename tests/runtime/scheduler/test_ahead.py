@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import examples
-from token_store import VOCAB, BlockStore, SlotStore, Store, alone, next_token
+from token_store import VOCAB, BlockStore, SlotStore, Store, answers_alone, next_token
 from vlmforge.kv.blocks import BlockPool
 from vlmforge.kv.cache import KVCache
 from vlmforge.kv.slots import SlotCache
@@ -34,10 +34,7 @@ class Asked:
     known: bool = True
 
     def answers(self) -> list[list[int]]:
-        """Each alone. The first token of another answer than the first is another one."""
-        first, *_ = alone(self.prompt, 1)
-        starts = [(first + number) % VOCAB for number in range(self.n)]
-        return [[start, *alone([*self.prompt, start], self.count - 1)] for start in starts]
+        return answers_alone(self.prompt, self.count, self.n)
 
 
 @dataclass
