@@ -74,10 +74,9 @@ class Engine:
         # Asked once: to ask whether something fulfils a protocol takes as long as half a step's
         # bookkeeping.
         decoder = self.decoder
-        choosing = isinstance(decoder, ChoosingDecoder) and decoder.chooses
         for name, able in (
             ("_sparing", isinstance(decoder, LikeliestDecoder)),
-            ("choosing", choosing),
+            ("choosing", isinstance(decoder, ChoosingDecoder) and decoder.chooses),
             ("overlapping", isinstance(decoder, OverlappingDecoder)),
             ("first", isinstance(decoder, FirstTokenDecoder)),
         ):
@@ -284,10 +283,7 @@ class Engine:
     def begin_prompts(
         self, parts: Sequence[PromptPart], logits: Literal["none", "last"]
     ) -> BegunPrompts:
-        """As `prefill`, or `prefill_together`, for who is `overlapping`.
-
-        `logits` are those of one part; of several, each has its last ones.
-        """
+        """As `prefill` (`prefill_together`: "last") for who is `overlapping`."""
         assert self.overlapping is not None
         return self.overlapping.begin_prompts(self._parts(parts, logits))
 
