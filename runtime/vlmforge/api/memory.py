@@ -159,7 +159,8 @@ class PartMemory:
 
 def parts_memory(manifest: Manifest, slots: int, chunk: int) -> tuple[PartMemory, ...]:
     """What an engine's parts take of its first GPU's memory, for `chunk` tokens of prompts."""
-    return tuple(part_memory(part, max(chunk, slots), slots) for part in manifest.first_parts)
+    tokens = chunk + slots if packs(manifest.first_parts[-1]) else max(chunk, slots)
+    return tuple(part_memory(part, tokens, slots) for part in manifest.first_parts)
 
 
 def part_memory(part: Part, tokens: int, rows: int) -> PartMemory:

@@ -78,16 +78,16 @@ class Size:
         return not self.packed and self.tokens == self.outputs == self.rows == 1
 
 
-def bucket(size: Size, slots: int, capacity: int, chunk: int = 1 << 62) -> Size:
+def bucket(size: Size, slots: int, capacity: int, most: int = 1 << 62) -> Size:
     """The size that a step is run with: few different ones, each not much larger than asked for.
 
-    Those of packed prompts have no more than `chunk` tokens.
+    Those of packed sequences have no more than `most` tokens.
     """
     total = min(capacity, _round_up(max(size.total, _LEAST_TOTAL)))
     if size.packed:
         packed = min(1 << (size.packed - 1).bit_length(), slots)
         outputs = packed if size.one_each else size.outputs
-        tokens = max(size.tokens, min(packed_tokens(size.tokens), chunk))
+        tokens = max(size.tokens, min(packed_tokens(size.tokens), most))
         return replace(size, tokens=tokens, outputs=outputs, total=total, packed=packed)
     if not size.replayed:
         return replace(size, total=total)
@@ -101,10 +101,17 @@ def packed_tokens(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def most_tokens(options: LoadOptions) -> int:
+    """Of a step: prompts, and with those that are packed one of each other sequence."""
+    if options.packs:
+        return options.chunk + options.slots
+    return min(options.chunk, options.capacity)
+
+
 def largest(options: LoadOptions) -> tuple[Size, ...]:
     """No step needs more than the largest of these."""
-    chunk = options.chunk if options.packs else min(options.chunk, options.capacity)
-    packed = min(options.slots, chunk) if options.packs else 0
+    chunk = most_tokens(options)
+    packed = options.slots if options.packs else 0
     outputs = max(min(chunk, MOST_OUTPUTS), packed)
     return (
         Size(1, chunk, outputs, chunk, options.capacity, packed),
