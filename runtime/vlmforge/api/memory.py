@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlmforge.api.config import MAX_CHUNK, MAX_GPU_CHUNK, EngineConfig
 from vlmforge.backends import LoadOptions
+from vlmforge.backends.features import device_features
 from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.interface import TOKENS
 from vlmforge.engine.manifest import Manifest, Part
@@ -31,8 +32,12 @@ _GRAPH_BYTES, _SEGMENT_BYTES, _ROOM = 600 << 20, 64 << 20, 1.2
 _MEETING_BYTES = 640 << 20
 
 
-def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptions:
+def load_options(
+    bundle: Bundle, config: EngineConfig, free: float, features: int = USUAL_BUDGET
+) -> LoadOptions:
     """Slots and window that fit `free` bytes, so that nothing dies for want of memory later.
+
+    `features`: bytes for those of images that were seen, where they stay on a device.
 
     Raises:
         ConfigError: the engine cannot be given a window of this size.
@@ -41,7 +46,7 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     manifest = bundle.manifest
     capacity = _window(bundle, config)
     if manifest.kv.page_size is not None:
-        return _paged(manifest, config, capacity, free)
+        return _paged(manifest, config, capacity, free, features)
     ranks = manifest.parallel.tp  # all of them lie in what this process may use
     weights = sum(part.loaded_bytes for part in manifest.parts)
     weights += ranks * _longer_tables(manifest, capacity) + (ranks - 1) * _RANK_BYTES
@@ -72,12 +77,14 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     return LoadOptions(slots, capacity, _threads(config.threads), pack, blocks, block)
 
 
-def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float) -> LoadOptions:
+def _paged(
+    manifest: Manifest, config: EngineConfig, capacity: int, free: float, features: int
+) -> LoadOptions:
     """Of a GPU: a pool of pages in what weights and activations leave of its free memory."""
     page, slots = manifest.kv.page_size or 0, _slots(manifest, config)
     page_bytes = page * manifest.rank_kv.bytes_per_token
     chunk = min(config.max_prefill_token_num, most_chunk(manifest), capacity)
-    taken = sum(p.total for p in parts_memory(manifest, config, capacity))
+    taken = sum(p.total for p in parts_memory(manifest, config, capacity, features))
     budget = config.cache_max_entry_count * (free - taken)
     longest = -(-capacity // page)
     # No more than all sequences can ever fill.
@@ -93,7 +100,16 @@ def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float)
             "cache_max_entry_count, a GPU with more memory, or what else is on it ended",
         )
     return LoadOptions(
-        slots, capacity, None, True, blocks, page, paged=True, chunk=chunk, prompts=slots
+        slots,
+        capacity,
+        None,
+        True,
+        blocks,
+        page,
+        paged=True,
+        chunk=chunk,
+        prompts=slots,
+        features=features,
     )
 
 
@@ -111,7 +127,8 @@ class PartMemory:
 
     Attributes:
         weights: As they are in its files.
-        activations: What is calculated in between, matrices of whole numbers made whole too.
+        activations: What is calculated in between, matrices of whole numbers made whole too; and
+            features of images, where they stay there.
         library: The library's own.
     """
 
@@ -125,11 +142,21 @@ class PartMemory:
         return self.weights + self.activations + self.library
 
 
-def parts_memory(manifest: Manifest, config: EngineConfig, capacity: int) -> tuple[PartMemory, ...]:
+def parts_memory(
+    manifest: Manifest, config: EngineConfig, capacity: int, features: int = USUAL_BUDGET
+) -> tuple[PartMemory, ...]:
     """What an engine's parts take of its first GPU's memory, for sequences of `capacity` tokens."""
     chunk = min(config.max_prefill_token_num, most_chunk(manifest), capacity)
     slots = _slots(manifest, config)
-    return tuple(part_memory(part, max(chunk, slots), slots) for part in manifest.first_parts)
+    kept = device_features(manifest, features)
+    images = 0 if kept is None else kept.total
+
+    def taken(part: Part) -> PartMemory:
+        found = part_memory(part, max(chunk, slots), slots)
+        own = images if part.name == "vision" else 0
+        return replace(found, activations=found.activations + own)
+
+    return tuple(map(taken, manifest.first_parts))
 
 
 def part_memory(part: Part, tokens: int, rows: int) -> PartMemory:

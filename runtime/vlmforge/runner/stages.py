@@ -27,6 +27,7 @@ from vlmforge.backends.choice import (
     Found,
     OverlappingDecoder,
 )
+from vlmforge.backends.features import Features, ManyViews, joined
 from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Grid
 from vlmforge.engine.images.pixels import AS_ENGINE, Colour, Layout, PixelRange, Size
@@ -114,6 +115,11 @@ class Engine:
         """What `prepare_image(image.decode(), content, ...)` would have as its digest."""
         policy, size = self._sized(image)
         return features_digest(content, policy.rows(size), policy.grid(size))
+
+    @property
+    def views(self) -> int:
+        """Views that the vision part runs at once as cheaply as it can."""
+        return self.vision.views if isinstance(self.vision, ManyViews) else 1
 
     @property
     def needs_sizes(self) -> bool:
@@ -234,7 +240,7 @@ class Engine:
     def decoder_input(
         self,
         rendered: RenderedPrompt,
-        features: Sequence[FloatArray | None],
+        features: Sequence[Features | None],
     ) -> DecoderInput:
         """Point the image positions of a prompt at the rows of its images' features.
 
@@ -250,7 +256,7 @@ class Engine:
                 rows = np.arange(span.first, span.first + span.length, dtype=np.int64)
                 ids[span.start : span.start + span.length] = rows_of[span.image] + rows
         found = [rows for rows in features if rows is not None]
-        whole = np.concatenate(found) if found else None
+        whole = joined(found) if found else None
         places = self._places(rendered)
         lag = 0 if places is None else len(ids) - 1 - int(places.max(initial=-1))
         return DecoderInput(ids, whole, self.rotary_level(len(ids)), places, lag)
@@ -369,7 +375,9 @@ class Engine:
             slots, tokens[:, None], lengths, None, zeros, levels_given, places, turns
         )
 
-    def encode(self, pixel_values: FloatArray, grid: Grid | None = None) -> FloatArray:
+    def encode(
+        self, pixel_values: FloatArray, grid: Grid | None = None
+    ) -> FloatArray | Sequence[Features]:
         """Pixel values of images, all of one grid if they have one, to features `[n, rows, width]`.
 
         See `VisionSession.encode`.

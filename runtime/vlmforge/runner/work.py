@@ -76,6 +76,7 @@ class Work:
             active.prompt_logits.append(logits)
         if row.logits == "none" or not self._ends_prompt(active, row):
             return
+        active.prompted()
         if active.begun:
             self._accept(row.sequence, logits[-1])
             return
@@ -118,7 +119,7 @@ class Work:
         images = [image for index in needed if (image := active.images[index]) is not None]
         found, known = self.cache.get(images, list(ahead)) if images else ([], 0)
         for index, features in zip(needed, found, strict=True):
-            active.features[index], active.images[index] = features, None
+            active.encoded(index, features)
         if active.given is None:
             active.cached_images = known + len(active.features) - len(needed)
         if needed or active.given is None:

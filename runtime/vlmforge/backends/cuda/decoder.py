@@ -22,6 +22,7 @@ from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.cuda.device import Arriving, Device, Mark, Work
 from vlmforge.backends.cuda.frames import PAST, Arrangement, Size, bucket, largest
 from vlmforge.backends.cuda.program import FEW, Program, make_pools
+from vlmforge.backends.features import DeviceRows
 from vlmforge.backends.number_formats import DTYPES, encode
 from vlmforge.engine.chain import TensorSpec
 from vlmforge.engine.interface import (
@@ -118,8 +119,7 @@ class PagedDecoder(DecoderSession):
         if self._program.outputs is not None and wanted[1] > self._program.outputs:
             return self._token_by_token(batch)
         frame = self._frame(_size(batch))
-        self._fill(frame, batch)
-        self._run(frame)
+        self._run(frame, batch)
         shape = (*wanted, self._vocab_size)
         if not wanted[1]:
             return np.empty(shape, np.float32)
@@ -129,9 +129,7 @@ class PagedDecoder(DecoderSession):
 
     def follow(self, batch: DecoderBatch) -> None:
         """See `FollowingDecoder`."""
-        frame = self._frame(_size(batch))
-        self._fill(frame, batch)
-        self._run(frame)
+        self._run(self._frame(_size(batch)), batch)
 
     def _token_by_token(self, batch: DecoderBatch) -> FloatArray:
         """The logits after several tokens, of a program that gives fewer of them in a step."""
@@ -170,8 +168,7 @@ class PagedDecoder(DecoderSession):
         """See `OverlappingDecoder`."""
         device, start = self._device, self._device.mark()
         rows, frame = len(batch.slots), self._frame(_size(batch))
-        self._fill(frame, batch)
-        device.upload(self._arena.address, frame.inputs)
+        self._put(frame, batch)
         inputs = self._at(frame, INPUT_IDS.name)
         for row, source, count in _runs(ahead):
             device.copy(self._chosen.address + 8 * source, inputs + 8 * row, 8 * count)
@@ -190,8 +187,7 @@ class PagedDecoder(DecoderSession):
         """See `OverlappingDecoder`."""
         start, shape = self._device.mark(), (*batch.logits_indices.shape, self._vocab_size)
         frame = self._frame(_size(batch))
-        self._fill(frame, batch)
-        self._run(frame)
+        self._run(frame, batch)
         arriving = self._device.fetch(self._at(frame, LOGITS), 4 * math.prod(shape))
         return BegunStep(start, arriving, lambda raw: list(raw.view(np.float32).reshape(shape)))
 
@@ -245,9 +241,9 @@ class PagedDecoder(DecoderSession):
             if name in views:
                 views[name][:rows] = values
                 views[name][rows:] = 0
-        if batch.image_features is not None:
+        features = batch.image_features
+        if features is not None and not isinstance(features, DeviceRows):
             dtype = next(s.dtype for s in self._program.inputs(frame.size) if _is_features(s))
-            features = batch.image_features
             views[IMAGE_FEATURES][:] = encode(features, dtype) if dtype in DTYPES else features
         views[QUERY_LENGTHS.name][:] = 0
         views[QUERY_LENGTHS.name][:rows] = tokens if batch.lengths is None else batch.lengths
@@ -256,8 +252,23 @@ class PagedDecoder(DecoderSession):
             held = blocks[: table.shape[1]]
             table[row, : len(held)] = held
 
-    def _run(self, frame: _Frame) -> None:
-        self._device.upload(self._arena.address, frame.inputs)
+    def _put(self, frame: _Frame, batch: DecoderBatch) -> None:
+        """Have a batch where its step takes it; features from where they are."""
+        self._fill(frame, batch)
+        features, device = batch.image_features, self._device
+        if not isinstance(features, DeviceRows):
+            device.upload(self._arena.address, frame.inputs)
+            return
+        # They are the last of the inputs, of chains.
+        begin = frame.arrangement.offsets[IMAGE_FEATURES]
+        device.upload(self._arena.address, frame.inputs[:begin])
+        at = self._arena.address + begin
+        for run in features.runs:
+            device.copy(run.address, at, run.nbytes)
+            at += run.nbytes
+
+    def _run(self, frame: _Frame, batch: DecoderBatch) -> None:
+        self._put(frame, batch)
         self._work(frame)
 
     def _work(self, frame: _Frame) -> None:

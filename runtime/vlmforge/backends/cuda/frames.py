@@ -18,7 +18,15 @@ from vlmforge.backends import LoadOptions
 from vlmforge.backends.cuda.device import ITEM_BYTES
 from vlmforge.backends.number_formats import DTYPES
 from vlmforge.engine.chain import ChainStep, PartChain, TensorSpec
-from vlmforge.engine.interface import BATCH, BLOCK_TABLE, OUTPUTS, QUERY_LENGTHS, ROWS, TOKENS
+from vlmforge.engine.interface import (
+    BATCH,
+    BLOCK_TABLE,
+    IMAGE_FEATURES,
+    OUTPUTS,
+    QUERY_LENGTHS,
+    ROWS,
+    TOKENS,
+)
 
 ALIGNMENT = 256
 PAST = TensorSpec("past_lengths.int32", "int32", (BATCH,))
@@ -92,7 +100,8 @@ def inputs_of(inputs: Iterable[TensorSpec], columns: int) -> tuple[TensorSpec, .
     """
     table = replace(BLOCK_TABLE, shape=(BATCH, columns))
     own = (spec for spec in inputs if not spec.name.startswith(_CACHES))
-    return (PAST, QUERY_LENGTHS, table, *own)
+    # Features come last: those that are on the device already are not uploaded.
+    return (PAST, QUERY_LENGTHS, table, *sorted(own, key=lambda s: s.name == IMAGE_FEATURES))
 
 
 @dataclass(frozen=True, slots=True)
