@@ -36,6 +36,7 @@ class FeatureCache:
     def __init__(self, encode: Encoder, *, batch: int, budget: int = USUAL_BUDGET) -> None:
         self._encode, self._batch, self._budget = encode, batch, budget
         self.encoded = 0  # images, ever
+        self._view_bytes = 0  # of the features of one, lately
         self._features: OrderedDict[bytes, Features] = OrderedDict()
 
     def known(self, digest: bytes) -> Features | None:
@@ -104,8 +105,10 @@ class FeatureCache:
         grid = unknown[-1].grid
         views = sum(len(image.pixel_values) for image in unknown if image.grid == grid)
         spare = -views % self._at_once(unknown[-1])
+        if self._view_bytes:  # more would not be there any more when they are asked for
+            spare = min(spare, self._budget // self._view_bytes - views)
         wanted, fillers = {image.digest for image in unknown}, list[PreparedImage]()
-        for image in self._unknown(ahead) if spare else ():
+        for image in self._unknown(ahead) if spare > 0 else ():
             alike = image.digest not in wanted and image.grid == grid
             if alike and 0 < len(image.pixel_values) <= spare:
                 fillers.append(image)
@@ -137,6 +140,7 @@ class FeatureCache:
             features = self._encode(_stacked([view for _, view in group]), group[0][0].grid)
             for (image, _), rows in zip(group, features, strict=True):
                 done.append(rows)
+                self._view_bytes = rows.nbytes
                 if len(done) == len(image.pixel_values):
                     whole = _own(done, alone=len(group) == 1)
                     self._features[image.digest] = (

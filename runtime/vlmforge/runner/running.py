@@ -36,6 +36,12 @@ class Active:
         assert self.given is not None
         return self.given
 
+    @property
+    def wanted(self) -> list[PreparedImage]:
+        """Images whose features are not here; not all of them need be."""
+        pairs = zip(self.images, self.features, strict=True)
+        return [image for image, rows in pairs if image is not None and rows is None]
+
     def encoded(self, index: int, features: Features) -> None:
         """The features of an image are here."""
         self.features[index] = features

@@ -35,7 +35,7 @@ from vlmforge_plugins.cached_attention.plan import Machine
 from vlmforge_plugins.errors import PluginError, UnsupportedError
 
 _LEAST_STAGING, _LEAST_FETCH = 1 << 20, 1 << 14
-_UPLOADS = 4  # under way at once: two steps have two each
+_UPLOADS = 6  # under way at once: two steps have three each, of which one is of images
 
 
 @cache
@@ -134,7 +134,8 @@ class _Up:
         if self._read is not None:
             self._read.wait()
         if values.nbytes > len(self._staging.bytes):
-            self._staging = PinnedMemory(values.nbytes, self._ordinal)
+            size = 1 << (values.nbytes - 1).bit_length()  # rarely made larger: that takes long
+            self._staging = PinnedMemory(size, self._ordinal)
         flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         self._staging.bytes[: values.nbytes] = flat
         call(driver.cuMemcpyHtoDAsync, address, self._staging.address, values.nbytes, stream)

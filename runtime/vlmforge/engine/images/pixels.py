@@ -6,7 +6,7 @@ Pixel parity is with the processors that resize with Pillow.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Annotated, NamedTuple, Self, TypeAlias
 
 import numpy as np
@@ -156,7 +156,7 @@ class PixelFormat:
         return found
 
 
-@cache
+@lru_cache(maxsize=16)
 def _tables(pixels: PixelFormat) -> NDArray[np.float32]:
     """The values of all levels `[3, 256]`."""
     levels = (np.arange(256, dtype=np.float64) * pixels.rescale_factor).astype(np.float32)
