@@ -246,13 +246,22 @@ def main() -> None:
     parser.add_argument("engine", type=Path)
     parser.add_argument("--on-cpu", action="store_true", help="of the target cuda, for a look")
     parser.add_argument("--images", type=int, default=15)
+    parser.add_argument("--session-len", type=int)
+    parser.add_argument("--chunk", type=int, help="max_prefill_token_num")
     parser.add_argument("--size", type=int, default=336, help="pixels of each side")
     parser.add_argument("--new-tokens", type=int, default=1)
     parser.add_argument("--burst", type=int, help="so many questions at once")
+    parser.add_argument(
+        "--switch-interval", type=float, help="seconds, of sys.setswitchinterval: to compare"
+    )
     given = parser.parse_args()
-    config = EngineConfig(enable_prefix_caching=False)
+    if given.switch_interval:
+        sys.setswitchinterval(given.switch_interval)
+    config = EngineConfig(enable_prefix_caching=False, session_len=given.session_len)
     if given.burst:
         config.max_batch_size = given.burst
+    if given.chunk:
+        config.max_prefill_token_num = given.chunk
     count = 2 * given.burst if given.burst else given.images + _WARM
     with ExitStack() as stack:
         if given.on_cpu:
