@@ -100,7 +100,9 @@ def _largest(pipe: Pipeline) -> None:
         assert isinstance(answers, list)
         assert all(len(answer.token_ids) == 16 for answer in answers), answers[0]
     if window > 1024:
-        shown = pipe([("what?", picture(index)) for index in range(24)], GenerationConfig(2))
+        shown = pipe(
+            [("what?", picture(index)) for index in range(24)], GenerationConfig(max_new_tokens=2)
+        )
         assert isinstance(shown, list)
         assert not [answer for answer in shown if answer.finish_reason == "error"], shown[0]
 
