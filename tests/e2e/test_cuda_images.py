@@ -17,9 +17,9 @@ from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pip
 from vlmforge.api.load import serve
 from vlmforge.backends import FloatArray
 from vlmforge.backends.cuda.decoder import PagedDecoder
-from vlmforge.backends.cuda.vision import DeviceVision, HostVision, Pool
+from vlmforge.backends.cuda.vision import DeviceVision, HostVision, Piece, Pool, Store
 from vlmforge.backends.fake import cuda_on_cpu
-from vlmforge.backends.features import DEVICE_VIEWS, DeviceRows
+from vlmforge.backends.features import DEVICE_VIEWS, DeviceRows, Features
 from vlmforge.runner.stages import Engine
 
 GREEDY = GenerationConfig(max_new_tokens=6, ignore_eos=True)
@@ -53,6 +53,11 @@ def served(engine: Engine, **vision: int) -> Pipeline:
 def vision(engine: Engine) -> DeviceVision:
     assert isinstance(engine.vision, DeviceVision)
     return engine.vision
+
+
+def view_bytes(engine: Engine) -> int:
+    decode = engine.manifest.decode
+    return -(-4 * decode.tokens_per_image * decode.hidden_size // 256) * 256
 
 
 @pytest.fixture(scope="module")
@@ -122,22 +127,20 @@ def test_where_the_pool_is_full_features_pass_through_the_host(
     loaded: Engine, wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gc.collect()
-    held, real = vision(loaded), Pool.take
+    pool, take, keep = vision(loaded).store.pool, Pool.take, Store.keep
+    least = pool.free - 2 * view_bytes(loaded)
     kinds = set[type]()
-    room = held._pool.free - 2 * held._view_bytes
 
-    def tight(pool: Pool, size: int) -> tuple[int, tuple[int, int]] | None:
-        return real(pool, size) if pool.free > room else None
+    def tight(self: Pool, size: int) -> Piece | None:
+        return take(self, size) if self.free > least else None
 
-    kept = DeviceVision._kept
-
-    def noted(self: DeviceVision, index: int) -> DeviceRows | FloatArray:
-        found = kept(self, index)
+    def noted(self: Store, address: int, rows: int, width: int) -> Features:
+        found = keep(self, address, rows, width)
         kinds.add(type(found))
         return found
 
     monkeypatch.setattr(Pool, "take", tight)
-    monkeypatch.setattr(DeviceVision, "_kept", noted)
+    monkeypatch.setattr(Store, "keep", noted)
     with served(loaded) as pipe:
         answers = at_once(pipe, PROMPTS, [GREEDY] * len(PROMPTS))
     assert [answer.token_ids for answer in answers] == wanted
@@ -146,24 +149,24 @@ def test_where_the_pool_is_full_features_pass_through_the_host(
 
 def test_features_are_let_go_when_the_prompt_has_been_run(loaded: Engine) -> None:
     gc.collect()
-    held = vision(loaded)
-    free = held._pool.free
+    pool = vision(loaded).store.pool
+    free = pool.free
     with served(loaded, feature_cache_bytes=0) as pipe:
         many = GenerationConfig(max_new_tokens=40, ignore_eos=True)
         frees = []
         for piece in pipe.stream_infer(PROMPTS[1], many):
-            frees.append(held._pool.free)
+            frees.append(pool.free)
             assert piece.finish_reason != "error"
     assert frees[-1] == free  # while the answer is still being written
     with served(loaded) as pipe:
         pipe(PROMPTS[0], gen_config=GREEDY)
-        assert held._pool.free == free - held._view_bytes  # it is kept for who asks again
-        assert pipe._scheduler._features.bytes == held._view_bytes
+        assert pool.free == free - view_bytes(loaded)  # it is kept for who asks again
+        assert pipe._scheduler._features.bytes == view_bytes(loaded)
         pipe(("Once more?", picture(1)), gen_config=GREEDY)
         assert pipe.metrics().images_encoded == 1
     del pipe
     gc.collect()
-    assert held._pool.free == free
+    assert pool.free == free
 
 
 def test_a_prompt_that_is_run_again_has_its_pictures_encoded_again(

@@ -20,6 +20,8 @@ from vlmforge.engine.manifest import Manifest
 
 DEVICE_VIEWS = 8
 """Views that a device encodes at once: of a 336-pixel tower, 8 in four times the time of one."""
+VIEW_PATCHES = 1024
+"""Patches that count as one view, where images are in patches and of any size."""
 _WAITING_VIEWS = 16
 _ROUND = 256
 # What a tower calculates in between takes less than so many times a view's features in 16 bits.
@@ -143,7 +145,8 @@ class DeviceFeatures:
     Attributes:
         pixels: Of `DEVICE_VIEWS` views.
         features: Of theirs.
-        kept: For features of images that were seen, and of those whose prompts are being run.
+        kept: For features of images that were seen, and of those whose prompts are being run; where
+            images are in patches, for those that are run too.
         between: For what is calculated.
     """
 
@@ -161,16 +164,21 @@ class DeviceFeatures:
 def device_features(manifest: Manifest, budget: int) -> DeviceFeatures | None:
     """Of an engine whose features stay on the device; None: they pass through the host.
 
-    They stay where one device has all of the engine, attention runs between graphs, and images are
-    in views of one size. `budget`: bytes of those of images that were seen.
+    They stay where one device has all of the engine, and attention runs between graphs. `budget`:
+    bytes of those of images that were seen.
     """
     chained = any(part.chain is not None for part in manifest.parts)
-    paged, ranks = manifest.kv.page_size is not None, manifest.parallel.tp
-    if not chained or not paged or ranks > 1 or manifest.image.patch_inputs is not None:
+    if not chained or manifest.kv.page_size is None or manifest.parallel.tp > 1:
         return None
+    row = 4 * manifest.decode.hidden_size * manifest.decode.feature_layers
+    patches = manifest.image.patch_inputs
+    if patches is not None:
+        tokens = DEVICE_VIEWS * VIEW_PATCHES // patches.group
+        token = 4 * patches.group * (patches.values + 2 * patches.angles)
+        between = tokens * _IN_BETWEEN * row // 2
+        return DeviceFeatures(0, 0, budget + tokens * (token + 3 * row), between)
     height, width = manifest.image.view_size
     rows = manifest.image.view_rows(manifest.decode.tokens_per_image)
-    row = 4 * manifest.decode.hidden_size * manifest.decode.feature_layers
     view = -(-rows * row // _ROUND) * _ROUND
     return DeviceFeatures(
         DEVICE_VIEWS * 12 * height * width,

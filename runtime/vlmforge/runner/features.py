@@ -11,14 +11,12 @@ from itertools import groupby
 import numpy as np
 
 from vlmforge.backends import FloatArray
-from vlmforge.backends.features import Features, chosen, joined
+from vlmforge.backends.features import VIEW_PATCHES, Features, chosen, joined
 from vlmforge.engine.images.patch_inputs import Grid
 from vlmforge.vl.prepared import PreparedImage
 
 Encoder = Callable[[FloatArray, Grid | None], FloatArray | Sequence[Features]]
 USUAL_BUDGET = 128 << 20
-VIEW_PATCHES = 1024
-"""Patches that count as one view, where images are in patches and of any size."""
 _View = tuple[PreparedImage, FloatArray]
 
 

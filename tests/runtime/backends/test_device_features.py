@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from sample_manifest import MANIFEST, RICH
-from vlmforge.backends.cuda.vision import Pool
+from vlmforge.backends.cuda.vision import Piece, Pool
 from vlmforge.backends.features import (
     DEVICE_VIEWS,
     DeviceRows,
@@ -111,26 +111,25 @@ def test_pieces_of_a_pool_never_overlap_and_all_come_back(
     class Memory:
         address: int = 1000
 
-    pool, size, held = Pool(Memory(), 40), 40, list[tuple[int, tuple[int, int]]]()
+    pool, size, held = Pool(Memory(), 40), 40, list[Piece]()
+
+    def places() -> list[tuple[int, int]]:
+        return sorted((p.address - 1000, p.address - 1000 + p.size) for p in held)
+
     for take, wanted, which in history:
         if take:
-            free = size - sum(end - begin for _, (begin, end) in held)
-            assert pool.free == free
+            assert pool.free == size - sum(piece.size for piece in held)
+            gaps = itertools.pairwise([(0, 0), *places(), (size, size)])
+            largest = max(after[0] - before[1] for before, after in gaps)
             found = pool.take(wanted)
-            gaps = sorted([(0, 0), *(piece for _, piece in held), (size, size)])
-            largest = max(b[0] - a[1] for a, b in itertools.pairwise(gaps))
             assert (found is None) == (largest < wanted)
-            if found is not None:
-                assert found[0] == 1000 + found[1][0]
-                assert found[1][1] - found[1][0] == wanted
-                held.append(found)
+            held += [] if found is None else [found]
+            del found
         elif held:
-            pool.give(held.pop(which % len(held))[1])
-        pieces = sorted(piece for _, piece in held)
-        assert all(a[1] <= b[0] for a, b in itertools.pairwise(pieces))
-        assert all(0 <= begin < end <= size for begin, end in pieces)
-    for _, piece in held:
-        pool.give(piece)
+            del held[which % len(held)]
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(places()))
+        assert all(0 <= begin < end <= size for begin, end in places())
+    held.clear()
     assert pool.free == size
     assert pool.take(size) is not None
 

@@ -24,7 +24,7 @@ from vlmforge.backends.cuda.chain import ChainProgram
 from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.cuda.device import Device
-from vlmforge.backends.cuda.vision import DeviceVision, HostVision
+from vlmforge.backends.cuda.vision import DeviceVision, HostVision, PatchVision
 from vlmforge.backends.features import device_features
 from vlmforge.engine.manifest import Manifest, Part, decoder_name
 from vlmforge.limits import Room
@@ -57,7 +57,8 @@ class CudaBackend(Backend):
                 self.load_decoder(folder, manifest, options),
             )
         device, part = self.device(options.device(0)), manifest.part("vision")
-        vision = DeviceVision(device, folder / part.file, part, sizes)
+        kind = DeviceVision if manifest.image.patch_inputs is None else PatchVision
+        vision = kind(device, folder / part.file, part, sizes)
         return vision, self._load_decoder(device, folder, manifest, options)
 
     def _load_decoder(

@@ -1,16 +1,16 @@
 """The vision part on the decoder's own device: what it gives stays there, and nobody waits for it.
 
-Views are run up to `DEVICE_VIEWS` at once, from one place in memory to another, so that each number
-of them is captured once and replayed. From there features are copied to a pool, where each image's
+Views of one size are run up to `DEVICE_VIEWS` at once, from one place in memory to another, so that
+each number of them is captured once and replayed. Features are copied to a pool, where each image's
 stay until nobody has them any more. Where the pool is full, they pass through the host.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from vlmforge.backends import FloatArray, VisionSession
 from vlmforge.backends.cuda.device import Device, Memory, Tensor, Work
-from vlmforge.backends.cuda.frames import ALIGNMENT, shape_of
+from vlmforge.backends.cuda.frames import ALIGNMENT, Arrangement, in_a_row, shape_of
 from vlmforge.backends.features import (
     DEVICE_VIEWS,
     DeviceFeatures,
@@ -53,6 +53,24 @@ class HostVision(VisionSession):
         return np.asarray(features, np.float32)
 
 
+class Piece(Memory):
+    """A piece of a pool's memory, which it keeps: `size` bytes from `begin` on.
+
+    `give` is told of its begin and end when nobody has it any more.
+    """
+
+    def __init__(
+        self, memory: Memory, begin: int, size: int, give: Callable[[tuple[int, int]], None]
+    ) -> None:
+        self._memory, self._begin, self.size = memory, begin, size
+        weakref.finalize(self, give, (begin, begin + size)).atexit = False
+
+    @property
+    @override
+    def address(self) -> int:
+        return self._memory.address + self._begin
+
+
 class Pool:
     """Pieces of a memory, the first that is large enough each. One thread takes; any gives back.
 
@@ -70,19 +88,15 @@ class Pool:
         self._take_back()
         return sum(end - begin for begin, end in self._free)
 
-    def take(self, size: int) -> tuple[int, tuple[int, int]] | None:
-        """The address of a piece, and what is given back for it; None: there is no such gap."""
+    def take(self, size: int) -> Piece | None:
+        """A piece, which comes back when nobody has it; None: there is no such gap."""
         self._take_back()
         for index, (begin, end) in enumerate(self._free):
             if end - begin >= size:
                 left = [(begin + size, end)] if end - begin > size else []
                 self._free[index : index + 1] = left
-                return self._memory.address + begin, (begin, begin + size)
+                return Piece(self._memory, begin, size, self._returned.append)
         return None
-
-    def give(self, piece: tuple[int, int]) -> None:
-        """Nobody has it any more."""
-        self._returned.append(piece)
 
     def _take_back(self) -> None:
         if not self._returned:
@@ -98,24 +112,37 @@ class Pool:
         self._free = joined
 
 
-class _View(Held):
-    """The features of a view; its piece of the pool goes back with it."""
+class _Kept(Held):
+    """Features of a view, or of an image in patches."""
 
-    def __init__(
-        self, device: Device, pool: Pool, taken: tuple[int, tuple[int, int]], rows: int, width: int
-    ) -> None:
-        self.address, piece = taken
-        self.size, self.row_bytes = piece[1] - piece[0], 4 * width
-        self._device, self._shape = device, (rows, width)
-        weakref.finalize(self, pool.give, piece).atexit = False
+    def __init__(self, device: Device, piece: Piece, shape: tuple[int, int]) -> None:
+        self._device, self._piece, self._shape = device, piece, shape
+        self.address, self.size, self.row_bytes = piece.address, piece.size, 4 * shape[1]
 
     @override
     def read(self) -> NDArray[np.float32]:
         return self._device.download(self.address, self._shape, np.dtype(np.float32)).copy()
 
 
+class Store:
+    """Where features stay: see the module. `size`: bytes of the pool."""
+
+    def __init__(self, device: Device, size: int) -> None:
+        self._device, self.pool = device, Pool(device.allocate(size), size)
+
+    def keep(self, address: int, rows: int, width: int) -> Features:
+        """A copy of rows, which may be overwritten then."""
+        size = 4 * rows * width
+        piece = self.pool.take(-(-size // ALIGNMENT) * ALIGNMENT)
+        if piece is None:
+            return self._device.download(address, (rows, width), np.dtype(np.float32)).copy()
+        kept = _Kept(self._device, piece, (rows, width))
+        self._device.copy(address, kept.address, size)
+        return DeviceRows((Run(kept, 0, rows),))
+
+
 class DeviceVision(VisionSession):
-    """See the module.
+    """A vision part that takes views: see the module.
 
     Args:
         device: Runs it, and the decoder.
@@ -128,12 +155,10 @@ class DeviceVision(VisionSession):
     def __init__(self, device: Device, file: Path, part: Part, sizes: DeviceFeatures) -> None:
         self._device, self._segment = device, device.segment(file)
         (self._taken,), (self._given,) = part.inputs, part.outputs
-        _, rows, width = shape_of(self._given, {IMAGES: 1})
-        self._rows, self._width = rows, width
-        self._view_bytes = -(-4 * rows * width // ALIGNMENT) * ALIGNMENT
+        _, self._rows, self._width = shape_of(self._given, {IMAGES: 1})
         self._pixels = device.allocate(sizes.pixels)
         self._features = device.allocate(sizes.features)
-        self._pool = Pool(device.allocate(sizes.kept), sizes.kept)
+        self.store = Store(device, sizes.kept)
         self._works: dict[int, Work] = {}
         self._warm_up()
 
@@ -147,7 +172,9 @@ class DeviceVision(VisionSession):
             views = np.ascontiguousarray(pixel_values[start : start + self.views], np.float32)
             self._device.upload(self._pixels.address, views)
             self._run(len(views))
-            found += [self._kept(index) for index in range(len(views))]
+            size = 4 * self._rows * self._width
+            places = (self._features.address + index * size for index in range(len(views)))
+            found += [self.store.keep(place, self._rows, self._width) for place in places]
         return found
 
     def _run(self, views: int) -> None:
@@ -170,20 +197,56 @@ class DeviceVision(VisionSession):
         taken = tensor(self._taken, self._pixels)
         return self._segment.bind([taken], [tensor(self._given, self._features)])
 
-    def _kept(self, index: int) -> Features:
-        """The features of a view that has just been run, where they stay."""
-        shape = self._rows, self._width
-        size = 4 * math.prod(shape)
-        at = self._features.address + index * size
-        taken = self._pool.take(self._view_bytes)
-        if taken is None:
-            return self._device.download(at, shape, np.dtype(np.float32)).copy()
-        view = _View(self._device, self._pool, taken, *shape)
-        self._device.copy(at, view.address, size)
-        return DeviceRows((Run(view, 0, self._rows),))
-
     def _warm_up(self) -> None:
         """Run as many views as ever once: what libraries allocate, they allocate now."""
         pixels: NDArray[Any] = np.zeros(shape_of(self._taken, {IMAGES: self.views}), np.float32)
         self._device.upload(self._pixels.address, pixels)
         self._bound(self.views)()
+
+
+class PatchVision(VisionSession):
+    """A vision part that takes patches, as many as an image has: see the module. It runs as it is.
+
+    What it takes and gives lies in the pool, or in memory of its own where that has no room.
+    """
+
+    views = DEVICE_VIEWS
+
+    def __init__(self, device: Device, file: Path, part: Part, sizes: DeviceFeatures) -> None:
+        self._device, self._segment, self._part = device, device.segment(file), part
+        self.store = Store(device, sizes.kept)
+
+    @override
+    def encode(
+        self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS
+    ) -> FloatArray | list[Features]:
+        given = {PIXEL_VALUES: pixel_values, **arrays}
+        inputs, (output,) = self._part.inputs, self._part.outputs
+        pairs = [pair for s in inputs for pair in zip(s.shape, given[s.name].shape, strict=True)]
+        dims = {dim: size for dim, size in pairs if isinstance(dim, str)}
+        arranged = in_a_row(inputs, [output], dims)
+        memory = self.store.pool.take(arranged.size) or self._device.allocate(arranged.size)
+        self._run(given, dims, arranged, memory.address)
+        images, rows, width = shape_of(output, dims)
+        first = memory.address + arranged.offsets[output.name]
+        found = [self.store.keep(first + 4 * i * rows * width, rows, width) for i in range(images)]
+        if not isinstance(memory, Piece):  # it goes when nothing runs in it any more
+            self._device.download(memory.address, (1,), np.dtype(np.uint8))
+        return found
+
+    def _run(
+        self, given: Arrays, dims: Mapping[str, int], arranged: Arrangement, begin: int
+    ) -> None:
+        inputs, outputs = self._part.inputs, self._part.outputs
+        uploaded = np.empty(arranged.uploaded, np.uint8)
+        for spec in inputs:
+            arranged.view(uploaded, spec, dims)[:] = given[spec.name]
+        self._device.upload(begin, uploaded)
+
+        def tensors(specs: Sequence[TensorSpec]) -> list[Tensor]:
+            return [
+                Tensor(s.name, s.dtype, shape_of(s, dims), begin + arranged.offsets[s.name])
+                for s in specs
+            ]
+
+        self._segment.bind(tensors(inputs), tensors(outputs))()
