@@ -3,12 +3,15 @@
     python bench/image_path.py ENGINE                    # on whatever the engine is for
     python bench/image_path.py ENGINE --on-cpu           # one of the target cuda, on the processor
     python bench/image_path.py ENGINE --burst 64 --new-tokens 128
+    python bench/image_path.py ENGINE --check            # features on the device, and their time
 
 Each question has a picture of its own that was never seen before. Shown are medians over the
 questions behind the first few: when each piece begins after the call, how long it takes, and by
 which thread it is done; what is within another piece is indented. `device:` is the time of the
 device itself. `--burst` asks many questions at once instead, and adds the pieces up: what is more
-than the wall's time is done by several threads at once.
+than the wall's time is done by several threads at once, or counted within something else too.
+`--check` compares features that stay on the device with those of the same graph run from arrays,
+and tells how long so many views take.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("runtime", "plugins_cuda")]
 
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, pipeline  # noqa: E402
+from vlmforge.backends.cuda.vision import DeviceVision  # noqa: E402
+from vlmforge.engine.interface import PIXEL_VALUES  # noqa: E402
 from vlmforge.runner import runner, work  # noqa: E402
 from vlmforge.runner.features import FeatureCache  # noqa: E402
 from vlmforge.runner.stages import Engine  # noqa: E402
@@ -232,18 +237,48 @@ def burst(pipe: Pipeline, pictures: Sequence[Any], tokens: int) -> None:
         f"first tokens after {statistics.mean(times) * 1e3:.0f} ms, last {times[-1] * 1e3:.0f} ms"
     )
     print(f"\n{'times':>8} {'ms in all':>10}  what")
-    sums: dict[tuple[str, int], list[float]] = defaultdict(list)
+    sums: dict[str, list[float]] = defaultdict(list)
     for piece in pieces:
-        sums[piece.label, piece.depth].append(piece.took)
-    for (label, depth), took in sorted(sums.items(), key=lambda item: -sum(item[1])):
-        print(f"{len(took):8d} {sum(took) * 1e3:10.1f}  {label} (depth {depth})")
+        sums[piece.label].append(piece.took)
+    for label, took in sorted(sums.items(), key=lambda item: -sum(item[1])):
+        print(f"{len(took):8d} {sum(took) * 1e3:10.1f}  {label}")
     print(f"{'':8} {wall * 1e3:10.1f}  the wall's time")
+
+
+def check(pipe: Pipeline, folder: Path) -> None:
+    """Largest differences, and the device's milliseconds, by the number of views."""
+    engine, vision = pipe._engine, pipe._engine.vision
+    assert isinstance(vision, DeviceVision), "its features do not stay on a device"
+    session = vision._device.session(folder / engine.manifest.part("vision").file)
+    values = [engine.prepare_image(picture(seed, 336)).pixel_values for seed in range(vision.views)]
+    wanted = np.concatenate([session.run(None, {PIXEL_VALUES: view})[0] for view in values])
+    print(f"{'views':>6} {'as it is':>10} {'captured':>10} {'ms':>8} {'host ms':>8}")
+    for count in range(1, vision.views + 1):
+        views, off = np.concatenate(values[:count]), list[float]()
+        for _ in range(2):
+            found = np.stack([np.asarray(rows) for rows in vision.encode(views)])
+            off.append(float(np.abs(found - wanted[:count]).max()))
+        took = list[tuple[Any, Any]]()
+        began = time.perf_counter()
+        for _ in range(20):
+            begin = vision._device.mark()
+            vision._run(count)
+            took.append((begin, vision._device.mark()))
+        host = (time.perf_counter() - began) / 20
+        np.asarray(vision.encode(views)[0])  # waits
+        middle = statistics.median(end.since(begin) for begin, end in took)
+        print(f"{count:6d} {off[0]:10.2g} {off[1]:10.2g} {middle * 1e3:8.2f} {host * 1e3:8.2f}")
+    largest = float(np.abs(wanted).max())
+    print(f"features are up to {largest:.3g}; batches round otherwise than single views")
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("engine", type=Path)
+    parser.add_argument(
+        "--check", action="store_true", help="of the target cuda, views of one size"
+    )
     parser.add_argument("--on-cpu", action="store_true", help="of the target cuda, for a look")
     parser.add_argument("--images", type=int, default=15)
     parser.add_argument("--session-len", type=int)
@@ -269,6 +304,9 @@ def main() -> None:
 
             stack.enter_context(cuda_on_cpu())
         pipe = stack.enter_context(pipeline(given.engine, config))
+        if given.check:
+            check(pipe, given.engine)
+            return
         pictures = [picture(seed, given.size) for seed in range(count)]
         (burst if given.burst else one_by_one)(pipe, pictures, given.new_tokens)
 

@@ -18,6 +18,7 @@ from sample_manifest import MANIFEST, RICH
 from vlmforge.backends.cuda.vision import Piece, Pool
 from vlmforge.backends.features import (
     DEVICE_VIEWS,
+    VIEW_PATCHES,
     DeviceRows,
     Held,
     Run,
@@ -25,6 +26,7 @@ from vlmforge.backends.features import (
     device_features,
     joined,
 )
+from vlmforge.engine.images import Patches
 from vlmforge.engine.manifest import Manifest, ParallelLayout
 from vlmforge.runner.features import FeatureCache
 from vlmforge.vl.prepared import PreparedImage
@@ -181,6 +183,13 @@ def test_the_arithmetic_of_what_images_take() -> None:
     assert view <= found.features / DEVICE_VIEWS < view + 256
     assert found.kept == 1000 + 2 * found.features
     assert found.total == found.pixels + found.features + found.kept + found.between
+    # Of patches, as many tokens as are run at once, with what is made of them.
+    patches = Patches(MANIFEST.image.format, 14, 2, 2, 3136, 12544, (1.0,))
+    several, row = device_features(on_one_device(image=patches), 1000), view // rows
+    assert several is not None
+    tokens = DEVICE_VIEWS * VIEW_PATCHES // 4
+    assert (several.pixels, several.features) == (0, 0)
+    assert several.kept == 1000 + tokens * (4 * 4 * (3 * 2 * 14 * 14 + 2 * 2) + 3 * row)
     # Several ranks, and parts that are no chain, have them on the host.
     assert device_features(on_one_device(parallel=ParallelLayout(2)), 0) is None
     assert device_features(MANIFEST, 0) is None
