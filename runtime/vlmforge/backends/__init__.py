@@ -44,6 +44,8 @@ class LoadOptions:
             at every use.
         mpi: Whether the ranks of an engine are those that mpirun has started.
         prompts: Whose parts may be run at once (see `DecoderBatch.lengths`).
+        packs: Whether these take the time and the memory of their own tokens, not each those of
+            the longest; `chunk` may be more than `capacity` then.
         devices: Numbers of the GPUs, one for each rank; empty: the first ones.
         features: Bytes of image features that are kept on the device, if any stay there.
     """
@@ -58,6 +60,7 @@ class LoadOptions:
     chunk: int = 512
     mpi: bool = False
     prompts: int = 1
+    packs: bool = False
     devices: tuple[int, ...] = ()
     features: int = 0
 

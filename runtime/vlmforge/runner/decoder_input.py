@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -58,6 +58,22 @@ class PromptPart(NamedTuple):
     place: Sequence[int]
     chunk: DecoderInput
     past: int
+
+
+def alone(
+    part: PromptPart, logits: Literal["none", "last", "all"], decode: DecodePolicy
+) -> DecoderBatch:
+    """A part of one prompt as a batch."""
+    (place, chunk, past), policy = part, decode.positions
+    ids, features = chunk.handed_over(decode.vocab_size)
+    every = np.arange(len(ids), dtype=np.int64)
+    wanted = {"none": every[:0], "last": every[-1:], "all": every}[logits]
+    levels = np.array([chunk.rotary_level], np.int64) if policy.has_levels else None
+    lengths, places = np.array([past], np.int64), chunk.places_from(past, len(ids))
+    turns = None if places is None else policy.turns(places[None])
+    return DecoderBatch(
+        place[:1], ids[None], lengths, features, wanted[None], levels, (place,), turns
+    )
 
 
 def together(parts: Sequence[PromptPart], decode: DecodePolicy) -> DecoderBatch:

@@ -20,10 +20,12 @@ from vlmforge.backends import (
     VisionSession,
 )
 from vlmforge.backends.choice import (
+    BegunFirst,
     BegunPrompts,
     BegunTokens,
     Choice,
     ChoosingDecoder,
+    FirstTokenDecoder,
     Found,
     OverlappingDecoder,
 )
@@ -44,7 +46,7 @@ from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.kv.cache import Keys
 from vlmforge.runner.clock import PartClock
 from vlmforge.runner.decoder_input import DecoderInput as DecoderInput
-from vlmforge.runner.decoder_input import PromptPart, together
+from vlmforge.runner.decoder_input import PromptPart, alone, together
 from vlmforge.vl.decode import upright_size
 from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.load import OpenedImage, open_image
@@ -67,6 +69,7 @@ class Engine:
     _sparing: LikeliestDecoder | None = field(init=False, repr=False)
     choosing: ChoosingDecoder | None = field(init=False, repr=False)
     overlapping: OverlappingDecoder | None = field(init=False, repr=False)
+    first: FirstTokenDecoder | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Asked once: to ask whether something fulfils a protocol takes as long as half a step's
@@ -78,6 +81,8 @@ class Engine:
         object.__setattr__(self, "choosing", choosing if able else None)
         overlapping = self.decoder if isinstance(self.decoder, OverlappingDecoder) else None
         object.__setattr__(self, "overlapping", overlapping)
+        first = self.decoder if isinstance(self.decoder, FirstTokenDecoder) else None
+        object.__setattr__(self, "first", first)
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -278,7 +283,9 @@ class Engine:
 
         Returns logits `[n, vocab_size]`: those after the last token (n = 1), after all, or none.
         """
-        found: FloatArray = self._run(self._part(PromptPart(place, chunk, past), logits))[0]
+        found: FloatArray = self._run(
+            alone(PromptPart(place, chunk, past), logits, self.manifest.decode)
+        )[0]
         # It may be a step of decoding to the decoder.
         return found.copy() if len(chunk.ids) == 1 else found
 
@@ -290,22 +297,19 @@ class Engine:
         `logits` are those of one part; of several, each has its last ones.
         """
         assert self.overlapping is not None
-        decode = self.manifest.decode
-        batch = together(parts, decode) if len(parts) > 1 else self._part(parts[0], logits)
-        return self.overlapping.begin_prompts(batch)
+        return self.overlapping.begin_prompts(self._parts(parts, logits))
 
-    def _part(self, part: PromptPart, logits: Literal["none", "last", "all"]) -> DecoderBatch:
-        """A part of one prompt as the decoder takes it."""
-        place, chunk, past = part
-        ids, features = chunk.handed_over(self.manifest.decode.vocab_size)
-        every = np.arange(len(ids), dtype=np.int64)
-        wanted = {"none": every[:0], "last": every[-1:], "all": every}[logits]
-        levels = self._levels(np.array([chunk.rotary_level], np.int64))
-        lengths, places = np.array([past], np.int64), chunk.places_from(past, len(ids))
-        turns = None if places is None else self._turns(places[None])
-        return DecoderBatch(
-            place[:1], ids[None], lengths, features, wanted[None], levels, (place,), turns
-        )
+    def begin_first(
+        self, parts: Sequence[PromptPart], choices: Sequence[Choice | None] | None
+    ) -> BegunFirst:
+        """The same for who chooses the `first` tokens (see `FirstTokenDecoder`)."""
+        assert self.first is not None
+        return self.first.begin_first(self._parts(parts, "last"), choices)
+
+    def _parts(self, parts: Sequence[PromptPart], logits: Literal["none", "last"]) -> DecoderBatch:
+        if len(parts) > 1:
+            return together(parts, self.manifest.decode)
+        return alone(parts[0], logits, self.manifest.decode)
 
     def prefill_together(self, parts: Sequence[PromptPart]) -> FloatArray:
         """Run the next tokens of several sequences at once; logits `[n, vocab_size]` after each.
@@ -367,10 +371,12 @@ class Engine:
         turns = None
         if self.manifest.decode.positions.turn_width:
             behind = lengths if lags is None else lengths - lags
-            turns = self._turns(np.repeat(behind[:, None, None], AXES, axis=2))
+            turns = self.manifest.decode.positions.turns(
+                np.repeat(behind[:, None, None], AXES, axis=2)
+            )
         zeros = np.zeros((len(tokens), 1), np.int64)
         slots = tuple(place[0] for place in places)
-        levels_given = self._levels(levels)
+        levels_given = levels if self.manifest.decode.positions.has_levels else None
         return DecoderBatch(
             slots, tokens[:, None], lengths, None, zeros, levels_given, places, turns
         )
@@ -389,9 +395,3 @@ class Engine:
     def _run(self, batch: DecoderBatch) -> FloatArray:
         with self.clock.running():
             return self.decoder.step(batch)
-
-    def _turns(self, places: Places) -> FloatArray:
-        return self.manifest.decode.positions.turns(places)
-
-    def _levels(self, levels: IntArray) -> IntArray | None:
-        return levels if self.manifest.decode.positions.has_levels else None

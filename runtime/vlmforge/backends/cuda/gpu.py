@@ -35,7 +35,7 @@ from vlmforge_plugins.cached_attention.plan import Machine
 from vlmforge_plugins.errors import PluginError, UnsupportedError
 
 _LEAST_STAGING, _MOST_STAGING, _LEAST_FETCH = 1 << 20, 1 << 24, 1 << 14
-_UPLOADS = 6  # under way at once: two steps have three each, of which one is of images
+_UPLOADS = 10  # under way at once: two steps have five each
 
 
 @cache
