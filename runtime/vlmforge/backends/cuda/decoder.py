@@ -273,7 +273,8 @@ class PagedDecoder(DecoderSession):
         features = batch.image_features
         if features is not None and not isinstance(features, DeviceRows):
             dtype = next(s.dtype for s in self._program.inputs(frame.size) if _is_features(s))
-            views[IMAGE_FEATURES][:] = encode(features, dtype) if dtype in DTYPES else features
+            taken = encode(features, dtype) if dtype in DTYPES else features
+            views[IMAGE_FEATURES][: len(taken)] = taken
         table = views[BLOCK_TABLE.name]
         for row, blocks in enumerate(batch.blocks):
             held = blocks[: table.shape[1]]

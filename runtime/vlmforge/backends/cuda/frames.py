@@ -89,14 +89,14 @@ class Size:
 def bucket(size: Size, slots: int, capacity: int, chunk: int = 1 << 62) -> Size:
     """The size that a step is run with: few different ones, each not much larger than asked for.
 
-    Those of packed prompts have no more than `chunk` tokens.
+    Those of packed prompts have no more than `chunk` tokens, and rows of features.
     """
     total = min(capacity, _round_up(max(size.total, _LEAST_TOTAL)))
     if size.packed:
         packed = min(1 << (size.packed - 1).bit_length(), slots)
         outputs = packed if size.one_each else size.outputs
-        tokens = max(size.tokens, min(packed_tokens(size.tokens), chunk))
-        return replace(size, tokens=tokens, outputs=outputs, total=total, packed=packed)
+        tokens, rows = (max(n, min(packed_tokens(n), chunk)) for n in (size.tokens, size.rows))
+        return replace(size, tokens=tokens, outputs=outputs, rows=rows, total=total, packed=packed)
     if not size.replayed:
         return replace(size, total=total)
     batch = 1 << (size.batch - 1).bit_length()
