@@ -281,7 +281,9 @@ def _session(file: Path, ordinal: int, settings: Mapping[str, str]) -> ort.Infer
     options = ort.SessionOptions()
     options.enable_mem_pattern = False  # it keeps one piece of memory for each size that ever came
     common = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
-    common |= {"device_id": str(ordinal)}
+    # To try all ways to convolve takes long for each number of views, and memory that is not given
+    # back; what is convolved is an image's patches, once.
+    common |= {"device_id": str(ordinal), "cudnn_conv_algo_search": "HEURISTIC"}
     session = open_session(file, [(PROVIDER, {**common, **settings})], options)
     if session.get_providers()[0] != PROVIDER:
         raise not_loaded(file)
