@@ -50,7 +50,7 @@ class Run(NamedTuple):
 
     held: Held
     start: int
-    count: int
+    rows: int
 
     @property
     def address(self) -> int:
@@ -60,7 +60,7 @@ class Run(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Of all."""
-        return self.count * self.held.row_bytes
+        return self.rows * self.held.row_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +70,7 @@ class DeviceRows:
     runs: tuple[Run, ...]
 
     def __len__(self) -> int:
-        return sum(run.count for run in self.runs)
+        return sum(run.rows for run in self.runs)
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +93,7 @@ class DeviceRows:
         if copy is False:
             raise ValueError("rows in a device's memory cannot be seen without a copy")
         read = {id(run.held): run.held.read() for run in self.runs}
-        parts = [read[id(run.held)][run.start : run.start + run.count] for run in self.runs]
+        parts = [read[id(run.held)][run.start : run.start + run.rows] for run in self.runs]
         whole = np.concatenate(parts)
         return whole if dtype is None else whole.astype(dtype)
 
@@ -106,10 +106,10 @@ def _cut(runs: Sequence[Run], start: int, stop: int) -> Iterator[Run]:
     """The rows `start .. stop` of all of them."""
     at = 0
     for run in runs:
-        first, last = max(start, at) - at, min(stop, at + run.count) - at
+        first, last = max(start, at) - at, min(stop, at + run.rows) - at
         if first < last:
             yield Run(run.held, run.start + first, last - first)
-        at += run.count
+        at += run.rows
 
 
 def joined(parts: Sequence[Features]) -> Features:
