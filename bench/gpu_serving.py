@@ -53,7 +53,7 @@ def opened(engine: Path, slots: int, chunk: int) -> Pipeline:
         max_batch_size=slots,
         max_prefill_token_num=chunk,
         enable_prefix_caching=False,
-        cache_max_entry_count=0.92,
+        cache_max_entry_count=0.95,
     )
     return pipeline(engine, config)
 

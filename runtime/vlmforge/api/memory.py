@@ -130,8 +130,7 @@ def prompt_tokens(manifest: Manifest, config: EngineConfig, capacity: int, free:
     chunk = USUAL_GPU_CHUNK
 
     def activations() -> float:
-        found = (part_memory(part, max(chunk, slots), slots) for part in manifest.first_parts)
-        return sum(part.activations for part in found)
+        return sum(part.activations for part in parts_memory(manifest, slots, chunk, None))
 
     while chunk > MAX_CHUNK and activations() > _PROMPTS_SHARE * free:
         chunk //= 2
@@ -168,17 +167,19 @@ class PartMemory:
 
 
 def parts_memory(
-    manifest: Manifest, slots: int, chunk: int, features: int = USUAL_BUDGET
+    manifest: Manifest, slots: int, chunk: int, features: int | None = USUAL_BUDGET
 ) -> tuple[PartMemory, ...]:
     """What an engine's parts take of its first GPU's memory, for `chunk` tokens of prompts.
 
-    `features`: bytes for those of images that were seen, where they stay there.
+    `features`: bytes for those of images that were seen, where they stay there; None: without what
+    images take.
     """
-    kept = device_features(manifest, features)
+    tokens = chunk + slots if packs(manifest.first_parts[-1]) else max(chunk, slots)
+    kept = None if features is None else device_features(manifest, features)
     images = 0 if kept is None else kept.total
 
     def taken(part: Part) -> PartMemory:
-        found = part_memory(part, max(chunk, slots), slots)
+        found = part_memory(part, tokens, slots)
         own = images if part.name == "vision" else 0
         return replace(found, activations=found.activations + own)
 

@@ -51,6 +51,10 @@ class Choice:
     behind: tuple[float, float] | None = None
 
 
+GREEDY = Choice((1.0, 1.0, 1.0, 0.0, -1.0))
+"""Of the likeliest token."""
+
+
 class Picked(NamedTuple):
     """A token that was chosen where the logits are.
 
@@ -128,6 +132,7 @@ class OverlappingDecoder(Protocol):
     ) -> BegunTokens:
         """Begin a step of decoding, to choose a token for each row; None: the likeliest.
 
+        Rows of prompts may be among them where these are packed (`LoadOptions.packs`).
         `ahead` int64 `[B]` is the row of the last such step whose token is the row's input; from
         `FIRST_TOKENS` on the row, counted from there, of the prompts whose first tokens were begun
         last (`FirstTokenDecoder`); -1: it stands in `batch`. EngineError: the library failed.

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from vlmforge.backends.choice import Begun
+from vlmforge.backends.choice import Begun, Picked
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.running import Active, Choices, Running
@@ -118,14 +118,19 @@ class Runner:
             elif row.sequence not in gone:
                 prompts.append(row)
         rows = [row for row in step.decode if row.sequence not in gone]
-        # Tokens first: those of the prompts of `before` are there until others are begun.
-        found = _tried(lambda: work.begin_tokens(rows, choices, before)) if rows else None
         first = work.first(prompts)
-        logits = _tried(lambda: work.begin_prompts(prompts, first)) if prompts else None
+        found: Begun[Sequence[Picked | np.int64 | None]] | BaseException | None = None
+        logits: Begun[Sequence[Any]] | BaseException | None = None
+        if mixed := bool(prompts and rows) and work.mixes(prompts, first):
+            both = _tried(lambda: work.begin_mixed(prompts, first, rows, choices, before))
+            logits, found = (both, both) if isinstance(both, BaseException) else both
+        else:
+            # Tokens first: those of the prompts of `before` are there until others are begun.
+            found = _tried(lambda: work.begin_tokens(rows, choices, before)) if rows else None
+            logits = _tried(lambda: work.begin_prompts(prompts, first)) if prompts else None
+        done = work.images, work.encode
         named = frozenset(first)
-        return Running(
-            step, begun, lost, prompts, rows, named, logits, found, work.images, work.encode
-        )
+        return Running(step, begun, lost, prompts, rows, named, mixed, logits, found, *done)
 
     def finish(self, running: Running) -> StepResult:
         """Wait for a step; raises nothing, as `run`. Who has ended meanwhile gets nothing of it."""

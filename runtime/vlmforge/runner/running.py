@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from typing_extensions import override
+
 from vlmforge.backends import FloatArray
-from vlmforge.backends.choice import FIRST_TOKENS, BegunFirst, BegunPrompts, BegunTokens, Choice
+from vlmforge.backends.choice import (
+    FIRST_TOKENS,
+    Begun,
+    BegunFirst,
+    BegunPrompts,
+    BegunTokens,
+    Choice,
+    Picked,
+)
 from vlmforge.backends.features import DeviceRows, Features
 from vlmforge.runner.decoder_input import DecoderInput
 from vlmforge.runner.job import Job
@@ -78,6 +89,7 @@ class Running:
         lost: Rows that ended when it was begun, and why.
         prompts, rows: The others, those of prompts and those of tokens, in the device's order.
         first: Sequences among the prompts whose next token is chosen by the device.
+        mixed: Whether both are one step of the device's, prompts first.
         logits, found: What becomes of them, or why nothing does; None where there are none.
         images: That the vision part was run for.
         encode: Seconds that this took.
@@ -89,7 +101,8 @@ class Running:
     prompts: Sequence[Row]
     rows: Sequence[Row]
     first: frozenset[int]
-    logits: BegunPrompts | BegunFirst | BaseException | None
+    mixed: bool
+    logits: BegunPrompts | BegunFirst | BegunTokens | BaseException | None
     found: BegunTokens | BaseException | None
     images: int
     encode: float
@@ -105,12 +118,13 @@ class Running:
     @property
     def places(self) -> Mapping[int, int]:
         """Where the next tokens will be that the device chooses, by sequence, as `begin` says."""
+        start, behind = (0, len(self.prompts)) if self.mixed else (FIRST_TOKENS, 0)
         first = {
-            row.sequence: FIRST_TOKENS + place
+            row.sequence: start + place
             for place, row in enumerate(self.prompts)
             if row.sequence in self.first
         }
-        return first | {row.sequence: place for place, row in enumerate(self.rows)}
+        return first | {row.sequence: behind + place for place, row in enumerate(self.rows)}
 
     @property
     def failed(self) -> bool:
@@ -118,3 +132,37 @@ class Running:
         return bool(self.lost) or any(
             isinstance(one, BaseException) for one in (self.logits, self.found)
         )
+
+
+@dataclass(slots=True, eq=False)
+class Mixed:
+    """What is found for prompts and, behind them, for tokens of others, by one step."""
+
+    begun: BegunTokens
+    outcome: Sequence[Picked | np.int64 | None] | BaseException | None = None
+
+    def wait(self) -> Sequence[Picked | np.int64 | None]:
+        """Of all of them, once it is there; what was raised is raised for each who waits."""
+        if self.outcome is None:
+            try:
+                self.outcome = self.begun.wait()
+            except BaseException as error:  # noqa: BLE001 - see above
+                self.outcome = error
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+
+@dataclass(slots=True, eq=False)
+class Share(Begun[Sequence[Picked | np.int64 | None]]):
+    """Of the `rows` of a step that was `Mixed`; its seconds count for the prompts."""
+
+    mixed: Mixed
+    rows: slice
+    seconds: float = 0.0
+
+    @override
+    def wait(self) -> Sequence[Picked | np.int64 | None]:
+        found = self.mixed.wait()[self.rows]
+        self.seconds = 0.0 if self.rows.start else self.mixed.begun.seconds
+        return found

@@ -74,15 +74,14 @@ class Engine:
     def __post_init__(self) -> None:
         # Asked once: to ask whether something fulfils a protocol takes as long as half a step's
         # bookkeeping.
-        sparing = self.decoder if isinstance(self.decoder, LikeliestDecoder) else None
-        object.__setattr__(self, "_sparing", sparing)
-        choosing = self.decoder if isinstance(self.decoder, ChoosingDecoder) else None
-        able = choosing is not None and choosing.chooses
-        object.__setattr__(self, "choosing", choosing if able else None)
-        overlapping = self.decoder if isinstance(self.decoder, OverlappingDecoder) else None
-        object.__setattr__(self, "overlapping", overlapping)
-        first = self.decoder if isinstance(self.decoder, FirstTokenDecoder) else None
-        object.__setattr__(self, "first", first)
+        decoder = self.decoder
+        for name, able in (
+            ("_sparing", isinstance(decoder, LikeliestDecoder)),
+            ("choosing", isinstance(decoder, ChoosingDecoder) and decoder.chooses),
+            ("overlapping", isinstance(decoder, OverlappingDecoder)),
+            ("first", isinstance(decoder, FirstTokenDecoder)),
+        ):
+            object.__setattr__(self, name, decoder if able else None)
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -292,10 +291,7 @@ class Engine:
     def begin_prompts(
         self, parts: Sequence[PromptPart], logits: Literal["none", "last"]
     ) -> BegunPrompts:
-        """As `prefill`, or `prefill_together`, for who is `overlapping`.
-
-        `logits` are those of one part; of several, each has its last ones.
-        """
+        """As `prefill` (`prefill_together`: "last") for who is `overlapping`."""
         assert self.overlapping is not None
         return self.overlapping.begin_prompts(self._parts(parts, logits))
 

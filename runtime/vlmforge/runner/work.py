@@ -13,14 +13,14 @@ from typing import TypeVar
 import numpy as np
 
 from vlmforge.backends import FloatArray, IntArray
-from vlmforge.backends.choice import BegunFirst, BegunPrompts, BegunTokens, Choice, Found
+from vlmforge.backends.choice import GREEDY, BegunFirst, BegunPrompts, BegunTokens, Choice, Found
 from vlmforge.errors import EngineStepError, as_ours
 from vlmforge.kv.cache import Copy
 from vlmforge.outputs.token_chooser import PrefillFacts
-from vlmforge.runner.decoder_input import DecoderInput, PromptPart
+from vlmforge.runner.decoder_input import DecoderInput, PromptPart, together
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
-from vlmforge.runner.running import Active, Choices, Lost, Running
+from vlmforge.runner.running import Active, Choices, Lost, Mixed, Running, Share
 from vlmforge.runner.stages import Engine
 from vlmforge.runner.step import AHEAD, Row, Step
 from vlmforge.vl.prepared import PreparedImage
@@ -69,9 +69,16 @@ class Work:
         for row, found in zip(ready, logits or (), strict=logits is not None):
             self.prompted(row, found)
 
-    def prompted(self, row: Row, found: Found) -> None:
-        """A part of a prompt has been run, and gave logits `[n, vocab_size]` or the next token."""
+    def prompted(self, row: Row, found: Found | None) -> None:
+        """A part of a prompt has been run, and gave logits `[n, vocab_size]` or the next token.
+
+        None: it could not be chosen there, and the logits are gone; the part is run again.
+        """
         active = self.active[row.sequence]
+        if found is None and row.logits != "none":
+            active.here = True
+            self.again.add(row.sequence)
+            return
         logits = found if isinstance(found, np.ndarray) else None
         if row.logits == "all" and logits is not None:
             active.prompt_logits = active.prompt_logits if row.start else []
@@ -80,6 +87,7 @@ class Work:
             return
         active.prompted()
         last = found if logits is None else logits[-1]
+        assert last is not None
         if active.begun:
             self._accept(row.sequence, last)
             return
@@ -199,28 +207,60 @@ class Work:
         if engine.overlapping is None or engine.first is None:
             return {}
         ends = {row.sequence: self.active[row.sequence].job for row in rows if row.logits == "last"}
-        asked = any(row.forks or row.logits == "all" for row in rows)
+        here = any(self.active[name].here for name in ends)
+        asked = here or any(row.forks or row.logits == "all" for row in rows)
         if not asked and all(job.likeliest for job in ends.values()):
             able = engine.overlapping.can_begin(len(ends), None)
             return dict.fromkeys(ends) if able and ends else {}
         found = {}
         for row in rows:
-            if row.sequence in ends and not row.forks:
+            # One that could not be chosen there once is chosen here.
+            if row.sequence in ends and not row.forks and not self.active[row.sequence].here:
                 choice = _choice(ends[row.sequence])
                 if choice is not None and engine.overlapping.can_begin(1, [choice]):
                     found[row.sequence] = choice
         return found
+
+    def mixes(self, rows: Sequence[Row], first: Mapping[int, Choice | None]) -> bool:
+        """Whether these prompts are run in one step with tokens of others: none wants logits."""
+        packed = self.engine.options.packs and self.engine.overlapping is not None
+        return packed and all(row.sequence in first or row.logits == "none" for row in rows)
+
+    def begin_mixed(
+        self,
+        prompts: Sequence[Row],
+        first: Mapping[int, Choice | None],
+        rows: Sequence[Row],
+        choices: Choices,
+        before: Running | None,
+    ) -> tuple[Share, Share]:
+        """Begin parts of prompts and tokens (see `begin_tokens`) in one step; what is of each."""
+        parts = [PromptPart(row.place, self._chunk(row), row.start) for row in (*prompts, *rows)]
+        sources = np.concatenate((np.full(len(prompts), -1), self._sources(rows, before)))
+        asked = [*(first.get(row.sequence) for row in prompts)]
+        asked += [choices[row.sequence] for row in rows]
+        given = [choice or GREEDY for choice in asked] if any(asked) else None
+        decoder = self.engine.overlapping
+        assert decoder is not None
+        batch = together(parts, self.engine.manifest.decode)
+        mixed, count = Mixed(decoder.begin(batch, given, sources)), len(prompts)
+        return Share(mixed, slice(0, count)), Share(mixed, slice(count, None))
 
     def begin_tokens(
         self, rows: Sequence[Row], choices: Choices, before: Running | None
     ) -> BegunTokens:
         """Begin the rows, those that are `AHEAD` with the tokens of `before`."""
         found = [choice for row in rows if (choice := choices[row.sequence]) is not None]
+        sources = self._sources(rows, before)
+        where, tokens, lengths, levels, lags = self._inputs(rows)
+        tokens = np.maximum(tokens, 0)
+        return self.engine.begin(where, tokens, lengths, levels, lags, found or None, sources)
+
+    def _sources(self, rows: Sequence[Row], before: Running | None) -> IntArray:
+        """Where `before` has the tokens of the rows that are `AHEAD`."""
         places = {} if before is None else before.places
         ahead = [places[r.sequence] if r.tokens == (AHEAD,) else -1 for r in rows]
-        where, tokens, lengths, levels, lags = self._inputs(rows)
-        tokens, sources = np.maximum(tokens, 0), np.array(ahead, np.int64)
-        return self.engine.begin(where, tokens, lengths, levels, lags, found or None, sources)
+        return np.array(ahead, np.int64)
 
     def decided_here(self, sequence: int) -> None:
         """The device could not choose the token behind a prompt, and may go on with a wrong one."""

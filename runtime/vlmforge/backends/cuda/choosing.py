@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmforge.backends.choice import NO_EDITS, Choice, Picked
+from vlmforge.backends.choice import GREEDY, NO_EDITS, Choice, Picked
 from vlmforge.backends.cuda.device import Arriving, Device, Tensor, Work
 from vlmforge.backends.cuda.frames import Arrangement, in_a_row, shape_of
 from vlmforge.engine import chain
@@ -33,7 +33,6 @@ from vlmforge.engine.interface import (
 
 MOST_EDITS = 4096
 _LEAST_EDITS, _GROWTH = 16, 16
-_NO_CHOICE = Choice((1.0, 1.0, 1.0, 0.0, -1.0))
 
 
 @dataclass(slots=True)
@@ -81,7 +80,7 @@ class TokenSampler:
         Those of rows without a choice, or with more edits than fit, play no part. `again`: there
         will be many choices of this size from this place.
         """
-        given = [choice if self.takes(choice) else _NO_CHOICE for choice in choices]
+        given = [choice if self.takes(choice) else GREEDY for choice in choices]
         longest = max((_edits(choice) for choice in given if choice), default=0)
         edits = _LEAST_EDITS
         while edits < longest:
@@ -91,7 +90,7 @@ class TokenSampler:
         if again:
             self._frames[key] = frame
         for row in range(rows):
-            _fill(frame.views, row, (given[row] if row < len(given) else None) or _NO_CHOICE)
+            _fill(frame.views, row, (given[row] if row < len(given) else None) or GREEDY)
         self._device.upload(self._arena.address, frame.inputs)
         return frame
 

@@ -20,8 +20,8 @@ from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, IntArray
 from vlmforge.backends.choice import FIRST_TOKENS, Begun, Choice, Found, Picked, T_co
 from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.cuda.device import Arriving, Device, Mark, Work
-from vlmforge.backends.cuda.frames import Arrangement, Size, bucket, largest
-from vlmforge.backends.cuda.inputs import new_tokens, put, totals
+from vlmforge.backends.cuda.frames import Arrangement, Size, bucket, largest, most_tokens
+from vlmforge.backends.cuda.inputs import first_places, new_tokens, put, totals
 from vlmforge.backends.cuda.program import FEW, Program, Span, make_pools
 from vlmforge.backends.features import DeviceRows
 from vlmforge.backends.number_formats import DTYPES, encode
@@ -167,16 +167,17 @@ class PagedDecoder(DecoderSession):
         device, start = self._device, self._device.mark()
         rows, frame = len(batch.slots), self._filled(batch)
         self._upload(frame, batch)
-        inputs = self._at(frame, INPUT_IDS.name)
+        inputs, firsts = self._at(frame, INPUT_IDS.name), first_places(batch)
         for row, source, count in _runs(ahead):
-            device.copy(self._source(source), inputs + 8 * row, 8 * count)
+            device.copy(self._source(source), inputs + 8 * int(firsts[row]), 8 * count)
         self._work(frame)
         # Another size may lie over these tokens, before its inputs are there.
         if choices is None:
             device.copy(self._at(frame, LIKELIEST.name), self._chosen.address, 8 * rows)
             return BegunStep(start, device.fetch(self._chosen.address, 8 * rows), _ids)
         assert self._sampler is not None
-        prepared = self._sampler.prepare(frame.size.batch, self._at(frame, LOGITS), choices)
+        count, again = frame.size.sequences, frame.size.replayed
+        prepared = self._sampler.prepare(count, self._at(frame, LOGITS), choices, again=again)
         for row, source in enumerate(ahead):
             if source >= 0:
                 self._sampler.tell(prepared, row, choices[row], self._source(int(source)))
@@ -248,7 +249,7 @@ class PagedDecoder(DecoderSession):
 
     def _frame(self, asked: Size) -> _Frame:
         options = self._options
-        size = bucket(asked, options.slots, options.capacity, options.chunk)
+        size = bucket(asked, options.slots, options.capacity, most_tokens(options))
         size = self._fitted(size)
         if size.replayed:
             if size not in self._replayed:

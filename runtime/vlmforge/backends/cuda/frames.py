@@ -86,16 +86,16 @@ class Size:
         return not self.packed and self.tokens == self.outputs == self.rows == 1
 
 
-def bucket(size: Size, slots: int, capacity: int, chunk: int = 1 << 62) -> Size:
+def bucket(size: Size, slots: int, capacity: int, most: int = 1 << 62) -> Size:
     """The size that a step is run with: few different ones, each not much larger than asked for.
 
-    Those of packed prompts have no more than `chunk` tokens, and rows of features.
+    Those of packed sequences have no more than `most` tokens, and rows of features.
     """
     total = min(capacity, _round_up(max(size.total, _LEAST_TOTAL)))
     if size.packed:
         packed = min(1 << (size.packed - 1).bit_length(), slots)
         outputs = packed if size.one_each else size.outputs
-        tokens, rows = (max(n, min(packed_tokens(n), chunk)) for n in (size.tokens, size.rows))
+        tokens, rows = (max(n, min(packed_tokens(n), most)) for n in (size.tokens, size.rows))
         return replace(size, tokens=tokens, outputs=outputs, rows=rows, total=total, packed=packed)
     if not size.replayed:
         return replace(size, total=total)
@@ -109,10 +109,17 @@ def packed_tokens(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def most_tokens(options: LoadOptions) -> int:
+    """Of a step: prompts, and with those that are packed one of each other sequence."""
+    if options.packs:
+        return options.chunk + options.slots
+    return min(options.chunk, options.capacity)
+
+
 def largest(options: LoadOptions) -> tuple[Size, ...]:
     """No step needs more than the largest of these."""
-    chunk = options.chunk if options.packs else min(options.chunk, options.capacity)
-    packed = min(options.slots, chunk) if options.packs else 0
+    chunk = most_tokens(options)
+    packed = options.slots if options.packs else 0
     outputs = max(min(chunk, MOST_OUTPUTS), packed)
     return (
         Size(1, chunk, outputs, chunk, options.capacity, packed),

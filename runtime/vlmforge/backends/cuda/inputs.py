@@ -31,6 +31,12 @@ def totals(batch: DecoderBatch) -> IntArray:
     return batch.past_lengths + new_tokens(batch)
 
 
+def first_places(batch: DecoderBatch) -> IntArray:
+    """Where the first new token of each sequence lies, if they lie one behind the other `[B]`."""
+    new = new_tokens(batch)
+    return np.cumsum(new) - new
+
+
 def put(views: Mapping[str, NDArray[Any]], batch: DecoderBatch, *, packed: bool) -> None:
     """Put the numbers of a batch where they are uploaded from, and zeros behind them.
 
@@ -47,7 +53,7 @@ def put(views: Mapping[str, NDArray[Any]], batch: DecoderBatch, *, packed: bool)
             _fill(views[name], values)
     for name, values in _of_tokens(batch).items() if packed else ():
         if name in views:
-            _fill(views[name][0], _in_a_row(name, values, new))
+            _fill(views[name][0], _in_a_row(name, values, batch))
 
 
 def _or_nothing(values: IntArray | None) -> IntArray:
@@ -64,12 +70,12 @@ def _of_tokens(batch: DecoderBatch) -> dict[str, NDArray[Any]]:
     return given
 
 
-def _in_a_row(name: str, values: NDArray[Any], new: IntArray) -> NDArray[Any]:
-    """The rows of `values` one behind the other, of each its first `new`; places all move along."""
+def _in_a_row(name: str, values: NDArray[Any], batch: DecoderBatch) -> NDArray[Any]:
+    """The rows of `values` one behind the other, of each its new ones; places all move along."""
     if name == LOGITS_INDICES.name:
-        places: NDArray[Any] = values + (np.cumsum(new) - new)[:, None]
+        places: NDArray[Any] = values + first_places(batch)[:, None]
         return places.reshape(-1)
-    found: NDArray[Any] = values[np.arange(values.shape[1]) < new[:, None]]
+    found: NDArray[Any] = values[np.arange(values.shape[1]) < new_tokens(batch)[:, None]]
     return found
 
 
