@@ -209,6 +209,7 @@ class VisionConfig:
         max_batch_size: Views in one run of the vision part, whichever images they are of. An image
             is one view, or several where its policy cuts it into tiles. Where images are in patches
             and of any size, 1024 patches count as a view, and those of one shape run together.
+            On a GPU (`cuda`) up to 8 views of pictures that wait are run at once, whatever this is.
         thread_safe: Accepted: the pipeline always is.
         background: Colour (red, green, blue; 0 to 255) on which transparent images are composited.
             None: as the model's own processor does, which leaves transparency out of account or
@@ -224,7 +225,7 @@ class VisionConfig:
         feature_cache_bytes: Memory for what the vision part made of earlier images (float32, tokens
             x hidden size each), so that they are neither decoded nor encoded again; the least
             recently used go. 0 keeps none. None: 128 MiB, or 5 % of the free memory if that is
-            less.
+            less. Of the GPU's memory where they stay there (`cuda` of one rank, views of one size).
         min_pixels, max_pixels: Where images are in patches and of any size, as `smart_resize` of
             the published processors takes them: smaller and larger ones are resized until they are
             within. Fewer pixels are fewer tokens. None: as the checkpoint says. Engines whose

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlmforge.api.config import MAX_CHUNK, MAX_GPU_CHUNK, USUAL_GPU_CHUNK, EngineConfig
 from vlmforge.backends import LoadOptions
+from vlmforge.backends.features import device_features
 from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.interface import TOKENS, packs
 from vlmforge.engine.manifest import Manifest, Part
@@ -33,8 +34,12 @@ _GRAPH_BYTES, _SEGMENT_BYTES, _ROOM = 600 << 20, 64 << 20, 1.2
 _MEETING_BYTES = 640 << 20
 
 
-def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptions:
+def load_options(
+    bundle: Bundle, config: EngineConfig, free: float, features: int = USUAL_BUDGET
+) -> LoadOptions:
     """Slots and window that fit `free` bytes, so that nothing dies for want of memory later.
+
+    `features`: bytes for those of images that were seen, where they stay on a device.
 
     Raises:
         ConfigError: the engine cannot be given a window of this size.
@@ -43,7 +48,7 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     manifest = bundle.manifest
     capacity = _window(bundle, config)
     if manifest.kv.page_size is not None:
-        return _paged(manifest, config, capacity, free)
+        return _paged(manifest, config, capacity, free, features)
     ranks = manifest.parallel.tp  # all of them lie in what this process may use
     weights = sum(part.loaded_bytes for part in manifest.parts)
     weights += ranks * _longer_tables(manifest, capacity) + (ranks - 1) * _RANK_BYTES
@@ -74,12 +79,14 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     return LoadOptions(slots, capacity, _threads(config.threads), pack, blocks, block)
 
 
-def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float) -> LoadOptions:
+def _paged(
+    manifest: Manifest, config: EngineConfig, capacity: int, free: float, features: int
+) -> LoadOptions:
     """Of a GPU: a pool of pages in what weights and activations leave of its free memory."""
     page, slots = manifest.kv.page_size or 0, slots_of(manifest, config)
     page_bytes = page * manifest.rank_kv.bytes_per_token
     chunk = prompt_tokens(manifest, config, capacity, free)
-    taken = sum(part.total for part in parts_memory(manifest, slots, chunk))
+    taken = sum(part.total for part in parts_memory(manifest, slots, chunk, features))
     budget = config.cache_max_entry_count * (free - taken)
     longest = -(-capacity // page)
     # No more than all sequences can ever fill.
@@ -103,6 +110,7 @@ def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float)
         chunk=chunk,
         prompts=slots,
         packs=packs(manifest.first_parts[-1]),
+        features=features,
     )
 
 
@@ -122,7 +130,7 @@ def prompt_tokens(manifest: Manifest, config: EngineConfig, capacity: int, free:
     chunk = USUAL_GPU_CHUNK
 
     def activations() -> float:
-        return sum(part.activations for part in parts_memory(manifest, slots, chunk))
+        return sum(part.activations for part in parts_memory(manifest, slots, chunk, None))
 
     while chunk > MAX_CHUNK and activations() > _PROMPTS_SHARE * free:
         chunk //= 2
@@ -143,7 +151,8 @@ class PartMemory:
 
     Attributes:
         weights: As they are in its files.
-        activations: What is calculated in between, matrices of whole numbers made whole too.
+        activations: What is calculated in between, matrices of whole numbers made whole too; and
+            features of images, where they stay there.
         library: The library's own.
     """
 
@@ -157,10 +166,24 @@ class PartMemory:
         return self.weights + self.activations + self.library
 
 
-def parts_memory(manifest: Manifest, slots: int, chunk: int) -> tuple[PartMemory, ...]:
-    """What an engine's parts take of its first GPU's memory, for `chunk` tokens of prompts."""
+def parts_memory(
+    manifest: Manifest, slots: int, chunk: int, features: int | None = USUAL_BUDGET
+) -> tuple[PartMemory, ...]:
+    """What an engine's parts take of its first GPU's memory, for `chunk` tokens of prompts.
+
+    `features`: bytes for those of images that were seen, where they stay there; None: without what
+    images take.
+    """
     tokens = chunk + slots if packs(manifest.first_parts[-1]) else max(chunk, slots)
-    return tuple(part_memory(part, tokens, slots) for part in manifest.first_parts)
+    kept = None if features is None else device_features(manifest, features)
+    images = 0 if kept is None else kept.total
+
+    def taken(part: Part) -> PartMemory:
+        found = part_memory(part, tokens, slots)
+        own = images if part.name == "vision" else 0
+        return replace(found, activations=found.activations + own)
+
+    return tuple(map(taken, manifest.first_parts))
 
 
 def part_memory(part: Part, tokens: int, rows: int) -> PartMemory:

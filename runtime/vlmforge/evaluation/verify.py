@@ -104,7 +104,7 @@ def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
     return {
         "pixels": _sample([image.pixel_values for image in images]),
         "tokens": np.array(rendered.token_ids, np.int64),
-        "features": _sample(features),
+        "features": _sample([np.asarray(rows) for rows in features]),
         "logits": logits,
         "greedy": rows.argmax(-1),
         _MARGINS: np.diff(np.partition(rows, -2)[:, -2:])[:, 0],

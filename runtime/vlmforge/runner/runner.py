@@ -110,7 +110,7 @@ class Runner:
         work = Work(self._engine, self._features, self._active)
         begun, lost = time.perf_counter(), [*work.move(step)]
         gone = {row.sequence for rows, _ in lost for row in rows}
-        prompts = []
+        prompts, ahead = [], work.images_of(step.prompts, ahead)
         for row in step.prompts:
             error = None if row.sequence in gone else work.encoded(row, ahead)
             if error is not None:

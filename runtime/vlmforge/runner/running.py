@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from typing_extensions import override
@@ -18,6 +18,7 @@ from vlmforge.backends.choice import (
     Choice,
     Picked,
 )
+from vlmforge.backends.features import DeviceRows, Features
 from vlmforge.runner.decoder_input import DecoderInput
 from vlmforge.runner.job import Job
 from vlmforge.runner.step import Row, Step, StepRecord
@@ -29,8 +30,8 @@ class Active:
     """A job that has a place, or has lost it for a while."""
 
     job: Job
-    images: list[PreparedImage | None]  # let go once their features are here
-    features: list[FloatArray | None]  # by image
+    images: list[PreparedImage | None]  # let go once their features are here to stay
+    features: list[Features | None]  # by image
     admitted: float
     cached: int
     given: DecoderInput | None = None
@@ -45,6 +46,31 @@ class Active:
         """What its prompt is to the decoder; there once its images are encoded."""
         assert self.given is not None
         return self.given
+
+    @property
+    def wanted(self) -> list[PreparedImage]:
+        """Images whose features are not here; not all of them need be."""
+        pairs = zip(self.images, self.features, strict=True)
+        return [image for image, rows in pairs if image is not None and rows is None]
+
+    def encoded(self, index: int, features: Features) -> None:
+        """The features of an image are here."""
+        self.features[index] = features
+        if not isinstance(features, DeviceRows):
+            self.images[index] = None
+
+    def prompted(self) -> None:
+        """The prompt has been run: what lies on a device makes room for others' images.
+
+        Should it have to be run again, they are encoded again.
+        """
+        if self.given is not None and isinstance(self.given.features, DeviceRows):
+            self.given = replace(self.given, features=None)
+        held = enumerate(self.features)
+        for index in [i for i, rows in held if isinstance(rows, DeviceRows)]:
+            self.features[index] = None
+            if (image := self.images[index]) is not None:
+                self.images[index] = image.without_features()
 
 
 Lost = tuple[Sequence[Row], BaseException]

@@ -57,7 +57,7 @@ class Work:
 
     def prefill(self, rows: Sequence[Row], ahead: Iterable[PreparedImage]) -> None:
         """Run parts of prompts; where they end, choose the first tokens."""
-        ready = []
+        ready, ahead = [], self.images_of(rows, ahead)
         for row in rows:
             if row.sequence in self.failed:
                 continue
@@ -85,6 +85,7 @@ class Work:
             active.prompt_logits.append(logits)
         if row.logits == "none" or not self._ends_prompt(active, row):
             return
+        active.prompted()
         last = found if logits is None else logits[-1]
         assert last is not None
         if active.begun:
@@ -118,18 +119,26 @@ class Work:
         for row, values in zip(rows, found, strict=True):
             self._accept(row.sequence, values)
 
+    def images_of(
+        self, rows: Sequence[Row], ahead: Iterable[PreparedImage]
+    ) -> Sequence[PreparedImage]:
+        """What the rows of a step want of the vision part, if anything, and what is `ahead`."""
+        held = [self.active[row.sequence] for row in rows if row.sequence in self.active]
+        own = [image for active in held for image in active.wanted]
+        return [*own, *ahead] if own else ()
+
     def _ends_prompt(self, active: Active, row: Row) -> bool:
         return row.logits == "last" or row.stop == len(active.job.prompt.token_ids)
 
-    def _encode(self, active: Active, row: Row, ahead: Iterable[PreparedImage]) -> bool:
+    def _encode(self, active: Active, row: Row, ahead: Sequence[PreparedImage]) -> bool:
         """Have the features of all images whose tokens are not in the cache; True."""
         begun, spans = time.perf_counter(), active.job.prompt.image_spans
         wanted = {span.image for span in spans if span.start + span.length > row.start}
         needed = [index for index in sorted(wanted) if active.features[index] is None]
         images = [image for index in needed if (image := active.images[index]) is not None]
-        found, known = self.cache.get(images, list(ahead)) if images else ([], 0)
+        found, known = self.cache.get(images, ahead) if images else ([], 0)
         for index, features in zip(needed, found, strict=True):
-            active.features[index], active.images[index] = features, None
+            active.encoded(index, features)
         if active.given is None:
             active.cached_images = known + len(active.features) - len(needed)
         if needed or active.given is None:
@@ -171,7 +180,7 @@ class Work:
                 self.lose([row], error)
         return found
 
-    def encoded(self, row: Row, ahead: Iterable[PreparedImage]) -> BaseException | None:
+    def encoded(self, row: Row, ahead: Sequence[PreparedImage]) -> BaseException | None:
         """Have the features for a part of a prompt; why they cannot be had."""
         try:
             self._encode(self.active[row.sequence], row, ahead)

@@ -23,6 +23,7 @@ from vlmforge.backends.cuda.device import Arriving, Device, Mark, Work
 from vlmforge.backends.cuda.frames import Arrangement, Size, bucket, largest, most_tokens
 from vlmforge.backends.cuda.inputs import first_places, new_tokens, put, totals
 from vlmforge.backends.cuda.program import FEW, Program, Span, make_pools
+from vlmforge.backends.features import DeviceRows
 from vlmforge.backends.number_formats import DTYPES, encode
 from vlmforge.engine.chain import TensorSpec
 from vlmforge.engine.interface import (
@@ -116,7 +117,7 @@ class PagedDecoder(DecoderSession):
         if self._program.outputs is not None and wanted[1] > self._program.outputs:
             return self._token_by_token(batch)
         frame = self._filled(batch)
-        self._run(frame)
+        self._run(frame, batch)
         shape = (*wanted, self._vocab_size)
         if not wanted[1]:
             return np.empty(shape, np.float32)
@@ -126,7 +127,7 @@ class PagedDecoder(DecoderSession):
 
     def follow(self, batch: DecoderBatch) -> None:
         """See `FollowingDecoder`."""
-        self._run(self._filled(batch))
+        self._run(self._filled(batch), batch)
 
     def _token_by_token(self, batch: DecoderBatch) -> FloatArray:
         """The logits after several tokens, of a program that gives fewer of them in a step."""
@@ -165,7 +166,7 @@ class PagedDecoder(DecoderSession):
         """See `OverlappingDecoder`."""
         device, start = self._device, self._device.mark()
         rows, frame = len(batch.slots), self._filled(batch)
-        device.upload(self._arena.address, frame.inputs)
+        self._upload(frame, batch)
         inputs, firsts = self._at(frame, INPUT_IDS.name), first_places(batch)
         for row, source, count in _runs(ahead):
             device.copy(self._source(source), inputs + 8 * int(firsts[row]), 8 * count)
@@ -194,7 +195,7 @@ class PagedDecoder(DecoderSession):
         """See `OverlappingDecoder`."""
         start, shape = self._device.mark(), (*batch.logits_indices.shape, self._vocab_size)
         frame = self._filled(batch)
-        self._run(frame)
+        self._run(frame, batch)
         arriving = self._device.fetch(self._at(frame, LOGITS), 4 * math.prod(shape))
         return BegunStep(start, arriving, lambda raw: list(raw.view(np.float32).reshape(shape)))
 
@@ -204,7 +205,7 @@ class PagedDecoder(DecoderSession):
         """See `FirstTokenDecoder`."""
         device, start = self._device, self._device.mark()
         rows, frame = len(batch.slots), self._filled(batch)
-        self._run(frame)
+        self._run(frame, batch)
         logits, chosen = self._at(frame, LOGITS), self._source(FIRST_TOKENS)
         if choices is None:
             device.copy(self._at(frame, LIKELIEST.name), chosen, 8 * rows)
@@ -270,10 +271,11 @@ class PagedDecoder(DecoderSession):
         frame = self._frame(self._size(batch))
         views = frame.views
         put(views, batch, packed=bool(frame.size.packed))
-        if batch.image_features is not None:
+        features = batch.image_features
+        if features is not None and not isinstance(features, DeviceRows):
             dtype = next(s.dtype for s in self._program.inputs(frame.size) if _is_features(s))
-            features = batch.image_features
-            views[IMAGE_FEATURES][:] = encode(features, dtype) if dtype in DTYPES else features
+            taken = encode(features, dtype) if dtype in DTYPES else features
+            views[IMAGE_FEATURES][: len(taken)] = taken
         table = views[BLOCK_TABLE.name]
         for row, blocks in enumerate(batch.blocks):
             held = blocks[: table.shape[1]]
@@ -281,8 +283,22 @@ class PagedDecoder(DecoderSession):
         frame.spans[:] = map(Span, new_tokens(batch).tolist(), totals(batch).tolist())
         return frame
 
-    def _run(self, frame: _Frame) -> None:
-        self._device.upload(self._arena.address, frame.inputs)
+    def _upload(self, frame: _Frame, batch: DecoderBatch) -> None:
+        """Have what is in a frame where the step takes it; features from where they are."""
+        features, device = batch.image_features, self._device
+        if not isinstance(features, DeviceRows):
+            device.upload(self._arena.address, frame.inputs)
+            return
+        # They are the last of the inputs, of chains.
+        begin = frame.arrangement.offsets[IMAGE_FEATURES]
+        device.upload(self._arena.address, frame.inputs[:begin])
+        at = self._arena.address + begin
+        for run in features.runs:
+            device.copy(run.address, at, run.nbytes)
+            at += run.nbytes
+
+    def _run(self, frame: _Frame, batch: DecoderBatch) -> None:
+        self._upload(frame, batch)
         self._work(frame)
 
     def _work(self, frame: _Frame) -> None:

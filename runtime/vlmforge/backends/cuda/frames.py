@@ -18,7 +18,15 @@ from vlmforge.backends import LoadOptions
 from vlmforge.backends.cuda.device import ITEM_BYTES
 from vlmforge.backends.number_formats import DTYPES
 from vlmforge.engine.chain import ChainStep, PartChain, TensorSpec
-from vlmforge.engine.interface import BATCH, BLOCK_TABLE, OUTPUTS, QUERY_LENGTHS, ROWS, TOKENS
+from vlmforge.engine.interface import (
+    BATCH,
+    BLOCK_TABLE,
+    IMAGE_FEATURES,
+    OUTPUTS,
+    QUERY_LENGTHS,
+    ROWS,
+    TOKENS,
+)
 
 ALIGNMENT = 256
 MOST_OUTPUTS = 512
@@ -81,14 +89,14 @@ class Size:
 def bucket(size: Size, slots: int, capacity: int, most: int = 1 << 62) -> Size:
     """The size that a step is run with: few different ones, each not much larger than asked for.
 
-    Those of packed sequences have no more than `most` tokens.
+    Those of packed sequences have no more than `most` tokens, and rows of features.
     """
     total = min(capacity, _round_up(max(size.total, _LEAST_TOTAL)))
     if size.packed:
         packed = min(1 << (size.packed - 1).bit_length(), slots)
         outputs = packed if size.one_each else size.outputs
-        tokens = max(size.tokens, min(packed_tokens(size.tokens), most))
-        return replace(size, tokens=tokens, outputs=outputs, total=total, packed=packed)
+        tokens, rows = (max(n, min(packed_tokens(n), most)) for n in (size.tokens, size.rows))
+        return replace(size, tokens=tokens, outputs=outputs, rows=rows, total=total, packed=packed)
     if not size.replayed:
         return replace(size, total=total)
     batch = 1 << (size.batch - 1).bit_length()
@@ -133,7 +141,8 @@ def inputs_of(inputs: Iterable[TensorSpec], columns: int) -> tuple[TensorSpec, .
     table = replace(BLOCK_TABLE, shape=(SEQUENCES, columns))
     lengths = replace(QUERY_LENGTHS, shape=(SEQUENCES,))
     own = (spec for spec in inputs if not spec.name.startswith(_CACHES))
-    return (PAST, lengths, table, *own)
+    # Features come last: those that are on the device already are not uploaded.
+    return (PAST, lengths, table, *sorted(own, key=lambda s: s.name == IMAGE_FEATURES))
 
 
 @dataclass(frozen=True, slots=True)
