@@ -33,6 +33,7 @@ from vlmforge_plugins.cached_attention.driver import CudaKernels, call, capabili
 from vlmforge_plugins.cached_attention.kernel_store import Loaded, choose_target
 from vlmforge_plugins.cached_attention.plan import Machine
 from vlmforge_plugins.errors import PluginError, UnsupportedError
+from vlmforge_plugins.gated_activation import launcher as gated
 
 _LEAST_STAGING, _LEAST_FETCH = 1 << 20, 1 << 14
 _UPLOADS = 4  # under way at once: two steps have two each
@@ -255,6 +256,13 @@ class Gpu(Device):
             raise BackendUnavailableError(
                 error.summary, found=error.found, expected=error.expected, fix=error.fix
             ) from error
+
+    @override
+    def activations(self, files: Mapping[str, Path]) -> gated.Kernels:
+        from vlmforge.backends.cuda.gates import loaded_gates
+
+        self.enter()
+        return loaded_gates(files, capability(self.ordinal))
 
     @override
     def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:
