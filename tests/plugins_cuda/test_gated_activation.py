@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from host_gates import HostGates, library
 from vlmforge.backends.fake_gates import NumpyGates
 from vlmforge.backends.number_formats import decode, encode
+from vlmforge_plugins.cached_attention.compile import Nvrtc, reports
 from vlmforge_plugins.cached_attention.config import PTX_TARGETS, TARGETS
 from vlmforge_plugins.errors import UnsupportedError
 from vlmforge_plugins.gated_activation import launcher
 from vlmforge_plugins.gated_activation.compile import source_of
-from vlmforge_plugins.gated_activation.launcher import ACTIVATIONS, Gate, Kernels, launch_of
+from vlmforge_plugins.gated_activation.launcher import ACTIVATIONS, NAMES, Gate, Kernels, launch_of
 
 Bits = NDArray[np.uint16]
 DTYPES = ("float16", "bfloat16")
@@ -156,5 +157,15 @@ def test_what_there_is_no_kernel_for(change: dict[str, Any]) -> None:
 
 def test_who_overlaps_is_compiled_to_wait() -> None:
     for target in (*TARGETS, *PTX_TARGETS.values()):
-        waits = "VF_OVERLAP=1" in source_of(target).defines
+        waits = "VF_OVERLAP=1" in source_of("silu", "float16", target).defines
         assert waits is launcher.overlaps(target) is (target.name in ("sm_90", "sm_120"))
+
+
+@pytest.mark.parametrize("kind", sorted(NAMES), ids="-".join)
+def test_gpus_get_every_kernel(kind: tuple[str, str]) -> None:
+    """By the compiler that engines are built with; registers leave room for many blocks."""
+    hopper = next(target for target in TARGETS if target.name == "sm_90")
+    compiled = Nvrtc().compile(source_of(*kind, hopper), hopper)
+    (report,) = reports(compiled.log)
+    assert (report.kernel, report.stack_bytes, report.spill_store_bytes) == (NAMES[kind], 0, 0)
+    assert report.registers <= (80 if kind[0] == "gelu" else 40)

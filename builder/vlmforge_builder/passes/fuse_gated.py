@@ -41,7 +41,8 @@ def _fuse(graph: ir.Graph, product: ir.Node) -> None:
         assert packed is not None
         fused = _node(act, packed, ir.Value(name=out.name, type=out.type, shape=out.shape))
         inner = [value for node in (split, act) for value in node.outputs]
-        if fused is None or any(len(value.uses()) != 1 for value in inner):
+        alone = all(len(v.uses()) == 1 and not v.is_graph_output() for v in inner)
+        if fused is None or not alone:
             continue
         made = fused.write(product.name)
         ir.convenience.replace_nodes_and_values(

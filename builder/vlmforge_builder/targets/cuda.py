@@ -199,8 +199,8 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
     data = part.data[0]
     cut = cut_chain(model)
     vocab_size = int(part.outputs[0].shape[-1])
-    config, gated = _config(cut.calls[0].head_dim, job.settings), bool(cut.gates)
-    kernels = _kernels(config, job, gated=gated)
+    config = _config(cut.calls[0].head_dim, job.settings)
+    kernels = _kernels(config, next((gate.activation for gate in cut.gates), None), job)
     pieces = (*cut.pieces, likeliest_token(vocab_size))
     segments = save_segments(pieces, job.stem, job.folder)
     steps, tables = chain_steps(segments, cut.between), _tables(cut, layout, data)
@@ -283,20 +283,21 @@ class _Kernels:
         return tuple(name for files in sets for name in files.values())
 
 
-def _kernels(config: Config, job: CompileJob, *, gated: bool) -> _Kernels:
-    """Compile the attention for every kind of GPU, and what else a chain has.
+def _kernels(config: Config, activation: str | None, job: CompileJob) -> _Kernels:
+    """Compile the attention for every kind of GPU, and the gated activation, if there is one.
 
-    That is what ranks meet in, where there are several, and where it is `gated`, the activations.
+    Where there are ranks, what they meet in too.
     """
     if job.described:
         return _Kernels({}, {}, {})
     with TemporaryDirectory(prefix=".kernels.", dir=job.folder) as scratch:
         # Without a cache they are compiled again the next time.
         cache, by = writable_cache("kernels") or Path(scratch), _compiler()
+        dtype = job.settings.dtype
         try:
             attention = compile_set(config, by, cache)
             meetings = compile_meetings(by, cache) if job.rank.of > 1 else ()
-            activations = compile_gates(by, cache) if gated else ()
+            gates = compile_gates(activation, dtype, by, cache) if activation else ()
         except PluginError as error:
             raise BuildError(
                 error.summary, found=error.found, expected=error.expected, fix=error.fix
@@ -304,7 +305,7 @@ def _kernels(config: Config, job: CompileJob, *, gated: bool) -> _Kernels:
     return _Kernels(
         _written(attention, _KERNELS, job.folder),
         _written(meetings, _MEETINGS, job.folder),
-        _written(activations, _ACTIVATIONS, job.folder),
+        _written(gates, _ACTIVATIONS, job.folder),
     )
 
 

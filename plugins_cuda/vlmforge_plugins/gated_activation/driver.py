@@ -1,4 +1,4 @@
-"""Gated activations on a GPU, through the CUDA driver."""
+"""A gated activation on a GPU, through the CUDA driver."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cuda.bindings import driver
 from vlmforge_plugins.cached_attention.config import Target
 from vlmforge_plugins.cached_attention.driver import call, launch_config
 from vlmforge_plugins.cached_attention.plan import Launch
-from vlmforge_plugins.gated_activation.launcher import NAMES, Params, overlaps
+from vlmforge_plugins.gated_activation.launcher import Params, overlaps
 
 
 class CudaKernels:
@@ -19,18 +19,16 @@ class CudaKernels:
     Args:
         binary: A cubin, or PTX that ends in a zero byte.
         target: What it was compiled for.
+        name: Of its kernel.
 
     Raises:
         LaunchError: The binary is for another GPU.
     """
 
-    def __init__(self, binary: bytes, target: Target) -> None:
+    def __init__(self, binary: bytes, target: Target, name: str) -> None:
         self.overlap = overlaps(target)
         self._module = call(driver.cuModuleLoadData, binary)
-        self._functions = {
-            name: call(driver.cuModuleGetFunction, self._module, name.encode())
-            for name in NAMES.values()
-        }
+        self._functions = {name: call(driver.cuModuleGetFunction, self._module, name.encode())}
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         """See `Kernels`."""

@@ -55,7 +55,7 @@ class Gate:
 
 
 class Kernels(Protocol):
-    """Compiled kernels on one GPU.
+    """A compiled kernel, or several, on one GPU.
 
     Attributes:
         overlap: Whether they wait for the kernel in front of them (see `overlaps`).
@@ -72,21 +72,31 @@ def overlaps(target: Target) -> bool:
     return target.capability >= 90 and not target.is_ptx
 
 
+def name_of(activation: str, dtype: str) -> str:
+    """The kernel (UnsupportedError: there is none)."""
+    if (name := NAMES.get((activation, dtype))) is None:
+        raise UnsupportedError(
+            "There is no kernel for such a gated activation.",
+            found=f"{activation} of {dtype}",
+            expected=f"{', '.join(ACTIVATIONS)} of {' or '.join(DTYPES)}",
+        )
+    return name
+
+
 def launch_of(gate: Gate, *, overlap: bool) -> tuple[Launch, Params]:
     """The kernel, and what it is told.
 
     Raises:
         UnsupportedError: An activation or a dtype without a kernel, or too many numbers.
     """
-    row_groups = -(-gate.width // ITEMS)
+    name, row_groups = name_of(gate.activation, gate.dtype), -(-gate.width // ITEMS)
     groups = gate.rows * row_groups
-    name = NAMES.get((gate.activation, gate.dtype))
-    if name is None or not 0 < groups < _MOST_GROUPS or max(gate.given, gate.out) % 16:
+    if not 0 < groups < _MOST_GROUPS or gate.given % 16 or gate.out % 16:
         raise UnsupportedError(
-            "There is no kernel for such a gated activation.",
+            "The kernels of gated activations do not cover such tensors.",
             found=str(gate),
-            expected=f"rows of {', '.join(ACTIVATIONS)} in {' or '.join(DTYPES)}, aligned to 16 "
-            f"bytes, of fewer than {_MOST_GROUPS} groups of {ITEMS}",
+            expected=f"some rows, aligned to 16 bytes, of fewer than {_MOST_GROUPS} groups of "
+            f"{ITEMS} numbers",
         )
     params = Params(gate.given, gate.out, gate.width, row_groups, groups)
     blocks = -(-groups // (THREADS * GROUPS))

@@ -337,7 +337,7 @@ class HostDevice(Device):
         return Loaded(self._kernels(chosen), chosen, self.machine)
 
     @override
-    def activations(self, files: Mapping[str, Path]) -> gated.Kernels:
+    def activations(self, name: str, files: Mapping[str, Path]) -> gated.Kernels:
         return NumpyGates()
 
     @override

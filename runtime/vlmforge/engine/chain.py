@@ -167,7 +167,7 @@ class PartChain(Agreeing):
             where attention is inside the segments.
         meetings: Files of the compiled kernels in which GPUs meet, by the names of their targets;
             none where they meet by those of a library.
-        activations: Files of the compiled kernels of gated activations, by the names of their
+        activations: Files of the compiled kernel of gated activations, by the names of their
             targets; none where these are inside the segments.
         sampler: What chooses tokens from the logits of a step (`interface.CHOSEN`); None: the host
             does.
@@ -198,6 +198,8 @@ class PartChain(Agreeing):
             yield "rotary", "given where attention rotates"
         if self.gates and not calls:
             yield "steps", "with gates where there is attention"
+        if len({gate.activation for gate in self.gates}) > 1:
+            yield "steps", "with gates of one activation"
         if any(not self._halves(gate) for gate in self.gates):
             yield "steps", "with gates of 16 bits that give half of what they take"
 

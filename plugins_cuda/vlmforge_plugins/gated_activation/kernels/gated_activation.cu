@@ -99,9 +99,13 @@ VF_DEVICE void gate(const Params& p) {
 
 }  // namespace vf
 
+#if defined(VF_NAME)  // this one only
+VF_KERNEL(vf::kThreads, 1) VF_NAME(VF_PARAMS p) { vf::gate<vf::VF_TYPE, vf::VF_ACTIVATION>(p); }
+#else
 VF_KERNEL(vf::kThreads, 1) vf_silu_f16(VF_PARAMS p) { vf::gate<vf::f16, vf::Silu>(p); }
 VF_KERNEL(vf::kThreads, 1) vf_silu_bf16(VF_PARAMS p) { vf::gate<vf::bf16, vf::Silu>(p); }
 VF_KERNEL(vf::kThreads, 1) vf_gelu_f16(VF_PARAMS p) { vf::gate<vf::f16, vf::Gelu>(p); }
 VF_KERNEL(vf::kThreads, 1) vf_gelu_bf16(VF_PARAMS p) { vf::gate<vf::bf16, vf::Gelu>(p); }
 VF_KERNEL(vf::kThreads, 1) vf_gelu_tanh_f16(VF_PARAMS p) { vf::gate<vf::f16, vf::GeluTanh>(p); }
 VF_KERNEL(vf::kThreads, 1) vf_gelu_tanh_bf16(VF_PARAMS p) { vf::gate<vf::bf16, vf::GeluTanh>(p); }
+#endif

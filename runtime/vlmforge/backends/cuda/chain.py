@@ -29,7 +29,7 @@ from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge_plugins.cached_attention import launcher
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.plan import Plan, Shape, max_workspace, plan
-from vlmforge_plugins.gated_activation.launcher import Gate, Kernels, launch_of
+from vlmforge_plugins.gated_activation.launcher import Gate, Kernels, launch_of, name_of
 
 
 class ChainProgram(Program):
@@ -57,7 +57,7 @@ class ChainProgram(Program):
         self._loaded = device.kernels(
             _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}
         )
-        self._gates = _gates(device, folder, part.chain)
+        self._gates = _gates(device, folder, part.chain, self._specs)
         self._tables = _tables(device, folder, part.chain)
         self._workspace = device.allocate(max(map(self._workspace_bytes, largest(options))))
 
@@ -177,11 +177,16 @@ def _config(chain: PartChain, kv: KVLayout) -> Config:
     return Config(call.head_dim, specs[call.qkv].dtype, kv.dtype)  # type: ignore[arg-type]
 
 
-def _gates(device: Device, folder: Path, chain: PartChain) -> Kernels | None:
-    """The kernels of gated activations, where the chain has any."""
+def _gates(
+    device: Device, folder: Path, chain: PartChain, specs: Mapping[str, TensorSpec]
+) -> Kernels | None:
+    """The kernel of gated activations, where the chain has any."""
     if not chain.gates:
         return None
-    return device.activations({name: folder / file for name, file in chain.activations.items()})
+    gate = chain.gates[0]
+    name = name_of(gate.activation, specs[gate.out].dtype)
+    files = {target: folder / file for target, file in chain.activations.items()}
+    return device.activations(name, files)
 
 
 def _tables(device: Device, folder: Path, chain: PartChain) -> tuple[Memory, Memory] | None:

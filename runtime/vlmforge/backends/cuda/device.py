@@ -141,8 +141,8 @@ class Device(Protocol):
             BackendUnavailableError: there are none for it.
         """
 
-    def activations(self, files: Mapping[str, Path]) -> gated.Kernels:
-        """The kernels of gated activations for this device, of the files by their targets' names.
+    def activations(self, name: str, files: Mapping[str, Path]) -> gated.Kernels:
+        """The kernel `name` of gated activations, of the files by their targets' names.
 
         Raises:
             BackendUnavailableError: there are none for it.

@@ -1,4 +1,4 @@
-"""The kernels of gated activations on an NVIDIA GPU."""
+"""The kernel of gated activations on an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vlmforge_plugins.errors import PluginError
 from vlmforge_plugins.gated_activation.driver import CudaKernels
 
 
-def loaded_gates(files: Mapping[str, Path], capability: int) -> CudaKernels:
-    """For the current GPU, of this compute capability (major times 10 plus minor).
+def loaded_gates(name: str, files: Mapping[str, Path], capability: int) -> CudaKernels:
+    """The one called `name` for the current GPU, whose compute capability is told as 90 for 9.0.
 
     Raises:
         BackendUnavailableError: none of `files`, by their targets' names, is for it, or readable.
@@ -28,7 +28,7 @@ def loaded_gates(files: Mapping[str, Path], capability: int) -> CudaKernels:
             fix="rebuild the engine: build-engine CHECKPOINT -o ENGINE --target cuda --force",
         )
     try:
-        return CudaKernels(files[target.name].read_bytes(), target)
+        return CudaKernels(files[target.name].read_bytes(), target, name)
     except PluginError as error:
         raise BackendUnavailableError(
             error.summary, found=error.found, expected=error.expected, fix=error.fix

@@ -258,11 +258,11 @@ class Gpu(Device):
             ) from error
 
     @override
-    def activations(self, files: Mapping[str, Path]) -> gated.Kernels:
+    def activations(self, name: str, files: Mapping[str, Path]) -> gated.Kernels:
         from vlmforge.backends.cuda.gates import loaded_gates
 
         self.enter()
-        return loaded_gates(files, capability(self.ordinal))
+        return loaded_gates(name, files, capability(self.ordinal))
 
     @override
     def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:
