@@ -284,6 +284,7 @@ class Gpu(Device):
 
 def _session(file: Path, ordinal: int, settings: Mapping[str, str]) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1  # nothing runs on the host; a chain has many sessions
     options.enable_mem_pattern = False  # it keeps one piece of memory for each size that ever came
     common = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
     common |= {"device_id": str(ordinal)}
