@@ -1,4 +1,4 @@
-"""A segment is run from and to addresses, and the library has nothing to stumble over on the way."""
+"""A segment runs from and to addresses, and the library stumbles over nothing on the way."""
 
 from __future__ import annotations
 
