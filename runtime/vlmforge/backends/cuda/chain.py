@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,12 +25,13 @@ from vlmforge.backends.cuda.frames import (
     tensors_of,
 )
 from vlmforge.backends.cuda.program import FEW, Pools, Program, Span
-from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, TensorSpec
+from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, PartChain, TensorSpec
 from vlmforge.engine.interface import BLOCK_TABLE, LOGITS, QUERY_LENGTHS
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge_plugins.cached_attention import launcher
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.plan import Plan, Shape, max_workspace, plan
+from vlmforge_plugins.gated_activation.launcher import Gate, Kernels, launch_of, name_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class ChainProgram(Program):
         self._loaded = device.kernels(
             _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}
         )
+        self._gates = _gates(device, folder, part.chain, self._specs)
         self._tables = _tables(device, folder, part.chain)
         self._workspace = device.allocate(max(map(self._workspace_bytes, largest(options))))
 
@@ -146,10 +149,21 @@ class ChainProgram(Program):
             assert self._place is not None
             given, out = tensors(self._specs[name] for name in (call.tensor, call.out))
             return self._place.bind(call, given, out)
+        if step.gated is not None:
+            return self._gate(step.gated, size, at)
         assert step.segment is not None
 
         loaded: Segment = self._segments[step.segment.file]
         return loaded.bind(tensors(step.segment.inputs), tensors(step.segment.outputs))
+
+    def _gate(self, step: GatedActivation, size: Size, at: Mapping[str, int]) -> Work:
+        assert self._gates is not None
+        spec = self._specs[step.out]
+        *rows, width = size.shape(spec)
+        given, out = at[step.tensor], at[step.out]
+        gate = Gate(given, out, math.prod(rows), width, step.activation, spec.dtype)
+        launch, params = launch_of(gate, overlap=self._gates.overlap)
+        return partial(self._gates.launch, launch, params, self._device.stream)
 
     def _attention(
         self, call: AttentionCall, at: Mapping[str, int], calls: Sequence[_Call], pools: Pools
@@ -196,6 +210,18 @@ def _config(chain: PartChain, kv: KVLayout) -> Config:
     call = chain.attention[0]
     specs = {s.name: s for segment in chain.segments for s in segment.outputs}
     return Config(call.head_dim, specs[call.qkv].dtype, kv.dtype)  # type: ignore[arg-type]
+
+
+def _gates(
+    device: Device, folder: Path, chain: PartChain, specs: Mapping[str, TensorSpec]
+) -> Kernels | None:
+    """The kernel of gated activations, where the chain has any."""
+    if not chain.gates:
+        return None
+    gate = chain.gates[0]
+    name = name_of(gate.activation, specs[gate.out].dtype)
+    files = {target: folder / file for target, file in chain.activations.items()}
+    return device.activations(name, files)
 
 
 def _tables(device: Device, folder: Path, chain: PartChain) -> tuple[Memory, Memory] | None:

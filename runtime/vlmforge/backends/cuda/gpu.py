@@ -33,6 +33,7 @@ from vlmforge_plugins.cached_attention.driver import CudaKernels, call, capabili
 from vlmforge_plugins.cached_attention.kernel_store import Loaded, choose_target
 from vlmforge_plugins.cached_attention.plan import Machine
 from vlmforge_plugins.errors import PluginError, UnsupportedError
+from vlmforge_plugins.gated_activation import launcher as gated
 
 _LEAST_STAGING, _MOST_STAGING, _LEAST_FETCH = 1 << 20, 1 << 24, 1 << 14
 _UPLOADS = 10  # under way at once: two steps have five each
@@ -260,6 +261,13 @@ class Gpu(Device):
             ) from error
 
     @override
+    def activations(self, name: str, files: Mapping[str, Path]) -> gated.Kernels:
+        from vlmforge.backends.cuda.gates import loaded_gates
+
+        self.enter()
+        return loaded_gates(name, files, capability(self.ordinal))
+
+    @override
     def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:
         from vlmforge.backends.cuda.meeting import meet_first  # of several ranks only
 
@@ -279,6 +287,7 @@ class Gpu(Device):
 
 def _session(file: Path, ordinal: int, settings: Mapping[str, str]) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1  # nothing runs on the host; a chain has many sessions
     options.enable_mem_pattern = False  # it keeps one piece of memory for each size that ever came
     common = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
     # To try all ways to convolve takes long for each number of views, and memory that is not given
