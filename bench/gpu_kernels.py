@@ -1,10 +1,11 @@
 """Where the time of a step goes, kernel by kernel: what the GPU itself says of a step of decoding.
 
-    python3 bench/gpu_kernels.py ENGINE --batch 1:1024 64:1024
+    python3 bench/gpu_kernels.py ENGINE --batch 1:1024 64:1024 --prompts 1:640 3:640
 
-By torch's profiler (CUPTI), in the process of the pipeline; of an engine of several ranks it is the
-first rank's GPU. Shown are medians over whole steps: how often a kernel runs in one, its time, and
-the gaps in which nothing runs. Tracing itself costs a little: compare shares, not sums.
+`--batch`: steps of decoding; `--prompts`: steps of so many prompts of so many tokens. By torch's
+profiler (CUPTI), in the process of the pipeline; of an engine of several ranks it is the first
+rank's GPU. Shown are means over whole steps: how often a kernel runs in one, its time, and the gaps
+in which nothing runs. Tracing itself costs a little: compare shares, not sums.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from gpu_steps import ask, opened, text_of
 from vlmforge import GenerationConfig, Pipeline
 
 _STEPS = 24
-_ATTENTION = "vf_decode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,11 @@ class Ran:
     end: float
 
 
-def traced(pipe: Pipeline, batch: int, context: int) -> list[Ran]:
-    """What the GPU ran while so many rows decoded, in order."""
+def traced(pipe: Pipeline, prompts: list[str], tokens: int) -> list[Ran]:
+    """What the GPU ran while these were answered in so many tokens, in order."""
     from torch.profiler import ProfilerActivity, profile
 
-    steps = _STEPS + 3 * batch
-    prompts = [text_of(pipe, context - steps + 24, index) for index in range(batch)]
-    generation = GenerationConfig(max_new_tokens=steps, ignore_eos=True)
+    generation = GenerationConfig(max_new_tokens=tokens, ignore_eos=True)
     ask(pipe, prompts, generation)  # captures
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         ask(pipe, prompts, generation)
@@ -67,11 +65,11 @@ def _short(name: str) -> str:
     return re.split(r"[<(]", name, maxsplit=1)[0][:60] if not name.startswith("Mem") else name
 
 
-def last_steps(ran: Sequence[Ran], layers: int, steps: int = _STEPS // 2) -> list[Sequence[Ran]]:
+def last_steps(ran: Sequence[Ran], attention: str, layers: int) -> list[Sequence[Ran]]:
     """The last whole steps: each begins behind the last layer's attention of the one before."""
-    marks = [index for index, one in enumerate(ran) if one.name.startswith(_ATTENTION)]
-    assert len(marks) > layers, f"attention ran {len(marks)} times; {sorted({r.name for r in ran})}"
-    ends = marks[::-layers][: steps + 1][::-1]
+    marks = [index for index, one in enumerate(ran) if one.name.startswith(attention)]
+    assert len(marks) > layers, f"{attention}: {len(marks)} of {sorted({r.name for r in ran})}"
+    ends = marks[::-layers][: _STEPS // 2 + 1][::-1]
     return [ran[begin + 1 : end + 1] for begin, end in itertools.pairwise(ends)]
 
 
@@ -86,7 +84,7 @@ def table(steps: Sequence[Sequence[Ran]]) -> list[Row]:
             gaps += max(0.0, one.begin - end)
             end = max(end, one.end)
         whole += end - step[0].begin
-    rows = [
+    rows: list[Row] = [
         {
             "kernel": name,
             "times": len(found) / len(steps),
@@ -103,26 +101,46 @@ def table(steps: Sequence[Sequence[Ran]]) -> list[Row]:
     return rows
 
 
-def kernels(engine: Path, wanted: Sequence[str], results: Results) -> None:
-    """The table of each BATCH:CONTEXT."""
-    sizes = [(int(batch), int(context)) for batch, context in (w.split(":") for w in wanted)]
-    with opened(engine, max(batch for batch, _ in sizes), results) as pipe:
-        for batch, context in sizes:
-            steps = last_steps(traced(pipe, batch, context), pipe.manifest.kv.layers)
-            for row in table(steps):
-                results.add("kernels", engine=engine.name, batch=batch, **row)
+def decoding(pipe: Pipeline, batch: int, context: int) -> list[Sequence[Ran]]:
+    """Steps of so many rows of so many tokens."""
+    steps = _STEPS + 3 * batch
+    prompts = [text_of(pipe, context - steps + 24, index) for index in range(batch)]
+    return last_steps(traced(pipe, prompts, steps), "vf_decode", pipe.manifest.kv.layers)
+
+
+def prefilling(pipe: Pipeline, batch: int, tokens: int) -> list[Sequence[Ran]]:
+    """Steps of so many prompts of so many tokens."""
+    prompts = [text_of(pipe, tokens, index) for index in range(6 * batch)]
+    return last_steps(traced(pipe, prompts, 1), "vf_prefill", pipe.manifest.kv.layers)
+
+
+def kernels(engine: Path, kinds: Mapping[str, Sequence[str]], results: Results) -> None:
+    """The table of each BATCH:TOKENS."""
+    sizes = {kind: [_size(words) for words in given] for kind, given in kinds.items()}
+    slots = max(batch for found in sizes.values() for batch, _ in found)
+    with opened(engine, slots, results) as pipe:
+        for kind, work in (("decode", decoding), ("prompts", prefilling)):
+            for batch, tokens in sizes[kind]:
+                for row in table(work(pipe, batch, tokens)):
+                    results.add(kind, engine=engine.name, batch=batch, tokens=tokens, **row)
+
+
+def _size(words: str) -> tuple[int, int]:
+    batch, tokens = map(int, words.split(":"))
+    return batch, tokens
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("engine", type=Path)
-    parser.add_argument("--batch", nargs="+", default=["1:1024"], metavar="BATCH:CONTEXT")
+    parser.add_argument("--batch", nargs="*", default=[], metavar="BATCH:CONTEXT")
+    parser.add_argument("--prompts", nargs="*", default=[], metavar="BATCH:TOKENS")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    results = Results(given.out)
-    work = lambda: kernels(given.engine, given.batch, results)  # noqa: E731
-    attempts([(f"kernels of {given.engine.name}", work)])
+    results, kinds = Results(given.out), {"decode": given.batch, "prompts": given.prompts}
+    name = f"kernels of {given.engine.name}"
+    attempts([(name, lambda: kernels(given.engine, kinds, results))])
 
 
 if __name__ == "__main__":
