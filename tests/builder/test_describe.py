@@ -27,7 +27,7 @@ from vlmforge_builder.checkpoint.safetensors_outline import Entry, write_outline
 from vlmforge_builder.describe import write_description
 from vlmforge_builder.progress import Progress
 
-MEMORY = 3 << 29
+MEMORY = 1 << 31
 
 
 def hollow(into: Path) -> Path:

@@ -98,11 +98,22 @@ def test_a_chain_takes_more_the_more_tokens_are_run_at_once() -> None:
     assert part.chain is not None
     one, many = (memory.part_memory(part, tokens, 1).total for tokens in (1, 101))
     row = sum(segment.token_bytes for segment in part.chain.segments)
-    assert many - one == pytest.approx(100 * 1.2 * row)
+    between = memory.between_steps(part.chain)
+    assert many - one == pytest.approx(100 * (1.2 * row + between))
     assert part.chain.sampler is not None
     several = memory.part_memory(part, 1, 11).total  # sequences, whose tokens are chosen
     assert several - one == pytest.approx(10 * 1.2 * part.chain.sampler.token_bytes)
     assert one > part.loaded_bytes
+
+
+def test_what_lies_between_steps_is_what_lives_at_once() -> None:
+    chain = RICH.part("decoder").chain
+    assert chain is not None
+    # qkv0 (64) and hidden (16); hidden and mixed0 (64); with qkv1 (64) made of them, the most.
+    assert memory.between_steps(chain) == 2 * (16 + 64 + 64)
+    whole = chain.steps[-3]
+    assert whole.gated is not None
+    assert memory.between_steps(replace(chain, steps=chain.steps[-4:])) == 2 * (64 + 32)
 
 
 def test_a_chain_of_whole_numbers_takes_room_to_make_its_largest_matrices_whole() -> None:

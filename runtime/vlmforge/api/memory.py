@@ -9,6 +9,7 @@ from vlmforge.api.config import MAX_CHUNK, MAX_GPU_CHUNK, USUAL_GPU_CHUNK, Engin
 from vlmforge.backends import LoadOptions
 from vlmforge.backends.features import device_features
 from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.chain import PartChain, TensorSpec
 from vlmforge.engine.interface import TOKENS, packs
 from vlmforge.engine.manifest import Manifest, Part
 from vlmforge.errors import BackendUnavailableError, ConfigError
@@ -201,7 +202,28 @@ def part_memory(part: Part, tokens: int, rows: int) -> PartMemory:
         segments = (*segments, part.chain.sampler)
         taken += rows * part.chain.sampler.token_bytes
     library = _SEGMENT_BYTES * len(segments) + (_MEETING_BYTES if part.chain.collectives else 0)
-    return PartMemory(part.loaded_bytes, whole + _ROOM * taken, library)
+    between = tokens * between_steps(part.chain)
+    return PartMemory(part.loaded_bytes, whole + _ROOM * taken + between, library)
+
+
+def between_steps(chain: PartChain) -> int:
+    """Bytes for each token of a step of what is between steps of a chain at once, at most."""
+    segments = chain.segments
+    rows = {s.name: _row_bytes(s) for part in segments for s in (*part.inputs, *part.outputs)}
+    last = {name: at for at, step in enumerate(chain.steps) for name in step.taken}
+    alive, most = dict[str, int](), 0
+    for at, step in enumerate(chain.steps):
+        alive = {name: size for name, size in alive.items() if last.get(name, 0) >= at}
+        alive |= {name: rows.get(name, 0) for name in step.given}
+        most = max(most, sum(alive.values()))
+    return most
+
+
+def _row_bytes(spec: TensorSpec) -> int:
+    """Of a tensor `[batch, tokens, width]`; 0 of what has another form."""
+    if len(spec.shape) != 3 or spec.shape[1] != TOKENS or not isinstance(spec.shape[2], int):
+        return 0
+    return spec.shape[2] * (4 if spec.dtype == "float32" else 2)
 
 
 def slots_of(manifest: Manifest, config: EngineConfig) -> int:

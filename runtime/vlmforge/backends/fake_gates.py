@@ -22,8 +22,8 @@ def _sigmoid(x: Floats) -> Floats:
 
 
 def _gelu(x: Floats) -> Floats:
-    tail = np.frompyfunc(math.erfc, 1, 1)(-x.astype(np.float64) / math.sqrt(2))
-    return (x * np.asarray(tail, np.float64) / 2).astype(np.float32)
+    tail = np.asarray(np.frompyfunc(math.erfc, 1, 1)(-x.astype(np.float64) / math.sqrt(2)))
+    return (x * tail.astype(np.float64) / 2).astype(np.float32)
 
 
 _FUNCTIONS: Mapping[str, Callable[[Floats], Floats]] = {
