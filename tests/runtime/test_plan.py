@@ -45,7 +45,7 @@ PAGED = replace(
 
 def taken(manifest: Manifest, config: EngineConfig) -> float:
     rows, window = config.max_batch_size or 16, config.session_len or 2048
-    tokens = max(min(2048, window * rows), rows)  # prompts that are packed are of several windows
+    tokens = min(2048, window * rows) + rows  # packed: prompts of several windows, and the others
     parts = sum(part_memory(part, tokens, rows).total for part in manifest.parts)
     images = device_features(manifest, USUAL_BUDGET)
     assert images is not None
