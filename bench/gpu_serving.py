@@ -9,7 +9,8 @@ whole runs behind one that is not counted. `start`: a process of its own, from i
 pipeline that answers; its files are in the system's cache.
 
 `--chunk`: tokens of prompts that are run at once, one pipeline for each. Of each run is told how
-fast prompts went while they ran, and what part of the time the device did something at all.
+fast prompts went while they ran (with the tokens of others that were in their steps), and what part
+of the time the device did something at all. `--apart`: prompts have steps of their own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gpu_steps import CHUNK, ROOT, picture, text_of
 from timeline import Steps
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, pipeline
 from vlmforge.runner.step import StepRecord
+from vlmforge.runner.work import Work
 
 TOGETHER = (8, 32, 64, 128)
 PROMPT, ANSWER, IMAGE, IMAGES = 640, 128, 576, 64
@@ -170,7 +172,10 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, nargs="+", default=[CHUNK])
     parser.add_argument("--together", type=int, nargs="+", default=list(TOGETHER))
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--apart", action="store_true")
     given = parser.parse_args()
+    if given.apart:
+        Work.mixes = lambda *_: False  # type: ignore[method-assign]
     results, engine, times = Results(given.out), given.engine, given.times
     works: list[tuple[str, Callable[[], object]]] = []
     for kind in given.kinds:

@@ -324,7 +324,8 @@ class Scheduler:
         if sequence is None or sequence.wants_all:
             return None
         known = self._cache.find(sequence.keys, salt=sequence.salt)[1]
-        if not self._beside.part(len(sequence.tokens) - known, room):
+        left = max(1, len(sequence.tokens) - known)  # the last one is run in any case
+        if not self._beside.part(left, room):
             return None
         others = (s for s in self._running if s.id in running and s.salt == sequence.salt)
         if any(common_prefix(s.keys, sequence.keys) >= known + _ALIKE for s in others):
