@@ -39,8 +39,8 @@ class Scheduler:
     def __init__(
         self, cache: KVCache, *, rows: int, chunk: int, together: Together | None = None
     ) -> None:
-        self._cache, self._rows, self._chunk = cache, rows, chunk
-        self._beside = together or Together(chunk)
+        self._cache, self._rows = cache, rows
+        self._beside, self._decoding = together or Together(chunk), 0  # rows of the step at hand
         self._waiting: list[TokenSequence] = []  # in the order in which they will be served
         self._running: list[TokenSequence] = []  # likewise
         self._planned: list[Step] = []  # by `ahead`, and not run yet
@@ -90,6 +90,7 @@ class Scheduler:
         """
         self._place_forks()
         decoding = list(self._grown())
+        self._decoding = len(decoding)
         prefill = self._prefill_row()
         # Some made room for the prompt just now, and one may have come back as the prompt.
         together = () if prefill is None else self._together(prefill)
@@ -127,6 +128,7 @@ class Scheduler:
         ends = (row for row in step.prompts if row.sequence in able)
         try:
             decode = self._decode_behind({row.sequence: row for row in (*step.decode, *ends)}, able)
+            self._decoding = len(decode or ())
             prompts = None if decode is None else self._prompts_behind()
         finally:
             self._reached = {}
@@ -285,22 +287,19 @@ class Scheduler:
 
     def _next_part(self, sequence: TokenSequence) -> tuple[int, int]:
         """Where the next part of a prompt begins and ends."""
-        chunk = min(self._chunk, _ALL) if sequence.wants_all else self._chunk
-        start = self._start(sequence)
-        return start, min(start + chunk, len(sequence.tokens))
+        start, chunk = self._start(sequence), self._beside.tokens(self._decoding)
+        most = min(chunk, _ALL) if sequence.wants_all else chunk
+        return start, min(start + most, len(sequence.tokens))
 
     def _together(self, first: Row) -> tuple[Row, ...]:
         """What is left of other prompts and fits beside; nobody loses a place for them."""
         rows = [first]
-        while first.logits != "all":
-            row = self._another(rows)
-            if row is None:
-                break
+        while first.logits != "all" and (row := self._another(rows)) is not None:
             rows.append(row)
         return tuple(rows[1:])
 
     def _another(self, rows: list[Row]) -> Row | None:
-        there, room = {row.sequence for row in rows}, self._beside.room(rows)
+        there, room = {row.sequence for row in rows}, self._beside.room(rows, self._decoding)
         if not room:
             return None
         begun = (s for s in self._running if self._prompting(s) and s.id not in there)

@@ -29,13 +29,21 @@ class Together:
     packs: bool = False
     window: int = 1 << 62
 
-    def room(self, rows: Sequence[Row]) -> int:
+    def tokens(self, decoding: int) -> int:
+        """Of prompts at most, where so many others decode in the same step.
+
+        Packed, they are no more than a chunk with these: matrices are multiplied fastest that have
+        as many rows as there are places for, and few sizes of steps come again.
+        """
+        return max(1, self.chunk // 2, self.chunk - decoding) if self.packs else self.chunk
+
+    def room(self, rows: Sequence[Row], decoding: int) -> int:
         """Tokens that one more may have beside these."""
         if len(rows) >= self.prompts:
             return 0
         lengths = [len(row.tokens) for row in rows]
         if self.packs:
-            return max(0, self.chunk - sum(lengths))
+            return max(0, self.tokens(decoding) - sum(lengths))
         room = self.chunk // (len(rows) + 1)
         return room if max(lengths) <= room else 0
 

@@ -275,10 +275,12 @@ def test_who_may_run_behind_a_step() -> None:
     assert [*made.scheduler.behind(step)] == [0]
     made.step()
     assert made.running is not None
-    assert [row.stop for row in made.running[0].prompts] == [4]
-    assert [*made.scheduler.behind(made.running[0])] == [0]
-    made.step()
-    assert [row.stop for row in made.running[0].prompts] == [8]
+    stops = []
+    while (stop := made.running[0].prompts[0].stop) < 8:
+        stops.append(stop)
+        assert [*made.scheduler.behind(made.running[0])] == [0]
+        made.step()
+    assert stops == [3, 6]  # four tokens in all, one of them decoded
     assert [*made.scheduler.behind(made.running[0])] == [0, 1]
 
 
