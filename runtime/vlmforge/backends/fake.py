@@ -37,7 +37,7 @@ from vlmforge.backends.cuda.device import (
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.backends.fake_marks import Arrived, HostMark
 from vlmforge.backends.number_formats import DTYPES, decode, encode, rounded
-from vlmforge.backends.ranks import all_gather, all_reduce, processes
+from vlmforge.backends.ranks import all_gather, all_reduce, exchange, processes
 from vlmforge.engine.chain import Collective
 from vlmforge.ort import ort
 from vlmforge_plugins.cached_attention.config import TARGETS, Config, Sizes, sizes
@@ -272,6 +272,14 @@ class HostMeetings(MeetingPlace):
             found = np.empty(out.shape, np.float32)
             meet(self.ranks, values, found)
             _bits(out)[:] = encode(found, out.dtype) if _narrow(out) else found
+
+        return work
+
+    @override
+    def broadcast(self, given: int, out: int, count: int) -> Work:
+        def work() -> None:
+            said = exchange(self.ranks, memory_as(given, np.int64, (count,)).tobytes())
+            memory_as(out, np.int64, (count,))[:] = np.frombuffer(said[0], np.int64)
 
         return work
 

@@ -167,6 +167,17 @@ def numbers(rank: int, *shape: int) -> FloatArray:
     return np.random.default_rng(rank).standard_normal(shape, np.float32)
 
 
+def broadcast(gpu: HostGpu, ranks: Seat, place: Any) -> list[int]:
+    """What all have of the first one's numbers, whose bits are no numbers as float32."""
+    own = [(-1) ** i << i if ranks.rank == 0 else 7 for i in range(62)]
+    out = tensor(gpu, np.zeros(62, np.int64))
+    given = tensor(gpu, np.array(own, np.int64)) if ranks.rank == 0 else out
+    work = place.broadcast(given.address, out.address, 62)
+    for _ in range(2):
+        work()
+    return gpu.download(out.address, (62,), np.dtype(np.int64)).tolist()  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_gpus_meet_by_our_kernels(gpus: Driver, size: int) -> None:
     def meet(gpu: HostGpu, ranks: Seat) -> tuple[Any, Any]:
@@ -176,6 +187,8 @@ def test_gpus_meet_by_our_kernels(gpus: Driver, size: int) -> None:
         works = [place.bind(SUM, given, out), place.bind(GATHER, given, wide)]
         for work in (*works, *works):
             work()
+        said = [broadcast(gpu, ranks, way) for way in (place, HostMeetings(ranks))]
+        assert said[0] == said[1] == [(-1) ** i << i for i in range(62)]
         host = HostMeetings(ranks)
         expected = [tensor(gpu, np.zeros(t.shape, np.float32)) for t in (out, wide)]
         for call, target in zip((SUM, GATHER), expected, strict=True):
@@ -274,7 +287,7 @@ class Way:
     def all_reduce(self, given: Tensor, out: Tensor) -> Any:
         return self._name
 
-    all_gather = all_reduce
+    all_gather = broadcast = all_reduce
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -289,6 +302,9 @@ def test_small_tensors_go_by_our_kernels_and_large_sums_by_nccl(size: int) -> No
     ):
         given = Tensor("a", "float16", (count,), 0)
         assert place.bind(call, given, given) == way  # type: ignore[comparison-overlap]
+    assert place.broadcast(0, 0, 1) == "ours"  # type: ignore[arg-type, comparison-overlap]
+    alone = GpuMeetings(HostGpu(0), ranks, None, Way("nccl"))  # type: ignore[arg-type]
+    assert alone.broadcast(0, 0, 1) == "nccl"  # type: ignore[comparison-overlap]
 
 
 def test_bytes_are_exchanged_in_pieces_and_reasons_by_the_first_that_has_one() -> None:
@@ -361,6 +377,10 @@ def test_nccl_is_called_as_its_bindings_have_it(monkeypatch: pytest.MonkeyPatch)
     kind, total = int(bindings.DataType.Bfloat16), int(bindings.RedOp.Sum)
     reduced = ("all_reduce", 5000, 5000, 68, kind, total, "comm_init_rank_scalable", 0)
     assert bindings.calls[-1] == reduced
+    one.broadcast(1000, 5000, 9)()
+    whole = int(bindings.DataType.Int64)
+    told = ("broadcast", 1000, 5000, 9, whole, 0, "comm_init_rank_scalable", 0)
+    assert bindings.calls[-1] == told
     one.give_up()
     one.give_up()
     assert bindings.aborted.wait(HANGS)

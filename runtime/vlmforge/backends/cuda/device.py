@@ -86,7 +86,7 @@ class Segment(Protocol):
 class MeetingPlace(Protocol):
     """Where a rank meets the others over what lies in their devices' memory.
 
-    All ranks enqueue the same meetings in the same order.
+    All ranks enqueue the same meetings in the same order, whenever their hosts come to it.
     """
 
     def bind(self, call: Collective, given: Tensor, out: Tensor) -> Work:
@@ -97,6 +97,13 @@ class MeetingPlace(Protocol):
 
         Raises (when called):
             EngineError: a library failed; RankError: a rank is lost.
+        """
+
+    def broadcast(self, given: int, out: int, count: int) -> Work:
+        """As `bind`: `count` int64 of the first rank's at `given` come to be at `out` on all.
+
+        Both are multiples of 16. On the other ranks what is at `given` does not matter, and may be
+        what is at `out`.
         """
 
 

@@ -55,6 +55,12 @@ class GpuMeetings(MeetingPlace):
             return way.all_reduce(given, out)
         return way.all_gather(given, out)
 
+    @override
+    def broadcast(self, given: int, out: int, count: int) -> Work:
+        way = self._peers or self._nccl
+        assert way is not None
+        return way.broadcast(given, out, count)
+
     def _is_small(self, call: Collective, given: Tensor) -> bool:
         if call.kind == "all_gather":  # it has no place for each rank's columns in NCCL
             return True

@@ -129,6 +129,14 @@ class Peers:
             )
         )
 
+    def broadcast(self, given: int, out: int, count: int) -> Work:
+        """`count` int64 of the first rank's, on all: of a gather so much that there is one share.
+
+        Halves of them pass for float32: their bits are moved, whatever they are.
+        """
+        halves = 2 * count
+        return self._work(launcher.Gather(given, out, 1, halves, halves, "float32"))
+
     def _work(self, meeting: launcher.Sum | launcher.Gather) -> Work:
         words = self._words.address
         place = launcher.Place(
