@@ -56,6 +56,7 @@ def goldens(engines: Path) -> int:
 def alone() -> None:
     """Have ranks of this process not meet: each copies what it gives."""
     from vlmforge.backends.cuda.meeting import GpuMeetings
+    from vlmforge.backends.cuda.peers import load_kernels, norm_alone
 
     def bind(self: Any, call: Any, given: Tensor, out: Tensor) -> Work:
         del call
@@ -66,7 +67,11 @@ def alone() -> None:
 
         return work
 
+    def bind_norm(self: Any, call: Any) -> Work:
+        return norm_alone(self._gpu, call, load_kernels(self._gpu, self._files))
+
     GpuMeetings.bind = bind  # type: ignore[method-assign, assignment]
+    GpuMeetings.bind_norm = bind_norm  # type: ignore[method-assign]
 
 
 def as_asked() -> None:

@@ -1,7 +1,7 @@
 """The processor in the place of a GPU, late: what is enqueued is done when it is waited for.
 
-Of several ranks the first one's is: for what others enqueue nobody waits. A thread of theirs does it
-(`late_rank`), as soon as the first rank comes to where they meet.
+Of several ranks the first one's is: for what others enqueue nobody waits. A thread of theirs does
+it (`late_rank`), as soon as the first rank comes to where they meet.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from vlmforge.backends import Communicator, cuda
-from vlmforge.backends.cuda.device import Arriving, Mark, MeetingPlace, Segment, T, Tensor, Work
+from vlmforge.backends.cuda.device import (
+    Arriving,
+    Mark,
+    MeetingPlace,
+    Segment,
+    SumAndNorm,
+    T,
+    Tensor,
+    Work,
+)
 from vlmforge.backends.fake import HostBackend, HostDevice, HostMark, NumpyKernels
 from vlmforge.backends.ranks import processes
 from vlmforge.engine.chain import Collective
@@ -62,6 +71,11 @@ class _Meetings(MeetingPlace):
     @override
     def bind(self, call: Collective, given: Tensor, out: Tensor) -> Work:
         work = self.inner.bind(call, given, out)
+        return lambda: self.later(work)
+
+    @override
+    def bind_norm(self, call: SumAndNorm) -> Work:
+        work = self.inner.bind_norm(call)
         return lambda: self.later(work)
 
     @override

@@ -18,9 +18,10 @@ from conftest import HANGS
 from host_collectives import HostKernels, aligned
 from vlmforge.backends import Communicator, FloatArray
 from vlmforge.backends.cuda import meeting, nccl, peers
-from vlmforge.backends.cuda.device import Tensor
+from vlmforge.backends.cuda.device import SumAndNorm, Tensor
 from vlmforge.backends.cuda.meeting import GpuMeetings, meet_first
-from vlmforge.backends.fake import HostDevice, HostMeetings
+from vlmforge.backends.fake import HostDevice
+from vlmforge.backends.fake_meetings import HostMeetings
 from vlmforge.backends.ranks import exchange, hindrance
 from vlmforge.engine.chain import Collective
 from vlmforge.errors import BackendUnavailableError, EngineError, RankError
@@ -205,6 +206,42 @@ def test_gpus_meet_by_our_kernels(gpus: Driver, size: int) -> None:
     assert gpus.closed == size * (size - 1)
 
 
+class Summing:
+    """In the place of NCCL."""
+
+    def __init__(self, ranks: Seat) -> None:
+        self._place = HostMeetings(ranks)
+
+    def all_reduce(self, given: Tensor, out: Tensor) -> Any:
+        return self._place.bind(SUM, given, out)
+
+
+@pytest.mark.parametrize("by", ["ours", "nccl and ours", "nccl, and our norm"])
+def test_sums_are_normalised_whatever_makes_them(
+    gpus: Driver, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by != "ours":
+        monkeypatch.setattr(meeting, "_SMALL", 0)
+        monkeypatch.setattr(nccl.Nccl, "made", staticmethod(lambda gpu, ranks: Summing(ranks)))
+    if by == "nccl, and our norm":
+        gpus.refused = "cuIpcGetMemHandle"
+
+    def meet(gpu: HostGpu, ranks: Seat) -> Any:
+        place = meet_first(gpu, ranks, {})  # type: ignore[arg-type]
+        given, scale = tensor(gpu, numbers(ranks.rank, 3, 8)), tensor(gpu, numbers(9, 8))
+        added, kind = tensor(gpu, numbers(8, 3, 8)), np.dtype(np.float32)
+        found = []
+        for way in (place, HostMeetings(ranks)):
+            out = [tensor(gpu, np.zeros((3, 8), np.float32)) for _ in range(2)]
+            way.bind_norm(SumAndNorm(given, added, *out, scale.address, 1e-3))()
+            found.append([gpu.download(t.address, t.shape, kind).copy() for t in out])
+        for mine, expected in zip(*found, strict=True):
+            np.testing.assert_allclose(mine, expected, rtol=1e-5)
+        return True
+
+    assert all_ranks(2, meet) == [True, True]
+
+
 @pytest.mark.parametrize("refused", ["cuIpcGetMemHandle", "cuIpcOpenMemHandle"])
 def test_without_memory_that_all_see_all_know_it(
     gpus: Driver, refused: str, monkeypatch: pytest.MonkeyPatch
@@ -279,7 +316,7 @@ def test_a_rank_that_never_came_is_an_error_too(gpus: Driver) -> None:
 class Way:
     """One of both ways, by its name."""
 
-    failed = False
+    failed, kernels = False, None
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -293,7 +330,7 @@ class Way:
 @pytest.mark.parametrize("size", [2, 3])
 def test_small_tensors_go_by_our_kernels_and_large_sums_by_nccl(size: int) -> None:
     ranks = Seat(Table(size), 0)
-    place = GpuMeetings(HostGpu(0), ranks, Way("ours"), Way("nccl"))  # type: ignore[arg-type]
+    place = GpuMeetings(HostGpu(0), ranks, Way("ours"), Way("nccl"), {})  # type: ignore[arg-type]
     limit = meeting._SMALL
     for call, count, way in (
         (SUM, limit // 2, "ours"),
@@ -303,7 +340,7 @@ def test_small_tensors_go_by_our_kernels_and_large_sums_by_nccl(size: int) -> No
         given = Tensor("a", "float16", (count,), 0)
         assert place.bind(call, given, given) == way  # type: ignore[comparison-overlap]
     assert place.broadcast(0, 0, 1) == "ours"  # type: ignore[arg-type, comparison-overlap]
-    alone = GpuMeetings(HostGpu(0), ranks, None, Way("nccl"))  # type: ignore[arg-type]
+    alone = GpuMeetings(HostGpu(0), ranks, None, Way("nccl"), {})  # type: ignore[arg-type]
     assert alone.broadcast(0, 0, 1) == "nccl"  # type: ignore[comparison-overlap]
 
 
