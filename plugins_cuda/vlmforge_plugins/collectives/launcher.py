@@ -88,7 +88,7 @@ class Sum:
 class Gather:
     """All ranks' `given` `[rows, width]` side by side into `out` `[rows, kept]`.
 
-    kept <= ranks * width: what is behind falls away. Both aligned to 16 bytes.
+    kept <= ranks * width: what is behind falls away. Both aligned to `GROUP` bytes.
     """
 
     given: int

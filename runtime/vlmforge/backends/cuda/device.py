@@ -126,7 +126,7 @@ class MeetingPlace(Protocol):
     def broadcast(self, given: int, out: int, count: int) -> Work:
         """As `bind`: `count` int64 of the first rank's at `given` come to be at `out` on all.
 
-        Both are multiples of 16. On the other ranks what is at `given` does not matter, and may be
+        Both are multiples of 8. On the other ranks what is at `given` does not matter, and may be
         what is at `out`.
         """
 
