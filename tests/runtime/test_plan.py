@@ -42,8 +42,8 @@ PAGED = replace(
 
 
 def taken(manifest: Manifest, config: EngineConfig) -> float:
-    rows = config.max_batch_size or 16
-    tokens = max(min(512, config.session_len or 2048), rows)
+    rows, window = config.max_batch_size or 16, config.session_len or 2048
+    tokens = max(min(2048, window * rows), rows)  # prompts that are packed are of several windows
     return CONTEXT_BYTES + sum(part_memory(part, tokens, rows).total for part in manifest.parts)
 
 

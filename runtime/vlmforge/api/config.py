@@ -29,7 +29,7 @@ from vlmforge.field_rules import (
 )
 from vlmforge.vl.image_limits import DEFAULT_FORMATS, FORMATS, ImageLimits
 
-MAX_GPU_CHUNK = 2048
+MAX_GPU_CHUNK, USUAL_GPU_CHUNK = 8192, 2048
 MAX_CHUNK = 512  # attention keeps a score for each of them, each head and each token before
 
 
@@ -52,9 +52,10 @@ class EngineConfig:
         cache_max_entry_count: Share of the free memory that the key/value cache may take. (0, 1]
         enable_prefix_caching: Reuse the cache of prompts that begin alike, images included. The
             answers are the same without; it only costs time.
-        max_prefill_token_num: Tokens of a prompt that are run at once, between the others' steps.
-            More than 512 (on GPUs 2048) is as many, with a warning: memory would grow with it,
-            answers do not change.
+        max_prefill_token_num: Tokens of prompts that are run at once, between the others' steps;
+            on GPUs of several prompts. None: 512; on GPUs 2048, or half or a quarter of it where
+            they would take more than a tenth of the free memory. More than 512 (on GPUs 8192) is
+            as many, with a warning: memory grows with it, answers do not change.
         dtype: Of the weights when a checkpoint is built. An engine has its own; another is refused.
         revision: Of a checkpoint on the hub; refused for an engine.
         threads: Of arithmetic; None: one for each physical core that this process may use. More
@@ -92,7 +93,7 @@ class EngineConfig:
     use_logn_attn: bool = False
     download_dir: str | None = None
     revision: str | None = None
-    max_prefill_token_num: int = MAX_CHUNK
+    max_prefill_token_num: int | None = None
     num_tokens_per_iter: int = 0
     max_prefill_iters: int = 1
     dtype: str = "auto"
@@ -147,7 +148,7 @@ RULES: Mapping[str, Rule] = {
     "cache_chunk_size": Int(-1),
     "enable_prefix_caching": Flag(),
     "revision": OrNone(Text(empty=False, argument=True)),
-    "max_prefill_token_num": Int(1),
+    "max_prefill_token_num": OrNone(Int(1)),
     "num_tokens_per_iter": Int(0),
     "max_prefill_iters": Int(1),
     "dtype": Choice(("auto", "float32", "float16", "bfloat16")),

@@ -152,17 +152,18 @@ def _patience(text: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _chunk(asked: int, engine: Engine) -> int:
+def _chunk(asked: int | None, engine: Engine) -> int:
     most = most_chunk(engine.manifest)
-    if asked > most:
+    if asked is not None and asked > most:
         logger.warning(
             "max_prefill_token_num=%s: %d tokens are run at once, to keep memory in bounds; "
             "answers do not depend on it",
             shown(asked),
             most,
         )
-    # A pool's decoder was loaded for no more.
-    return min(int(asked), engine.options.chunk if engine.options.paged else most)
+    # A decoder was loaded for no more.
+    loaded = engine.options.chunk if engine.options.paged else most
+    return loaded if asked is None else min(int(asked), loaded)
 
 
 def _set_level(level: object) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from vlmforge.api.config import MAX_CHUNK, MAX_GPU_CHUNK, EngineConfig
+from vlmforge.api.config import MAX_CHUNK, MAX_GPU_CHUNK, USUAL_GPU_CHUNK, EngineConfig
 from vlmforge.backends import LoadOptions
 from vlmforge.engine.bundle import Bundle
-from vlmforge.engine.interface import TOKENS
+from vlmforge.engine.interface import TOKENS, packs
 from vlmforge.engine.manifest import Manifest, Part
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.field_rules import shown
@@ -21,6 +21,8 @@ logger = logging.getLogger("vlmforge")
 _PACK_SHARE = 0.7
 # At most this share of the free memory is for the features of images, unless more is asked for.
 _FEATURES_SHARE = 0.05
+# At most this share of a GPU's free memory is for what prompts take, unless more is asked for.
+_PROMPTS_SHARE = 0.1
 # Of each rank but the first: Python, the libraries, and what they allocate as they run.
 _RANK_BYTES = 120 << 20
 # Sequences rarely fill their windows: address space is kept for this many times what memory holds.
@@ -60,7 +62,7 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     longest = -(-capacity // block)
     if blocks < longest:
         raise _too_small(budget, capacity, longest * block * token)
-    wanted = _slots(manifest, config)
+    wanted = slots_of(manifest, config)
     slots = min(wanted, _OVERCOMMIT * blocks // longest)
     if blocks < wanted * longest:
         logger.warning(
@@ -74,10 +76,10 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
 
 def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float) -> LoadOptions:
     """Of a GPU: a pool of pages in what weights and activations leave of its free memory."""
-    page, slots = manifest.kv.page_size or 0, _slots(manifest, config)
+    page, slots = manifest.kv.page_size or 0, slots_of(manifest, config)
     page_bytes = page * manifest.rank_kv.bytes_per_token
-    chunk = min(config.max_prefill_token_num, most_chunk(manifest), capacity)
-    taken = sum(p.total for p in parts_memory(manifest, config, capacity))
+    chunk = prompt_tokens(manifest, config, capacity, free)
+    taken = sum(part.total for part in parts_memory(manifest, slots, chunk))
     budget = config.cache_max_entry_count * (free - taken)
     longest = -(-capacity // page)
     # No more than all sequences can ever fill.
@@ -93,8 +95,38 @@ def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float)
             "cache_max_entry_count, a GPU with more memory, or what else is on it ended",
         )
     return LoadOptions(
-        slots, capacity, None, True, blocks, page, paged=True, chunk=chunk, prompts=slots
+        slots,
+        capacity,
+        budget=blocks,
+        block_size=page,
+        paged=True,
+        chunk=chunk,
+        prompts=slots,
+        packs=packs(manifest.first_parts[-1]),
     )
+
+
+def prompt_tokens(manifest: Manifest, config: EngineConfig, capacity: int, free: float) -> int:
+    """Tokens of prompts that are run at once, where `free` bytes are free.
+
+    Where prompts are packed they are not bound to a window of `capacity` tokens: matrices are used
+    well by no less than 2048 tokens or so.
+    """
+    asked, most = config.max_prefill_token_num, most_chunk(manifest)
+    if manifest.kv.page_size is None:
+        return min(MAX_CHUNK if asked is None else int(asked), most)
+    slots, packed = slots_of(manifest, config), packs(manifest.first_parts[-1])
+    most = min(most, slots * capacity if packed else capacity)
+    if asked is not None:
+        return min(int(asked), most)
+    chunk = USUAL_GPU_CHUNK
+
+    def activations() -> float:
+        return sum(part.activations for part in parts_memory(manifest, slots, chunk))
+
+    while chunk > MAX_CHUNK and activations() > _PROMPTS_SHARE * free:
+        chunk //= 2
+    return min(chunk, most)
 
 
 def most_chunk(manifest: Manifest) -> int:
@@ -125,10 +157,8 @@ class PartMemory:
         return self.weights + self.activations + self.library
 
 
-def parts_memory(manifest: Manifest, config: EngineConfig, capacity: int) -> tuple[PartMemory, ...]:
-    """What an engine's parts take of its first GPU's memory, for sequences of `capacity` tokens."""
-    chunk = min(config.max_prefill_token_num, most_chunk(manifest), capacity)
-    slots = _slots(manifest, config)
+def parts_memory(manifest: Manifest, slots: int, chunk: int) -> tuple[PartMemory, ...]:
+    """What an engine's parts take of its first GPU's memory, for `chunk` tokens of prompts."""
     return tuple(part_memory(part, max(chunk, slots), slots) for part in manifest.first_parts)
 
 
@@ -150,7 +180,8 @@ def part_memory(part: Part, tokens: int, rows: int) -> PartMemory:
     return PartMemory(part.loaded_bytes, whole + _ROOM * taken, library)
 
 
-def _slots(manifest: Manifest, config: EngineConfig) -> int:
+def slots_of(manifest: Manifest, config: EngineConfig) -> int:
+    """Sequences at once, as asked for or as the engine was built."""
     return config.max_batch_size or manifest.decode.max_batch_size
 
 

@@ -43,6 +43,8 @@ class LoadOptions:
             at every use.
         mpi: Whether the ranks of an engine are those that mpirun has started.
         prompts: Whose parts may be run at once (see `DecoderBatch.lengths`).
+        packs: Whether these take the time and the memory of their own tokens, not each those of
+            the longest; `chunk` may be more than `capacity` then.
         devices: Numbers of the GPUs, one for each rank; empty: the first ones.
     """
 
@@ -56,6 +58,7 @@ class LoadOptions:
     chunk: int = 512
     mpi: bool = False
     prompts: int = 1
+    packs: bool = False
     devices: tuple[int, ...] = ()
 
     def device(self, rank: int) -> int:
@@ -224,6 +227,9 @@ class FollowingDecoder(Protocol):
         Its tokens are those that the first rank has `chosen`, or else the likeliest, which every
         rank finds itself.
         """
+
+    def follow_first(self, batch: DecoderBatch, *, chosen: bool) -> None:
+        """The same of `FirstTokenDecoder.begin_first`."""
 
 
 @runtime_checkable

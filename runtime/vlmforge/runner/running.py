@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vlmforge.backends import FloatArray
-from vlmforge.backends.choice import BegunPrompts, BegunTokens, Choice
+from vlmforge.backends.choice import FIRST_TOKENS, BegunFirst, BegunPrompts, BegunTokens, Choice
 from vlmforge.runner.decoder_input import DecoderInput
 from vlmforge.runner.job import Job
 from vlmforge.runner.step import Row, Step, StepRecord
@@ -51,6 +51,7 @@ class Running:
         begun: When (`time.perf_counter`).
         lost: Rows that ended when it was begun, and why.
         prompts, rows: The others, those of prompts and those of tokens, in the device's order.
+        first: Sequences among the prompts whose next token is chosen by the device.
         logits, found: What becomes of them, or why nothing does; None where there are none.
         images: That the vision part was run for.
         encode: Seconds that this took.
@@ -61,7 +62,8 @@ class Running:
     lost: Sequence[Lost]
     prompts: Sequence[Row]
     rows: Sequence[Row]
-    logits: BegunPrompts | BaseException | None
+    first: frozenset[int]
+    logits: BegunPrompts | BegunFirst | BaseException | None
     found: BegunTokens | BaseException | None
     images: int
     encode: float
@@ -73,6 +75,16 @@ class Running:
             for one in (self.logits, self.found)
         )
         return StepRecord(self.step, self.begun, self.images, self.encode, prompt, decode)
+
+    @property
+    def places(self) -> Mapping[int, int]:
+        """Where the next tokens will be that the device chooses, by sequence, as `begin` says."""
+        first = {
+            row.sequence: FIRST_TOKENS + place
+            for place, row in enumerate(self.prompts)
+            if row.sequence in self.first
+        }
+        return first | {row.sequence: place for place, row in enumerate(self.rows)}
 
     @property
     def failed(self) -> bool:

@@ -20,10 +20,12 @@ from vlmforge.backends import (
     VisionSession,
 )
 from vlmforge.backends.choice import (
+    BegunFirst,
     BegunPrompts,
     BegunTokens,
     Choice,
     ChoosingDecoder,
+    FirstTokenDecoder,
     Found,
     OverlappingDecoder,
 )
@@ -66,6 +68,7 @@ class Engine:
     _sparing: LikeliestDecoder | None = field(init=False, repr=False)
     choosing: ChoosingDecoder | None = field(init=False, repr=False)
     overlapping: OverlappingDecoder | None = field(init=False, repr=False)
+    first: FirstTokenDecoder | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Asked once: to ask whether something fulfils a protocol takes as long as half a step's
@@ -77,6 +80,8 @@ class Engine:
         object.__setattr__(self, "choosing", choosing if able else None)
         overlapping = self.decoder if isinstance(self.decoder, OverlappingDecoder) else None
         object.__setattr__(self, "overlapping", overlapping)
+        first = self.decoder if isinstance(self.decoder, FirstTokenDecoder) else None
+        object.__setattr__(self, "first", first)
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -284,9 +289,19 @@ class Engine:
         `logits` are those of one part; of several, each has its last ones.
         """
         assert self.overlapping is not None
-        decode = self.manifest.decode
-        batch = together(parts, decode) if len(parts) > 1 else self._part(parts[0], logits)
-        return self.overlapping.begin_prompts(batch)
+        return self.overlapping.begin_prompts(self._parts(parts, logits))
+
+    def begin_first(
+        self, parts: Sequence[PromptPart], choices: Sequence[Choice | None] | None
+    ) -> BegunFirst:
+        """The same for who chooses the `first` tokens (see `FirstTokenDecoder`)."""
+        assert self.first is not None
+        return self.first.begin_first(self._parts(parts, "last"), choices)
+
+    def _parts(self, parts: Sequence[PromptPart], logits: Literal["none", "last"]) -> DecoderBatch:
+        if len(parts) > 1:
+            return together(parts, self.manifest.decode)
+        return self._part(parts[0], logits)
 
     def _part(self, part: PromptPart, logits: Literal["none", "last", "all"]) -> DecoderBatch:
         """A part of one prompt as the decoder takes it."""

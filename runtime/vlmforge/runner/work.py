@@ -13,12 +13,13 @@ from typing import TypeVar
 import numpy as np
 
 from vlmforge.backends import FloatArray, IntArray
-from vlmforge.backends.choice import BegunPrompts, BegunTokens, Choice, Found
+from vlmforge.backends.choice import BegunFirst, BegunPrompts, BegunTokens, Choice, Found
 from vlmforge.errors import EngineStepError, as_ours
 from vlmforge.kv.cache import Copy
 from vlmforge.outputs.token_chooser import PrefillFacts
 from vlmforge.runner.decoder_input import DecoderInput, PromptPart
 from vlmforge.runner.features import FeatureCache
+from vlmforge.runner.job import Job
 from vlmforge.runner.running import Active, Choices, Lost, Running
 from vlmforge.runner.stages import Engine
 from vlmforge.runner.step import AHEAD, Row, Step
@@ -68,21 +69,23 @@ class Work:
         for row, found in zip(ready, logits or (), strict=logits is not None):
             self.prompted(row, found)
 
-    def prompted(self, row: Row, logits: FloatArray) -> None:
-        """A part of a prompt has been run, and gave logits `[n, vocab_size]`."""
+    def prompted(self, row: Row, found: Found) -> None:
+        """A part of a prompt has been run, and gave logits `[n, vocab_size]` or the next token."""
         active = self.active[row.sequence]
-        if row.logits == "all":
+        logits = found if isinstance(found, np.ndarray) else None
+        if row.logits == "all" and logits is not None:
             active.prompt_logits = active.prompt_logits if row.start else []
             active.prompt_logits.append(logits)
         if row.logits == "none" or not self._ends_prompt(active, row):
             return
+        last = found if logits is None else logits[-1]
         if active.begun:
-            self._accept(row.sequence, logits[-1])
+            self._accept(row.sequence, last)
             return
         facts = self._facts(active)
         for sequence in (row.sequence, *self._part(row, active)):
             if self._begin(sequence, facts):
-                self._accept(sequence, logits[-1])
+                self._accept(sequence, last)
 
     def _part(self, row: Row, active: Active) -> tuple[int, ...]:
         """Other answers to the prompt become jobs of their own; returns their sequences."""
@@ -168,21 +171,51 @@ class Work:
             return error
         return None
 
-    def begin_prompts(self, rows: Sequence[Row]) -> BegunPrompts:
-        """Begin the parts of prompts."""
+    def begin_prompts(
+        self, rows: Sequence[Row], first: Mapping[int, Choice | None]
+    ) -> BegunPrompts | BegunFirst:
+        """Begin the parts of prompts; `first` are those whose next tokens the device chooses."""
         parts = [PromptPart(row.place, self._chunk(row), row.start) for row in rows]
-        return self.engine.begin_prompts(parts, "none" if rows[0].logits == "none" else "last")
+        if not first:
+            return self.engine.begin_prompts(parts, "none" if rows[0].logits == "none" else "last")
+        given = [first.get(row.sequence) for row in rows]
+        return self.engine.begin_first(parts, given if any(given) else None)
+
+    def first(self, rows: Sequence[Row]) -> Mapping[int, Choice | None]:
+        """How the tokens behind prompts are chosen, by sequence, where the device does that.
+
+        All the likeliest, of which there is nothing to be said; or some as is said.
+        """
+        engine = self.engine
+        if engine.overlapping is None or engine.first is None:
+            return {}
+        ends = {row.sequence: self.active[row.sequence].job for row in rows if row.logits == "last"}
+        asked = any(row.forks or row.logits == "all" for row in rows)
+        if not asked and all(job.likeliest for job in ends.values()):
+            able = engine.overlapping.can_begin(len(ends), None)
+            return dict.fromkeys(ends) if able and ends else {}
+        found = {}
+        for row in rows:
+            if row.sequence in ends and not row.forks:
+                choice = _choice(ends[row.sequence])
+                if choice is not None and engine.overlapping.can_begin(1, [choice]):
+                    found[row.sequence] = choice
+        return found
 
     def begin_tokens(
         self, rows: Sequence[Row], choices: Choices, before: Running | None
     ) -> BegunTokens:
         """Begin the rows, those that are `AHEAD` with the tokens of `before`."""
         found = [choice for row in rows if (choice := choices[row.sequence]) is not None]
-        places = {} if before is None else {r.sequence: i for i, r in enumerate(before.rows)}
+        places = {} if before is None else before.places
         ahead = [places[r.sequence] if r.tokens == (AHEAD,) else -1 for r in rows]
         where, tokens, lengths, levels, lags = self._inputs(rows)
         tokens, sources = np.maximum(tokens, 0), np.array(ahead, np.int64)
         return self.engine.begin(where, tokens, lengths, levels, lags, found or None, sources)
+
+    def decided_here(self, sequence: int) -> None:
+        """The device could not choose the token behind a prompt, and may go on with a wrong one."""
+        self.active[sequence].here = True
 
     def take(self, sequence: int, found: Found | None) -> None:
         """What was found for a row of a step that was begun; None: it is to be run again."""
@@ -262,6 +295,13 @@ class Work:
         """The answer ends with an error; what is in the cache is whole."""
         self.tokens[sequence] = None
         self.active[sequence].job.fail(error)
+
+
+def _choice(job: Job) -> Choice | None:
+    try:
+        return job.generation.choice()
+    except BaseException:  # noqa: BLE001 - where it is chosen here, whom it concerns is told
+        return None
 
 
 def check_logits(rows: Sequence[Row], found: Sequence[object]) -> None:

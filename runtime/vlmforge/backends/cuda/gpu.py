@@ -35,7 +35,7 @@ from vlmforge_plugins.cached_attention.plan import Machine
 from vlmforge_plugins.errors import PluginError, UnsupportedError
 
 _LEAST_STAGING, _LEAST_FETCH = 1 << 20, 1 << 14
-_UPLOADS = 4  # under way at once: two steps have two each
+_UPLOADS = 8  # under way at once: two steps have four each
 
 
 @cache

@@ -57,7 +57,15 @@ class NextTokens:
     chosen: bool
 
 
-Call = DecoderBatch | NextTokens | Move | Read | Write
+@dataclass(frozen=True, slots=True)
+class FirstTokens:
+    """See `FollowingDecoder.follow_first`."""
+
+    batch: DecoderBatch
+    chosen: bool
+
+
+Call = DecoderBatch | NextTokens | FirstTokens | Move | Read | Write
 
 
 class OtherRanks(Protocol):
@@ -100,6 +108,9 @@ def carry_out(call: Call, decoder: DecoderSession, rank: int, size: int) -> KeyV
     elif isinstance(call, NextTokens):
         assert isinstance(decoder, FollowingDecoder)
         decoder.follow_tokens(call.batch, call.ahead, chosen=call.chosen)
+    elif isinstance(call, FirstTokens):
+        assert isinstance(decoder, FollowingDecoder)
+        decoder.follow_first(call.batch, chosen=call.chosen)
     elif isinstance(call, Read):
         return decoder.read(call.place, call.tokens)
     elif isinstance(call, Write):

@@ -16,15 +16,17 @@ from typing_extensions import override
 from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, IntArray, LikeliestDecoder
 from vlmforge.backends.choice import (
     Begun,
+    BegunFirst,
     BegunPrompts,
     BegunTokens,
     Choice,
     ChoosingDecoder,
+    FirstTokenDecoder,
     OverlappingDecoder,
     Picked,
     T_co,
 )
-from vlmforge.backends.ranks.calls import NextTokens, OtherRanks, RankedDecoder
+from vlmforge.backends.ranks.calls import FirstTokens, NextTokens, OtherRanks, RankedDecoder
 
 
 @dataclass(slots=True)
@@ -43,15 +45,15 @@ class _Begun(Begun[T_co]):
         return found
 
 
-class OverlappingRanks(RankedDecoder, OverlappingDecoder):
+class OverlappingRanks(RankedDecoder, OverlappingDecoder, FirstTokenDecoder):
     """See the module. The first rank has the logits on a device, and can choose tokens there."""
 
     def __init__(self, own: DecoderSession, others: OtherRanks) -> None:
         super().__init__(own, others)
         assert isinstance(own, LikeliestDecoder) and isinstance(own, ChoosingDecoder)
         self._likeliest, self._choosing, self.chooses = own, own, own.chooses
-        assert isinstance(own, OverlappingDecoder)
-        self._device = own
+        assert isinstance(own, OverlappingDecoder) and isinstance(own, FirstTokenDecoder)
+        self._device, self._first = own, own
 
     def likeliest(self, batch: DecoderBatch) -> IntArray:
         """See `LikeliestDecoder`."""
@@ -76,6 +78,13 @@ class OverlappingRanks(RankedDecoder, OverlappingDecoder):
     ) -> BegunTokens:
         with self.together(NextTokens(batch, ahead, chosen=choices is not None)):
             return _Begun(self._device.begin(batch, choices, ahead), self)
+
+    @override
+    def begin_first(
+        self, batch: DecoderBatch, choices: Sequence[Choice | None] | None
+    ) -> BegunFirst:
+        with self.together(FirstTokens(batch, chosen=choices is not None)):
+            return _Begun(self._first.begin_first(batch, choices), self)
 
     @override
     def begin_prompts(self, batch: DecoderBatch) -> BegunPrompts:
