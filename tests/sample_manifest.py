@@ -12,6 +12,7 @@ from vlmforge.engine.chain import (
     PartChain,
     RotaryTables,
     Segment,
+    SumNorm,
 )
 from vlmforge.engine.images import AnyRes, CenterCrop
 from vlmforge.engine.images.pixels import PixelFormat
@@ -118,17 +119,27 @@ def _rows(name: str) -> TensorSpec:
     return TensorSpec(name, "float16", ("batch", "tokens", 64))
 
 
+def _share(name: str) -> TensorSpec:
+    return TensorSpec(name, "float16", ("batch", "tokens", 16))
+
+
 CHAIN = PartChain(
     steps=(
         ChainStep(segment=Segment("d.0.onnx", (), (_rows("qkv0"), _HIDDEN), 300)),
         ChainStep(attention=_attention(0)),
         ChainStep(segment=Segment("d.1.onnx", (_HIDDEN, _rows("mixed0")), (_rows("qkv1"),), 300)),
         ChainStep(attention=_attention(1)),
+        ChainStep(segment=Segment("d.2.onnx", (_rows("mixed1"),), (_share("out1"),), 300)),
         ChainStep(
-            segment=Segment("d.2.onnx", (_rows("mixed1"), _HIDDEN), (_rows("gate_up"),), 300, 4096)
+            collective=Collective(
+                "all_reduce", "out1", "sum1", norm=SumNorm("hidden", "norm1", "d.data", 8192, 1e-5)
+            )
+        ),
+        ChainStep(
+            segment=Segment("d.3.onnx", (_share("norm1"), _HIDDEN), (_rows("gate_up"),), 300, 4096)
         ),
         ChainStep(gated=GatedActivation("silu", "gate_up", "gated")),
-        ChainStep(segment=Segment("d.3.onnx", (_GATED,), (_rows("logits_shard"),), 300)),
+        ChainStep(segment=Segment("d.4.onnx", (_GATED,), (_rows("logits_shard"),), 300)),
         ChainStep(collective=Collective("all_gather", "logits_shard", "logits", 100)),
     ),
     rotary=RotaryTables("d.data", 0, 4096, 64, 4),

@@ -34,6 +34,10 @@ class Drawn:
         self.lengths = self._value("past_lengths", ("batch",), ir.DataType.INT64)
         weight = self._value("w", (WIDTH,))
         weight.const_value = ir.tensor(np.arange(1.0, WIDTH + 1, dtype=np.float32) / 2, name="w")
+        self.scale = self._value("scale", (WIDTH,))
+        self.scale.const_value = ir.ExternalTensor(
+            "d.data", 64, 4 * WIDTH, ir.DataType.FLOAT, shape=ir.Shape((WIDTH,)), name="scale"
+        )
         self.weight, self.caches = weight, list[ir.Value]()
         self.values, self.presents = [self.x], list[ir.Value]()
 
@@ -83,6 +87,13 @@ class Drawn:
         packed = self.values.pop()
         self._add(ir.node("GatedSilu", [packed], domain=DOMAIN), [FLOATS])
 
+    def normalised_sum(self) -> None:
+        inputs = [self._one(), self._one(), self.scale]
+        given = {"epsilon": 0.5}
+        node = ir.node("AllReduceNorm", inputs, given, domain=DOMAIN, num_outputs=2)
+        self._add(node, [FLOATS, FLOATS])
+        self.values.append(node.outputs[1])
+
     def model(self) -> ir.Model:
         last = ir.node("Add", [self.values[-1], self._one()])
         self._add(last, [FLOATS])
@@ -90,7 +101,7 @@ class Drawn:
             [self.x, self.lengths, *self.caches],
             [last.outputs[0], *self.presents],
             nodes=self.nodes,
-            initializers=[self.weight],
+            initializers=[self.weight, self.scale],
             opset_imports={"": 23, DOMAIN: 1},
         )
         return ir.Model(graph, ir_version=10)
@@ -111,16 +122,22 @@ def gated(packed: Array) -> Array:
 def evaluated(graph: ir.Graph, known: dict[str, Array]) -> dict[str, Array]:
     known = dict(known)
     for value in graph.initializers.values():
+        if value.name == "scale":
+            continue
         assert value.const_value is not None
         known[value.name or ""] = value.const_value.numpy()
     for node in graph:
-        given = [known[value.name or ""] for value in node.inputs if value is not None]
+        names = [value.name or "" for value in node.inputs if value is not None]
+        given = [known[name] for name in names if name != "scale"]
         if node.op_type == "Concat":
             result = np.concatenate(given, axis=-1)
         elif node.op_type == "AllReduce":
             result = RANKS * given[0]
         elif node.op_type == "GatedSilu":
             result = gated(given[0])
+        elif node.op_type == "AllReduceNorm":
+            result = RANKS * given[0] + given[1]
+            known[node.outputs[1].name or ""] = np.tanh(result)
         elif node.domain == DOMAIN:
             result = attend(np.concatenate(given[:3], axis=-1))
         else:
@@ -144,10 +161,14 @@ def chained(cut: Cut, known: dict[str, Array]) -> dict[str, Array]:
             else:
                 assert (step.kind, step.width) == ("all_reduce", None)
                 known[step.out] = RANKS * known[step.tensor]
+                if (norm := step.norm) is not None:
+                    assert (norm.file, norm.offset, norm.epsilon) == ("d.data", 64, 0.5)
+                    known[step.out] = known[step.out] + known[norm.added]
+                    known[norm.out] = np.tanh(known[step.out])
     return known
 
 
-KINDS = st.sampled_from([Drawn.attention, Drawn.sum_over_ranks, Drawn.gate])
+KINDS = st.sampled_from([Drawn.attention, Drawn.sum_over_ranks, Drawn.normalised_sum, Drawn.gate])
 
 
 @given(st.data(), st.lists(KINDS, min_size=1, max_size=5))

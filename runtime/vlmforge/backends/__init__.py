@@ -228,6 +228,16 @@ class FollowingDecoder(Protocol):
         EngineError: the library failed, now or in an earlier step.
         """
 
+    def follow_tokens(self, batch: DecoderBatch, ahead: IntArray, *, chosen: bool) -> None:
+        """As `follow`, of a step that the first rank begins (see `OverlappingDecoder.begin`).
+
+        Its tokens are those that the first rank has `chosen`, or else the likeliest, which every
+        rank finds itself.
+        """
+
+    def follow_first(self, batch: DecoderBatch, *, chosen: bool) -> None:
+        """The same of `FirstTokenDecoder.begin_first`."""
+
 
 @runtime_checkable
 class ClosableDecoder(Protocol):

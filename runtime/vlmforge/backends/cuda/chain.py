@@ -13,7 +13,15 @@ import numpy as np
 from typing_extensions import override
 
 from vlmforge.backends import LoadOptions
-from vlmforge.backends.cuda.device import Device, MeetingPlace, Memory, Segment, Tensor, Work
+from vlmforge.backends.cuda.device import (
+    Device,
+    MeetingPlace,
+    Memory,
+    Segment,
+    SumAndNorm,
+    Tensor,
+    Work,
+)
 from vlmforge.backends.cuda.frames import (
     PAST,
     Arrangement,
@@ -25,6 +33,7 @@ from vlmforge.backends.cuda.frames import (
     tensors_of,
 )
 from vlmforge.backends.cuda.program import FEW, Pools, Program, Span
+from vlmforge.backends.number_formats import DTYPES
 from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, PartChain, TensorSpec
 from vlmforge.engine.interface import BLOCK_TABLE, LOGITS, QUERY_LENGTHS
 from vlmforge.engine.manifest import KVLayout, Part
@@ -70,6 +79,7 @@ class ChainProgram(Program):
         )
         self._gates = _gates(device, folder, part.chain, self._specs)
         self._tables = _tables(device, folder, part.chain)
+        self._scales = _scales(device, folder, part.chain, self._specs)
         self._workspace = device.allocate(max(map(self._workspace_bytes, largest(options))))
 
     @override
@@ -148,7 +158,11 @@ class ChainProgram(Program):
         if (call := step.collective) is not None:
             assert self._place is not None
             given, out = tensors(self._specs[name] for name in (call.tensor, call.out))
-            return self._place.bind(call, given, out)
+            if (norm := call.norm) is None:
+                return self._place.bind(call, given, out)
+            added, normed = tensors(self._specs[name] for name in (norm.added, norm.out))
+            scale = self._scales[norm.out].address
+            return self._place.bind_norm(SumAndNorm(given, added, out, normed, scale, norm.epsilon))
         if step.gated is not None:
             return self._gate(step.gated, size, at)
         assert step.segment is not None
@@ -222,6 +236,21 @@ def _gates(
     name = name_of(gate.activation, specs[gate.out].dtype)
     files = {target: folder / file for target, file in chain.activations.items()}
     return device.activations(name, files)
+
+
+def _scales(
+    device: Device, folder: Path, chain: PartChain, specs: Mapping[str, TensorSpec]
+) -> Mapping[str, Memory]:
+    """What norms behind sums multiply by, on the device; by the names of what they give."""
+    found = {}
+    for norm in (call.norm for call in chain.collectives if call.norm is not None):
+        spec = specs[norm.out]
+        width, item = spec.shape[-1], np.dtype(DTYPES.get(spec.dtype, spec.dtype))
+        assert isinstance(width, int)
+        values = np.fromfile(folder / norm.file, item, width, offset=norm.offset)
+        found[norm.out] = memory = device.allocate(values.nbytes)
+        device.upload(memory.address, values)
+    return found
 
 
 def _tables(device: Device, folder: Path, chain: PartChain) -> tuple[Memory, Memory] | None:

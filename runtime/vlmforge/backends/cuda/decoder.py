@@ -19,7 +19,7 @@ from typing_extensions import override
 from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, IntArray, LoadOptions
 from vlmforge.backends.choice import FIRST_TOKENS, Begun, Choice, Found, Picked, T_co
 from vlmforge.backends.cuda.choosing import TokenSampler
-from vlmforge.backends.cuda.device import Arriving, Device, Mark, Work
+from vlmforge.backends.cuda.device import Arriving, Device, Mark, MeetingPlace, Work
 from vlmforge.backends.cuda.frames import Arrangement, Size, bucket, largest, most_tokens
 from vlmforge.backends.cuda.inputs import first_places, new_tokens, put, totals
 from vlmforge.backends.cuda.program import FEW, Program, Span, make_pools
@@ -83,7 +83,8 @@ class PagedDecoder(DecoderSession):
         kv: Its cache.
         vocab_size: Logits of a token.
         options: How to load it.
-        sampler: Chooses tokens; None: the host does.
+        sampler: Chooses tokens; None: the host does, or another rank.
+        place: Where it meets the other ranks; None: there are none.
     """
 
     def __init__(
@@ -94,9 +95,11 @@ class PagedDecoder(DecoderSession):
         vocab_size: int,
         options: LoadOptions,
         sampler: TokenSampler | None = None,
+        place: MeetingPlace | None = None,
     ) -> None:
         self._sampler, self.chooses = sampler, sampler is not None
         self._device, self._program, self._options = device, program, options
+        self._place, self._shared = place, dict[tuple[int, int, int], Work]()
         self._vocab_size = vocab_size
         self._pools = make_pools(device, kv, options.blocks)
         # Of several prompts at once, what is for each row lies beside what is for each token.
@@ -165,15 +168,9 @@ class PagedDecoder(DecoderSession):
     ) -> BegunStep[Sequence[Picked | np.int64 | None]]:
         """See `OverlappingDecoder`."""
         device, start = self._device, self._device.mark()
-        rows, frame = len(batch.slots), self._filled(batch)
-        self._upload(frame, batch)
-        inputs, firsts = self._at(frame, INPUT_IDS.name), first_places(batch)
-        for row, source, count in _runs(ahead):
-            device.copy(self._source(source), inputs + 8 * int(firsts[row]), 8 * count)
-        self._work(frame)
-        # Another size may lie over these tokens, before its inputs are there.
+        rows, frame = len(batch.slots), self._run_behind(batch, ahead)
         if choices is None:
-            device.copy(self._at(frame, LIKELIEST.name), self._chosen.address, 8 * rows)
+            self._keep_likeliest(frame, rows, 0)
             return BegunStep(start, device.fetch(self._chosen.address, 8 * rows), _ids)
         assert self._sampler is not None
         count, again = frame.size.sequences, frame.size.replayed
@@ -181,7 +178,7 @@ class PagedDecoder(DecoderSession):
         for row, source in enumerate(ahead):
             if source >= 0:
                 self._sampler.tell(prepared, row, choices[row], self._source(int(source)))
-        device.copy(self._sampler.run(prepared), self._chosen.address, 8 * rows)
+        self._keep_chosen(self._sampler.run(prepared), rows, 0)
         read = partial(self._sampler.read, prepared, choices)
         return BegunStep(start, self._sampler.fetch(prepared, choices), read)
 
@@ -208,12 +205,12 @@ class PagedDecoder(DecoderSession):
         self._run(frame, batch)
         logits, chosen = self._at(frame, LOGITS), self._source(FIRST_TOKENS)
         if choices is None:
-            device.copy(self._at(frame, LIKELIEST.name), chosen, 8 * rows)
+            self._keep_likeliest(frame, rows, FIRST_TOKENS)
             return BegunStep(start, device.fetch(chosen, 8 * rows), _ids)
         sampler = self._sampler
         assert sampler is not None
         prepared = sampler.prepare(frame.size.sequences, logits, choices, again=False)
-        device.copy(sampler.run(prepared), chosen, 8 * rows)
+        self._keep_chosen(sampler.run(prepared), rows, FIRST_TOKENS)
         # They are few, and another step lies over them soon: all that the host may need of them.
         kept = device.fetch(logits, 4 * rows * self._vocab_size)
 
@@ -223,6 +220,48 @@ class PagedDecoder(DecoderSession):
             return [values[row] if one is None else one for row, one in enumerate(found)]
 
         return BegunStep(start, sampler.fetch(prepared, choices), read)
+
+    def follow_tokens(self, batch: DecoderBatch, ahead: IntArray, *, chosen: bool) -> None:
+        """See `FollowingDecoder`."""
+        self._keep(self._run_behind(batch, ahead), len(batch.slots), 0, chosen)
+
+    def follow_first(self, batch: DecoderBatch, *, chosen: bool) -> None:
+        """See `FollowingDecoder`."""
+        frame = self._filled(batch)
+        self._run(frame, batch)
+        self._keep(frame, len(batch.slots), FIRST_TOKENS, chosen)
+
+    def _run_behind(self, batch: DecoderBatch, ahead: IntArray) -> _Frame:
+        """Enqueue a step of decoding, whose input may be what was kept of what is before it."""
+        frame = self._filled(batch)
+        self._upload(frame, batch)
+        inputs, firsts = self._at(frame, INPUT_IDS.name), first_places(batch)
+        for row, source, count in _runs(ahead):
+            self._device.copy(self._source(source), inputs + 8 * int(firsts[row]), 8 * count)
+        self._work(frame)
+        return frame
+
+    def _keep(self, frame: _Frame, rows: int, first: int, chosen: bool) -> None:
+        """What the first rank keeps, on another one."""
+        if chosen:
+            self._keep_chosen(self._source(first), rows, first)
+        else:
+            self._keep_likeliest(frame, rows, first)
+
+    def _keep_likeliest(self, frame: _Frame, rows: int, first: int) -> None:
+        """Another size may lie over these tokens, before its inputs are there."""
+        self._device.copy(self._at(frame, LIKELIEST.name), self._source(first), 8 * rows)
+
+    def _keep_chosen(self, chosen: int, rows: int, first: int) -> None:
+        """Tokens that the first rank has chosen, on all ranks; `first` as of `_source`."""
+        target = self._source(first)
+        if self._place is None:
+            self._device.copy(chosen, target, 8 * rows)
+            return
+        key = chosen, target, rows
+        if key not in self._shared:
+            self._shared[key] = self._place.broadcast(*key)
+        self._shared[key]()
 
     def _row(self, logits: int, row: int) -> FloatArray:
         """The logits of one row."""
