@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,9 @@ def check(ranks: Communicator, folder: Path, replays: int) -> int:
                 wrong += not fine
                 say(f"{name} {kind} {items:8d}: {words}", flush=True)
         wrong += _gathers(gpu, ranks, way, name, say)
+        wrong += _broadcasts(gpu, ranks, way, name, say)
+    if isinstance(ways["ours"], Peers):
+        wrong += _norms(gpu, ranks, ways["ours"], say)
     say(f"{wrong} wrong", flush=True)
     return wrong
 
@@ -124,6 +128,58 @@ def _gathers(gpu: Gpu, ranks: Communicator, way: Any, name: str, say: Callable[.
         del keep, keep_too
         wrong += not all(answer == b"\1" for answer in exchange(ranks, bytes([fine])))
         say(f"{name} gather {kind} {rows} x {width}: {took * 1e3:.1f} us{'' if fine else ' WRONG'}")
+    return wrong
+
+
+def _broadcasts(
+    gpu: Gpu, ranks: Communicator, way: Any, name: str, say: Callable[..., None]
+) -> int:
+    """Ids of the first rank's, on all."""
+    wrong = 0
+    for count in (1, 64, 1024):
+        ids = np.arange(count) ** 3 - 5
+        memories = [gpu.allocate(8 * count) for _ in range(2)]
+        gpu.upload(memories[0].address, ids if ranks.rank == 0 else 0 * ids)
+        graph = _captured(gpu, ranks, [way.broadcast(*(m.address for m in memories), count)])
+        took = statistics.median(_milliseconds(gpu, graph) for _ in range(20))
+        found = gpu.download(memories[1].address, (count,), np.dtype(np.int64))
+        answers = exchange(ranks, bytes([np.array_equal(found, ids)]))
+        wrong += not all(answer == b"\1" for answer in answers)
+        say(f"{name} broadcast of {count} ids: {took * 1e3:.1f} us, {answers}", flush=True)
+    return wrong
+
+
+def _norms(gpu: Gpu, ranks: Communicator, way: Any, say: Callable[..., None]) -> int:
+    """Sums with the residual and the norm behind them: by one launch, and by two."""
+    from vlmforge.backends.cuda.device import SumAndNorm
+    from vlmforge.backends.cuda.peers import norm_alone
+
+    wrong, kind, width = 0, "float16", 4096
+    for rows in (1, 8, 64, 200):
+        rng = np.random.default_rng(rows)
+        shares = rng.standard_normal((ranks.size, rows, width), np.float32)
+        more, scale = rng.standard_normal((rows, width), np.float32), rng.random(width, np.float32)
+        kept = [_put(gpu, kind, v) for v in (shares[ranks.rank], more, more, more, scale)]
+        given, added, total, normed, factor = (tensor for tensor, _ in kept)
+        call = SumAndNorm(given, added, total, normed, factor.address, 1e-5)
+        alone = norm_alone(gpu, replace(call, given=total), way.kernels)
+        times, digests = [], []
+        for works in ([way.all_reduce(given, total), alone], [way.sum_and_norm(call)]):
+            graph = _captured(gpu, ranks, works * LINKS)
+            times.append(statistics.median(_milliseconds(gpu, graph) for _ in range(50)) / LINKS)
+        bits = [_got(gpu, one) for one in (total, normed)]
+        digests = exchange(ranks, hashlib.sha256(b"".join(b.tobytes() for b in bits)).digest())
+        read = [decode(encode(v, kind), kind).astype(np.float32) for v in (shares, more, scale)]
+        whole = read[0][0]
+        for share in read[0][1:]:
+            whole = whole + share
+        exact = decode(bits[0], kind).astype(np.float64)
+        norm = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * read[2]
+        off = float(np.abs(decode(bits[1], kind) - norm).max())
+        fine = np.array_equal(bits[0], encode(whole + read[1], kind)) and off < 8e-3
+        wrong += not (fine and len(set(digests)) == 1)
+        words = f"{times[1] * 1e3:.2f} us, sum and norm apart {times[0] * 1e3:.2f} us"
+        say(f"norms of {rows} x {width}: {words}, off by {off:.1e}{'' if fine else ' WRONG'}")
     return wrong
 
 

@@ -1,13 +1,17 @@
 """Engines of several ranks on the GPUs of one machine: do they meet, answer, and how fast?
 
     python3 bench/gpu_ranks.py goldens ENGINES          # folders CHECKPOINT.KIND of several ranks
+    python3 bench/gpu_ranks.py answers TWO              # steps that overlap, and one by one
     python3 bench/gpu_ranks.py speed ONE TWO --batch 1:1024 64:1024 --out results.json
+    python3 bench/gpu_ranks.py speed ONE TWO --small 65536 524288
     python3 bench/gpu_ranks.py faults TWO --times 4     # a rank is killed while it answers
 
-`speed` compares the first engine, of one rank, with the
-others of the same shape; what meeting takes is the difference to the same steps in which each rank
-goes on with its own share. Engines are made where the builder is: `bench/gpu_engines.py build
-ENGINES --kinds tp2`, `bench/hollow.py build ... --tp 2`. Needs what serving needs.
+`speed` compares the first engine, of one rank, with the others of the same shape; what meeting
+takes is the difference to the same steps in which each rank goes on with its own share. `--small`
+compares bytes up to which sums go by our kernel; with `--one-by-one` no step is begun before one
+has ended; `--drawn` draws tokens instead of taking the likeliest. Engines are made where the
+builder is: `bench/gpu_engines.py build ENGINES --kinds tp2`, `bench/hollow.py build ... --tp 2`.
+Needs what serving needs.
 """
 
 from __future__ import annotations
@@ -38,7 +42,8 @@ from vlmforge.backends.ranks import child, processes  # noqa: E402
 from vlmforge.engine.manifest import load_manifest  # noqa: E402
 from vlmforge.errors import RankError  # noqa: E402
 
-PROGRAM, ALONE = "gpu_ranks", "VLMFORGE_BENCH_ALONE"
+PROGRAM, ALONE, SMALL = "gpu_ranks", "VLMFORGE_BENCH_ALONE", "VLMFORGE_BENCH_SMALL"
+DRAWN = {"top_k": 40, "top_p": 0.9, "temperature": 0.8}
 
 
 def goldens(engines: Path) -> int:
@@ -51,6 +56,7 @@ def goldens(engines: Path) -> int:
 def alone() -> None:
     """Have ranks of this process not meet: each copies what it gives."""
     from vlmforge.backends.cuda.meeting import GpuMeetings
+    from vlmforge.backends.cuda.peers import load_kernels, norm_alone
 
     def bind(self: Any, call: Any, given: Tensor, out: Tensor) -> Work:
         del call
@@ -61,27 +67,43 @@ def alone() -> None:
 
         return work
 
+    def bind_norm(self: Any, call: Any) -> Work:
+        return norm_alone(self._gpu, call, load_kernels(self._gpu, self._files))
+
     GpuMeetings.bind = bind  # type: ignore[method-assign, assignment]
+    GpuMeetings.bind_norm = bind_norm  # type: ignore[method-assign]
 
 
-def one(engine: Path, wanted: list[str]) -> list[dict[str, Any]]:
+def as_asked() -> None:
+    """Have ranks of this process meet as the environment says."""
+    if os.environ.get(ALONE):
+        alone()
+    if small := os.environ.get(SMALL):
+        from vlmforge.backends.cuda import meeting
+
+        meeting._SMALL = int(small)  # type: ignore[misc]
+
+
+def one(engine: Path, wanted: list[str], *, one_by_one: bool, drawn: bool) -> list[dict[str, Any]]:
     """Steps of decoding of one engine, in this process and those that it starts."""
     import gpu_steps
     from gpu_results import Results
     from timeline import Steps
 
-    if os.environ.get(ALONE):
-        alone()
-        processes.CHILD = PROGRAM
+    as_asked()
+    processes.CHILD = PROGRAM
+    more: dict[str, Any] = DRAWN if drawn else {}
     sizes = [tuple(map(int, item.split(":"))) for item in wanted]
     rows: list[dict[str, Any]] = []
     with gpu_steps.opened(engine, max(batch for batch, _ in sizes), Results()) as pipe:
+        if one_by_one:
+            object.__setattr__(pipe._engine, "overlapping", None)
         for batch, context in sizes:
             steps = gpu_steps._LEAST_STEPS + 3 * batch
             prompts = [
                 gpu_steps.text_of(pipe, context - steps + 24, index) for index in range(batch)
             ]
-            generation = GenerationConfig(max_new_tokens=steps, ignore_eos=True)
+            generation = GenerationConfig(max_new_tokens=steps, ignore_eos=True, **more)
             found = []
             for turn in range(4):  # the first captures
                 with Steps() as noted, gpu_steps.stamped() as stamps:
@@ -94,28 +116,32 @@ def one(engine: Path, wanted: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def speed(engines: list[Path], wanted: list[str], out: Path | None) -> None:
+def speed(engines: list[Path], options: list[str], small: list[int], out: Path | None) -> None:
     """Each engine in a process of its own; those of several ranks also without meetings."""
     results: list[dict[str, Any]] = []
     for engine in engines:
         ranks = load_manifest(engine).parallel.tp
-        for apart in (False, True) if ranks > 1 else (False,):
-            environment = dict(os.environ) | ({ALONE: "1"} if apart else {})
+        kinds: list[dict[str, str]] = [{}]
+        if ranks > 1:
+            kinds = [*({SMALL: str(limit)} for limit in small), {ALONE: "1"}]
+            kinds = kinds if small else [{}, *kinds]
+        for kind in kinds:
+            apart, limit = ALONE in kind, int(kind.get(SMALL, 0))
+            same = {"engine": engine.name, "ranks": ranks, "apart": apart, "small": limit}
             command = [sys.executable, str(ROOT / "bench" / "gpu_ranks.py"), "one", str(engine)]
             done = subprocess.run(
-                [*command, "--batch", *wanted],
-                env=environment,
+                [*command, *options],
+                env=dict(os.environ) | kind,
                 stdout=subprocess.PIPE,
                 text=True,
                 check=False,
                 timeout=400,
             )
             if done.returncode:
-                print(f"{engine.name}, apart {apart}: FAILED with {done.returncode}", flush=True)
+                print(f"{same}: FAILED with {done.returncode}", flush=True)
                 continue
-            rows = json.loads(done.stdout.splitlines()[-1])
-            for row in rows:
-                results.append({"engine": engine.name, "ranks": ranks, "apart": apart, **row})
+            for row in json.loads(done.stdout.splitlines()[-1]):
+                results.append({**same, **row})
                 print(results[-1], flush=True)
     _compared(results)
     if out is not None:
@@ -131,6 +157,7 @@ def _compared(results: list[dict[str, Any]]) -> None:
         if row["ranks"] == 1 or row["apart"]:
             continue
         words = f"{row['engine']}, batch {row['batch']}: step {row['step_ms']} ms"
+        words += f" (sums by us up to {row['small']} B)" if row["small"] else ""
         if (base := next(found(row, ranks=1), None)) is not None:
             words += f", {base['step_ms'] / row['step_ms']:.2f}x of one rank"
             words += f" (on the GPU {base['gpu_ms'] / row['gpu_ms']:.2f}x)"
@@ -138,6 +165,37 @@ def _compared(results: list[dict[str, Any]]) -> None:
             share = 1 - apart["gpu_ms"] / row["gpu_ms"]
             words += f"; meeting takes {share:.1%} of it"
         print(words, flush=True)
+
+
+def answers(engine: Path) -> int:
+    """Whether answers are those of steps one after the other; the number of kinds that differ."""
+    import gpu_steps
+    from gpu_results import Results
+
+    lengths, wrong = (40, 7, 25, 1, 33, 40, 12, 39), 0
+    with gpu_steps.opened(engine, len(lengths), Results()) as pipe:
+        overlapping = pipe._engine.overlapping
+        print("steps of the ranks overlap:", overlapping is not None, flush=True)
+        asked = [gpu_steps.text_of(pipe, 60 + 30 * i, i) for i in range(len(lengths))]
+        for name, more in {
+            "greedy": {},
+            "drawn": DRAWN,
+            "penalty": {**DRAWN, "repetition_penalty": 1.3},
+            "logprobs": {**DRAWN, "logprobs": 3},
+        }.items():
+            given: list[GenerationConfig] = [
+                GenerationConfig(max_new_tokens=n, ignore_eos=True, random_seed=i, **more)  # type: ignore[arg-type]
+                for i, n in enumerate(lengths)
+            ]
+            said = []
+            for way in (overlapping, None):
+                object.__setattr__(pipe._engine, "overlapping", way)
+                found = pipe(asked, given, do_preprocess=False)
+                said.append([answer.token_ids for answer in found])  # type: ignore[union-attr]
+            same = said[0] == said[1]
+            wrong += not same
+            print(f"{name}: {'the same' if same else f'DIFFER: {said}'}", flush=True)
+    return wrong
 
 
 def faults(engine: Path, times: int) -> int:
@@ -181,7 +239,7 @@ def _answering(engine: Path) -> Iterator[tuple[Pipeline, list[BaseException]]]:
 def main() -> int:
     """The command line."""
     if sys.argv[1:] and sys.argv[1].startswith("{"):
-        alone()
+        as_asked()
         child.main(processes.Place.parsed(sys.argv[1]))
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -190,7 +248,11 @@ def main() -> int:
         timed = kinds.add_parser(name)
         timed.add_argument("engines", type=Path, nargs="+")
         timed.add_argument("--batch", nargs="+", default=["1:1024", "64:1024"])
+        timed.add_argument("--one-by-one", action="store_true")
+        timed.add_argument("--drawn", action="store_true")
+        timed.add_argument("--small", type=int, nargs="+", default=[], metavar="BYTES")
         timed.add_argument("--out", type=Path)
+    kinds.add_parser("answers").add_argument("engine", type=Path)
     killed = kinds.add_parser("faults")
     killed.add_argument("engine", type=Path)
     killed.add_argument("--times", type=int, default=4)
@@ -200,10 +262,16 @@ def main() -> int:
             return goldens(given.engines)
         if given.kind == "faults":
             return min(1, faults(given.engine, given.times))
+        if given.kind == "answers":
+            return min(1, answers(given.engine))
         if given.kind == "one":
-            print(json.dumps(one(given.engines[0], given.batch)))
+            how = {"one_by_one": given.one_by_one, "drawn": given.drawn}
+            print(json.dumps(one(given.engines[0], given.batch, **how)))
         else:
-            speed(given.engines, given.batch, given.out)
+            options = ["--batch", *given.batch]
+            options += ["--one-by-one"] if given.one_by_one else []
+            options += ["--drawn"] if given.drawn else []
+            speed(given.engines, options, given.small, given.out)
     except Exception:  # noqa: BLE001 - the next part is to run
         print("\n".join(traceback.format_exc().splitlines()[-25:]), flush=True)
         return 1

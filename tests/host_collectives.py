@@ -42,8 +42,8 @@ class HostKernels:
         self._library = library(rank)
 
     def launch(self, launch: Launch, params: launcher.Params, stream: int) -> None:
-        blocks, threads = launch.grid[0], launch.threads
-        self._library.vf_launch(launch.kernel.encode(), ctypes.byref(params), blocks, threads)
+        size = launch.grid[0], launch.threads, launch.shared_bytes
+        self._library.vf_launch(launch.kernel.encode(), ctypes.byref(params), *size)
 
 
 def aligned(size: int) -> NDArray[np.uint8]:

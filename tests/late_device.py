@@ -1,4 +1,8 @@
-"""The processor in the place of a GPU, late: what is enqueued is done when it is waited for."""
+"""The processor in the place of a GPU, late: what is enqueued is done when it is waited for.
+
+Of several ranks the first one's is: for what others enqueue nobody waits. A thread of theirs does
+it (`late_rank`), as soon as the first rank comes to where they meet.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from vlmforge.backends import cuda
-from vlmforge.backends.cuda.device import Arriving, Mark, Segment, T, Tensor, Work
+from vlmforge.backends import Communicator, cuda
+from vlmforge.backends.cuda.device import (
+    Arriving,
+    Mark,
+    MeetingPlace,
+    Segment,
+    SumAndNorm,
+    T,
+    Tensor,
+    Work,
+)
 from vlmforge.backends.fake import HostBackend, HostDevice, HostMark, NumpyKernels
+from vlmforge.backends.ranks import processes
+from vlmforge.engine.chain import Collective
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.kernel_store import Loaded
 from vlmforge_plugins.cached_attention.launcher import Boxes, Kernels, Params
@@ -45,6 +60,27 @@ class _Segment(Segment):
     @override
     def bind(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Work:
         work = self.inner.bind(inputs, outputs)
+        return lambda: self.later(work)
+
+
+@dataclass(frozen=True)
+class _Meetings(MeetingPlace):
+    inner: MeetingPlace
+    later: Callable[[Work], None]
+
+    @override
+    def bind(self, call: Collective, given: Tensor, out: Tensor) -> Work:
+        work = self.inner.bind(call, given, out)
+        return lambda: self.later(work)
+
+    @override
+    def bind_norm(self, call: SumAndNorm) -> Work:
+        work = self.inner.bind_norm(call)
+        return lambda: self.later(work)
+
+    @override
+    def broadcast(self, given: int, out: int, count: int) -> Work:
+        work = self.inner.broadcast(given, out, count)
         return lambda: self.later(work)
 
 
@@ -144,6 +180,10 @@ class LateDevice(HostDevice):
         loaded = super().kernels(config, files)
         return Loaded(_Kernels(loaded.kernels, self.later), loaded.sizes, loaded.machine)
 
+    @override
+    def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:
+        return _Meetings(super().meeting_place(ranks, files), self.later)
+
 
 @dataclass(frozen=True, slots=True)
 class _Backend(HostBackend):
@@ -156,7 +196,8 @@ class _Backend(HostBackend):
 def late_cuda_on_cpu() -> Iterator[None]:
     """As `cuda_on_cpu`, late."""
     real, cuda.BACKEND = cuda.BACKEND, _Backend()
+    child, processes.CHILD = processes.CHILD, "late_rank"
     try:
         yield
     finally:
-        cuda.BACKEND = real
+        cuda.BACKEND, processes.CHILD = real, child

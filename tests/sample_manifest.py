@@ -11,6 +11,7 @@ from vlmforge.engine.chain import (
     PartChain,
     RotaryTables,
     Segment,
+    SumNorm,
 )
 from vlmforge.engine.images import AnyRes, CenterCrop
 from vlmforge.engine.images.pixels import PixelFormat
@@ -116,15 +117,25 @@ def _rows(name: str) -> TensorSpec:
     return TensorSpec(name, "float16", ("batch", "tokens", 64))
 
 
+def _share(name: str) -> TensorSpec:
+    return TensorSpec(name, "float16", ("batch", "tokens", 16))
+
+
 CHAIN = PartChain(
     steps=(
         ChainStep(segment=Segment("d.0.onnx", (), (_rows("qkv0"), _HIDDEN), 300)),
         ChainStep(attention=_attention(0)),
         ChainStep(segment=Segment("d.1.onnx", (_HIDDEN, _rows("mixed0")), (_rows("qkv1"),), 300)),
         ChainStep(attention=_attention(1)),
+        ChainStep(segment=Segment("d.2.onnx", (_rows("mixed1"),), (_share("out1"),), 300)),
+        ChainStep(
+            collective=Collective(
+                "all_reduce", "out1", "sum1", norm=SumNorm("hidden", "norm1", "d.data", 8192, 1e-5)
+            )
+        ),
         ChainStep(
             segment=Segment(
-                "d.2.onnx", (_rows("mixed1"), _HIDDEN), (_rows("logits_shard"),), 300, 4096
+                "d.3.onnx", (_share("norm1"), _HIDDEN), (_rows("logits_shard"),), 300, 4096
             )
         ),
         ChainStep(collective=Collective("all_gather", "logits_shard", "logits", 100)),

@@ -19,8 +19,10 @@ from lowered_decoder import session
 from vlmforge.engine.interface import interface_of
 from vlmforge.engine.manifest import load_manifest
 from vlmforge.errors import ConfigError
+from vlmforge_builder.ops.all_reduce_norm import AllReduceNormNode
 from vlmforge_builder.passes.float32_features import Float32FeaturesPass
 from vlmforge_builder.passes.fuse_contrib import FuseContribPass
+from vlmforge_builder.passes.fuse_sum_norm import FuseSumNormPass
 from vlmforge_builder.passes.likeliest_token import likeliest_token
 from vlmforge_builder.passes.scratch import token_bytes
 from vlmforge_builder.targets import Settings, load_target
@@ -108,6 +110,48 @@ def test_a_sum_of_other_shapes_stays() -> None:
     ]
     model = graph(nodes, {"norm": ROWS}, x=ROWS, y=[16], w=[16])
     assert not FuseContribPass()(model).modified
+
+
+def met(scale: int, takers: int = 1, swapped: bool = False) -> ir.Model:
+    """A sum over the ranks, and its residual and norm; others may take the sum as well."""
+    given = ["more", "sum"] if swapped else ["sum", "more"]
+    skip = "SkipSimplifiedLayerNormalization"
+    nodes = [
+        helper.make_node("AllReduce", ["share"], ["sum"], domain="vlmforge"),
+        helper.make_node(
+            skip, [*given, "w"], ["n", "", "", "t"], "norm", epsilon=1e-5, domain="com.microsoft"
+        ),
+        *(helper.make_node("Neg", ["sum"], [f"o{i}"]) for i in range(takers - 1)),
+    ]
+    rows = [*ROWS[:2], scale]
+    model = graph(nodes, {"n": rows, "t": rows}, share=rows, more=rows)
+    for value in model.graph.all_values() if hasattr(model.graph, "all_values") else ():
+        value.shape = value.shape or ir.Shape(rows)
+    weight = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([scale]))
+    weight.const_value = ir.tensor(np.ones(scale, np.float32), name="w")
+    model.graph.register_initializer(weight)
+    for node in model.graph:
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.name == "w":
+                node.replace_input_with(index, weight)
+    return model
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_sum_over_the_ranks_is_one_with_its_norm(swapped: bool) -> None:
+    model = met(16, swapped=swapped)
+    assert FuseSumNormPass()(model).modified
+    (node,) = model.graph
+    made = AllReduceNormNode.read(node)
+    assert (made.share.name, made.added.name, made.scale.name) == ("share", "more", "w")
+    assert [value.name for value in model.graph.outputs] == ["n", "t"]
+    assert (made.normed, made.total) == tuple(model.graph.outputs)
+    assert made.epsilon == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("odd", [met(15), met(1 << 13), met(16, takers=2)])
+def test_a_sum_that_others_take_or_in_odd_rows_stays(odd: ir.Model) -> None:
+    assert not FuseSumNormPass()(odd).modified
 
 
 @pytest.mark.parametrize("first", [True, False])

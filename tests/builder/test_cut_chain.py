@@ -33,6 +33,10 @@ class Drawn:
         self.lengths = self._value("past_lengths", ("batch",), ir.DataType.INT64)
         weight = self._value("w", (WIDTH,))
         weight.const_value = ir.tensor(np.arange(1.0, WIDTH + 1, dtype=np.float32) / 2, name="w")
+        self.scale = self._value("scale", (WIDTH,))
+        self.scale.const_value = ir.ExternalTensor(
+            "d.data", 64, 4 * WIDTH, ir.DataType.FLOAT, shape=ir.Shape((WIDTH,)), name="scale"
+        )
         self.weight, self.caches = weight, list[ir.Value]()
         self.values, self.presents = [self.x], list[ir.Value]()
 
@@ -75,6 +79,13 @@ class Drawn:
     def sum_over_ranks(self) -> None:
         self._add(ir.node("AllReduce", [self._one()], domain=DOMAIN), [FLOATS])
 
+    def normalised_sum(self) -> None:
+        inputs = [self._one(), self._one(), self.scale]
+        given = {"epsilon": 0.5}
+        node = ir.node("AllReduceNorm", inputs, given, domain=DOMAIN, num_outputs=2)
+        self._add(node, [FLOATS, FLOATS])
+        self.values.append(node.outputs[1])
+
     def model(self) -> ir.Model:
         last = ir.node("Add", [self.values[-1], self._one()])
         self._add(last, [FLOATS])
@@ -82,7 +93,7 @@ class Drawn:
             [self.x, self.lengths, *self.caches],
             [last.outputs[0], *self.presents],
             nodes=self.nodes,
-            initializers=[self.weight],
+            initializers=[self.weight, self.scale],
             opset_imports={"": 23, DOMAIN: 1},
         )
         return ir.Model(graph, ir_version=10)
@@ -97,14 +108,20 @@ def attend(qkv: Array) -> Array:
 def evaluated(graph: ir.Graph, known: dict[str, Array]) -> dict[str, Array]:
     known = dict(known)
     for value in graph.initializers.values():
+        if value.name == "scale":
+            continue
         assert value.const_value is not None
         known[value.name or ""] = value.const_value.numpy()
     for node in graph:
-        given = [known[value.name or ""] for value in node.inputs if value is not None]
+        names = [value.name or "" for value in node.inputs if value is not None]
+        given = [known[name] for name in names if name != "scale"]
         if node.op_type == "Concat":
             result = np.concatenate(given, axis=-1)
         elif node.op_type == "AllReduce":
             result = RANKS * given[0]
+        elif node.op_type == "AllReduceNorm":
+            result = RANKS * given[0] + given[1]
+            known[node.outputs[1].name or ""] = np.tanh(result)
         elif node.domain == DOMAIN:
             result = attend(np.concatenate(given[:3], axis=-1))
         else:
@@ -125,15 +142,19 @@ def chained(cut: Cut, known: dict[str, Array]) -> dict[str, Array]:
             else:
                 assert (step.kind, step.width) == ("all_reduce", None)
                 known[step.out] = RANKS * known[step.tensor]
+                if (norm := step.norm) is not None:
+                    assert (norm.file, norm.offset, norm.epsilon) == ("d.data", 64, 0.5)
+                    known[step.out] = known[step.out] + known[norm.added]
+                    known[norm.out] = np.tanh(known[step.out])
     return known
 
 
-@given(st.data(), st.lists(st.booleans(), min_size=1, max_size=4))
-def test_the_meaning_stays(data: st.DataObject, meetings: list[bool]) -> None:
-    drawn, attentions = Drawn(data), sum(meetings)
-    for is_attention in meetings:
+@given(st.data(), st.lists(st.integers(0, 2), min_size=1, max_size=4))
+def test_the_meaning_stays(data: st.DataObject, meetings: list[int]) -> None:
+    drawn, attentions = Drawn(data), meetings.count(0)
+    for kind in meetings:
         drawn.some()
-        (drawn.attention if is_attention else drawn.sum_over_ranks)()
+        (drawn.attention, drawn.sum_over_ranks, drawn.normalised_sum)[kind]()
     drawn.some()
     model = drawn.model()
     name = model.graph.outputs[0].name or ""

@@ -15,6 +15,7 @@ from vlmforge_builder import ops, passes
 from vlmforge_builder.ops import node as records
 from vlmforge_builder.ops.all_gather import AllGatherNode
 from vlmforge_builder.ops.all_reduce import AllReduceNode
+from vlmforge_builder.ops.all_reduce_norm import AllReduceNormNode
 from vlmforge_builder.ops.cached_attention import CachedAttentionNode
 from vlmforge_builder.ops.dequantize_linear import DequantizeLinearNode
 from vlmforge_builder.ops.paged_attention import PagedAttentionNode
@@ -89,7 +90,7 @@ def test_records_and_functions_have_the_same_names(kind: type[records.OpNode]) -
 
 
 def test_all_ops_are_found() -> None:
-    meetings = {AllReduceNode, AllGatherNode}
+    meetings = {AllReduceNode, AllReduceNormNode, AllGatherNode}
     others = {CachedAttentionNode, PagedAttentionNode, DequantizeLinearNode}
     assert meetings | others == set(ops.kinds())
     assert CachedAttentionNode.all_in(model(CALL).graph)[0].op_type == "CachedAttention"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -231,7 +232,16 @@ def test_chains_for_gpus_meet_between_their_calls(tmp_path: Path, weights: str |
             step.segment is None
             for step in chains[0].steps  # type: ignore[union-attr]
         ]
-        assert chain.collectives == chains[0].collectives  # type: ignore[union-attr]
+        agreed = [[call.agreed for call in c.collectives] for c in (chain, chains[0]) if c]
+        assert agreed[0] == agreed[1]
+        # All sums are normalised at once, but for the last: of that only some rows are.
+        norms = [call.norm for call in chain.collectives]
+        assert [norm is not None for norm in norms] == [True, True, True, False, False]
+        scales = {norm.offset for norm in norms if norm is not None}
+        assert len(scales) == 3 and {n.file for n in norms if n} == set(part.data[:1])
+        graphs = (onnx.load(tmp_path / s.file, load_external_data=False) for s in chain.segments)
+        kinds = [node.op_type for graph in graphs for node in graph.graph.node]
+        assert "SkipSimplifiedLayerNormalization" not in kinds
     whole = compiled(*drawn(config), tmp_path, 1, half, "cuda", described=True)[0]
     assert sum(part.weight_bytes for part in parts) > whole.weight_bytes > parts[0].weight_bytes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -10,18 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from conftest import HANGS, HF, IMAGES, cuda_engine
 from golden_models import TOLERANCES, Golden, cases_of, check_answer, check_prompt
+from late_device import late_cuda_on_cpu
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
 from vlmforge.backends import DecoderSession
 from vlmforge.backends.choice import ChoosingDecoder
 from vlmforge.backends.fake import cuda_on_cpu
-from vlmforge.backends.ranks.calls import RankedDecoder
+from vlmforge.backends.ranks.calls import NextTokens, RankedDecoder
+from vlmforge.backends.ranks.overlapping import OverlappingRanks
 from vlmforge.backends.ranks.processes import Processes
-from vlmforge.errors import BackendUnavailableError, ConfigError, RankError
+from vlmforge.errors import BackendUnavailableError, CancelledError, ConfigError, RankError
 
 LIMITS = TOLERANCES["float16"]
 PICTURE = str(IMAGES / "tall_300x900.png")
@@ -94,6 +98,68 @@ def test_a_rank_is_killed_while_the_first_one_waits_for_its_gpu(engine: Path) ->
         assert "signal 9" in caught.value.found
         with pytest.raises(RankError, match="Rank 1 of 2 failed"):
             pipe("hi", GREEDY)
+
+
+def test_a_rank_is_killed_between_a_step_and_what_it_gives(engine: Path) -> None:
+    """What is under way ends with it, and so do steps that were begun behind."""
+    long = GenerationConfig(max_new_tokens=200, ignore_eos=True)
+    with late_cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=2)) as pipe:
+        decoder = pipe._engine.decoder
+        assert isinstance(decoder, OverlappingRanks) and isinstance(decoder._others, Processes)
+        begin, begun = decoder.begin, itertools.count()
+        child = decoder._others._children[1]
+
+        def killed_behind(*arguments: Any) -> Any:
+            made = begin(*arguments)
+            if next(begun) == 5:
+                child.kill()
+            return made
+
+        decoder.begin = killed_behind  # type: ignore[method-assign]
+        answers = pipe(["hi", "so"], long)
+        assert isinstance(answers, list)
+        assert [answer.finish_reason for answer in answers] == ["error"] * 2
+        assert all("signal 9" in answer.error_message for answer in answers)
+        with pytest.raises(RankError, match="Rank 1 of 2 failed"):
+            pipe("hi", GREEDY)
+        assert child.poll() is not None
+
+
+def test_a_rank_that_cannot_follow_says_why(engine: Path) -> None:
+    with cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=1)) as pipe:
+        decoder = pipe._engine.decoder
+        assert isinstance(decoder, OverlappingRanks)
+        decoder._others.tell(NextTokens(None, np.zeros(1, np.int64), chosen=False))  # type: ignore[arg-type]
+        with pytest.raises(RankError, match="Rank 1 of 2 failed") as caught:
+            pipe("hi", GREEDY)
+        assert "rank 1: AttributeError: " in caught.value.found
+
+
+def test_who_waits_for_a_device_hears_what_a_rank_says_last(engine: Path) -> None:
+    """At once, though the rank may be busy with its end for long."""
+    with cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=1)) as pipe:
+        decoder = pipe._engine.decoder
+        assert isinstance(decoder, OverlappingRanks) and isinstance(decoder._others, Processes)
+        told = Waiting()
+        decoder._others.communicator.watch(told.stop)
+        decoder._others.tell(NextTokens(None, np.zeros(1, np.int64), chosen=False))  # type: ignore[arg-type]
+        assert told.event.wait(HANGS)
+        with pytest.raises(RankError) as caught:
+            decoder._others.communicator.check()
+        assert "rank 1: AttributeError: " in caught.value.found
+
+
+def test_a_pipeline_is_closed_with_steps_under_way(engine: Path) -> None:
+    with late_cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=2)) as pipe:
+        decoder = pipe._engine.decoder
+        assert isinstance(decoder, OverlappingRanks) and isinstance(decoder._others, Processes)
+        child = decoder._others._children[1]
+        pieces = pipe.stream_infer("hi", GenerationConfig(max_new_tokens=200, ignore_eos=True))
+        next(pieces)
+        pipe.close()
+        with pytest.raises(CancelledError):
+            list(pieces)
+    assert child.poll() is not None
 
 
 class Waiting:

@@ -1,4 +1,7 @@
-"""A device that does everything late, while the next step is begun: the same answers."""
+"""A device that does everything late, while the next step is begun: the same answers.
+
+So do those of two ranks, of which the other one does what it is told, and is not waited for.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from stand_in import at_once, settle
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
 from vlmforge.backends.cuda.decoder import PagedDecoder
+from vlmforge.backends.ranks.overlapping import OverlappingRanks
 from vlmforge.kv.blocks import BlockPool
 from vlmforge.outputs.response import Response
 
@@ -35,15 +39,22 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def loaded(shared: Path) -> Iterator[Pipeline]:
-    engine = cuda_engine(shared, HF.name)
+@pytest.fixture(scope="module", params=["one rank", "two ranks"])
+def loaded(shared: Path, request: pytest.FixtureRequest) -> Iterator[Pipeline]:
+    divided = ("--tp", "2") if request.param == "two ranks" else ()
+    engine = cuda_engine(shared, HF.name, *divided)
     with late_cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=4)) as opened:
+        decoder = opened._engine.decoder
+        if isinstance(decoder, OverlappingRanks):
+            decoder.close = lambda: None  # type: ignore[method-assign]  # by those on the same one
         yield opened
+        if isinstance(decoder, OverlappingRanks):
+            del decoder.close
 
 
 def device(pipe: Pipeline) -> LateDevice:
     decoder = pipe._engine.decoder
+    decoder = decoder.own if isinstance(decoder, OverlappingRanks) else decoder
     assert isinstance(decoder, PagedDecoder)
     assert isinstance(decoder._device, LateDevice)
     return decoder._device

@@ -45,7 +45,9 @@ class Ranks:
         ]
 
     def meet(
-        self, make: Callable[[int], launcher.Sum | launcher.Gather], ranks: Sequence[int] = ()
+        self,
+        make: Callable[[int], launcher.Sum | launcher.Gather | launcher.SumNorm],
+        ranks: Sequence[int] = (),
     ) -> None:
         def one(rank: int) -> None:
             launcher.run(launcher.launches(make(rank), self.places[rank]), self._kernels[rank], 0)
@@ -79,6 +81,28 @@ class Ranks:
         found = [numbers_of(got, rows * kept, dtype).reshape(rows, kept) for got in out]
         return np.stack(found)
 
+    def sum_norm(
+        self, numbers: NDArray[np.float32], more: NDArray[np.float32], dtype: str
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Of `[ranks, rows, width]`; the sums with the rows of `more`, and their norms.
+
+        Those of each rank, and last such as one rank makes of the sum.
+        """
+        *_, rows, width = numbers.shape
+        added, scale = bits(more, dtype), bits(SCALE[:width], dtype)
+        given = [bits(part, dtype) for part in (*numbers, in_order(numbers, dtype))]
+        out = [[bits(np.full_like(more, 7), dtype) for _ in range(2)] for _ in given]
+
+        def asked(kind: type[launcher.N], index: int) -> launcher.N:
+            places = (given[index], added, scale, *out[index])
+            return kind(*(p.ctypes.data for p in places), rows, width, EPSILON, dtype)
+
+        self.meet(lambda rank: asked(launcher.SumNorm, rank))
+        alone = launcher.norm_launches(asked(launcher.Norm, len(numbers)))
+        launcher.run(alone, self._kernels[0], 0)
+        total, normed = ([numbers_of(o[i], rows * width, dtype) for o in out] for i in (0, 1))
+        return list(zip(total, normed, strict=True))
+
 
 def bits(numbers: NDArray[np.float32], dtype: str) -> NDArray[np.uint8]:
     stored = numbers if dtype == "float32" else encode(numbers, dtype)
@@ -110,6 +134,55 @@ def in_order(numbers: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
     if dtype == "float32":
         return total
     return decode(encode(total, dtype), dtype).astype(np.float32)
+
+
+EPSILON = 1e-3
+SCALE = np.linspace(0.5, 1.5, 8192, dtype=np.float32)
+
+
+def normed(total: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """As numpy has it, of numbers that are rounded already."""
+    rows, scale = total.astype(np.float64), SCALE[: total.shape[-1]]
+    if dtype != "float32":
+        scale = decode(encode(scale, dtype), dtype).astype(np.float32)
+    mean = (rows * rows).mean(-1, keepdims=True)
+    return (rows / np.sqrt(mean + EPSILON) * scale).astype(np.float32)
+
+
+# Numbers of a row: fewer than threads, not a multiple of theirs, and as many as there may be.
+@pytest.mark.parametrize(
+    ("dtype", "rows", "width"),
+    [("float16", 3, 64), ("bfloat16", 2, 5120), ("float32", 70, 12), ("float16", 1, 8192)],
+)
+def test_a_sum_is_added_to_and_normalised(dtype: str, rows: int, width: int) -> None:
+    ranks = Ranks(2)
+    for turn in range(2):
+        numbers = drawn(turn, 2, rows, width, dtype=dtype)
+        more = drawn(turn + 5, rows, width, dtype=dtype)
+        *found, alone = ranks.sum_norm(numbers, more, dtype)
+        for mine, other in zip(*found, strict=True):
+            np.testing.assert_array_equal(mine, other)
+        whole = numbers[0] + numbers[1] + more
+        for (total, norm), expected in (
+            (found[0], whole),
+            (alone, in_order(numbers, dtype) + more),
+        ):
+            rounded = expected if dtype == "float32" else decode(encode(expected, dtype), dtype)
+            np.testing.assert_array_equal(total, rounded.reshape(-1))
+            wanted = normed(total.reshape(rows, width), dtype).reshape(-1)
+            step = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-5}[dtype]
+            np.testing.assert_allclose(norm, wanted, rtol=step, atol=1e-6)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(6, "float16"), (8196, "float16"), (0, "float32")])
+def test_rows_that_are_not_normalised_here(width: int, dtype: str) -> None:
+    place = launcher.Place(0, (0, 0), 0, 0, 0, 0)
+    odd = launcher.SumNorm(0, 0, 0, 0, 0, 3, width, EPSILON, dtype)
+    assert not launcher.fits(odd)
+    with pytest.raises(UnsupportedError):
+        launcher.launches(odd, place)
+    with pytest.raises(UnsupportedError):
+        launcher.norm_launches(odd)
 
 
 MEETING = st.tuples(

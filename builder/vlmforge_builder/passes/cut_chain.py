@@ -14,18 +14,24 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from vlmforge.engine.chain import AttentionCall, Collective
+from vlmforge.engine.chain import AttentionCall, Collective, SumNorm
 from vlmforge_builder.ops import DOMAIN
 from vlmforge_builder.ops.all_gather import AllGatherNode
 from vlmforge_builder.ops.all_reduce import AllReduceNode
+from vlmforge_builder.ops.all_reduce_norm import AllReduceNormNode
 from vlmforge_builder.ops.cached_attention import CachedAttentionNode
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _SCALE = 1.0  # what one unit of an fp8 cache is worth: E4M3 reaches to 448
 _CONSTANT = -1
 
-Meeting: TypeAlias = CachedAttentionNode | AllReduceNode | AllGatherNode
-_MEETINGS: tuple[type[Meeting], ...] = (CachedAttentionNode, AllReduceNode, AllGatherNode)
+Meeting: TypeAlias = CachedAttentionNode | AllReduceNode | AllReduceNormNode | AllGatherNode
+_MEETINGS: tuple[type[Meeting], ...] = (
+    CachedAttentionNode,
+    AllReduceNode,
+    AllReduceNormNode,
+    AllGatherNode,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,9 @@ def cut_chain(model: ir.Model) -> Cut:
     caches = {present for attention in attentions for _, present in attention.caches}
     cutter = _Cutter(found)
     needed: list[dict[ir.Value, None]] = [{value: None} for value in taken]
+    for added in (meeting.added for meeting in found if isinstance(meeting, AllReduceNormNode)):
+        if cutter.is_of_piece(added):
+            needed[cutter.level(added)][added] = None
     first, *others = (value for value in graph.outputs if value not in caches)
     needed.append({first: None})
     for value in others:
@@ -68,7 +77,7 @@ def cut_chain(model: ir.Model) -> Cut:
     for level in range(len(found), -1, -1):  # from the end: what later ones take is known then
         piece = cutter.piece(level, needed[level])
         for value in piece.taken:
-            if (home := cutter.level(value)) < level and value.producer() is not None:
+            if (home := cutter.level(value)) < level and cutter.is_of_piece(value):
                 needed[home][value] = None
         if piece.nodes or level < len(found):
             pieces.append(piece.model(model, f"piece{level}", tuple(needed[level])))
@@ -99,11 +108,21 @@ def _call(layer: int, attention: CachedAttentionNode, qkv: ir.Value) -> Attentio
     )
 
 
-def _collective(meeting: AllReduceNode | AllGatherNode) -> Collective:
-    tensor, out = meeting.share.name or "", meeting.out.name or ""
+def _collective(meeting: AllReduceNode | AllReduceNormNode | AllGatherNode) -> Collective:
+    tensor = meeting.share.name or ""
+    if isinstance(meeting, AllReduceNormNode):
+        return Collective("all_reduce", tensor, meeting.total.name or "", norm=_norm(meeting))
+    out = meeting.out.name or ""
     if isinstance(meeting, AllGatherNode):
         return Collective("all_gather", tensor, out, meeting.width)
     return Collective("all_reduce", tensor, out)
+
+
+def _norm(meeting: AllReduceNormNode) -> SumNorm:
+    """What it multiplies by is read where it lies."""
+    scale, names = meeting.scale.const_value, (meeting.added.name or "", meeting.normed.name or "")
+    assert isinstance(scale, ir.ExternalTensor)
+    return SumNorm(*names, str(scale.location), scale.offset or 0, meeting.epsilon)
 
 
 def _taken(graph: ir.Graph, meeting: Meeting) -> ir.Value:
@@ -167,6 +186,11 @@ class _Cutter:
             levels = [self.level(v) for v in producer.inputs if v is not None]
             self._levels[producer] = max(levels, default=_CONSTANT)
         return self._levels[producer]
+
+    def is_of_piece(self, value: ir.Value) -> bool:
+        """Whether a piece gives it, and not a meeting or the model's caller."""
+        producer = value.producer()
+        return producer is not None and producer not in self._behind
 
     def piece(self, level: int, outputs: Mapping[ir.Value, None]) -> _Piece:
         """What is needed to calculate `outputs`, all of this level."""

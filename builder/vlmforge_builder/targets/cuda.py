@@ -34,6 +34,7 @@ from vlmforge_builder.passes.assign_precision import AssignPrecisionPass
 from vlmforge_builder.passes.cut_chain import Cut, cut_chain
 from vlmforge_builder.passes.float32_features import Float32FeaturesPass
 from vlmforge_builder.passes.fuse_contrib import FuseContribPass
+from vlmforge_builder.passes.fuse_sum_norm import FuseSumNormPass
 from vlmforge_builder.passes.likeliest_token import likeliest_token
 from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
 from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
@@ -186,6 +187,7 @@ def _sequence(
         LowerDequantizePass(_WHOLE_ACTIVATIONS),
         Float32FeaturesPass(),
         FuseContribPass(),
+        FuseSumNormPass(),
         RemoveUnusedNodesPass(),
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 
 from cuda.bindings import driver
 
 from vlmforge_plugins.cached_attention.driver import call, launch_config
 from vlmforge_plugins.cached_attention.plan import Launch
-from vlmforge_plugins.collectives.launcher import KERNELS, Params
+from vlmforge_plugins.collectives.launcher import KERNELS, NORMS, Params
+from vlmforge_plugins.errors import LaunchError
 
 
 class CudaKernels:
@@ -26,6 +28,10 @@ class CudaKernels:
         self._functions = {
             name: call(driver.cuModuleGetFunction, self._module, name.encode()) for name in KERNELS
         }
+        with suppress(LaunchError):  # of older engines, which do not ask for them
+            for name in NORMS:
+                found = call(driver.cuModuleGetFunction, self._module, name.encode())
+                self._functions[name] = found
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         """See `Kernels`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from vlmforge_plugins.cached_attention.plan import Launch
 from vlmforge_plugins.errors import UnsupportedError
@@ -19,9 +19,12 @@ GROUP = 8  # bytes that one thread gives at once
 ROOM = BLOCKS * REGION * GROUP
 """Bytes that a rank may give by one launch."""
 ITEM_BYTES: Mapping[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
-_SUMS = {"float16": "vf_sum_f16", "bfloat16": "vf_sum_bf16", "float32": "vf_sum_f32"}
+_KINDS = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 _GATHERS = {2: "vf_gather_16", 4: "vf_gather_32"}
-KERNELS = (*_SUMS.values(), *_GATHERS.values())
+KERNELS = (*(f"vf_sum_{kind}" for kind in _KINDS.values()), *_GATHERS.values())
+NORMS = tuple(f"vf_{what}_{kind}" for what in ("sum_norm", "norm") for kind in _KINDS.values())
+"""Of engines whose sums are normalised where they are made."""
+_NORM_SHARED = 4 * THREADS // 32
 _MOST_ITEMS = 1 << 31
 
 
@@ -40,8 +43,10 @@ class Params(ctypes.Structure):
     _fields_ = [
         ("lanes", ctypes.c_void_p * MOST_RANKS),
         *((name, ctypes.c_void_p) for name in ("counts", "stop", "failed", "given", "out")),
+        *((name, ctypes.c_void_p) for name in ("added", "scale", "normed")),
         ("patience", ctypes.c_ulonglong),
         *((name, ctypes.c_uint) for name in ("items", "width", "kept", "first", "last", "share")),
+        ("epsilon", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("rank", "size")),
     ]
 
@@ -83,7 +88,7 @@ class Sum:
 class Gather:
     """All ranks' `given` `[rows, width]` side by side into `out` `[rows, kept]`.
 
-    kept <= ranks * width: what is behind falls away. Both aligned to 16 bytes.
+    kept <= ranks * width: what is behind falls away. Both aligned to `GROUP` bytes.
     """
 
     given: int
@@ -99,6 +104,43 @@ class Gather:
         return self.rows * self.width
 
 
+@dataclass(frozen=True)
+class Norm:
+    """`total = given + added`, and `normed` its RMS norm times `scale`, in rows `[rows, width]`.
+
+    `total` is rounded before it is normalised, and may be `given`. All are aligned to 16 bytes, and
+    rows are of whole groups, `REGION` at most (see `fits`).
+    """
+
+    given: int
+    added: int
+    scale: int
+    total: int
+    normed: int
+    rows: int
+    width: int
+    epsilon: float
+    dtype: str
+
+    @property
+    def items(self) -> int:
+        """Numbers that a rank gives."""
+        return self.rows * self.width
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of a row."""
+        return self.width * ITEM_BYTES[self.dtype] // GROUP
+
+
+@dataclass(frozen=True)
+class SumNorm(Norm):
+    """The same of the sum of all ranks' `given`, which is not rounded before."""
+
+
+N = TypeVar("N", bound=Norm)
+
+
 class Kernels(Protocol):
     """Compiled kernels on one GPU."""
 
@@ -109,14 +151,27 @@ class Kernels(Protocol):
 Launches = tuple[tuple[Launch, Params], ...]
 
 
-def launches(meeting: Sum | Gather, place: Place) -> Launches:
+def row_fits(width: int, item: int) -> bool:
+    """Whether rows of so many numbers of `item` bytes can be normalised here."""
+    return width * item % GROUP == 0 and 0 < width * item // GROUP <= REGION
+
+
+def fits(norm: Norm) -> bool:
+    """Whether its rows can be normalised here."""
+    return norm.dtype in ITEM_BYTES and row_fits(norm.width, ITEM_BYTES[norm.dtype])
+
+
+def launches(meeting: Sum | Gather | SumNorm, place: Place) -> Launches:
     """What a meeting takes: each gives at most `ROOM` bytes, in blocks as small as threads allow.
 
     Raises:
         UnsupportedError: Too many ranks or numbers, or numbers of another kind.
     """
     _check(meeting, place)
-    item, width, kept, name = ITEM_BYTES[meeting.dtype], 0, 0, _SUMS[meeting.dtype]
+    if isinstance(meeting, SumNorm):
+        _check_rows(meeting)
+        return _in_rows(meeting, place, BLOCKS, f"vf_sum_norm_{_KINDS[meeting.dtype]}")
+    item, width, kept, name = ITEM_BYTES[meeting.dtype], 0, 0, f"vf_sum_{_KINDS[meeting.dtype]}"
     if isinstance(meeting, Gather):
         name, width, kept = _GATHERS[item], meeting.width, meeting.kept
     groups, most = -(-meeting.items * item // GROUP), BLOCKS * REGION
@@ -125,24 +180,59 @@ def launches(meeting: Sum | Gather, place: Place) -> Launches:
         last = min(first + most, groups)
         blocks = min(BLOCKS, -(-(last - first) // THREADS))
         params = Params(
-            (ctypes.c_void_p * MOST_RANKS)(*place.lanes),
-            place.counts,
-            place.stop,
-            place.failed,
-            meeting.given,
-            meeting.out,
-            place.patience,
-            meeting.items,
-            width,
-            kept,
-            first,
-            last,
-            -(-(last - first) // blocks),
-            place.rank,
-            len(place.lanes),
+            **_where(place),
+            given=meeting.given,
+            out=meeting.out,
+            items=meeting.items,
+            width=width,
+            kept=kept,
+            first=first,
+            last=last,
+            share=-(-(last - first) // blocks),
         )
         found.append((Launch(name, (blocks, 1, 1), THREADS), params))
     return tuple(found)
+
+
+def norm_launches(norm: Norm) -> Launches:
+    """What it takes where no rank meets another (UnsupportedError: see `fits`)."""
+    _check_rows(norm)
+    return _in_rows(norm, None, max(1, norm.rows), f"vf_norm_{_KINDS[norm.dtype]}")
+
+
+def _in_rows(norm: Norm, place: Place | None, most: int, name: str) -> Launches:
+    """A block for each row, `most` of them by one launch."""
+    groups, found = norm.row_groups, []
+    for row in range(0, norm.rows, most):
+        rows = min(most, norm.rows - row)
+        params = Params(
+            **({} if place is None else _where(place)),
+            given=norm.given,
+            out=norm.total,
+            added=norm.added,
+            scale=norm.scale,
+            normed=norm.normed,
+            items=norm.items,
+            width=norm.width,
+            first=row * groups,
+            last=(row + rows) * groups,
+            share=groups,
+            epsilon=norm.epsilon,
+        )
+        found.append((Launch(name, (rows, 1, 1), THREADS, _NORM_SHARED), params))
+    return tuple(found)
+
+
+def _where(place: Place) -> dict[str, Any]:
+    return {
+        "lanes": (ctypes.c_void_p * MOST_RANKS)(*place.lanes),
+        "counts": place.counts,
+        "stop": place.stop,
+        "failed": place.failed,
+        "patience": place.patience,
+        "rank": place.rank,
+        "size": len(place.lanes),
+    }
 
 
 def run(found: Launches, kernels: Kernels, stream: int) -> None:
@@ -155,7 +245,7 @@ def run(found: Launches, kernels: Kernels, stream: int) -> None:
         kernels.launch(launch, params, stream)
 
 
-def _check(meeting: Sum | Gather, place: Place) -> None:
+def _check(meeting: Sum | Gather | SumNorm, place: Place) -> None:
     if not 2 <= len(place.lanes) <= MOST_RANKS:
         raise UnsupportedError(
             "So many GPUs do not meet through their memory.",
@@ -167,4 +257,14 @@ def _check(meeting: Sum | Gather, place: Place) -> None:
             "GPUs do not meet over such a tensor.",
             found=f"{meeting.items} numbers in {meeting.dtype}",
             expected=f"fewer than {_MOST_ITEMS} in one of {', '.join(ITEM_BYTES)}",
+        )
+
+
+def _check_rows(norm: Norm) -> None:
+    if not fits(norm):
+        raise UnsupportedError(
+            "Rows of such a size are not normalised here.",
+            found=f"{norm.width} numbers in {norm.dtype}",
+            expected=f"whole groups of {GROUP} bytes, {REGION} at most, in "
+            f"one of {', '.join(ITEM_BYTES)}",
         )

@@ -218,6 +218,13 @@ class FollowingDecoder(Protocol):
         EngineError: the library failed, now or in an earlier step.
         """
 
+    def follow_tokens(self, batch: DecoderBatch, ahead: IntArray, *, chosen: bool) -> None:
+        """As `follow`, of a step that the first rank begins (see `OverlappingDecoder.begin`).
+
+        Its tokens are those that the first rank has `chosen`, or else the likeliest, which every
+        rank finds itself.
+        """
+
 
 @runtime_checkable
 class ClosableDecoder(Protocol):

@@ -36,9 +36,10 @@ from vlmforge.backends.cuda.device import (
 )
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.backends.fake_marks import Arrived, HostMark
+from vlmforge.backends.fake_meetings import HostMeetings
+from vlmforge.backends.fake_memory import bits_of, memory_as, narrow, numbers_of
 from vlmforge.backends.number_formats import DTYPES, decode, encode, rounded
-from vlmforge.backends.ranks import all_gather, all_reduce, processes
-from vlmforge.engine.chain import Collective
+from vlmforge.backends.ranks import processes
 from vlmforge.ort import ort
 from vlmforge_plugins.cached_attention.config import TARGETS, Config, Sizes, sizes
 from vlmforge_plugins.cached_attention.kernel_store import Loaded
@@ -164,12 +165,6 @@ class _Call:
         return decode(bits, self._stored).astype(np.float32)
 
 
-def memory_as(address: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Memory as an array, in place."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
-
-
 class Graphs(Protocol):
     """How the graphs of an engine are opened."""
 
@@ -224,29 +219,16 @@ class Float32Segment(Segment):
     def bind(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Work:
         def work() -> None:
             session = self.open(self.file)
-            feeds = {tensor.name: _read(tensor) for tensor in inputs}
+            feeds = {tensor.name: numbers_of(tensor) for tensor in inputs}
             names = [item.name for item in session.get_outputs()]
             found = dict(zip(names, session.run(names, feeds), strict=True))
             for tensor in outputs:
                 values = found[tensor.name]
-                _bits(tensor)[:] = encode(values, tensor.dtype) if _narrow(tensor) else values
+                bits_of(tensor)[:] = encode(values, tensor.dtype) if narrow(tensor) else values
             if self.note is not None:
                 self.note(feeds, found)
 
         return work
-
-
-def _narrow(tensor: Tensor) -> bool:
-    return tensor.dtype in DTYPES
-
-
-def _bits(tensor: Tensor) -> NDArray[Any]:
-    return memory_as(tensor.address, DTYPES.get(tensor.dtype, tensor.dtype), tensor.shape)
-
-
-def _read(tensor: Tensor) -> NDArray[Any]:
-    bits = _bits(tensor)
-    return decode(bits, tensor.dtype).astype(np.float32) if _narrow(tensor) else bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,25 +237,6 @@ class HostMemory:
 
     address: int
     kept: NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class HostMeetings(MeetingPlace):
-    """See `MeetingPlace`. Sums are made in float32."""
-
-    ranks: Communicator
-
-    @override
-    def bind(self, call: Collective, given: Tensor, out: Tensor) -> Work:
-        meet = all_reduce if call.kind == "all_reduce" else all_gather
-
-        def work() -> None:
-            values = np.ascontiguousarray(_read(given), np.float32)
-            found = np.empty(out.shape, np.float32)
-            meet(self.ranks, values, found)
-            _bits(out)[:] = encode(found, out.dtype) if _narrow(out) else found
-
-        return work
 
 
 class HostDevice(Device):

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from vlmforge.backends.fake import HostDevice, memory_as
+from vlmforge.backends.fake import HostDevice
+from vlmforge.backends.fake_memory import memory_as
 from vlmforge.backends.plans import Library, open_library
 from vlmforge.backends.tensorrt import PlanBackend
 from vlmforge.ort import ort

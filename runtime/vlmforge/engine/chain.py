@@ -77,6 +77,26 @@ class AttentionCall:
 
 
 @dataclass(frozen=True, slots=True)
+class SumNorm:
+    """What becomes of a sum at once: something is added to it, and that is normalised.
+
+    Attributes:
+        added: Tensor that is added, as the sum is, the same on all ranks.
+        out: What that gives over the root of the mean of its squares, along the last axis, times a
+            scale (https://arxiv.org/abs/1910.07467).
+        file: Where the scale is: numbers of the sum's dtype, as many as its last axis has.
+        offset: In bytes, of the scale in `file`.
+        epsilon: Is added to the mean.
+    """
+
+    added: Name
+    out: Name
+    file: FilePath
+    offset: ByteCount
+    epsilon: Annotated[float, Number(0, 1)]
+
+
+@dataclass(frozen=True, slots=True)
 class Collective:
     """Where all ranks meet: each gives its `tensor`, and each gets the same `out`.
 
@@ -90,12 +110,31 @@ class Collective:
         out: What all get.
         width: Of a gather: how much of the last axis of `out` is kept, where the ranks' shares
             were padded to one size; None: all.
+        norm: Of a sum: what is added to it before it is `out`, and how that is normalised.
     """
 
     kind: Annotated[str, Choice(("all_reduce", "all_gather"))]
     tensor: Name
     out: Name
     width: Count | None = None
+    norm: SumNorm | None = None
+
+    @property
+    def agreed(self) -> tuple[object, ...]:
+        """What is the same on all ranks: they have files of their own."""
+        norm = self.norm
+        named = None if norm is None else (norm.added, norm.out, norm.epsilon)
+        return self.kind, self.tensor, self.out, self.width, named
+
+    @property
+    def taken(self) -> frozenset[str]:
+        """Names of the tensors that it takes."""
+        return frozenset((self.tensor, *(() if self.norm is None else (self.norm.added,))))
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the tensors that it gives."""
+        return frozenset((self.out, *(() if self.norm is None else (self.norm.out,))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +151,7 @@ class ChainStep:
         if self.segment is not None:
             return frozenset(spec.name for spec in self.segment.inputs)
         if self.collective is not None:
-            return frozenset((self.collective.tensor,))
+            return self.collective.taken
         return frozenset(() if self.attention is None else (self.attention.qkv,))
 
     @property
@@ -121,7 +160,7 @@ class ChainStep:
         if self.segment is not None:
             return frozenset(spec.name for spec in self.segment.outputs)
         if self.collective is not None:
-            return frozenset((self.collective.out,))
+            return self.collective.given
         return frozenset(() if self.attention is None else (self.attention.out,))
 
 
@@ -170,6 +209,8 @@ class PartChain(Agreeing):
             yield "steps", "with attention of one shape"
         if any(call.heads % call.kv_heads for call in calls):
             yield "steps", "of heads that share keys evenly"
+        if any(call.norm is not None and call.kind != "all_reduce" for call in self.collectives):
+            yield "steps", "with norms of sums alone"
         if self.rotary is None and any(call.rotary for call in calls):
             yield "rotary", "given where attention rotates"
 
@@ -194,7 +235,8 @@ class PartChain(Agreeing):
         tables = () if self.rotary is None else (self.rotary.file,)
         graphs = (*self.segments, *(() if self.sampler is None else (self.sampler,)))
         kernels = (*self.kernels.values(), *self.meetings.values())
-        return frozenset((*(s.file for s in graphs), *kernels, *tables))
+        scales = (call.norm.file for call in self.collectives if call.norm is not None)
+        return frozenset((*(s.file for s in graphs), *kernels, *tables, *scales))
 
     def missing(self, inputs: frozenset[str]) -> frozenset[str]:
         """Tensors that a step takes and neither the part's `inputs` nor an earlier step gives."""

@@ -17,7 +17,7 @@ from typing import Annotated, cast
 
 from typing_extensions import override
 
-from vlmforge.engine.chain import Collective, PartChain
+from vlmforge.engine.chain import PartChain
 from vlmforge.engine.chain import TensorSpec as TensorSpec
 from vlmforge.engine.fields import (
     FLOATS,
@@ -266,11 +266,11 @@ class Manifest(Agreeing):
         )
 
 
-def _meetings(part: Part) -> tuple[Collective, ...] | None:
+def _meetings(part: Part) -> tuple[object, ...] | None:
     """Where a rank meets the others; None: that is inside a plan."""
     if part.chain is None:
         return () if part.layers is None else None
-    return part.chain.collectives
+    return tuple(call.agreed for call in part.chain.collectives)
 
 
 def decoder_name(rank: int) -> str:

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <thread>
 
 namespace vf_host {
@@ -35,6 +36,7 @@ VF_DEVICE u32 load_system(const u32* from) {
 VF_DEVICE u64 nanoseconds() {
   return static_cast<u64>(std::chrono::steady_clock::now().time_since_epoch().count());
 }
+VF_DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 VF_DEVICE void rest() {}  // see load_system_pair
 
 }  // namespace vf

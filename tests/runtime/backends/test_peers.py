@@ -18,9 +18,10 @@ from conftest import HANGS
 from host_collectives import HostKernels, aligned
 from vlmforge.backends import Communicator, FloatArray
 from vlmforge.backends.cuda import meeting, nccl, peers
-from vlmforge.backends.cuda.device import Tensor
+from vlmforge.backends.cuda.device import SumAndNorm, Tensor
 from vlmforge.backends.cuda.meeting import GpuMeetings, meet_first
-from vlmforge.backends.fake import HostDevice, HostMeetings
+from vlmforge.backends.fake import HostDevice
+from vlmforge.backends.fake_meetings import HostMeetings
 from vlmforge.backends.ranks import exchange, hindrance
 from vlmforge.engine.chain import Collective
 from vlmforge.errors import BackendUnavailableError, EngineError, RankError
@@ -167,6 +168,17 @@ def numbers(rank: int, *shape: int) -> FloatArray:
     return np.random.default_rng(rank).standard_normal(shape, np.float32)
 
 
+def broadcast(gpu: HostGpu, ranks: Seat, place: Any) -> list[int]:
+    """What all have of the first one's numbers, whose bits are no numbers as float32."""
+    own = [(-1) ** i << i if ranks.rank == 0 else 7 for i in range(62)]
+    out = tensor(gpu, np.zeros(62, np.int64))
+    given = tensor(gpu, np.array(own, np.int64)) if ranks.rank == 0 else out
+    work = place.broadcast(given.address, out.address, 62)
+    for _ in range(2):
+        work()
+    return gpu.download(out.address, (62,), np.dtype(np.int64)).tolist()  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_gpus_meet_by_our_kernels(gpus: Driver, size: int) -> None:
     def meet(gpu: HostGpu, ranks: Seat) -> tuple[Any, Any]:
@@ -176,6 +188,8 @@ def test_gpus_meet_by_our_kernels(gpus: Driver, size: int) -> None:
         works = [place.bind(SUM, given, out), place.bind(GATHER, given, wide)]
         for work in (*works, *works):
             work()
+        said = [broadcast(gpu, ranks, way) for way in (place, HostMeetings(ranks))]
+        assert said[0] == said[1] == [(-1) ** i << i for i in range(62)]
         host = HostMeetings(ranks)
         expected = [tensor(gpu, np.zeros(t.shape, np.float32)) for t in (out, wide)]
         for call, target in zip((SUM, GATHER), expected, strict=True):
@@ -190,6 +204,42 @@ def test_gpus_meet_by_our_kernels(gpus: Driver, size: int) -> None:
     assert all_ranks(size, meet) == [(True, True)] * size
     gc.collect()
     assert gpus.closed == size * (size - 1)
+
+
+class Summing:
+    """In the place of NCCL."""
+
+    def __init__(self, ranks: Seat) -> None:
+        self._place = HostMeetings(ranks)
+
+    def all_reduce(self, given: Tensor, out: Tensor) -> Any:
+        return self._place.bind(SUM, given, out)
+
+
+@pytest.mark.parametrize("by", ["ours", "nccl and ours", "nccl, and our norm"])
+def test_sums_are_normalised_whatever_makes_them(
+    gpus: Driver, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by != "ours":
+        monkeypatch.setattr(meeting, "_SMALL", 0)
+        monkeypatch.setattr(nccl.Nccl, "made", staticmethod(lambda gpu, ranks: Summing(ranks)))
+    if by == "nccl, and our norm":
+        gpus.refused = "cuIpcGetMemHandle"
+
+    def meet(gpu: HostGpu, ranks: Seat) -> Any:
+        place = meet_first(gpu, ranks, {})  # type: ignore[arg-type]
+        given, scale = tensor(gpu, numbers(ranks.rank, 3, 8)), tensor(gpu, numbers(9, 8))
+        added, kind = tensor(gpu, numbers(8, 3, 8)), np.dtype(np.float32)
+        found = []
+        for way in (place, HostMeetings(ranks)):
+            out = [tensor(gpu, np.zeros((3, 8), np.float32)) for _ in range(2)]
+            way.bind_norm(SumAndNorm(given, added, *out, scale.address, 1e-3))()
+            found.append([gpu.download(t.address, t.shape, kind).copy() for t in out])
+        for mine, expected in zip(*found, strict=True):
+            np.testing.assert_allclose(mine, expected, rtol=1e-5)
+        return True
+
+    assert all_ranks(2, meet) == [True, True]
 
 
 @pytest.mark.parametrize("refused", ["cuIpcGetMemHandle", "cuIpcOpenMemHandle"])
@@ -266,7 +316,7 @@ def test_a_rank_that_never_came_is_an_error_too(gpus: Driver) -> None:
 class Way:
     """One of both ways, by its name."""
 
-    failed = False
+    failed, kernels = False, None
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -274,13 +324,13 @@ class Way:
     def all_reduce(self, given: Tensor, out: Tensor) -> Any:
         return self._name
 
-    all_gather = all_reduce
+    all_gather = broadcast = all_reduce
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_small_tensors_go_by_our_kernels_and_large_sums_by_nccl(size: int) -> None:
     ranks = Seat(Table(size), 0)
-    place = GpuMeetings(HostGpu(0), ranks, Way("ours"), Way("nccl"))  # type: ignore[arg-type]
+    place = GpuMeetings(HostGpu(0), ranks, Way("ours"), Way("nccl"), {})  # type: ignore[arg-type]
     limit = meeting._SMALL
     for call, count, way in (
         (SUM, limit // 2, "ours"),
@@ -289,6 +339,9 @@ def test_small_tensors_go_by_our_kernels_and_large_sums_by_nccl(size: int) -> No
     ):
         given = Tensor("a", "float16", (count,), 0)
         assert place.bind(call, given, given) == way  # type: ignore[comparison-overlap]
+    assert place.broadcast(0, 0, 1) == "ours"  # type: ignore[arg-type, comparison-overlap]
+    alone = GpuMeetings(HostGpu(0), ranks, None, Way("nccl"), {})  # type: ignore[arg-type]
+    assert alone.broadcast(0, 0, 1) == "nccl"  # type: ignore[comparison-overlap]
 
 
 def test_bytes_are_exchanged_in_pieces_and_reasons_by_the_first_that_has_one() -> None:
@@ -361,6 +414,10 @@ def test_nccl_is_called_as_its_bindings_have_it(monkeypatch: pytest.MonkeyPatch)
     kind, total = int(bindings.DataType.Bfloat16), int(bindings.RedOp.Sum)
     reduced = ("all_reduce", 5000, 5000, 68, kind, total, "comm_init_rank_scalable", 0)
     assert bindings.calls[-1] == reduced
+    one.broadcast(1000, 5000, 9)()
+    whole = int(bindings.DataType.Int64)
+    told = ("broadcast", 1000, 5000, 9, whole, 0, "comm_init_rank_scalable", 0)
+    assert bindings.calls[-1] == told
     one.give_up()
     one.give_up()
     assert bindings.aborted.wait(HANGS)

@@ -3,29 +3,11 @@
 //   vf_sum_f16, vf_sum_bf16, vf_sum_f32   out = the sum, in fp32 and in the order of the ranks: the
 //                                         same bits everywhere
 //   vf_gather_16, vf_gather_32            out = the ranks' columns one after the other, of 16 or 32 bits
-#include "lanes.cuh"
+//   vf_sum_norm_*                         out = the sum and what is added to it, and its RMS norm
+//   vf_norm_*                             the same, of a sum that is made already
+#include "sum_norm.cuh"
 
 namespace vf {
-
-template <class T>
-VF_DEVICE void widen_group(u32x2 bits, float (&to)[8 / sizeof(T)]) {
-  if constexpr (sizeof(T) == 4) {
-    to[0] = from_bits(bits.x);
-    to[1] = from_bits(bits.y);
-  } else {
-    unpack2<T>(bits.x, to[0], to[1]);
-    unpack2<T>(bits.y, to[2], to[3]);
-  }
-}
-
-template <class T>
-VF_DEVICE u32x2 narrow_group(const float (&from)[8 / sizeof(T)]) {
-  if constexpr (sizeof(T) == 4) {
-    return {to_bits(from[0]), to_bits(from[1])};
-  } else {
-    return {pack2<T>(from[0], from[1]), pack2<T>(from[2], from[3])};
-  }
-}
 
 template <class T>
 VF_DEVICE void sum(const Params& p) {
@@ -99,3 +81,9 @@ VF_KERNEL(vf::kThreads, 1) vf_sum_bf16(VF_PARAMS p) { vf::sum<vf::bf16>(p); }
 VF_KERNEL(vf::kThreads, 1) vf_sum_f32(VF_PARAMS p) { vf::sum<float>(p); }
 VF_KERNEL(vf::kThreads, 1) vf_gather_16(VF_PARAMS p) { vf::gather<2>(p); }
 VF_KERNEL(vf::kThreads, 1) vf_gather_32(VF_PARAMS p) { vf::gather<4>(p); }
+VF_KERNEL(vf::kThreads, 1) vf_sum_norm_f16(VF_PARAMS p) { vf::sum_norm<vf::f16>(p); }
+VF_KERNEL(vf::kThreads, 1) vf_sum_norm_bf16(VF_PARAMS p) { vf::sum_norm<vf::bf16>(p); }
+VF_KERNEL(vf::kThreads, 1) vf_sum_norm_f32(VF_PARAMS p) { vf::sum_norm<float>(p); }
+VF_KERNEL(vf::kThreads, 1) vf_norm_f16(VF_PARAMS p) { vf::norm<vf::f16>(p); }
+VF_KERNEL(vf::kThreads, 1) vf_norm_bf16(VF_PARAMS p) { vf::norm<vf::bf16>(p); }
+VF_KERNEL(vf::kThreads, 1) vf_norm_f32(VF_PARAMS p) { vf::norm<float>(p); }

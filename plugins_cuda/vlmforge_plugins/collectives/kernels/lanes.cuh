@@ -31,9 +31,13 @@ struct Params {
   u32* failed;               // the host's: set to 1 where something was waited for in vain
   const void* given;
   void* out;
+  const void* added;         // of a norm: as `given`; and the numbers of a row
+  const void* scale;
+  void* normed;              // as `given`
   u64 patience;              // nanoseconds
   u32 items, width, kept;    // items of `given`; of a gather the columns given, and of `out`
   u32 first, last, share;    // groups of this launch, and of each block
+  float epsilon;             // of a norm
   int rank, size;
 };
 
@@ -60,6 +64,27 @@ VF_DEVICE u32x2 pack_group(const typename Item<BYTES>::Bits (&items)[8 / BYTES])
     return {items[0], items[1]};
   } else {
     return {items[0] | u32{items[1]} << 16, items[2] | u32{items[3]} << 16};
+  }
+}
+
+// 8 bytes of a tensor as fp32, and rounded back.
+template <class T>
+VF_DEVICE void widen_group(u32x2 bits, float (&to)[8 / sizeof(T)]) {
+  if constexpr (sizeof(T) == 4) {
+    to[0] = from_bits(bits.x);
+    to[1] = from_bits(bits.y);
+  } else {
+    unpack2<T>(bits.x, to[0], to[1]);
+    unpack2<T>(bits.y, to[2], to[3]);
+  }
+}
+
+template <class T>
+VF_DEVICE u32x2 narrow_group(const float (&from)[8 / sizeof(T)]) {
+  if constexpr (sizeof(T) == 4) {
+    return {to_bits(from[0]), to_bits(from[1])};
+  } else {
+    return {pack2<T>(from[0], from[1]), pack2<T>(from[2], from[3])};
   }
 }
 

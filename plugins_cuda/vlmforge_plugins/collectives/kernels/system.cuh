@@ -33,6 +33,7 @@ VF_DEVICE u64 nanoseconds() {
   return now;
 }
 VF_DEVICE void rest() { __nanosleep(64); }
+VF_DEVICE float inverse_root(float x) { return rsqrtf(x); }
 VF_DEVICE float from_bits(u32 bits) { return __uint_as_float(bits); }
 VF_DEVICE u32 to_bits(float x) { return __float_as_uint(x); }
 

@@ -24,7 +24,7 @@ from vlmforge.backends.cuda import machine
 from vlmforge.backends.cuda.chain import ChainProgram
 from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.cuda.decoder import PagedDecoder
-from vlmforge.backends.cuda.device import Device
+from vlmforge.backends.cuda.device import Device, MeetingPlace
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.interface import PIXEL_VALUES
 from vlmforge.engine.manifest import Manifest, Part, decoder_name
@@ -71,7 +71,7 @@ class CudaBackend(Backend):
         place = device.meeting_place(ranks, kernels)
         program = ChainProgram(device, folder, part, kv, options, place)
         ranks.meet(np.zeros(1, np.float32))
-        return _decoder(device, folder, manifest, part, program, options)
+        return _decoder(device, folder, manifest, part, program, options, place)
 
     @override
     def memory(self, devices: Sequence[int] = (0,)) -> Room | None:
@@ -103,13 +103,14 @@ def _decoder(
     part: Part,
     program: ChainProgram,
     options: LoadOptions,
+    place: MeetingPlace | None = None,
 ) -> PagedDecoder:
     """Tokens are chosen by the first rank alone."""
     assert part.chain is not None
     graph = part.chain.sampler if part.name == decoder_name(0) else None
     sampler = None if graph is None else TokenSampler(device, folder, graph, options.slots)
     vocab_size = manifest.decode.vocab_size
-    return PagedDecoder(device, program, manifest.rank_kv, vocab_size, options, sampler)
+    return PagedDecoder(device, program, manifest.rank_kv, vocab_size, options, sampler, place)
 
 
 def _check(number: int = 0) -> machine.FoundGpu:

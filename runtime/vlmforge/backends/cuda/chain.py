@@ -10,7 +10,15 @@ import numpy as np
 from typing_extensions import override
 
 from vlmforge.backends import LoadOptions
-from vlmforge.backends.cuda.device import Device, MeetingPlace, Memory, Segment, Tensor, Work
+from vlmforge.backends.cuda.device import (
+    Device,
+    MeetingPlace,
+    Memory,
+    Segment,
+    SumAndNorm,
+    Tensor,
+    Work,
+)
 from vlmforge.backends.cuda.frames import (
     PAST,
     Arrangement,
@@ -22,6 +30,7 @@ from vlmforge.backends.cuda.frames import (
     tensors_of,
 )
 from vlmforge.backends.cuda.program import FEW, Pools, Program
+from vlmforge.backends.number_formats import DTYPES
 from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, TensorSpec
 from vlmforge.engine.interface import BLOCK_TABLE, LOGITS, QUERY_LENGTHS
 from vlmforge.engine.manifest import KVLayout, Part
@@ -56,6 +65,7 @@ class ChainProgram(Program):
             _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}
         )
         self._tables = _tables(device, folder, part.chain)
+        self._scales = _scales(device, folder, part.chain, self._specs)
         self._workspace = device.allocate(max(map(self._workspace_bytes, largest(options))))
 
     @override
@@ -109,7 +119,11 @@ class ChainProgram(Program):
         if (call := step.collective) is not None:
             assert self._place is not None
             given, out = tensors(self._specs[name] for name in (call.tensor, call.out))
-            return self._place.bind(call, given, out)
+            if (norm := call.norm) is None:
+                return self._place.bind(call, given, out)
+            added, normed = tensors(self._specs[name] for name in (norm.added, norm.out))
+            scale = self._scales[norm.out].address
+            return self._place.bind_norm(SumAndNorm(given, added, out, normed, scale, norm.epsilon))
         assert step.segment is not None
 
         loaded: Segment = self._segments[step.segment.file]
@@ -161,6 +175,21 @@ def _config(chain: PartChain, kv: KVLayout) -> Config:
     call = chain.attention[0]
     specs = {s.name: s for segment in chain.segments for s in segment.outputs}
     return Config(call.head_dim, specs[call.qkv].dtype, kv.dtype)  # type: ignore[arg-type]
+
+
+def _scales(
+    device: Device, folder: Path, chain: PartChain, specs: Mapping[str, TensorSpec]
+) -> Mapping[str, Memory]:
+    """What norms behind sums multiply by, on the device; by the names of what they give."""
+    found = {}
+    for norm in (call.norm for call in chain.collectives if call.norm is not None):
+        spec = specs[norm.out]
+        width, item = spec.shape[-1], np.dtype(DTYPES.get(spec.dtype, spec.dtype))
+        assert isinstance(width, int)
+        values = np.fromfile(folder / norm.file, item, width, offset=norm.offset)
+        found[norm.out] = memory = device.allocate(values.nbytes)
+        device.upload(memory.address, values)
+    return found
 
 
 def _tables(device: Device, folder: Path, chain: PartChain) -> tuple[Memory, Memory] | None:

@@ -19,7 +19,7 @@ from typing_extensions import override
 from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, IntArray, LoadOptions
 from vlmforge.backends.choice import Begun, Choice, Picked, T_co
 from vlmforge.backends.cuda.choosing import TokenSampler
-from vlmforge.backends.cuda.device import Arriving, Device, Mark, Work
+from vlmforge.backends.cuda.device import Arriving, Device, Mark, MeetingPlace, Work
 from vlmforge.backends.cuda.frames import PAST, Arrangement, Size, bucket, largest
 from vlmforge.backends.cuda.program import FEW, Program, make_pools
 from vlmforge.backends.number_formats import DTYPES, encode
@@ -85,7 +85,8 @@ class PagedDecoder(DecoderSession):
         kv: Its cache.
         vocab_size: Logits of a token.
         options: How to load it.
-        sampler: Chooses tokens; None: the host does.
+        sampler: Chooses tokens; None: the host does, or another rank.
+        place: Where it meets the other ranks; None: there are none.
     """
 
     def __init__(
@@ -96,9 +97,11 @@ class PagedDecoder(DecoderSession):
         vocab_size: int,
         options: LoadOptions,
         sampler: TokenSampler | None = None,
+        place: MeetingPlace | None = None,
     ) -> None:
         self._sampler, self.chooses = sampler, sampler is not None
         self._device, self._program, self._options = device, program, options
+        self._place, self._shared = place, dict[tuple[int, int], Work]()
         self._vocab_size = vocab_size
         self._pools = make_pools(device, kv, options.blocks)
         # Of several prompts at once, what is for each row lies beside what is for each token.
@@ -169,20 +172,13 @@ class PagedDecoder(DecoderSession):
     ) -> BegunStep[Sequence[Picked | np.int64 | None]]:
         """See `OverlappingDecoder`."""
         device, start = self._device, self._device.mark()
-        rows, frame = len(batch.slots), self._frame(_size(batch))
-        self._fill(frame, batch)
-        device.upload(self._arena.address, frame.inputs)
-        inputs = self._at(frame, INPUT_IDS.name)
-        for row, source, count in _runs(ahead):
-            device.copy(self._chosen.address + 8 * source, inputs + 8 * row, 8 * count)
-        self._work(frame)
-        # Another size may lie over these tokens, before its inputs are there.
+        rows, frame = len(batch.slots), self._run_behind(batch, ahead)
         if choices is None:
-            device.copy(self._at(frame, LIKELIEST.name), self._chosen.address, 8 * rows)
+            self._keep_likeliest(frame, rows)
             return BegunStep(start, device.fetch(self._chosen.address, 8 * rows), _ids)
         assert self._sampler is not None
         prepared = self._sampler.prepare(frame.size.batch, self._at(frame, LOGITS), choices)
-        device.copy(self._sampler.run(prepared), self._chosen.address, 8 * rows)
+        self._keep_chosen(self._sampler.run(prepared), rows)
         read = partial(self._sampler.read, prepared, choices)
         return BegunStep(start, self._sampler.fetch(prepared, choices), read)
 
@@ -194,6 +190,39 @@ class PagedDecoder(DecoderSession):
         self._run(frame)
         arriving = self._device.fetch(self._at(frame, LOGITS), 4 * math.prod(shape))
         return BegunStep(start, arriving, lambda raw: list(raw.view(np.float32).reshape(shape)))
+
+    def follow_tokens(self, batch: DecoderBatch, ahead: IntArray, *, chosen: bool) -> None:
+        """See `FollowingDecoder`."""
+        rows, frame = len(batch.slots), self._run_behind(batch, ahead)
+        if chosen:
+            self._keep_chosen(self._chosen.address, rows)
+        else:
+            self._keep_likeliest(frame, rows)
+
+    def _run_behind(self, batch: DecoderBatch, ahead: IntArray) -> _Frame:
+        """Enqueue a step of decoding, whose input may be what was kept of the one before."""
+        frame = self._frame(_size(batch))
+        self._fill(frame, batch)
+        self._device.upload(self._arena.address, frame.inputs)
+        inputs = self._at(frame, INPUT_IDS.name)
+        for row, source, count in _runs(ahead):
+            self._device.copy(self._chosen.address + 8 * source, inputs + 8 * row, 8 * count)
+        self._work(frame)
+        return frame
+
+    def _keep_likeliest(self, frame: _Frame, rows: int) -> None:
+        """Another size may lie over these tokens, before its inputs are there."""
+        self._device.copy(self._at(frame, LIKELIEST.name), self._chosen.address, 8 * rows)
+
+    def _keep_chosen(self, chosen: int, rows: int) -> None:
+        """Tokens that the first rank has chosen, on all ranks."""
+        if self._place is None:
+            self._device.copy(chosen, self._chosen.address, 8 * rows)
+            return
+        key = chosen, rows
+        if key not in self._shared:
+            self._shared[key] = self._place.broadcast(chosen, self._chosen.address, rows)
+        self._shared[key]()
 
     def _row(self, logits: int, row: int) -> FloatArray:
         """The logits of one row."""

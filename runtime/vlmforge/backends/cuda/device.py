@@ -83,10 +83,31 @@ class Segment(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class SumAndNorm:
+    """A sum over the ranks with what follows it (see `engine.chain.SumNorm`).
+
+    Attributes:
+        given: Of this rank.
+        added: Is added to the sum of what all give.
+        total: Gets that.
+        normed: Gets the norm of it.
+        scale: Address of the scale.
+        epsilon: See `engine.chain.SumNorm`.
+    """
+
+    given: Tensor
+    added: Tensor
+    total: Tensor
+    normed: Tensor
+    scale: int
+    epsilon: float
+
+
 class MeetingPlace(Protocol):
     """Where a rank meets the others over what lies in their devices' memory.
 
-    All ranks enqueue the same meetings in the same order.
+    All ranks enqueue the same meetings in the same order, whenever their hosts come to it.
     """
 
     def bind(self, call: Collective, given: Tensor, out: Tensor) -> Work:
@@ -97,6 +118,16 @@ class MeetingPlace(Protocol):
 
         Raises (when called):
             EngineError: a library failed; RankError: a rank is lost.
+        """
+
+    def bind_norm(self, call: SumAndNorm) -> Work:
+        """As `bind`, of a sum that is rounded with what is added to it, and normalised as such."""
+
+    def broadcast(self, given: int, out: int, count: int) -> Work:
+        """As `bind`: `count` int64 of the first rank's at `given` come to be at `out` on all.
+
+        Both are multiples of 8. On the other ranks what is at `given` does not matter, and may be
+        what is at `out`.
         """
 
 

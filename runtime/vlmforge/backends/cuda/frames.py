@@ -166,15 +166,19 @@ def made_by(chain: PartChain, name: str) -> int:
 
 
 def tensors_of(chain: PartChain) -> Mapping[str, TensorSpec]:
-    """All that segments take and give, by name; what else is given, a segment takes."""
-    return {s.name: s for seg in chain.segments for s in (*seg.inputs, *seg.outputs)}
+    """All tensors by name: what segments take and give, and sums that are only added to others."""
+    found = {s.name: s for seg in chain.segments for s in (*seg.inputs, *seg.outputs)}
+    for call in chain.collectives:
+        for name in call.given if call.norm is not None else ():
+            found[name] = replace(found[call.tensor], name=name)
+    return found
 
 
 def _given(step: ChainStep) -> tuple[str, ...]:
     """Names of what a step gives, in one order always."""
     if step.segment is not None:
         return tuple(spec.name for spec in step.segment.outputs)
-    return tuple(step.given)
+    return tuple(sorted(step.given))
 
 
 def _gap(taken: Sequence[tuple[int, int]], start: int, needed: int) -> int:

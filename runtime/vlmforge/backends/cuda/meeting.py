@@ -8,15 +8,16 @@ import logging
 import math
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from typing_extensions import override
 
 from vlmforge.backends import Communicator
-from vlmforge.backends.cuda.device import ITEM_BYTES, MeetingPlace, Tensor, Work
+from vlmforge.backends.cuda.device import ITEM_BYTES, MeetingPlace, SumAndNorm, Tensor, Work
 from vlmforge.backends.cuda.gpu import Gpu
 from vlmforge.backends.cuda.nccl import Nccl
-from vlmforge.backends.cuda.peers import Peers
+from vlmforge.backends.cuda.peers import Peers, load_kernels, norm_alone
 from vlmforge.engine.chain import Collective
 from vlmforge.errors import BackendUnavailableError, EngineError
 
@@ -32,9 +33,15 @@ class GpuMeetings(MeetingPlace):
     """See the module; one of the ways may be missing."""
 
     def __init__(
-        self, gpu: Gpu, ranks: Communicator, peers: Peers | None, nccl: Nccl | None
+        self,
+        gpu: Gpu,
+        ranks: Communicator,
+        peers: Peers | None,
+        nccl: Nccl | None,
+        files: Mapping[str, Path],
     ) -> None:
         self._gpu, self._ranks, self._peers, self._nccl = gpu, ranks, peers, nccl
+        self._files, self._kernels = files, None if peers is None else peers.kernels
         self._lost = False
         known = weakref.WeakMethod(self._check)
 
@@ -47,18 +54,43 @@ class GpuMeetings(MeetingPlace):
 
     @override
     def bind(self, call: Collective, given: Tensor, out: Tensor) -> Work:
-        way: Peers | Nccl | None = self._nccl
-        if self._peers is not None and (way is None or self._is_small(call, given)):
-            way = self._peers
-        assert way is not None
         if call.kind == "all_reduce":
-            return way.all_reduce(given, out)
-        return way.all_gather(given, out)
+            return self._way(given).all_reduce(given, out)
+        # It has no place for each rank's columns in NCCL.
+        return (self._peers or self._way(given)).all_gather(given, out)
 
-    def _is_small(self, call: Collective, given: Tensor) -> bool:
-        if call.kind == "all_gather":  # it has no place for each rank's columns in NCCL
-            return True
-        return math.prod(given.shape) * ITEM_BYTES[given.dtype] <= _SMALL
+    @override
+    def bind_norm(self, call: SumAndNorm) -> Work:
+        if (way := self._way(call.given)) is self._peers:
+            assert self._peers is not None
+            if (whole := self._peers.sum_and_norm(call)) is not None:
+                return whole
+        add, norm = way.all_reduce(call.given, call.total), self._norm(call)
+
+        def work() -> None:
+            add()
+            norm()
+
+        return work
+
+    def _norm(self, call: SumAndNorm) -> Work:
+        if self._kernels is None:
+            self._kernels = load_kernels(self._gpu, self._files)
+        return norm_alone(self._gpu, replace(call, given=call.total), self._kernels)
+
+    @override
+    def broadcast(self, given: int, out: int, count: int) -> Work:
+        way = self._peers or self._nccl
+        assert way is not None
+        return way.broadcast(given, out, count)
+
+    def _way(self, given: Tensor) -> Peers | Nccl:
+        """By which such a tensor is summed."""
+        size = math.prod(given.shape) * ITEM_BYTES[given.dtype]
+        way = self._peers if size <= _SMALL else self._nccl
+        found = way or self._peers or self._nccl
+        assert found is not None
+        return found
 
     def _give_up(self) -> None:
         """What waits for other ranks on the GPU ends. By any thread."""
@@ -107,4 +139,5 @@ def meet_first(gpu: Gpu, ranks: Communicator, files: Mapping[str, Path]) -> GpuM
         ranks,
         None if isinstance(peers, str) else peers,
         None if isinstance(nccl, str) else nccl,
+        files,
     )

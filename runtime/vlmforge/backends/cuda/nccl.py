@@ -67,21 +67,21 @@ class Nccl:
         """The sum of all ranks' `given`, in NCCL's order."""
         items, kind = math.prod(given.shape), self._types[given.dtype]
         total = int(self._nccl.RedOp.Sum)
+        return self._work("all_reduce", given.address, out.address, items, kind, total)
 
+    def broadcast(self, given: int, out: int, count: int) -> Work:
+        """`count` int64 of the first rank's, on all."""
+        kind = int(self._nccl.DataType.Int64)
+        return self._work("broadcast", given, out, count, kind, 0)
+
+    def _work(self, name: str, *arguments: int) -> Work:
         def work() -> None:
             with self._using:
                 if self._over.is_set():
                     raise _gone()
+                call = getattr(self._nccl, name)
                 try:
-                    self._nccl.all_reduce(
-                        given.address,
-                        out.address,
-                        items,
-                        kind,
-                        total,
-                        self._communicator,
-                        self._gpu.stream,
-                    )
+                    call(*arguments, self._communicator, self._gpu.stream)
                 except self._nccl.NCCLError as error:
                     raise _failed(error) from error
 

@@ -16,7 +16,7 @@ import numpy as np
 from cuda.bindings import driver
 
 from vlmforge.backends import Communicator
-from vlmforge.backends.cuda.device import Tensor, Work
+from vlmforge.backends.cuda.device import SumAndNorm, Tensor, Work
 from vlmforge.backends.cuda.gpu import Gpu, PinnedMemory, free
 from vlmforge.backends.ranks import exchange, hindrance
 from vlmforge.errors import EngineError
@@ -36,10 +36,14 @@ _TRIED = 1000  # numbers of the first meeting
 
 
 class Peers:
-    """See the module. `made` is how it is made."""
+    """See the module. `made` is how it is made.
+
+    Attributes:
+        kernels: Those that it launches.
+    """
 
     def __init__(self, gpu: Gpu, rank: int, size: int, kernels: launcher.Kernels) -> None:
-        self._gpu, self._kernels, self._rank = gpu, kernels, rank
+        self._gpu, self.kernels, self._rank = gpu, kernels, rank
         lanes = launcher.lanes_bytes(size)
         needed = -(-(lanes + launcher.COUNTS_BYTES) // _PIECE) * _PIECE
         self._memory = gpu.allocate(needed)
@@ -120,6 +124,11 @@ class Peers:
         items = math.prod(given.shape)
         return self._work(launcher.Sum(given.address, out.address, items, given.dtype))
 
+    def sum_and_norm(self, call: SumAndNorm) -> Work | None:
+        """See `MeetingPlace.bind_norm`; None: rows are too long for that."""
+        made = normed(call, launcher.SumNorm)
+        return self._work(made) if launcher.fits(made) else None
+
     def all_gather(self, given: Tensor, out: Tensor) -> Work:
         """All ranks' `given` side by side along the last axis, as much as `out` is wide."""
         *rows, width = given.shape
@@ -129,7 +138,15 @@ class Peers:
             )
         )
 
-    def _work(self, meeting: launcher.Sum | launcher.Gather) -> Work:
+    def broadcast(self, given: int, out: int, count: int) -> Work:
+        """`count` int64 of the first rank's, on all: of a gather so much that there is one share.
+
+        Halves of them pass for float32: their bits are moved, whatever they are.
+        """
+        halves = 2 * count
+        return self._work(launcher.Gather(given, out, 1, halves, halves, "float32"))
+
+    def _work(self, meeting: launcher.Sum | launcher.Gather | launcher.SumNorm) -> Work:
         words = self._words.address
         place = launcher.Place(
             self._rank,
@@ -143,9 +160,40 @@ class Peers:
         launches = launcher.launches(meeting, place)
 
         def work() -> None:
-            launcher.run(launches, self._kernels, self._gpu.stream)
+            launcher.run(launches, self.kernels, self._gpu.stream)
 
         return work
+
+
+def normed(call: SumAndNorm, kind: type[launcher.N]) -> launcher.N:
+    """The launch's description of it."""
+    *rows, width = call.given.shape
+    return kind(
+        call.given.address,
+        call.added.address,
+        call.scale,
+        call.total.address,
+        call.normed.address,
+        math.prod(rows),
+        width,
+        call.epsilon,
+        call.given.dtype,
+    )
+
+
+def norm_alone(gpu: Gpu, call: SumAndNorm, kernels: launcher.Kernels) -> Work:
+    """As `call` where what is given is the sum already."""
+    launches = launcher.norm_launches(normed(call, launcher.Norm))
+
+    def work() -> None:
+        launcher.run(launches, kernels, gpu.stream)
+
+    return work
+
+
+def load_kernels(gpu: Gpu, files: Mapping[str, Path]) -> launcher.Kernels:
+    """Those of the engine (PluginError: it has none for this GPU)."""
+    return _kernels(gpu, files)
 
 
 def _kernels(gpu: Gpu, files: Mapping[str, Path]) -> CudaKernels:

@@ -22,10 +22,8 @@ from vlmforge.backends import (
     FollowingDecoder,
     IntArray,
     KeyValues,
-    LikeliestDecoder,
     LoadOptions,
 )
-from vlmforge.backends.choice import Choice, ChoosingDecoder, Picked
 from vlmforge.errors import RankError
 from vlmforge.kv.cache import Drop, Move
 
@@ -50,7 +48,16 @@ class Write:
     start: int
 
 
-Call = DecoderBatch | Move | Read | Write
+@dataclass(frozen=True, slots=True)
+class NextTokens:
+    """See `FollowingDecoder.follow_tokens`."""
+
+    batch: DecoderBatch
+    ahead: IntArray
+    chosen: bool
+
+
+Call = DecoderBatch | NextTokens | Move | Read | Write
 
 
 class OtherRanks(Protocol):
@@ -90,6 +97,9 @@ def carry_out(call: Call, decoder: DecoderSession, rank: int, size: int) -> KeyV
             decoder.follow(call)
         else:
             decoder.step(call)
+    elif isinstance(call, NextTokens):
+        assert isinstance(decoder, FollowingDecoder)
+        decoder.follow_tokens(call.batch, call.ahead, chosen=call.chosen)
     elif isinstance(call, Read):
         return decoder.read(call.place, call.tokens)
     elif isinstance(call, Write):
@@ -151,7 +161,7 @@ class RankedDecoder(DecoderSession, ClosableDecoder):
     @override
     def read(self, place: Sequence[int], tokens: int) -> KeyValues:
         own = self.own.read(place, tokens)  # refused before anything is told
-        with self._together():
+        with self.all_or_none():
             self._others.tell(Read(tuple(place), tokens))
             shares = [own, *self._others.answers()]
         return {name: np.concatenate([share[name] for share in shares]) for name in shares[0]}
@@ -159,7 +169,7 @@ class RankedDecoder(DecoderSession, ClosableDecoder):
     @override
     def write(self, place: Sequence[int], rows: KeyValues, start: int) -> None:
         self.own.write(place, _share(rows, 0, self._size), start)  # refused before anything is told
-        with self._together():
+        with self.all_or_none():
             self._others.tell(Write(tuple(place), rows, start))
 
     @override
@@ -169,12 +179,12 @@ class RankedDecoder(DecoderSession, ClosableDecoder):
     @contextmanager
     def together(self, call: Call) -> Iterator[None]:
         """The others do `call` while this rank does its share of it."""
-        with self._together():
+        with self.all_or_none():
             self._others.tell(call)
             yield
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def all_or_none(self) -> Iterator[None]:
         """All ranks do it, or none is of use any more."""
         try:
             yield
@@ -184,30 +194,3 @@ class RankedDecoder(DecoderSession, ClosableDecoder):
             # error.
             traceback.clear_frames(error.__traceback__)
             raise
-
-
-class RankedChoosingDecoder(RankedDecoder):
-    """The same where the first rank has the logits on a device, and can choose tokens there."""
-
-    def __init__(self, own: DecoderSession, others: OtherRanks) -> None:
-        super().__init__(own, others)
-        assert isinstance(own, LikeliestDecoder) and isinstance(own, ChoosingDecoder)
-        self._device, self.chooses = own, own.chooses
-
-    def likeliest(self, batch: DecoderBatch) -> IntArray:
-        """See `LikeliestDecoder`."""
-        with self.together(batch):
-            return self._device.likeliest(batch)
-
-    def choose(
-        self, batch: DecoderBatch, choices: Sequence[Choice | None]
-    ) -> Sequence[Picked | FloatArray]:
-        """See `ChoosingDecoder`."""
-        with self.together(batch):
-            return self._device.choose(batch, choices)
-
-
-def ranked(own: DecoderSession, others: OtherRanks) -> RankedDecoder:
-    """The decoder of all ranks, which can what the first one's can."""
-    on_device = isinstance(own, LikeliestDecoder) and isinstance(own, ChoosingDecoder)
-    return RankedChoosingDecoder(own, others) if on_device else RankedDecoder(own, others)

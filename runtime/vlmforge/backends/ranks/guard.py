@@ -18,7 +18,8 @@ class Guard:
     """Calls alarms when a rank is gone or hangs, and when all end; it does nothing else.
 
     Attributes:
-        gone: A rank that has closed its end of what leads to it.
+        gone: A rank that has closed its end of what leads to it, or says that it fails: once it
+            has loaded its part, nobody asks it anything.
         hangs: A rank that has given no sign for long.
     """
 
@@ -68,8 +69,12 @@ class Guard:
         poll = select.poll()
         for end in ends:
             poll.register(end, 0)  # that the other end is closed is said always
-        seen, silent = board.beats(), [0.0] * board.size
+        seen, silent, listens = board.beats(), [0.0] * board.size, False
         while not self.rung:
+            if self._loaded and not listens:
+                listens = True
+                for end in ends:
+                    poll.modify(end, select.POLLIN)
             for end, _ in poll.poll(_LOOK_MS):
                 if not self.rung:
                     self.gone = ends[end]

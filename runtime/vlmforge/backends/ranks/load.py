@@ -6,8 +6,8 @@ from pathlib import Path
 
 from vlmforge.backends import Backend, DecoderSession, LoadOptions, one_rank_only
 from vlmforge.backends.chained import room_of
-from vlmforge.backends.ranks.calls import ranked
 from vlmforge.backends.ranks.mpi import MpiRanks, world
+from vlmforge.backends.ranks.overlapping import ranked
 from vlmforge.backends.ranks.processes import Processes
 from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import BackendUnavailableError

@@ -88,7 +88,7 @@ class Processes(OtherRanks, Watch):
         self._polls: dict[tuple[int, int], select.poll] = {}
         self._communicator: SharedMemory | None = None
         self._seen, self._silent = [0] * size, [0.0] * size
-        self._guard, self._loaded = Guard(), False
+        self._guard, self._loaded, self._losing = Guard(), False, False
         _groups.add(self)
         try:
             self._start(room)
@@ -210,12 +210,12 @@ class Processes(OtherRanks, Watch):
     @override
     def check(self) -> None:
         self._check()
-        if (rank := self._guard.hangs) is not None:
-            self._fail(rank, no_sign(SILENT_S))
         poll = select.poll()
         for channel in self._channels.values():
             poll.register(channel.fileno(), select.POLLIN)
         self._listen({found for found, _ in poll.poll(0)})
+        if (rank := self._guard.hangs) is not None:
+            self._fail(rank, no_sign(SILENT_S))
         if self._guard.rung:  # a rank has gone without a word
             self.lost(self._guard.gone or 0)
 
@@ -237,7 +237,10 @@ class Processes(OtherRanks, Watch):
 
     @override
     def lost(self, rank: int) -> NoReturn:
-        """Say why, as soon as that is known."""
+        """Say why, as soon as that is known: by its last words, or by how it ended."""
+        if not self._losing:
+            self._losing = True
+            self._listen({channel.fileno() for channel in self._channels.values()})
         end = time.monotonic() + _SETTLE_S
         while time.monotonic() < end and (found := self._ended()) is None:
             time.sleep(0.01)
@@ -267,8 +270,7 @@ class Processes(OtherRanks, Watch):
         """A rank has something to say, before it is asked for that, or has ended."""
         self._check()
         for rank, channel in tuple(self._channels.items()):
-            if channel.fileno() in ready:
-                channel.take_in()
+            while channel.fileno() in ready and channel.take_in():
                 for message in channel.come:
                     self._understood(rank, message)
 
