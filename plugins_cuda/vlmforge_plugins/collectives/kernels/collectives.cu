@@ -3,33 +3,27 @@
 //   vf_sum_f16, vf_sum_bf16, vf_sum_f32   out = the sum, in fp32 and in the order of the ranks: the
 //                                         same bits everywhere
 //   vf_gather_16, vf_gather_32            out = the ranks' columns one after the other, of 16 or 32 bits
-//   vf_sum_norm_*                         out = the sum and what is added to it, and its RMS norm
-//   vf_norm_*                             the same, of a sum that is made already
+//   vf_norm_*                             out = a sum that is made and what is added to it; its RMS norm
+//   vf_sum_norm_*                         the same, of the sum that is made here
+// The last may be launched to start while the kernel in front of them ends, where the machine can.
+#if defined(__CUDA_ARCH__)
+#define VF_OVERLAP (__CUDA_ARCH__ >= 900)
+#endif
 #include "sum_norm.cuh"
 
 namespace vf {
 
 template <class T>
 VF_DEVICE void sum(const Params& p) {
-  constexpr int kCount = 8 / sizeof(T);
   Lanes lanes(p);
   for (u32 group = lanes.begin(); group < lanes.end(); group += kThreads) {
     lanes.give(group, load_group<sizeof(T)>(p, group));
   }
   for (u32 group = lanes.begin(); group < lanes.end(); group += kThreads) {
-    u32x2 given[kMostRanks];
+    u32x2 given[1][kMostRanks];
     lanes.take(group, given);
     const u32x2 own = load_group<sizeof(T)>(p, group);
-    float total[kCount] = {};
-#pragma unroll
-    for (int rank = 0; rank < kMostRanks; ++rank) {
-      if (rank >= p.size) break;
-      float part[kCount];
-      widen_group<T>(rank == p.rank ? own : given[rank], part);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) total[i] = rank == 0 ? part[i] : total[i] + part[i];
-    }
-    store_group<sizeof(T)>(p, group, narrow_group<T>(total));
+    store_group<sizeof(T)>(p, group, sum_in_order<T>(p, own, given[0]));
   }
   lanes.done();
 }
@@ -62,13 +56,13 @@ VF_DEVICE void gather(const Params& p) {
     lanes.give(group, load_group<BYTES>(p, group));
   }
   for (u32 group = lanes.begin(); group < lanes.end(); group += kThreads) {
-    u32x2 given[kMostRanks];
+    u32x2 given[1][kMostRanks];
     lanes.take(group, given);
     const u32x2 own = load_group<BYTES>(p, group);
 #pragma unroll
     for (int rank = 0; rank < kMostRanks; ++rank) {
       if (rank >= p.size) break;
-      place_group<BYTES>(p, rank, group, rank == p.rank ? own : given[rank]);
+      place_group<BYTES>(p, rank, group, rank == p.rank ? own : given[0][rank]);
     }
   }
   lanes.done();

@@ -31,14 +31,15 @@ struct Params {
   u32* failed;               // the host's: set to 1 where something was waited for in vain
   const void* given;
   void* out;
-  const void* added;         // of a norm: as `given`; and the numbers of a row
-  const void* scale;
-  void* normed;              // as `given`
   u64 patience;              // nanoseconds
   u32 items, width, kept;    // items of `given`; of a gather the columns given, and of `out`
   u32 first, last, share;    // groups of this launch, and of each block
-  float epsilon;             // of a norm
   int rank, size;
+  // Kernels of engines that were built before there were norms end here: what is new goes behind it.
+  const void* added;         // of a norm: as `given`; and the numbers of a row
+  const void* scale;
+  void* normed;              // as `given`
+  float epsilon;
 };
 
 template <int BYTES> struct Item;
@@ -114,6 +115,22 @@ VF_DEVICE void store_group(const Params& p, u32 group, u32x2 bits) {
   for (u32 i = 0; group * kCount + i < p.items; ++i) to[i] = items[i];
 }
 
+// The sum of a group over the ranks, in fp32 and in their order, rounded once.
+template <class T>
+VF_DEVICE u32x2 sum_in_order(const Params& p, u32x2 own, const u32x2 (&given)[kMostRanks]) {
+  constexpr int kCount = 8 / sizeof(T);
+  float total[kCount] = {};
+#pragma unroll
+  for (int rank = 0; rank < kMostRanks; ++rank) {
+    if (rank >= p.size) break;
+    float part[kCount];
+    widen_group<T>(rank == p.rank ? own : given[rank], part);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) total[i] = rank == 0 ? part[i] : total[i] + part[i];
+  }
+  return narrow_group<T>(total);
+}
+
 // One block's meeting.
 struct Lanes {
   const Params& p;
@@ -146,18 +163,24 @@ struct Lanes {
     }
   }
 
-  // What the other ranks give; anything where one does not.
-  VF_DEVICE void take(u32 group, u32x2 (&given)[kMostRanks]) {
+  // What the other ranks give of a group, and of COUNT that are kThreads apart as far as there are
+  // so many; anything where one does not. One look is at all of them: it takes as long as at one.
+  template <int COUNT>
+  VF_DEVICE void take(u32 group, u32x2 (&given)[COUNT][kMostRanks]) {
     for (u32 looks = 1;; ++looks) {
       bool here = true;
 #pragma unroll
-      for (int rank = 0; rank < kMostRanks; ++rank) {
-        if (rank >= p.size) break;
-        if (rank == p.rank) continue;
-        u64 low, high;
-        load_system_pair(p.lanes[p.rank] + place(rank, group), low, high);
-        given[rank] = {static_cast<u32>(low), static_cast<u32>(high)};
-        here = here && static_cast<u32>(low >> 32) == count && static_cast<u32>(high >> 32) == count;
+      for (int i = 0; i < COUNT; ++i) {
+        if (i > 0 && group + i * kThreads >= last) break;
+#pragma unroll
+        for (int rank = 0; rank < kMostRanks; ++rank) {
+          if (rank >= p.size) break;
+          if (rank == p.rank) continue;
+          u64 low, high;
+          load_system_pair(p.lanes[p.rank] + place(rank, group + i * kThreads), low, high);
+          given[i][rank] = {static_cast<u32>(low), static_cast<u32>(high)};
+          here &= (low >> 32) == count && (high >> 32) == count;
+        }
       }
       if (here || lost) return;
       if (looks % kLooks == 0) lost = in_vain(looks / kLooks);

@@ -1,5 +1,8 @@
 // What stands behind a sum in a decoder, by the same launch: the residual is added, and the RMS norm of
 // that is made (https://arxiv.org/abs/1910.07467). A block has a row, of `share` groups.
+//
+// Every result is rounded as by kernels one after the other: the sum, what it is with the residual, and
+// the norm of that. So it does not matter for a token which way a sum went.
 #pragma once
 
 #include "lanes.cuh"
@@ -21,102 +24,117 @@ VF_DEVICE float sum_of_block(float value) {
   return total;
 }
 
-// A thread's part of a row.
-template <class T>
+// A thread's part of a row: every kThreads-th group of it.
 struct Row {
-  static constexpr int kCount = 8 / sizeof(T);
   const Params& p;
-  u32 first, last;  // groups of the row
-  u32x2 added[kRowGroups], scale[kRowGroups];
-  float total[kRowGroups][kCount];
-  float squares = 0;
+  u32 start;  // of the row, in groups
+  u32 own;    // the first group of this thread
 
-  // Loads what no other rank gives, so that it is here when they do.
-  VF_DEVICE explicit Row(const Params& params) : p(params) {
-    first = p.first + block_x() * p.share;
-    last = first + p.share;
+  VF_DEVICE explicit Row(const Params& params)
+      : p(params), start(p.first + block_x() * p.share), own(start + thread_index()) {}
+
+  VF_DEVICE u32 group(u32 i) const { return own + i * kThreads; }
+  VF_DEVICE bool has(u32 i) const { return group(i) < start + p.share; }
+
+  // Groups of a tensor that has rows from `from` on.
+  VF_DEVICE void load(const void* tensor, u32 from, u32x2 (&to)[kRowGroups]) const {
 #pragma unroll
     for (u32 i = 0; i < kRowGroups; ++i) {
       if (!has(i)) break;
-      added[i] = static_cast<const u32x2*>(p.added)[group(i)];
-      scale[i] = static_cast<const u32x2*>(p.scale)[group(i) - first];
+      to[i] = static_cast<const u32x2*>(tensor)[group(i) - from];
     }
   }
 
-  VF_DEVICE u32 group(u32 i) const { return first + thread_index() + i * kThreads; }
-  VF_DEVICE bool has(u32 i) const { return group(i) < last; }
-
-  // Takes a sum; what it is with the residual is rounded first of all.
-  VF_DEVICE void take(u32 i, const float (&sum)[kCount]) {
-    float more[kCount];
-    widen_group<T>(added[i], more);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) more[k] += sum[k];
-    const u32x2 rounded = narrow_group<T>(more);
-    static_cast<u32x2*>(p.out)[group(i)] = rounded;
-    widen_group<T>(rounded, total[i]);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) squares += total[i][k] * total[i][k];
-  }
-
-  VF_DEVICE void finish() {
-    const float factor = inverse_root(sum_of_block(squares) / static_cast<float>(p.width) + p.epsilon);
+  // Weights have run through the L2 cache since they were used last.
+  VF_DEVICE void prefetch(const void* tensor, u32 from) const {
+    if (thread_index() % 4 != 0) return;  // a sector for each
 #pragma unroll
     for (u32 i = 0; i < kRowGroups; ++i) {
-      if (!has(i)) break;
-      float by[kCount];
-      widen_group<T>(scale[i], by);
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) by[k] *= total[i][k] * factor;
-      static_cast<u32x2*>(p.normed)[group(i)] = narrow_group<T>(by);
+      if (has(i)) prefetch_l2(static_cast<const u32x2*>(tensor) + group(i) - from);
     }
   }
 };
 
+// The residual that is added, and what the norm is multiplied by: no other rank gives them.
+template <class T>
+struct Residual {
+  static constexpr int kCount = 8 / sizeof(T);
+  const Params& p;
+  const Row& row;
+  u32x2 added[kRowGroups], scale[kRowGroups];
+
+  VF_DEVICE explicit Residual(const Row& of) : p(of.p), row(of) {
+    row.load(p.added, 0, added);
+    row.load(p.scale, row.start, scale);
+  }
+
+  // Of what was summed.
+  VF_DEVICE void norm(const u32x2 (&sum)[kRowGroups]) const {
+    float total[kRowGroups][kCount], squares = 0;
+#pragma unroll
+    for (u32 i = 0; i < kRowGroups; ++i) {
+      if (!row.has(i)) break;
+      float more[kCount];
+      widen_group<T>(sum[i], total[i]);
+      widen_group<T>(added[i], more);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) total[i][k] += more[k];
+      const u32x2 rounded = narrow_group<T>(total[i]);
+      static_cast<u32x2*>(p.out)[row.group(i)] = rounded;
+      widen_group<T>(rounded, total[i]);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) squares += total[i][k] * total[i][k];
+    }
+    const float mean = sum_of_block(squares) / static_cast<float>(p.width);
+    const float factor = inverse_root(mean + p.epsilon);
+#pragma unroll
+    for (u32 i = 0; i < kRowGroups; ++i) {
+      if (!row.has(i)) break;
+      float by[kCount];
+      widen_group<T>(scale[i], by);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) by[k] *= total[i][k] * factor;
+      static_cast<u32x2*>(p.normed)[row.group(i)] = narrow_group<T>(by);
+    }
+  }
+};
+
+// What is given goes first of all, and everything else is loaded while it is on its way.
 template <class T>
 VF_DEVICE void sum_norm(const Params& p) {
-  constexpr int kCount = Row<T>::kCount;
+  const Row row(p);
+  row.prefetch(p.scale, row.start);
+  row.prefetch(p.added, 0);
+  wait_for_previous_kernel();
+  u32x2 sum[kRowGroups];
+  row.load(p.given, 0, sum);
   Lanes lanes(p);
-  u32x2 own[kRowGroups];
-#pragma unroll
-  for (u32 i = 0; i < kRowGroups; ++i) {
-    const u32 group = lanes.begin() + i * kThreads;
-    if (group >= lanes.end()) break;
-    own[i] = static_cast<const u32x2*>(p.given)[group];
-    lanes.give(group, own[i]);
-  }
-  Row<T> row(p);
 #pragma unroll
   for (u32 i = 0; i < kRowGroups; ++i) {
     if (!row.has(i)) break;
-    u32x2 given[kMostRanks];
-    lanes.take(row.group(i), given);
-    float total[kCount] = {};
-#pragma unroll
-    for (int rank = 0; rank < kMostRanks; ++rank) {
-      if (rank >= p.size) break;
-      float part[kCount];
-      widen_group<T>(rank == p.rank ? own[i] : given[rank], part);
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) total[k] = rank == 0 ? part[k] : total[k] + part[k];
-    }
-    row.take(i, total);
+    lanes.give(row.group(i), sum[i]);
   }
-  row.finish();
+  const Residual<T> residual(row);
+  if (row.has(0)) {
+    u32x2 given[kRowGroups][kMostRanks];
+    lanes.take(row.group(0), given);
+#pragma unroll
+    for (u32 i = 0; i < kRowGroups; ++i) {
+      if (!row.has(i)) break;
+      sum[i] = sum_in_order<T>(p, sum[i], given[i]);
+    }
+  }
+  residual.norm(sum);
   lanes.done();
 }
 
 template <class T>
 VF_DEVICE void norm(const Params& p) {
-  Row<T> row(p);
-#pragma unroll
-  for (u32 i = 0; i < kRowGroups; ++i) {
-    if (!row.has(i)) break;
-    float sum[Row<T>::kCount];
-    widen_group<T>(static_cast<const u32x2*>(p.given)[row.group(i)], sum);
-    row.take(i, sum);
-  }
-  row.finish();
+  const Row row(p);
+  u32x2 sum[kRowGroups];
+  row.load(p.given, 0, sum);
+  const Residual<T> residual(row);
+  residual.norm(sum);
 }
 
 }  // namespace vf
