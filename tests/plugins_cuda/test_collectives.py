@@ -155,6 +155,7 @@ def normed(total: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
 @example(2, "float16", 1, 8192, 1.0)
 @example(2, "bfloat16", 2, 5120, 100.0)
 @example(3, "float32", 66, 12, 1e-3)
+@example(7, "bfloat16", 1, 5120, 1.0)
 @given(
     st.integers(2, 4),
     st.sampled_from(sorted(launcher.ITEM_BYTES)),
@@ -271,6 +272,16 @@ def test_a_rank_that_does_not_come_is_not_waited_for(told: bool) -> None:
         ranks.words[0][0] = 1
     given = bits(drawn(3, 3000, dtype="float32"), "float32")
     ranks.meet(lambda _: launcher.Sum(given.ctypes.data, given.ctypes.data, 3000, "float32"), [0])
+    assert ranks.words[0][64] == 1
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_norm_ends_too_where_a_rank_does_not_come(size: int) -> None:
+    ranks, rows, width = Ranks(size, patience=1), 2, 6000
+    given, out = (bits(np.zeros((rows, width), np.float32), "float16") for _ in range(2))
+    places = [given.ctypes.data] * 4 + [out.ctypes.data]
+    made = launcher.SumNorm(*places, rows, width, EPSILON, "float16")
+    ranks.meet(lambda _: made, [0])
     assert ranks.words[0][64] == 1
 
 

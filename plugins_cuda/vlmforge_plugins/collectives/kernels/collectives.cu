@@ -15,15 +15,25 @@ namespace vf {
 
 template <class T>
 VF_DEVICE void sum(const Params& p) {
+  constexpr int kCount = 8 / sizeof(T);
   Lanes lanes(p);
   for (u32 group = lanes.begin(); group < lanes.end(); group += kThreads) {
     lanes.give(group, load_group<sizeof(T)>(p, group));
   }
   for (u32 group = lanes.begin(); group < lanes.end(); group += kThreads) {
-    u32x2 given[1][kMostRanks];
+    u32x2 given[kMostRanks];
     lanes.take(group, given);
     const u32x2 own = load_group<sizeof(T)>(p, group);
-    store_group<sizeof(T)>(p, group, sum_in_order<T>(p, own, given[0]));
+    float total[kCount] = {};
+#pragma unroll
+    for (int rank = 0; rank < kMostRanks; ++rank) {
+      if (rank >= p.size) break;
+      float part[kCount];
+      widen_group<T>(rank == p.rank ? own : given[rank], part);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) total[i] = rank == 0 ? part[i] : total[i] + part[i];
+    }
+    store_group<sizeof(T)>(p, group, narrow_group<T>(total));
   }
   lanes.done();
 }
@@ -56,13 +66,13 @@ VF_DEVICE void gather(const Params& p) {
     lanes.give(group, load_group<BYTES>(p, group));
   }
   for (u32 group = lanes.begin(); group < lanes.end(); group += kThreads) {
-    u32x2 given[1][kMostRanks];
+    u32x2 given[kMostRanks];
     lanes.take(group, given);
     const u32x2 own = load_group<BYTES>(p, group);
 #pragma unroll
     for (int rank = 0; rank < kMostRanks; ++rank) {
       if (rank >= p.size) break;
-      place_group<BYTES>(p, rank, group, rank == p.rank ? own : given[0][rank]);
+      place_group<BYTES>(p, rank, group, rank == p.rank ? own : given[rank]);
     }
   }
   lanes.done();

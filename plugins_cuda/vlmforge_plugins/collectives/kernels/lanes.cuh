@@ -115,22 +115,6 @@ VF_DEVICE void store_group(const Params& p, u32 group, u32x2 bits) {
   for (u32 i = 0; group * kCount + i < p.items; ++i) to[i] = items[i];
 }
 
-// The sum of a group over the ranks, in fp32 and in their order, rounded once.
-template <class T>
-VF_DEVICE u32x2 sum_in_order(const Params& p, u32x2 own, const u32x2 (&given)[kMostRanks]) {
-  constexpr int kCount = 8 / sizeof(T);
-  float total[kCount] = {};
-#pragma unroll
-  for (int rank = 0; rank < kMostRanks; ++rank) {
-    if (rank >= p.size) break;
-    float part[kCount];
-    widen_group<T>(rank == p.rank ? own : given[rank], part);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) total[i] = rank == 0 ? part[i] : total[i] + part[i];
-  }
-  return narrow_group<T>(total);
-}
-
 // One block's meeting.
 struct Lanes {
   const Params& p;
@@ -141,7 +125,7 @@ struct Lanes {
   VF_DEVICE explicit Lanes(const Params& params) : p(params) {
     first = p.first + block_x() * p.share;
     last = first + p.share < p.last ? first + p.share : p.last;
-    count = p.counts[block_x()] + 1;
+    count = load_kept(p.counts + block_x()) + 1;
     if (count == 0) count = 2;  // 0 is what was never written; lanes go on in turns
   }
 
@@ -163,29 +147,29 @@ struct Lanes {
     }
   }
 
-  // What the other ranks give of a group, and of COUNT that are kThreads apart as far as there are
-  // so many; anything where one does not. One look is at all of them: it takes as long as at one.
-  template <int COUNT>
-  VF_DEVICE void take(u32 group, u32x2 (&given)[COUNT][kMostRanks]) {
+  // What the other ranks give; anything where one does not.
+  VF_DEVICE void take(u32 group, u32x2 (&given)[kMostRanks]) {
     for (u32 looks = 1;; ++looks) {
       bool here = true;
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i) {
-        if (i > 0 && group + i * kThreads >= last) break;
-#pragma unroll
-        for (int rank = 0; rank < kMostRanks; ++rank) {
-          if (rank >= p.size) break;
-          if (rank == p.rank) continue;
-          u64 low, high;
-          load_system_pair(p.lanes[p.rank] + place(rank, group + i * kThreads), low, high);
-          given[i][rank] = {static_cast<u32>(low), static_cast<u32>(high)};
-          here &= (low >> 32) == count && (high >> 32) == count;
-        }
+      for (int rank = 0; rank < kMostRanks; ++rank) {
+        if (rank >= p.size) break;
+        if (rank == p.rank) continue;
+        u64 low, high;
+        load_system_pair(p.lanes[p.rank] + place(rank, group), low, high);
+        given[rank] = {static_cast<u32>(low), static_cast<u32>(high)};
+        here = here && static_cast<u32>(low >> 32) == count && static_cast<u32>(high >> 32) == count;
       }
-      if (here || lost) return;
-      if (looks % kLooks == 0) lost = in_vain(looks / kLooks);
-      if (looks >= kHasty) rest();
+      if (!go_on(here, looks)) return;
     }
+  }
+
+  // Whether to look again, after so many looks.
+  VF_DEVICE bool go_on(bool here, u32 looks) {
+    if (here || lost) return false;
+    if (looks % kLooks == 0) lost = in_vain(looks / kLooks);
+    if (looks >= kHasty) rest();
+    return true;
   }
 
   // The host's memory is far: if all threads looked there, a rank would be late by that for the next
@@ -206,7 +190,7 @@ struct Lanes {
 
   VF_DEVICE void done() const {
     sync_threads();
-    if (thread_index() == 0) p.counts[block_x()] = count;
+    if (thread_index() == 0) store_kept(p.counts + block_x(), count);
   }
 };
 

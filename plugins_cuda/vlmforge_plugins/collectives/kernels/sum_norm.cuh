@@ -99,33 +99,116 @@ struct Residual {
   }
 };
 
+// What all give of a row. Looks are at as many groups at once as registers allow: one takes as long.
+template <class T, int RANKS>
+struct Shares {
+  static constexpr int kCount = 8 / sizeof(T), kOthers = RANKS - 1;
+  static constexpr u32 kAtOnce = RANKS == 2 ? kRowGroups : RANKS == 4 ? 2 : 1;
+  const Params& p;
+  const Row& row;
+  u32x2 own[kRowGroups], given[kRowGroups][kOthers];
+
+  VF_DEVICE explicit Shares(const Row& of) : p(of.p), row(of) { row.load(p.given, 0, own); }
+
+  VF_DEVICE bool is(int other) const { return RANKS == 2 || other < p.size - 1; }
+  VF_DEVICE int rank(int other) const { return other < p.rank ? other : other + 1; }
+
+  VF_DEVICE void give(const Lanes& lanes) const {
+    const u64 number = u64{lanes.count} << 32;
+#pragma unroll
+    for (int other = 0; other < kOthers; ++other) {
+      if (!is(other)) break;
+      u32x4* to = p.lanes[rank(other)] + lanes.place(p.rank, row.own);
+#pragma unroll
+      for (u32 i = 0; i < kRowGroups; ++i) {
+        if (row.has(i)) store_system_pair(to + i * kThreads, number | own[i].x, number | own[i].y);
+      }
+    }
+  }
+
+  // Anything where a rank gives nothing.
+  VF_DEVICE void take(Lanes& lanes) {
+#pragma unroll
+    for (u32 i = 0; i < kRowGroups; i += kAtOnce) {
+      if (!row.has(i)) break;
+      for (u32 looks = 1; lanes.go_on(is_here(lanes, i), looks); ++looks) continue;
+    }
+  }
+
+  VF_DEVICE bool is_here(const Lanes& lanes, u32 from) {
+    u64 low[kAtOnce][kOthers], high[kAtOnce][kOthers];
+#pragma unroll
+    for (int other = 0; other < kOthers; ++other) {
+      const u32x4* at = p.lanes[p.rank] + lanes.place(rank(other), row.group(from));
+#pragma unroll
+      for (u32 i = 0; i < kAtOnce; ++i) {
+        if (is(other) && row.has(from + i)) {
+          load_system_pair(at + i * kThreads, low[i][other], high[i][other]);
+        }
+      }
+    }
+    bool here = true;
+#pragma unroll
+    for (u32 i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+      for (int other = 0; other < kOthers; ++other) {
+        if (is(other) && row.has(from + i)) {
+          const u64 low_word = low[i][other], high_word = high[i][other];
+          given[from + i][other] = {static_cast<u32>(low_word), static_cast<u32>(high_word)};
+          here = here && static_cast<u32>(low_word >> 32) == lanes.count &&
+                 static_cast<u32>(high_word >> 32) == lanes.count;
+        }
+      }
+    }
+    return here;
+  }
+
+  // In fp32 and in the order of the ranks.
+  VF_DEVICE u32x2 sum(u32 i) const {
+    float total[kCount] = {};
+#pragma unroll
+    for (int rank = 0; rank < RANKS; ++rank) {
+      if (rank >= p.size) break;
+      float part[kCount];
+      const u32x2 before = given[i][rank < kOthers ? rank : 0], behind = given[i][rank ? rank - 1 : 0];
+      widen_group<T>(rank == p.rank ? own[i] : rank < p.rank ? before : behind, part);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) total[k] = rank == 0 ? part[k] : total[k] + part[k];
+    }
+    return narrow_group<T>(total);
+  }
+};
+
 // What is given goes first of all, and everything else is loaded while it is on its way.
-template <class T>
-VF_DEVICE void sum_norm(const Params& p) {
+template <class T, int RANKS>
+VF_DEVICE void sum_norm_of(const Params& p) {
   const Row row(p);
   row.prefetch(p.scale, row.start);
   row.prefetch(p.added, 0);
   wait_for_previous_kernel();
-  u32x2 sum[kRowGroups];
-  row.load(p.given, 0, sum);
+  Shares<T, RANKS> shares(row);
   Lanes lanes(p);
+  shares.give(lanes);
+  const Residual<T> residual(row);
+  shares.take(lanes);
+  u32x2 sum[kRowGroups];
 #pragma unroll
   for (u32 i = 0; i < kRowGroups; ++i) {
-    if (!row.has(i)) break;
-    lanes.give(row.group(i), sum[i]);
-  }
-  const Residual<T> residual(row);
-  if (row.has(0)) {
-    u32x2 given[kRowGroups][kMostRanks];
-    lanes.take(row.group(0), given);
-#pragma unroll
-    for (u32 i = 0; i < kRowGroups; ++i) {
-      if (!row.has(i)) break;
-      sum[i] = sum_in_order<T>(p, sum[i], given[i]);
-    }
+    if (row.has(i)) sum[i] = shares.sum(i);
   }
   residual.norm(sum);
   lanes.done();
+}
+
+template <class T>
+VF_DEVICE void sum_norm(const Params& p) {
+  if (p.size == 2) {
+    sum_norm_of<T, 2>(p);
+  } else if (p.size <= 4) {
+    sum_norm_of<T, 4>(p);
+  } else {
+    sum_norm_of<T, kMostRanks>(p);
+  }
 }
 
 template <class T>
