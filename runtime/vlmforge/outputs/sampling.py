@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vlmforge.backends.choice import NO_EDITS, Choice, Edits, Picked
 from vlmforge.errors import ConfigError, EngineError
+from vlmforge.outputs.drawing import draw, nucleus
 from vlmforge.outputs.grammar import Guide
 from vlmforge.outputs.logprobs import Logits, top_ids, top_logprobs
 
@@ -201,7 +202,7 @@ class Sampler:
             token = int(edited.argmax())
             _check_edited(float(edited[token]))
         if self.rng is not None and not self._params.greedy:
-            token = _draw(*_weights(edited, self._params), self._next_number())
+            token = draw(*_weights(edited, self._params), self._next_number())
         if self._matcher is not None:
             self._matcher.accept(token)
         self._generated.append(token)
@@ -302,47 +303,12 @@ def _weights(
             values /= params.temperature
     weights: NDArray[np.float64] = np.exp(values, out=values)
     if params.top_p < 1:
-        kept = _nucleus(weights, params.top_p)
+        kept = nucleus(weights, params.top_p)
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     if params.min_p > 0:
         kept = np.flatnonzero(weights >= params.min_p)  # the largest is 1
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     return ids, weights
-
-
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Places of the smallest set of the largest that has `top_p` of all weight, or more.
-
-    Largest first, equals as they lie. The largest is 1. Sorting places is what costs: mostly few
-    have nearly all of the weight, and sorted values, which cost far less, tell how few.
-    """
-    total = float(weights.sum())
-    enough = top_p * total
-    # All places below this bound together hold less than 1 - top_p, so none of them is needed.
-    least = (total - enough) / (2 * len(weights))
-    for bound in (1e-4, least):
-        places = np.flatnonzero(weights >= max(bound, least))
-        values = weights[places]
-        if values.sum() > enough * (1 + _ROUNDING):
-            break
-    largest = np.sort(values)[::-1]
-    before = np.cumsum(largest) - largest
-    count = max(1, int(np.count_nonzero(before < enough)))
-    places = places[values >= largest[count - 1]]
-    alike = (largest[1:count] == largest[: count - 1]).any() or len(places) > count
-    order = np.argsort(-weights[places], kind="stable" if alike else None)  # which is faster
-    kept: NDArray[np.int64] = places[order[:count]]
-    return kept
-
-
-_ROUNDING = 1e-9
-
-
-def _draw(ids: NDArray[np.int64] | None, weights: NDArray[np.float64], number: float) -> int:
-    """Where the part `number` of the whole weight ends: at none whose weight is 0."""
-    total = np.cumsum(weights)
-    place = int(np.searchsorted(total, number * total[-1], side="right"))
-    return place if ids is None else int(ids[place])
 
 
 def _penalise(logits: Logits, seen: NDArray[np.bool_], penalty: float) -> None:
