@@ -25,6 +25,9 @@ from vlmforge.backends.fake import cuda_on_cpu
 from vlmforge.backends.ranks.calls import NextTokens, RankedDecoder
 from vlmforge.backends.ranks.overlapping import OverlappingRanks
 from vlmforge.backends.ranks.processes import Processes
+from vlmforge.cli.inspect import describe
+from vlmforge.engine.bundle import open_bundle
+from vlmforge.engine.static_check import check_static
 from vlmforge.errors import BackendUnavailableError, ConfigError, RankError
 
 LIMITS = TOLERANCES["float16"]
@@ -52,6 +55,25 @@ def test_every_golden_case(two: Pipeline, name: str) -> None:
     golden = Golden(HF.name, two)
     check_prompt(golden, name)
     check_answer(golden, name, LIMITS)
+
+
+def test_what_is_told_of_it(engine: Path) -> None:
+    """Sums but the last, of which only some rows are normalised, are made with their norm."""
+    bundle = open_bundle(engine)
+    chain = bundle.manifest.part("decoder").chain
+    assert chain is not None
+    normed = [call.norm is not None for call in chain.collectives if call.kind == "all_reduce"]
+    assert normed == [True] * (len(normed) - 1) + [False] and len(normed) > 2
+    words = f"{len(normed) - 1} with the norm behind it"
+    assert f"{len(normed) + 1} meetings of the ranks ({words})" in describe(engine)
+    results = [result for result in check_static(bundle) if result.check == "ranks"]
+    assert all(result.passed and words in result.detail for result in results[1:])
+    files = tuple(
+        replace(e, size=64) if e.path.endswith(".data") else e for e in bundle.manifest.files
+    )
+    short = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    failed = [result.detail for result in check_static(short) if not result.passed]
+    assert len(failed) == 2 and all("no scale for" in detail for detail in failed)
 
 
 def test_a_batch_is_as_each_of_it_alone(two: Pipeline) -> None:
