@@ -3,8 +3,9 @@
     python3 bench/gpu_meetings.py --ranks 2
 
 All ranks, a process each, sum and gather by our kernels and by NCCL, in a captured graph that is
-replayed, and compare with sums in float64 and with each other, bit by bit. Needs what serving
-needs, and NVRTC.
+replayed, and compare with sums in float64 and with each other, bit by bit. Sums with the norm
+behind them are made by one kernel and by two (`--norms`: nothing else). Needs what serving needs,
+and NVRTC.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from vlmforge.backends import Communicator  # noqa: E402
 from vlmforge.backends.cuda.device import ITEM_BYTES, Tensor, Work  # noqa: E402
 from vlmforge.backends.number_formats import DTYPES, decode, encode  # noqa: E402
 from vlmforge.backends.ranks import child, exchange, processes  # noqa: E402
+from vlmforge_plugins.errors import PluginError  # noqa: E402
 
 if TYPE_CHECKING:
     from vlmforge.backends.cuda.gpu import Gpu
@@ -37,10 +39,15 @@ if TYPE_CHECKING:
 PROGRAM, TASK = "gpu_meetings", "VLMFORGE_BENCH_MEETINGS"
 KINDS = ("float16", "bfloat16", "float32")
 ITEMS = (1, 7, 1000, 2048, 4096, 8192, 32768, 65536, 131072, 262144, 524288, 1 << 20, 1 << 21)
+NORMS = (
+    *(("float16", rows, 4096) for rows in (1, 2, 4, 8, 16, 64, 200)),
+    *(("float16", 1, width) for width in (64, 2048, 5120, 7168, 8192)),
+    *(("bfloat16", rows, 5120) for rows in (1, 8, 64)),
+)
 ROOM, LINKS = 1 << 12, 16  # floats of a meeting on the host; meetings of a graph
 
 
-def check(ranks: Communicator, folder: Path, replays: int) -> int:
+def check(ranks: Communicator, folder: Path, replays: int, norms: bool) -> int:
     """On every rank; prints on the first. The number of wrong sums."""
     from vlmforge.backends.cuda.gpu import Gpu
     from vlmforge.backends.cuda.nccl import Nccl
@@ -57,15 +64,17 @@ def check(ranks: Communicator, folder: Path, replays: int) -> int:
         if isinstance(way, str):
             say(f"{name}: cannot be had: {way}", flush=True)
             continue
-        for kind in KINDS:
+        for kind in () if norms else KINDS:
             for items in ITEMS:
                 words, fine = _checked(gpu, ranks, way, name, kind, items, replays)
                 wrong += not fine
                 say(f"{name} {kind} {items:8d}: {words}", flush=True)
+        if norms:
+            continue
         wrong += _gathers(gpu, ranks, way, name, say)
         wrong += _broadcasts(gpu, ranks, way, name, say)
     if isinstance(ways["ours"], Peers):
-        wrong += _norms(gpu, ranks, ways["ours"], say)
+        wrong += _norms(gpu, ranks, ways["ours"], replays, say)
     say(f"{wrong} wrong", flush=True)
     return wrong
 
@@ -149,38 +158,92 @@ def _broadcasts(
     return wrong
 
 
-def _norms(gpu: Gpu, ranks: Communicator, way: Any, say: Callable[..., None]) -> int:
-    """Sums with the residual and the norm behind them: by one launch, and by two."""
+def _norms(gpu: Gpu, ranks: Communicator, way: Any, replays: int, say: Callable[..., None]) -> int:
+    """Sums with the residual and the norm behind them."""
+    wrong = 0
+    for kind, rows, width in NORMS:
+        try:
+            words, fine = _normed(gpu, ranks, way, kind, rows, width, replays)
+        except PluginError as error:
+            words, fine = str(error), False
+        answers = exchange(ranks, bytes([fine]))
+        wrong += not all(answer == b"\1" for answer in answers)
+        say(f"norms of {kind} {rows:4d} x {width}: {words}", flush=True)
+    return wrong
+
+
+def _normed(
+    gpu: Gpu, ranks: Communicator, way: Any, kind: str, rows: int, width: int, replays: int
+) -> tuple[str, bool]:
+    """By one launch, by one that starts early, and by two: bit by bit the same, also as numpy's."""
     from vlmforge.backends.cuda.device import SumAndNorm
     from vlmforge.backends.cuda.peers import norm_alone
 
-    wrong, kind, width = 0, "float16", 4096
-    for rows in (1, 8, 64, 200):
-        rng = np.random.default_rng(rows)
-        shares = rng.standard_normal((ranks.size, rows, width), np.float32)
-        more, scale = rng.standard_normal((rows, width), np.float32), rng.random(width, np.float32)
-        kept = [_put(gpu, kind, v) for v in (shares[ranks.rank], more, more, more, scale)]
-        given, added, total, normed, factor = (tensor for tensor, _ in kept)
-        call = SumAndNorm(given, added, total, normed, factor.address, 1e-5)
-        alone = norm_alone(gpu, replace(call, given=total), way.kernels)
-        times, digests = [], []
-        for works in ([way.all_reduce(given, total), alone], [way.sum_and_norm(call)]):
-            graph = _captured(gpu, ranks, works * LINKS)
-            times.append(statistics.median(_milliseconds(gpu, graph) for _ in range(50)) / LINKS)
-        bits = [_got(gpu, one) for one in (total, normed)]
-        digests = exchange(ranks, hashlib.sha256(b"".join(b.tobytes() for b in bits)).digest())
-        read = [decode(encode(v, kind), kind).astype(np.float32) for v in (shares, more, scale)]
-        whole = read[0][0]
-        for share in read[0][1:]:
-            whole = whole + share
-        exact = decode(bits[0], kind).astype(np.float64)
-        norm = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * read[2]
-        off = float(np.abs(decode(bits[1], kind) - norm).max())
-        fine = np.array_equal(bits[0], encode(whole + read[1], kind)) and off < 8e-3
-        wrong += not (fine and len(set(digests)) == 1)
-        words = f"{times[1] * 1e3:.2f} us, sum and norm apart {times[0] * 1e3:.2f} us"
-        say(f"norms of {rows} x {width}: {words}, off by {off:.1e}{'' if fine else ' WRONG'}")
-    return wrong
+    rng = np.random.default_rng(rows)
+    shares = rng.standard_normal((LINKS, ranks.size, rows, width), np.float32)
+    more, scale = rng.standard_normal((rows, width), np.float32), rng.random(width, np.float32)
+    (added, keep), (factor, keep_too) = _put(gpu, kind, more), _put(gpu, kind, scale)
+    given = [_put(gpu, kind, share[ranks.rank]) for share in shares]
+    outs = [[_put(gpu, kind, 0 * more) for _ in range(2)] for _ in shares]
+    calls = [
+        SumAndNorm(one, added, total, normed, factor.address, 1e-5)
+        for (one, _), ((total, _), (normed, _)) in zip(given, outs, strict=True)
+    ]
+    apart: list[Work] = []
+    for call in calls:
+        apart += [way.all_reduce(call.given, call.total)]
+        apart += [norm_alone(gpu, replace(call, given=call.total), way.kernels)]
+    ways = {"apart": apart, "one": [way.sum_and_norm(call) for call in calls]}
+    if early_can(gpu):
+        way._early = True
+        ways["early"] = [way.sum_and_norm(call) for call in calls]
+        way._early = False
+    times, found = {}, {}
+    for name, works in ways.items():
+        graph = _captured(gpu, ranks, works)
+        times[name] = [_milliseconds(gpu, graph) for _ in range(max(1, replays))]
+        got = [_got(gpu, out) for call in calls for out in (call.total, call.normed)]
+        found[name] = b"".join(bits.tobytes() for bits in got)
+        for call in calls:
+            for out in (call.total, call.normed):
+                gpu.upload(out.address, np.zeros(rows * width * ITEM_BYTES[kind], np.uint8))
+    digests = exchange(ranks, hashlib.sha256(found["one"]).digest())
+    same = len(set(digests)) == len(set(found.values())) == 1
+    bitwise, off = _as_numpy_has_it(kind, shares, more, scale, got)
+    took = ", ".join(
+        f"{name} {statistics.median(t) / LINKS * 1e3:.2f} us" for name, t in times.items()
+    )
+    fine = same and bitwise and off < (8e-3 if kind == "float16" else 6e-2)
+    del keep, keep_too
+    words = f"{took}, off by {off:.1e}"
+    return words + ("" if fine else f"  WRONG (same {same}, in order {bitwise})"), fine
+
+
+def _as_numpy_has_it(
+    kind: str, shares: Any, more: Any, scale: Any, got: list[Any]
+) -> tuple[bool, float]:
+    """Whether sums with residuals are to the bit, and by how much norms are off, at most."""
+
+    def rounded(values: Any) -> Any:
+        return decode(encode(values, kind), kind).astype(np.float32)
+
+    bitwise, off = True, 0.0
+    for share, total, normed in zip(rounded(shares), got[::2], got[1::2], strict=True):
+        whole = share[0]
+        for other in share[1:]:
+            whole = whole + other
+        bitwise &= np.array_equal(total, encode(rounded(whole) + rounded(more), kind))
+        exact = decode(total, kind).astype(np.float64)
+        norm = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * rounded(scale)
+        off = max(off, float(np.abs(decode(normed, kind).astype(np.float64) - norm).max()))
+    return bitwise, off
+
+
+def early_can(gpu: Gpu) -> bool:
+    """Whether kernels of this GPU may start before those in front of them have ended."""
+    from vlmforge_plugins.cached_attention.driver import capability
+
+    return capability(gpu.ordinal) >= 90
 
 
 def _put(gpu: Gpu, kind: str, values: Any) -> tuple[Tensor, Any]:
@@ -242,15 +305,15 @@ def compiled(folder: Path) -> None:
     (folder / f"{target.name}.cubin").write_bytes(compile_source(SOURCE, target, Nvrtc()).code)
 
 
-def check_all(size: int, replays: int) -> int:
+def check_all(size: int, replays: int, norms: bool) -> int:
     """The first rank, and the processes of the others."""
     with TemporaryDirectory() as folder:
         compiled(Path(folder))
-        os.environ[TASK] = json.dumps([folder, replays])
+        os.environ[TASK] = json.dumps([folder, replays, norms])
         processes.CHILD = PROGRAM
         others = processes.Processes(size, ROOM)
         try:
-            return check(others.communicator, Path(folder), replays)
+            return check(others.communicator, Path(folder), replays, norms)
         finally:
             others.close()
 
@@ -258,8 +321,8 @@ def check_all(size: int, replays: int) -> int:
 def follow(place: processes.Place) -> None:
     """What the other ranks do."""
     ranks = child.joined(place)
-    folder, replays = json.loads(os.environ[TASK])
-    check(ranks, Path(folder), replays)
+    folder, replays, norms = json.loads(os.environ[TASK])
+    check(ranks, Path(folder), replays, norms)
 
 
 def main() -> int:
@@ -270,8 +333,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--replays", type=int, default=1000)
+    parser.add_argument("--norms", action="store_true", help="of sums alone")
     given = parser.parse_args()
-    return min(1, check_all(given.ranks, given.replays))
+    return min(1, check_all(given.ranks, given.replays, given.norms))
 
 
 if __name__ == "__main__":

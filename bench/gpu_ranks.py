@@ -8,7 +8,8 @@
 
 `speed` compares the first engine, of one rank, with the others of the same shape; what meeting
 takes is the difference to the same steps in which each rank goes on with its own share. `--small`
-compares bytes up to which sums go by our kernel; with `--one-by-one` no step is begun before one
+compares bytes up to which sums go by our kernel, `--ways` sums and norms by two kernels and by one
+that starts while the one in front of it ends; with `--one-by-one` no step is begun before one
 has ended; `--drawn` draws tokens instead of taking the likeliest. Engines are made where the
 builder is: `bench/gpu_engines.py build ENGINES --kinds tp2`, `bench/hollow.py build ... --tp 2`.
 Needs what serving needs.
@@ -43,6 +44,7 @@ from vlmforge.engine.manifest import load_manifest  # noqa: E402
 from vlmforge.errors import RankError  # noqa: E402
 
 PROGRAM, ALONE, SMALL = "gpu_ranks", "VLMFORGE_BENCH_ALONE", "VLMFORGE_BENCH_SMALL"
+WAYS = {"early": "VLMFORGE_BENCH_EARLY", "two": "VLMFORGE_BENCH_TWO"}
 DRAWN = {"top_k": 40, "top_p": 0.9, "temperature": 0.8}
 
 
@@ -82,6 +84,14 @@ def as_asked() -> None:
         from vlmforge.backends.cuda import meeting
 
         meeting._SMALL = int(small)  # type: ignore[misc]
+    if os.environ.get(WAYS["early"]):
+        from vlmforge.backends.cuda import peers
+
+        peers._EARLY = True  # type: ignore[misc]
+    if os.environ.get(WAYS["two"]):
+        from vlmforge.backends.cuda.peers import Peers
+
+        Peers.sum_and_norm = lambda self, call: None  # type: ignore[method-assign, assignment]
 
 
 def one(engine: Path, wanted: list[str], *, one_by_one: bool, drawn: bool) -> list[dict[str, Any]]:
@@ -116,7 +126,9 @@ def one(engine: Path, wanted: list[str], *, one_by_one: bool, drawn: bool) -> li
     return rows
 
 
-def speed(engines: list[Path], options: list[str], small: list[int], out: Path | None) -> None:
+def speed(
+    engines: list[Path], options: list[str], small: list[int], ways: list[str], out: Path | None
+) -> None:
     """Each engine in a process of its own; those of several ranks also without meetings."""
     results: list[dict[str, Any]] = []
     for engine in engines:
@@ -125,9 +137,11 @@ def speed(engines: list[Path], options: list[str], small: list[int], out: Path |
         if ranks > 1:
             kinds = [*({SMALL: str(limit)} for limit in small), {ALONE: "1"}]
             kinds = kinds if small else [{}, *kinds]
+            kinds = [*kinds, *({WAYS[way]: way} for way in ways)]
         for kind in kinds:
             apart, limit = ALONE in kind, int(kind.get(SMALL, 0))
             same = {"engine": engine.name, "ranks": ranks, "apart": apart, "small": limit}
+            same["way"] = next((way for way in ways if WAYS[way] in kind), "")
             command = [sys.executable, str(ROOT / "bench" / "gpu_ranks.py"), "one", str(engine)]
             done = subprocess.run(
                 [*command, *options],
@@ -158,6 +172,7 @@ def _compared(results: list[dict[str, Any]]) -> None:
             continue
         words = f"{row['engine']}, batch {row['batch']}: step {row['step_ms']} ms"
         words += f" (sums by us up to {row['small']} B)" if row["small"] else ""
+        words += f" (norms: {row['way']})" if row["way"] else ""
         if (base := next(found(row, ranks=1), None)) is not None:
             words += f", {base['step_ms'] / row['step_ms']:.2f}x of one rank"
             words += f" (on the GPU {base['gpu_ms'] / row['gpu_ms']:.2f}x)"
@@ -250,6 +265,7 @@ def main() -> int:
         timed.add_argument("--batch", nargs="+", default=["1:1024", "64:1024"])
         timed.add_argument("--one-by-one", action="store_true")
         timed.add_argument("--drawn", action="store_true")
+        timed.add_argument("--ways", nargs="+", default=[], choices=WAYS)
         timed.add_argument("--small", type=int, nargs="+", default=[], metavar="BYTES")
         timed.add_argument("--out", type=Path)
     kinds.add_parser("answers").add_argument("engine", type=Path)
@@ -271,7 +287,7 @@ def main() -> int:
             options = ["--batch", *given.batch]
             options += ["--one-by-one"] if given.one_by_one else []
             options += ["--drawn"] if given.drawn else []
-            speed(given.engines, options, given.small, given.out)
+            speed(given.engines, options, given.small, given.ways, given.out)
     except Exception:  # noqa: BLE001 - the next part is to run
         print("\n".join(traceback.format_exc().splitlines()[-25:]), flush=True)
         return 1

@@ -112,29 +112,32 @@ def test_a_sum_of_other_shapes_stays() -> None:
     assert not FuseContribPass()(model).modified
 
 
-def met(scale: int, takers: int = 1, swapped: bool = False) -> ir.Model:
+def met(width: int, takers: int = 1, swapped: bool = False) -> ir.Model:
     """A sum over the ranks, and its residual and norm; others may take the sum as well."""
-    given = ["more", "sum"] if swapped else ["sum", "more"]
-    skip = "SkipSimplifiedLayerNormalization"
-    nodes = [
-        helper.make_node("AllReduce", ["share"], ["sum"], domain="vlmforge"),
-        helper.make_node(
-            skip, [*given, "w"], ["n", "", "", "t"], "norm", epsilon=1e-5, domain="com.microsoft"
-        ),
-        *(helper.make_node("Neg", ["sum"], [f"o{i}"]) for i in range(takers - 1)),
-    ]
-    rows = [*ROWS[:2], scale]
-    model = graph(nodes, {"n": rows, "t": rows}, share=rows, more=rows)
-    for value in model.graph.all_values() if hasattr(model.graph, "all_values") else ():
-        value.shape = value.shape or ir.Shape(rows)
-    weight = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([scale]))
-    weight.const_value = ir.tensor(np.ones(scale, np.float32), name="w")
-    model.graph.register_initializer(weight)
-    for node in model.graph:
-        for index, value in enumerate(node.inputs):
-            if value is not None and value.name == "w":
-                node.replace_input_with(index, weight)
-    return model
+    float32 = ir.TensorType(ir.DataType.FLOAT)
+
+    def value(name: str, *shape: object) -> ir.Value:
+        return ir.Value(name=name, type=float32, shape=ir.Shape(shape))  # type: ignore[arg-type]
+
+    share, more, total = (value(name, *ROWS[:2], width) for name in ("share", "more", "sum"))
+    weight = value("w", width)
+    weight.const_value = ir.tensor(np.ones(width, np.float32), name="w")
+    given = [more, total] if swapped else [total, more]
+    skip = ir.node(
+        "SkipSimplifiedLayerNormalization",
+        [*given, weight],
+        {"epsilon": 1e-5},
+        domain="com.microsoft",
+        num_outputs=4,
+        name="norm",
+    )
+    for output, name in zip(skip.outputs, ("n", "", "", "t"), strict=True):
+        output.name, output.type, output.shape = name, float32, share.shape
+    nodes = [ir.node("AllReduce", [share], domain="vlmforge", outputs=[total]), skip]
+    nodes += [ir.node("Neg", [total]) for _ in range(takers - 1)]
+    outputs = [skip.outputs[0], skip.outputs[3]]
+    graph = ir.Graph([share, more], outputs, nodes=nodes, initializers=[weight])
+    return ir.Model(graph, ir_version=10)
 
 
 @pytest.mark.parametrize("swapped", [False, True])

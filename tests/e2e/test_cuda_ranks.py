@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import HANGS, HF, IMAGES, cuda_engine
+from conftest import HANGS, HF, IMAGES, cuda_engine, wait_until
 from golden_models import TOLERANCES, Golden, cases_of, check_answer, check_prompt
 from late_device import late_cuda_on_cpu
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
@@ -25,7 +25,10 @@ from vlmforge.backends.fake import cuda_on_cpu
 from vlmforge.backends.ranks.calls import NextTokens, RankedDecoder
 from vlmforge.backends.ranks.overlapping import OverlappingRanks
 from vlmforge.backends.ranks.processes import Processes
-from vlmforge.errors import BackendUnavailableError, CancelledError, ConfigError, RankError
+from vlmforge.cli.inspect import describe
+from vlmforge.engine.bundle import open_bundle
+from vlmforge.engine.static_check import check_static
+from vlmforge.errors import BackendUnavailableError, ConfigError, RankError
 
 LIMITS = TOLERANCES["float16"]
 PICTURE = str(IMAGES / "tall_300x900.png")
@@ -52,6 +55,25 @@ def test_every_golden_case(two: Pipeline, name: str) -> None:
     golden = Golden(HF.name, two)
     check_prompt(golden, name)
     check_answer(golden, name, LIMITS)
+
+
+def test_what_is_told_of_it(engine: Path) -> None:
+    """Sums but the last, of which only some rows are normalised, are made with their norm."""
+    bundle = open_bundle(engine)
+    chain = bundle.manifest.part("decoder").chain
+    assert chain is not None
+    normed = [call.norm is not None for call in chain.collectives if call.kind == "all_reduce"]
+    assert normed == [True] * (len(normed) - 1) + [False] and len(normed) > 2
+    words = f"{len(normed) - 1} with the norm behind it"
+    assert f"{len(normed) + 1} meetings of the ranks ({words})" in describe(engine)
+    results = [result for result in check_static(bundle) if result.check == "ranks"]
+    assert all(result.passed and words in result.detail for result in results[1:])
+    files = tuple(
+        replace(e, size=64) if e.path.endswith(".data") else e for e in bundle.manifest.files
+    )
+    short = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    failed = [result.detail for result in check_static(short) if not result.passed]
+    assert len(failed) == 2 and all("no scale for" in detail for detail in failed)
 
 
 def test_a_batch_is_as_each_of_it_alone(two: Pipeline) -> None:
@@ -153,12 +175,19 @@ def test_a_pipeline_is_closed_with_steps_under_way(engine: Path) -> None:
     with late_cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=2)) as pipe:
         decoder = pipe._engine.decoder
         assert isinstance(decoder, OverlappingRanks) and isinstance(decoder._others, Processes)
-        child = decoder._others._children[1]
-        pieces = pipe.stream_infer("hi", GenerationConfig(max_new_tokens=200, ignore_eos=True))
+        child, begin, begun = decoder._others._children[1], decoder.begin, itertools.count()
+
+        def held(*arguments: Any) -> Any:
+            made = begin(*arguments)
+            if next(begun) == 3:
+                wait_until(lambda: pipe._scheduler._stopping)
+            return made
+
+        decoder.begin = held  # type: ignore[method-assign]
+        pieces = pipe.stream_infer("hi", GenerationConfig(max_new_tokens=40, ignore_eos=True))
         next(pieces)
         pipe.close()
-        with pytest.raises(CancelledError):
-            list(pieces)
+        assert list(pieces)[-1].finish_reason == "abort"
     assert child.poll() is not None
 
 

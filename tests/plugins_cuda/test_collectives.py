@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -121,7 +121,10 @@ def numbers_of(memory: NDArray[np.uint8], items: int, dtype: str) -> NDArray[np.
 
 
 def drawn(seed: int, *shape: int, dtype: str) -> NDArray[np.float32]:
-    numbers = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return rounded(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)
+
+
+def rounded(numbers: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
     if dtype == "float32":
         return numbers
     return decode(encode(numbers, dtype), dtype).astype(np.float32)
@@ -131,9 +134,7 @@ def in_order(numbers: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
     total = numbers[0].copy()
     for row in numbers[1:]:
         total += row
-    if dtype == "float32":
-        return total
-    return decode(encode(total, dtype), dtype).astype(np.float32)
+    return rounded(total, dtype)
 
 
 EPSILON = 1e-3
@@ -150,28 +151,55 @@ def normed(total: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
 
 
 # Numbers of a row: fewer than threads, not a multiple of theirs, and as many as there may be.
-@pytest.mark.parametrize(
-    ("dtype", "rows", "width"),
-    [("float16", 3, 64), ("bfloat16", 2, 5120), ("float32", 70, 12), ("float16", 1, 8192)],
+@settings(max_examples=4)
+@example(2, "float16", 1, 8192, 1.0)
+@example(2, "bfloat16", 2, 5120, 100.0)
+@example(3, "float32", 66, 12, 1e-3)
+@example(7, "bfloat16", 1, 5120, 1.0)
+@given(
+    st.integers(2, 4),
+    st.sampled_from(sorted(launcher.ITEM_BYTES)),
+    st.integers(1, 64),
+    st.integers(16, 1000).map(lambda groups: 4 * groups),
+    st.sampled_from([1e-3, 1.0, 100.0]),
 )
-def test_a_sum_is_added_to_and_normalised(dtype: str, rows: int, width: int) -> None:
-    ranks = Ranks(2)
+def test_a_sum_is_added_to_and_normalised(
+    size: int, dtype: str, rows: int, width: int, spread: float
+) -> None:
+    ranks, rows = Ranks(size), max(1, min(rows, 20_000 // width))
     for turn in range(2):
-        numbers = drawn(turn, 2, rows, width, dtype=dtype)
-        more = drawn(turn + 5, rows, width, dtype=dtype)
-        *found, alone = ranks.sum_norm(numbers, more, dtype)
-        for mine, other in zip(*found, strict=True):
-            np.testing.assert_array_equal(mine, other)
-        whole = numbers[0] + numbers[1] + more
-        for (total, norm), expected in (
-            (found[0], whole),
-            (alone, in_order(numbers, dtype) + more),
-        ):
-            rounded = expected if dtype == "float32" else decode(encode(expected, dtype), dtype)
-            np.testing.assert_array_equal(total, rounded.reshape(-1))
-            wanted = normed(total.reshape(rows, width), dtype).reshape(-1)
-            step = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-5}[dtype]
-            np.testing.assert_allclose(norm, wanted, rtol=step, atol=1e-6)
+        numbers = rounded(spread * drawn(turn, size, rows, width, dtype=dtype), dtype)
+        more = rounded(spread * drawn(turn + 5, rows, width, dtype=dtype), dtype)
+        found = ranks.sum_norm(numbers, more, dtype)
+        for others in found[1:]:  # all ranks', and those of two kernels one after the other
+            for mine, other in zip(found[0], others, strict=True):
+                np.testing.assert_array_equal(mine, other)
+        total, norm = found[0]
+        whole = rounded(in_order(numbers, dtype) + more, dtype)
+        np.testing.assert_array_equal(total, whole.reshape(-1))
+        step = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-5}[dtype]
+        np.testing.assert_allclose(norm, normed(whole, dtype).reshape(-1), rtol=step, atol=1e-6)
+
+
+def test_rows_of_more_than_one_launch_and_in_place() -> None:
+    """Sums of other kinds between them: all blocks count the same meetings."""
+    ranks, rows, width = Ranks(2), launcher.BLOCKS + 3, 64
+    numbers, more = drawn(1, 2, rows, width, dtype="float16"), np.zeros((rows, width), np.float32)
+    scale = bits(SCALE[:width], "float16")
+    memory = [bits(part, "float16") for part in numbers]
+    nothing, norms = bits(more, "float16"), [bits(more, "float16") for _ in memory]
+
+    def asked(rank: int) -> launcher.SumNorm:
+        given, out = memory[rank].ctypes.data, norms[rank].ctypes.data
+        places = (given, nothing.ctypes.data, scale.ctypes.data, given, out)
+        return launcher.SumNorm(*places, rows, width, EPSILON, "float16")
+
+    for turn in range(3):
+        ranks.meet(asked)
+        found = [numbers_of(part, rows * width, "float16") for part in memory]
+        expected = 2**turn * in_order(numbers, "float16").reshape(-1)
+        for total in (*found, *ranks.sum(np.stack(found) / 2, "float16")):
+            np.testing.assert_array_equal(total, expected)
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(6, "float16"), (8196, "float16"), (0, "float32")])
@@ -247,6 +275,16 @@ def test_a_rank_that_does_not_come_is_not_waited_for(told: bool) -> None:
     assert ranks.words[0][64] == 1
 
 
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_norm_ends_too_where_a_rank_does_not_come(size: int) -> None:
+    ranks, rows, width = Ranks(size, patience=1), 2, 6000
+    given, out = (bits(np.zeros((rows, width), np.float32), "float16") for _ in range(2))
+    places = [given.ctypes.data] * 4 + [out.ctypes.data]
+    made = launcher.SumNorm(*places, rows, width, EPSILON, "float16")
+    ranks.meet(lambda _: made, [0])
+    assert ranks.words[0][64] == 1
+
+
 @pytest.mark.parametrize("asked", ["host", "device"])
 def test_who_waits_asks_the_host_once_of_sixteen_times(asked: str) -> None:
     """It is far: were all of a rank's threads to look there, the rank would be late by that."""
@@ -271,6 +309,16 @@ def test_what_a_launch_is_told_is_as_the_kernels_read_it() -> None:
         assert offset == known.vf_params_offset(name.encode()), name
     for name in ("MOST_RANKS", "THREADS", "BLOCKS", "REGION"):
         assert getattr(launcher, name) == known.vf_constant(name.encode())
+
+
+def test_kernels_of_older_engines_are_told_as_they_were() -> None:
+    """Engines carry their kernels: what these read stays where it was."""
+    fields = [name for name, *_ in launcher.Params._fields_]
+    older = (
+        "lanes counts stop failed given out patience items width kept first last share rank size"
+    )
+    assert fields[: len(older.split())] == older.split()
+    assert launcher.Params.size.offset == 8 * 14 + 7 * 4
 
 
 def test_every_block_of_a_launch_has_something_to_give() -> None:

@@ -227,6 +227,8 @@ def test_a_nasty_value_is_a_typed_error_or_does_no_harm(
         ("parts[1].chain.steps[9].collective.width", 7, "must be decoders that meet at the same"),
         ("parts[1].chain.steps[5].collective.kind", "all_gather", "must be with norms of sums"),
         ("parts[1].chain.steps[5].collective.norm.added", "x", "must be steps that take what"),
+        ("parts[1].chain.steps[5].collective.norm.added", "qkv1", "must be with norms of sums and"),
+        ("parts[1].chain.steps[4].segment.outputs[0].dtype", "float32", "must be with norms of"),
         ("parts[1].chain.steps[5].collective.norm.epsilon", 2, "must be a number in [0, 1]"),
         ("parts[1].chain.steps[5].collective.norm.epsilon", 0.1, "must be decoders that meet"),
         ("parts[1].chain.steps[5].collective.norm.file", "x", "must be all files of the chain"),

@@ -38,16 +38,19 @@ COUNTS_BYTES = 4 * (BLOCKS + 1)
 
 
 class Params(ctypes.Structure):
-    """`vf::Params` of kernels/lanes.cuh, field by field."""
+    """`vf::Params` of kernels/lanes.cuh, field by field.
+
+    An engine's kernels read as many as there were when it was built: new ones come last.
+    """
 
     _fields_ = [
         ("lanes", ctypes.c_void_p * MOST_RANKS),
         *((name, ctypes.c_void_p) for name in ("counts", "stop", "failed", "given", "out")),
-        *((name, ctypes.c_void_p) for name in ("added", "scale", "normed")),
         ("patience", ctypes.c_ulonglong),
         *((name, ctypes.c_uint) for name in ("items", "width", "kept", "first", "last", "share")),
-        ("epsilon", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("rank", "size")),
+        *((name, ctypes.c_void_p) for name in ("added", "scale", "normed")),
+        ("epsilon", ctypes.c_float),
     ]
 
 
@@ -61,6 +64,7 @@ class Place:
         counts: `COUNTS_BYTES` of its own memory; zeroes before they first meet.
         stop, failed: 32 bits each of the host's memory, zeroes; see kernels/lanes.cuh.
         patience: Nanoseconds that a launch waits for another rank.
+        early: Whether kernels that can may start before the one in front of them has ended.
     """
 
     rank: int
@@ -69,6 +73,7 @@ class Place:
     stop: int
     failed: int
     patience: int
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class SumNorm(Norm):
-    """The same of the sum of all ranks' `given`, which is not rounded before."""
+    """The same of the sum of all ranks' `given`, as `Sum` makes it."""
 
 
 N = TypeVar("N", bound=Norm)
@@ -219,7 +224,8 @@ def _in_rows(norm: Norm, place: Place | None, most: int, name: str) -> Launches:
             share=groups,
             epsilon=norm.epsilon,
         )
-        found.append((Launch(name, (rows, 1, 1), THREADS, _NORM_SHARED), params))
+        early = place is not None and place.early
+        found.append((Launch(name, (rows, 1, 1), THREADS, _NORM_SHARED, early), params))
     return tuple(found)
 
 

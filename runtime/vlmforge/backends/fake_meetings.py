@@ -48,7 +48,8 @@ class HostMeetings(MeetingPlace):
         def work() -> None:
             found = np.empty(call.given.shape, np.float32)
             all_reduce(self.ranks, np.ascontiguousarray(numbers_of(call.given), np.float32), found)
-            put(call.total, found + numbers_of(call.added))
+            put(call.total, found)
+            put(call.total, numbers_of(call.total) + numbers_of(call.added))
             total = numbers_of(call.total)  # as it was rounded
             mean = np.mean(total * total, -1, keepdims=True)
             put(call.normed, total / np.sqrt(mean + call.epsilon) * numbers_of(scale))

@@ -105,10 +105,12 @@ def _part(folder: Path, part: Part) -> str:
 
 
 def _chain(chain: PartChain) -> str:
+    normed = sum(call.norm is not None for call in chain.collectives)
+    behind = f" ({normed} with the norm behind it)" if normed else ""
     between = {
         f"{len(chain.attention)} launches of attention": chain.attention,
         f"{len(chain.gates)} gated activations": chain.gates,
-        f"{len(chain.collectives)} meetings of the ranks": chain.collectives,
+        f"{len(chain.collectives)} meetings of the ranks{behind}": chain.collectives,
     }
     words = " and ".join(text for text, there in between.items() if there)
     kernels = f"; kernels for {', '.join(sorted(chain.kernels))}" if chain.kernels else ""

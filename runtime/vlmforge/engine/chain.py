@@ -234,6 +234,8 @@ class PartChain(Agreeing):
             yield "steps", "of heads that share keys evenly"
         if any(call.norm is not None and call.kind != "all_reduce" for call in self.collectives):
             yield "steps", "with norms of sums alone"
+        if not all(self._adds_up(call) for call in self.collectives):
+            yield "steps", "with norms of sums and what is like them, between calls of attention"
         if self.rotary is None and any(call.rotary for call in calls):
             yield "rotary", "given where attention rotates"
         if self.gates and not calls:
@@ -276,6 +278,24 @@ class PartChain(Agreeing):
     def collectives(self) -> tuple[Collective, ...]:
         """All meetings of the ranks, in order."""
         return tuple(step.collective for step in self.steps if step.collective is not None)
+
+    def _adds_up(self, call: Collective) -> bool:
+        """Whether what is added to a sum and what both become are as the sum is, in whole rows."""
+        if call.norm is None or call.kind != "all_reduce":
+            return True
+        kinds = self._kinds_of_tensors()
+        found = {kinds[name] for name in call.taken | call.given if name in kinds}
+        whole = all(shape and isinstance(shape[-1], int) for _, shape in found)
+        return bool(self.attention) and len(found) == 1 and whole
+
+    def _kinds_of_tensors(self) -> Mapping[str, tuple[str, tuple[int | str, ...]]]:
+        """Dtypes and shapes by name: what segments take and give, and sums."""
+        specs = (spec for s in self.segments for spec in (*s.inputs, *s.outputs))
+        found = {spec.name: (spec.dtype, spec.shape) for spec in specs}
+        for call in self.collectives:
+            if call.kind == "all_reduce" and call.tensor in found:
+                found = dict.fromkeys(call.given, found[call.tensor]) | found
+        return found
 
     @property
     def files(self) -> frozenset[str]:

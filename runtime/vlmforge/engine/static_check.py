@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from vlmforge.engine.bundle import Bundle
-from vlmforge.engine.chain import PartChain, TensorSpec
+from vlmforge.engine.chain import PartChain, SumNorm, TensorSpec
 from vlmforge.engine.interface import fits, interface_of
 from vlmforge.engine.layer_report import read_layers
 from vlmforge.engine.manifest import Part, decoder_name
 from vlmforge.errors import EngineFormatError
 
 _COLLECTIVE = "DIST_COLLECTIVE"  # TensorRT's type of layer
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,19 @@ def _ranks(bundle: Bundle, part: Part) -> Finding:
         last = found.shape[-1]
         if meeting.width is not None and isinstance(last, int) and meeting.width > tp * last:
             return False, f"{meeting.tensor}: {meeting.width} columns of {tp} times {last}"
-    return True, f"meets {tp - 1} others {len(part.chain.collectives)} times"
+        if (norm := meeting.norm) is not None and not _has_scale(bundle, norm, found):
+            return False, f"{norm.out}: no scale for {found} at {norm.offset} of {norm.file}"
+    normed = sum(meeting.norm is not None for meeting in part.chain.collectives)
+    words = f"meets {tp - 1} others {len(part.chain.collectives)} times"
+    return True, words + (f", {normed} with the norm behind it" if normed else "")
+
+
+def _has_scale(bundle: Bundle, norm: SumNorm, summed: TensorSpec) -> bool:
+    """Whether what a norm multiplies by can be where it is said to be."""
+    sizes = {entry.path: entry.size for entry in bundle.manifest.files}
+    item, width = _ITEM_BYTES.get(summed.dtype, 0), summed.shape[-1]
+    assert isinstance(width, int)
+    return norm.offset % (item or 1) == 0 and norm.offset + width * item <= sizes.get(norm.file, 0)
 
 
 def _collectives(bundle: Bundle, part: Part) -> tuple[object, ...]:

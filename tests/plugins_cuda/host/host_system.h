@@ -33,6 +33,8 @@ VF_DEVICE u32 load_system(const u32* from) {
   vf_host::looks += from == vf_host::watched;
   return __atomic_load_n(from, __ATOMIC_RELAXED);
 }
+VF_DEVICE u32 load_kept(const u32* from) { return *from; }
+VF_DEVICE void store_kept(u32* to, u32 value) { *to = value; }
 VF_DEVICE u64 nanoseconds() {
   return static_cast<u64>(std::chrono::steady_clock::now().time_since_epoch().count());
 }

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmforge.backends.cuda.frames import ALIGNMENT, Size, arrange, bucket, inputs_of
+from sample_manifest import CHAIN
+from vlmforge.backends.cuda.chain import _scales
+from vlmforge.backends.cuda.frames import ALIGNMENT, Size, arrange, bucket, inputs_of, tensors_of
+from vlmforge.backends.fake import HostDevice
 from vlmforge.engine.chain import (
     AttentionCall,
     ChainStep,
@@ -14,6 +21,7 @@ from vlmforge.engine.chain import (
     Segment,
     TensorSpec,
 )
+from vlmforge.errors import EngineFormatError
 
 LAYERS = 4
 INPUTS = (
@@ -128,3 +136,17 @@ def test_buckets_are_few_and_not_much_larger() -> None:
     assert len(set(found.values())) <= 7 * 9
     assert all(given.batch < 2 * size.batch for size, given in found.items())
     assert all(given.total <= max(256, 1.5 * size.total) for size, given in found.items())
+
+
+def test_a_norms_scale_that_is_not_in_its_file_is_an_error(tmp_path: Path) -> None:
+    call = next(call for call in CHAIN.collectives if call.norm is not None)
+    assert call.norm is not None
+    width, specs, device = 16, tensors_of(CHAIN), HostDevice()
+    values = np.arange(1, width + 1, dtype=np.float16)
+    file = tmp_path / call.norm.file
+    file.write_bytes(bytes(call.norm.offset) + values.tobytes())
+    found = _scales(device, tmp_path, CHAIN, specs)[call.norm.out]
+    np.testing.assert_array_equal(device.download(found.address, (width,), values.dtype), values)
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(EngineFormatError, match="norm1"):
+        _scales(device, tmp_path, CHAIN, specs)

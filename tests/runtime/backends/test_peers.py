@@ -1,13 +1,12 @@
-"""Where GPUs meet, with what the driver does done by the host; NCCL by what its bindings have."""
+"""Where GPUs meet, with what the driver does done by the host."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import inspect
-import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ from cuda.bindings import driver
 
 from conftest import HANGS
 from host_collectives import HostKernels, aligned
-from vlmforge.backends import Communicator, FloatArray
+from host_gpus import HostGpu, Seat, Table, all_ranks
+from vlmforge.backends import FloatArray
 from vlmforge.backends.cuda import meeting, nccl, peers
 from vlmforge.backends.cuda.device import SumAndNorm, Tensor
 from vlmforge.backends.cuda.meeting import GpuMeetings, meet_first
-from vlmforge.backends.fake import HostDevice
 from vlmforge.backends.fake_meetings import HostMeetings
 from vlmforge.backends.ranks import exchange, hindrance
 from vlmforge.engine.chain import Collective
@@ -29,75 +28,6 @@ from vlmforge.errors import BackendUnavailableError, EngineError, RankError
 GOOD = driver.CUresult.CUDA_SUCCESS
 SUM = Collective("all_reduce", "a", "b")
 GATHER = Collective("all_gather", "a", "b", 7)
-
-
-class Table:
-    """Where threads meet."""
-
-    def __init__(self, size: int, room: int = 40) -> None:
-        self.size, self.room = size, room
-        self.barrier = threading.Barrier(size, timeout=HANGS)
-        self.given: list[FloatArray] = [np.zeros(0, np.float32)] * size
-
-
-class Seat(Communicator):
-    def __init__(self, table: Table, rank: int) -> None:
-        self.rank, self.size, self.room = rank, table.size, table.room
-        self._table = table
-        self.alarms: list[Callable[[], None]] = []
-        self.lost: RankError | None = None
-
-    def meet(self, values: FloatArray) -> Sequence[FloatArray]:
-        assert values.size <= self.room
-        self._table.given[self.rank] = values.copy()
-        self._table.barrier.wait()
-        found = [given.copy() for given in self._table.given]
-        self._table.barrier.wait()
-        return found
-
-    def watch(self, alarm: Callable[[], None]) -> None:
-        self.alarms.append(alarm)
-
-    def check(self) -> None:
-        if self.lost is not None:
-            raise self.lost
-
-
-class HostGpu(HostDevice):
-    """As much of a `Gpu` as those who meet ask for."""
-
-    def __init__(self, ordinal: int) -> None:
-        super().__init__()
-        self.ordinal, self.waited = ordinal, lambda: None
-
-    def enter(self) -> None:
-        """Every thread has the host's memory."""
-
-    def wait(self) -> None:
-        self.waited()
-
-    def download(self, address: int, shape: tuple[int, ...], dtype: Any) -> Any:
-        found = super().download(address, shape, dtype)
-        self.wait()
-        return found
-
-
-def all_ranks(size: int, do: Callable[[HostGpu, Seat], Any]) -> list[Any]:
-    """What each rank has to say, or the error that it raised."""
-    table, found = Table(size), [None] * size
-
-    def one(rank: int) -> None:
-        try:
-            found[rank] = do(HostGpu(rank), Seat(table, rank))
-        except Exception as error:  # noqa: BLE001 - shown by the test
-            found[rank] = error  # type: ignore[call-overload]
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
 
 
 class Driver:
@@ -324,7 +254,10 @@ class Way:
     def all_reduce(self, given: Tensor, out: Tensor) -> Any:
         return self._name
 
-    all_gather = broadcast = all_reduce
+    all_gather = all_reduce
+
+    def broadcast(self, given: int, out: int, count: int) -> Any:
+        return self._name
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -352,84 +285,3 @@ def test_bytes_are_exchanged_in_pieces_and_reasons_by_the_first_that_has_one() -
         return exchange(ranks, data) == [bytes([r, *range(256)]) for r in range(3)], none, reason
 
     assert all_ranks(3, meet) == [(True, "", "rank 1: no 1 é")] * 3
-
-
-# --- NCCL -----------------------------------------------------------------------------------------
-
-
-class Bindings:
-    """Calls of NCCL as its bindings have them: their documentation begins with the signature."""
-
-    def __init__(self) -> None:
-        from nccl.bindings import nccl as real
-
-        self.real, self.calls = real, []  # type: ignore[var-annotated]
-        self.DataType, self.RedOp, self.NCCLError = real.DataType, real.RedOp, real.NCCLError
-        self.aborted = threading.Event()
-        self.ids = 0
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        words = getattr(self.real, name).__doc__
-        parameters = re.match(rf"{name}\((.*?)\)", words)
-        assert parameters is not None, words
-        count = len([one for one in parameters[1].split(",") if one])
-
-        def called(*arguments: object) -> Any:
-            assert len(arguments) == count, f"{words}: {arguments}"
-            self.calls.append((name, *arguments))
-            if name == "comm_abort":
-                self.aborted.set()
-            return {"get_unique_id": bytes(range(128)), "comm_user_rank": 1}.get(name, name)
-
-        return called
-
-
-def test_nccl_is_called_as_its_bindings_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies: list[Any] = []
-    monkeypatch.setattr(driver, "cuMemsetD8Async", lambda *a: copies.append(a) or (GOOD,))
-    monkeypatch.setattr(driver, "cuMemcpy2DAsync", lambda *a: copies.append(a) or (GOOD,))
-    known = [Bindings(), Bindings()]
-    found = iter(known)
-    lock = threading.Lock()
-
-    def load(name: str) -> Bindings:
-        assert name == "nccl.bindings.nccl"
-        with lock:
-            return next(found)
-
-    monkeypatch.setattr(nccl.importlib, "import_module", load)
-    monkeypatch.setattr(nccl, "enter", lambda ordinal: None)
-    made = all_ranks(2, nccl.Nccl.made)  # type: ignore[arg-type]
-    assert all(isinstance(one, nccl.Nccl) for one in made), made
-    starts = sorted(c for b in known for c in b.calls if c[0] == "comm_init_rank_scalable")
-    key = bytearray(range(128))
-    assert starts == [("comm_init_rank_scalable", 2, rank, 1, key, 0) for rank in range(2)]
-    one, bindings = made[0], made[0]._nccl
-    given, out = Tensor("a", "bfloat16", (4, 10), 1000), Tensor("b", "bfloat16", (4, 17), 5000)
-    one.all_gather(given, out)()
-    (_, address, zero, size, _), (copy, _) = ("", *copies[0]), copies[1]
-    assert (address, zero, size) == (5000, 0, 2 * 4 * 17)
-    assert (copy.srcPitch, copy.dstPitch, copy.WidthInBytes, copy.Height) == (20, 34, 14, 4)
-    assert int(copy.dstDevice) == 5000 + 20  # it is rank 1's: what is padded falls away
-    kind, total = int(bindings.DataType.Bfloat16), int(bindings.RedOp.Sum)
-    reduced = ("all_reduce", 5000, 5000, 68, kind, total, "comm_init_rank_scalable", 0)
-    assert bindings.calls[-1] == reduced
-    one.broadcast(1000, 5000, 9)()
-    whole = int(bindings.DataType.Int64)
-    told = ("broadcast", 1000, 5000, 9, whole, 0, "comm_init_rank_scalable", 0)
-    assert bindings.calls[-1] == told
-    one.give_up()
-    one.give_up()
-    assert bindings.aborted.wait(HANGS)
-    with pytest.raises(EngineError, match="do not meet any more"):
-        one.all_reduce(out, out)()
-    assert [name for name, *_ in bindings.calls].count("comm_abort") == 1
-
-
-def test_without_nccl_it_is_said_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str) -> object:
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(nccl.importlib, "import_module", load)
-    reason = "rank 0: No module named 'nccl.bindings.nccl'"
-    assert all_ranks(2, nccl.Nccl.made) == [reason] * 2  # type: ignore[arg-type]

@@ -3,8 +3,12 @@
 //   vf_sum_f16, vf_sum_bf16, vf_sum_f32   out = the sum, in fp32 and in the order of the ranks: the
 //                                         same bits everywhere
 //   vf_gather_16, vf_gather_32            out = the ranks' columns one after the other, of 16 or 32 bits
-//   vf_sum_norm_*                         out = the sum and what is added to it, and its RMS norm
-//   vf_norm_*                             the same, of a sum that is made already
+//   vf_norm_*                             out = a sum that is made and what is added to it; its RMS norm
+//   vf_sum_norm_*                         the same, of the sum that is made here
+// The last may be launched to start while the kernel in front of them ends, where the machine can.
+#if defined(__CUDA_ARCH__)
+#define VF_OVERLAP (__CUDA_ARCH__ >= 900)
+#endif
 #include "sum_norm.cuh"
 
 namespace vf {

@@ -31,14 +31,15 @@ struct Params {
   u32* failed;               // the host's: set to 1 where something was waited for in vain
   const void* given;
   void* out;
-  const void* added;         // of a norm: as `given`; and the numbers of a row
-  const void* scale;
-  void* normed;              // as `given`
   u64 patience;              // nanoseconds
   u32 items, width, kept;    // items of `given`; of a gather the columns given, and of `out`
   u32 first, last, share;    // groups of this launch, and of each block
-  float epsilon;             // of a norm
   int rank, size;
+  // Kernels of engines that were built before there were norms end here: what is new goes behind it.
+  const void* added;         // of a norm: as `given`; and the numbers of a row
+  const void* scale;
+  void* normed;              // as `given`
+  float epsilon;
 };
 
 template <int BYTES> struct Item;
@@ -124,7 +125,7 @@ struct Lanes {
   VF_DEVICE explicit Lanes(const Params& params) : p(params) {
     first = p.first + block_x() * p.share;
     last = first + p.share < p.last ? first + p.share : p.last;
-    count = p.counts[block_x()] + 1;
+    count = load_kept(p.counts + block_x()) + 1;
     if (count == 0) count = 2;  // 0 is what was never written; lanes go on in turns
   }
 
@@ -159,10 +160,16 @@ struct Lanes {
         given[rank] = {static_cast<u32>(low), static_cast<u32>(high)};
         here = here && static_cast<u32>(low >> 32) == count && static_cast<u32>(high >> 32) == count;
       }
-      if (here || lost) return;
-      if (looks % kLooks == 0) lost = in_vain(looks / kLooks);
-      if (looks >= kHasty) rest();
+      if (!go_on(here, looks)) return;
     }
+  }
+
+  // Whether to look again, after so many looks.
+  VF_DEVICE bool go_on(bool here, u32 looks) {
+    if (here || lost) return false;
+    if (looks % kLooks == 0) lost = in_vain(looks / kLooks);
+    if (looks >= kHasty) rest();
+    return true;
   }
 
   // The host's memory is far: if all threads looked there, a rank would be late by that for the next
@@ -183,7 +190,7 @@ struct Lanes {
 
   VF_DEVICE void done() const {
     sync_threads();
-    if (thread_index() == 0) p.counts[block_x()] = count;
+    if (thread_index() == 0) store_kept(p.counts + block_x(), count);
   }
 };
 

@@ -37,6 +37,7 @@ from vlmforge.backends.number_formats import DTYPES
 from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, PartChain, TensorSpec
 from vlmforge.engine.interface import BLOCK_TABLE, LOGITS, QUERY_LENGTHS
 from vlmforge.engine.manifest import KVLayout, Part
+from vlmforge.errors import EngineFormatError
 from vlmforge_plugins.cached_attention import launcher
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.plan import Plan, Shape, max_workspace, plan
@@ -248,6 +249,13 @@ def _scales(
         width, item = spec.shape[-1], np.dtype(DTYPES.get(spec.dtype, spec.dtype))
         assert isinstance(width, int)
         values = np.fromfile(folder / norm.file, item, width, offset=norm.offset)
+        if len(values) < width:
+            raise EngineFormatError(
+                f"The scale of the norm {norm.out!r} is not in its file.",
+                found=f"{len(values)} numbers at {norm.offset} of {norm.file}",
+                expected=f"{width}, of {spec.dtype}",
+                fix="build the engine again with build-engine",
+            )
         found[norm.out] = memory = device.allocate(values.nbytes)
         device.upload(memory.address, values)
     return found

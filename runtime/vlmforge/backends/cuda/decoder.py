@@ -21,7 +21,7 @@ from vlmforge.backends.choice import FIRST_TOKENS, Begun, Choice, Found, Picked,
 from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.cuda.device import Arriving, Device, Mark, MeetingPlace, Work
 from vlmforge.backends.cuda.frames import Arrangement, Size, bucket, largest, most_tokens
-from vlmforge.backends.cuda.inputs import first_places, new_tokens, put, totals
+from vlmforge.backends.cuda.inputs import first_places, new_tokens, put, runs, totals
 from vlmforge.backends.cuda.program import FEW, Program, Span, make_pools
 from vlmforge.backends.features import DeviceRows
 from vlmforge.backends.number_formats import DTYPES, encode
@@ -236,7 +236,7 @@ class PagedDecoder(DecoderSession):
         frame = self._filled(batch)
         self._upload(frame, batch)
         inputs, firsts = self._at(frame, INPUT_IDS.name), first_places(batch)
-        for row, source, count in _runs(ahead):
+        for row, source, count in runs(ahead):
             self._device.copy(self._source(source), inputs + 8 * int(firsts[row]), 8 * count)
         self._work(frame)
         return frame
@@ -377,18 +377,6 @@ def _largest(logits: FloatArray) -> IntArray:
 
 def _ids(raw: NDArray[np.uint8]) -> Sequence[np.int64]:
     return list(raw.view(np.int64))
-
-
-def _runs(ahead: IntArray) -> Iterator[tuple[int, int, int]]:
-    """Rows whose tokens come from rows that lie side by side: the first of both, how many."""
-    row, end = 0, len(ahead)
-    while row < end:
-        first, source = row, int(ahead[row])
-        row += 1
-        while source >= 0 and row < end and ahead[row] == source + row - first:
-            row += 1
-        if source >= 0:
-            yield first, source, row - first
 
 
 def _none(batch: DecoderBatch) -> IntArray:

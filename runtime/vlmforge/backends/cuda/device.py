@@ -122,7 +122,7 @@ class MeetingPlace(Protocol):
         """
 
     def bind_norm(self, call: SumAndNorm) -> Work:
-        """As `bind`, of a sum that is rounded with what is added to it, and normalised as such."""
+        """As `bind` of a sum, and what follows it: each result is rounded, and taken as such."""
 
     def broadcast(self, given: int, out: int, count: int) -> Work:
         """As `bind`: `count` int64 of the first rank's at `given` come to be at `out` on all.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,18 @@ def put(views: Mapping[str, NDArray[Any]], batch: DecoderBatch, *, packed: bool)
     for name, values in _of_tokens(batch).items() if packed else ():
         if name in views:
             _fill(views[name][0], _in_a_row(name, values, batch))
+
+
+def runs(ahead: IntArray) -> Iterator[tuple[int, int, int]]:
+    """Rows whose tokens come from rows that lie side by side: the first of both, how many."""
+    row, end = 0, len(ahead)
+    while row < end:
+        first, source = row, int(ahead[row])
+        row += 1
+        while source >= 0 and row < end and ahead[row] == source + row - first:
+            row += 1
+        if source >= 0:
+            yield first, source, row - first
 
 
 def _or_nothing(values: IntArray | None) -> IntArray:

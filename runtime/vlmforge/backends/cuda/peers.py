@@ -20,7 +20,7 @@ from vlmforge.backends.cuda.device import SumAndNorm, Tensor, Work
 from vlmforge.backends.cuda.gpu import Gpu, PinnedMemory, free
 from vlmforge.backends.ranks import exchange, hindrance
 from vlmforge.errors import EngineError
-from vlmforge_plugins.cached_attention.config import PTX_TARGETS, TARGETS
+from vlmforge_plugins.cached_attention.config import PTX_TARGETS, TARGETS, Target
 from vlmforge_plugins.cached_attention.driver import call, capability
 from vlmforge_plugins.cached_attention.kernel_store import newest_target
 from vlmforge_plugins.collectives import launcher
@@ -33,6 +33,8 @@ _HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _PIECE = 2 << 20  # what handles are of
 _STOP, _FAILED = 0, 64  # bytes of the host's memory
 _TRIED = 1000  # numbers of the first meeting
+_EARLY = False  # whether norms behind sums start while the kernel in front of them ends
+_EARLIEST = 90  # compute capability of what the kernels are compiled for
 
 
 class Peers:
@@ -42,8 +44,10 @@ class Peers:
         kernels: Those that it launches.
     """
 
-    def __init__(self, gpu: Gpu, rank: int, size: int, kernels: launcher.Kernels) -> None:
-        self._gpu, self.kernels, self._rank = gpu, kernels, rank
+    def __init__(
+        self, gpu: Gpu, rank: int, size: int, kernels: launcher.Kernels, *, early: bool = False
+    ) -> None:
+        self._gpu, self.kernels, self._rank, self._early = gpu, kernels, rank, early
         lanes = launcher.lanes_bytes(size)
         needed = -(-(lanes + launcher.COUNTS_BYTES) // _PIECE) * _PIECE
         self._memory = gpu.allocate(needed)
@@ -60,7 +64,8 @@ class Peers:
         peers, handle, reason = None, bytes(_HANDLE_BYTES), ""
         gpu.enter()
         try:
-            peers = Peers(gpu, ranks.rank, ranks.size, _kernels(gpu, files))
+            early = _EARLY and _target(gpu, files).capability >= _EARLIEST
+            peers = Peers(gpu, ranks.rank, ranks.size, _kernels(gpu, files), early=early)
             handle = peers.handle()
         except (PluginError, EngineError, OSError) as error:
             reason = _words(error)
@@ -155,8 +160,8 @@ class Peers:
             words + _STOP,
             words + _FAILED,
             PATIENCE_S * 10**9,
+            self._early,
         )
-
         launches = launcher.launches(meeting, place)
 
         def work() -> None:
@@ -196,12 +201,17 @@ def load_kernels(gpu: Gpu, files: Mapping[str, Path]) -> launcher.Kernels:
     return _kernels(gpu, files)
 
 
-def _kernels(gpu: Gpu, files: Mapping[str, Path]) -> CudaKernels:
+def _target(gpu: Gpu, files: Mapping[str, Path]) -> Target:
+    """What its kernels for this GPU are compiled for."""
     known = [t for t in (*TARGETS, PTX_TARGETS[False]) if t.name in files]
     target = newest_target(known, capability(gpu.ordinal))
     if target is None:
         raise PluginError("the engine has no kernels in which such GPUs meet")
-    return CudaKernels(files[target.name].read_bytes())
+    return target
+
+
+def _kernels(gpu: Gpu, files: Mapping[str, Path]) -> CudaKernels:
+    return CudaKernels(files[_target(gpu, files).name].read_bytes())
 
 
 def _words(error: Exception) -> str:
