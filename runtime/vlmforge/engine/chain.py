@@ -91,6 +91,7 @@ class GatedActivation:
     out: Name
 
 
+@dataclass(frozen=True, slots=True)
 class SumNorm:
     """What becomes of a sum at once: something is added to it, and that is normalised.
 
