@@ -60,6 +60,10 @@ def engine(shared: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(engine: Path) -> list[list[Any]]:
+    return each_alone(engine)
+
+
+def each_alone(engine: Path) -> list[list[Any]]:
     """What each prompt gives with nothing beside it, each step run and waited for."""
     found = []
     with cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=1)) as pipe:
@@ -103,6 +107,21 @@ def test_answers_are_those_of_each_alone(
 ) -> None:
     config = EngineConfig(**{"max_batch_size": 5, "enable_prefix_caching": False, **fields})
     with late_cuda_on_cpu() if late else cuda_on_cpu(), pipeline(engine, config) as pipe:
+        for configs, answers in (by_device(alone), (LIKELIEST, alone[0])):
+            mixed.clear()
+            assert said(at_once(pipe, PROMPTS, configs)) == answers
+            assert mixed
+        assert said(at_once(pipe, PROMPTS, MANY_WAYS)) == alone[1]
+
+
+def test_ranks_take_prompts_and_tokens_in_one_step_too(
+    shared: Path, mixed: list[tuple[int, int]]
+) -> None:
+    """Each is told of all rows, and first tokens that one of them chooses come to all."""
+    engine = cuda_engine(shared, HF.name, "--tp", "2")
+    alone = each_alone(engine)
+    config = EngineConfig(max_batch_size=5, enable_prefix_caching=False, max_prefill_token_num=97)
+    with late_cuda_on_cpu(), pipeline(engine, config) as pipe:
         for configs, answers in (by_device(alone), (LIKELIEST, alone[0])):
             mixed.clear()
             assert said(at_once(pipe, PROMPTS, configs)) == answers

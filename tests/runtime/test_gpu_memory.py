@@ -114,6 +114,8 @@ def test_what_lies_between_steps_is_what_lives_at_once() -> None:
     whole = chain.steps[-3]
     assert whole.gated is not None
     assert memory.between_steps(replace(chain, steps=chain.steps[-4:])) == 2 * (64 + 32)
+    # A rank's share, the sum that is only added to others, and its norm.
+    assert memory.between_steps(replace(chain, steps=chain.steps[4:6])) == 2 * 3 * 16
 
 
 def test_a_chain_of_whole_numbers_takes_room_to_make_its_largest_matrices_whole() -> None:

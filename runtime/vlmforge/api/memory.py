@@ -208,8 +208,7 @@ def part_memory(part: Part, tokens: int, rows: int) -> PartMemory:
 
 def between_steps(chain: PartChain) -> int:
     """Bytes for each token of a step of what is between steps of a chain at once, at most."""
-    segments = chain.segments
-    rows = {s.name: _row_bytes(s) for part in segments for s in (*part.inputs, *part.outputs)}
+    rows = {name: _row_bytes(spec) for name, spec in chain.tensors.items()}
     last = {name: at for at, step in enumerate(chain.steps) for name in step.taken}
     alive, most = dict[str, int](), 0
     for at, step in enumerate(chain.steps):

@@ -7,7 +7,7 @@ Between segments are calls of attention, gated activations, collectives of tenso
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from typing_extensions import override
@@ -284,18 +284,19 @@ class PartChain(Agreeing):
         """Whether what is added to a sum and what both become are as the sum is, in whole rows."""
         if call.norm is None or call.kind != "all_reduce":
             return True
-        kinds = self._kinds_of_tensors()
-        found = {kinds[name] for name in call.taken | call.given if name in kinds}
+        specs = self.tensors
+        there = [specs[name] for name in call.taken | call.given if name in specs]
+        found = {(spec.dtype, spec.shape) for spec in there}
         whole = all(shape and isinstance(shape[-1], int) for _, shape in found)
         return bool(self.attention) and len(found) == 1 and whole
 
-    def _kinds_of_tensors(self) -> Mapping[str, tuple[str, tuple[int | str, ...]]]:
-        """Dtypes and shapes by name: what segments take and give, and sums."""
-        specs = (spec for s in self.segments for spec in (*s.inputs, *s.outputs))
-        found = {spec.name: (spec.dtype, spec.shape) for spec in specs}
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """By name: what segments take and give, and sums, which may be only added to others."""
+        found = {spec.name: spec for s in self.segments for spec in (*s.inputs, *s.outputs)}
         for call in self.collectives:
-            if call.kind == "all_reduce" and call.tensor in found:
-                found = dict.fromkeys(call.given, found[call.tensor]) | found
+            if call.kind == "all_reduce" and (one := found.get(call.tensor)) is not None:
+                found = {name: replace(one, name=name) for name in sorted(call.given)} | found
         return found
 
     @property

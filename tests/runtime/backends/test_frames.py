@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sample_manifest import CHAIN
 from vlmforge.backends.cuda.chain import _scales
-from vlmforge.backends.cuda.frames import ALIGNMENT, Size, arrange, bucket, inputs_of, tensors_of
+from vlmforge.backends.cuda.frames import ALIGNMENT, Size, arrange, bucket, inputs_of
 from vlmforge.backends.fake import HostDevice
 from vlmforge.engine.chain import (
     AttentionCall,
@@ -141,7 +141,7 @@ def test_buckets_are_few_and_not_much_larger() -> None:
 def test_a_norms_scale_that_is_not_in_its_file_is_an_error(tmp_path: Path) -> None:
     call = next(call for call in CHAIN.collectives if call.norm is not None)
     assert call.norm is not None
-    width, specs, device = 16, tensors_of(CHAIN), HostDevice()
+    width, specs, device = 16, CHAIN.tensors, HostDevice()
     values = np.arange(1, width + 1, dtype=np.float16)
     file = tmp_path / call.norm.file
     file.write_bytes(bytes(call.norm.offset) + values.tobytes())

@@ -30,7 +30,6 @@ from vlmforge.backends.cuda.frames import (
     inputs_of,
     largest,
     made_by,
-    tensors_of,
 )
 from vlmforge.backends.cuda.program import FEW, Pools, Program, Span
 from vlmforge.backends.number_formats import DTYPES
@@ -71,7 +70,7 @@ class ChainProgram(Program):
         """`place`: where it meets the other ranks, if there are any."""
         assert part.chain is not None and kv.page_size is not None
         self._device, self._chain, self._place = device, part.chain, place
-        self._specs = tensors_of(part.chain)
+        self._specs = part.chain.tensors
         self._page, self._columns = kv.page_size, -(-options.capacity // kv.page_size)
         self._inputs = inputs_of(part.inputs, self._columns)
         self._segments = {s.file: device.segment(folder / s.file) for s in part.chain.segments}

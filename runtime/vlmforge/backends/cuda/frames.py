@@ -177,7 +177,7 @@ def arrange(chain: PartChain, inputs: Sequence[TensorSpec], size: Size) -> Arran
     offsets, end = {}, 0
     for spec in inputs:
         offsets[spec.name], end = end, end + _bytes(spec, size.dims)
-    specs = tensors_of(chain)
+    specs = chain.tensors
     last = {
         name: index
         for index, step in enumerate(chain.steps)
@@ -213,15 +213,6 @@ def in_a_row(
 def made_by(chain: PartChain, name: str) -> int:
     """The step that gives a tensor."""
     return next(index for index, step in enumerate(chain.steps) if name in step.given)
-
-
-def tensors_of(chain: PartChain) -> Mapping[str, TensorSpec]:
-    """All tensors by name: what segments take and give, and sums that are only added to others."""
-    found = {s.name: s for seg in chain.segments for s in (*seg.inputs, *seg.outputs)}
-    for call in chain.collectives:
-        for name in call.given if call.norm is not None else ():
-            found[name] = replace(found[call.tensor], name=name)
-    return found
 
 
 def _given(step: ChainStep) -> tuple[str, ...]:
