@@ -20,7 +20,7 @@ from typing_extensions import override
 from vlmforge.backends import FloatArray, LoadOptions, VisionSession
 from vlmforge.backends.cuda.device import Device, Work
 from vlmforge.backends.cuda.frames import Arrangement, Size, in_a_row, shape_of
-from vlmforge.backends.cuda.program import Pools, Program
+from vlmforge.backends.cuda.program import Pools, Program, Span
 from vlmforge.backends.number_formats import DTYPES, decode
 from vlmforge.engine.chain import TensorSpec
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
@@ -252,7 +252,10 @@ class PlanProgram(Program):
         return in_a_row(self.inputs(size), [self._logits], size.dims)
 
     @override
-    def bind(self, size: Size, at: Mapping[str, int], pools: Pools) -> Work:
+    def bind(
+        self, size: Size, at: Mapping[str, int], pools: Pools, spans: Sequence[Span] = ()
+    ) -> Work:
+        del spans  # its steps are not packed
         kv = self._kv
         pool = pools.pages, kv.kv_heads, self._page, kv.head_dim
         shapes = {spec.name: size.shape(spec) for spec in self.inputs(size)}

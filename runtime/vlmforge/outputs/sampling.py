@@ -135,11 +135,14 @@ class Sampler:
         """How the next token is to be chosen elsewhere, as `step` would; None: only by `step`.
 
         Whoever chooses it, `step` is to be called with it, or with the logits: that draws no other
-        number. `ahead` tokens come before it, with which `step` will be called first; None too
-        where what they are decides how.
+        number. `ahead` tokens, one at most, come before it, with which `step` will be called first;
+        None too where what they are decides how, in another way than `Choice.behind`.
         """
         params = self._params
-        if params.logits_processors or params.guide or (ahead and self._looks_back):
+        if params.logits_processors or params.guide or (ahead and self._counts):
+            return None
+        edits, behind = self._edits(ahead), self._behind if ahead else None
+        if behind is not None and not len(edits.ids):  # nothing to fill up with that is not its own
             return None
         numbers = (1.0, float(self._vocab_size), 1.0, 0.0, -1.0)
         if self.rng is not None and not params.greedy:
@@ -148,14 +151,21 @@ class Sampler:
             kept = params.top_k if 0 < params.top_k < self._vocab_size else self._vocab_size
             number = self._numbers[ahead]
             numbers = (params.temperature, kept, params.top_p, params.min_p, number)
-        return Choice(numbers, self._edits(ahead), params.logprobs)
+        return Choice(numbers, edits, params.logprobs, behind)
 
     @property
-    def _looks_back(self) -> bool:
-        """Whether a choice depends on what was chosen before."""
+    def _counts(self) -> bool:
+        """Whether a choice depends on more of the token before than that it is there."""
         params = self._params
-        counted = params.presence_penalty or params.frequency_penalty
-        return bool(params.repetition_penalty != 1 or counted or self._bad_sequences)
+        repeated = params.repetition_penalty != 1
+        both = repeated and params.presence_penalty  # one that only the prompt has gets one of them
+        return bool(params.frequency_penalty or both or self._bad_sequences)
+
+    @property
+    def _behind(self) -> tuple[float, float] | None:
+        params = self._params
+        edit = params.repetition_penalty, params.presence_penalty
+        return None if edit == (1, 0) else edit
 
     def _next_number(self) -> float:
         assert self.rng is not None
