@@ -194,7 +194,10 @@ def test_features_are_taken_and_given_in_float32() -> None:
     np.testing.assert_allclose(run(model, **feeds)[0], -feeds["image_features"], atol=2e-3)
 
 
-@given(st.integers(2, 40), st.integers(1, 4), st.integers(0, 2**32 - 1))
+SIZES = st.one_of(st.integers(2, 40), st.sampled_from([257, 512, 704, 32_064]))
+
+
+@given(SIZES, st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_the_likeliest_token_is_the_lowest_of_equals(size: int, rows: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits = rng.integers(-3, 3, (rows, 2, size)).astype(np.float32)  # full of equals
@@ -205,6 +208,7 @@ def test_the_likeliest_token_is_the_lowest_of_equals(size: int, rows: int, seed:
     put = np.where(broken[..., None], odd, np.take_along_axis(logits, places, -1))
     np.put_along_axis(logits, places, put, -1)
     (found,) = run(likeliest_token(size), logits=logits)
+    assert sum(one == "TopK" for one in op_types(likeliest_token(size))) == 2 + (size > 257)
     np.testing.assert_array_equal(found, expected)
 
 
