@@ -75,7 +75,7 @@ def _send(gpu: Gpu, file: Path, descriptor: int, pieces: Sequence[_Copy]) -> Non
             turn = number % _PIECES
             if (event := sent[turn]) is not None:
                 event.wait()
-            _read(file, descriptor, piece, memoryview(staging[turn].bytes))
+            _read(file, descriptor, piece, staging[turn].bytes.data)
             source = staging[turn].address
             call(driver.cuMemcpyHtoDAsync, piece.address, source, piece.size, gpu.stream)
             sent[turn] = Event(gpu.stream, gpu.ordinal)
