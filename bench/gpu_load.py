@@ -1,8 +1,8 @@
 """Where the time goes from a process's start to an engine on a GPU that answers.
 
-    python3 bench/gpu_load.py ENGINE                     # as pipelines do, and other numbers at once
+    python3 bench/gpu_load.py ENGINE                # as pipelines do, and other numbers at once
     python3 bench/gpu_load.py ENGINE --at-once 3 1 --out results.jsonl
-    python bench/gpu_load.py ENGINE --on-cpu             # the stand-in, where there is no GPU
+    python bench/gpu_load.py ENGINE --on-cpu        # the stand-in, where there is no GPU
 
 `load`: a process of its own for each number of graphs that are loaded at once. Sessions overlap:
 `sessions_s` is the time in which any is being made, `sessions_sum_s` that of all, one by one;
@@ -90,7 +90,8 @@ def load(engine: Path, at_once: int, on_cpu: bool, began: float, results: Result
     imported = time.time() - began
     segments.AT_ONCE = at_once
     clock = _watched(device)
-    free = 0 if on_cpu else machine.find_gpu().free
+    free = 0 if on_cpu else machine.find_gpu().free  # the driver begins here, not in `rest_s`
+    driver = time.time() - began - imported
     with _place(on_cpu), pipeline(engine, max_batch_size=SLOTS) as pipe:
         ready, taken = time.time() - began, 0 if on_cpu else free - machine.find_gpu().free
         at_load, kinds = clock.each("captures"), tuple(clock.spans)
@@ -99,6 +100,7 @@ def load(engine: Path, at_once: int, on_cpu: bool, began: float, results: Result
         row = {
             "ready_s": ready,
             "imports_s": imported,
+            "driver_s": driver,
             "libraries_s": clock.took("libraries"),
             "sessions": len(sessions),
             "sessions_s": clock.took("sessions"),
@@ -110,7 +112,7 @@ def load(engine: Path, at_once: int, on_cpu: bool, began: float, results: Result
             "kernels_s": clock.took("kernels"),
             "memory_s": clock.took("memory"),
             "captures_at_load": len(at_load),
-            "rest_s": ready - imported - known,
+            "rest_s": ready - imported - driver - known,
             "host_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
             "device_gb": taken / 1e9,
         }
@@ -239,7 +241,8 @@ def _copies(engine: Path, device: Any, results: Results) -> None:
         bounds = [(begin, min(size, begin + step)) for begin in range(0, size, step)]
         with ThreadPoolExecutor(threads) as pool:
             took = seconds_of(lambda p=pool, b=bounds: list(p.map(lambda one: copy(*one), b)))
-        results.add("weights", engine=engine.name, case=f"{threads} at once", gb_s=size / 1e9 / took)
+        case, rate = f"{threads} at once", size / 1e9 / took
+        results.add("weights", engine=engine.name, case=case, gb_s=rate)
 
 
 def _size(path: Path) -> int:
