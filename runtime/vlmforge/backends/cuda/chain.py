@@ -32,6 +32,7 @@ from vlmforge.backends.cuda.frames import (
     made_by,
 )
 from vlmforge.backends.cuda.program import FEW, Pools, Program, Span
+from vlmforge.backends.cuda.segments import load_segments
 from vlmforge.backends.number_formats import DTYPES
 from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, PartChain, TensorSpec
 from vlmforge.engine.interface import BLOCK_TABLE, LOGITS, QUERY_LENGTHS
@@ -73,7 +74,8 @@ class ChainProgram(Program):
         self._specs = part.chain.tensors
         self._page, self._columns = kv.page_size, -(-options.capacity // kv.page_size)
         self._inputs = inputs_of(part.inputs, self._columns)
-        self._segments = {s.file: device.segment(folder / s.file) for s in part.chain.segments}
+        files = [segment.file for segment in part.chain.segments]
+        self._segments = load_segments(device, folder, files)
         self._loaded = device.kernels(
             _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}
         )
