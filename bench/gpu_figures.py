@@ -89,6 +89,12 @@ PARTS = {
         (("gpu_serving.py", "text", "images", "start", f"{{{_LARGE}}}"),),
         (_LARGE,),
     ),
+    "load": Part(
+        60,
+        "where the time goes from a process's start",
+        (("gpu_load.py", f"{{{_LARGE}}}", "--at-once", "3", "1"),),
+        (_LARGE,),
+    ),
     "int8": Part(25, "steps of whole numbers", (_decode("7b.int8", *_FEW),), ("7b.int8",)),
     "int4": Part(25, "steps of whole numbers", (_decode("7b.int4", *_FEW),), ("7b.int4",)),
     "fp8": Part(30, "steps over a cache in fp8", (_decode("7b.fp8"),), (_LARGE, "7b.fp8")),

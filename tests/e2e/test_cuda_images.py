@@ -18,7 +18,7 @@ from vlmforge.api.load import serve
 from vlmforge.backends import FloatArray
 from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.cuda.vision import DeviceVision, HostVision, Piece, Pool, Store
-from vlmforge.backends.fake import cuda_on_cpu
+from vlmforge.backends.fake import HostDevice, cuda_on_cpu
 from vlmforge.backends.features import DEVICE_VIEWS, DeviceRows, Features
 from vlmforge.runner.stages import Engine
 
@@ -53,6 +53,15 @@ def served(engine: Engine, **vision: int) -> Pipeline:
 def vision(engine: Engine) -> DeviceVision:
     assert isinstance(engine.vision, DeviceVision)
     return engine.vision
+
+
+def test_nothing_is_captured_before_it_is_of_use(shared: Path) -> None:
+    with cuda_on_cpu(), pipeline(cuda_engine(shared, HF.name)) as pipe:
+        device = vision(pipe._engine)._device
+        assert isinstance(device, HostDevice)
+        assert device.captures == 0
+        pipe(PROMPTS[0], gen_config=GenerationConfig(max_new_tokens=1))
+        assert device.captures == 1
 
 
 def view_bytes(engine: Engine) -> int:

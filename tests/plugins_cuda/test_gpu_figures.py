@@ -160,3 +160,23 @@ def test_the_graph_that_steps_are_compared_with_runs(bench: Any, tmp_path: Path)
     names = {item.name: item.shape for item in session.get_outputs()}
     assert names["logits"] == ["batch", 1, yardsticks.SMALL.vocab]
     assert len(names) == 1 + 2 * yardsticks.SMALL.layers
+
+
+def test_what_overlaps_counts_once(bench: Any) -> None:
+    class Loads:
+        def load(self, name: str) -> str:
+            if name == "bad":
+                raise ValueError(name)
+            return name
+
+    clock = bench("gpu_load").Clock()
+    clock.watch(Loads, "load", "loads")
+    assert Loads().load("good") == "good"
+    with pytest.raises(ValueError, match="bad"):
+        Loads().load("bad")
+    assert len(clock.each("loads")) == 2
+    clock.spans = {"loads": [(5.0, 6.0), (1.0, 3.0), (2.0, 4.0), (2.5, 3.0)], "runs": [(5.5, 7.0)]}
+    assert clock.took("loads") == 4.0
+    assert clock.took("loads", "runs") == 5.0
+    assert clock.each("loads") == [2.0, 2.0, 0.5, 1.0]
+    assert clock.took("captures") == 0.0

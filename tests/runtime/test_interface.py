@@ -13,7 +13,14 @@ from sample_manifest import MANIFEST, RICH
 from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.images import Patches
 from vlmforge.engine.interface import DecoderInterface, fits, interface_of
-from vlmforge.engine.manifest import KVLayout, Manifest, Part, TensorSpec, load_manifest
+from vlmforge.engine.manifest import (
+    FileEntry,
+    KVLayout,
+    Manifest,
+    Part,
+    TensorSpec,
+    load_manifest,
+)
 from vlmforge.engine.positions import Axes
 from vlmforge.engine.static_check import check_static
 
@@ -24,7 +31,7 @@ CHAIN = dataclasses.replace(POOLS, backend="cuda")
 
 
 def described(manifest: Manifest) -> Manifest:
-    """With parts that take and give what is listed."""
+    """With parts that take and give what is listed, and room for what ranks read of a file."""
 
     def part(old: Part) -> Part:
         listed = interface_of(manifest, old.name)
@@ -37,7 +44,9 @@ def described(manifest: Manifest) -> Manifest:
             profiles=(),
         )
 
-    return dataclasses.replace(manifest, parts=tuple(part(old) for old in manifest.parts))
+    files = (*manifest.files, FileEntry("d.data", 1 << 20, "0" * 64))
+    parts = tuple(part(old) for old in manifest.parts)
+    return dataclasses.replace(manifest, parts=parts, files=files)
 
 
 def failures(manifest: Manifest) -> set[tuple[str, str]]:

@@ -19,19 +19,27 @@ from vlmforge.backends.features import device_features
 from vlmforge.cli import main, plan_arguments
 from vlmforge.cli import plan as command
 from vlmforge.engine.bundle import Bundle
+from vlmforge.engine.chain import ChainStep
 from vlmforge.engine.manifest import MANIFEST_FILE, Manifest, ParallelLayout, dump_manifest
 from vlmforge.errors import BackendUnavailableError, ConfigError, VlmforgeError
 from vlmforge.runner.features import USUAL_BUDGET
 
 _DECODER = RICH.parts[1]
 assert _DECODER.chain is not None
-_STEPS = tuple(
-    step
-    if step.attention is None
-    else replace(step, attention=replace(step.attention, heads=32, kv_heads=32, head_dim=128))
-    for step in _DECODER.chain.steps
-    if step.collective is None  # it is of one rank
-)
+
+
+def _of_one_rank(step: ChainStep) -> ChainStep:
+    """Nothing is summed, and nothing normalised: a share is taken as it is."""
+    if step.attention is not None:
+        call = replace(step.attention, heads=32, kv_heads=32, head_dim=128)
+        return replace(step, attention=call)
+    if step.segment is None:
+        return step
+    inputs = [replace(s, name="out1") if s.name == "norm1" else s for s in step.segment.inputs]
+    return replace(step, segment=replace(step.segment, inputs=tuple(inputs)))
+
+
+_STEPS = tuple(_of_one_rank(step) for step in _DECODER.chain.steps if step.collective is None)
 PAGED = replace(
     RICH,
     parts=(RICH.parts[0], replace(_DECODER, chain=replace(_DECODER.chain, steps=_STEPS))),

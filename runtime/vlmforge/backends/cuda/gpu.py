@@ -249,6 +249,7 @@ class Gpu(Device):
 
     @override
     def segment(self, file: Path) -> OrtSegment:
+        self.enter()  # whatever thread loads it
         settings = {"user_compute_stream": str(self.stream), "do_copy_in_default_stream": "1"}
         return OrtSegment(_session(file, self.ordinal, settings), "cuda", self, self.ordinal)
 

@@ -43,7 +43,7 @@ def read_weights(gpu: Gpu, file: Path, places: Sequence[tuple[int, int]]) -> Seq
     if not places:
         return ()
     sizes = [-(-size // _ALIGNMENT) * _ALIGNMENT for _, size in places]
-    whole = gpu.allocate(sum(sizes))
+    whole = GpuMemory(sum(sizes), gpu.ordinal)
     begins = itertools.accumulate(sizes[:-1], initial=whole.address)
     copies = [_Copy(*place, begin) for place, begin in zip(places, begins, strict=True)]
     pieces = [piece for copy in copies for piece in _pieces(copy)]
