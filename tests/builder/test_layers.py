@@ -97,6 +97,28 @@ def test_a_damaged_matrix_is_named(
     assert f"in the part decoder: {weight!r} of {WEIGHT}, off by " in said
 
 
+def test_a_damaged_weight_of_a_graph_that_others_share_is_named(
+    engine: Path, tmp_path: Path
+) -> None:
+    chain = load_manifest(engine).part("decoder").chain
+    assert chain is not None
+    *_, last = (segment for segment in chain.segments if segment.weights)
+    bound = last.weights[-1]
+    assert bound.tensor.name != bound.called
+    damaged = tmp_path / "engine"
+    shutil.copytree(engine, damaged)
+    data = np.fromfile(damaged / bound.file, np.uint8)
+    size = 2 * int(np.prod(bound.tensor.shape))
+    data[bound.offset : bound.offset + size].view(np.float16)[::7] *= np.float16(1.5)
+    data.tofile(damaged / bound.file)
+    results = list(compare_engine(damaged, CHECKPOINT))
+    first = next(result for result in results if not result.passed)
+    assert (first.part, first.name, first.op) == ("decoder", bound.tensor.name, WEIGHT)
+    # What comes of it is named as the checkpoint has it, and not as the graph.
+    behind = {result.name for result in results if not result.passed}
+    assert {spec.name for spec in last.outputs} & behind
+
+
 @pytest.mark.parametrize("op", ["attention", "gated activation"])
 def test_a_call_that_is_wrong_is_named(engine: Path, tmp_path: Path, op: str) -> None:
     manifest, wrong = load_manifest(engine), tmp_path / "engine"

@@ -76,7 +76,7 @@ class Segment:
         return dict(zip(own, self.names or own, strict=True))
 
     @property
-    def taken(self) -> tuple[object, ...]:
+    def form(self) -> tuple[object, ...]:
         """What is the same in all segments of a file: kinds of tensors, and names in the graph."""
         specs = (*self.inputs, *self.outputs, *(weight.tensor for weight in self.weights))
         called = (*self.called.values(), *(weight.called for weight in self.weights))

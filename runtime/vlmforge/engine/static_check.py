@@ -147,7 +147,7 @@ def _weights(bundle: Bundle, part: Part) -> Finding:
         return True, "in its graph"
     sizes, count = {entry.path: entry.size for entry in bundle.manifest.files}, 0
     for file, (first, *others) in part.chain.kinds.items():
-        if any(segment.taken != first.taken for segment in others):
+        if any(segment.form != first.form for segment in others):
             return False, f"segments of {file} differ in names, dtypes or shapes of what it takes"
         for weight in (weight for segment in (first, *others) for weight in segment.weights):
             spec, count = weight.tensor, count + 1
