@@ -16,9 +16,9 @@ from conftest import DATA, build_once
 from vlmforge.backends.fake_plans import VERSION, written_plan
 from vlmforge.engine.layer_report import Layer, LayerReport
 from vlmforge.engine.schema import to_json
+from vlmforge_builder import plan_files
 from vlmforge_builder.ops import DOMAIN, functions
 from vlmforge_builder.ops import VERSION as OPS_VERSION
-from vlmforge_builder.targets import tensorrt
 from vlmforge_builder.tensorrt.flavours import Flavour
 from vlmforge_builder.tensorrt.job import CompileRequest
 from vlmforge_builder.tensorrt.process import Compiled
@@ -49,5 +49,5 @@ def plan_engine(shared: Path, name: str, *more: str) -> Path:
     """The float16 engine of a golden checkpoint for `plans_on_cpu`, built once for a run."""
     options = ("--target", "tensorrt_rtx", "--dtype", "float16", "--max-batch-size", "4", *more)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensorrt, "run_compiler", keep_graph)
+        patch.setattr(plan_files, "run_compiler", keep_graph)
         return build_once(shared / f"{name}.plans.engine", DATA / name / "checkpoint", *options)

@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from vlmforge.backends.fake import HostDevice, memory_as
 from vlmforge.backends.plans import Library, open_library
+from vlmforge.backends.ranks import processes
 from vlmforge.backends.tensorrt import PlanBackend
 from vlmforge.ort import ort
 
@@ -223,7 +224,7 @@ class HostPlanBackend(PlanBackend):
         """Runs everywhere."""
 
     @override
-    def device(self) -> HostDevice:
+    def device(self, number: int = 0) -> HostDevice:
         return HostDevice()
 
     @override
@@ -233,12 +234,16 @@ class HostPlanBackend(PlanBackend):
 
 @contextmanager
 def plans_on_cpu(name: str) -> Iterator[None]:
-    """Engines of the backend `name` that are loaded within the block run on the processor."""
+    """Engines of the backend `name` that are loaded within the block run on the processor.
+
+    So do the processes of other ranks that are started within it.
+    """
     module = importlib.import_module(f"vlmforge.backends.{name}")
     real: PlanBackend = module.BACKEND
     stand_in = HostPlanBackend(real.name, real.module, real.requirement, real.gpus)
     module.__dict__["BACKEND"] = stand_in
+    child, processes.CHILD = processes.CHILD, "vlmforge.backends.fake_rank"
     try:
         yield
     finally:
-        module.__dict__["BACKEND"] = real
+        module.__dict__["BACKEND"], processes.CHILD = real, child
