@@ -47,6 +47,11 @@ def written_plan(graph: bytes, profiles: Sequence[Ranges], version: str = VERSIO
     return b"%8d" % len(head) + head + graph
 
 
+def graph_of(plan: bytes) -> bytes:
+    """The graph that `written_plan` was given."""
+    return plan[8 + int(plan[:8]) :]
+
+
 class _Severity(IntEnum):
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
@@ -187,7 +192,7 @@ class _Runtime:
             return None
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
-        graph, providers = serialized_engine[8 + size :], ["CPUExecutionProvider"]
+        graph, providers = graph_of(serialized_engine), ["CPUExecutionProvider"]
         session = ort.InferenceSession(graph, options, providers=providers)
         return _Engine(session, head["profiles"], self._logger)
 
