@@ -80,7 +80,7 @@ class SessionCache:
                     "A saved session has an image of other limits of pixels than this pipeline's.",
                     found=error.found,
                     expected=error.expected,
-                    fix="load it into a pipeline with the VisionConfig, and the session_len, of the "
+                    fix="load it into a pipeline with the VisionConfig and the session_len of the "
                     "one that it was saved from",
                 ) from error
 

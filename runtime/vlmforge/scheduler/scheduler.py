@@ -309,7 +309,7 @@ class Scheduler:
     def _admit_beside(self, running: set[int], room: int) -> TokenSequence | None:
         """Give the next waiting sequence a place, if what is left of it is no more than `room`.
 
-        One that begins as one does that is `running` now finds this in the cache a step later.
+        One that begins as one that is `running` now finds this in the cache a step later, if kept.
         """
         sequence = self._waiting[0] if self._waiting else None
         if sequence is None or _wants_all(sequence):
@@ -318,7 +318,9 @@ class Scheduler:
         if len(sequence.tokens) - known > room:
             return None
         others = (s for s in self._running if s.id in running and s.salt == sequence.salt)
-        if any(common_prefix(s.keys, sequence.keys) >= known + _ALIKE for s in others):
+        if self._cache.reuses and any(
+            common_prefix(s.keys, sequence.keys) >= known + _ALIKE for s in others
+        ):
             return None
         cached = self._begin(sequence)
         if cached is None:

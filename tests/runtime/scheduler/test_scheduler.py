@@ -299,15 +299,18 @@ def test_prompts_are_run_together_as_far_as_a_chunk_goes() -> None:
     ]
 
 
-def test_who_begins_as_another_waits_for_what_the_cache_will_have() -> None:
-    cache, store = blocks(4, 100, 8)
+@pytest.mark.parametrize("reuse", [True, False])
+def test_who_begins_as_another_waits_for_what_the_cache_will_have(reuse: bool) -> None:
+    """Where nothing is kept, there is nothing to wait for."""
+    cache, store = blocks(4, 100, 8, reuse=reuse)
     world = World(Scheduler(cache, rows=4, chunk=512, prompts=4), cache, store)
     for last in (1, 2, 3):
         world.add(Asked([0] * 70 + [last], 2))
     while world.step():
         pass
     prompts = [[len(row.tokens) for row in step.prompts] for step in world.log]
-    assert prompts == [[71], [7, 7], []]  # of the others, all but what the first one left
+    # Of the others, all but what the first one left.
+    assert prompts == ([[71], [7, 7], []] if reuse else [[71, 71, 71], []])
 
 
 def test_nobody_loses_a_place_for_a_prompt_that_is_run_beside_another() -> None:
