@@ -28,7 +28,8 @@ from vlmforge.errors import BackendUnavailableError
 
 WINDOW = ("--session-len", "1024")
 PICTURE = str(IMAGES / "tall_300x900.png")
-PROMPTS = ["hi", ("What is this?", PICTURE), "One more, and longer than the first.", "hi"]
+# None of whose tokens is chosen by less than what sums in another order change.
+PROMPTS = ["hi", ("What is this?", PICTURE), "Tell me a story about cats", "Another one."]
 GREEDY = GenerationConfig(max_new_tokens=12, ignore_eos=True)
 CONFIG = EngineConfig(max_batch_size=4)
 
