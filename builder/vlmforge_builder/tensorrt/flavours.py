@@ -34,7 +34,7 @@ class Flavour:
     libraries: str
     linked: str | None
     capabilities: tuple[tuple[str, str], ...]
-    meets: bool
+    meets: bool = False
 
 
 TENSORRT = Flavour("tensorrt", "tensorrt", "tensorrt>=11", "tensorrt_libs", None, (), meets=True)
@@ -52,7 +52,6 @@ TENSORRT_RTX = Flavour(
         ("12.0", "SM120"),
         ("12.1", "SM121"),
     ),
-    meets=False,
 )
 FLAVOURS = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
 
