@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gpu_results import Results, attempts
 from gpu_soak import held_pages
-from gpu_steps import text_of
+from gpu_steps import picture, text_of
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, pipeline
 from vlmforge.api.plan import CONTEXT_BYTES, Plan, plan
 from vlmforge.backends.cuda import machine
@@ -86,7 +86,10 @@ def _loading(engine: Path, config: EngineConfig) -> dict[str, str]:
 
 
 def _largest(pipe: Pipeline) -> None:
-    """A prompt of a whole chunk beside as many others as there are places, choices of all kinds."""
+    """A prompt of a whole chunk beside as many others as there are places, choices of all kinds.
+
+    And as many pictures as are encoded at once, and more.
+    """
     slots, window = pipe._engine.options.slots, pipe.session_len
     texts = [text_of(pipe, min(800, window - 40), 0), *(f"number {i}" for i in range(1, slots))]
     drawn = GenerationConfig(
@@ -96,6 +99,12 @@ def _largest(pipe: Pipeline) -> None:
         answers = pipe(texts, generation, do_preprocess=False)
         assert isinstance(answers, list)
         assert all(len(answer.token_ids) == 16 for answer in answers), answers[0]
+    if window > 1024:
+        shown = pipe(
+            [("what?", picture(index)) for index in range(24)], GenerationConfig(max_new_tokens=2)
+        )
+        assert isinstance(shown, list)
+        assert not [answer for answer in shown if answer.finish_reason == "error"], shown[0]
 
 
 def refused(engine: Path, results: Results) -> None:

@@ -164,7 +164,7 @@ def engine(folder: Path) -> int:
 
     def noted(decoder: PagedDecoder, batch: Any, choices: Sequence[Choice | None]) -> Any:
         found = choose(decoder, batch, choices)
-        frame = decoder._frame(_size_of(batch))
+        frame = decoder._frame(decoder._size(batch))
         for row, one in enumerate(found):
             if isinstance(one, Picked):
                 logits[id(one)] = one, decoder._row(decoder._at(frame, "logits"), row)
@@ -199,12 +199,6 @@ def engine(folder: Path) -> int:
         f"other, {by_host:.2f} s by the host; answers of overlapping steps that differ: {differ}"
     )
     return told["differ"] + (not told["device"])
-
-
-def _size_of(batch: Any) -> Any:
-    from vlmforge.backends.cuda.decoder import _size
-
-    return _size(batch)
 
 
 def answers(pipe: Pipeline) -> list[list[int]]:

@@ -278,6 +278,7 @@ def kernels_for_one_gpu() -> Iterator[None]:
     from vlmforge_plugins.cached_attention.compile import compile_one, compile_source
     from vlmforge_plugins.cached_attention.config import TARGETS
     from vlmforge_plugins.collectives.compile import SOURCE
+    from vlmforge_plugins.gated_activation.compile import source_of
 
     hopper = next(target for target in TARGETS if target.name == "sm_90")
     with pytest.MonkeyPatch.context() as patch:
@@ -288,6 +289,13 @@ def kernels_for_one_gpu() -> Iterator[None]:
             kernel_files,
             "compile_set",
             lambda by, kept: (compile_source(SOURCE, hopper, by, kept),),
+        )
+        patch.setattr(
+            cuda,
+            "compile_gates",
+            lambda activation, dtype, by, kept: (
+                compile_source(source_of(activation, dtype, hopper), hopper, by, kept),
+            ),
         )
         yield
 

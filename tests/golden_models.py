@@ -151,7 +151,7 @@ def check_images(golden: Golden, limits: Tolerances) -> None:
         pixels = image.pixel_values[..., ::step, :]
         expected = arrays["pixel_values"].reshape(pixels.shape)
         np.testing.assert_allclose(pixels, expected, atol=limits.pixels, rtol=0)
-        features = FeatureCache(engine.encode, batch=2).get([image])[0][0]
+        features = np.asarray(FeatureCache(engine.encode, batch=2).get([image])[0][0])
         key = "image_features" if "image_features" in arrays else "image_features_merged"
         assert engine.image_tokens(DATA / "images" / f"{name}.png") == len(features)
         gap = np.abs(features[::step] - arrays[key])

@@ -21,6 +21,7 @@ from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.kernel_store import Loaded
 from vlmforge_plugins.cached_attention.launcher import Boxes, Kernels, Params
 from vlmforge_plugins.cached_attention.plan import Launch
+from vlmforge_plugins.gated_activation import launcher as gated
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,17 @@ class _Kernels(Kernels):
 
     @override
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
+        self.later(lambda: self.inner.launch(launch, params, stream))
+
+
+@dataclass(frozen=True)
+class _Gates(gated.Kernels):
+    inner: gated.Kernels
+    later: Callable[[Work], None]
+    overlap: bool = False
+
+    @override
+    def launch(self, launch: Launch, params: gated.Params, stream: int) -> None:
         self.later(lambda: self.inner.launch(launch, params, stream))
 
 
@@ -143,6 +155,10 @@ class LateDevice(HostDevice):
     def kernels(self, config: Config, files: Mapping[str, Path]) -> Loaded:
         loaded = super().kernels(config, files)
         return Loaded(_Kernels(loaded.kernels, self.later), loaded.sizes, loaded.machine)
+
+    @override
+    def activations(self, name: str, files: Mapping[str, Path]) -> gated.Kernels:
+        return _Gates(super().activations(name, files), self.later)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,16 @@ from typing_extensions import override
 
 from stand_in import Parts
 from vlmforge.backends import DecoderBatch, FloatArray, IntArray, KeyValues
-from vlmforge.backends.choice import Begun, BegunPrompts, Choice, OverlappingDecoder, Picked
+from vlmforge.backends.choice import (
+    FIRST_TOKENS,
+    Begun,
+    BegunPrompts,
+    Choice,
+    FirstTokenDecoder,
+    OverlappingDecoder,
+    Picked,
+)
+from vlmforge.backends.choice import Found as OfPrompt
 from vlmforge.kv.cache import Move
 
 Found = Sequence[Picked | np.int64 | None]
@@ -61,11 +70,12 @@ class LateParts(Parts, OverlappingDecoder):
         self.undecided = undecided
         self._queue: deque[BegunLate[Any]] = deque()
         self._latest: BegunLate[Any] | None = None
+        self._first: BegunLate[Any] | None = None
 
     @override
     def can_begin(self, rows: int, choices: Sequence[Choice] | None) -> bool:
         self._called("can_begin")
-        return choices is None or all(not len(c.edits.ids) and not c.logprobs for c in choices)
+        return choices is None or all(not c.logprobs for c in choices)
 
     @override
     def begin(
@@ -73,10 +83,10 @@ class LateParts(Parts, OverlappingDecoder):
     ) -> Begun[Found]:
         self._called("begin")
         before = self._latest
-        if any(one is before for one in self._queue):
+        if self._queue:
             self.begun.append(len(ahead))
-        made = BegunLate[Found](batch.slots, self, list)
-        made.work = lambda: self._do(made, before, batch, choices, ahead)
+        made, first = BegunLate[Found](batch.slots, self, list), self._first
+        made.work = lambda: self._do(made, (before, first), batch, choices, ahead)
         self._queue.append(made)
         self._latest = made
         return made
@@ -92,21 +102,26 @@ class LateParts(Parts, OverlappingDecoder):
     def _do(
         self,
         made: BegunLate[Found],
-        before: BegunLate[Any] | None,
+        sources: tuple[BegunLate[Any] | None, BegunLate[Any] | None],
         batch: DecoderBatch,
         choices: Sequence[Choice] | None,
         ahead: IntArray,
     ) -> Found:
         ids = batch.input_ids.copy()
-        for row, source in enumerate(ahead):
+        for row, source in enumerate(ahead.tolist()):
             if source >= 0:
+                before = sources[source >= FIRST_TOKENS]
                 assert before is not None
                 # Of a step that failed nobody knows what is there.
-                ids[row, 0] = before.ids[source] if before.ids else 5
+                ids[row, 0] = before.ids[source % FIRST_TOKENS] if before.ids else 5
         logits = super().step(replace(batch, input_ids=ids))[:, 0]
         found: list[Picked | np.int64 | None] = []
         for row, values in enumerate(logits):
-            token = self._chosen(values, None if choices is None else choices[row])
+            choice = None if choices is None else choices[row]
+            if choice is not None and choice.behind is not None:
+                assert ahead[row] >= 0
+                values = _edited(values, *(np.array([x]) for x in (ids[row, 0], *choice.behind)))
+            token = self._chosen(values, choice)
             made.ids.append(7 if token is None else token)
             if token is None or choices is None:
                 found.append(None if token is None else np.int64(token))
@@ -117,6 +132,10 @@ class LateParts(Parts, OverlappingDecoder):
     def _chosen(self, logits: FloatArray, choice: Choice | None) -> int | None:
         """None: it cannot be said here."""
         likeliest = int(logits.argmax())
+        if choice is not None and len(choice.edits.ids):
+            edits = choice.edits
+            logits = _edited(logits, edits.ids, edits.factors, edits.minus)
+            likeliest = int(logits.argmax())
         if choice is not None and not zlib.crc32(logits.tobytes()) % self.undecided:
             return None
         if choice is None or choice.numbers[-1] < 0:
@@ -150,3 +169,39 @@ class LateParts(Parts, OverlappingDecoder):
     def write(self, place: Sequence[int], rows: Any, start: int) -> None:
         self.catch_up()
         super().write(place, rows, start)
+
+
+class FirstParts(LateParts, FirstTokenDecoder):
+    """One that chooses the tokens behind prompts too."""
+
+    @override
+    def begin_first(
+        self, batch: DecoderBatch, choices: Sequence[Choice | None] | None
+    ) -> Begun[Sequence[OfPrompt]]:
+        self._called("begin_first")
+        made = BegunLate[Sequence[OfPrompt]](batch.slots, self, list)
+
+        def work() -> Sequence[OfPrompt]:
+            found: list[OfPrompt] = []
+            for row, logits in enumerate(Parts.step(self, batch)):
+                choice = None if choices is None else choices[row]
+                asked = choices is None or choice is not None
+                token = self._chosen(logits[0], choice) if asked else None
+                made.ids.append(7 if token is None else token)
+                if token is None:
+                    found.append(logits)
+                else:
+                    found.append(np.int64(token) if choices is None else Picked(token))
+            return found
+
+        made.work = work
+        self._queue.append(made)
+        self._first = made
+        return made
+
+
+def _edited(logits: FloatArray, ids: Any, factors: Any, minus: Any) -> FloatArray:
+    """As a device does it: an edit that is there twice, with the same numbers, counts once."""
+    found, before = logits.copy(), logits[ids]
+    found[ids] = np.where(before < 0, before * factors, before / factors) - minus
+    return found

@@ -8,6 +8,7 @@ from vlmforge.engine.chain import (
     AttentionCall,
     ChainStep,
     Collective,
+    GatedActivation,
     PartChain,
     RotaryTables,
     Segment,
@@ -106,6 +107,7 @@ MANIFEST = Manifest(
 )
 
 _HIDDEN = TensorSpec("hidden", "float16", ("batch", "tokens", 16))
+_GATED = TensorSpec("gated", "float16", ("batch", "tokens", 32))
 
 
 def _attention(layer: int) -> AttentionCall:
@@ -123,15 +125,16 @@ CHAIN = PartChain(
         ChainStep(segment=Segment("d.1.onnx", (_HIDDEN, _rows("mixed0")), (_rows("qkv1"),), 300)),
         ChainStep(attention=_attention(1)),
         ChainStep(
-            segment=Segment(
-                "d.2.onnx", (_rows("mixed1"), _HIDDEN), (_rows("logits_shard"),), 300, 4096
-            )
+            segment=Segment("d.2.onnx", (_rows("mixed1"), _HIDDEN), (_rows("gate_up"),), 300, 4096)
         ),
+        ChainStep(gated=GatedActivation("silu", "gate_up", "gated")),
+        ChainStep(segment=Segment("d.3.onnx", (_GATED,), (_rows("logits_shard"),), 300)),
         ChainStep(collective=Collective("all_gather", "logits_shard", "logits", 100)),
     ),
     rotary=RotaryTables("d.data", 0, 4096, 64, 4),
     kernels={"sm_90": "d.sm_90.cubin"},
     meetings={"sm_90": "d.meetings.sm_90.cubin"},
+    activations={"sm_90": "d.activations.sm_90.cubin"},
     sampler=Segment("d.sample.onnx", (), (), 500),
 )
 """Of two layers, as the sample's key/value cache has them."""

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from vlmforge.engine.chain import AttentionCall, ChainStep, Collective, Segment
+from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, Segment
 from vlmforge_builder.onnx_file import tensor_specs
+from vlmforge_builder.passes.cut_chain import Between
 from vlmforge_builder.passes.scratch import matrix_bytes, token_bytes
 
 
@@ -32,9 +33,7 @@ def save_segments(pieces: Iterable[ir.Model], stem: str, folder: Path) -> tuple[
     return tuple(segments)
 
 
-def chain_steps(
-    segments: Sequence[Segment], between: Sequence[AttentionCall | Collective]
-) -> tuple[ChainStep, ...]:
+def chain_steps(segments: Sequence[Segment], between: Sequence[Between]) -> tuple[ChainStep, ...]:
     """What stands between after a segment each; segments that are left follow."""
     steps: list[ChainStep] = []
     for segment, step in zip_longest(segments, between):
@@ -42,6 +41,8 @@ def chain_steps(
             steps.append(ChainStep(segment=segment))
         if isinstance(step, AttentionCall):
             steps.append(ChainStep(attention=step))
+        elif isinstance(step, GatedActivation):
+            steps.append(ChainStep(gated=step))
         elif step is not None:
             steps.append(ChainStep(collective=step))
     return tuple(steps)

@@ -215,6 +215,9 @@ class _Watching(Graphs):
 def _watch_chain(bundle: Bundle, inputs: Inputs) -> Watched:
     """A prefill by the backend `cuda` on the processor, segment by segment."""
     manifest, watched = bundle.manifest, Watched()
+    chain = manifest.part("decoder").chain
+    assert chain is not None
+    watched.ops.update({gate.out: "gated activation" for gate in chain.gates})
     page = manifest.kv.page_size or _CAPACITY
     options = LoadOptions(1, _CAPACITY, block_size=page, paged=True, chunk=_TOKENS)
     with cuda_on_cpu(graphs=_Watching(watched)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from golden_models import FOLDERS
 from lowered_decoder import model_spec, part_of
-from vlmforge.engine.chain import AttentionCall
+from vlmforge.engine.chain import AttentionCall, GatedActivation
 from vlmforge_builder import build
 from vlmforge_builder.ops import DOMAIN
 from vlmforge_builder.passes.cut_chain import Cut, cut_chain
@@ -75,6 +76,13 @@ class Drawn:
     def sum_over_ranks(self) -> None:
         self._add(ir.node("AllReduce", [self._one()], domain=DOMAIN), [FLOATS])
 
+    def gate(self) -> None:
+        """Of two values side by side."""
+        joined = ir.node("Concat", [self._one(), self._one()], {"axis": -1})
+        self._add(joined, [("batch", "tokens", 2 * WIDTH)])
+        packed = self.values.pop()
+        self._add(ir.node("GatedSilu", [packed], domain=DOMAIN), [FLOATS])
+
     def model(self) -> ir.Model:
         last = ir.node("Add", [self.values[-1], self._one()])
         self._add(last, [FLOATS])
@@ -94,6 +102,12 @@ def attend(qkv: Array) -> Array:
     return query - 2 * key + np.tanh(value)
 
 
+def gated(packed: Array) -> Array:
+    """Anything that depends on both halves and on which is which."""
+    gate, up = np.split(packed, 2, axis=-1)
+    return np.tanh(gate) - up
+
+
 def evaluated(graph: ir.Graph, known: dict[str, Array]) -> dict[str, Array]:
     known = dict(known)
     for value in graph.initializers.values():
@@ -105,6 +119,8 @@ def evaluated(graph: ir.Graph, known: dict[str, Array]) -> dict[str, Array]:
             result = np.concatenate(given, axis=-1)
         elif node.op_type == "AllReduce":
             result = RANKS * given[0]
+        elif node.op_type == "GatedSilu":
+            result = gated(given[0])
         elif node.domain == DOMAIN:
             result = attend(np.concatenate(given[:3], axis=-1))
         else:
@@ -122,18 +138,24 @@ def chained(cut: Cut, known: dict[str, Array]) -> dict[str, Array]:
             step = cut.between[index]
             if isinstance(step, AttentionCall):
                 known[step.out] = attend(known[step.qkv])
+            elif isinstance(step, GatedActivation):
+                assert step.activation == "silu"
+                known[step.out] = gated(known[step.tensor])
             else:
                 assert (step.kind, step.width) == ("all_reduce", None)
                 known[step.out] = RANKS * known[step.tensor]
     return known
 
 
-@given(st.data(), st.lists(st.booleans(), min_size=1, max_size=4))
-def test_the_meaning_stays(data: st.DataObject, meetings: list[bool]) -> None:
-    drawn, attentions = Drawn(data), sum(meetings)
-    for is_attention in meetings:
+KINDS = st.sampled_from([Drawn.attention, Drawn.sum_over_ranks, Drawn.gate])
+
+
+@given(st.data(), st.lists(KINDS, min_size=1, max_size=5))
+def test_the_meaning_stays(data: st.DataObject, meetings: list[Callable[[Drawn], None]]) -> None:
+    drawn, attentions = Drawn(data), meetings.count(Drawn.attention)
+    for meeting in meetings:
         drawn.some()
-        (drawn.attention if is_attention else drawn.sum_over_ranks)()
+        meeting(drawn)
     drawn.some()
     model = drawn.model()
     name = model.graph.outputs[0].name or ""

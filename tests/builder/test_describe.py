@@ -27,7 +27,7 @@ from vlmforge_builder.checkpoint.safetensors_outline import Entry, write_outline
 from vlmforge_builder.describe import write_description
 from vlmforge_builder.progress import Progress
 
-MEMORY = 3 << 29
+MEMORY = 1 << 31
 
 
 def hollow(into: Path) -> Path:
@@ -71,8 +71,9 @@ def bare(manifest: Manifest) -> Manifest:
     """What a description has: no files, no kernels, and another day."""
     parts = []
     for part in manifest.parts:
-        kernels = part.chain.kernels.values() if part.chain is not None else ()
-        chain = None if part.chain is None else replace(part.chain, kernels={})
+        sets = () if part.chain is None else (part.chain.kernels, part.chain.activations)
+        kernels = {name for files in sets for name in files.values()}
+        chain = None if part.chain is None else replace(part.chain, kernels={}, activations={})
         data = tuple(name for name in part.data if name not in kernels)
         parts.append(replace(part, chain=chain, data=data))
     options = {k: v for k, v in manifest.provenance.options.items() if k != "skip_goldens"}

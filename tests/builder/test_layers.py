@@ -71,9 +71,9 @@ def product(engine: Path, layer: int) -> tuple[str, slice]:
     """The weight of the last product of a layer, and where that is in the data file."""
     chain = load_manifest(engine).part("decoder").chain
     assert chain is not None
-    model = onnx.load(engine / chain.segments[layer + 1].file, load_external_data=False)
+    model = onnx.load(engine / chain.segments[2 * layer + 2].file, load_external_data=False)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    node = [node for node in model.graph.node if node.op_type == "MatMul"][2]
+    node = next(node for node in model.graph.node if node.op_type == "MatMul")
     place = {item.key: item.value for item in weights[node.input[1]].external_data}
     begin = int(place["offset"])
     return node.input[1], slice(begin, begin + int(place["length"]))
@@ -97,17 +97,21 @@ def test_a_damaged_matrix_is_named(
     assert f"in the part decoder: {weight!r} of {WEIGHT}, off by " in said
 
 
-def test_attention_that_is_wrong_is_named(engine: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("op", ["attention", "gated activation"])
+def test_a_call_that_is_wrong_is_named(engine: Path, tmp_path: Path, op: str) -> None:
     manifest, wrong = load_manifest(engine), tmp_path / "engine"
     decoder = manifest.part("decoder")
     assert decoder.chain is not None
     planted = decoder.chain.attention[1]
     steps = tuple(
-        step
-        if step.attention is not planted
-        else replace(step, attention=replace(planted, scale=1))
+        replace(step, attention=replace(planted, scale=1))
+        if op == "attention" and step.attention is planted
+        else step
+        if op == "attention" or step.gated is None
+        else replace(step, gated=replace(step.gated, activation="gelu"))
         for step in decoder.chain.steps
     )
+    out = planted.out if op == "attention" else decoder.chain.gates[0].out
     parts = (
         manifest.part("vision"),
         replace(decoder, chain=replace(decoder.chain, steps=steps)),
@@ -115,7 +119,7 @@ def test_attention_that_is_wrong_is_named(engine: Path, tmp_path: Path) -> None:
     shutil.copytree(engine, wrong)
     (wrong / MANIFEST_FILE).write_text(dump_manifest(replace(manifest, parts=parts)), "utf-8")
     first = next(result for result in compare_engine(wrong, engine) if not result.passed)
-    assert (first.name, first.op) == (planted.out, "attention")
+    assert (first.name, first.op) == (out, op)
 
 
 def test_a_plan_shows_nothing_of_its_inside(engine: Path) -> None:

@@ -17,6 +17,7 @@ from vlmforge_builder.ops.all_gather import AllGatherNode
 from vlmforge_builder.ops.all_reduce import AllReduceNode
 from vlmforge_builder.ops.cached_attention import CachedAttentionNode
 from vlmforge_builder.ops.dequantize_linear import DequantizeLinearNode
+from vlmforge_builder.ops.gated_activation import GatedGeluNode, GatedSiluNode
 from vlmforge_builder.ops.paged_attention import PagedAttentionNode
 from vlmforge_builder.passes.assign_precision import AssignPrecisionPass
 from vlmforge_builder.passes.lint import LintPass
@@ -91,7 +92,8 @@ def test_records_and_functions_have_the_same_names(kind: type[records.OpNode]) -
 def test_all_ops_are_found() -> None:
     meetings = {AllReduceNode, AllGatherNode}
     others = {CachedAttentionNode, PagedAttentionNode, DequantizeLinearNode}
-    assert meetings | others == set(ops.kinds())
+    gates = {GatedSiluNode, GatedGeluNode}
+    assert meetings | gates | others == set(ops.kinds())
     assert CachedAttentionNode.all_in(model(CALL).graph)[0].op_type == "CachedAttention"
     assert CachedAttentionNode.all_in(model(PLAIN).graph)[0].op_type == "PlainCachedAttention"
     assert PagedAttentionNode.all_in(model(CALL).graph) == ()

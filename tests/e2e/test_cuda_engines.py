@@ -33,7 +33,7 @@ from stand_in import Gate, at_once
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
 from vlmforge.backends import DecoderBatch, FloatArray
-from vlmforge.backends.choice import BegunPrompts
+from vlmforge.backends.choice import BegunFirst
 from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.fake import HostDevice, cuda_on_cpu
 from vlmforge.errors import CancelledError
@@ -155,25 +155,45 @@ def test_ids_alone_give_what_logits_give(pipe: Pipeline, monkeypatch: pytest.Mon
     assert steps == []  # one who wants the logits is not asked
 
 
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {},
+        {1: {"do_sample": True, "top_k": 0, "temperature": 1.1, "random_seed": 7}},
+        {0: {"repetition_penalty": 1.3}, 4: {"output_logits": "generation"}},
+    ],
+    ids=["likeliest", "sampled", "one on the host"],
+)
 def test_prompts_of_several_lengths_and_pictures_run_together(
-    pipe: Pipeline, singles: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    pipe: Pipeline,
+    singles: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    ways: dict[int, dict[str, Any]],
 ) -> None:
     """In one step, and each answers as it does alone."""
     together: list[list[tuple[int, int]]] = []
-    real = Engine.begin_prompts
+    real = Engine.begin_first
 
-    def noted(engine: Engine, parts: Sequence[PromptPart], logits: Any) -> BegunPrompts:
+    def noted(engine: Engine, parts: Sequence[PromptPart], choices: Any) -> BegunFirst:
         together.append([(part.past, len(part.chunk.ids)) for part in parts])
-        return real(engine, parts, logits)
+        assert choices is None or any(choices)
+        return real(engine, parts, choices)
 
-    monkeypatch.setattr(Engine, "begin_prompts", noted)
+    monkeypatch.setattr(Engine, "begin_first", noted)
     order = [0, 1, 4, 3]
+    configs = [replace(CONFIGS[i], **ways.get(i, {})) for i in order]
     with small(pipe, 64) as fresh:
-        answers = at_once(fresh, [PROMPTS[i] for i in order], [CONFIGS[i] for i in order])
-    assert [answer.token_ids for answer in answers] == [singles[i] for i in order]
-    assert [len(parts) for parts in together] == [2, 2]
-    assert all(len(parts) * max(n for _, n in parts) <= 512 for parts in together)
-    assert len({length for parts in together for _, length in parts}) > 2, together
+        alone = [
+            fresh(PROMPTS[i], gen_config=config) for i, config in zip(order, configs, strict=True)
+        ]
+    together.clear()
+    with small(pipe, 64) as fresh:
+        answers = at_once(fresh, [PROMPTS[i] for i in order], configs)
+    assert [a.token_ids for a in answers] == [a.token_ids for a in alone]  # type: ignore[union-attr]
+    plain = [(a, singles[i]) for a, i in zip(answers, order, strict=True) if i not in ways]
+    assert all(answer.token_ids == single for answer, single in plain)
+    assert [len(parts) for parts in together] == [4]
+    assert len({length for parts in together for _, length in parts}) == 3, together
 
 
 def test_long_prompts_run_in_larger_parts_where_they_are_asked_for(engine: Path) -> None:

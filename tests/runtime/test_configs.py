@@ -121,7 +121,7 @@ WRONG: list[tuple[Callable[..., object], str, object, str]] = [
     (EngineConfig, "cache_chunk_size", -2, "an integer >= -1"),
     (EngineConfig, "enable_prefix_caching", 1, "True or False"),
     *((EngineConfig, "revision", value, REVISION) for value in ("", "a\0b", "\ud800")),
-    (EngineConfig, "max_prefill_token_num", 0, "a positive integer"),
+    (EngineConfig, "max_prefill_token_num", 0, "a positive integer or None"),
     (EngineConfig, "num_tokens_per_iter", -1, "a non-negative integer"),
     (EngineConfig, "max_prefill_iters", 0, "a positive integer"),
     (EngineConfig, "dtype", "int8", "one of 'auto', 'float32', 'float16', 'bfloat16'"),

@@ -18,9 +18,16 @@ from hypothesis import strategies as st
 
 from conftest import DATA
 from sample_manifest import FORMAT, IMAGE, MANIFEST, PARTS, PROMPT, RICH
+from vlmforge.engine.chain import ChainStep
 from vlmforge.engine.images import AnyRes, CenterCrop, PadSquare, Stretch
 from vlmforge.engine.images.tiling import Tiling, UnpaddedLines
-from vlmforge.engine.manifest import MANIFEST_FILE, dump_manifest, load_manifest, manifest_digest
+from vlmforge.engine.manifest import (
+    MANIFEST_FILE,
+    Part,
+    dump_manifest,
+    load_manifest,
+    manifest_digest,
+)
 from vlmforge.engine.migration import SCHEMA_VERSION, upgraded
 from vlmforge.engine.prompts import SplitText
 from vlmforge.errors import EngineError, EngineFormatError, EngineIntegrityError
@@ -78,6 +85,30 @@ def test_an_engine_of_before_keeps_its_window() -> None:
     positions = EXPECTED["2_center_crop"].decode.positions
     assert not positions.extends
     assert PARTS[1].rotary_tables is None
+
+
+def test_a_chain_of_before_has_no_gated_activations(tmp_path: Path) -> None:
+    data = json.loads(dump_manifest(dataclasses.replace(RICH, parts=(PARTS[0], *ungated()))))
+    for part in data["parts"][1:]:
+        assert part["chain"].pop("activations") == {}
+        assert all(step.pop("gated") is None for step in part["chain"]["steps"])
+    data["digest"] = manifest_digest(data)
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(data), "utf-8")
+    assert load_manifest(tmp_path).parts[1:] == ungated()
+
+
+def ungated() -> tuple[Part, ...]:
+    """The sample's decoders with the activation inside a segment."""
+    found = []
+    for part in RICH.parts[1:]:
+        assert part.chain is not None
+        *first, before, _, after, last = part.chain.steps
+        assert before.segment is not None and after.segment is not None
+        whole = dataclasses.replace(before.segment, outputs=after.segment.outputs)
+        steps = (*first, ChainStep(segment=whole), last)
+        chain = dataclasses.replace(part.chain, steps=steps, activations={})
+        found.append(dataclasses.replace(part, chain=chain, data=tuple(sorted(chain.files))))
+    return tuple(found)
 
 
 def test_of_version_2_the_digest_is_that_of_what_stands_there(tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ from sample_manifest import MANIFEST, RICH
 from vlmforge.api.config import EngineConfig
 from vlmforge.api.memory import load_options, part_memory
 from vlmforge.api.plan import CONTEXT_BYTES, plan
+from vlmforge.backends.features import device_features
 from vlmforge.cli import main, plan_arguments
 from vlmforge.cli import plan as command
 from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.manifest import MANIFEST_FILE, Manifest, ParallelLayout, dump_manifest
 from vlmforge.errors import BackendUnavailableError, ConfigError, VlmforgeError
+from vlmforge.runner.features import USUAL_BUDGET
 
 _DECODER = RICH.parts[1]
 assert _DECODER.chain is not None
@@ -42,9 +44,12 @@ PAGED = replace(
 
 
 def taken(manifest: Manifest, config: EngineConfig) -> float:
-    rows = config.max_batch_size or 16
-    tokens = max(min(512, config.session_len or 2048), rows)
-    return CONTEXT_BYTES + sum(part_memory(part, tokens, rows).total for part in manifest.parts)
+    rows, window = config.max_batch_size or 16, config.session_len or 2048
+    tokens = min(2048, window * rows) + rows  # packed: prompts of several windows, and the others
+    parts = sum(part_memory(part, tokens, rows).total for part in manifest.parts)
+    images = device_features(manifest, USUAL_BUDGET)
+    assert images is not None
+    return CONTEXT_BYTES + parts + images.total
 
 
 @given(

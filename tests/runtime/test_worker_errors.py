@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from conftest import wait_until
-from late_parts import BegunLate, LateParts
+from late_parts import BegunLate, FirstParts, LateParts
 from stand_in import Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline, Response
 from vlmforge.backends import DecoderBatch, FloatArray
@@ -63,8 +63,9 @@ FORKS = {"cache.fork"}
 # Of a decoder with a pool of blocks: see `test_pool_errors.py`.
 POOLS = {"engine.prefill_together", "generation.choice"}
 # Of a decoder that begins steps while others run: see `LATE`.
-OVERLAP = {"engine.begin", "engine.begin_prompts", "generation.left"}
-NO_CALLS = {f"engine.{x}" for x in ("options", "decoder", "choosing", "overlapping", "clock")}
+OVERLAP = {"engine.begin", "engine.begin_prompts", "engine.begin_first", "generation.left"}
+KNOWN = ("options", "decoder", "choosing", "overlapping", "first", "clock", "manifest")
+NO_CALLS = {f"engine.{x}" for x in KNOWN}
 # For a session that is saved, or by whoever wants to see metrics; who asked is told.
 ASKED = {"cache.find", "cache.used_blocks"}
 
@@ -197,20 +198,31 @@ def test_a_failure_ends_the_requests_that_it_concerns(
     check_alive(pipe, alone)
 
 
-BEGUN = dict.fromkeys(("engine.begin", "engine.begin_prompts"), (Engine, ROWS))
+BEGINS = ("engine.begin", "engine.begin_prompts", "engine.begin_first")
+BEGUN = dict.fromkeys(BEGINS, (Engine, ROWS))
 BEGUN |= {"wait": (BegunLate, ROWS)}
 LATE = dict.fromkeys(BEGUN, (1, 2, 5)) | {"features.get": (1,), "generation.accept": (1, 20, 21)}
 LATE |= {"cache.note": (30,), "cache.place": (20,), "cache.grow": (9, 30, 41)}
 
 
-@pytest.mark.parametrize(("seam", "number"), [(s, n) for s in LATE for n in LATE[s]])
+KINDS = [(LateParts, seam) for seam in LATE if seam != "engine.begin_first"]
+KINDS += [(FirstParts, seam) for seam in LATE]
+
+
+@pytest.mark.parametrize(
+    ("kind", "seam", "number"), [(kind, s, n) for kind, s in KINDS for n in LATE[s]]
+)
 def test_a_failure_while_the_next_step_runs(
-    alone: list[list[int]], monkeypatch: pytest.MonkeyPatch, seam: str, number: int
+    alone: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[LateParts],
+    seam: str,
+    number: int,
 ) -> None:
     """It concerns those whom it would concern if that did not run."""
     owner, concerns = (SEAMS | BEGUN)[seam]
     fault = Fault(number, Unheard(), concerns)
-    with stand_in(LateParts(3), max_prefill_token_num=7) as pipe:
+    with stand_in(kind(3), max_prefill_token_num=7) as pipe:
         with monkeypatch.context() as patched:
             fault.patch(patched, owner, seam.rpartition(".")[2])
             responses = batch(pipe)

@@ -1,9 +1,9 @@
 """Cut a decoder into a chain where its attention over the cache stands, and where ranks meet.
 
-Our kernels and the ranks' collectives run between the pieces, which are graphs of their own; an
-attention that is lowered already stays inside. What one piece calculates and later ones take goes
-through memory; shapes and indices, and what only weights decide, are
-calculated anew in each piece instead, so that nothing is waited for on the way.
+Where gated activations of ours are, too. Our kernels and the ranks' collectives run between the
+pieces, which are graphs of their own; an attention that is lowered already stays inside. What one
+piece calculates and later ones take goes through memory; shapes and indices, and what only weights
+decide, are calculated anew in each piece instead, so that nothing is waited for on the way.
 """
 
 from __future__ import annotations
@@ -14,18 +14,27 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from vlmforge.engine.chain import AttentionCall, Collective
+from vlmforge.engine.chain import AttentionCall, Collective, GatedActivation
 from vlmforge_builder.ops import DOMAIN
 from vlmforge_builder.ops.all_gather import AllGatherNode
 from vlmforge_builder.ops.all_reduce import AllReduceNode
 from vlmforge_builder.ops.cached_attention import CachedAttentionNode
+from vlmforge_builder.ops.gated_activation import GatedGeluNode, GatedSiluNode
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _SCALE = 1.0  # what one unit of an fp8 cache is worth: E4M3 reaches to 448
 _CONSTANT = -1
 
-Meeting: TypeAlias = CachedAttentionNode | AllReduceNode | AllGatherNode
-_MEETINGS: tuple[type[Meeting], ...] = (CachedAttentionNode, AllReduceNode, AllGatherNode)
+Gate: TypeAlias = GatedSiluNode | GatedGeluNode
+Meeting: TypeAlias = CachedAttentionNode | AllReduceNode | AllGatherNode | Gate
+_MEETINGS: tuple[type[Meeting], ...] = (
+    CachedAttentionNode,
+    AllReduceNode,
+    AllGatherNode,
+    GatedSiluNode,
+    GatedGeluNode,
+)
+Between: TypeAlias = AttentionCall | Collective | GatedActivation
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +46,18 @@ class Cut:
     """
 
     pieces: tuple[ir.Model, ...]
-    between: tuple[AttentionCall | Collective, ...]
+    between: tuple[Between, ...]
     tables: tuple[str, str] | None  # names of the initialisers that attention rotates by
 
     @property
     def calls(self) -> tuple[AttentionCall, ...]:
         """The launches of attention."""
         return tuple(step for step in self.between if isinstance(step, AttentionCall))
+
+    @property
+    def gates(self) -> tuple[GatedActivation, ...]:
+        """The launches of gated activations."""
+        return tuple(step for step in self.between if isinstance(step, GatedActivation))
 
 
 def cut_chain(model: ir.Model) -> Cut:
@@ -74,14 +88,20 @@ def cut_chain(model: ir.Model) -> Cut:
             pieces.append(piece.model(model, f"piece{level}", tuple(needed[level])))
     layers = {attention.node: layer for layer, attention in enumerate(attentions)}
     between = tuple(
-        _call(layers[meeting.node], meeting, value)
-        if isinstance(meeting, CachedAttentionNode)
-        else _collective(meeting)
+        _step(meeting, value, layers.get(meeting.node, 0))
         for meeting, value in zip(found, taken, strict=True)
     )
     rotary = next((a.rotary for a in attentions if a.rotary is not None), None)
     tables = None if rotary is None else (rotary[0].name or "", rotary[1].name or "")
     return Cut(tuple(reversed(pieces)), between, tables)
+
+
+def _step(meeting: Meeting, taken: ir.Value, layer: int) -> Between:
+    if isinstance(meeting, CachedAttentionNode):
+        return _call(layer, meeting, taken)
+    if isinstance(meeting, Gate):
+        return GatedActivation(meeting.activation, taken.name or "", meeting.out.name or "")
+    return _collective(meeting)
 
 
 def _call(layer: int, attention: CachedAttentionNode, qkv: ir.Value) -> AttentionCall:
@@ -107,7 +127,9 @@ def _collective(meeting: AllReduceNode | AllGatherNode) -> Collective:
 
 
 def _taken(graph: ir.Graph, meeting: Meeting) -> ir.Value:
-    return _joined(graph, meeting) if isinstance(meeting, CachedAttentionNode) else meeting.share
+    if isinstance(meeting, CachedAttentionNode):
+        return _joined(graph, meeting)
+    return meeting.packed if isinstance(meeting, Gate) else meeting.share
 
 
 def _joined(graph: ir.Graph, attention: CachedAttentionNode) -> ir.Value:

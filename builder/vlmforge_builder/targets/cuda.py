@@ -33,6 +33,7 @@ from vlmforge_builder.passes.assign_precision import AssignPrecisionPass
 from vlmforge_builder.passes.cut_chain import Cut, cut_chain
 from vlmforge_builder.passes.float32_features import Float32FeaturesPass
 from vlmforge_builder.passes.fuse_contrib import FuseContribPass
+from vlmforge_builder.passes.fuse_gated import FuseGatedPass
 from vlmforge_builder.passes.likeliest_token import likeliest_token
 from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
 from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
@@ -43,10 +44,11 @@ from vlmforge_builder.widened_graphs import open_widened
 from vlmforge_plugins.cached_attention.compile import compile_set
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.errors import PluginError
+from vlmforge_plugins.gated_activation.compile import compile_set as compile_gates
 
 PAGE_SIZE = 64
 _WHOLE_ACTIVATIONS = 0  # the provider has no others
-_KERNELS = "decoder.rank0.attention"
+_KERNELS, _ACTIVATIONS = "decoder.rank0.attention", "decoder.rank0.activations"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,7 @@ def _sequence(
         LowerDequantizePass(_WHOLE_ACTIVATIONS),
         Float32FeaturesPass(),
         FuseContribPass(),
+        FuseGatedPass(),
         RemoveUnusedNodesPass(),
     )
 
@@ -194,7 +197,7 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
     cut = cut_chain(model)
     vocab_size = int(part.outputs[0].shape[-1])
     config = _config(cut.calls[0].head_dim, job.settings)
-    kernels, meetings = _kernels(config, job)
+    kernels = _kernels(config, next((gate.activation for gate in cut.gates), None), job)
     pieces = (*cut.pieces, likeliest_token(vocab_size))
     segments = save_segments(pieces, job.stem, job.folder)
     steps, tables = chain_steps(segments, cut.between), _tables(cut, layout, data)
@@ -206,9 +209,16 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
         data=(
             data,
             *(s.file for s in (*segments[1:], sampler)),
-            *(*kernels.values(), *meetings.values()),
+            *kernels.files,
         ),
-        chain=PartChain(steps, tables, kernels, sampler, meetings),
+        chain=PartChain(
+            steps,
+            tables,
+            kernels.attention,
+            sampler,
+            kernels.meetings,
+            kernels.activations,
+        ),
     )
 
 
@@ -239,15 +249,37 @@ def _tables(cut: Cut, layout: Layout, file: str) -> RotaryTables | None:
     return RotaryTables(file, cos.offset, sin.offset, positions, width)
 
 
-def _kernels(config: Config, job: CompileJob) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """Compile the attention for every kind of GPU, and where there are ranks, what they meet in.
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """Files by the targets' names, for all ranks."""
 
-    Files by the targets' names, for all ranks.
+    attention: Mapping[str, str]
+    meetings: Mapping[str, str]
+    activations: Mapping[str, str]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All of them."""
+        sets = (self.attention, self.meetings, self.activations)
+        return tuple(name for files in sets for name in files.values())
+
+
+def _kernels(config: Config, activation: str | None, job: CompileJob) -> _Kernels:
+    """Compile the attention for every kind of GPU, and the gated activation, if there is one.
+
+    Where there are ranks, what they meet in too.
     """
     if job.described:
-        return {}, {}
-    attention = write_kernels(partial(compile_set, config), _KERNELS, job.folder)
-    return attention, write_meetings(job.folder) if job.rank.of > 1 else {}
+        return _Kernels({}, {}, {})
+    dtype, folder = job.settings.dtype, job.folder
+    gates: Mapping[str, str] = {}
+    if activation is not None:
+        gates = write_kernels(partial(compile_gates, activation, dtype), _ACTIVATIONS, folder)
+    return _Kernels(
+        write_kernels(partial(compile_set, config), _KERNELS, folder),
+        write_meetings(folder) if job.rank.of > 1 else {},
+        gates,
+    )
 
 
 TARGET = CudaTarget()

@@ -29,7 +29,7 @@ from vlmforge.field_rules import (
 )
 from vlmforge.vl.image_limits import DEFAULT_FORMATS, FORMATS, ImageLimits
 
-MAX_GPU_CHUNK = 2048
+MAX_GPU_CHUNK, USUAL_GPU_CHUNK = 8192, 2048
 MAX_CHUNK = 512  # attention keeps a score for each of them, each head and each token before
 MAX_SEQUENCES = 1 << 16  # more would be bookkeeping, for seconds, of what no machine runs at once
 
@@ -53,9 +53,10 @@ class EngineConfig:
         cache_max_entry_count: Share of the free memory that the key/value cache may take. (0, 1]
         enable_prefix_caching: Reuse the cache of prompts that begin alike, images included. The
             answers are the same without; it only costs time.
-        max_prefill_token_num: Tokens of a prompt that are run at once, between the others' steps.
-            More than 512 (on GPUs 2048) is as many, with a warning: memory would grow with it,
-            answers do not change.
+        max_prefill_token_num: Tokens of prompts that are run at once, between the others' steps;
+            on GPUs of several prompts. None: 512; on GPUs 2048, or half or a quarter of it where
+            they would take more than a tenth of the free memory. More than 512 (on GPUs 8192) is
+            as many, with a warning: memory grows with it, answers do not change.
         dtype: Of the weights when a checkpoint is built. An engine has its own; another is refused.
         revision: Of a checkpoint on the hub; refused for an engine.
         threads: Of arithmetic; None: one for each physical core that this process may use. More
@@ -93,7 +94,7 @@ class EngineConfig:
     use_logn_attn: bool = False
     download_dir: str | None = None
     revision: str | None = None
-    max_prefill_token_num: int = MAX_CHUNK
+    max_prefill_token_num: int | None = None
     num_tokens_per_iter: int = 0
     max_prefill_iters: int = 1
     dtype: str = "auto"
@@ -148,7 +149,7 @@ RULES: Mapping[str, Rule] = {
     "cache_chunk_size": Int(-1),
     "enable_prefix_caching": Flag(),
     "revision": OrNone(Text(empty=False, argument=True)),
-    "max_prefill_token_num": Int(1),
+    "max_prefill_token_num": OrNone(Int(1)),
     "num_tokens_per_iter": Int(0),
     "max_prefill_iters": Int(1),
     "dtype": Choice(("auto", "float32", "float16", "bfloat16")),
@@ -209,6 +210,7 @@ class VisionConfig:
         max_batch_size: Views in one run of the vision part, whichever images they are of. An image
             is one view, or several where its policy cuts it into tiles. Where images are in patches
             and of any size, 1024 patches count as a view, and those of one shape run together.
+            On a GPU (`cuda`) up to 8 views of pictures that wait are run at once, whatever this is.
         thread_safe: Accepted: the pipeline always is.
         background: Colour (red, green, blue; 0 to 255) on which transparent images are composited.
             None: as the model's own processor does, which leaves transparency out of account or
@@ -224,7 +226,7 @@ class VisionConfig:
         feature_cache_bytes: Memory for what the vision part made of earlier images (float32, tokens
             x hidden size each), so that they are neither decoded nor encoded again; the least
             recently used go. 0 keeps none. None: 128 MiB, or 5 % of the free memory if that is
-            less.
+            less. Of the GPU's memory where they stay there (`cuda` of one rank, views of one size).
         min_pixels, max_pixels: Where images are in patches and of any size, as `smart_resize` of
             the published processors takes them: smaller and larger ones are resized until they are
             within. Fewer pixels are fewer tokens. None: as the checkpoint says. Engines whose

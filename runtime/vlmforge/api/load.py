@@ -83,7 +83,7 @@ def pipeline(
     vision = dataclasses.replace(vision, feature_cache_bytes=features)
     finished = (env.expanded(path) / MANIFEST_FILE).exists()
     with _patience(f"vlmforge: checking and loading {folder} ..."):
-        engine = _load(folder, config, template_config, free - features, finished=finished)
+        engine = _load(folder, config, template_config, free, features, finished=finished)
     if vision.background is not None:
         engine = engine.on_background(vision.background)
     engine = engine.with_pixels(PixelRange(vision.min_pixels, vision.max_pixels))
@@ -96,7 +96,7 @@ def serve(engine: Engine, config: EngineConfig, vision: VisionConfig) -> Pipelin
     budget = vision.feature_cache_bytes
     features = FeatureCache(
         engine.encode,
-        batch=vision.max_batch_size,
+        batch=max(int(vision.max_batch_size), engine.views),
         budget=USUAL_BUDGET if budget is None else int(budget),
     )
     loop = Loop(
@@ -122,10 +122,11 @@ def _load(
     config: EngineConfig,
     template: ChatTemplateConfig | None,
     free: float,
+    features: int,
     *,
     finished: bool,
 ) -> Engine:
-    """Within `free` bytes; `finished`: it was not built for this call."""
+    """Within `free` bytes, `features` of them for images; `finished`: not built for this call."""
     bundle = open_bundle(folder)
     manifest = bundle.manifest
     _check_devices(config, manifest)
@@ -133,7 +134,7 @@ def _load(
         _check_finished(config, manifest)
     devices = devices_of(config.devices, manifest.parallel.tp)
     own = load_backend(manifest.backend).memory(devices)
-    options = load_options(bundle, config, free if own is None else own.bytes)
+    options = load_options(bundle, config, free - features if own is None else own.bytes, features)
     mpi = config.communicator == "mpi"
     options = dataclasses.replace(options, mpi=mpi, devices=devices)
     frozen = bundle.text(manifest.prompt.template_file)
@@ -152,17 +153,18 @@ def _patience(text: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _chunk(asked: int, engine: Engine) -> int:
+def _chunk(asked: int | None, engine: Engine) -> int:
     most = most_chunk(engine.manifest)
-    if asked > most:
+    if asked is not None and asked > most:
         logger.warning(
             "max_prefill_token_num=%s: %d tokens are run at once, to keep memory in bounds; "
             "answers do not depend on it",
             shown(asked),
             most,
         )
-    # A pool's decoder was loaded for no more.
-    return min(int(asked), engine.options.chunk if engine.options.paged else most)
+    # A decoder was loaded for no more.
+    loaded = engine.options.chunk if engine.options.paged else most
+    return loaded if asked is None else min(int(asked), loaded)
 
 
 def _set_level(level: object) -> None:

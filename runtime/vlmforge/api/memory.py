@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from vlmforge.api.config import MAX_CHUNK, MAX_GPU_CHUNK, EngineConfig
+from vlmforge.api.config import MAX_CHUNK, MAX_GPU_CHUNK, USUAL_GPU_CHUNK, EngineConfig
 from vlmforge.backends import LoadOptions
+from vlmforge.backends.features import device_features
 from vlmforge.engine.bundle import Bundle
-from vlmforge.engine.interface import TOKENS
+from vlmforge.engine.chain import PartChain, TensorSpec
+from vlmforge.engine.interface import TOKENS, packs
 from vlmforge.engine.manifest import Manifest, Part
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.field_rules import shown
@@ -21,6 +23,8 @@ logger = logging.getLogger("vlmforge")
 _PACK_SHARE = 0.7
 # At most this share of the free memory is for the features of images, unless more is asked for.
 _FEATURES_SHARE = 0.05
+# At most this share of a GPU's free memory is for what prompts take, unless more is asked for.
+_PROMPTS_SHARE = 0.1
 # Of each rank but the first: Python, the libraries, and what they allocate as they run.
 _RANK_BYTES = 120 << 20
 # Sequences rarely fill their windows: address space is kept for this many times what memory holds.
@@ -31,8 +35,12 @@ _GRAPH_BYTES, _SEGMENT_BYTES, _ROOM = 600 << 20, 64 << 20, 1.2
 _MEETING_BYTES = 640 << 20
 
 
-def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptions:
+def load_options(
+    bundle: Bundle, config: EngineConfig, free: float, features: int = USUAL_BUDGET
+) -> LoadOptions:
     """Slots and window that fit `free` bytes, so that nothing dies for want of memory later.
+
+    `features`: bytes for those of images that were seen, where they stay on a device.
 
     Raises:
         ConfigError: the engine cannot be given a window of this size.
@@ -41,7 +49,7 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     manifest = bundle.manifest
     capacity = _window(bundle, config)
     if manifest.kv.page_size is not None:
-        return _paged(manifest, config, capacity, free)
+        return _paged(manifest, config, capacity, free, features)
     ranks = manifest.parallel.tp  # all of them lie in what this process may use
     weights = sum(part.loaded_bytes for part in manifest.parts)
     weights += ranks * _longer_tables(manifest, capacity) + (ranks - 1) * _RANK_BYTES
@@ -60,7 +68,7 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     longest = -(-capacity // block)
     if blocks < longest:
         raise _too_small(budget, capacity, longest * block * token)
-    wanted = _slots(manifest, config)
+    wanted = slots_of(manifest, config)
     slots = min(wanted, _OVERCOMMIT * blocks // longest)
     if blocks < wanted * longest:
         logger.warning(
@@ -72,12 +80,14 @@ def load_options(bundle: Bundle, config: EngineConfig, free: float) -> LoadOptio
     return LoadOptions(slots, capacity, _threads(config.threads), pack, blocks, block)
 
 
-def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float) -> LoadOptions:
+def _paged(
+    manifest: Manifest, config: EngineConfig, capacity: int, free: float, features: int
+) -> LoadOptions:
     """Of a GPU: a pool of pages in what weights and activations leave of its free memory."""
-    page, slots = manifest.kv.page_size or 0, _slots(manifest, config)
+    page, slots = manifest.kv.page_size or 0, slots_of(manifest, config)
     page_bytes = page * manifest.rank_kv.bytes_per_token
-    chunk = min(config.max_prefill_token_num, most_chunk(manifest), capacity)
-    taken = sum(p.total for p in parts_memory(manifest, config, capacity))
+    chunk = prompt_tokens(manifest, config, capacity, free)
+    taken = sum(part.total for part in parts_memory(manifest, slots, chunk, features))
     budget = config.cache_max_entry_count * (free - taken)
     longest = -(-capacity // page)
     # No more than all sequences can ever fill.
@@ -93,8 +103,39 @@ def _paged(manifest: Manifest, config: EngineConfig, capacity: int, free: float)
             "cache_max_entry_count, a GPU with more memory, or what else is on it ended",
         )
     return LoadOptions(
-        slots, capacity, None, True, blocks, page, paged=True, chunk=chunk, prompts=slots
+        slots,
+        capacity,
+        budget=blocks,
+        block_size=page,
+        paged=True,
+        chunk=chunk,
+        prompts=slots,
+        packs=packs(manifest.first_parts[-1]),
+        features=features,
     )
+
+
+def prompt_tokens(manifest: Manifest, config: EngineConfig, capacity: int, free: float) -> int:
+    """Tokens of prompts that are run at once, where `free` bytes are free.
+
+    Where prompts are packed they are not bound to a window of `capacity` tokens: matrices are used
+    well by no less than 2048 tokens or so.
+    """
+    asked, most = config.max_prefill_token_num, most_chunk(manifest)
+    if manifest.kv.page_size is None:
+        return min(MAX_CHUNK if asked is None else int(asked), most)
+    slots, packed = slots_of(manifest, config), packs(manifest.first_parts[-1])
+    most = min(most, slots * capacity if packed else capacity)
+    if asked is not None:
+        return min(int(asked), most)
+    chunk = USUAL_GPU_CHUNK
+
+    def activations() -> float:
+        return sum(part.activations for part in parts_memory(manifest, slots, chunk, None))
+
+    while chunk > MAX_CHUNK and activations() > _PROMPTS_SHARE * free:
+        chunk //= 2
+    return min(chunk, most)
 
 
 def most_chunk(manifest: Manifest) -> int:
@@ -111,7 +152,8 @@ class PartMemory:
 
     Attributes:
         weights: As they are in its files.
-        activations: What is calculated in between, matrices of whole numbers made whole too.
+        activations: What is calculated in between, matrices of whole numbers made whole too; and
+            features of images, where they stay there.
         library: The library's own.
     """
 
@@ -125,11 +167,24 @@ class PartMemory:
         return self.weights + self.activations + self.library
 
 
-def parts_memory(manifest: Manifest, config: EngineConfig, capacity: int) -> tuple[PartMemory, ...]:
-    """What an engine's parts take of its first GPU's memory, for sequences of `capacity` tokens."""
-    chunk = min(config.max_prefill_token_num, most_chunk(manifest), capacity)
-    slots = _slots(manifest, config)
-    return tuple(part_memory(part, max(chunk, slots), slots) for part in manifest.first_parts)
+def parts_memory(
+    manifest: Manifest, slots: int, chunk: int, features: int | None = USUAL_BUDGET
+) -> tuple[PartMemory, ...]:
+    """What an engine's parts take of its first GPU's memory, for `chunk` tokens of prompts.
+
+    `features`: bytes for those of images that were seen, where they stay there; None: without what
+    images take.
+    """
+    tokens = chunk + slots if packs(manifest.first_parts[-1]) else max(chunk, slots)
+    kept = None if features is None else device_features(manifest, features)
+    images = 0 if kept is None else kept.total
+
+    def taken(part: Part) -> PartMemory:
+        found = part_memory(part, tokens, slots)
+        own = images if part.name == "vision" else 0
+        return replace(found, activations=found.activations + own)
+
+    return tuple(map(taken, manifest.first_parts))
 
 
 def part_memory(part: Part, tokens: int, rows: int) -> PartMemory:
@@ -147,10 +202,32 @@ def part_memory(part: Part, tokens: int, rows: int) -> PartMemory:
         segments = (*segments, part.chain.sampler)
         taken += rows * part.chain.sampler.token_bytes
     library = _SEGMENT_BYTES * len(segments) + (_MEETING_BYTES if part.chain.collectives else 0)
-    return PartMemory(part.loaded_bytes, whole + _ROOM * taken, library)
+    between = tokens * between_steps(part.chain)
+    return PartMemory(part.loaded_bytes, whole + _ROOM * taken + between, library)
 
 
-def _slots(manifest: Manifest, config: EngineConfig) -> int:
+def between_steps(chain: PartChain) -> int:
+    """Bytes for each token of a step of what is between steps of a chain at once, at most."""
+    segments = chain.segments
+    rows = {s.name: _row_bytes(s) for part in segments for s in (*part.inputs, *part.outputs)}
+    last = {name: at for at, step in enumerate(chain.steps) for name in step.taken}
+    alive, most = dict[str, int](), 0
+    for at, step in enumerate(chain.steps):
+        alive = {name: size for name, size in alive.items() if last.get(name, 0) >= at}
+        alive |= {name: rows.get(name, 0) for name in step.given}
+        most = max(most, sum(alive.values()))
+    return most
+
+
+def _row_bytes(spec: TensorSpec) -> int:
+    """Of a tensor `[batch, tokens, width]`; 0 of what has another form."""
+    if len(spec.shape) != 3 or spec.shape[1] != TOKENS or not isinstance(spec.shape[2], int):
+        return 0
+    return spec.shape[2] * (4 if spec.dtype == "float32" else 2)
+
+
+def slots_of(manifest: Manifest, config: EngineConfig) -> int:
+    """Sequences at once, as asked for or as the engine was built."""
     return config.max_batch_size or manifest.decode.max_batch_size
 
 

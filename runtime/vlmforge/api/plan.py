@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmforge.api.config import EngineConfig
-from vlmforge.api.memory import load_options, parts_memory
+from vlmforge.api.memory import load_options, parts_memory, prompt_tokens, slots_of
 from vlmforge.backends import LoadOptions
 from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.manifest import Manifest
@@ -123,7 +123,7 @@ def plan(manifest: Manifest, config: EngineConfig, memory: int) -> Plan:
         manifest.quantisation,
         memory,
         context,
-        tuple(_parts(manifest, config)),
+        tuple(_parts(manifest, config, memory - context)),
         cache,
         refusal,
     )
@@ -146,13 +146,14 @@ def _silent() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _parts(manifest: Manifest, config: EngineConfig) -> Iterator[PartPlan]:
+def _parts(manifest: Manifest, config: EngineConfig, free: float) -> Iterator[PartPlan]:
     if manifest.kv.page_size is None:
         for part in manifest.parts:
             yield PartPlan(part.name, part.loaded_bytes, 0, 0)
         return
     window = config.session_len or manifest.decode.session_len
-    found = parts_memory(manifest, config, window)
+    chunk = prompt_tokens(manifest, config, window, free)
+    found = parts_memory(manifest, slots_of(manifest, config), chunk)
     for part, taken in zip(manifest.first_parts, found, strict=True):
         yield PartPlan(part.name, int(taken.weights), int(taken.activations), int(taken.library))
 

@@ -106,13 +106,13 @@ class SessionCache:
         images = [encoded(digest, _NO_FEATURES) for digest in digests]
         keys = engine.keys(rendered, images)
 
-        def ask(jobs: Jobs) -> tuple[bytes, KeyValues]:
+        def ask(jobs: Jobs) -> tuple[bytes, KeyValues, Mapping[bytes, FloatArray]]:
             salt = jobs.salt(len(keys), terms)
-            return salt, jobs.read(keys, salt)
+            known = {digest: self._loop.known_features(digest) for digest in digests}
+            found = {digest: np.asarray(rows) for digest, rows in known.items() if rows is not None}
+            return salt, jobs.read(keys, salt), found
 
-        salt, rows = self._loop.ask(ask)
-        known = {digest: self._loop.known_features(digest) for digest in digests}
-        features = {digest: rows for digest, rows in known.items() if rows is not None}
+        salt, rows, features = self._loop.ask(ask)
         return Kept(self._pixels, keys[: _tokens(rows)], salt, rows, features)
 
     def write(self, kept: Kept) -> None:

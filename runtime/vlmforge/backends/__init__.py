@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmforge.backends.features import Features
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import BackendUnavailableError
@@ -43,7 +44,10 @@ class LoadOptions:
             at every use.
         mpi: Whether the ranks of an engine are those that mpirun has started.
         prompts: Whose parts may be run at once (see `DecoderBatch.lengths`).
+        packs: Whether these take the time and the memory of their own tokens, not each those of
+            the longest; `chunk` may be more than `capacity` then.
         devices: Numbers of the GPUs, one for each rank; empty: the first ones.
+        features: Bytes of image features that are kept on the device, if any stay there.
     """
 
     slots: int
@@ -56,7 +60,9 @@ class LoadOptions:
     chunk: int = 512
     mpi: bool = False
     prompts: int = 1
+    packs: bool = False
     devices: tuple[int, ...] = ()
+    features: int = 0
 
     def device(self, rank: int) -> int:
         """The number of a rank's GPU."""
@@ -77,10 +83,13 @@ class LoadOptions:
 class VisionSession(Protocol):
     """Runs the vision part."""
 
-    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
+    def encode(
+        self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS
+    ) -> FloatArray | Sequence[Features]:
         """`[n, 3, H, W]`, or `[n, tokens, patches, values]`, to features `[n, tokens, width]`.
 
-        `arrays` are what else it takes, by name: see `PatchInterface`.
+        Or to those of each view, where they stay on the device. `arrays` are what else it takes,
+        by name: see `PatchInterface`.
         """
 
 
@@ -93,7 +102,8 @@ class DecoderBatch:
         input_ids: int64 `[B, S]`; an id >= vocab_size is row `id - vocab_size` of
             `image_features`.
         past_lengths: int64 `[B]`, tokens already in each slot.
-        image_features: `[R, hidden]`, or None when no id refers to one.
+        image_features: `[R, hidden]`, or None when no id refers to one. On the device only of who
+            has been loaded with the vision part (`WholeBackend`).
         logits_indices: int64 `[B, K]`, positions in 0..S-1 to return logits of; K may be 0.
         rotary_levels: int64 `[B]`, for an engine whose position policy has levels.
         blocks: The blocks of each row's sequence, in order, for a cache that is a pool of them.
@@ -105,7 +115,7 @@ class DecoderBatch:
     slots: Sequence[int]
     input_ids: IntArray
     past_lengths: IntArray
-    image_features: FloatArray | None
+    image_features: Features | None
     logits_indices: IntArray
     rotary_levels: IntArray | None = None
     blocks: Sequence[Sequence[int]] = ()
@@ -260,6 +270,19 @@ class Backend(Protocol):
 
     def versions(self) -> Sequence[tuple[str, str]]:
         """Names and versions of the libraries in use, for `vlmforge doctor`."""
+
+
+@runtime_checkable
+class WholeBackend(Protocol):
+    """A `Backend` that loads both parts at once where they have to do with each other."""
+
+    def load_parts(
+        self, folder: Path, manifest: Manifest, options: LoadOptions
+    ) -> tuple[VisionSession, DecoderSession]:
+        """As `load_vision` and `load_decoder`, of an engine of one rank (EngineError: they fail).
+
+        Features that the vision part leaves on the device are for this very decoder.
+        """
 
 
 def one_rank_only(manifest: Manifest) -> BackendUnavailableError:

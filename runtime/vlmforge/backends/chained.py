@@ -164,7 +164,8 @@ class ChainedDecoder(DecoderSession):
             if values is not None:
                 place[:] = values[order]
             elif name == interface.IMAGE_FEATURES:
-                place[:] = 0.0 if batch.image_features is None else batch.image_features
+                features = batch.image_features
+                place[:] = 0.0 if features is None else np.asarray(features)
 
     def _bind(self, first: int, dims: Dims, allocate: Allocate) -> _Run:
         arrays: dict[str, Array] = {}

@@ -41,11 +41,18 @@ class Choice:
             random number in [0, 1) that decides; below 0 for the likeliest token.
         edits: What is changed before.
         logprobs: Likeliest tokens to be told of.
+        behind: Factor and minus, as of `edits`, of the id of the token before, which nobody knows
+            yet; it may be among `edits` with the same numbers. None: it changes nothing.
     """
 
     numbers: tuple[float, float, float, float, float]
     edits: Edits = NO_EDITS
     logprobs: int = 0
+    behind: tuple[float, float] | None = None
+
+
+GREEDY = Choice((1.0, 1.0, 1.0, 0.0, -1.0))
+"""Of the likeliest token."""
 
 
 class Picked(NamedTuple):
@@ -104,6 +111,10 @@ BegunTokens = Begun[Sequence[Picked | np.int64 | None]]
 logits, so the row is to be run again without being begun."""
 BegunPrompts = Begun[Sequence[FloatArray]]
 """Of each row its logits as `DecoderSession.step` gives them, but valid for ever."""
+BegunFirst = Begun[Sequence[Found]]
+"""Of each row the token behind it, or its logits as `BegunPrompts` gives them."""
+FIRST_TOKENS = 1 << 24
+"""See `OverlappingDecoder.begin`."""
 
 
 @runtime_checkable
@@ -121,9 +132,25 @@ class OverlappingDecoder(Protocol):
     ) -> BegunTokens:
         """Begin a step of decoding, to choose a token for each row; None: the likeliest.
 
-        `ahead` int64 `[B]` is the row of the last such step whose token is the row's input; -1: it
-        stands in `batch`. EngineError: the library failed.
+        Rows of prompts may be among them where these are packed (`LoadOptions.packs`).
+        `ahead` int64 `[B]` is the row of the last such step whose token is the row's input; from
+        `FIRST_TOKENS` on the row, counted from there, of the prompts whose first tokens were begun
+        last (`FirstTokenDecoder`); -1: it stands in `batch`. EngineError: the library failed.
         """
 
     def begin_prompts(self, batch: DecoderBatch) -> BegunPrompts:
         """Begin a step of prompts. EngineError: the library failed."""
+
+
+@runtime_checkable
+class FirstTokenDecoder(Protocol):
+    """An `OverlappingDecoder` that chooses the tokens behind prompts as well."""
+
+    def begin_first(
+        self, batch: DecoderBatch, choices: Sequence[Choice | None] | None
+    ) -> BegunFirst:
+        """Begin a step of prompts, to choose the token behind each; None: the likeliest of all.
+
+        A row that has no choice, or cannot be chosen for, gets its logits. EngineError: the library
+        failed.
+        """

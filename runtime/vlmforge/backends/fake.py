@@ -35,6 +35,7 @@ from vlmforge.backends.cuda.device import (
     Work,
 )
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
+from vlmforge.backends.fake_gates import NumpyGates
 from vlmforge.backends.fake_marks import Arrived, HostMark
 from vlmforge.backends.number_formats import DTYPES, decode, encode, rounded
 from vlmforge.backends.ranks import all_gather, all_reduce, processes
@@ -44,6 +45,7 @@ from vlmforge_plugins.cached_attention.config import TARGETS, Config, Sizes, siz
 from vlmforge_plugins.cached_attention.kernel_store import Loaded
 from vlmforge_plugins.cached_attention.launcher import MAP_BYTES, Boxes, Kernels, Params
 from vlmforge_plugins.cached_attention.plan import Launch, Machine
+from vlmforge_plugins.gated_activation import launcher as gated
 
 _POISON, _MOST_POISON = 0x7F, 1 << 26
 MakeKernels = Callable[[Sizes], Kernels]
@@ -333,6 +335,10 @@ class HostDevice(Device):
         target = next(target for target in TARGETS if target.name in files)
         chosen = sizes(config, target)
         return Loaded(self._kernels(chosen), chosen, self.machine)
+
+    @override
+    def activations(self, name: str, files: Mapping[str, Path]) -> gated.Kernels:
+        return NumpyGates()
 
     @override
     def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:

@@ -12,7 +12,7 @@ from typing_extensions import override
 from vlmforge.backends import LoadOptions
 from vlmforge.backends.cuda.device import Device, MeetingPlace, Tensor, Work
 from vlmforge.backends.cuda.frames import Arrangement, Size, arrange, tensors_of
-from vlmforge.backends.cuda.program import Pools, Program
+from vlmforge.backends.cuda.program import Pools, Program, Span
 from vlmforge.backends.plans import Library, Shapes, load_plans
 from vlmforge.engine.chain import ChainStep, PartChain, Segment, TensorSpec
 from vlmforge.engine.interface import BATCH, BLOCK_TABLE, TOKENS, cache_names
@@ -74,7 +74,10 @@ class PlanProgram(Program):
         return arrange(self._chain, self.inputs(size), size)
 
     @override
-    def bind(self, size: Size, at: Mapping[str, int], pools: Pools) -> Work:
+    def bind(
+        self, size: Size, at: Mapping[str, int], pools: Pools, spans: Sequence[Span] = ()
+    ) -> Work:
+        del spans  # its steps are not packed
         kv = self._kv
         layers = [pools.of(layer) for layer in range(kv.layers)]
         held = dict(zip(cache_names(kv), (pair[i] for i in (0, 1) for pair in layers), strict=True))

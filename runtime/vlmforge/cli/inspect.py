@@ -107,6 +107,7 @@ def _part(folder: Path, part: Part) -> str:
 def _chain(chain: PartChain) -> str:
     between = {
         f"{len(chain.attention)} launches of attention": chain.attention,
+        f"{len(chain.gates)} gated activations": chain.gates,
         f"{len(chain.collectives)} meetings of the ranks": chain.collectives,
     }
     words = " and ".join(text for text, there in between.items() if there)

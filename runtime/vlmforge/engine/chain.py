@@ -1,7 +1,7 @@
 """A part that is a chain: segments that a library runs, and between them what we launch ourselves.
 
 Plain data of the manifest. Tensors are told by their names: what one step gives, later ones take.
-Between segments are calls of attention, collectives of tensor-parallel ranks, or both.
+Between segments are calls of attention, gated activations, collectives of tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -77,6 +77,21 @@ class AttentionCall:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedActivation:
+    """A launch of our gated activation: `act(first half of a row) * second half`.
+
+    Attributes:
+        activation: "silu", "gelu", or "gelu_tanh", its approximation.
+        tensor: `[batch, tokens, 2 * width]`, float16 or bfloat16.
+        out: `[batch, tokens, width]` of the same dtype; rounded once.
+    """
+
+    activation: Annotated[str, Choice(("silu", "gelu", "gelu_tanh"))]
+    tensor: Name
+    out: Name
+
+
+@dataclass(frozen=True, slots=True)
 class Collective:
     """Where all ranks meet: each gives its `tensor`, and each gets the same `out`.
 
@@ -105,10 +120,13 @@ class ChainStep:
     segment: Segment | None = None
     attention: AttentionCall | None = None
     collective: Collective | None = None
+    gated: GatedActivation | None = None
 
     @property
     def taken(self) -> frozenset[str]:
         """Names of the tensors that it takes."""
+        if self.gated is not None:
+            return frozenset((self.gated.tensor,))
         if self.segment is not None:
             return frozenset(spec.name for spec in self.segment.inputs)
         if self.collective is not None:
@@ -118,6 +136,8 @@ class ChainStep:
     @property
     def given(self) -> frozenset[str]:
         """Names of the tensors that it gives."""
+        if self.gated is not None:
+            return frozenset((self.gated.out,))
         if self.segment is not None:
             return frozenset(spec.name for spec in self.segment.outputs)
         if self.collective is not None:
@@ -147,6 +167,8 @@ class PartChain(Agreeing):
             where attention is inside the segments.
         meetings: Files of the compiled kernels in which GPUs meet, by the names of their targets;
             none where they meet by those of a library.
+        activations: Files of the compiled kernel of gated activations, by the names of their
+            targets; none where these are inside the segments.
         sampler: What chooses tokens from the logits of a step (`interface.CHOSEN`); None: the host
             does.
     """
@@ -156,14 +178,16 @@ class PartChain(Agreeing):
     kernels: Mapping[str, FilePath]
     sampler: Segment | None = None
     meetings: Mapping[str, FilePath] = field(default_factory=dict)
+    activations: Mapping[str, FilePath] = field(default_factory=dict)
 
     @override
     def disagreements(self) -> Iterator[tuple[str, str]]:
         steps, calls = self.steps, self.attention
         if any(_kinds(step) != 1 for step in steps):
             yield "steps", "each a segment, a call or a collective"
-        if not steps or steps[0].segment is None or steps[-1].attention is not None:
-            yield "steps", "a segment first, and no call of attention last"
+        last = steps[-1] if steps else ChainStep()
+        if not steps or steps[0].segment is None or (last.attention or last.gated) is not None:
+            yield "steps", "a segment first, and no call last"
         if not (calls or self.collectives):
             yield "steps", "with attention or collectives between them"
         if len({(call.kv_heads, call.head_dim) for call in calls}) > 1:
@@ -172,6 +196,26 @@ class PartChain(Agreeing):
             yield "steps", "of heads that share keys evenly"
         if self.rotary is None and any(call.rotary for call in calls):
             yield "rotary", "given where attention rotates"
+        if self.gates and not calls:
+            yield "steps", "with gates where there is attention"
+        if len({gate.activation for gate in self.gates}) > 1:
+            yield "steps", "with gates of one activation"
+        if any(not self._halves(gate) for gate in self.gates):
+            yield "steps", "with gates of 16 bits that give half of what they take"
+
+    def _halves(self, gate: GatedActivation) -> bool:
+        """Whether the segments around it agree about what it takes and gives."""
+        given = {spec.name: spec for segment in self.segments for spec in segment.outputs}
+        taken = {spec.name: spec for segment in self.segments for spec in segment.inputs}
+        whole, half = given.get(gate.tensor), taken.get(gate.out)
+        if whole is None or half is None or whole.dtype != half.dtype:
+            return False
+        *rows, width = half.shape or ("",)
+        return (
+            half.dtype in ("float16", "bfloat16")
+            and isinstance(width, int)
+            and whole.shape == (*rows, 2 * width)
+        )
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -184,6 +228,11 @@ class PartChain(Agreeing):
         return tuple(step.attention for step in self.steps if step.attention is not None)
 
     @property
+    def gates(self) -> tuple[GatedActivation, ...]:
+        """All launches of gated activations, in order."""
+        return tuple(step.gated for step in self.steps if step.gated is not None)
+
+    @property
     def collectives(self) -> tuple[Collective, ...]:
         """All meetings of the ranks, in order."""
         return tuple(step.collective for step in self.steps if step.collective is not None)
@@ -193,7 +242,8 @@ class PartChain(Agreeing):
         """All that it names."""
         tables = () if self.rotary is None else (self.rotary.file,)
         graphs = (*self.segments, *(() if self.sampler is None else (self.sampler,)))
-        kernels = (*self.kernels.values(), *self.meetings.values())
+        sets = (self.kernels, self.meetings, self.activations)
+        kernels = (name for files in sets for name in files.values())
         return frozenset((*(s.file for s in graphs), *kernels, *tables))
 
     def missing(self, inputs: frozenset[str]) -> frozenset[str]:
@@ -207,4 +257,5 @@ class PartChain(Agreeing):
 
 def _kinds(step: ChainStep) -> int:
     """How many things a step is."""
-    return sum(kind is not None for kind in (step.segment, step.attention, step.collective))
+    kinds = (step.segment, step.attention, step.collective, step.gated)
+    return sum(kind is not None for kind in kinds)

@@ -19,7 +19,7 @@ from vlmforge.engine.images.patch_inputs import (
     WINDOW_SIZES,
     PatchInputs,
 )
-from vlmforge.engine.manifest import KVLayout, Manifest, TensorSpec
+from vlmforge.engine.manifest import KVLayout, Manifest, Part, TensorSpec
 
 # Dimensions that vary at run time.
 IMAGES, BATCH, TOKENS, ROWS, OUTPUTS = "images", "batch", "tokens", "rows", "outputs"
@@ -246,6 +246,16 @@ def interface_of(manifest: Manifest, part: str) -> Interface:
         turn_width=decode.positions.turn_width,
         feature_layers=decode.feature_layers,
     )
+
+
+def packs(part: Part) -> bool:
+    """Whether prompts may lie one behind the other in a row of a part: none of its graphs is told
+    which sequence a row is, and so where in it a token is.
+    """
+    if part.chain is None:
+        return False
+    of_sequences = {PAST_LENGTHS.name, ROTARY_LEVELS.name}
+    return not any(of_sequences & {spec.name for spec in s.inputs} for s in part.chain.segments)
 
 
 def fits(found: TensorSpec, listed: TensorSpec) -> bool:

@@ -104,7 +104,7 @@ def run_case(engine: Engine, case: GoldenCase, folder: Path) -> Values:
     return {
         "pixels": _sample([image.pixel_values for image in images]),
         "tokens": np.array(rendered.token_ids, np.int64),
-        "features": _sample(features),
+        "features": _sample([np.asarray(rows) for rows in features]),
         "logits": logits,
         "greedy": rows.argmax(-1),
         _MARGINS: np.diff(np.partition(rows, -2)[:, -2:])[:, 0],
@@ -190,7 +190,10 @@ def loaded_for_goldens(folder: Path, *, checked: bool = True) -> Iterator[Engine
     frozen = bundle.text(manifest.prompt.template_file)
     kv, window = manifest.kv, manifest.decode.session_len
     paged = kv.page_size is not None
-    options = LoadOptions(1, window, pack=False, block_size=kv.page_size or 64, paged=paged)
+    # Prompts are run whole, so that one call gives all that is compared.
+    options = LoadOptions(
+        1, window, pack=False, block_size=kv.page_size or 64, paged=paged, chunk=window
+    )
     engine = load_engine(bundle, choose_template(manifest.prompt, frozen, None), options)
     try:
         yield engine

@@ -40,7 +40,8 @@ class Timings:
         load: Fetching and decoding images.
         image_wait: Waiting for an image that another request is preparing.
         preprocess: Pixel values, template, tokenizer.
-        encode: The vision part.
+        encode: The vision part. Where its features stay on a GPU, nobody waits for it: the time to
+            enqueue it, and the GPU's is in `prefill`.
         prefill: The prompt through the decoder.
         decode: Generating, other sequences' turns included.
         other: The rest.

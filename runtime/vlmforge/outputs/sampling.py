@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vlmforge.backends.choice import NO_EDITS, Choice, Edits, Picked
 from vlmforge.errors import ConfigError, EngineError
+from vlmforge.outputs.drawing import draw, nucleus
 from vlmforge.outputs.grammar import Guide
 from vlmforge.outputs.logprobs import Logits, top_ids, top_logprobs
 
@@ -134,11 +135,14 @@ class Sampler:
         """How the next token is to be chosen elsewhere, as `step` would; None: only by `step`.
 
         Whoever chooses it, `step` is to be called with it, or with the logits: that draws no other
-        number. `ahead` tokens come before it, with which `step` will be called first; None too
-        where what they are decides how.
+        number. `ahead` tokens, one at most, come before it, with which `step` will be called first;
+        None too where what they are decides how, in another way than `Choice.behind`.
         """
         params = self._params
-        if params.logits_processors or params.guide or (ahead and self._looks_back):
+        if params.logits_processors or params.guide or (ahead and self._counts):
+            return None
+        edits, behind = self._edits(ahead), self._behind if ahead else None
+        if behind is not None and not len(edits.ids):  # nothing to fill up with that is not its own
             return None
         numbers = (1.0, float(self._vocab_size), 1.0, 0.0, -1.0)
         if self.rng is not None and not params.greedy:
@@ -147,14 +151,21 @@ class Sampler:
             kept = params.top_k if 0 < params.top_k < self._vocab_size else self._vocab_size
             number = self._numbers[ahead]
             numbers = (params.temperature, kept, params.top_p, params.min_p, number)
-        return Choice(numbers, self._edits(ahead), params.logprobs)
+        return Choice(numbers, edits, params.logprobs, behind)
 
     @property
-    def _looks_back(self) -> bool:
-        """Whether a choice depends on what was chosen before."""
+    def _counts(self) -> bool:
+        """Whether a choice depends on more of the token before than that it is there."""
         params = self._params
-        counted = params.presence_penalty or params.frequency_penalty
-        return bool(params.repetition_penalty != 1 or counted or self._bad_sequences)
+        repeated = params.repetition_penalty != 1
+        both = repeated and params.presence_penalty  # one that only the prompt has gets one of them
+        return bool(params.frequency_penalty or both or self._bad_sequences)
+
+    @property
+    def _behind(self) -> tuple[float, float] | None:
+        params = self._params
+        edit = params.repetition_penalty, params.presence_penalty
+        return None if edit == (1, 0) else edit
 
     def _next_number(self) -> float:
         assert self.rng is not None
@@ -201,7 +212,7 @@ class Sampler:
             token = int(edited.argmax())
             _check_edited(float(edited[token]))
         if self.rng is not None and not self._params.greedy:
-            token = _draw(*_weights(edited, self._params), self._next_number())
+            token = draw(*_weights(edited, self._params), self._next_number())
         if self._matcher is not None:
             self._matcher.accept(token)
         self._generated.append(token)
@@ -302,47 +313,12 @@ def _weights(
             values /= params.temperature
     weights: NDArray[np.float64] = np.exp(values, out=values)
     if params.top_p < 1:
-        kept = _nucleus(weights, params.top_p)
+        kept = nucleus(weights, params.top_p)
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     if params.min_p > 0:
         kept = np.flatnonzero(weights >= params.min_p)  # the largest is 1
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     return ids, weights
-
-
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Places of the smallest set of the largest that has `top_p` of all weight, or more.
-
-    Largest first, equals as they lie. The largest is 1. Sorting places is what costs: mostly few
-    have nearly all of the weight, and sorted values, which cost far less, tell how few.
-    """
-    total = float(weights.sum())
-    enough = top_p * total
-    # All places below this bound together hold less than 1 - top_p, so none of them is needed.
-    least = (total - enough) / (2 * len(weights))
-    for bound in (1e-4, least):
-        places = np.flatnonzero(weights >= max(bound, least))
-        values = weights[places]
-        if values.sum() > enough * (1 + _ROUNDING):
-            break
-    largest = np.sort(values)[::-1]
-    before = np.cumsum(largest) - largest
-    count = max(1, int(np.count_nonzero(before < enough)))
-    places = places[values >= largest[count - 1]]
-    alike = (largest[1:count] == largest[: count - 1]).any() or len(places) > count
-    order = np.argsort(-weights[places], kind="stable" if alike else None)  # which is faster
-    kept: NDArray[np.int64] = places[order[:count]]
-    return kept
-
-
-_ROUNDING = 1e-9
-
-
-def _draw(ids: NDArray[np.int64] | None, weights: NDArray[np.float64], number: float) -> int:
-    """Where the part `number` of the whole weight ends: at none whose weight is 0."""
-    total = np.cumsum(weights)
-    place = int(np.searchsorted(total, number * total[-1], side="right"))
-    return place if ids is None else int(ids[place])
 
 
 def _penalise(logits: Logits, seen: NDArray[np.bool_], penalty: float) -> None:

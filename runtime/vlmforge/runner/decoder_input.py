@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vlmforge.backends import DecoderBatch, FloatArray, IntArray
+from vlmforge.backends import DecoderBatch, IntArray
+from vlmforge.backends.features import Features, joined
 from vlmforge.engine.manifest import DecodePolicy
 from vlmforge.engine.positions.in_graph import Places
 
@@ -26,7 +27,7 @@ class DecoderInput:
     """
 
     ids: IntArray
-    features: FloatArray | None
+    features: Features | None
     rotary_level: int = 0
     places: Places | None = None
     lag: int = 0
@@ -40,7 +41,7 @@ class DecoderInput:
         behind = np.broadcast_to(more[:, None], (len(more), known.shape[1]))
         return np.concatenate((known, behind))
 
-    def handed_over(self, vocab_size: int) -> tuple[IntArray, FloatArray | None]:
+    def handed_over(self, vocab_size: int) -> tuple[IntArray, Features | None]:
         """The ids with the rows of features that they are of, from 0 on, and these rows alone."""
         ids = self.ids
         rows = ids[ids >= vocab_size]
@@ -59,6 +60,22 @@ class PromptPart(NamedTuple):
     past: int
 
 
+def alone(
+    part: PromptPart, logits: Literal["none", "last", "all"], decode: DecodePolicy
+) -> DecoderBatch:
+    """A part of one prompt as a batch."""
+    (place, chunk, past), policy = part, decode.positions
+    ids, features = chunk.handed_over(decode.vocab_size)
+    every = np.arange(len(ids), dtype=np.int64)
+    wanted = {"none": every[:0], "last": every[-1:], "all": every}[logits]
+    levels = np.array([chunk.rotary_level], np.int64) if policy.has_levels else None
+    lengths, places = np.array([past], np.int64), chunk.places_from(past, len(ids))
+    turns = None if places is None else policy.turns(places[None])
+    return DecoderBatch(
+        place[:1], ids[None], lengths, features, wanted[None], levels, (place,), turns
+    )
+
+
 def together(parts: Sequence[PromptPart], decode: DecodePolicy) -> DecoderBatch:
     """Parts of several prompts as one batch, filled up to the longest; logits after the last ones.
 
@@ -68,7 +85,7 @@ def together(parts: Sequence[PromptPart], decode: DecodePolicy) -> DecoderBatch:
     ids = np.zeros((len(parts), int(lengths.max())), np.int64)
     width, policy = decode.positions.turn_width, decode.positions
     turns = np.zeros((*ids.shape, width), np.float32) if width else None
-    features, rows = list[FloatArray](), 0
+    features, rows = list[Features](), 0
     for row, part in enumerate(parts):
         own, found = part.chunk.handed_over(decode.vocab_size)
         ids[row, : len(own)] = np.where(own >= decode.vocab_size, own + rows, own)
@@ -83,7 +100,7 @@ def together(parts: Sequence[PromptPart], decode: DecodePolicy) -> DecoderBatch:
         tuple(part.place[0] for part in parts),
         ids,
         np.array([part.past for part in parts], np.int64),
-        np.concatenate(features) if features else None,
+        joined(features) if features else None,
         lengths[:, None] - 1,
         levels if policy.has_levels else None,
         tuple(part.place for part in parts),

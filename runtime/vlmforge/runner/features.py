@@ -11,13 +11,12 @@ from itertools import groupby
 import numpy as np
 
 from vlmforge.backends import FloatArray
+from vlmforge.backends.features import VIEW_PATCHES, Features, chosen, joined
 from vlmforge.engine.images.patch_inputs import Grid
 from vlmforge.vl.prepared import PreparedImage
 
-Encoder = Callable[[FloatArray, Grid | None], FloatArray]
+Encoder = Callable[[FloatArray, Grid | None], FloatArray | Sequence[Features]]
 USUAL_BUDGET = 128 << 20
-VIEW_PATCHES = 1024
-"""Patches that count as one view, where images are in patches and of any size."""
 _View = tuple[PreparedImage, FloatArray]
 
 
@@ -35,9 +34,10 @@ class FeatureCache:
     def __init__(self, encode: Encoder, *, batch: int, budget: int = USUAL_BUDGET) -> None:
         self._encode, self._batch, self._budget = encode, batch, budget
         self.encoded = 0  # images, ever
-        self._features: OrderedDict[bytes, FloatArray] = OrderedDict()
+        self._view_bytes = 0  # of the features of one, lately
+        self._features: OrderedDict[bytes, Features] = OrderedDict()
 
-    def known(self, digest: bytes) -> FloatArray | None:
+    def known(self, digest: bytes) -> Features | None:
         """Features `[tokens, hidden]` that are kept; None if they are not.
 
         Who asks uses them, also where the image's tokens will be found in the cache.
@@ -47,7 +47,7 @@ class FeatureCache:
             self._features.move_to_end(digest)
         return found
 
-    def keep(self, digest: bytes, features: FloatArray) -> None:
+    def keep(self, digest: bytes, features: Features) -> None:
         """Take in features that were computed earlier. From the thread that calls `get`."""
         self._features.setdefault(digest, features)
         self._evict()
@@ -59,7 +59,7 @@ class FeatureCache:
 
     def get(
         self, images: Sequence[PreparedImage], ahead: Sequence[PreparedImage] = ()
-    ) -> tuple[list[FloatArray], int]:
+    ) -> tuple[list[Features], int]:
         """Features `[tokens, hidden]` of each image, and how many were known already.
 
         The views of all unknown images are run together, at most `batch` at once (of images in
@@ -98,14 +98,16 @@ class FeatureCache:
     def _fillers(
         self, unknown: list[PreparedImage], ahead: Sequence[PreparedImage]
     ) -> list[PreparedImage]:
-        if not unknown:
+        if not unknown or not self._budget:  # they would not be there when they are asked for
             return []
         grid = unknown[-1].grid
         views = sum(len(image.pixel_values) for image in unknown if image.grid == grid)
         spare = -views % self._at_once(unknown[-1])
-        chosen, fillers = {image.digest for image in unknown}, list[PreparedImage]()
-        for image in self._unknown(ahead) if spare else ():
-            alike = image.digest not in chosen and image.grid == grid
+        if self._view_bytes:  # more would not be there any more when they are asked for
+            spare = min(spare, self._budget // self._view_bytes - views)
+        wanted, fillers = {image.digest for image in unknown}, list[PreparedImage]()
+        for image in self._unknown(ahead) if spare > 0 else ():
+            alike = image.digest not in wanted and image.grid == grid
             if alike and 0 < len(image.pixel_values) <= spare:
                 fillers.append(image)
                 spare -= len(image.pixel_values)
@@ -131,15 +133,27 @@ class FeatureCache:
     def _run(self, images: list[PreparedImage]) -> None:
         views = [(image, view) for image in images for view in image.pixel_values]
         views.sort(key=lambda pair: pair[0].grid or ())  # stable: views of an image stay together
-        done: list[FloatArray] = []  # of the image whose views are being run
+        done: list[Features] = []  # of the image whose views are being run
         for group in self._groups(views):
-            features = self._encode(np.stack([view for _, view in group]), group[0][0].grid)
+            features = self._encode(_stacked([view for _, view in group]), group[0][0].grid)
             for (image, _), rows in zip(group, features, strict=True):
                 done.append(rows)
+                self._view_bytes = rows.nbytes
                 if len(done) == len(image.pixel_values):
-                    whole = np.concatenate(done)
+                    whole = _own(done, alone=len(group) == 1)
                     self._features[image.digest] = (
-                        whole if image.rows is None else whole[image.rows]
+                        whole if image.rows is None else chosen(whole, image.rows)
                     )
                     self.encoded += 1
                     done = []
+
+
+def _stacked(views: list[FloatArray]) -> FloatArray:
+    return views[0][None] if len(views) == 1 else np.stack(views)
+
+
+def _own(views: list[Features], *, alone: bool) -> Features:
+    """Of one image, which keep no others in memory; `alone`: these are all that was run."""
+    whole = joined(views)
+    shared = len(views) == 1 and not alone
+    return whole.copy() if shared and isinstance(whole, np.ndarray) else whole

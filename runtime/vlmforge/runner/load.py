@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from vlmforge.backends import Backend, ClosableDecoder, DecoderSession, LoadOptions, load_backend
+from vlmforge.backends import (
+    Backend,
+    ClosableDecoder,
+    DecoderSession,
+    LoadOptions,
+    VisionSession,
+    WholeBackend,
+    load_backend,
+)
 from vlmforge.engine.bundle import Bundle, check_sizes
 from vlmforge.inputs import image_marks as marks
 from vlmforge.inputs.render import marked_tokenizer_json
@@ -25,8 +33,7 @@ def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) 
     tokenizer = TextTokenizer(text, {marks.IMAGE: manifest.prompt.image_placeholder})
     with ExitStack() as started:
         try:
-            vision = backend.load_vision(bundle.folder, manifest, options)
-            decoder = _decoder(backend, bundle, options)
+            vision, decoder = _parts(backend, bundle, options)
             if isinstance(decoder, ClosableDecoder):
                 started.callback(decoder.close)
         finally:
@@ -42,6 +49,16 @@ def load_engine(bundle: Bundle, template: ActiveTemplate, options: LoadOptions) 
         decoder=decoder,
         options=options,
     )
+
+
+def _parts(
+    backend: Backend, bundle: Bundle, options: LoadOptions
+) -> tuple[VisionSession, DecoderSession]:
+    folder, manifest = bundle.folder, bundle.manifest
+    if manifest.parallel.tp == 1 and isinstance(backend, WholeBackend):
+        return backend.load_parts(folder, manifest, options)
+    vision = backend.load_vision(folder, manifest, options)
+    return vision, _decoder(backend, bundle, options)
 
 
 def _decoder(backend: Backend, bundle: Bundle, options: LoadOptions) -> DecoderSession:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from vlmforge.backends.choice import Begun
+import numpy as np
+
+from vlmforge.backends.choice import Begun, Picked
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.running import Active, Choices, Running
@@ -74,17 +76,18 @@ class Runner:
         """How the next tokens of these sequences are chosen in a step that is begun.
 
         `before` runs still: of those with a row in it the token behind that one's, but for those
-        that surely end with it, and none of those whose prompt is still run. None: the step is to
-        be `run`, when that has ended.
+        that surely end with it, and those for which it must be known. None: the step is to be
+        `run`, when that has ended.
         """
         overlapping = self._engine.overlapping
         if overlapping is None or (before is not None and before.failed):
             return None
-        behind = frozenset[int]() if before is None else {row.sequence for row in before.rows}
+        behind = frozenset[int]() if before is None else before.places.keys()
+        prompts = () if before is None else {row.sequence for row in before.prompts} - behind
         jobs = dict[int, Job]()
         for name in names:
             active = self._active.get(name)
-            if active is None or not active.begun:
+            if active is None or name in prompts:
                 continue
             if active.here:
                 return None
@@ -94,7 +97,7 @@ class Runner:
         if choices is None:
             return None
         known = [choice for choice in choices.values() if choice is not None]
-        return choices if overlapping.can_begin(len(jobs), known or None) else None
+        return choices if overlapping.can_begin(len(choices), known or None) else None
 
     def start(
         self,
@@ -107,7 +110,7 @@ class Runner:
         work = Work(self._engine, self._features, self._active)
         begun, lost = time.perf_counter(), [*work.move(step)]
         gone = {row.sequence for rows, _ in lost for row in rows}
-        prompts = []
+        prompts, ahead = [], work.images_of(step.prompts, ahead)
         for row in step.prompts:
             error = None if row.sequence in gone else work.encoded(row, ahead)
             if error is not None:
@@ -115,21 +118,33 @@ class Runner:
             elif row.sequence not in gone:
                 prompts.append(row)
         rows = [row for row in step.decode if row.sequence not in gone]
-        logits = _tried(lambda: work.begin_prompts(prompts)) if prompts else None
-        found = _tried(lambda: work.begin_tokens(rows, choices, before)) if rows else None
-        return Running(step, begun, lost, prompts, rows, logits, found, work.images, work.encode)
+        first = work.first(prompts)
+        found: Begun[Sequence[Picked | np.int64 | None]] | BaseException | None = None
+        logits: Begun[Sequence[Any]] | BaseException | None = None
+        if mixed := bool(prompts and rows) and work.mixes(prompts, first):
+            both = _tried(lambda: work.begin_mixed(prompts, first, rows, choices, before))
+            logits, found = (both, both) if isinstance(both, BaseException) else both
+        else:
+            # Tokens first: those of the prompts of `before` are there until others are begun.
+            found = _tried(lambda: work.begin_tokens(rows, choices, before)) if rows else None
+            logits = _tried(lambda: work.begin_prompts(prompts, first)) if prompts else None
+        done = work.images, work.encode
+        named = frozenset(first)
+        return Running(step, begun, lost, prompts, rows, named, mixed, logits, found, *done)
 
     def finish(self, running: Running) -> StepResult:
         """Wait for a step; raises nothing, as `run`. Who has ended meanwhile gets nothing of it."""
         work, there = Work(self._engine, self._features, self._active), self._active.keys()
         for rows, error in running.lost:
             work.lose([row for row in rows if row.sequence in there], error)
-        for row, logits in self._found(work, running.prompts, running.logits):
-            if row.sequence in there:
-                work.prompted(row, logits)
         for row, found in self._found(work, running.rows, running.found):
             if row.sequence in there:
                 work.take(row.sequence, found)
+        for row, given in self._found(work, running.prompts, running.logits):
+            if row.sequence in there:
+                work.prompted(row, given)
+                if row.sequence in running.first and isinstance(given, np.ndarray):
+                    work.decided_here(row.sequence)
         if steps.isEnabledFor(logging.DEBUG):
             steps.debug("%s", running.record())
         return StepResult(work.tokens, frozenset(work.failed), frozenset(work.again))
@@ -167,7 +182,7 @@ def _tried(call: Callable[[], T]) -> T | BaseException:
 def _choices(jobs: Mapping[int, Job], behind: Collection[int]) -> Choices | None:
     """Of each job's next token, or of the one behind; nothing to be said where that is likeliest.
 
-    None: that of one is not known before its tokens are, or the logits are.
+    Left out are those for which the one before must be known. None: the logits of one must be.
     """
     if all(job.likeliest for job in jobs.values()):
         return dict.fromkeys(jobs)
@@ -175,4 +190,6 @@ def _choices(jobs: Mapping[int, Job], behind: Collection[int]) -> Choices | None
         choices = {name: job.generation.choice(int(name in behind)) for name, job in jobs.items()}
     except BaseException:  # noqa: BLE001 - where the step is run, whom it concerns is told
         return None
-    return None if None in choices.values() else choices
+    if any(choice is None and name not in behind for name, choice in choices.items()):
+        return None
+    return {name: choice for name, choice in choices.items() if choice is not None}

@@ -20,13 +20,16 @@ from vlmforge.backends import (
     VisionSession,
 )
 from vlmforge.backends.choice import (
+    BegunFirst,
     BegunPrompts,
     BegunTokens,
     Choice,
     ChoosingDecoder,
+    FirstTokenDecoder,
     Found,
     OverlappingDecoder,
 )
+from vlmforge.backends.features import Features, ManyViews, joined
 from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Grid
 from vlmforge.engine.images.pixels import AS_ENGINE, Colour, Layout, PixelRange, Size
@@ -43,7 +46,7 @@ from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.kv.cache import Keys
 from vlmforge.runner.clock import PartClock
 from vlmforge.runner.decoder_input import DecoderInput as DecoderInput
-from vlmforge.runner.decoder_input import PromptPart, together
+from vlmforge.runner.decoder_input import PromptPart, alone, together
 from vlmforge.vl.decode import upright_size
 from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.load import OpenedImage, open_image
@@ -66,17 +69,19 @@ class Engine:
     _sparing: LikeliestDecoder | None = field(init=False, repr=False)
     choosing: ChoosingDecoder | None = field(init=False, repr=False)
     overlapping: OverlappingDecoder | None = field(init=False, repr=False)
+    first: FirstTokenDecoder | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Asked once: to ask whether something fulfils a protocol takes as long as half a step's
         # bookkeeping.
-        sparing = self.decoder if isinstance(self.decoder, LikeliestDecoder) else None
-        object.__setattr__(self, "_sparing", sparing)
-        choosing = self.decoder if isinstance(self.decoder, ChoosingDecoder) else None
-        able = choosing is not None and choosing.chooses
-        object.__setattr__(self, "choosing", choosing if able else None)
-        overlapping = self.decoder if isinstance(self.decoder, OverlappingDecoder) else None
-        object.__setattr__(self, "overlapping", overlapping)
+        decoder = self.decoder
+        for name, able in (
+            ("_sparing", isinstance(decoder, LikeliestDecoder)),
+            ("choosing", isinstance(decoder, ChoosingDecoder) and decoder.chooses),
+            ("overlapping", isinstance(decoder, OverlappingDecoder)),
+            ("first", isinstance(decoder, FirstTokenDecoder)),
+        ):
+            object.__setattr__(self, name, decoder if able else None)
 
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
@@ -114,6 +119,11 @@ class Engine:
         """What `prepare_image(image.decode(), content, ...)` would have as its digest."""
         policy, size = self._sized(image)
         return features_digest(content, policy.rows(size), policy.grid(size))
+
+    @property
+    def views(self) -> int:
+        """Views that the vision part runs at once as cheaply as it can."""
+        return self.vision.views if isinstance(self.vision, ManyViews) else 1
 
     @property
     def needs_sizes(self) -> bool:
@@ -234,7 +244,7 @@ class Engine:
     def decoder_input(
         self,
         rendered: RenderedPrompt,
-        features: Sequence[FloatArray | None],
+        features: Sequence[Features | None],
     ) -> DecoderInput:
         """Point the image positions of a prompt at the rows of its images' features.
 
@@ -250,7 +260,7 @@ class Engine:
                 rows = np.arange(span.first, span.first + span.length, dtype=np.int64)
                 ids[span.start : span.start + span.length] = rows_of[span.image] + rows
         found = [rows for rows in features if rows is not None]
-        whole = np.concatenate(found) if found else None
+        whole = joined(found) if found else None
         places = self._places(rendered)
         lag = 0 if places is None else len(ids) - 1 - int(places.max(initial=-1))
         return DecoderInput(ids, whole, self.rotary_level(len(ids)), places, lag)
@@ -272,34 +282,30 @@ class Engine:
 
         Returns logits `[n, vocab_size]`: those after the last token (n = 1), after all, or none.
         """
-        found: FloatArray = self._run(self._part(PromptPart(place, chunk, past), logits))[0]
+        found: FloatArray = self._run(
+            alone(PromptPart(place, chunk, past), logits, self.manifest.decode)
+        )[0]
         # It may be a step of decoding to the decoder.
         return found.copy() if len(chunk.ids) == 1 else found
 
     def begin_prompts(
         self, parts: Sequence[PromptPart], logits: Literal["none", "last"]
     ) -> BegunPrompts:
-        """As `prefill`, or `prefill_together`, for who is `overlapping`.
-
-        `logits` are those of one part; of several, each has its last ones.
-        """
+        """As `prefill` (`prefill_together`: "last") for who is `overlapping`."""
         assert self.overlapping is not None
-        decode = self.manifest.decode
-        batch = together(parts, decode) if len(parts) > 1 else self._part(parts[0], logits)
-        return self.overlapping.begin_prompts(batch)
+        return self.overlapping.begin_prompts(self._parts(parts, logits))
 
-    def _part(self, part: PromptPart, logits: Literal["none", "last", "all"]) -> DecoderBatch:
-        """A part of one prompt as the decoder takes it."""
-        place, chunk, past = part
-        ids, features = chunk.handed_over(self.manifest.decode.vocab_size)
-        every = np.arange(len(ids), dtype=np.int64)
-        wanted = {"none": every[:0], "last": every[-1:], "all": every}[logits]
-        levels = self._levels(np.array([chunk.rotary_level], np.int64))
-        lengths, places = np.array([past], np.int64), chunk.places_from(past, len(ids))
-        turns = None if places is None else self._turns(places[None])
-        return DecoderBatch(
-            place[:1], ids[None], lengths, features, wanted[None], levels, (place,), turns
-        )
+    def begin_first(
+        self, parts: Sequence[PromptPart], choices: Sequence[Choice | None] | None
+    ) -> BegunFirst:
+        """The same for who chooses the `first` tokens (see `FirstTokenDecoder`)."""
+        assert self.first is not None
+        return self.first.begin_first(self._parts(parts, "last"), choices)
+
+    def _parts(self, parts: Sequence[PromptPart], logits: Literal["none", "last"]) -> DecoderBatch:
+        if len(parts) > 1:
+            return together(parts, self.manifest.decode)
+        return alone(parts[0], logits, self.manifest.decode)
 
     def prefill_together(self, parts: Sequence[PromptPart]) -> FloatArray:
         """Run the next tokens of several sequences at once; logits `[n, vocab_size]` after each.
@@ -361,15 +367,19 @@ class Engine:
         turns = None
         if self.manifest.decode.positions.turn_width:
             behind = lengths if lags is None else lengths - lags
-            turns = self._turns(np.repeat(behind[:, None, None], AXES, axis=2))
+            turns = self.manifest.decode.positions.turns(
+                np.repeat(behind[:, None, None], AXES, axis=2)
+            )
         zeros = np.zeros((len(tokens), 1), np.int64)
         slots = tuple(place[0] for place in places)
-        levels_given = self._levels(levels)
+        levels_given = levels if self.manifest.decode.positions.has_levels else None
         return DecoderBatch(
             slots, tokens[:, None], lengths, None, zeros, levels_given, places, turns
         )
 
-    def encode(self, pixel_values: FloatArray, grid: Grid | None = None) -> FloatArray:
+    def encode(
+        self, pixel_values: FloatArray, grid: Grid | None = None
+    ) -> FloatArray | Sequence[Features]:
         """Pixel values of images, all of one grid if they have one, to features `[n, rows, width]`.
 
         See `VisionSession.encode`.
@@ -381,9 +391,3 @@ class Engine:
     def _run(self, batch: DecoderBatch) -> FloatArray:
         with self.clock.running():
             return self.decoder.step(batch)
-
-    def _turns(self, places: Places) -> FloatArray:
-        return self.manifest.decode.positions.turns(places)
-
-    def _levels(self, levels: IntArray) -> IntArray | None:
-        return levels if self.manifest.decode.positions.has_levels else None

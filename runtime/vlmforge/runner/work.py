@@ -13,13 +13,14 @@ from typing import TypeVar
 import numpy as np
 
 from vlmforge.backends import FloatArray, IntArray
-from vlmforge.backends.choice import BegunPrompts, BegunTokens, Choice, Found
+from vlmforge.backends.choice import GREEDY, BegunFirst, BegunPrompts, BegunTokens, Choice, Found
 from vlmforge.errors import EngineStepError, as_ours
 from vlmforge.kv.cache import Copy
 from vlmforge.outputs.token_chooser import PrefillFacts
-from vlmforge.runner.decoder_input import DecoderInput, PromptPart
+from vlmforge.runner.decoder_input import DecoderInput, PromptPart, together
 from vlmforge.runner.features import FeatureCache
-from vlmforge.runner.running import Active, Choices, Lost, Running
+from vlmforge.runner.job import Job
+from vlmforge.runner.running import Active, Choices, Lost, Mixed, Running, Share
 from vlmforge.runner.stages import Engine
 from vlmforge.runner.step import AHEAD, Row, Step
 from vlmforge.vl.prepared import PreparedImage
@@ -56,7 +57,7 @@ class Work:
 
     def prefill(self, rows: Sequence[Row], ahead: Iterable[PreparedImage]) -> None:
         """Run parts of prompts; where they end, choose the first tokens."""
-        ready = []
+        ready, ahead = [], self.images_of(rows, ahead)
         for row in rows:
             if row.sequence in self.failed:
                 continue
@@ -68,21 +69,32 @@ class Work:
         for row, found in zip(ready, logits or (), strict=logits is not None):
             self.prompted(row, found)
 
-    def prompted(self, row: Row, logits: FloatArray) -> None:
-        """A part of a prompt has been run, and gave logits `[n, vocab_size]`."""
+    def prompted(self, row: Row, found: Found | None) -> None:
+        """A part of a prompt has been run, and gave logits `[n, vocab_size]` or the next token.
+
+        None: it could not be chosen there, and the logits are gone; the part is run again.
+        """
         active = self.active[row.sequence]
-        if row.logits == "all":
+        if found is None and row.logits != "none":
+            active.here = True
+            self.again.add(row.sequence)
+            return
+        logits = found if isinstance(found, np.ndarray) else None
+        if row.logits == "all" and logits is not None:
             active.prompt_logits = active.prompt_logits if row.start else []
             active.prompt_logits.append(logits)
         if row.logits == "none" or not self._ends_prompt(active, row):
             return
+        active.prompted()
+        last = found if logits is None else logits[-1]
+        assert last is not None
         if active.begun:
-            self._accept(row.sequence, logits[-1])
+            self._accept(row.sequence, last)
             return
         facts = self._facts(active)
         for sequence in (row.sequence, *self._part(row, active)):
             if self._begin(sequence, facts):
-                self._accept(sequence, logits[-1])
+                self._accept(sequence, last)
 
     def _part(self, row: Row, active: Active) -> tuple[int, ...]:
         """Other answers to the prompt become jobs of their own; returns their sequences."""
@@ -107,18 +119,26 @@ class Work:
         for row, values in zip(rows, found, strict=True):
             self._accept(row.sequence, values)
 
+    def images_of(
+        self, rows: Sequence[Row], ahead: Iterable[PreparedImage]
+    ) -> Sequence[PreparedImage]:
+        """What the rows of a step want of the vision part, if anything, and what is `ahead`."""
+        held = [self.active[row.sequence] for row in rows if row.sequence in self.active]
+        own = [image for active in held for image in active.wanted]
+        return [*own, *ahead] if own else ()
+
     def _ends_prompt(self, active: Active, row: Row) -> bool:
         return row.logits == "last" or row.stop == len(active.job.prompt.token_ids)
 
-    def _encode(self, active: Active, row: Row, ahead: Iterable[PreparedImage]) -> bool:
+    def _encode(self, active: Active, row: Row, ahead: Sequence[PreparedImage]) -> bool:
         """Have the features of all images whose tokens are not in the cache; True."""
         begun, spans = time.perf_counter(), active.job.prompt.image_spans
         wanted = {span.image for span in spans if span.start + span.length > row.start}
         needed = [index for index in sorted(wanted) if active.features[index] is None]
         images = [image for index in needed if (image := active.images[index]) is not None]
-        found, known = self.cache.get(images, list(ahead)) if images else ([], 0)
+        found, known = self.cache.get(images, ahead) if images else ([], 0)
         for index, features in zip(needed, found, strict=True):
-            active.features[index], active.images[index] = features, None
+            active.encoded(index, features)
         if active.given is None:
             active.cached_images = known + len(active.features) - len(needed)
         if needed or active.given is None:
@@ -160,7 +180,7 @@ class Work:
                 self.lose([row], error)
         return found
 
-    def encoded(self, row: Row, ahead: Iterable[PreparedImage]) -> BaseException | None:
+    def encoded(self, row: Row, ahead: Sequence[PreparedImage]) -> BaseException | None:
         """Have the features for a part of a prompt; why they cannot be had."""
         try:
             self._encode(self.active[row.sequence], row, ahead)
@@ -168,21 +188,83 @@ class Work:
             return error
         return None
 
-    def begin_prompts(self, rows: Sequence[Row]) -> BegunPrompts:
-        """Begin the parts of prompts."""
+    def begin_prompts(
+        self, rows: Sequence[Row], first: Mapping[int, Choice | None]
+    ) -> BegunPrompts | BegunFirst:
+        """Begin the parts of prompts; `first` are those whose next tokens the device chooses."""
         parts = [PromptPart(row.place, self._chunk(row), row.start) for row in rows]
-        return self.engine.begin_prompts(parts, "none" if rows[0].logits == "none" else "last")
+        if not first:
+            return self.engine.begin_prompts(parts, "none" if rows[0].logits == "none" else "last")
+        given = [first.get(row.sequence) for row in rows]
+        return self.engine.begin_first(parts, given if any(given) else None)
+
+    def first(self, rows: Sequence[Row]) -> Mapping[int, Choice | None]:
+        """How the tokens behind prompts are chosen, by sequence, where the device does that.
+
+        All the likeliest, of which there is nothing to be said; or some as is said.
+        """
+        engine = self.engine
+        if engine.overlapping is None or engine.first is None:
+            return {}
+        ends = {row.sequence: self.active[row.sequence].job for row in rows if row.logits == "last"}
+        here = any(self.active[name].here for name in ends)
+        asked = here or any(row.forks or row.logits == "all" for row in rows)
+        if not asked and all(job.likeliest for job in ends.values()):
+            able = engine.overlapping.can_begin(len(ends), None)
+            return dict.fromkeys(ends) if able and ends else {}
+        found = {}
+        for row in rows:
+            # One that could not be chosen there once is chosen here.
+            if row.sequence in ends and not row.forks and not self.active[row.sequence].here:
+                choice = _choice(ends[row.sequence])
+                if choice is not None and engine.overlapping.can_begin(1, [choice]):
+                    found[row.sequence] = choice
+        return found
+
+    def mixes(self, rows: Sequence[Row], first: Mapping[int, Choice | None]) -> bool:
+        """Whether these prompts are run in one step with tokens of others: none wants logits."""
+        packed = self.engine.options.packs and self.engine.overlapping is not None
+        return packed and all(row.sequence in first or row.logits == "none" for row in rows)
+
+    def begin_mixed(
+        self,
+        prompts: Sequence[Row],
+        first: Mapping[int, Choice | None],
+        rows: Sequence[Row],
+        choices: Choices,
+        before: Running | None,
+    ) -> tuple[Share, Share]:
+        """Begin parts of prompts and tokens (see `begin_tokens`) in one step; what is of each."""
+        parts = [PromptPart(row.place, self._chunk(row), row.start) for row in (*prompts, *rows)]
+        sources = np.concatenate((np.full(len(prompts), -1), self._sources(rows, before)))
+        asked = [*(first.get(row.sequence) for row in prompts)]
+        asked += [choices[row.sequence] for row in rows]
+        given = [choice or GREEDY for choice in asked] if any(asked) else None
+        decoder = self.engine.overlapping
+        assert decoder is not None
+        batch = together(parts, self.engine.manifest.decode)
+        mixed, count = Mixed(decoder.begin(batch, given, sources)), len(prompts)
+        return Share(mixed, slice(0, count)), Share(mixed, slice(count, None))
 
     def begin_tokens(
         self, rows: Sequence[Row], choices: Choices, before: Running | None
     ) -> BegunTokens:
         """Begin the rows, those that are `AHEAD` with the tokens of `before`."""
         found = [choice for row in rows if (choice := choices[row.sequence]) is not None]
-        places = {} if before is None else {r.sequence: i for i, r in enumerate(before.rows)}
-        ahead = [places[r.sequence] if r.tokens == (AHEAD,) else -1 for r in rows]
+        sources = self._sources(rows, before)
         where, tokens, lengths, levels, lags = self._inputs(rows)
-        tokens, sources = np.maximum(tokens, 0), np.array(ahead, np.int64)
+        tokens = np.maximum(tokens, 0)
         return self.engine.begin(where, tokens, lengths, levels, lags, found or None, sources)
+
+    def _sources(self, rows: Sequence[Row], before: Running | None) -> IntArray:
+        """Where `before` has the tokens of the rows that are `AHEAD`."""
+        places = {} if before is None else before.places
+        ahead = [places[r.sequence] if r.tokens == (AHEAD,) else -1 for r in rows]
+        return np.array(ahead, np.int64)
+
+    def decided_here(self, sequence: int) -> None:
+        """The device could not choose the token behind a prompt, and may go on with a wrong one."""
+        self.active[sequence].here = True
 
     def take(self, sequence: int, found: Found | None) -> None:
         """What was found for a row of a step that was begun; None: it is to be run again."""
@@ -262,6 +344,13 @@ class Work:
         """The answer ends with an error; what is in the cache is whole."""
         self.tokens[sequence] = None
         self.active[sequence].job.fail(error)
+
+
+def _choice(job: Job) -> Choice | None:
+    try:
+        return job.generation.choice()
+    except BaseException:  # noqa: BLE001 - where it is chosen here, whom it concerns is told
+        return None
 
 
 def check_logits(rows: Sequence[Row], found: Sequence[object]) -> None:

@@ -21,6 +21,7 @@ from vlmforge.runner.terms import Terms
 from vlmforge.scheduler.request import cancelled
 from vlmforge.scheduler.scheduler import Scheduler, SequenceError
 from vlmforge.scheduler.sequence import State, TokenSequence
+from vlmforge.scheduler.together import Together
 from vlmforge.vl.prepared import PreparedImage
 
 logger = logging.getLogger("vlmforge")
@@ -190,8 +191,7 @@ class Jobs:
 
     def _begun_behind(self, running: Running) -> Running | None:
         """The step behind one that runs, begun, if what it is does not depend on that."""
-        names = (sequence.id for sequence in self._scheduler.running)
-        choices = self._runner.ahead(names, running)
+        choices = self._runner.ahead(self._scheduler.behind(running.step), running)
         step = None if choices is None else self._scheduler.ahead(running.step, choices)
         if step is None or choices is None:
             return None
@@ -255,8 +255,7 @@ class Jobs:
             self._cache,
             rows=options.slots,
             chunk=self._chunk,
-            prompts=options.prompts,
-            window=options.capacity,
+            together=Together(self._chunk, options.prompts, options.packs, options.capacity),
         )
 
     def _sequence(self, job: Job) -> TokenSequence:

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from typing_extensions import override
 
 from vlmforge.backends import ClosableDecoder, FloatArray
+from vlmforge.backends.features import Features
 from vlmforge.errors import CancelledError, PipelineError, VlmforgeError
 from vlmforge.kv.cache import Keys
 from vlmforge.outputs.metrics import Metrics
@@ -54,7 +55,7 @@ class Loop(lifetime.Owner):
         """Whether this process is a child of the one that has the worker."""
         return self._forks != lifetime.fork_count()
 
-    def known_features(self, digest: bytes) -> FloatArray | None:
+    def known_features(self, digest: bytes) -> Features | None:
         """Features of an image that was encoded before, if they are kept. From any thread."""
         return self._features.known(digest)
 

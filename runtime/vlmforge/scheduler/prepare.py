@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vlmforge.backends import FloatArray
+from vlmforge.backends.features import Features
 from vlmforge.errors import ContextLengthError, TokenLedger
 from vlmforge.inputs.messages import Conversation
 from vlmforge.inputs.render import RenderedPrompt
@@ -35,7 +35,7 @@ from vlmforge.vl.prepared import PreparedImage, deferred, encoded
 class Caches(Protocol):
     """What is known already. From any thread, as hints: it may be gone when the request runs."""
 
-    def known_features(self, digest: bytes) -> FloatArray | None:
+    def known_features(self, digest: bytes) -> Features | None:
         """Features of an image that was encoded before, if they are kept."""
 
     def cached(self, keys: Keys, terms: Terms) -> int:
@@ -178,7 +178,7 @@ class Preparation:
         def make() -> PreparedImage:
             known = self.caches.known_features(digest)
             if known is not None:
-                return encoded(digest, known)
+                return encoded(digest, known, functools.partial(self._image, image, content))
             with PIXEL_ROOM.hold(image.size, image.name, ended):
                 with stage("load"):
                     pixels = image.decode(ended)

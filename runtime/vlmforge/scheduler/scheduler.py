@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from vlmforge.kv.cache import KVCache, common_prefix
 from vlmforge.runner.step import AHEAD, Logits, Row, Step, StepResult
-from vlmforge.scheduler.sequence import State, TokenSequence
+from vlmforge.scheduler.sequence import State, TokenSequence, order
+from vlmforge.scheduler.together import Together
 
 
 class SequenceError(Exception):
@@ -32,15 +33,14 @@ _ALIKE = 64  # tokens in common that are worth waiting for: the cache will have 
 class Scheduler:
     """Plans steps of at most `rows` sequences; prompts run `chunk` tokens at a time.
 
-    `prompts` of them may be run together: each is filled up to the longest, to no more than a chunk
-    in all, and none beyond `window` tokens.
+    Or several of them, as is said by `together`.
     """
 
     def __init__(
-        self, cache: KVCache, *, rows: int, chunk: int, prompts: int = 1, window: int = 1 << 62
+        self, cache: KVCache, *, rows: int, chunk: int, together: Together | None = None
     ) -> None:
-        self._cache, self._rows, self._chunk = cache, rows, chunk
-        self._prompts, self._window = prompts, window
+        self._cache, self._rows = cache, rows
+        self._beside, self._decoding = together or Together(chunk), 0  # rows of the step at hand
         self._waiting: list[TokenSequence] = []  # in the order in which they will be served
         self._running: list[TokenSequence] = []  # likewise
         self._planned: list[Step] = []  # by `ahead`, and not run yet
@@ -60,7 +60,7 @@ class Scheduler:
 
     def add(self, sequence: TokenSequence) -> None:
         """Take in a sequence; ids grow, so that the older of two has the smaller one."""
-        bisect.insort(self._waiting, sequence, key=_order)
+        bisect.insort(self._waiting, sequence, key=order)
 
     def remove(self, sequence: TokenSequence, *, valid: bool = True) -> None:
         """End a sequence wherever it is. More than once does nothing.
@@ -90,6 +90,7 @@ class Scheduler:
         """
         self._place_forks()
         decoding = list(self._grown())
+        self._decoding = len(decoding)
         prefill = self._prefill_row()
         # Some made room for the prompt just now, and one may have come back as the prompt.
         together = () if prefill is None else self._together(prefill)
@@ -101,11 +102,20 @@ class Scheduler:
         rows = tuple(self._row(s, s.computed, len(s.tokens)) for s in decode)
         return Step(self._cache.take_moves(), prefill, rows, together)
 
+    def behind(self, step: Step) -> Iterator[int]:
+        """Sequences that may have a token run behind `step`, those whose prompt it ends too."""
+        under_way = {row.sequence: row for row in step.rows}
+        for sequence in self._running:
+            row = under_way.get(sequence.id)
+            if sequence.decoding if row is None else row.stop >= len(sequence.tokens):
+                yield sequence.id
+
     def ahead(self, step: Step, able: Collection[int]) -> Step | None:
         """What follows `step`, which still runs, as far as it does not depend on how that ends.
 
-        Prompts go on, and one token more of the `able`: those of `step` that may go on, and all
-        others that decode. None: somebody must give up a place, or needs what is not known yet.
+        Prompts go on, and one token more of the `able`: those of `step` that may go on, tokens and
+        ends of prompts, and all others that decode. None: somebody must give up a place, or needs
+        what is not known yet.
         Until what is returned has been run too, only `ahead` plans more, and `update` is told of
         both in turn.
 
@@ -115,8 +125,10 @@ class Scheduler:
         if self._waiting and self._must_wait(self._waiting[0]):
             return None
         self._reached = {row.sequence: row.stop for row in step.prompts}
+        ends = (row for row in step.prompts if row.sequence in able)
         try:
-            decode = self._decode_behind({row.sequence: row for row in step.decode}, able)
+            decode = self._decode_behind({row.sequence: row for row in (*step.decode, *ends)}, able)
+            self._decoding = len(decode or ())
             prompts = None if decode is None else self._prompts_behind()
         finally:
             self._reached = {}
@@ -165,7 +177,7 @@ class Scheduler:
         if sequence is None:
             return ()
         start, stop = self._next_part(sequence)
-        if _wants_all(sequence):
+        if sequence.wants_all:
             return None
         with _at(sequence):
             if not self._cache.grow(sequence.id, stop):
@@ -244,7 +256,7 @@ class Scheduler:
     def _run(self, sequence: TokenSequence, cached: int) -> None:
         self._waiting.remove(sequence)
         sequence.state, sequence.computed, sequence.cached = State.RUNNING, cached, cached
-        bisect.insort(self._running, sequence, key=_order)
+        bisect.insort(self._running, sequence, key=order)
 
     def _grown(self) -> Iterator[TokenSequence]:
         """The sequences that decode, with room for one token more."""
@@ -275,47 +287,44 @@ class Scheduler:
 
     def _next_part(self, sequence: TokenSequence) -> tuple[int, int]:
         """Where the next part of a prompt begins and ends."""
-        chunk = min(self._chunk, _ALL) if _wants_all(sequence) else self._chunk
-        start = self._start(sequence)
-        return start, min(start + chunk, len(sequence.tokens))
+        start, chunk = self._start(sequence), self._beside.tokens(self._decoding)
+        most = min(chunk, _ALL) if sequence.wants_all else chunk
+        return start, min(start + most, len(sequence.tokens))
 
     def _together(self, first: Row) -> tuple[Row, ...]:
         """What is left of other prompts and fits beside; nobody loses a place for them."""
         rows = [first]
-        while first.logits != "all" and len(rows) < self._prompts:
-            row = self._another(rows)
-            if row is None:
-                break
+        while first.logits != "all" and (row := self._another(rows)) is not None:
             rows.append(row)
         return tuple(rows[1:])
 
     def _another(self, rows: list[Row]) -> Row | None:
-        width, room = max(len(row.tokens) for row in rows), self._chunk // (len(rows) + 1)
-        if width > room:
+        there, room = {row.sequence for row in rows}, self._beside.room(rows, self._decoding)
+        if not room:
             return None
-        there = {row.sequence for row in rows}
         begun = (s for s in self._running if self._prompting(s) and s.id not in there)
         sequence = next(begun, None) or self._admit_beside(there, room)
-        if sequence is None or _wants_all(sequence):
+        if sequence is None or sequence.wants_all:
             return None
-        start, stop = self._start(sequence), len(sequence.tokens)
-        ends = max(start, *(row.start for row in rows)) + max(width, stop - start)
+        start = self._start(sequence)
+        stop = start + self._beside.part(len(sequence.tokens) - start, room)
         with _at(sequence):
-            fits = stop - start <= room and ends <= self._window
+            fits = stop > start and self._beside.fits(rows, start, stop)
             if not fits or not self._cache.grow(sequence.id, stop):
                 return None
         return self._row(sequence, start, stop)
 
     def _admit_beside(self, running: set[int], room: int) -> TokenSequence | None:
-        """Give the next waiting sequence a place, if what is left of it is no more than `room`.
+        """Give the next waiting sequence a place, if something of it is run in `room` tokens.
 
         One that begins as one that is `running` now finds this in the cache a step later, if kept.
         """
         sequence = self._waiting[0] if self._waiting else None
-        if sequence is None or _wants_all(sequence):
+        if sequence is None or sequence.wants_all:
             return None
         known = self._cache.find(sequence.keys, salt=sequence.salt)[1]
-        if len(sequence.tokens) - known > room:
+        left = max(1, len(sequence.tokens) - known)  # the last one is run in any case
+        if not self._beside.part(left, room):
             return None
         others = (s for s in self._running if s.id in running and s.salt == sequence.salt)
         if self._cache.reuses and any(
@@ -332,7 +341,7 @@ class Scheduler:
         with _at(sequence):
             place = self._cache.place(sequence.id)
         ends = stop == len(sequence.tokens)
-        logits: Logits = "all" if _wants_all(sequence) else "last" if ends else "none"
+        logits: Logits = "all" if sequence.wants_all else "last" if ends else "none"
         forks = tuple(fork.id for fork in sequence.forks) if ends else ()
         return Row(sequence.id, tuple(sequence.tokens[start:stop]), start, place, logits, forks)
 
@@ -372,7 +381,7 @@ class Scheduler:
         self._cache.free(sequence.id)
         sequence.state, sequence.computed = State.WAITING, 0
         sequence.preempted += 1
-        bisect.insort(self._waiting, sequence, key=_order)
+        bisect.insort(self._waiting, sequence, key=order)
 
 
 class _at:  # noqa: N801 - reads as what it is: with _at(sequence)
@@ -389,12 +398,3 @@ class _at:  # noqa: N801 - reads as what it is: with _at(sequence)
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None:
             raise SequenceError(self._sequence) from error
-
-
-def _wants_all(sequence: TokenSequence) -> bool:
-    """Whether the logits after each token of the prompt are wanted."""
-    return sequence.fresh and not sequence.begun
-
-
-def _order(sequence: TokenSequence) -> tuple[int, int]:
-    return -sequence.priority, sequence.id

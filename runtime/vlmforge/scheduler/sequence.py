@@ -64,6 +64,11 @@ class TokenSequence:
         return len(self.tokens) > self.prompt_length
 
     @property
+    def wants_all(self) -> bool:
+        """Whether the logits after each token of the prompt are wanted."""
+        return self.fresh and not self.begun
+
+    @property
     def decoding(self) -> bool:
         """Whether nothing but its newest token is left to run."""
         return self.prompt_length < len(self.tokens) == self.computed + 1
@@ -78,3 +83,8 @@ class TokenSequence:
         """A token was generated."""
         self.tokens.append(token)
         self.keys, self._room = joined(self.keys, (token,), self._room)
+
+
+def order(sequence: TokenSequence) -> tuple[int, int]:
+    """Who is served first."""
+    return -sequence.priority, sequence.id

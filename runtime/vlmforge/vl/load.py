@@ -40,6 +40,7 @@ class OpenedImage:
             Of a Pillow image, as `to_rgb` turns it.
         name: The path or URL that it was given by, as `image.filename` has it; None: it has none.
         pixel_range: What it is to be brought to.
+        read: Whether its pixels are in memory, or come there for its digest.
     """
 
     size: tuple[int, int]
@@ -48,6 +49,7 @@ class OpenedImage:
     _digest: Callable[[], bytes] = field(repr=False)
     _stored: Callable[[], StoredImage] = field(repr=False)
     pixel_range: PixelRange = AS_ENGINE
+    read: bool = False
 
     @cached_property
     def digest(self) -> bytes:
@@ -67,14 +69,14 @@ class OpenedImage:
         Args:
             cancelled: Asked again and again whether the image is no longer wanted. With it,
                 decoding is done on one of few threads that all pipelines of the process share;
-                without, on this one.
+                without, and where there is nothing to decode, on this one.
 
         Raises:
             ImageError: the pixels are not whole, or take too long.
             CancelledError: `cancelled` said so.
         """
-        if cancelled is None:
-            return self._pixels(None)
+        if cancelled is None or self.read:
+            return self._pixels(cancelled)
         from vlmforge.vl.lanes import decode_in_lane  # threads only where they are needed
 
         return decode_in_lane(lambda: self._pixels(cancelled), cancelled)
@@ -189,6 +191,7 @@ def _from_pillow(image: Image.Image, limits: ImageLimits) -> OpenedImage:
         lambda _: loaded(image, called),
         lambda: _digest(b"pixels", *identity(loaded(image, called))),
         lambda: stored_pixels(loaded(image, called)),
+        read=True,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmforge.backends import FloatArray
+from vlmforge.backends.features import Features
 from vlmforge.engine.images.patch_inputs import Grid
 from vlmforge.engine.images.pixels import Rows
 from vlmforge.kv.cache import Keys
@@ -24,20 +25,25 @@ class PreparedImage:
         digest: Identifies the image's features: made of its content and rows.
         rows: int64 `[tokens]`, which rows of all its views become tokens; None: all, in order.
         features: `[tokens, hidden]` of an image that was encoded before; None: to be encoded.
-        later: Makes the image, should its pixels be needed after all; None: they are here.
+        later: Makes the image, should its pixels be needed after all; None: they are here, or what
+            is made of them is.
         grid: Tokens down and across, where the image policy has them in one.
     """
 
     pixel_values: FloatArray
     digest: bytes
     rows: Rows | None = None
-    features: FloatArray | None = None
+    features: Features | None = None
     later: Callable[[], PreparedImage] | None = None
     grid: Grid | None = None
 
     def whole(self) -> PreparedImage:
         """The image with its pixels or features (ImageError: it cannot be decoded)."""
-        return self if self.later is None else self.later()
+        return self if self.later is None or self.features is not None else self.later()
+
+    def without_features(self) -> PreparedImage:
+        """The same one, to be made again should it be needed, where it can be."""
+        return self if self.later is None else deferred(self.digest, self.later)
 
 
 _NO_VIEWS: FloatArray = np.empty((0, 3, 0, 0), np.float32)
@@ -57,9 +63,14 @@ def prepare(
     return PreparedImage(pixel_values, features_digest(digest, rows, grid), rows, grid=grid)
 
 
-def encoded(digest: bytes, features: FloatArray) -> PreparedImage:
-    """An image whose `features` are known by its `features_digest`: it needs no pixels."""
-    return PreparedImage(_NO_VIEWS, digest, None, features)
+def encoded(
+    digest: bytes, features: Features, later: Callable[[], PreparedImage] | None = None
+) -> PreparedImage:
+    """An image whose `features` are known by its `features_digest`: it needs no pixels.
+
+    `later` makes it of its pixels, should the features be let go.
+    """
+    return PreparedImage(_NO_VIEWS, digest, None, features, later)
 
 
 def deferred(digest: bytes, later: Callable[[], PreparedImage]) -> PreparedImage:

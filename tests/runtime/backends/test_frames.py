@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmforge.backends.cuda.frames import ALIGNMENT, Size, arrange, bucket, inputs_of
-from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, Segment, TensorSpec
+from vlmforge.engine.chain import (
+    AttentionCall,
+    ChainStep,
+    GatedActivation,
+    PartChain,
+    Segment,
+    TensorSpec,
+)
 
 LAYERS = 4
 INPUTS = (
@@ -20,19 +27,26 @@ def rows(name: str, width: int) -> TensorSpec:
     return TensorSpec(name, "float16", ("batch", "tokens", width))
 
 
+def behind(layer: int) -> list[TensorSpec]:
+    """What stands after a layer's activation."""
+    return [rows(f"sum{layer}", 16), rows(f"gated{layer}", 40)]
+
+
 def chain(kept: frozenset[int]) -> PartChain:
     """Four layers; a tensor of each layer in `kept` is taken by the last segment too."""
     steps: list[ChainStep] = []
     for layer in range(LAYERS):
-        given = (
-            [rows(f"rest{layer - 1}", 16), rows(f"out{layer - 1}", 16)] if layer else [INPUTS[0]]
-        )
+        given = behind(layer - 1) if layer else [INPUTS[0]]
         made = [rows(f"qkv{layer}", 48), rows(f"rest{layer}", 16), rows(f"kept{layer}", 40)]
         steps.append(ChainStep(segment=Segment(f"{layer}", tuple(given), tuple(made), 64)))
         call = AttentionCall(layer, f"qkv{layer}", f"out{layer}", 2, 2, 8, 1.0, 1.0, 1.0, False)
         steps.append(ChainStep(attention=call))
-    last = [rows(f"rest{LAYERS - 1}", 16), rows(f"out{LAYERS - 1}", 16)]
-    last += [rows(f"kept{layer}", 40) for layer in sorted(kept)]
+        mixed = (rows(f"out{layer}", 16), rows(f"rest{layer}", 16))
+        packed = (rows(f"packed{layer}", 80), rows(f"sum{layer}", 16))
+        steps.append(ChainStep(segment=Segment(f"{layer}.up", mixed, packed, 64)))
+        gate = GatedActivation("silu", f"packed{layer}", f"gated{layer}")
+        steps.append(ChainStep(gated=gate))
+    last = behind(LAYERS - 1) + [rows(f"kept{layer}", 40) for layer in sorted(kept)]
     logits = TensorSpec("logits", "float32", ("batch", "outputs", 50))
     steps.append(ChainStep(segment=Segment("last", tuple(last), (logits,), 64)))
     return PartChain(tuple(steps), None, {})
@@ -55,8 +69,8 @@ def lives(of: PartChain) -> dict[str, tuple[int, int]]:
         if step.segment is not None:
             used = [spec.name for spec in (*step.segment.inputs, *step.segment.outputs)]
         else:
-            assert step.attention is not None
-            used = [step.attention.qkv, step.attention.out]
+            used = [*step.taken, *step.given]
+            assert len(used) == 2
         for name in used:
             if name != "input_ids":
                 found[name] = found.get(name, (index, index))[0], index
@@ -89,7 +103,7 @@ def test_nothing_that_lives_lies_on_anything_else(size: Size, kept: frozenset[in
 def test_memory_is_used_again() -> None:
     size = Size(1, 512, 1, 1, 512)
     of = chain(frozenset())
-    whole = sum(2 * 512 * (48 + 16 + 40 + 16) for _ in range(LAYERS))
+    whole = sum(2 * 512 * (48 + 16 + 40 + 16 + 80 + 16 + 40) for _ in range(LAYERS))
     taken = arrange(of, inputs_of(INPUTS, 9), size)
     assert taken.size - taken.uploaded < whole / 2
 

@@ -17,6 +17,7 @@ from vlmforge.kv.slots import SlotCache
 from vlmforge.runner.step import AHEAD, Step, StepResult
 from vlmforge.scheduler.scheduler import Scheduler
 from vlmforge.scheduler.sequence import State, TokenSequence
+from vlmforge.scheduler.together import Together
 
 LONGEST = 64
 
@@ -94,8 +95,13 @@ class World:
         self.running = None
         decoding = {row.sequence for row in step.decode}
         if not decoding & self.alone:
-            able = [s.id for s in self.scheduler.running]
-            able = [name for name in able if name not in decoding or self._goes_on(name)]
+            under_way = {row.sequence for row in step.rows}
+            forked = {row.sequence for row in step.rows if row.forks}  # chosen here for all
+            able = [
+                name
+                for name in self.scheduler.behind(step)
+                if name not in under_way or (name not in forked and self._goes_on(name))
+            ]
             behind = self.scheduler.ahead(step, able)
             if behind is not None:
                 self.running = behind, self.device.begin(behind)
@@ -122,6 +128,8 @@ class World:
                     self.alone.add(row.sequence)
                     again.add(row.sequence)
                     continue
+            if row not in step.decode and self.running and not self.taken % self.undecided:
+                self.alone.add(row.sequence)  # the device went on with a token of its own
             for number, name in enumerate((row.sequence, *row.forks)):
                 token = (found[row.sequence] + number) % VOCAB
                 self.answers[name].append(token)
@@ -140,7 +148,8 @@ def world(rows: int, spare: int, block: int, chunk: int, undecided: int, *, pool
     else:
         cache = SlotCache(rows, LONGEST, budget=budget, block_size=block)
         store = SlotStore(rows, LONGEST)
-    scheduler = Scheduler(cache, rows=rows, chunk=chunk, prompts=2, window=LONGEST)
+    together = Together(chunk, 3, packs=pool, window=LONGEST)
+    scheduler = Scheduler(cache, rows=rows, chunk=chunk, together=together)
     return World(scheduler, Device(store), undecided)
 
 
@@ -231,13 +240,48 @@ def test_a_prompt_that_comes_is_not_kept_waiting() -> None:
     assert [(row.sequence, row.tokens) for row in step.decode] == [(0, (AHEAD,))]
     made.step()
     assert len(made.answers[late[0].id]) == 1
-    # What its first token is was not known yet; then it is, and is no longer waited for.
-    assert [row.sequence for row in made.running[0].decode] == [0]
-    made.step()
-    assert [row.tokens for row in made.running[0].decode] == [
-        (AHEAD,),
-        tuple(made.answers[late[0].id]),
+    # Nobody knew its first token when the step behind it was begun: the device had it.
+    assert [row.sequence for row in made.running[0].decode] == [0, late[0].id]
+    assert [row.tokens for row in made.running[0].decode] == [(AHEAD,), (AHEAD,)]
+
+
+def test_whose_first_token_is_chosen_here_runs_a_step_later() -> None:
+    made = world(2, 30, 4, 64, 999, pool=True)
+    made.add(Asked([1] * 4, 12))
+    late = made.add(Asked([2] * 9, 3))
+    step = made.scheduler.schedule()
+    assert step is not None and {row.sequence for row in step.prompts} == {0, 1}
+    behind = made.scheduler.ahead(step, {0})
+    assert behind is not None
+    assert [row.sequence for row in behind.decode] == [0]
+    found = made.device.begin(step)
+    made.scheduler.update(step, StepResult(dict(found)))
+    last = made.scheduler.ahead(behind, {*made.scheduler.behind(behind)})
+    assert last is not None
+    assert [(row.sequence, row.tokens) for row in last.decode] == [
+        (0, (AHEAD,)),
+        (1, (found[late[0].id],)),
     ]
+
+
+def test_who_may_run_behind_a_step() -> None:
+    """All that decode, and those whose prompt ends with it: not the one of which more is left."""
+    made = world(3, 60, 4, 4, 999, pool=True)
+    made.add(Asked([1] * 3, 12))
+    made.step()
+    made.add(Asked([2] * 8, 12))
+    step = made.scheduler.schedule() if made.running is None else made.running[0]
+    assert step is not None
+    assert [*made.scheduler.behind(step)] == [0]
+    made.step()
+    assert made.running is not None
+    stops = []
+    while (stop := made.running[0].prompts[0].stop) < 8:
+        stops.append(stop)
+        assert [*made.scheduler.behind(made.running[0])] == [0]
+        made.step()
+    assert stops == [3, 6]  # four tokens in all, one of them decoded
+    assert [*made.scheduler.behind(made.running[0])] == [0, 1]
 
 
 def test_a_higher_priority_that_comes_takes_its_place() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import examples
-from late_parts import LateParts
+from late_parts import FirstParts, LateParts
 from stand_in import Parts, answered, at_once, plain, png, settle, stand_in
 from vlmforge import GenerationConfig, Response
 from vlmforge.errors import EngineStepError
@@ -31,6 +31,10 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.1, "top_p": 1.0, "top_k": 0, "do_sample": True},
     {"temperature": 0.3, "top_p": 1.0, "top_k": 0, "do_sample": True, "n": 2},
     {"repetition_penalty": 1.2},
+    {"presence_penalty": 2.0},
+    {"frequency_penalty": 1.5},
+    {"repetition_penalty": 2.0, "temperature": 0.4, "top_k": 0, "do_sample": True},
+    {"bad_words": ["the e", "s"]},
     {"logits_processors": [_processor]},
     {"logprobs": 2},
     {"n": 3},
@@ -75,13 +79,13 @@ def test_answers_are_those_of_steps_one_after_the_other(
 ) -> None:
     prompts, configs = [prompt for prompt, _ in asked], [config for _, config in asked]
     answers = []
-    for parts in (Parts(3), LateParts(3, undecided)):
+    for parts in (Parts(3), LateParts(3, undecided), FirstParts(3, undecided)):
         with stand_in(parts, blocks=blocks, max_prefill_token_num=9) as pipe:
             found = answered(lambda pipe=pipe: at_once(pipe, prompts, configs))  # type: ignore[misc]
             settle(pipe)
             answers.append(said(found))
             assert pipe._scheduler._jobs._cache.held_blocks == 0  # type: ignore[attr-defined]
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2]
 
 
 class Held(LateParts):
@@ -106,6 +110,38 @@ def test_tokens_are_decoded_in_steps_that_overlap() -> None:
     # No row is run for an end that is foreseen, and nearly all are begun behind another step.
     assert sum(parts.rows) == 3 + 9 + 19 + 29
     assert sum(parts.begun) > 50
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"repetition_penalty": 2.0},
+        {"do_sample": True, "temperature": 0.4, "top_k": 0, "random_seed": 3},
+    ],
+    ids=["likeliest", "penalty", "sampled"],
+)
+def test_what_follows_a_prompt_is_begun_before_its_token_is_known(way: dict[str, Any]) -> None:
+    """Where the device chooses that too: with any way of choosing that it takes."""
+    begun = []
+    for parts in (LateParts(3), FirstParts(3)):
+        with stand_in(parts) as pipe:
+            pipe("b c", plain(10, **way))
+            settle(pipe)
+        begun.append((sum(parts.begun), parts.calls["begin_first"]))
+    assert begun == [(8, 0), (9, 1)]  # of nine tokens behind the first
+
+
+def test_who_needs_the_token_before_waits_for_it_alone() -> None:
+    """A frequency that is counted: it takes every second step, and all others all of them."""
+    parts = FirstParts(3)
+    with stand_in(parts) as pipe:
+        configs = [plain(20), plain(20, frequency_penalty=0.5), plain(20)]
+        found = at_once(pipe, ["a", "b c", "d"], configs)
+        settle(pipe)
+    with stand_in(Parts(3)) as pipe:
+        assert said(found) == said(at_once(pipe, ["a", "b c", "d"], configs))
+    assert parts.begun.count(2) + parts.begun.count(3) >= 18
 
 
 def test_a_stop_word_costs_one_row_that_nobody_sees() -> None:

@@ -17,6 +17,7 @@ from vlmforge.kv.slots import SlotCache
 from vlmforge.runner.step import Step, StepResult
 from vlmforge.scheduler.scheduler import Scheduler
 from vlmforge.scheduler.sequence import State, TokenSequence
+from vlmforge.scheduler.together import Together
 
 LONGEST = 72
 
@@ -123,6 +124,7 @@ SIZES = st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 9), st.i
     st.sampled_from([slots, blocks]),
     st.booleans(),
     st.sampled_from([1, 2, 5]),
+    st.booleans(),
 )
 @settings(max_examples=examples(120))
 def test_histories(
@@ -131,10 +133,12 @@ def test_histories(
     make: object,
     reuse: bool,
     prompts: int,
+    packs: bool,
 ) -> None:
     rows, spare, block, chunk = sizes
     cache, store = make(rows, -(-LONGEST // block) + spare, block, reuse=reuse)  # type: ignore[operator]
-    scheduler = Scheduler(cache, rows=rows, chunk=chunk, prompts=prompts, window=LONGEST)
+    together = Together(chunk, prompts, packs, window=LONGEST)
+    scheduler = Scheduler(cache, rows=rows, chunk=chunk, together=together)
     world = World(scheduler, cache, store)
     coming = sorted(history, key=lambda asked: asked.arrival)
     placed: list[tuple[Asked, list[TokenSequence]]] = []
@@ -154,6 +158,9 @@ def test_histories(
     for step in world.log:
         widths = [len(row.tokens) for row in step.prompts]
         assert len(widths) <= prompts
+        if packs:
+            assert sum(widths) <= max(1, chunk // 2, chunk - len(step.decode))
+            continue
         assert len(widths) * max(widths, default=0) <= chunk
         assert max((row.start for row in step.together), default=0) + max(widths, default=0) <= 72
     for asked, sequences in placed:
@@ -286,7 +293,7 @@ def test_decoding_goes_on_while_a_long_prompt_is_run() -> None:
 
 def test_prompts_are_run_together_as_far_as_a_chunk_goes() -> None:
     cache, store = blocks(8, 100, 8)
-    world = World(Scheduler(cache, rows=8, chunk=12, prompts=8), cache, store)
+    world = World(Scheduler(cache, rows=8, chunk=12, together=Together(12, 8)), cache, store)
     for prompt in ([1, 2, 3], [4, 5], [6] * 20, [7]):
         world.add(Asked(prompt, 2))
     while world.step():
@@ -303,7 +310,7 @@ def test_prompts_are_run_together_as_far_as_a_chunk_goes() -> None:
 def test_who_begins_as_another_waits_for_what_the_cache_will_have(reuse: bool) -> None:
     """Where nothing is kept, there is nothing to wait for."""
     cache, store = blocks(4, 100, 8, reuse=reuse)
-    world = World(Scheduler(cache, rows=4, chunk=512, prompts=4), cache, store)
+    world = World(Scheduler(cache, rows=4, chunk=512, together=Together(512, 4)), cache, store)
     for last in (1, 2, 3):
         world.add(Asked([0] * 70 + [last], 2))
     while world.step():
@@ -315,7 +322,7 @@ def test_who_begins_as_another_waits_for_what_the_cache_will_have(reuse: bool) -
 
 def test_nobody_loses_a_place_for_a_prompt_that_is_run_beside_another() -> None:
     cache, store = blocks(4, 4, 8)
-    world = World(Scheduler(cache, rows=4, chunk=64, prompts=4), cache, store)
+    world = World(Scheduler(cache, rows=4, chunk=64, together=Together(64, 4)), cache, store)
     for token in (1, 2, 3):
         world.add(Asked([token] * 15, 2))
     while world.step():
@@ -328,7 +335,9 @@ def test_nobody_loses_a_place_for_a_prompt_that_is_run_beside_another() -> None:
 def test_none_is_filled_up_beyond_the_window(window: int, prompts: list[int]) -> None:
     """One goes on behind 16 tokens that are there, and another has 8."""
     cache, store = blocks(2, 100, 8)
-    world = World(Scheduler(cache, rows=2, chunk=64, prompts=2, window=window), cache, store)
+    world = World(
+        Scheduler(cache, rows=2, chunk=64, together=Together(64, 2, window=window)), cache, store
+    )
     world.add(Asked([1] * 16, 1))
     world.step()
     world.add(Asked([1] * 16 + [2], 1))

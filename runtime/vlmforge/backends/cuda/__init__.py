@@ -16,7 +16,6 @@ from vlmforge.backends import (
     Backend,
     Communicator,
     DecoderSession,
-    FloatArray,
     LoadOptions,
     VisionSession,
 )
@@ -25,21 +24,11 @@ from vlmforge.backends.cuda.chain import ChainProgram
 from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.cuda.device import Device
-from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
-from vlmforge.engine.interface import PIXEL_VALUES
+from vlmforge.backends.cuda.vision import DeviceVision, HostVision, PatchVision
+from vlmforge.backends.features import device_features
 from vlmforge.engine.manifest import Manifest, Part, decoder_name
 from vlmforge.limits import Room
 from vlmforge.ort import ort
-
-
-@dataclass(frozen=True, slots=True)
-class _Vision(VisionSession):
-    session: ort.InferenceSession
-
-    @override
-    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
-        (features,) = self.session.run(None, {PIXEL_VALUES: pixel_values, **arrays})
-        return np.asarray(features, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +38,33 @@ class CudaBackend(Backend):
     @override
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
         device = self.device(options.device(0))
-        return _Vision(device.session(folder / manifest.part("vision").file))
+        return HostVision(device.session(folder / manifest.part("vision").file))
 
     @override
     def load_decoder(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
-        device, part = self.device(options.device(0)), manifest.part("decoder")
+        return self._load_decoder(self.device(options.device(0)), folder, manifest, options)
+
+    def load_parts(
+        self, folder: Path, manifest: Manifest, options: LoadOptions
+    ) -> tuple[VisionSession, DecoderSession]:
+        """See `WholeBackend`."""
+        sizes = device_features(manifest, options.features)
+        if sizes is None:
+            return (
+                self.load_vision(folder, manifest, options),
+                self.load_decoder(folder, manifest, options),
+            )
+        device, part = self.device(options.device(0)), manifest.part("vision")
+        kind = DeviceVision if manifest.image.patch_inputs is None else PatchVision
+        vision = kind(device, folder / part.file, part, sizes)
+        return vision, self._load_decoder(device, folder, manifest, options)
+
+    def _load_decoder(
+        self, device: Device, folder: Path, manifest: Manifest, options: LoadOptions
+    ) -> DecoderSession:
+        part = manifest.part("decoder")
         program = ChainProgram(device, folder, part, manifest.kv, options)
         return _decoder(device, folder, manifest, part, program, options)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +24,23 @@ from vlmforge.backends.cuda.frames import (
     made_by,
     tensors_of,
 )
-from vlmforge.backends.cuda.program import FEW, Pools, Program
-from vlmforge.engine.chain import AttentionCall, ChainStep, PartChain, TensorSpec
+from vlmforge.backends.cuda.program import FEW, Pools, Program, Span
+from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, PartChain, TensorSpec
 from vlmforge.engine.interface import BLOCK_TABLE, LOGITS, QUERY_LENGTHS
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge_plugins.cached_attention import launcher
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.plan import Plan, Shape, max_workspace, plan
+from vlmforge_plugins.gated_activation.launcher import Gate, Kernels, launch_of, name_of
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A launch of attention: how, and of which sequence and which token on."""
+
+    plan: Plan
+    sequence: int
+    token: int
 
 
 class ChainProgram(Program):
@@ -55,6 +68,7 @@ class ChainProgram(Program):
         self._loaded = device.kernels(
             _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}
         )
+        self._gates = _gates(device, folder, part.chain, self._specs)
         self._tables = _tables(device, folder, part.chain)
         self._workspace = device.allocate(max(map(self._workspace_bytes, largest(options))))
 
@@ -67,10 +81,30 @@ class ChainProgram(Program):
         return arrange(self._chain, self._inputs, size)
 
     @override
-    def bind(self, size: Size, at: Mapping[str, int], pools: Pools) -> Work:
-        planned = plan(self._shape(size), self._loaded.sizes, self._loaded.machine)
-        works = [self._step(step, size, at, planned, pools) for step in self._steps(size)]
+    def bind(
+        self, size: Size, at: Mapping[str, int], pools: Pools, spans: Sequence[Span] = ()
+    ) -> Work:
+        calls, works = list[_Call](), list[Work]()
+        if size.packed:
+            works.append(lambda: self._plan_calls(size, spans, calls))
+        else:
+            calls.append(_Call(self._planned(self._shape(size)), 0, 0))
+        works += [self._step(step, size, at, calls, pools) for step in self._steps(size)]
         return partial(_all, works)
+
+    def _plan_calls(self, size: Size, spans: Sequence[Span], calls: list[_Call]) -> None:
+        """One for all neighbours with as many new tokens: each takes one number of them."""
+        calls.clear()
+        sequence = token = 0
+        for tokens, group in itertools.groupby(spans, lambda span: span.tokens):
+            totals = [span.total for span in group]
+            if tokens:
+                one = replace(size, batch=len(totals), tokens=tokens, total=max(totals), packed=0)
+                calls.append(_Call(self._planned(self._shape(one)), sequence, token))
+            sequence, token = sequence + len(totals), token + tokens * len(totals)
+
+    def _planned(self, shape: Shape) -> Plan:
+        return plan(shape, self._loaded.sizes, self._loaded.machine)
 
     def _workspace_bytes(self, size: Size) -> int:
         return max_workspace(self._shape(size), self._loaded.sizes, self._loaded.machine)
@@ -79,7 +113,7 @@ class ChainProgram(Program):
         call, rotary = self._chain.attention[0], self._chain.rotary
         total = min(size.total, self._columns * self._page)
         return Shape(
-            batch=size.batch,
+            batch=size.batch,  # of a packed one its row: no call has more tokens
             max_query=size.tokens,
             max_total=total if rotary is None else min(total, rotary.positions),
             heads=call.heads,
@@ -92,16 +126,21 @@ class ChainProgram(Program):
 
     def _steps(self, size: Size) -> tuple[ChainStep, ...]:
         """Those that are of use: without logits, none behind the last attention."""
-        if size.replayed and size.batch > FEW:
+        if size.one_each and size.sequences > FEW:
             return self._chain.steps
         last = LOGITS if size.outputs else self._chain.attention[-1].out
         return self._chain.steps[: made_by(self._chain, last) + 1]
 
     def _step(
-        self, step: ChainStep, size: Size, at: Mapping[str, int], planned: Plan, pools: Pools
+        self,
+        step: ChainStep,
+        size: Size,
+        at: Mapping[str, int],
+        calls: Sequence[_Call],
+        pools: Pools,
     ) -> Work:
         if step.attention is not None:
-            return self._attention(step.attention, size, at, planned, pools)
+            return self._attention(step.attention, at, calls, pools)
 
         def tensors(specs: Iterable[TensorSpec]) -> list[Tensor]:
             return [Tensor(s.name, s.dtype, size.shape(s), at[s.name]) for s in specs]
@@ -110,45 +149,55 @@ class ChainProgram(Program):
             assert self._place is not None
             given, out = tensors(self._specs[name] for name in (call.tensor, call.out))
             return self._place.bind(call, given, out)
+        if step.gated is not None:
+            return self._gate(step.gated, size, at)
         assert step.segment is not None
 
         loaded: Segment = self._segments[step.segment.file]
         return loaded.bind(tensors(step.segment.inputs), tensors(step.segment.outputs))
 
+    def _gate(self, step: GatedActivation, size: Size, at: Mapping[str, int]) -> Work:
+        assert self._gates is not None
+        spec = self._specs[step.out]
+        *rows, width = size.shape(spec)
+        given, out = at[step.tensor], at[step.out]
+        gate = Gate(given, out, math.prod(rows), width, step.activation, spec.dtype)
+        launch, params = launch_of(gate, overlap=self._gates.overlap)
+        return partial(self._gates.launch, launch, params, self._device.stream)
+
     def _attention(
-        self,
-        call: AttentionCall,
-        size: Size,
-        at: Mapping[str, int],
-        planned: Plan,
-        pools: Pools,
+        self, call: AttentionCall, at: Mapping[str, int], calls: Sequence[_Call], pools: Pools
     ) -> Work:
-        width = (call.heads + 2 * call.kv_heads) * call.head_dim
-        query, key, value = (
-            launcher.Rows(at[call.qkv] + 2 * head * call.head_dim, size.tokens * width, width)
-            for head in (0, call.heads, call.heads + call.kv_heads)
-        )
-        out = call.heads * call.head_dim
         cos, sin = (memory.address for memory in self._tables) if self._tables else (0, 0)
-        key_pool, value_pool = pools.of(call.layer)
-        tensors = launcher.Tensors(
-            query=query,
-            key=key,
-            value=value,
-            out=launcher.Rows(at[call.out], size.tokens * out, out),
-            key_pool=key_pool,
-            value_pool=value_pool,
-            pages=pools.pages,
-            cos=cos if call.rotary else 0,
-            sin=sin if call.rotary else 0,
-            past_lengths=at[PAST.name],
-            query_lengths=at[QUERY_LENGTHS.name],
-            block_table=at[BLOCK_TABLE.name],
-            workspace=self._workspace.address,
-        )
         scales = launcher.Scales(call.scale, call.key_scale, call.value_scale)
-        stream, kernels = self._device.stream, self._loaded.kernels
-        return partial(launcher.run, planned, tensors, scales, kernels, stream)
+        width = (call.heads + 2 * call.kv_heads) * call.head_dim
+        key_pool, value_pool = pools.of(call.layer)
+
+        def rows(name: str, one: _Call, width: int, head: int = 0) -> launcher.Rows:
+            begin = at[name] + 2 * (one.token * width + head * call.head_dim)
+            return launcher.Rows(begin, one.plan.shape.max_query * width, width)
+
+        def work() -> None:
+            for one in calls:
+                tensors = launcher.Tensors(
+                    query=rows(call.qkv, one, width),
+                    key=rows(call.qkv, one, width, call.heads),
+                    value=rows(call.qkv, one, width, call.heads + call.kv_heads),
+                    out=rows(call.out, one, call.heads * call.head_dim),
+                    key_pool=key_pool,
+                    value_pool=value_pool,
+                    pages=pools.pages,
+                    cos=cos if call.rotary else 0,
+                    sin=sin if call.rotary else 0,
+                    past_lengths=at[PAST.name] + 4 * one.sequence,
+                    query_lengths=at[QUERY_LENGTHS.name] + 4 * one.sequence,
+                    block_table=at[BLOCK_TABLE.name] + 4 * self._columns * one.sequence,
+                    workspace=self._workspace.address,
+                )
+                kernels, stream = self._loaded.kernels, self._device.stream
+                launcher.run(one.plan, tensors, scales, kernels, stream)
+
+        return work
 
 
 def _all(works: list[Work]) -> None:
@@ -161,6 +210,18 @@ def _config(chain: PartChain, kv: KVLayout) -> Config:
     call = chain.attention[0]
     specs = {s.name: s for segment in chain.segments for s in segment.outputs}
     return Config(call.head_dim, specs[call.qkv].dtype, kv.dtype)  # type: ignore[arg-type]
+
+
+def _gates(
+    device: Device, folder: Path, chain: PartChain, specs: Mapping[str, TensorSpec]
+) -> Kernels | None:
+    """The kernel of gated activations, where the chain has any."""
+    if not chain.gates:
+        return None
+    gate = chain.gates[0]
+    name = name_of(gate.activation, specs[gate.out].dtype)
+    files = {target: folder / file for target, file in chain.activations.items()}
+    return device.activations(name, files)
 
 
 def _tables(device: Device, folder: Path, chain: PartChain) -> tuple[Memory, Memory] | None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmforge.backends.choice import NO_EDITS, Choice, Picked
+from vlmforge.backends.choice import GREEDY, NO_EDITS, Choice, Picked
 from vlmforge.backends.cuda.device import Arriving, Device, Tensor, Work
 from vlmforge.backends.cuda.frames import Arrangement, in_a_row, shape_of
 from vlmforge.engine import chain
@@ -33,7 +33,6 @@ from vlmforge.engine.interface import (
 
 MOST_EDITS = 4096
 _LEAST_EDITS, _GROWTH = 16, 16
-_NO_CHOICE = Choice((1.0, 1.0, 1.0, 0.0, -1.0))
 
 
 @dataclass(slots=True)
@@ -44,6 +43,7 @@ class _Frame:
     inputs: NDArray[np.uint8]
     views: Mapping[str, NDArray[Any]]
     work: Work
+    again: bool  # it comes again
     runs: int = 0
 
     @property
@@ -72,22 +72,25 @@ class TokenSampler:
         self._arena = device.allocate(most.size)
         self._frames: dict[tuple[int, int, int], _Frame] = {}
 
-    def prepare(self, rows: int, logits: int, choices: Sequence[Choice | None]) -> _Frame:
+    def prepare(
+        self, rows: int, logits: int, choices: Sequence[Choice | None], *, again: bool = True
+    ) -> _Frame:
         """Upload what `choices` say of the first of `rows` rows, whose logits will be at `logits`.
 
-        Those of rows without a choice, or with more edits than fit, play no part.
+        Those of rows without a choice, or with more edits than fit, play no part. `again`: there
+        will be many choices of this size from this place.
         """
-        given = [choice if self.takes(choice) else _NO_CHOICE for choice in choices]
-        longest = max((len(choice.edits.ids) for choice in given if choice), default=0)
+        given = [choice if self.takes(choice) else GREEDY for choice in choices]
+        longest = max((_edits(choice) for choice in given if choice), default=0)
         edits = _LEAST_EDITS
         while edits < longest:
             edits *= _GROWTH
         key = rows, logits, edits
-        if key not in self._frames:
-            self._frames[key] = self._bound(*key)
-        frame = self._frames[key]
+        frame = self._frames.get(key) or self._bound(*key, again)
+        if again:
+            self._frames[key] = frame
         for row in range(rows):
-            _fill(frame.views, row, (given[row] if row < len(given) else None) or _NO_CHOICE)
+            _fill(frame.views, row, (given[row] if row < len(given) else None) or GREEDY)
         self._device.upload(self._arena.address, frame.inputs)
         return frame
 
@@ -95,13 +98,22 @@ class TokenSampler:
         """Whether it can be made here."""
         if choice is None:
             return False
-        return len(choice.edits.ids) <= MOST_EDITS and choice.logprobs <= self._reported
+        return _edits(choice) <= MOST_EDITS and choice.logprobs <= self._reported
+
+    def tell(self, frame: _Frame, row: int, choice: Choice | None, token: int) -> None:
+        """The token before that of a row will be at the address `token`: see `Choice.behind`."""
+        if choice is None or choice.behind is None or not self.takes(choice):
+            return
+        width = frame.views[EDIT_IDS.name].shape[1]
+        place = row * width + len(choice.edits.ids)
+        begin = self._arena.address + frame.arrangement.offsets[EDIT_IDS.name]
+        self._device.copy(token, begin + 8 * place, 8)
 
     def run(self, frame: _Frame) -> int:
         """Enqueue the choice; where the tokens will be, int64 `[rows]`."""
         frame.work()
         frame.runs += 1
-        if frame.runs == 1:
+        if frame.again and frame.runs == 1:
             frame.work = self._device.captured(frame.work)
         return self._arena.address + frame.arrangement.offsets[CHOSEN.name]
 
@@ -149,7 +161,7 @@ class TokenSampler:
         likeliest = {i: value - normaliser for i, value in best if value > -np.inf}
         return Picked(token, float(values[CHOSEN_LOGIT.name][row, 0]) - normaliser, likeliest)
 
-    def _bound(self, rows: int, logits: int, edits: int) -> _Frame:
+    def _bound(self, rows: int, logits: int, edits: int, again: bool) -> _Frame:
         dims = {BATCH: rows, EDITS: edits}
         arrangement = in_a_row(self._inputs, self._outputs, dims)
         at = {n: self._arena.address + offset for n, offset in arrangement.offsets.items()}
@@ -161,18 +173,25 @@ class TokenSampler:
         work = self._segment.bind(tensors((self._logits, *self._inputs)), tensors(self._outputs))
         inputs = np.zeros(arrangement.uploaded, np.uint8)
         views = {spec.name: arrangement.view(inputs, spec, dims) for spec in self._inputs}
-        return _Frame(arrangement, inputs, views, work)
+        return _Frame(arrangement, inputs, views, work, again)
+
+
+def _edits(choice: Choice) -> int:
+    """How many logits are changed, that of the token before included."""
+    return len(choice.edits.ids) + (choice.behind is not None)
 
 
 def _fill(views: Mapping[str, NDArray[Any]], row: int, choice: Choice) -> None:
     views[CHOICES.name][row] = choice.numbers
-    edits = choice.edits
+    edits, behind = choice.edits, choice.behind
     empty = edits is NO_EDITS or not len(edits.ids)
-    for name, values, nothing in (
-        (EDIT_IDS.name, edits.ids, 0),
-        (EDIT_FACTORS.name, edits.factors, 1),
-        (EDIT_MINUS.name, edits.minus, 0),
+    for name, values, nothing, last in (
+        (EDIT_IDS.name, edits.ids, 0, None),
+        (EDIT_FACTORS.name, edits.factors, 1, None if behind is None else behind[0]),
+        (EDIT_MINUS.name, edits.minus, 0, None if behind is None else behind[1]),
     ):
         # What fills up a row says what is said already: each id has one logit.
         views[name][row] = nothing if empty else values[-1]
         views[name][row, : len(values)] = values
+        if last is not None:
+            views[name][row, len(values)] = last

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, IntArray, LoadOptions
-from vlmforge.backends.choice import Begun, Choice, Picked, T_co
+from vlmforge.backends.choice import FIRST_TOKENS, Begun, Choice, Found, Picked, T_co
 from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.cuda.device import Arriving, Device, Mark, Work
-from vlmforge.backends.cuda.frames import PAST, Arrangement, Size, bucket, largest
-from vlmforge.backends.cuda.program import FEW, Program, make_pools
+from vlmforge.backends.cuda.frames import Arrangement, Size, bucket, largest, most_tokens
+from vlmforge.backends.cuda.inputs import first_places, new_tokens, put, totals
+from vlmforge.backends.cuda.program import FEW, Program, Span, make_pools
+from vlmforge.backends.features import DeviceRows
 from vlmforge.backends.number_formats import DTYPES, encode
 from vlmforge.engine.chain import TensorSpec
 from vlmforge.engine.interface import (
@@ -30,11 +32,6 @@ from vlmforge.engine.interface import (
     INPUT_IDS,
     LIKELIEST,
     LOGITS,
-    LOGITS_INDICES,
-    PAST_LENGTHS,
-    QUERY_LENGTHS,
-    ROTARY_LEVELS,
-    TURNS,
 )
 from vlmforge.engine.manifest import KVLayout
 from vlmforge.kv.cache import Copy, Move
@@ -51,6 +48,7 @@ class _Frame:
     inputs: NDArray[np.uint8]  # all that is uploaded
     views: dict[str, NDArray[Any]]  # of `inputs`, by name
     work: Work
+    spans: list[Span]  # of the step that was put into it last, where that is packed
     runs: int = 0
 
 
@@ -105,7 +103,8 @@ class PagedDecoder(DecoderSession):
         most = [program.arrange(self._fitted(size)) for size in largest(options)]
         self._room = max(one.size for one in most) + max(one.uploaded for one in most)
         self._arena = device.allocate(self._room)
-        self._chosen = device.allocate(8 * options.slots)  # the tokens of the step begun last
+        # The tokens of the step begun last, and behind them those of the prompts begun last.
+        self._chosen = device.allocate(2 * 8 * options.slots)
         self._eager: OrderedDict[Size, _Frame] = OrderedDict()
         self._replayed: dict[Size, _Frame] = {}
         self._warm_up()
@@ -117,9 +116,8 @@ class PagedDecoder(DecoderSession):
         if self._takes_several(batch):
             return self._token_by_token(batch)
         wanted = batch.logits_indices.shape
-        frame = self._frame(_size(batch))
-        self._fill(frame, batch)
-        self._run(frame)
+        frame = self._filled(batch)
+        self._run(frame, batch)
         shape = (*wanted, self._vocab_size)
         if not wanted[1]:
             return np.empty(shape, np.float32)
@@ -133,9 +131,7 @@ class PagedDecoder(DecoderSession):
             for one in _tokens(batch):
                 self.follow(one)
             return
-        frame = self._frame(_size(batch))
-        self._fill(frame, batch)
-        self._run(frame)
+        self._run(self._filled(batch), batch)
 
     def _takes_several(self, batch: DecoderBatch) -> bool:
         """Whether it takes several steps: the program gives fewer logits in one."""
@@ -165,7 +161,7 @@ class PagedDecoder(DecoderSession):
 
     def _logits(self, batch: DecoderBatch) -> int:
         """Where those of a step of decoding are."""
-        return self._at(self._frame(_size(batch)), LOGITS)
+        return self._at(self._frame(self._size(batch)), LOGITS)
 
     def can_begin(self, rows: int, choices: Sequence[Choice] | None) -> bool:
         """See `OverlappingDecoder`."""
@@ -178,31 +174,64 @@ class PagedDecoder(DecoderSession):
     ) -> BegunStep[Sequence[Picked | np.int64 | None]]:
         """See `OverlappingDecoder`."""
         device, start = self._device, self._device.mark()
-        rows, frame = len(batch.slots), self._frame(_size(batch))
-        self._fill(frame, batch)
-        device.upload(self._arena.address, frame.inputs)
-        inputs = self._at(frame, INPUT_IDS.name)
+        rows, frame = len(batch.slots), self._filled(batch)
+        self._upload(frame, batch)
+        inputs, firsts = self._at(frame, INPUT_IDS.name), first_places(batch)
         for row, source, count in _runs(ahead):
-            device.copy(self._chosen.address + 8 * source, inputs + 8 * row, 8 * count)
+            device.copy(self._source(source), inputs + 8 * int(firsts[row]), 8 * count)
         self._work(frame)
         # Another size may lie over these tokens, before its inputs are there.
         if choices is None:
             device.copy(self._at(frame, LIKELIEST.name), self._chosen.address, 8 * rows)
             return BegunStep(start, device.fetch(self._chosen.address, 8 * rows), _ids)
         assert self._sampler is not None
-        prepared = self._sampler.prepare(frame.size.batch, self._at(frame, LOGITS), choices)
+        count, again = frame.size.sequences, frame.size.replayed
+        prepared = self._sampler.prepare(count, self._at(frame, LOGITS), choices, again=again)
+        for row, source in enumerate(ahead):
+            if source >= 0:
+                self._sampler.tell(prepared, row, choices[row], self._source(int(source)))
         device.copy(self._sampler.run(prepared), self._chosen.address, 8 * rows)
         read = partial(self._sampler.read, prepared, choices)
         return BegunStep(start, self._sampler.fetch(prepared, choices), read)
 
+    def _source(self, ahead: int) -> int:
+        """Where the token of a row of what was begun last is (see `OverlappingDecoder.begin`)."""
+        slots = self._options.slots
+        row = ahead if ahead < FIRST_TOKENS else slots + ahead - FIRST_TOKENS
+        return self._chosen.address + 8 * row
+
     def begin_prompts(self, batch: DecoderBatch) -> BegunStep[Sequence[FloatArray]]:
         """See `OverlappingDecoder`."""
         start, shape = self._device.mark(), (*batch.logits_indices.shape, self._vocab_size)
-        frame = self._frame(_size(batch))
-        self._fill(frame, batch)
-        self._run(frame)
+        frame = self._filled(batch)
+        self._run(frame, batch)
         arriving = self._device.fetch(self._at(frame, LOGITS), 4 * math.prod(shape))
         return BegunStep(start, arriving, lambda raw: list(raw.view(np.float32).reshape(shape)))
+
+    def begin_first(
+        self, batch: DecoderBatch, choices: Sequence[Choice | None] | None
+    ) -> BegunStep[Sequence[Found]]:
+        """See `FirstTokenDecoder`."""
+        device, start = self._device, self._device.mark()
+        rows, frame = len(batch.slots), self._filled(batch)
+        self._run(frame, batch)
+        logits, chosen = self._at(frame, LOGITS), self._source(FIRST_TOKENS)
+        if choices is None:
+            device.copy(self._at(frame, LIKELIEST.name), chosen, 8 * rows)
+            return BegunStep(start, device.fetch(chosen, 8 * rows), _ids)
+        sampler = self._sampler
+        assert sampler is not None
+        prepared = sampler.prepare(frame.size.sequences, logits, choices, again=False)
+        device.copy(sampler.run(prepared), chosen, 8 * rows)
+        # They are few, and another step lies over them soon: all that the host may need of them.
+        kept = device.fetch(logits, 4 * rows * self._vocab_size)
+
+        def read(raw: NDArray[np.uint8]) -> Sequence[Found]:
+            values = kept.wait().view(np.float32).reshape(rows, 1, self._vocab_size)
+            found = sampler.read(prepared, choices, raw)
+            return [values[row] if one is None else one for row, one in enumerate(found)]
+
+        return BegunStep(start, sampler.fetch(prepared, choices), read)
 
     def _row(self, logits: int, row: int) -> FloatArray:
         """The logits of one row."""
@@ -218,8 +247,19 @@ class PagedDecoder(DecoderSession):
     def _at(self, frame: _Frame, name: str) -> int:
         return self._arena.address + frame.arrangement.offsets[name]
 
+    def _size(self, batch: DecoderBatch) -> Size:
+        (rows, tokens), outputs = batch.input_ids.shape, batch.logits_indices.shape[1]
+        features = 1 if batch.image_features is None else len(batch.image_features)
+        size = Size(rows, tokens, outputs, features, int(totals(batch).max()))
+        if size.replayed or not self._options.packs:
+            return size
+        tokens = int(new_tokens(batch).sum())
+        return replace(size, batch=1, tokens=tokens, outputs=rows * outputs, packed=rows)
+
     def _frame(self, asked: Size) -> _Frame:
-        size = self._fitted(bucket(asked, self._options.slots, self._options.capacity))
+        options = self._options
+        size = bucket(asked, options.slots, options.capacity, most_tokens(options))
+        size = self._fitted(size)
         if size.replayed:
             if size not in self._replayed:
                 self._replayed[size] = self._bound(size)
@@ -235,38 +275,39 @@ class PagedDecoder(DecoderSession):
         outputs = self._program.outputs
         return size if outputs is None else replace(size, outputs=outputs)
 
-    def _fill(self, frame: _Frame, batch: DecoderBatch) -> None:
-        """Put a batch into its frame; the rows that it does not have take part in nothing."""
-        rows, tokens = batch.input_ids.shape
+    def _filled(self, batch: DecoderBatch) -> _Frame:
+        """The frame of a batch, with it in; the rows that it does not have take part in nothing."""
+        frame = self._frame(self._size(batch))
         views = frame.views
-        given: dict[str, NDArray[Any]] = {
-            INPUT_IDS.name: batch.input_ids,
-            PAST_LENGTHS.name: batch.past_lengths,
-            PAST.name: batch.past_lengths,
-        }
-        if batch.logits_indices.shape[1]:
-            given[LOGITS_INDICES.name] = batch.logits_indices
-        if batch.rotary_levels is not None:
-            given[ROTARY_LEVELS.name] = batch.rotary_levels
-        if batch.turns is not None:
-            given[TURNS] = batch.turns
-        for name, values in given.items():
-            if name in views:
-                views[name][:rows] = values
-                views[name][rows:] = 0
-        if batch.image_features is not None:
+        put(views, batch, packed=bool(frame.size.packed))
+        features = batch.image_features
+        if features is not None and not isinstance(features, DeviceRows):
             dtype = next(s.dtype for s in self._program.inputs(frame.size) if _is_features(s))
-            features = batch.image_features
-            views[IMAGE_FEATURES][:] = encode(features, dtype) if dtype in DTYPES else features
-        views[QUERY_LENGTHS.name][:] = 0
-        views[QUERY_LENGTHS.name][:rows] = tokens if batch.lengths is None else batch.lengths
+            taken = encode(features, dtype) if dtype in DTYPES else features
+            views[IMAGE_FEATURES][: len(taken)] = taken
         table = views[BLOCK_TABLE.name]
         for row, blocks in enumerate(batch.blocks):
             held = blocks[: table.shape[1]]
             table[row, : len(held)] = held
+        frame.spans[:] = map(Span, new_tokens(batch).tolist(), totals(batch).tolist())
+        return frame
 
-    def _run(self, frame: _Frame) -> None:
-        self._device.upload(self._arena.address, frame.inputs)
+    def _upload(self, frame: _Frame, batch: DecoderBatch) -> None:
+        """Have what is in a frame where the step takes it; features from where they are."""
+        features, device = batch.image_features, self._device
+        if not isinstance(features, DeviceRows):
+            device.upload(self._arena.address, frame.inputs)
+            return
+        # They are the last of the inputs, of chains.
+        begin = frame.arrangement.offsets[IMAGE_FEATURES]
+        device.upload(self._arena.address, frame.inputs[:begin])
+        at = self._arena.address + begin
+        for run in features.runs:
+            device.copy(run.address, at, run.nbytes)
+            at += run.nbytes
+
+    def _run(self, frame: _Frame, batch: DecoderBatch) -> None:
+        self._upload(frame, batch)
         self._work(frame)
 
     def _work(self, frame: _Frame) -> None:
@@ -286,10 +327,11 @@ class PagedDecoder(DecoderSession):
         specs, arrangement = self._program.inputs(size), self._program.arrange(size)
         assert arrangement.size <= self._room, f"{size} takes {arrangement.size} bytes"
         at = {n: self._arena.address + offset for n, offset in arrangement.offsets.items()}
-        work = self._program.bind(size, at, self._pools)
+        spans = list[Span]()
+        work = self._program.bind(size, at, self._pools, spans)
         inputs = np.zeros(arrangement.uploaded, np.uint8)
         views = {spec.name: arrangement.view(inputs, spec, size.dims) for spec in specs}
-        return _Frame(size, arrangement, inputs, views, work)
+        return _Frame(size, arrangement, inputs, views, work, spans)
 
 
 def _is_features(spec: TensorSpec) -> bool:
@@ -322,13 +364,6 @@ def _runs(ahead: IntArray) -> Iterator[tuple[int, int, int]]:
 def _none(batch: DecoderBatch) -> IntArray:
     """All tokens of the batch stand in it."""
     return np.full(len(batch.slots), -1, np.int64)
-
-
-def _size(batch: DecoderBatch) -> Size:
-    (rows, tokens), outputs = batch.input_ids.shape, batch.logits_indices.shape[1]
-    features = 1 if batch.image_features is None else len(batch.image_features)
-    new = tokens if batch.lengths is None else batch.lengths
-    return Size(rows, tokens, outputs, features, int((batch.past_lengths + new).max()))
 
 
 def _tokens(batch: DecoderBatch) -> Iterator[DecoderBatch]:

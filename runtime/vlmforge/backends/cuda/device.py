@@ -19,6 +19,7 @@ from vlmforge.engine.chain import Collective
 from vlmforge.ort import ort
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.kernel_store import Loaded
+from vlmforge_plugins.gated_activation import launcher as gated
 
 ITEM_BYTES: Mapping[str, int] = {
     "float64": 8,
@@ -135,6 +136,13 @@ class Device(Protocol):
 
     def kernels(self, config: Config, files: Mapping[str, Path]) -> Loaded:
         """The attention's kernels for this device, of the files by their targets' names.
+
+        Raises:
+            BackendUnavailableError: there are none for it.
+        """
+
+    def activations(self, name: str, files: Mapping[str, Path]) -> gated.Kernels:
+        """The kernel `name` of gated activations, of the files by their targets' names.
 
         Raises:
             BackendUnavailableError: there are none for it.

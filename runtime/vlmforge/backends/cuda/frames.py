@@ -18,14 +18,25 @@ from vlmforge.backends import LoadOptions
 from vlmforge.backends.cuda.device import ITEM_BYTES
 from vlmforge.backends.number_formats import DTYPES
 from vlmforge.engine.chain import ChainStep, PartChain, TensorSpec
-from vlmforge.engine.interface import BATCH, BLOCK_TABLE, OUTPUTS, QUERY_LENGTHS, ROWS, TOKENS
+from vlmforge.engine.interface import (
+    BATCH,
+    BLOCK_TABLE,
+    IMAGE_FEATURES,
+    OUTPUTS,
+    QUERY_LENGTHS,
+    ROWS,
+    TOKENS,
+)
 
 ALIGNMENT = 256
-PAST = TensorSpec("past_lengths.int32", "int32", (BATCH,))
-"""As the attention's kernels take them."""
 MOST_OUTPUTS = 512
 """Positions of a prompt whose logits are wanted, at once (see `Scheduler`)."""
+SEQUENCES = "sequences"
+"""The dimension of what attention is told of each sequence."""
+PAST = TensorSpec("past_lengths.int32", "int32", (SEQUENCES,))
+"""As the attention's kernels take them."""
 _LEAST_TOTAL = 256
+_STEPS = 5  # bits of a number of tokens that is rounded up: to a 32nd of it, at most
 _CACHES = ("past_key.", "past_value.")
 
 
@@ -37,7 +48,9 @@ class Size:
         batch, tokens: Rows, and tokens of each.
         outputs: Positions of each row whose logits are wanted.
         rows: Of image features.
-        total: No row has more tokens than this, past and new.
+        total: No sequence has more tokens than this, past and new.
+        packed: Sequences whose new tokens lie one behind the other in the only row, with the
+            outputs of all of them; 0: each has a row.
     """
 
     batch: int
@@ -45,11 +58,23 @@ class Size:
     outputs: int
     rows: int
     total: int
+    packed: int = 0
+
+    @property
+    def sequences(self) -> int:
+        """That take part."""
+        return self.packed or self.batch
+
+    @property
+    def one_each(self) -> bool:
+        """Whether the logits of one token of each sequence are wanted."""
+        return self.batch * self.outputs == self.sequences
 
     @property
     def dims(self) -> Mapping[str, int]:
         """Sizes by the dimensions' names."""
-        return {BATCH: self.batch, TOKENS: self.tokens, OUTPUTS: self.outputs, ROWS: self.rows}
+        sizes = {BATCH: self.batch, TOKENS: self.tokens, OUTPUTS: self.outputs, ROWS: self.rows}
+        return {**sizes, SEQUENCES: self.sequences}
 
     def shape(self, spec: TensorSpec) -> tuple[int, ...]:
         """Of a tensor of the decoder."""
@@ -58,23 +83,46 @@ class Size:
     @property
     def replayed(self) -> bool:
         """Whether steps of this size come again and again."""
-        return self.tokens == self.outputs == self.rows == 1
+        return not self.packed and self.tokens == self.outputs == self.rows == 1
 
 
-def bucket(size: Size, slots: int, capacity: int) -> Size:
-    """The size that a step is run with: few different ones, each not much larger than asked for."""
+def bucket(size: Size, slots: int, capacity: int, most: int = 1 << 62) -> Size:
+    """The size that a step is run with: few different ones, each not much larger than asked for.
+
+    Those of packed sequences have no more than `most` tokens, and rows of features.
+    """
     total = min(capacity, _round_up(max(size.total, _LEAST_TOTAL)))
+    if size.packed:
+        packed = min(1 << (size.packed - 1).bit_length(), slots)
+        outputs = packed if size.one_each else size.outputs
+        tokens, rows = (max(n, min(packed_tokens(n), most)) for n in (size.tokens, size.rows))
+        return replace(size, tokens=tokens, outputs=outputs, rows=rows, total=total, packed=packed)
     if not size.replayed:
         return replace(size, total=total)
     batch = 1 << (size.batch - 1).bit_length()
     return replace(size, batch=min(batch, slots), total=total)
 
 
+def packed_tokens(tokens: int) -> int:
+    """So many tokens are run where these are asked for, one behind the other."""
+    step = 1 << max(0, tokens.bit_length() - 1 - _STEPS)
+    return -(-tokens // step) * step
+
+
+def most_tokens(options: LoadOptions) -> int:
+    """Of a step: prompts, and with those that are packed one of each other sequence."""
+    if options.packs:
+        return options.chunk + options.slots
+    return min(options.chunk, options.capacity)
+
+
 def largest(options: LoadOptions) -> tuple[Size, ...]:
     """No step needs more than the largest of these."""
-    chunk = min(options.chunk, options.capacity)
+    chunk = most_tokens(options)
+    packed = options.slots if options.packs else 0
+    outputs = max(min(chunk, MOST_OUTPUTS), packed)
     return (
-        Size(1, chunk, min(chunk, MOST_OUTPUTS), chunk, options.capacity),
+        Size(1, chunk, outputs, chunk, options.capacity, packed),
         Size(options.slots, 1, 1, 1, options.capacity),
     )
 
@@ -90,9 +138,11 @@ def inputs_of(inputs: Iterable[TensorSpec], columns: int) -> tuple[TensorSpec, .
 
     `columns`: of the block table, the most pages of a sequence.
     """
-    table = replace(BLOCK_TABLE, shape=(BATCH, columns))
+    table = replace(BLOCK_TABLE, shape=(SEQUENCES, columns))
+    lengths = replace(QUERY_LENGTHS, shape=(SEQUENCES,))
     own = (spec for spec in inputs if not spec.name.startswith(_CACHES))
-    return (PAST, QUERY_LENGTHS, table, *own)
+    # Features come last: those that are on the device already are not uploaded.
+    return (PAST, lengths, table, *sorted(own, key=lambda s: s.name == IMAGE_FEATURES))
 
 
 @dataclass(frozen=True, slots=True)

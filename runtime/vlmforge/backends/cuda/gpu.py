@@ -33,9 +33,10 @@ from vlmforge_plugins.cached_attention.driver import CudaKernels, call, capabili
 from vlmforge_plugins.cached_attention.kernel_store import Loaded, choose_target
 from vlmforge_plugins.cached_attention.plan import Machine
 from vlmforge_plugins.errors import PluginError, UnsupportedError
+from vlmforge_plugins.gated_activation import launcher as gated
 
-_LEAST_STAGING, _LEAST_FETCH = 1 << 20, 1 << 14
-_UPLOADS = 4  # under way at once: two steps have two each
+_LEAST_STAGING, _MOST_STAGING, _LEAST_FETCH = 1 << 20, 1 << 24, 1 << 14
+_UPLOADS = 10  # under way at once: two steps have five each
 
 
 @cache
@@ -130,13 +131,13 @@ class _Up:
         self._ordinal, self._staging = ordinal, PinnedMemory(_LEAST_STAGING, ordinal)
         self._read: _Event | None = None
 
-    def send(self, address: int, values: NDArray[Any], stream: int) -> None:
+    def send(self, address: int, values: NDArray[np.uint8], stream: int) -> None:
         if self._read is not None:
             self._read.wait()
         if values.nbytes > len(self._staging.bytes):
-            self._staging = PinnedMemory(values.nbytes, self._ordinal)
-        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        self._staging.bytes[: values.nbytes] = flat
+            size = 1 << (values.nbytes - 1).bit_length()  # rarely made larger: that takes long
+            self._staging = PinnedMemory(size, self._ordinal)
+        self._staging.bytes[: values.nbytes] = values
         call(driver.cuMemcpyHtoDAsync, address, self._staging.address, values.nbytes, stream)
         self._read = _Event(stream, self._ordinal)
 
@@ -207,7 +208,10 @@ class Gpu(Device):
     @override
     def upload(self, address: int, values: NDArray[Any]) -> None:
         self.enter()
-        next(self._ups).send(address, values, self.stream)
+        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        for start in range(0, len(flat), _MOST_STAGING):
+            piece = flat[start : start + _MOST_STAGING]
+            next(self._ups).send(address + start, piece, self.stream)
         self.waited()  # for what a step gives, a rank that follows never waits
 
     @override
@@ -257,6 +261,13 @@ class Gpu(Device):
             ) from error
 
     @override
+    def activations(self, name: str, files: Mapping[str, Path]) -> gated.Kernels:
+        from vlmforge.backends.cuda.gates import loaded_gates
+
+        self.enter()
+        return loaded_gates(name, files, capability(self.ordinal))
+
+    @override
     def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:
         from vlmforge.backends.cuda.meeting import meet_first  # of several ranks only
 
@@ -276,9 +287,12 @@ class Gpu(Device):
 
 def _session(file: Path, ordinal: int, settings: Mapping[str, str]) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1  # nothing runs on the host; a chain has many sessions
     options.enable_mem_pattern = False  # it keeps one piece of memory for each size that ever came
     common = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
-    common |= {"device_id": str(ordinal)}
+    # To try all ways to convolve takes long for each number of views, and memory that is not given
+    # back; what is convolved is an image's patches, once.
+    common |= {"device_id": str(ordinal), "cudnn_conv_algo_search": "HEURISTIC"}
     session = open_session(file, [(PROVIDER, {**common, **settings})], options)
     if session.get_providers()[0] != PROVIDER:
         raise not_loaded(file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vlmforge.backends.cuda.device import ITEM_BYTES, Device, Memory, Work
 from vlmforge.backends.cuda.frames import Arrangement, Size
@@ -51,6 +51,18 @@ def make_pools(device: Device, kv: KVLayout, pages: int) -> Pools:
     return Pools(memory, kv.layers, pages, page_bytes)
 
 
+class Span(NamedTuple):
+    """A sequence in a packed row: its new tokens, which lie behind those of the spans before it.
+
+    Attributes:
+        tokens: So many are new.
+        total: So many there are with these.
+    """
+
+    tokens: int
+    total: int
+
+
 class Program(Protocol):
     """A decoder as it is loaded on a device.
 
@@ -68,8 +80,12 @@ class Program(Protocol):
     def arrange(self, size: Size) -> Arrangement:
         """Where `inputs` lie, and all that it gives."""
 
-    def bind(self, size: Size, at: Mapping[str, int], pools: Pools) -> Work:
+    def bind(
+        self, size: Size, at: Mapping[str, int], pools: Pools, spans: Sequence[Span] = ()
+    ) -> Work:
         """What enqueues a step, by the addresses of all that is arranged.
+
+        `spans`, where the size is packed, are those of a step when that is enqueued.
 
         Raises (when called):
             EngineError: the library failed.

@@ -28,6 +28,9 @@ class OrtSegment(Segment):
         self._run_options = ort.RunOptions()
         # Nobody waits for the device here: what is read is read from the same stream.
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        # The library's Python looks for it at each run, and where it is not there raises an error
+        # inside, which takes 15 times as long as the run itself. -1: it is to capture nothing.
+        self._run_options.add_run_config_entry("gpu_graph_id", "-1")
         self._owner = owner
 
     @override

@@ -6,6 +6,7 @@ Pixel parity is with the processors that resize with Pillow.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, NamedTuple, Self, TypeAlias
 
 import numpy as np
@@ -147,11 +148,20 @@ class PixelFormat:
         They rescale in float64, cast to float32 and normalise in float32; there are only 256
         levels.
         """
-        levels = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
-        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-        table = (levels[:, None] - mean) / std
         pixels = np.asarray(rgb)
-        return np.stack([table[pixels[..., c], c] for c in range(3)])[None]
+        found = np.empty((1, 3, *pixels.shape[:2]), np.float32)
+        for channel, table in enumerate(_tables(self)):
+            # "clip", which no level needs, spares a copy: four times as fast as indexing.
+            np.take(table, pixels[..., channel], out=found[0, channel], mode="clip")
+        return found
+
+
+@lru_cache(maxsize=16)
+def _tables(pixels: PixelFormat) -> NDArray[np.float32]:
+    """The values of all levels `[3, 256]`."""
+    levels = (np.arange(256, dtype=np.float64) * pixels.rescale_factor).astype(np.float32)
+    mean, std = np.array(pixels.mean, np.float32), np.array(pixels.std, np.float32)
+    return np.ascontiguousarray(((levels[:, None] - mean) / std).T)
 
 
 def centre_box(size: Size, crop: tuple[int, int]) -> Box:

@@ -1,0 +1,45 @@
+"""A gated activation on a GPU, through the CUDA driver."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+from cuda.bindings import driver
+
+from vlmforge_plugins.cached_attention.config import Target
+from vlmforge_plugins.cached_attention.driver import call, launch_config
+from vlmforge_plugins.cached_attention.plan import Launch
+from vlmforge_plugins.gated_activation.launcher import Params, overlaps
+
+
+class CudaKernels:
+    """See `Kernels`. Make it once, where handles may be created; launching creates none.
+
+    Args:
+        binary: A cubin, or PTX that ends in a zero byte.
+        target: What it was compiled for.
+        name: Of its kernel.
+
+    Raises:
+        LaunchError: The binary is for another GPU.
+    """
+
+    def __init__(self, binary: bytes, target: Target, name: str) -> None:
+        self.overlap = overlaps(target)
+        self._module = call(driver.cuModuleLoadData, binary)
+        self._functions = {name: call(driver.cuModuleGetFunction, self._module, name.encode())}
+
+    def launch(self, launch: Launch, params: Params, stream: int) -> None:
+        """See `Kernels`."""
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        call(
+            driver.cuLaunchKernelEx,
+            _config(launch, stream),
+            self._functions[launch.kernel],
+            ctypes.addressof(arguments),
+            0,
+        )
+
+
+_config = lru_cache(64)(launch_config)  # all layers have the same
