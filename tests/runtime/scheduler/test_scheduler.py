@@ -320,6 +320,19 @@ def test_who_begins_as_another_waits_for_what_the_cache_will_have(reuse: bool) -
     assert prompts == ([[71], [7, 7], []] if reuse else [[71, 71, 71], []])
 
 
+@pytest.mark.parametrize(("fail", "start"), [(frozenset({0}), 0), (frozenset[int](), 16)])
+def test_what_a_failed_step_may_have_written_is_forgotten(fail: frozenset[int], start: int) -> None:
+    cache, store = blocks(4, 100, 8)
+    world = World(Scheduler(cache, rows=4, chunk=512), cache, store)
+    world.add(Asked([1] * 20, 2))
+    world.step()
+    world.step(fail)
+    world.add(Asked([1] * 20, 2))
+    world.step()
+    prompt = world.log[-1].prefill
+    assert prompt is not None and prompt.start == start
+
+
 def test_nobody_loses_a_place_for_a_prompt_that_is_run_beside_another() -> None:
     cache, store = blocks(4, 4, 8)
     world = World(Scheduler(cache, rows=4, chunk=64, together=Together(64, 4)), cache, store)
