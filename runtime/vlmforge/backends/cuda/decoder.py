@@ -116,9 +116,9 @@ class PagedDecoder(DecoderSession):
 
     @override
     def step(self, batch: DecoderBatch) -> FloatArray:
-        wanted = batch.logits_indices.shape
-        if self._program.outputs is not None and wanted[1] > self._program.outputs:
+        if self._takes_several(batch):
             return self._token_by_token(batch)
+        wanted = batch.logits_indices.shape
         frame = self._filled(batch)
         self._run(frame, batch)
         shape = (*wanted, self._vocab_size)
@@ -130,7 +130,16 @@ class PagedDecoder(DecoderSession):
 
     def follow(self, batch: DecoderBatch) -> None:
         """See `FollowingDecoder`."""
+        if self._takes_several(batch):
+            for one in _tokens(batch):
+                self.follow(one)
+            return
         self._run(self._filled(batch), batch)
+
+    def _takes_several(self, batch: DecoderBatch) -> bool:
+        """Whether it takes several steps: the program gives fewer logits in one."""
+        outputs = self._program.outputs
+        return outputs is not None and batch.logits_indices.shape[1] > outputs
 
     def _token_by_token(self, batch: DecoderBatch) -> FloatArray:
         """The logits after several tokens, of a program that gives fewer of them in a step."""
