@@ -149,6 +149,7 @@ def _watched(device: Any) -> Clock:
     clock = Clock()
     clock.watch(machine, "preload", "libraries")
     clock.watch(device, "segment", "sessions")
+    clock.watch(device, "weights", "weights")
     clock.watch(device, "allocate", "memory")
     for function in ("kernels", "activations"):
         clock.watch(device, function, "kernels")

@@ -27,6 +27,7 @@ from gpu_results import Results, attempts  # noqa: E402
 from vlmforge.backends.cuda import gpu as gpus  # noqa: E402
 from vlmforge.backends.cuda import machine  # noqa: E402
 from vlmforge.backends.cuda.device import ITEM_BYTES, Tensor  # noqa: E402
+from vlmforge.backends.cuda.placed_weights import PlacedWeights, place_weights  # noqa: E402
 from vlmforge.engine.chain import Segment, TensorSpec  # noqa: E402
 from vlmforge.engine.manifest import load_manifest  # noqa: E402
 from vlmforge.ort import ort  # noqa: E402
@@ -50,8 +51,12 @@ def load(engine: Path, way: str, results: Results) -> None:
     assert part.chain is not None
     if way == "with threads":
         ort.SessionOptions = _Threads  # type: ignore[misc]
-    segments, device = part.chain.segments, gpus.Gpu()
+    segments, device = [kind[0] for kind in part.chain.kinds.values()], gpus.Gpu()
     free = machine.find_gpu().free
+    began = time.perf_counter()
+    weights = place_weights(device, engine, part.chain)
+    device.wait()
+    results.add("weights", engine=engine.name, case=way, bound_s=time.perf_counter() - began)
     took: list[float] = []
 
     def one(segment: Segment) -> Any:
@@ -77,28 +82,38 @@ def load(engine: Path, way: str, results: Results) -> None:
         beside_weights_mb=taken / 1e6,
     )
     if way == "in order":
-        _runs(engine.name, device, loaded, results)
+        _runs(engine.name, device, loaded, weights, results)
         after = free - machine.find_gpu().free - part.loaded_bytes
         results.add("sessions", engine=engine.name, case="after runs", beside_mb=after / 1e6)
 
 
-def _runs(name: str, device: gpus.Gpu, loaded: dict[Segment, Any], results: Results) -> None:
-    """The host's time of a run, of all segments that take and give rows alone."""
+def _runs(
+    name: str,
+    device: gpus.Gpu,
+    loaded: dict[Segment, Any],
+    weights: PlacedWeights,
+    results: Results,
+) -> None:
+    """The host's time of a run, of all graphs that take and give rows alone."""
     times, kept = [], []
 
-    def tensor(spec: TensorSpec) -> Tensor:
+    def tensor(spec: TensorSpec, called: str) -> Tensor:
         shape = tuple(dim if isinstance(dim, int) else 1 for dim in spec.shape)
         size = ITEM_BYTES[spec.dtype]
         for dim in shape:
             size *= dim
         kept.append(device.allocate(size))
-        return Tensor(spec.name, spec.dtype, shape, kept[-1].address)
+        return Tensor(spec.name, spec.dtype, shape, kept[-1].address, called)
 
     for segment, session in loaded.items():
         specs = (*segment.inputs, *segment.outputs)
         if any(spec.dtype not in ("float16", "bfloat16") for spec in specs):
             continue
-        inputs, outputs = ([tensor(s) for s in side] for side in (segment.inputs, segment.outputs))
+        called = segment.called
+        inputs, outputs = (
+            [tensor(s, called[s.name]) for s in side] for side in (segment.inputs, segment.outputs)
+        )
+        inputs += [weights[weight] for weight in segment.weights]
         work: Callable[[], None] = session.bind(inputs, outputs)
         work()
         device.wait()

@@ -6,6 +6,7 @@ import dataclasses
 
 from vlmforge.engine.chain import (
     AttentionCall,
+    BoundWeight,
     ChainStep,
     Collective,
     GatedActivation,
@@ -127,7 +128,20 @@ CHAIN = PartChain(
     steps=(
         ChainStep(segment=Segment("d.0.onnx", (), (_rows("qkv0"), _HIDDEN), 300)),
         ChainStep(attention=_attention(0)),
-        ChainStep(segment=Segment("d.1.onnx", (_HIDDEN, _rows("mixed0")), (_rows("qkv1"),), 300)),
+        ChainStep(
+            segment=Segment(
+                "d.1.onnx",
+                (_HIDDEN, _rows("mixed0")),
+                (_rows("qkv1"),),
+                300,
+                weights=(
+                    BoundWeight(
+                        TensorSpec("layers.0.w", "float16", (64, 16)), "w", "d.data", 12288
+                    ),
+                ),
+                names=("hidden", "mixed", "qkv"),
+            )
+        ),
         ChainStep(attention=_attention(1)),
         ChainStep(segment=Segment("d.2.onnx", (_rows("mixed1"),), (_share("out1"),), 300)),
         ChainStep(

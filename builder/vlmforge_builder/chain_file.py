@@ -20,17 +20,20 @@ def save_segments(pieces: Iterable[ir.Model], stem: str, folder: Path) -> tuple[
     for index, piece in enumerate(pieces):
         name = f"{stem}.{index:03d}.onnx"
         ir.save(piece, folder / name)
-        graph = piece.graph
-        segments.append(
-            Segment(
-                name,
-                tensor_specs(graph.inputs),
-                tensor_specs(graph.outputs),
-                token_bytes(graph),
-                matrix_bytes(graph),
-            )
-        )
+        segments.append(describe_piece(piece, name))
     return tuple(segments)
+
+
+def describe_piece(piece: ir.Model, name: str) -> Segment:
+    """What the manifest says of a piece in the file `name`."""
+    graph = piece.graph
+    return Segment(
+        name,
+        tensor_specs(graph.inputs),
+        tensor_specs(graph.outputs),
+        token_bytes(graph),
+        matrix_bytes(graph),
+    )
 
 
 def chain_steps(segments: Sequence[Segment], between: Sequence[Between]) -> tuple[ChainStep, ...]:

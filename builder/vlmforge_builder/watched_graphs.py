@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from polygraphy.logger import G_LOGGER
 from typing_extensions import override
 
 from vlmforge.backends import DecoderBatch, LoadOptions, load_backend
-from vlmforge.backends.cuda.device import Segment
+from vlmforge.backends.cuda.device import Segment, Tensor
 from vlmforge.backends.fake import Float32Segment, Graphs, cuda_on_cpu
+from vlmforge.backends.fake_memory import narrow, numbers_of
 from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.images.patch_inputs import WINDOW_PLACES, WINDOW_ROWS, WINDOW_SIZES
 from vlmforge.engine.interface import (
@@ -42,6 +43,7 @@ from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.ort import ort
 from vlmforge_builder import passes
+from vlmforge_builder.alike_segments import names_within
 from vlmforge_builder.build import BuildOptions, read_checkpoint
 from vlmforge_builder.export import trace
 from vlmforge_builder.onnx_file import refer
@@ -203,13 +205,32 @@ class _Watching(Graphs):
 
     @override
     def segment(self, file: Path, owner: object) -> Segment:
-        return Float32Segment(lambda path: _opened(path, self.watched), file, self._note)
+        def note(inputs: Sequence[Tensor], outputs: Sequence[Tensor], found: Inputs) -> None:
+            self._note(names_within(ir.load(file), outputs[0].name), inputs, outputs, found)
 
-    def _note(self, feeds: Inputs, found: Inputs) -> None:
-        # What the attention between segments gave is the next one's input.
-        # It lies in memory that is used again.
-        self.watched.tensors.update({name: values.copy() for name, values in feeds.items()})
-        self.watched.tensors.update(found)
+        return Float32Segment(lambda path: _opened(path, self.watched), file, note)
+
+    def _note(
+        self,
+        names: Mapping[str, str],
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        found: Inputs,
+    ) -> None:
+        """`names`: of what is calculated inside, by the graph's; none: those are its own."""
+        watched = self.watched
+        for item in inputs:
+            wide = item.weight and narrow(item)
+            name = f"{item.name}{WIDENED}" if wide else item.name
+            # What the attention between segments gave is the next one's input.
+            # It lies in memory that is used again.
+            watched.tensors[name] = numbers_of(item).copy()
+            if item.weight:
+                watched.ops[name] = WEIGHT
+        for name, values in found.items():
+            watched.tensors[names.get(name, name)] = values
+            if name in watched.ops:
+                watched.ops[names.get(name, name)] = watched.ops[name]
 
 
 def _watch_chain(bundle: Bundle, inputs: Inputs) -> Watched:

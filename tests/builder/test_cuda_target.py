@@ -258,6 +258,9 @@ def test_all_pieces_take_their_weights_from_one_file(engine: Path) -> None:
                 entry = {item.key: item.value for item in weight.external_data}
                 assert entry["location"] == part.data[0]
                 places.append((int(entry["offset"]), int(entry["length"])))
+        for bound in segment.weights:
+            assert (bound.file, bound.tensor.dtype) == (part.data[0], "float16")
+            places.append((bound.offset, 2 * int(np.prod(bound.tensor.shape))))
     tables = part.chain.rotary
     assert tables is not None
     size = 4 * tables.positions * tables.width

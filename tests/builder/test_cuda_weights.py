@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -42,10 +43,26 @@ def cuts(kind: str) -> dict[str, Blocks]:
     return {name: blocks for name, blocks in found.items() if blocks.axis == 0}
 
 
-def segments(engine: Path, manifest: Manifest) -> list[onnx.ModelProto]:
+Weight = tuple[str, int, list[int]]  # name, type, shape
+
+
+def segments(
+    engine: Path, manifest: Manifest
+) -> Iterator[tuple[onnx.ModelProto, dict[str, Weight]]]:
+    """Graphs, and their weights by what the graph calls them."""
     chain = manifest.part("decoder").chain
     assert chain is not None
-    return [onnx.load(engine / s.file, load_external_data=False) for s in chain.segments]
+    for segment in chain.segments:
+        model = onnx.load(engine / segment.file, load_external_data=False)
+        held = model.graph.initializer
+        weights = {t.name: (t.name, t.data_type, list(t.dims)) for t in held}
+        inputs = {item.name: item.type.tensor_type for item in model.graph.input}
+        for bound in segment.weights:
+            kind = inputs[bound.called]
+            shape = [dim.dim_value for dim in kind.shape.dim]
+            assert tuple(shape) == bound.tensor.shape
+            weights[bound.called] = (bound.tensor.name, kind.elem_type, shape)
+        yield model, weights
 
 
 @pytest.mark.parametrize(
@@ -61,8 +78,7 @@ def test_every_matrix_is_as_the_provider_takes_it(shared: Path, kind: str, dtype
     manifest = load_manifest(engine)
     assert (manifest.backend, manifest.quantisation, manifest.dtype) == ("cuda", kind, dtype)
     found = {}
-    for model in segments(engine, manifest):
-        weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for model, weights in segments(engine, manifest):
         kinds = {node.op_type for node in model.graph.node}
         assert not kinds & {"DequantizeLinear", "GatherBlockQuantized", "MatMul"}
         for node in model.graph.node:
@@ -74,10 +90,10 @@ def test_every_matrix_is_as_the_provider_takes_it(shared: Path, kind: str, dtype
             size, blocks = given["block_size"], given["K"] // given["block_size"]
             assert size in BLOCK_SIZES and given["K"] == size * blocks
             assert given["N"] % 8 == given["K"] % 8 == given["accuracy_level"] == 0
-            assert numbers.data_type == TensorProto.UINT8
-            assert list(numbers.dims) == [given["N"], blocks, size * given["bits"] // 8]
-            assert (scales.data_type, list(scales.dims)) == (ELEMENTS[dtype], [given["N"], blocks])
-            found[node.input[1]] = given["bits"]
+            packed = [given["N"], blocks, size * given["bits"] // 8]
+            assert numbers[1:] == (TensorProto.UINT8, packed)
+            assert scales[1:] == (ELEMENTS[dtype], [given["N"], blocks])
+            found[numbers[0]] = given["bits"]
     assert found == {name: blocks.bits for name, blocks in cuts(kind).items()}
     assert all(result.passed for result in check_static(open_bundle(engine)))
 

@@ -22,6 +22,7 @@ from vlmforge.engine.interface import IMAGE_FEATURES, DecoderInterface, Interfac
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.errors import ConfigError
 from vlmforge_builder import passes
+from vlmforge_builder.alike_segments import save_alike
 from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits
 from vlmforge_builder.chain_file import chain_steps, save_segments
 from vlmforge_builder.divided_part import divide_part
@@ -201,7 +202,7 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
     config = _config(cut.calls[0].head_dim, job.settings)
     kernels = _kernels(config, next((gate.activation for gate in cut.gates), None), job)
     pieces = (*cut.pieces, likeliest_token(vocab_size))
-    segments = save_segments(pieces, job.stem, job.folder)
+    segments = save_alike(pieces, job.stem, job.folder)
     steps, tables = chain_steps(segments, cut.between), _tables(cut, layout, data)
     (sampler,) = save_segments([sample_token(vocab_size)], f"{job.stem}.sample", job.folder)
     sampler = dataclasses.replace(sampler, token_bytes=sampling_bytes(vocab_size))
@@ -210,7 +211,8 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
         file=segments[0].file,
         data=(
             data,
-            *(s.file for s in (*segments[1:], sampler)),
+            *list(dict.fromkeys(s.file for s in segments))[1:],
+            sampler.file,
             *kernels.files,
         ),
         chain=PartChain(

@@ -30,7 +30,8 @@ _RANK_BYTES = 120 << 20
 # Sequences rarely fill their windows: address space is kept for this many times what memory holds.
 _OVERCOMMIT = 4
 # Of a graph on a GPU, and of a segment of a chain: the library's own; and what allocations lose.
-_GRAPH_BYTES, _SEGMENT_BYTES, _ROOM = 600 << 20, 64 << 20, 1.2
+# (cuBLAS takes 67 MB and cuDNN 9 MB in each session, of which there is one a file.)
+_GRAPH_BYTES, _SEGMENT_BYTES, _ROOM = 600 << 20, 76_000_000, 1.2
 # Where GPUs meet: NCCL's buffers, and ours.
 _MEETING_BYTES = 640 << 20
 
@@ -194,14 +195,13 @@ def part_memory(part: Part, tokens: int, rows: int) -> PartMemory:
     """
     if part.chain is None:
         return PartMemory(part.loaded_bytes, 0, _GRAPH_BYTES)
-    segments = part.chain.segments
-    # Each segment keeps what it took once.
-    whole = sum(segment.matrix_bytes for segment in segments)
-    taken = tokens * sum(segment.token_bytes for segment in segments)
-    if part.chain.sampler is not None:
-        segments = (*segments, part.chain.sampler)
-        taken += rows * part.chain.sampler.token_bytes
-    library = _SEGMENT_BYTES * len(segments) + (_MEETING_BYTES if part.chain.collectives else 0)
+    kinds, sampler = part.chain.kinds.values(), part.chain.sampler
+    # Each graph keeps what it took once, whichever of its segments ran.
+    whole = sum(max(segment.matrix_bytes for segment in kind) for kind in kinds)
+    taken = tokens * sum(max(segment.token_bytes for segment in kind) for kind in kinds)
+    taken += 0 if sampler is None else rows * sampler.token_bytes
+    sessions = len(kinds) + (sampler is not None)
+    library = _SEGMENT_BYTES * sessions + (_MEETING_BYTES if part.chain.collectives else 0)
     between = tokens * between_steps(part.chain)
     return PartMemory(part.loaded_bytes, whole + _ROOM * taken + between, library)
 

@@ -50,8 +50,9 @@ from vlmforge_plugins.gated_activation import launcher as gated
 
 _POISON, _MOST_POISON = 0x7F, 1 << 26
 MakeKernels = Callable[[Sizes], Kernels]
-Note = Callable[[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]], None]
-"""Inputs and outputs of a run, by name."""
+Arrays = Mapping[str, NDArray[Any]]
+Note = Callable[[Sequence[Tensor], Sequence[Tensor], Arrays], None]
+"""Inputs and outputs of a run, and all that the graph gave, by its names."""
 
 
 class NumpyKernels:
@@ -221,14 +222,14 @@ class Float32Segment(Segment):
     def bind(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Work:
         def work() -> None:
             session = self.open(self.file)
-            feeds = {tensor.name: numbers_of(tensor) for tensor in inputs}
+            feeds = {tensor.in_graph: numbers_of(tensor) for tensor in inputs}
             names = [item.name for item in session.get_outputs()]
             found = dict(zip(names, session.run(names, feeds), strict=True))
             for tensor in outputs:
-                values = found[tensor.name]
+                values = found[tensor.in_graph]
                 bits_of(tensor)[:] = encode(values, tensor.dtype) if narrow(tensor) else values
             if self.note is not None:
-                self.note(feeds, found)
+                self.note(inputs, outputs, found)
 
         return work
 
@@ -283,6 +284,13 @@ class HostDevice(Device):
     @override
     def copy(self, source: int, target: int, size: int) -> None:
         ctypes.memmove(target, source, size)
+
+    @override
+    def weights(self, file: Path, places: Sequence[tuple[int, int]]) -> Sequence[HostMemory]:
+        """Where the file is mapped."""
+        mapped = np.memmap(file, np.uint8, "r") if places else np.empty(0, np.uint8)
+        begin = mapped.ctypes.data
+        return [HostMemory(begin + offset, mapped) for offset, _ in places]
 
     @override
     def segment(self, file: Path) -> Segment:

@@ -114,7 +114,8 @@ def _chain(chain: PartChain) -> str:
     }
     words = " and ".join(text for text, there in between.items() if there)
     kernels = f"; kernels for {', '.join(sorted(chain.kernels))}" if chain.kernels else ""
-    return f"{len(chain.segments)} segments, {words} between them{kernels}"
+    graphs = f" of {len(chain.kinds)} graphs" if len(chain.kinds) < len(chain.segments) else ""
+    return f"{len(chain.segments)} segments{graphs}, {words} between them{kernels}"
 
 
 def _policies(manifest: Manifest) -> str:

@@ -30,8 +30,25 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class BoundWeight:
+    """A weight that a graph takes as an input.
+
+    Attributes:
+        tensor: Its own name, dtype and shape.
+        called: What the graph calls it.
+        file: Where its bytes are, row-major.
+        offset: In bytes, in `file`.
+    """
+
+    tensor: TensorSpec
+    called: Name
+    file: FilePath
+    offset: ByteCount
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
-    """A graph of its own, a file.
+    """A graph, a file. Those of several segments that differ in their weights alone are one file.
 
     Attributes:
         file: Where it is.
@@ -40,6 +57,8 @@ class Segment:
             most; an estimate, by which memory is planned.
         matrix_bytes: Bytes of the largest matrix of whole numbers, as what it calculates in: it is
             made whole to multiply many tokens by.
+        weights: Those that are not in the graph, but its inputs.
+        names: What the graph calls its inputs and outputs, in order; none: the same.
     """
 
     file: FilePath
@@ -47,6 +66,21 @@ class Segment:
     outputs: tuple[TensorSpec, ...]
     token_bytes: ByteCount
     matrix_bytes: ByteCount = 0
+    weights: tuple[BoundWeight, ...] = ()
+    names: tuple[Name, ...] = ()
+
+    @property
+    def called(self) -> Mapping[str, str]:
+        """What the graph calls its inputs and outputs, by their names here."""
+        own = [spec.name for spec in (*self.inputs, *self.outputs)]
+        return dict(zip(own, self.names or own, strict=True))
+
+    @property
+    def taken(self) -> tuple[object, ...]:
+        """What is the same in all segments of a file: kinds of tensors, and names in the graph."""
+        specs = (*self.inputs, *self.outputs, *(weight.tensor for weight in self.weights))
+        called = (*self.called.values(), *(weight.called for weight in self.weights))
+        return called, [(spec.dtype, spec.shape) for spec in specs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +267,8 @@ class PartChain(Agreeing):
             yield "steps", "with attention of one shape"
         if any(call.heads % call.kv_heads for call in calls):
             yield "steps", "of heads that share keys evenly"
+        if any(len(s.names) not in (0, len(s.inputs) + len(s.outputs)) for s in self.segments):
+            yield "steps", "with a name in the graph for each input and output of a segment"
         if any(call.norm is not None and call.kind != "all_reduce" for call in self.collectives):
             yield "steps", "with norms of sums alone"
         if not all(self._adds_up(call) for call in self.collectives):
@@ -264,6 +300,14 @@ class PartChain(Agreeing):
     def segments(self) -> tuple[Segment, ...]:
         """All of them, in order."""
         return tuple(step.segment for step in self.steps if step.segment is not None)
+
+    @property
+    def kinds(self) -> Mapping[str, tuple[Segment, ...]]:
+        """The segments of each file."""
+        found = dict[str, tuple[Segment, ...]]()
+        for segment in self.segments:
+            found[segment.file] = (*found.get(segment.file, ()), segment)
+        return found
 
     @property
     def attention(self) -> tuple[AttentionCall, ...]:
@@ -307,7 +351,8 @@ class PartChain(Agreeing):
         sets = (self.kernels, self.meetings, self.activations)
         kernels = (name for files in sets for name in files.values())
         scales = (call.norm.file for call in self.collectives if call.norm is not None)
-        return frozenset((*(s.file for s in graphs), *kernels, *tables, *scales))
+        weights = (weight.file for segment in self.segments for weight in segment.weights)
+        return frozenset((*(s.file for s in graphs), *kernels, *tables, *scales, *weights))
 
     def missing(self, inputs: frozenset[str]) -> frozenset[str]:
         """Tensors that a step takes and neither the part's `inputs` nor an earlier step gives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,7 +15,7 @@ from vlmforge.engine.manifest import Part, decoder_name
 from vlmforge.errors import EngineFormatError
 
 _COLLECTIVE = "DIST_COLLECTIVE"  # TensorRT's type of layer
-_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ def check_static(bundle: Bundle) -> Iterator[StaticResult]:
         "caches": _caches,
         "aliases": _aliases,
         "ranks": _ranks,
+        "weights": _weights,
     }
     for part in bundle.manifest.parts:
         for name, check in checks.items():
@@ -137,6 +139,25 @@ def _ranks(bundle: Bundle, part: Part) -> Finding:
     normed = sum(meeting.norm is not None for meeting in part.chain.collectives)
     words = f"meets {tp - 1} others {len(part.chain.collectives)} times"
     return True, words + (f", {normed} with the norm behind it" if normed else "")
+
+
+def _weights(bundle: Bundle, part: Part) -> Finding:
+    """Whether what graphs take as inputs is in its file, and alike wherever a graph is run."""
+    if part.chain is None:
+        return True, "in its graph"
+    sizes, count = {entry.path: entry.size for entry in bundle.manifest.files}, 0
+    for file, (first, *others) in part.chain.kinds.items():
+        if any(segment.taken != first.taken for segment in others):
+            return False, f"segments of {file} differ in names, dtypes or shapes of what it takes"
+        for weight in (weight for segment in (first, *others) for weight in segment.weights):
+            spec, count = weight.tensor, count + 1
+            shape = [dim for dim in spec.shape if isinstance(dim, int)]
+            size = _ITEM_BYTES.get(spec.dtype, 0) * math.prod(shape)
+            whole = size and len(shape) == len(spec.shape)
+            if not whole or weight.offset + size > sizes.get(weight.file, 0):
+                kind = f"{spec.dtype} {list(spec.shape)}"
+                return False, f"{spec.name}: no {kind} at {weight.offset} of {weight.file}"
+    return True, f"{count} are bound to {len(part.chain.kinds)} graphs" if count else "in graphs"
 
 
 def _has_scale(bundle: Bundle, norm: SumNorm, summed: TensorSpec) -> bool:

@@ -31,9 +31,11 @@ from vlmforge.backends.cuda.frames import (
     largest,
     made_by,
 )
+from vlmforge.backends.cuda.placed_weights import place_weights
 from vlmforge.backends.cuda.program import FEW, Pools, Program, Span
 from vlmforge.backends.cuda.segments import load_segments
 from vlmforge.backends.number_formats import DTYPES
+from vlmforge.engine import chain
 from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, PartChain, TensorSpec
 from vlmforge.engine.interface import BLOCK_TABLE, LOGITS, QUERY_LENGTHS
 from vlmforge.engine.manifest import KVLayout, Part
@@ -74,8 +76,8 @@ class ChainProgram(Program):
         self._specs = part.chain.tensors
         self._page, self._columns = kv.page_size, -(-options.capacity // kv.page_size)
         self._inputs = inputs_of(part.inputs, self._columns)
-        files = [segment.file for segment in part.chain.segments]
-        self._segments = load_segments(device, folder, files)
+        self._segments = load_segments(device, folder, [*part.chain.kinds])
+        self._weights = place_weights(device, folder, part.chain)
         self._loaded = device.kernels(
             _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}
         )
@@ -169,8 +171,19 @@ class ChainProgram(Program):
             return self._gate(step.gated, size, at)
         assert step.segment is not None
 
-        loaded: Segment = self._segments[step.segment.file]
-        return loaded.bind(tensors(step.segment.inputs), tensors(step.segment.outputs))
+        return self._segment(step.segment, size, at)
+
+    def _segment(self, segment: chain.Segment, size: Size, at: Mapping[str, int]) -> Work:
+        called = segment.called
+
+        def tensors(specs: Iterable[TensorSpec]) -> list[Tensor]:
+            return [
+                Tensor(s.name, s.dtype, size.shape(s), at[s.name], called[s.name]) for s in specs
+            ]
+
+        loaded: Segment = self._segments[segment.file]
+        weights = [self._weights[weight] for weight in segment.weights]
+        return loaded.bind([*tensors(segment.inputs), *weights], tensors(segment.outputs))
 
     def _gate(self, step: GatedActivation, size: Size, at: Mapping[str, int]) -> Work:
         assert self._gates is not None

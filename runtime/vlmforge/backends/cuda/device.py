@@ -29,6 +29,8 @@ ITEM_BYTES: Mapping[str, int] = {
     "float8_e4m3fn": 1,
     "int64": 8,
     "int32": 4,
+    "int8": 1,
+    "uint8": 1,
 }
 T = TypeVar("T", bound=np.generic)
 Work = Callable[[], None]
@@ -37,12 +39,24 @@ Work = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor of the device's memory, dense and row-major."""
+    """A tensor of the device's memory, dense and row-major.
+
+    Attributes:
+        called: What a graph calls it, where that is not `name`.
+        weight: Whether it never changes.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     address: int
+    called: str = ""
+    weight: bool = False
+
+    @property
+    def in_graph(self) -> str:
+        """What a graph calls it."""
+        return self.called or self.name
 
 
 class Memory(Protocol):
@@ -158,6 +172,13 @@ class Device(Protocol):
 
     def copy(self, source: int, target: int, size: int) -> None:
         """Enqueue a copy of `size` bytes within the device's memory."""
+
+    def weights(self, file: Path, places: Sequence[tuple[int, int]]) -> Sequence[Memory]:
+        """Memory with pieces of a file in it, each at an offset and of a size, to be read alone.
+
+        Raises:
+            EngineError: there is not as much memory; EngineFormatError: the file is shorter.
+        """
 
     def segment(self, file: Path) -> Segment:
         """Load a graph, on any thread (EngineError: the library cannot)."""

@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from vlmforge.backends import Communicator
-from vlmforge.backends.cuda.device import Arriving, Device, Mark, MeetingPlace, T, Work
+from vlmforge.backends.cuda.device import Arriving, Device, Mark, MeetingPlace, Memory, T, Work
 from vlmforge.backends.cuda.machine import MEND, PROVIDER
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.errors import BackendUnavailableError, EngineError
@@ -105,7 +105,7 @@ def free(ordinal: int, function: Any, handle: Any) -> None:
     call(function, handle)
 
 
-class _Event(Mark):
+class Event(Mark):
     """See `Mark`. Also when staging memory may be used again."""
 
     def __init__(self, stream: int, ordinal: int) -> None:
@@ -120,7 +120,7 @@ class _Event(Mark):
 
     @override
     def since(self, earlier: Mark) -> float:
-        assert isinstance(earlier, _Event)
+        assert isinstance(earlier, Event)
         return float(call(driver.cuEventElapsedTime, earlier.handle, self.handle)) / 1e3
 
 
@@ -129,7 +129,7 @@ class _Up:
 
     def __init__(self, ordinal: int) -> None:
         self._ordinal, self._staging = ordinal, PinnedMemory(_LEAST_STAGING, ordinal)
-        self._read: _Event | None = None
+        self._read: Event | None = None
 
     def send(self, address: int, values: NDArray[np.uint8], stream: int) -> None:
         if self._read is not None:
@@ -139,7 +139,7 @@ class _Up:
             self._staging = PinnedMemory(size, self._ordinal)
         self._staging.bytes[: values.nbytes] = values
         call(driver.cuMemcpyHtoDAsync, address, self._staging.address, values.nbytes, stream)
-        self._read = _Event(stream, self._ordinal)
+        self._read = Event(stream, self._ordinal)
 
 
 class _Down(Arriving):
@@ -153,7 +153,7 @@ class _Down(Arriving):
         self._staging = fits or PinnedMemory(max(size, _LEAST_FETCH), gpu.ordinal)
         if size:
             call(driver.cuMemcpyDtoHAsync, self._staging.address, address, size, gpu.stream)
-        self.end = _Event(gpu.stream, gpu.ordinal)
+        self.end = Event(gpu.stream, gpu.ordinal)
 
     @override
     def wait(self) -> NDArray[np.uint8]:
@@ -233,12 +233,19 @@ class Gpu(Device):
     @override
     def mark(self) -> Mark:
         self.enter()
-        return _Event(self.stream, self.ordinal)
+        return Event(self.stream, self.ordinal)
 
     @override
     def copy(self, source: int, target: int, size: int) -> None:
         self.enter()
         call(driver.cuMemcpyDtoDAsync, target, source, size, self.stream)
+
+    @override
+    def weights(self, file: Path, places: Sequence[tuple[int, int]]) -> Sequence[Memory]:
+        from vlmforge.backends.cuda.gpu_weights import read_weights
+
+        self.enter()
+        return read_weights(self, file, places)
 
     @override
     def segment(self, file: Path) -> OrtSegment:

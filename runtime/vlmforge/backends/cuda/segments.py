@@ -13,7 +13,16 @@ from vlmforge.errors import EngineError
 from vlmforge.ort import ort
 
 # Of TensorProto.DataType in onnx.proto3: numpy has no name for all of them.
-_ELEMENTS = {"float32": 1, "int32": 6, "int64": 7, "float16": 10, "float64": 11, "bfloat16": 16}
+_ELEMENTS = {
+    "float32": 1,
+    "uint8": 2,
+    "int8": 3,
+    "int32": 6,
+    "int64": 7,
+    "float16": 10,
+    "float64": 11,
+    "bfloat16": 16,
+}
 
 AT_ONCE = 3
 """Graphs that are loaded at the same time. The library lets go of the interpreter meanwhile; what a
@@ -41,11 +50,12 @@ class OrtSegment(Segment):
 
     @override
     def bind(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Work:
-        binding = self._session.io_binding()
+        binding, given = self._session.io_binding(), [t for t in inputs if not t.weight]
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for item in tensors:
                 element = _ELEMENTS[item.dtype]
-                bind(item.name, self._kind, self._number, element, item.shape, item.address)
+                name, number = item.in_graph, self._number
+                bind(name, self._kind, number, element, item.shape, item.address)
 
         def work() -> None:
             try:
@@ -54,7 +64,7 @@ class OrtSegment(Segment):
                 raise EngineError(
                     "ONNX Runtime failed to run a segment of the decoder.",
                     found=first_line(error),
-                    expected=f"a step of {', '.join(f'{t.name} {t.shape}' for t in inputs)}",
+                    expected=f"a step of {', '.join(f'{t.name} {t.shape}' for t in given)}",
                     fix="vlmforge doctor; if all is well there, rebuild the engine",
                 ) from error
 
