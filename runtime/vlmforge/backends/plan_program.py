@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from vlmforge.backends import LoadOptions
 from vlmforge.backends.cuda.device import Device, MeetingPlace, Tensor, Work
-from vlmforge.backends.cuda.frames import Arrangement, Size, arrange, tensors_of
+from vlmforge.backends.cuda.frames import Arrangement, Size, arrange
 from vlmforge.backends.cuda.program import Pools, Program, Span
 from vlmforge.backends.plans import Library, Shapes, load_plans
 from vlmforge.engine.chain import ChainStep, PartChain, Segment, TensorSpec
@@ -60,7 +60,7 @@ class PlanProgram(Program):
         files = (segment.file for segment in chain.segments)
         self._plans = dict(zip(files, plans, strict=True))
         self._chain = _without(chain, {*self._caches, *self._aliases})
-        self._steps, self._specs = chain.steps, tensors_of(chain)
+        self._steps, self._specs = chain.steps, chain.tensors
 
     @override
     def inputs(self, size: Size) -> Sequence[TensorSpec]:
