@@ -273,6 +273,7 @@ def cuda_engine(shared: Path, name: str, *more: str) -> Path:
 @contextmanager
 def kernels_for_one_gpu() -> Iterator[None]:
     """Builds in this process compile kernels for one GPU, which all tests share."""
+    from vlmforge_builder import kernel_files
     from vlmforge_builder.targets import cuda
     from vlmforge_plugins.cached_attention.compile import compile_one, compile_source
     from vlmforge_plugins.cached_attention.config import TARGETS
@@ -285,7 +286,9 @@ def kernels_for_one_gpu() -> Iterator[None]:
             cuda, "compile_set", lambda config, by, kept: (compile_one(config, hopper, by, kept),)
         )
         patch.setattr(
-            cuda, "compile_meetings", lambda by, kept: (compile_source(SOURCE, hopper, by, kept),)
+            kernel_files,
+            "compile_set",
+            lambda by, kept: (compile_source(SOURCE, hopper, by, kept),),
         )
         patch.setattr(
             cuda,

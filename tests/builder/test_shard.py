@@ -23,6 +23,8 @@ from vlmforge_builder.export import Traced
 from vlmforge_builder.passes import shard as shard_pass
 from vlmforge_builder.passes.shard import shard
 from vlmforge_builder.ranks import Rank, heads_of
+from vlmforge_builder.targets.tensorrt import TensorRTTarget
+from vlmforge_builder.tensorrt.flavours import TENSORRT_RTX
 from vlmforge_builder.weights import Stored
 from vlmforge_recipes.cached_decoder import cached_decoder_part
 
@@ -209,6 +211,33 @@ def test_drawn_decoders_are_of_the_form_of_traced_ones() -> None:
     assert kinds(ours) == kinds(traced)
 
 
+@pytest.mark.parametrize(("weights", "attention"), [(None, "native"), ("int4", "plugin")])
+def test_chains_of_plans_meet_between_them(
+    tmp_path: Path, weights: str | None, attention: str
+) -> None:
+    """Attention is inside, with the pools of its layer; what is open comes from the step's ids."""
+    config = replace(CONFIG, heads=8, kv_heads=2, head_dim=64, layers=2, qkv_bias=True)
+    half = replace(SETTINGS, dtype="float16", weights=weights, attention=attention)
+    parts = compiled(*drawn(config), tmp_path, 4, half, "tensorrt_rtx", described=True)
+    meant = compiled(*drawn(config), tmp_path, 4, half, "cuda", described=True)
+    for part, other in zip(parts, meant, strict=True):
+        chain, theirs = part.chain, other.chain
+        assert chain is not None and theirs is not None and not chain.attention
+        assert chain.collectives == theirs.collectives
+        assert part.file == chain.segments[0].file and part.layers in part.data
+        assert {segment.file for segment in chain.segments} < {part.file, *part.data}
+        taken = [{spec.name for spec in segment.inputs} for segment in chain.segments]
+        ids = {"input_ids", "past_lengths"}
+        pages = {"query_lengths", "block_table"} if attention == "plugin" else set()
+        for layer in (0, 1):
+            assert taken[2 * layer] >= {*ids, *pages, f"past_key.{layer}", f"past_value.{layer}"}
+            assert not taken[2 * layer + 1] & {*ids, *pages}
+        caches = [name for names in taken for name in names if name.startswith("past_key")]
+        assert sorted(caches) == ["past_key.0", "past_key.1"]
+        given = [spec for segment in chain.segments for spec in segment.outputs]
+        assert {spec.name for spec in given} >= part.aliases.keys()
+
+
 @pytest.mark.parametrize("weights", [None, "int4"])
 def test_chains_for_gpus_meet_between_their_calls(tmp_path: Path, weights: str | None) -> None:
     config = replace(CONFIG, heads=8, kv_heads=2, head_dim=64, layers=2, qkv_bias=True)
@@ -312,8 +341,10 @@ def test_every_query_meets_its_own_key(kv_heads: int, group: int, tp: int) -> No
     assert seen == [head * kv_heads // heads for head in range(heads)]
 
 
-def test_plans_of_ranks_meet_inside(tmp_path: Path) -> None:
-    """Each rank's is compiled by the library, with its own op where they meet."""
+def test_plans_of_ranks_meet_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of TensorRT: with its own op, which the library that there is compiles too."""
+    inside = TensorRTTarget(replace(TENSORRT_RTX, meets=True))
+    monkeypatch.setattr("vlmforge_builder.targets.tensorrt_rtx.TARGET", inside)
     config = replace(CONFIG, heads=8, kv_heads=8, head_dim=64)
     half = replace(SETTINGS, dtype="float16", attention="native")
     (whole,) = compiled(*drawn(config), tmp_path, 1, half, "tensorrt_rtx", described=True)

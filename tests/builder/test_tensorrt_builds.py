@@ -12,6 +12,7 @@ import pytest
 
 from conftest import DATA, HF
 from damage import edit_json
+from drawn_decoder import drawn
 from heavy_checkpoint import HEAVY
 from live_parity import FAMILIES, checkpoint
 from vlmforge import pipeline
@@ -19,8 +20,12 @@ from vlmforge.cli import main
 from vlmforge.engine.layer_report import LayerReport, read_layers
 from vlmforge.engine.manifest import Manifest, load_manifest
 from vlmforge.errors import BackendUnavailableError
+from vlmforge_builder import plan_files
+from vlmforge_builder.blocks.decoder import DecoderConfig
 from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress
+from vlmforge_builder.ranks import Rank
+from vlmforge_builder.targets import CompileJob, Settings, load_target
 from vlmforge_plugins.cached_attention.compile import Binary, Nvrtc, Source, compile_set
 from vlmforge_plugins.cached_attention.config import Config, Target
 from vlmforge_recipes.llava.synthetic import PRESETS, SyntheticSpec, write_checkpoint
@@ -35,6 +40,19 @@ CHECKPOINTS = {
 # The windows of the engines that other tests build of them: a decoder's trace depends on it.
 SESSION = {HF.name: 1024}
 CARRIED = Config(32, "float16", "float16")
+DECODER = DecoderConfig(
+    vocab_size=37,
+    hidden_size=32,
+    intermediate_size=64,
+    layers=1,
+    heads=4,
+    kv_heads=2,
+    head_dim=CARRIED.head_size,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    activation="silu",
+    max_positions=64,
+)
 
 
 class Build(Protocol):
@@ -226,6 +244,28 @@ def test_a_plan_carries_its_kernels(build: Build, name: str, dtype: str, kernels
     ]
     # Once for each profile, not for each layer.
     assert {plan.count(binary.code) for binary in binaries} == {2}
+
+
+def test_a_rank_is_a_chain_of_plans(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is compiled by the library, attention inside; the first has the kernels of all."""
+    monkeypatch.setattr(plan_files, "write_meetings", lambda folder: {})  # they are others' to test
+    traced, part, store = drawn(DECODER)
+    settings, said = Settings("float16", None, 64, 2, None, None, None, tp=2), list[str]()
+    job = CompileJob(part, store, settings, tmp_path, lambda *_: None, said.append, Rank(1, 2))
+    made = load_target("tensorrt_rtx").compile(traced, job)
+    assert made.chain is not None and made.layers is not None
+    files = [segment.file for segment in made.chain.segments]
+    assert files == [f"decoder.rank1.{number:03}.plan" for number in range(4)]
+    assert {path.name for path in tmp_path.iterdir()} == {*files, made.layers}
+    histogram = read_layers(tmp_path / made.layers).histogram
+    assert histogram["PLUGIN_V3"] == DECODER.layers
+    assert "DIST_COLLECTIVE" not in histogram
+    plans = [(tmp_path / file).read_bytes() for file in files]
+    for binary in compile_set(CARRIED, Nvrtc(), kernels):
+        assert [plan.count(binary.code) for plan in plans] == [2, 0, 0, 0]
+    assert len(said) == 1 and "decoder.rank1: 4 plans compiled by tensorrt_rtx" in said[0]
 
 
 @pytest.mark.parametrize(

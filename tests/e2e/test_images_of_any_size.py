@@ -30,7 +30,7 @@ from plan_engines import keep_graph
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, Session, VisionConfig, pipeline
 from vlmforge.backends.fake_plans import plans_on_cpu
 from vlmforge.errors import ConfigError, PromptError
-from vlmforge_builder.targets import tensorrt
+from vlmforge_builder import plan_files
 
 SHORT = GenerationConfig(max_new_tokens=4)
 
@@ -128,7 +128,7 @@ def test_plans_take_what_images_of_any_size_are(
     opened: Opened, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the library's stand-in: images of one size and of others, answers beside each other."""
-    monkeypatch.setattr(tensorrt, "run_compiler", keep_graph)
+    monkeypatch.setattr(plan_files, "run_compiler", keep_graph)
     options = ("--target", "tensorrt_rtx", "--dtype", "float16", "--max-batch-size", "2")
     plans = build_once(shared / f"{opened.path.stem}.plans", opened.original.folder, *options)
     prompts = [[WIDE, picture(90, 40, 1), SMALL, "Compare."], ["Look: ", TALL, " What is it?"]]

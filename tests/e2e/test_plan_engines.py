@@ -22,7 +22,7 @@ from vlmforge.api.load import serve
 from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.fake import HostDevice
 from vlmforge.backends.fake_plans import VERSION, plans_on_cpu, stand_in_library
-from vlmforge.backends.plans import Plan, open_library
+from vlmforge.backends.plans import load_plans, open_library
 from vlmforge.engine.manifest import TensorSpec, load_manifest
 from vlmforge.errors import BackendUnavailableError, ConfigError, EngineError
 from vlmforge_plugins.cached_attention.plugin import OPS
@@ -89,7 +89,8 @@ def test_the_logits_of_a_whole_prompt_come_token_by_token(pipe: Pipeline) -> Non
 
 def test_the_plugin_is_registered_for_both_of_its_ops(pipe: Pipeline) -> None:
     program = pipe._engine.decoder._program  # type: ignore[attr-defined]
-    library = program._plan._contexts["decode"]._library
+    (plan,) = program._plans.values()
+    library = plan._contexts["decode"]._library
     creators = library.trt.get_plugin_registry().creators
     assert list(creators) == [f"vlmforge::{op}" for op in OPS]
 
@@ -143,9 +144,9 @@ def test_a_plan_of_another_part(altered: Path) -> None:
 def test_a_plan_without_an_input_that_it_does_not_use(engine: Path) -> None:
     """Libraries leave them out; outputs must be there."""
     part = load_manifest(engine).part("vision")
-    library, file = open_library(stand_in_library("tensorrt_rtx")), engine / part.file
+    library = open_library(stand_in_library("tensorrt_rtx"))
     more = TensorSpec("more", "int64", ("images",))
-    Plan(library, file, replace(part, inputs=(*part.inputs, more)), HostDevice())
+    load_plans(library, engine, [replace(part, inputs=(*part.inputs, more))], HostDevice())
     with pytest.raises(EngineError) as caught:
-        Plan(library, file, replace(part, outputs=(*part.outputs, more)), HostDevice())
+        load_plans(library, engine, [replace(part, outputs=(*part.outputs, more))], HostDevice())
     assert "only one of both knows: more" in caught.value.found

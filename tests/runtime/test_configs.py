@@ -113,7 +113,7 @@ WRONG: list[tuple[Callable[..., object], str, object, str]] = [
     (EngineConfig, "tp", "2", "a positive integer"),
     (EngineConfig, "session_len", 0, "a positive integer or None"),
     (EngineConfig, "session_len", 8192.0, "a positive integer or None"),
-    (EngineConfig, "max_batch_size", 0, "a positive integer or None"),
+    *((EngineConfig, "max_batch_size", n, "an integer in [1, 65536] or None") for n in (0, 2**60)),
     (EngineConfig, "cache_max_entry_count", 0, "a number in (0, 1]"),
     (EngineConfig, "cache_max_entry_count", 1.5, "a number in (0, 1]"),
     (EngineConfig, "cache_max_entry_count", math.nan, "a number in (0, 1]"),

@@ -263,7 +263,7 @@ def test_an_engine_is_planned_within_what_is_free(
         planned = memory.load_options(bundle, config, weights + 2.5 * row)
     assert (planned.slots, planned.blocks) == (4, 2.5 * 1024 // 64)
     assert "memory for 2560 of 4096 tokens that 4 sequences may have in all" in caplog.text
-    many = EngineConfig(max_batch_size=10**6, cache_max_entry_count=1.0)
+    many = EngineConfig(max_batch_size=10**4, cache_max_entry_count=1.0)
     assert memory.load_options(bundle, many, weights + 2.5 * row).slots == 10
     small = EngineConfig(cache_max_entry_count=1.0, cache_block_seq_len=16)
     assert memory.load_options(bundle, small, weights + 2.5 * row).block_size == 16

@@ -88,6 +88,39 @@ def test_other_limits_of_pixels_are_no_other_engine() -> None:
     assert engine_digest(fewer) != engine_digest(MANIFEST)
 
 
+class Patched(Parts):
+    """A vision part that gives a row of features for each token of an image."""
+
+    def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
+        found = super().encode(pixel_values, arrays)[:, :1]
+        return np.repeat(found, pixel_values.shape[1], axis=1)
+
+
+def test_an_image_of_more_pixels_than_here_is_refused_at_load(tmp_path: Path) -> None:
+    """Not at the next turn; and nothing is put into the caches."""
+    path = tmp_path / "talk.session"
+    patches = Patches(MANIFEST.image.format, 14, 2, 2, 3136, 12544, (1.0,))
+    built = dataclasses.replace(MANIFEST, image=patches)
+    wide = dataclasses.replace(built, image=patches.within(PixelRange(None, 50176), 64))
+    picture = {"type": "image_data", "image_data": {"data": png(1), "max_pixels": 50176}}
+    with stand_in(Patched(3), of=wide) as pipe:
+        session = pipe.session()
+        turn(pipe, [{"role": "user", "content": [picture]}], session)
+        session.save(path)
+        expected = turn(pipe, "so", session).token_ids
+    with stand_in(Patched(3), of=wide) as pipe:
+        assert turn(pipe, "so", Session.load(path, pipe)).token_ids == expected
+    parts = Patched(3)
+    with stand_in(parts, of=built) as pipe, pytest.raises(SessionError) as caught:
+        Session.load(path, pipe)
+    assert (caught.value.found, caught.value.expected) == (
+        "max_pixels 50176",
+        "at most 12544, which are 16 tokens",
+    )
+    assert "VisionConfig" in caught.value.fix
+    assert not parts.calls
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("saved") / "talk.session"

@@ -65,7 +65,7 @@ POOLS = {"engine.prefill_together", "generation.choice"}
 # Of a decoder that begins steps while others run: see `LATE`.
 OVERLAP = {"engine.begin", "engine.begin_prompts", "engine.begin_first", "generation.left"}
 KNOWN = ("options", "decoder", "choosing", "overlapping", "first", "clock", "manifest")
-NO_CALLS = {f"engine.{x}" for x in KNOWN}
+NO_CALLS = {"cache.reuses", *(f"engine.{x}" for x in KNOWN)}
 # For a session that is saved, or by whoever wants to see metrics; who asked is told.
 ASKED = {"cache.find", "cache.used_blocks"}
 

@@ -175,12 +175,13 @@ class _Piece:
         """A model of copies; the values of weights are shared."""
         copies = {value: _copy(value) for value in (*self.taken, *self.weights)}
         nodes = [_copy_node(node, copies) for node in self.nodes]
+        left = set() if any(node.domain == DOMAIN for node in nodes) else {DOMAIN}
         graph = ir.Graph(
             [copies[value] for value in self.taken],
             [copies[value] for value in outputs],
             nodes=nodes,
             initializers=[copies[value] for value in self.weights],
-            opset_imports={n: v for n, v in whole.opset_imports.items() if n != DOMAIN},
+            opset_imports={n: v for n, v in whole.opset_imports.items() if n not in left},
             name=name,
         )
         return ir.Model(graph, ir_version=whole.ir_version, producer_name=whole.producer_name)

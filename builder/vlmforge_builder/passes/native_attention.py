@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 from typing_extensions import override
 
+from vlmforge.engine.interface import INPUT_IDS
 from vlmforge_builder.ops.cached_attention import CachedAttentionNode
 
 OPSET = 24  # the first with TensorScatter
@@ -50,7 +51,9 @@ class _Places:
 def _places(graph: ir.Graph, first: CachedAttentionNode, capacity: int) -> _Places:
     tape = Tape()
     zero, one = _integers(tape, 0), _integers(tape, 1)
-    length = tape.op("Shape", [first.query], {"start": 1, "end": 2})
+    # Not the shape of what is calculated: of a chain, each piece would have to be given it.
+    ids = next((value for value in graph.inputs if value.name == INPUT_IDS.name), None)
+    length = tape.op("Shape", [ids or first.query], {"start": 1, "end": 2})
     scalar = tape.op("Squeeze", [length, _integers(tape, [0])])
     steps = tape.op("Range", [zero, scalar, one])
     rows = tape.op("Unsqueeze", [first.past_lengths, _integers(tape, [1])])

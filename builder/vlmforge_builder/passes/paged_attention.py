@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 from typing_extensions import override
 
-from vlmforge.engine.interface import BLOCK_TABLE, PAGES, QUERY_LENGTHS
+from vlmforge.engine.interface import BLOCK_TABLE, INPUT_IDS, PAGES, QUERY_LENGTHS
 from vlmforge_builder.onnx_file import add_input
 from vlmforge_builder.ops.cached_attention import CachedAttentionNode
 from vlmforge_builder.ops.paged_attention import PagedAttentionNode
@@ -101,8 +101,10 @@ def _lower(
 
 def _rows_shape(graph: ir.Graph, first: CachedAttentionNode) -> ir.Value:
     """`[B, S, -1]` of a step."""
+    # Not the shape of what is calculated: of a chain, each piece would have to be given it.
+    ids = next((value for value in graph.inputs if value.name == INPUT_IDS.name), None)
     tape = Tape()
-    rows = tape.op("Shape", [first.packed or first.query], {"start": 0, "end": 2})
+    rows = tape.op("Shape", [ids or first.packed or first.query], {"start": 0, "end": 2})
     shape = tape.op("Concat", [rows, tape.op("Constant", [], {"value_ints": [-1]})], {"axis": 0})
     graph.insert_before(first.node, tape.nodes)
     return shape

@@ -7,11 +7,10 @@ take their weights from one file, and those that are alike are one graph.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -21,8 +20,7 @@ from vlmforge.backends.fake import InFloat32, cuda_on_cpu
 from vlmforge.engine.chain import PartChain, RotaryTables
 from vlmforge.engine.interface import IMAGE_FEATURES, DecoderInterface, Interface
 from vlmforge.engine.manifest import KVLayout, Part
-from vlmforge.env import writable_cache
-from vlmforge.errors import BuildError, ConfigError
+from vlmforge.errors import ConfigError
 from vlmforge_builder import passes
 from vlmforge_builder.alike_segments import save_alike
 from vlmforge_builder.block_quantisation import Blocks, ForMatMulNBits
@@ -30,6 +28,7 @@ from vlmforge_builder.chain_file import chain_steps, save_segments
 from vlmforge_builder.divided_part import divide_part
 from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced
+from vlmforge_builder.kernel_files import compiler, write_kernels, write_meetings
 from vlmforge_builder.onnx_file import check_interface, refer
 from vlmforge_builder.passes.assign_precision import AssignPrecisionPass
 from vlmforge_builder.passes.cut_chain import Cut, cut_chain
@@ -44,16 +43,14 @@ from vlmforge_builder.passes.sample_token import sample_token, sampling_bytes
 from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
 from vlmforge_builder.widened_graphs import open_widened
-from vlmforge_plugins.cached_attention.compile import Binary, Compiler, Nvcc, Nvrtc, compile_set
+from vlmforge_plugins.cached_attention.compile import compile_set
 from vlmforge_plugins.cached_attention.config import Config
-from vlmforge_plugins.collectives.compile import compile_set as compile_meetings
-from vlmforge_plugins.errors import CompileError, PluginError
+from vlmforge_plugins.errors import PluginError
 from vlmforge_plugins.gated_activation.compile import compile_set as compile_gates
 
 PAGE_SIZE = 64
 _WHOLE_ACTIVATIONS = 0  # the provider has no others
-_KERNELS, _MEETINGS = "decoder.rank0.attention", "decoder.rank0.meetings"
-_ACTIVATIONS = "decoder.rank0.activations"
+_KERNELS, _ACTIVATIONS = "decoder.rank0.attention", "decoder.rank0.activations"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +86,7 @@ class CudaTarget(Target):
                 expected=", ".join(KV_DTYPES) + "; or none, for --dtype",
                 fix="--kv-dtype fp8",
             )
-        _compiler()
+        compiler()
 
     @override
     def stand_in(self) -> AbstractContextManager[None]:
@@ -256,22 +253,6 @@ def _tables(cut: Cut, layout: Layout, file: str) -> RotaryTables | None:
     return RotaryTables(file, cos.offset, sin.offset, positions, width)
 
 
-def _compiler() -> Compiler:
-    """NVRTC, which needs no toolkit, or else the toolkit's compiler (ConfigError: neither)."""
-    try:
-        return Nvrtc()
-    except CompileError as missing:
-        try:
-            return Nvcc()
-        except CompileError:
-            raise ConfigError(
-                missing.summary,
-                found=missing.found,
-                expected=missing.expected,
-                fix="pip install 'vlmforge[kernels]'; no GPU and no CUDA toolkit is needed",
-            ) from missing
-
-
 @dataclass(frozen=True, slots=True)
 class _Kernels:
     """Files by the targets' names, for all ranks."""
@@ -294,32 +275,15 @@ def _kernels(config: Config, activation: str | None, job: CompileJob) -> _Kernel
     """
     if job.described:
         return _Kernels({}, {}, {})
-    with TemporaryDirectory(prefix=".kernels.", dir=job.folder) as scratch:
-        # Without a cache they are compiled again the next time.
-        cache, by = writable_cache("kernels") or Path(scratch), _compiler()
-        dtype = job.settings.dtype
-        try:
-            attention = compile_set(config, by, cache)
-            meetings = compile_meetings(by, cache) if job.rank.of > 1 else ()
-            gates = compile_gates(activation, dtype, by, cache) if activation else ()
-        except PluginError as error:
-            raise BuildError(
-                error.summary, found=error.found, expected=error.expected, fix=error.fix
-            ) from error
+    dtype, folder = job.settings.dtype, job.folder
+    gates: Mapping[str, str] = {}
+    if activation is not None:
+        gates = write_kernels(partial(compile_gates, activation, dtype), _ACTIVATIONS, folder)
     return _Kernels(
-        _written(attention, _KERNELS, job.folder),
-        _written(meetings, _MEETINGS, job.folder),
-        _written(gates, _ACTIVATIONS, job.folder),
+        write_kernels(partial(compile_set, config), _KERNELS, folder),
+        write_meetings(folder) if job.rank.of > 1 else {},
+        gates,
     )
-
-
-def _written(binaries: Iterable[Binary], stem: str, folder: Path) -> Mapping[str, str]:
-    files = {}
-    for binary in binaries:
-        kind = "ptx" if binary.target.name == "ptx" else f"{binary.target.name}.cubin"
-        files[binary.target.name] = f"{stem}.{kind}"
-        (folder / files[binary.target.name]).write_bytes(binary.code)
-    return files
 
 
 TARGET = CudaTarget()

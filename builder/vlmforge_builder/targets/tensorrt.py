@@ -2,21 +2,21 @@
 
 The attention over the cache is our plugin's (paged, as long as its sequences), or with
 `--attention native` the library's own (dense, as long as its capacity). Each rank's decoder is a
-plan of its own, in which ranks meet by the library's own op.
+plan of its own, in which ranks meet by the library's own op; where that has none, it is a chain of
+plans between which they meet as those of `cuda` do.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from typing_extensions import override
 
+from vlmforge.engine.chain import PartChain
 from vlmforge.engine.interface import (
     BATCH,
     IMAGES,
@@ -32,14 +32,13 @@ from vlmforge.engine.interface import (
     VisionInterface,
 )
 from vlmforge.engine.manifest import DimRange, KVLayout, Part, Profile
-from vlmforge.env import writable_cache
 from vlmforge.errors import ConfigError
 from vlmforge_builder import passes
 from vlmforge_builder.block_quantisation import Blocks, InBlocks
 from vlmforge_builder.divided_part import divide_part
 from vlmforge_builder.dtypes import KV_DTYPES
 from vlmforge_builder.export import Traced
-from vlmforge_builder.onnx_file import check_interface, refer
+from vlmforge_builder.onnx_file import check_interface
 from vlmforge_builder.ops.cached_attention import CachedAttentionNode
 from vlmforge_builder.passes.assign_precision import AssignPrecisionPass
 from vlmforge_builder.passes.dist_collective import DistCollectivePass
@@ -47,6 +46,7 @@ from vlmforge_builder.passes.lint import LintPass
 from vlmforge_builder.passes.native_attention import NativeAttentionPass
 from vlmforge_builder.passes.paged_attention import PagedAttentionPass
 from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
+from vlmforge_builder.plan_files import PlanJob, write_chain, write_plan
 from vlmforge_builder.recipe import PartSpec
 from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.tensorrt.flavours import (
@@ -55,9 +55,8 @@ from vlmforge_builder.tensorrt.flavours import (
     capability_name,
     check_installed,
 )
-from vlmforge_builder.tensorrt.job import CompileRequest, KernelSet
-from vlmforge_builder.tensorrt.process import run_compiler
-from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
+from vlmforge_builder.tensorrt.job import KernelSet
+from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.errors import UnsupportedError
 
@@ -125,14 +124,14 @@ class TensorRTTarget(Target):
             ConfigError: sizes that ranks cannot divide.
             BuildError: a graph that the library refuses or dies of, or kernels that there are not.
         """
-        settings, stem = job.settings, job.stem
+        settings = job.settings
         dtypes = {n: stored_dtype(job.part.weights[n], settings.dtype) for n in traced.shapes}
         whole = blocks_of_part(traced.model.graph, job.part, settings.weights)
         divided = divide_part(traced, job.part, whole, job.rank, rounded=False)
         part, blocks = divided.part, divided.blocks
         kernels = _kernels(traced.model, settings)
         interface = self._interface(part, settings)
-        passes.run(_sequence(dtypes, blocks, interface, job), traced.model)
+        passes.run(self._sequence(dtypes, blocks, interface, job), traced.model)
         check_interface(traced.model.graph, interface)
         layout = plan(
             divided.shapes,
@@ -144,22 +143,31 @@ class TensorRTTarget(Target):
             },
         )
         profiles = _profiles(interface, settings)
-        if not job.described:
-            self._build(
-                traced.model, layout, profiles, kernels, dataclasses.replace(job, part=part)
-            )
+        wanted = PlanJob(self.flavour, profiles, kernels, dataclasses.replace(job, part=part))
+        file, data, chain = self._write(traced.model, layout, wanted)
         return Part(
             job.name,
-            f"{stem}.plan",
-            (f"{stem}.layers.json",),
+            file,
+            (*data, wanted.layers),
             interface.inputs,
             interface.outputs,
             weight_bytes=weight_bytes(layout),
             loaded_bytes=weight_bytes(layout),
             profiles=profiles,
-            layers=f"{stem}.layers.json",
+            layers=wanted.layers,
             aliases=interface.aliases,
+            chain=chain,
         )
+
+    def _write(
+        self, model: ir.Model, layout: Layout, wanted: PlanJob
+    ) -> tuple[str, Sequence[str], PartChain | None]:
+        """The first plan's file; all that belongs to it but the layer report; the chain, if any."""
+        if self.flavour.meets or wanted.job.rank.of == 1:
+            return write_plan(model, layout, wanted), (), None
+        chain = write_chain(model, layout, wanted)
+        first, *others = (segment.file for segment in chain.segments)
+        return first, (*others, *chain.meetings.values()), chain
 
     def _interface(self, part: PartSpec, settings: Settings) -> Interface:
         """What the compiled part takes and gives."""
@@ -170,67 +178,24 @@ class TensorRTTarget(Target):
         kv = self.kv_layout(traced.kv, settings)
         return dataclasses.replace(traced, kv=kv, capacity=capacity)
 
-    def _build(
+    def _sequence(
         self,
-        model: ir.Model,
-        layout: Layout,
-        profiles: tuple[Profile, ...],
-        kernels: KernelSet | None,
+        dtypes: Mapping[str, str],
+        blocks: Mapping[str, Blocks],
+        interface: Interface,
         job: CompileJob,
-    ) -> None:
-        """Write the graph and its weights to a scratch folder, and have them compiled."""
-        stem = job.stem
-        with TemporaryDirectory(prefix=f".{stem}.", dir=job.folder) as scratch:
-            graph = _write_graph(model, layout, Path(scratch) / f"{stem}.onnx", job)
-            request = CompileRequest(
-                module=self.flavour.module,
-                graph=str(graph),
-                plan=str(job.folder / f"{stem}.plan"),
-                layers=str(job.folder / f"{stem}.layers.json"),
-                profiles=tuple(
-                    {dim: (r.least, r.usual, r.most) for dim, r in profile.dims.items()}
-                    for profile in profiles
-                ),
-                capability=capability_name(self.flavour, job.settings.compute_capability),
-                kernels=kernels,
-                # Without a cache they are compiled again the next time.
-                cache=str(writable_cache("kernels") or Path(scratch) / "kernels"),
-            )
-            compiled = run_compiler(
-                self.flavour, request, lambda done, steps: job.report(steps + done, 2 * steps)
-            )
-        job.note(
-            f"{stem}: compiled by {self.name} {compiled.version}, peak memory of its process "
-            f"{compiled.peak_rss_bytes / 2**30:.2f} GiB"
+    ) -> ir.passes.Sequential:
+        specs = (*interface.inputs, *interface.outputs)
+        float32 = [spec.name for spec in specs if spec.dtype == "float32"]
+        return ir.passes.Sequential(
+            AssignPrecisionPass(job.settings.dtype, dtypes, float32),
+            QuantiseWeightsPass(blocks),
+            _attention(job.settings),
+            *((DistCollectivePass(job.rank.of),) if self.flavour.meets else ()),
+            RemoveUnusedNodesPass(),
+            RemoveUnusedOpsetsPass(),
+            LintPass(),
         )
-
-
-def _write_graph(model: ir.Model, layout: Layout, graph: Path, job: CompileJob) -> Path:
-    data = graph.with_suffix(".data")
-    refer(model, layout, data)
-    ir.save(model, graph)
-    for done, total in write(data, layout, job.part.weights, job.store):
-        job.report(done, 2 * total)  # the other half is the compiler's
-    return graph
-
-
-def _sequence(
-    dtypes: Mapping[str, str],
-    blocks: Mapping[str, Blocks],
-    interface: Interface,
-    job: CompileJob,
-) -> ir.passes.Sequential:
-    specs = (*interface.inputs, *interface.outputs)
-    float32 = [spec.name for spec in specs if spec.dtype == "float32"]
-    return ir.passes.Sequential(
-        AssignPrecisionPass(job.settings.dtype, dtypes, float32),
-        QuantiseWeightsPass(blocks),
-        _attention(job.settings),
-        DistCollectivePass(job.rank.of),
-        RemoveUnusedNodesPass(),
-        RemoveUnusedOpsetsPass(),
-        LintPass(),
-    )
 
 
 def _attention(settings: Settings) -> ir.passes.InPlacePass:

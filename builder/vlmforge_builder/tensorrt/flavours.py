@@ -25,6 +25,7 @@ class Flavour:
             is there with a version behind the name.
         capabilities: What `--compute-capability` may name, and the library's word for it. Empty:
             plans are for the GPU that they are built on.
+        meets: Whether ranks meet inside its plans, by an op of the library's own.
     """
 
     name: str
@@ -33,9 +34,10 @@ class Flavour:
     libraries: str
     linked: str | None
     capabilities: tuple[tuple[str, str], ...]
+    meets: bool = False
 
 
-TENSORRT = Flavour("tensorrt", "tensorrt", "tensorrt>=11", "tensorrt_libs", None, ())
+TENSORRT = Flavour("tensorrt", "tensorrt", "tensorrt>=11", "tensorrt_libs", None, (), meets=True)
 TENSORRT_RTX = Flavour(
     "tensorrt_rtx",
     "tensorrt_rtx",

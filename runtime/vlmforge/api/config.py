@@ -31,6 +31,7 @@ from vlmforge.vl.image_limits import DEFAULT_FORMATS, FORMATS, ImageLimits
 
 MAX_GPU_CHUNK, USUAL_GPU_CHUNK = 8192, 2048
 MAX_CHUNK = 512  # attention keeps a score for each of them, each head and each token before
+MAX_SEQUENCES = 1 << 16  # more would be bookkeeping, for seconds, of what no machine runs at once
 
 
 @dataclass(slots=True)
@@ -48,7 +49,7 @@ class EngineConfig:
             "mpi": the program was started by mpirun, once for each rank.
         session_len: Tokens of one conversation, images and answers included; None: the engine's.
             It may be longer than that, as long as memory holds it and nothing is compiled in.
-        max_batch_size: Sequences at once; None: the engine's.
+        max_batch_size: Sequences at once, at most 65536; None: the engine's.
         cache_max_entry_count: Share of the free memory that the key/value cache may take. (0, 1]
         enable_prefix_caching: Reuse the cache of prompts that begin alike, images included. The
             answers are the same without; it only costs time.
@@ -142,7 +143,7 @@ RULES: Mapping[str, Rule] = {
     "tp": Int(1),
     "devices": OrNone(ListOf(Int(0))),
     "session_len": OrNone(Int(1)),
-    "max_batch_size": OrNone(Int(1)),
+    "max_batch_size": OrNone(Int(1, MAX_SEQUENCES)),
     "cache_max_entry_count": Number(0, 1, above=True),
     "cache_block_seq_len": Int(1),
     "cache_chunk_size": Int(-1),

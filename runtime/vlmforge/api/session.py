@@ -165,19 +165,22 @@ class Session:
         load only files of people who may decide what this engine answers.
 
         Raises:
-            SessionError: the file is damaged, or of another engine; nothing of it was used.
+            SessionError: the file is damaged, of another engine, or has an image that asks for more
+                pixels than this pipeline allows, or fewer; nothing of it was used.
             ImageError: an image is not within what this pipeline may read.
             PipelineError, CancelledError: the pipeline cannot be used.
         """
         cache = pipe.session_cache
         saved = read_session(_path(path), cache.engine_digest, cache.limits)
+        of_turns = (message for turn in saved.turns for message in turn.messages)
+        conversation = Conversation((*saved.opening, *of_turns))
+        cache.check_images(conversation)
         if saved.kept is not None:
             cache.write(saved.kept)
         turns, session = saved.turns, cls()
         session._finished = list(turns)
         session.history = [(turn.prompt, turn.response.text) for turn in turns]
-        of_turns = (message for turn in turns for message in turn.messages)
-        session.turns = Conversation((*saved.opening, *of_turns))
+        session.turns = conversation
         if turns:
             session.prompt, session.response = turns[-1].prompt, turns[-1].response
             session._engine, session._cache = cache.engine_digest, weakref.ref(cache)

@@ -13,8 +13,9 @@ import numpy as np
 from vlmforge.backends import FloatArray, KeyValues
 from vlmforge.engine.manifest import Manifest
 from vlmforge.engine.schema import to_data, to_json
-from vlmforge.errors import SessionError
+from vlmforge.errors import PromptError, SessionError
 from vlmforge.inputs.messages import Conversation, Message, Text
+from vlmforge.inputs.pixel_range import policy_within
 from vlmforge.kv.cache import Keys
 from vlmforge.runner.stages import Engine
 from vlmforge.runner.terms import Terms
@@ -68,6 +69,20 @@ class SessionCache:
     def limits(self) -> ImageLimits:
         """What images may be here."""
         return self._engine.limits
+
+    def check_images(self, turns: Conversation) -> None:
+        """SessionError: an image asks for limits of pixels that images do not have here."""
+        for image in turns.images:
+            try:
+                policy_within(self._engine.manifest.image, image.pixel_range)
+            except PromptError as error:
+                raise SessionError(
+                    "A saved session has an image of other limits of pixels than this pipeline's.",
+                    found=error.found,
+                    expected=error.expected,
+                    fix="load it into a pipeline with the VisionConfig and the session_len of the "
+                    "one that it was saved from",
+                ) from error
 
     def read(self, turns: Conversation, terms: Terms, *, do_preprocess: bool) -> Kept:
         """What is kept of some turns, their images opened, as the turn after them would find it.

@@ -27,6 +27,7 @@ from typing_extensions import override
 from vlmforge.backends.fake import HostDevice
 from vlmforge.backends.fake_memory import memory_as
 from vlmforge.backends.plans import Library, open_library
+from vlmforge.backends.ranks import processes
 from vlmforge.backends.tensorrt import PlanBackend
 from vlmforge.ort import ort
 
@@ -45,6 +46,11 @@ def written_plan(graph: bytes, profiles: Sequence[Ranges], version: str = VERSIO
     """A plan of an ONNX graph, which has its weights and function bodies in it."""
     head = json.dumps({"version": version, "profiles": profiles}).encode()
     return b"%8d" % len(head) + head + graph
+
+
+def graph_of(plan: bytes) -> bytes:
+    """The graph that `written_plan` was given."""
+    return plan[8 + int(plan[:8]) :]
 
 
 class _Severity(IntEnum):
@@ -187,7 +193,7 @@ class _Runtime:
             return None
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
-        graph, providers = serialized_engine[8 + size :], ["CPUExecutionProvider"]
+        graph, providers = graph_of(serialized_engine), ["CPUExecutionProvider"]
         session = ort.InferenceSession(graph, options, providers=providers)
         return _Engine(session, head["profiles"], self._logger)
 
@@ -224,7 +230,7 @@ class HostPlanBackend(PlanBackend):
         """Runs everywhere."""
 
     @override
-    def device(self) -> HostDevice:
+    def device(self, number: int = 0) -> HostDevice:
         return HostDevice()
 
     @override
@@ -234,12 +240,16 @@ class HostPlanBackend(PlanBackend):
 
 @contextmanager
 def plans_on_cpu(name: str) -> Iterator[None]:
-    """Engines of the backend `name` that are loaded within the block run on the processor."""
+    """Engines of the backend `name` that are loaded within the block run on the processor.
+
+    So do the processes of other ranks that are started within it.
+    """
     module = importlib.import_module(f"vlmforge.backends.{name}")
     real: PlanBackend = module.BACKEND
     stand_in = HostPlanBackend(real.name, real.module, real.requirement, real.gpus)
     module.__dict__["BACKEND"] = stand_in
+    child, processes.CHILD = processes.CHILD, "vlmforge.backends.fake_rank"
     try:
         yield
     finally:
-        module.__dict__["BACKEND"] = real
+        module.__dict__["BACKEND"], processes.CHILD = real, child

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,18 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from vlmforge.backends import FloatArray, LoadOptions, VisionSession
-from vlmforge.backends.cuda.device import Device, Work
-from vlmforge.backends.cuda.frames import Arrangement, Size, in_a_row, shape_of
-from vlmforge.backends.cuda.program import Pools, Program, Span
+from vlmforge.backends import FloatArray, VisionSession
+from vlmforge.backends.cuda.device import Device, Memory, Work
+from vlmforge.backends.cuda.frames import Arrangement, in_a_row, shape_of
 from vlmforge.backends.number_formats import DTYPES, decode
-from vlmforge.engine.chain import TensorSpec
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.interface import (
-    BATCH,
-    BLOCK_TABLE,
     IMAGE_FEATURES,
     IMAGES,
-    LOGITS,
     PIXEL_VALUES,
-    TOKENS,
-    cache_names,
 )
-from vlmforge.engine.manifest import KVLayout, Part
-from vlmforge.errors import BackendUnavailableError, ConfigError, EngineError
+from vlmforge.engine.manifest import Part
+from vlmforge.errors import BackendUnavailableError, EngineError
 from vlmforge_plugins.cached_attention.plugin import register
 
 logger = logging.getLogger("vlmforge")
@@ -141,34 +134,38 @@ class _Context:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Where plans calculate what is in between, one after the other. `size` in bytes."""
+
+    memory: Memory
+    size: int
+
+
 class Plan:
     """A deserialised plan, with a context for each of its profiles, which share their scratch.
 
-    Args:
-        library: What it was compiled by.
-        file: Where it is.
-        part: What the manifest says of it.
-        device: Runs it.
-
-    Raises:
-        BackendUnavailableError: the library refuses it: it is of another version or another GPU.
-        EngineError: it is not what the manifest says, or there is no memory for it.
+    See `load_plans`.
     """
 
-    def __init__(self, library: Library, file: Path, part: Part, device: Device) -> None:
-        engine = _deserialised(library, file)
-        self._engine = engine  # the contexts are of it
+    def __init__(
+        self,
+        library: Library,
+        engine: Any,
+        file: Path,
+        part: Part,
+        device: Device,
+        scratch: Scratch,
+    ) -> None:
+        self._engine, self._scratch = engine, scratch  # the contexts are of both
         self._names = _names(engine, file, part)
-        profiles = range(len(part.profiles))
-        needed = [engine.get_device_memory_size_for_profile_v2(index) for index in profiles]
-        self._scratch = device.allocate(max(1, *needed))
         strategy = library.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._contexts: dict[str, _Context] = {}
         for index, profile in enumerate(part.profiles):
             context = engine.create_execution_context(strategy)
             if context is None:
                 raise _refused(library, file)
-            context.set_device_memory(self._scratch.address, max(1, *needed))
+            context.set_device_memory(scratch.memory.address, scratch.size)
             if not context.set_optimization_profile_async(index, device.stream):
                 raise _refused(library, file)
             what = f"{file.name} ({profile.name})"
@@ -179,6 +176,36 @@ class Plan:
         known = {name: shape for name, shape in shapes.items() if name in self._names}
         bound = {name: address for name, address in addresses.items() if name in self._names}
         return partial(self._contexts[profile].run, known, bound)
+
+
+def load_plans(
+    library: Library, folder: Path, parts: Sequence[Part], device: Device
+) -> tuple[Plan, ...]:
+    """Plans that run one after the other on `device`: they have one scratch.
+
+    Args:
+        library: What they were compiled by.
+        folder: Where their files are.
+        parts: What the manifest says of each; chains are not looked at.
+        device: Runs them.
+
+    Raises:
+        BackendUnavailableError: the library refuses one: it is of another version or another GPU.
+        EngineError: one is not what the manifest says, or there is no memory for it.
+    """
+    files = [folder / part.file for part in parts]
+    engines = [_deserialised(library, file) for file in files]
+    size = max(1, *(_scratch_bytes(*pair) for pair in zip(engines, parts, strict=True)))
+    scratch = Scratch(device.allocate(size), size)
+    return tuple(
+        Plan(library, engine, file, part, device, scratch)
+        for engine, file, part in zip(engines, files, parts, strict=True)
+    )
+
+
+def _scratch_bytes(engine: Any, part: Part) -> int:
+    profiles = range(min(engine.num_optimization_profiles, len(part.profiles)))
+    return max((engine.get_device_memory_size_for_profile_v2(n) for n in profiles), default=0)
 
 
 def _deserialised(library: Library, file: Path) -> Any:
@@ -226,70 +253,12 @@ def _names(engine: Any, file: Path, part: Part) -> frozenset[str]:
     return names
 
 
-class PlanProgram(Program):
-    """See `Program`."""
-
-    outputs: int | None = 1
-    gives_likeliest = False
-
-    def __init__(self, plan: Plan, part: Part, kv: KVLayout, options: LoadOptions) -> None:
-        assert kv.page_size is not None
-        _check_options(part, options)
-        self._plan, self._kv, self._page = plan, kv, kv.page_size
-        self._caches, self._aliases = cache_names(kv), part.aliases
-        self._inputs = tuple(spec for spec in part.inputs if spec.name not in self._caches)
-        self._logits = next(spec for spec in part.outputs if spec.name == LOGITS)
-
-    @override
-    def inputs(self, size: Size) -> Sequence[TensorSpec]:
-        # The attention plans its launches by the table's columns: no more of them than needed.
-        columns = -(-size.total // self._page)
-        table = replace(BLOCK_TABLE, shape=(BATCH, columns))
-        return tuple(table if spec.name == table.name else spec for spec in self._inputs)
-
-    @override
-    def arrange(self, size: Size) -> Arrangement:
-        return in_a_row(self.inputs(size), [self._logits], size.dims)
-
-    @override
-    def bind(
-        self, size: Size, at: Mapping[str, int], pools: Pools, spans: Sequence[Span] = ()
-    ) -> Work:
-        del spans  # its steps are not packed
-        kv = self._kv
-        pool = pools.pages, kv.kv_heads, self._page, kv.head_dim
-        shapes = {spec.name: size.shape(spec) for spec in self.inputs(size)}
-        shapes |= dict.fromkeys(self._caches, pool)
-        layers = [pools.of(layer) for layer in range(kv.layers)]
-        held = dict(zip(self._caches, (pair[i] for i in (0, 1) for pair in layers), strict=True))
-        held |= {after: held[before] for after, before in self._aliases.items()}
-        profile = "decode" if size.tokens == 1 else "prefill"
-        return self._plan.bind(profile, shapes, {**at, **held})
-
-
-def _check_options(part: Part, options: LoadOptions) -> None:
-    """Refuse what the plan was not compiled for (ConfigError)."""
-    for field, asked, dim in (
-        ("max_batch_size", options.slots, BATCH),
-        ("max_prefill_token_num", options.chunk, TOKENS),
-    ):
-        most = max(profile.dims[dim].most for profile in part.profiles)
-        if asked > most:
-            raise ConfigError(
-                f"{field} is larger than what the plan was compiled for.",
-                found=f"{field}={asked}",
-                expected=f"at most {most}",
-                fix=f"EngineConfig({field}={most}), or build-engine --max-batch-size {asked}"
-                if dim == BATCH
-                else f"EngineConfig({field}={most})",
-            )
-
-
 class PlanVision(VisionSession):
     """A vision part that is a plan; as many views at once as it was compiled for."""
 
-    def __init__(self, device: Device, plan: Plan, part: Part) -> None:
-        self._device, self._plan, self._part = device, plan, part
+    def __init__(self, device: Device, library: Library, folder: Path, part: Part) -> None:
+        (self._plan,) = load_plans(library, folder, [part], device)
+        self._device, self._part = device, part
         (profile,) = part.profiles
         self._profile, self._most = profile.name, profile.dims[IMAGES].most
         most = {name: dim.most for name, dim in profile.dims.items()}

@@ -12,16 +12,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from typing_extensions import override
 
-from vlmforge.backends import Backend, DecoderSession, LoadOptions, VisionSession
+from vlmforge.backends import (
+    Backend,
+    Communicator,
+    DecoderSession,
+    LoadOptions,
+    VisionSession,
+    one_rank_only,
+)
 from vlmforge.backends.cuda import machine
-from vlmforge.engine.manifest import Manifest
+from vlmforge.engine.manifest import Manifest, decoder_name
 from vlmforge.errors import BackendUnavailableError
 from vlmforge.limits import Room
 
 if TYPE_CHECKING:
     from vlmforge.backends.cuda.device import Device
+    from vlmforge.backends.cuda.program import Program
     from vlmforge.backends.plans import Library
 
 _ELSEWHERE = "vlmforge inspect and vlmforge verify --static work here; to run the model on this "
@@ -48,35 +57,44 @@ class PlanBackend(Backend):
 
     @override
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
-        from vlmforge.backends.plans import Plan, PlanVision
+        from vlmforge.backends.plans import PlanVision
 
-        del options
-        part, device = manifest.part("vision"), self.device()
-        return PlanVision(device, Plan(self.library(), folder / part.file, part, device), part)
+        device = self.device(options.device(0))
+        return PlanVision(device, self.library(), folder, manifest.part("vision"))
 
     @override
     def load_decoder(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> DecoderSession:
-        from vlmforge.backends.cuda.decoder import PagedDecoder
-        from vlmforge.backends.plans import Plan, PlanProgram
+        from vlmforge.backends.plan_program import PlanProgram
 
-        part, kv, device = manifest.part("decoder"), manifest.kv, self.device()
-        if kv.page_size is None:
-            raise BackendUnavailableError(
-                "Plans with the library's own attention are built, but not run.",
-                found="an engine of --attention native, whose cache is not in pages",
-                expected="an engine with the attention plugin",
-                fix="build-engine CHECKPOINT -o ENGINE --attention plugin",
-            )
-        plan = Plan(self.library(), folder / part.file, part, device)
-        program = PlanProgram(plan, part, kv, options)
-        return PagedDecoder(device, program, kv, manifest.decode.vocab_size, options)
+        _check_paged(manifest)
+        part, kv, device = manifest.part("decoder"), manifest.kv, self.device(options.device(0))
+        program = PlanProgram(device, self.library(), folder, part, kv, options)
+        return _decoder(device, program, manifest, options)
+
+    @override
+    def load_rank(
+        self, folder: Path, manifest: Manifest, options: LoadOptions, ranks: Communicator
+    ) -> DecoderSession:
+        """One GPU a rank. They do what takes long first: on a GPU none waits for long."""
+        from vlmforge.backends.plan_program import PlanProgram
+
+        _check_paged(manifest)
+        part, kv = manifest.part(decoder_name(ranks.rank)), manifest.rank_kv
+        if part.chain is None:  # ranks would meet inside it
+            raise one_rank_only(manifest)
+        device = self.device(options.device(ranks.rank))
+        kernels = {name: folder / file for name, file in part.chain.meetings.items()}
+        place = device.meeting_place(ranks, kernels)
+        program = PlanProgram(device, self.library(), folder, part, kv, options, place)
+        ranks.meet(np.zeros(1, np.float32))
+        return _decoder(device, program, manifest, options)
 
     @override
     def memory(self, devices: Sequence[int] = (0,)) -> Room | None:
-        """What is free on the GPU now."""
-        gpu = self._checked()
+        """What is free now, on the one of these GPUs that has least."""
+        gpu = min((self._checked(number) for number in devices), key=lambda found: found.free)
         return Room(gpu.free, f"the free memory of {gpu.name}")
 
     @override
@@ -89,12 +107,12 @@ class PlanBackend(Backend):
     def check(self) -> None:
         self._checked()
 
-    def device(self) -> Device:
+    def device(self, number: int = 0) -> Device:
         """A device for a part of an engine (BackendUnavailableError: see `check`)."""
-        self._checked()
+        self._checked(number)
         from vlmforge.backends.cuda.gpu import Gpu  # not before the bindings are known to be there
 
-        return Gpu()
+        return Gpu(number)
 
     def library(self) -> Library:
         """What runs the plans (BackendUnavailableError: it cannot be loaded)."""
@@ -111,9 +129,13 @@ class PlanBackend(Backend):
                 fix=f"pip install 'vlmforge[{self.requirement}]'; {_ELSEWHERE}",
             )
 
-    def _checked(self) -> machine.FoundGpu:
+    def _checked(self, number: int = 0) -> machine.FoundGpu:
         self._check_installed()
-        gpu = machine.check_gpu(machine.find_gpu, self.name, self.gpus, _ELSEWHERE)
+
+        def find() -> machine.FoundGpu:
+            return machine.find_gpu(number) if number else machine.find_gpu()
+
+        gpu = machine.check_gpu(find, self.name, self.gpus, _ELSEWHERE)
         if (reason := self.refused.get(gpu.capability)) is not None:
             raise BackendUnavailableError(
                 f"{self.requirement} refuses this GPU: {reason}",
@@ -123,6 +145,25 @@ class PlanBackend(Backend):
                 "which runs there",
             )
         return gpu
+
+
+def _check_paged(manifest: Manifest) -> None:
+    if manifest.kv.page_size is None:
+        raise BackendUnavailableError(
+            "Plans with the library's own attention are built, but not run.",
+            found="an engine of --attention native, whose cache is not in pages",
+            expected="an engine with the attention plugin",
+            fix="build-engine CHECKPOINT -o ENGINE --attention plugin",
+        )
+
+
+def _decoder(
+    device: Device, program: Program, manifest: Manifest, options: LoadOptions
+) -> DecoderSession:
+    from vlmforge.backends.cuda.decoder import PagedDecoder
+
+    vocab_size = manifest.decode.vocab_size
+    return PagedDecoder(device, program, manifest.rank_kv, vocab_size, options)
 
 
 BACKEND: PlanBackend = PlanBackend(

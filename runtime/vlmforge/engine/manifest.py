@@ -164,7 +164,7 @@ class ParallelLayout:
 
     Attributes:
         tp: Ranks. All take the same inputs, and each has a decoder part of its own; the logits of
-            all are the same. Where there are several, it is a chain with collectives in it, or a
+            all are the same. Where there are several, it is a chain with collectives in it, or one
             plan, which has them inside.
         kv_heads: Heads of keys and values that each rank's cache has; None: all of the model's.
             They are more than `KVLayout.kv_heads / tp` where ranks hold the same ones.
@@ -225,7 +225,7 @@ class Manifest(Agreeing):
         if any(n != self.decode.vocab_size for n in logits if isinstance(n, int)):
             yield "decode.vocab_size", "as many as the decoder gives logits"
         for index, part in enumerate(self.parts):
-            if part.chain is not None and not _fits(part.chain, self.rank_kv):
+            if part.chain is not None and not _fits(part, part.chain, self.rank_kv):
                 yield f"parts[{index}].chain", "of one attention a layer, over pages as `kv` says"
         yield from self._unequal_ranks()
 
@@ -278,10 +278,10 @@ def decoder_name(rank: int) -> str:
     return f"decoder.rank{rank}" if rank else "decoder"
 
 
-def _fits(chain: PartChain, kv: KVLayout) -> bool:
+def _fits(part: Part, chain: PartChain, kv: KVLayout) -> bool:
     calls = chain.attention
-    if not calls:
-        return kv.page_size is None
+    if not calls:  # it is in the segments; those over pages are plans
+        return kv.page_size is None or part.layers is not None
     shapes = {(call.kv_heads, call.head_dim) for call in calls}
     layers = sorted(call.layer for call in calls)
     whole = layers == list(range(kv.layers)) and kv.page_size is not None

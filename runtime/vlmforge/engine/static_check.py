@@ -121,7 +121,7 @@ def _aliases(bundle: Bundle, part: Part) -> Finding:
 def _ranks(bundle: Bundle, part: Part) -> Finding:
     """Whether what a rank gives where all meet is of the shape that the first one's is."""
     tp, first = bundle.manifest.parallel.tp, bundle.manifest.part(decoder_name(0))
-    if tp > 1 and part.layers is not None and part.name != "vision":
+    if tp > 1 and part.chain is None and part.layers is not None and part.name != "vision":
         met, wanted_met = (_collectives(bundle, plan) for plan in (part, first))
         return met == wanted_met != (), f"meets {tp - 1} others {len(met)} times, in the plan"
     if tp == 1 or part.chain is None or first.chain is None:

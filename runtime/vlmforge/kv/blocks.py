@@ -33,7 +33,7 @@ class BlockPool(KVCache):
     """
 
     def __init__(self, blocks: int, block_size: int, *, reuse: bool = True) -> None:
-        self.blocks, self.block_size, self._reuse = blocks, block_size, reuse
+        self.blocks, self.block_size, self.reuses = blocks, block_size, reuse
         self._uses = [0] * blocks
         self._empty = list(range(blocks - 1, -1, -1))  # of no use to anybody; popped from the end
         self._kept: OrderedDict[int, bytes] = OrderedDict()  # unused, with content; oldest first
@@ -77,7 +77,7 @@ class BlockPool(KVCache):
     @override
     def begin(self, sequence: int, keys: Keys, *, salt: bytes, reuse: bool) -> int | None:
         # The last token is left to run, because its logits are needed.
-        digests, known = self._match(keys[:-1] if reuse and self._reuse else keys[:0], salt)
+        digests, known = self._match(keys[:-1] if reuse and self.reuses else keys[:0], salt)
         revived = sum(self._uses[block] == 0 for block in known)
         if self._count(len(keys)) - len(known) + revived > self.free_blocks:
             return None

@@ -39,7 +39,13 @@ Move = Copy | Drop
 
 
 class KVCache(Protocol):
-    """Bookkeeping of keys and values; sequences are named by their ids."""
+    """Bookkeeping of keys and values; sequences are named by their ids.
+
+    Attributes:
+        reuses: Whether a sequence may find what others have of its tokens.
+    """
+
+    reuses: bool
 
     @property
     def used_blocks(self) -> int:

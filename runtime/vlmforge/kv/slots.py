@@ -37,7 +37,7 @@ class SlotCache(KVCache):
     ) -> None:
         self._slots = [_Slot() for _ in range(slots)]
         self._capacity, self._budget, self._block_size = capacity, budget, block_size
-        self._reuse = reuse
+        self.reuses = reuse
         self._place: dict[int, int] = {}
         self._moves: list[Move] = []
         self._clock = 0
@@ -75,7 +75,7 @@ class SlotCache(KVCache):
         if len(self._place) == len(self._slots):
             return None
         # The last token is left to run, because its logits are needed.
-        reuse = reuse and self._reuse
+        reuse = reuse and self.reuses
         source, cached = self._longest_prefix(keys[:-1] if reuse else keys[:0], salt)
         takes_over = source is not None and self._goes_on(source, cached)
         target = source if takes_over and source is not None else self._oldest(source)
@@ -122,7 +122,7 @@ class SlotCache(KVCache):
         slot.owner = None
         self._clock += 1
         slot.last_used = self._clock
-        self._trim(index, len(slot.keys) if valid and self._reuse else 0)
+        self._trim(index, len(slot.keys) if valid and self.reuses else 0)
 
     def _occupy(self, index: int, sequence: int, keys: Keys, salt: bytes) -> None:
         slot = self._slots[index]

@@ -317,7 +317,7 @@ class Scheduler:
     def _admit_beside(self, running: set[int], room: int) -> TokenSequence | None:
         """Give the next waiting sequence a place, if something of it is run in `room` tokens.
 
-        One that begins as one does that is `running` now finds this in the cache a step later.
+        One that begins as one that is `running` now finds this in the cache a step later, if kept.
         """
         sequence = self._waiting[0] if self._waiting else None
         if sequence is None or sequence.wants_all:
@@ -327,7 +327,9 @@ class Scheduler:
         if not self._beside.part(left, room):
             return None
         others = (s for s in self._running if s.id in running and s.salt == sequence.salt)
-        if any(common_prefix(s.keys, sequence.keys) >= known + _ALIKE for s in others):
+        if self._cache.reuses and any(
+            common_prefix(s.keys, sequence.keys) >= known + _ALIKE for s in others
+        ):
             return None
         cached = self._begin(sequence)
         if cached is None:

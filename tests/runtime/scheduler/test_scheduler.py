@@ -306,15 +306,31 @@ def test_prompts_are_run_together_as_far_as_a_chunk_goes() -> None:
     ]
 
 
-def test_who_begins_as_another_waits_for_what_the_cache_will_have() -> None:
-    cache, store = blocks(4, 100, 8)
+@pytest.mark.parametrize("reuse", [True, False])
+def test_who_begins_as_another_waits_for_what_the_cache_will_have(reuse: bool) -> None:
+    """Where nothing is kept, there is nothing to wait for."""
+    cache, store = blocks(4, 100, 8, reuse=reuse)
     world = World(Scheduler(cache, rows=4, chunk=512, together=Together(512, 4)), cache, store)
     for last in (1, 2, 3):
         world.add(Asked([0] * 70 + [last], 2))
     while world.step():
         pass
     prompts = [[len(row.tokens) for row in step.prompts] for step in world.log]
-    assert prompts == [[71], [7, 7], []]  # of the others, all but what the first one left
+    # Of the others, all but what the first one left.
+    assert prompts == ([[71], [7, 7], []] if reuse else [[71, 71, 71], []])
+
+
+@pytest.mark.parametrize(("fail", "start"), [(frozenset({0}), 0), (frozenset[int](), 16)])
+def test_what_a_failed_step_may_have_written_is_forgotten(fail: frozenset[int], start: int) -> None:
+    cache, store = blocks(4, 100, 8)
+    world = World(Scheduler(cache, rows=4, chunk=512), cache, store)
+    world.add(Asked([1] * 20, 2))
+    world.step()
+    world.step(fail)
+    world.add(Asked([1] * 20, 2))
+    world.step()
+    prompt = world.log[-1].prefill
+    assert prompt is not None and prompt.start == start
 
 
 def test_nobody_loses_a_place_for_a_prompt_that_is_run_beside_another() -> None:

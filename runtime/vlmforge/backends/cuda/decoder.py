@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from vlmforge.backends.choice import FIRST_TOKENS, Begun, Choice, Found, Picked,
 from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.cuda.device import Arriving, Device, Mark, MeetingPlace, Work
 from vlmforge.backends.cuda.frames import Arrangement, Size, bucket, largest, most_tokens
-from vlmforge.backends.cuda.inputs import first_places, new_tokens, put, runs, totals
+from vlmforge.backends.cuda.inputs import each_token, first_places, new_tokens, put, runs, totals
 from vlmforge.backends.cuda.program import FEW, Program, Span, make_pools
 from vlmforge.backends.features import DeviceRows
 from vlmforge.backends.number_formats import DTYPES, encode
@@ -116,9 +116,9 @@ class PagedDecoder(DecoderSession):
 
     @override
     def step(self, batch: DecoderBatch) -> FloatArray:
-        wanted = batch.logits_indices.shape
-        if self._program.outputs is not None and wanted[1] > self._program.outputs:
+        if self._takes_several(batch):
             return self._token_by_token(batch)
+        wanted = batch.logits_indices.shape
         frame = self._filled(batch)
         self._run(frame, batch)
         shape = (*wanted, self._vocab_size)
@@ -130,11 +130,20 @@ class PagedDecoder(DecoderSession):
 
     def follow(self, batch: DecoderBatch) -> None:
         """See `FollowingDecoder`."""
+        if self._takes_several(batch):
+            for one in each_token(batch):
+                self.follow(one)
+            return
         self._run(self._filled(batch), batch)
+
+    def _takes_several(self, batch: DecoderBatch) -> bool:
+        """Whether it takes several steps: the program gives fewer logits in one."""
+        outputs = self._program.outputs
+        return outputs is not None and batch.logits_indices.shape[1] > outputs
 
     def _token_by_token(self, batch: DecoderBatch) -> FloatArray:
         """The logits after several tokens, of a program that gives fewer of them in a step."""
-        found = np.concatenate([self.step(one).copy() for one in _tokens(batch)], axis=1)
+        found = np.concatenate([self.step(one).copy() for one in each_token(batch)], axis=1)
         return np.take_along_axis(found, batch.logits_indices[..., None], axis=1)
 
     def likeliest(self, batch: DecoderBatch) -> IntArray:
@@ -382,16 +391,3 @@ def _ids(raw: NDArray[np.uint8]) -> Sequence[np.int64]:
 def _none(batch: DecoderBatch) -> IntArray:
     """All tokens of the batch stand in it."""
     return np.full(len(batch.slots), -1, np.int64)
-
-
-def _tokens(batch: DecoderBatch) -> Iterator[DecoderBatch]:
-    """A step for each token of a batch, with the logits after it."""
-    for place in range(batch.input_ids.shape[1]):
-        one = slice(place, place + 1)
-        yield replace(
-            batch,
-            input_ids=batch.input_ids[:, one],
-            past_lengths=batch.past_lengths + place,
-            logits_indices=np.zeros((len(batch.input_ids), 1), np.int64),
-            turns=None if batch.turns is None else batch.turns[:, one],
-        )

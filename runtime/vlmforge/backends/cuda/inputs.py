@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,3 +95,16 @@ def _in_a_row(name: str, values: NDArray[Any], batch: DecoderBatch) -> NDArray[A
 def _fill(view: NDArray[Any], values: NDArray[Any]) -> None:
     view[: len(values)] = values
     view[len(values) :] = 0
+
+
+def each_token(batch: DecoderBatch) -> Iterator[DecoderBatch]:
+    """A step for each token of a batch, with the logits after it."""
+    for place in range(batch.input_ids.shape[1]):
+        one = slice(place, place + 1)
+        yield replace(
+            batch,
+            input_ids=batch.input_ids[:, one],
+            past_lengths=batch.past_lengths + place,
+            logits_indices=np.zeros((len(batch.input_ids), 1), np.int64),
+            turns=None if batch.turns is None else batch.turns[:, one],
+        )
