@@ -111,6 +111,7 @@ def load(engine: Path, at_once: int, on_cpu: bool, began: float, results: Result
             "chain_runs_s": clock.took("chain"),
             "kernels_s": clock.took("kernels"),
             "memory_s": clock.took("memory"),
+            "weights_s": clock.took("weights"),
             "captures_at_load": len(at_load),
             "rest_s": ready - imported - driver - known,
             "host_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,

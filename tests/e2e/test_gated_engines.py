@@ -67,4 +67,5 @@ def test_an_engine_of_before_and_one_of_today_give_the_same_tokens(
 def test_inspect_tells_them(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(cuda_engine(shared, HF.name))]) == 0
     said = capsys.readouterr().out
+    assert "6 segments of 5 graphs, " in said
     assert "2 launches of attention and 2 gated activations between them; kernels for" in said

@@ -106,6 +106,20 @@ def test_a_chain_takes_more_the_more_tokens_are_run_at_once() -> None:
     assert one > part.loaded_bytes
 
 
+def test_segments_of_one_graph_have_one_session_and_one_arena() -> None:
+    part = RICH.part("decoder")
+    assert part.chain is not None
+    first, *others = part.chain.steps
+    assert first.segment is not None and others[1].segment is not None
+    row = first.segment.token_bytes
+    again = replace(others[1], segment=replace(others[1].segment, file=first.segment.file))
+    joined = replace(part, chain=replace(part.chain, steps=(first, others[0], again, *others[2:])))
+    apart, one = (memory.part_memory(each, 100, 1) for each in (part, joined))
+    assert apart.library - one.library == 76e6
+    assert apart.activations - one.activations == pytest.approx(100 * 1.2 * row)
+    assert apart.weights == one.weights
+
+
 def test_what_lies_between_steps_is_what_lives_at_once() -> None:
     chain = RICH.part("decoder").chain
     assert chain is not None

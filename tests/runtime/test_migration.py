@@ -90,6 +90,20 @@ def test_sums_of_engines_of_before_are_sums(tmp_path: Path) -> None:
     assert load_manifest(tmp_path) == RICH
 
 
+def test_segments_of_before_have_all_their_weights_inside(tmp_path: Path) -> None:
+    data = json.loads(dump_manifest(RICH))
+    for part in data["parts"][1:]:
+        for segment in (step["segment"] for step in part["chain"]["steps"] if step["segment"]):
+            del segment["weights"], segment["names"]
+    data["digest"] = manifest_digest(data)
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(data), "utf-8")
+    chain, now = (one.parts[1].chain for one in (load_manifest(tmp_path), RICH))
+    assert chain is not None and now is not None
+    assert [(s.weights, s.names) for s in chain.segments] == [((), ())] * len(now.segments)
+    assert {*chain.segments[0].called.values()} == {"qkv0", "hidden"}
+    assert chain.segments[1] == dataclasses.replace(now.segments[1], weights=(), names=())
+
+
 def test_an_engine_of_before_keeps_its_window() -> None:
     positions = EXPECTED["2_center_crop"].decode.positions
     assert not positions.extends

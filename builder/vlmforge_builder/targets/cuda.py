@@ -1,7 +1,7 @@
 """CUDA: graphs that ONNX Runtime's CUDA provider runs, and between them our attention kernels.
 
 The decoder becomes a chain (`vlmforge.engine.chain`): no GPU is needed to make it. All its pieces
-take their weights from one file.
+take their weights from one file, and those that are alike are one graph.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ _ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
-class _Within(Memory):
-    """A piece of what is allocated as one."""
+class _Within:
+    """See `Memory`. A piece of what is allocated as one."""
 
     address: int
     whole: GpuMemory
