@@ -25,7 +25,6 @@ from vlmforge.backends.cuda.frames import (
     tensors_of,
 )
 from vlmforge.backends.cuda.program import FEW, Pools, Program, Span
-from vlmforge.backends.cuda.segments import load_segments
 from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, PartChain, TensorSpec
 from vlmforge.engine.interface import BLOCK_TABLE, LOGITS, QUERY_LENGTHS
 from vlmforge.engine.manifest import KVLayout, Part
@@ -65,8 +64,7 @@ class ChainProgram(Program):
         self._specs = tensors_of(part.chain)
         self._page, self._columns = kv.page_size, -(-options.capacity // kv.page_size)
         self._inputs = inputs_of(part.inputs, self._columns)
-        files = [segment.file for segment in part.chain.segments]
-        self._segments = load_segments(device, folder, files)
+        self._segments = {s.file: device.segment(folder / s.file) for s in part.chain.segments}
         self._loaded = device.kernels(
             _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}
         )
