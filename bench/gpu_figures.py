@@ -92,7 +92,7 @@ PARTS = {
     "load": Part(
         60,
         "where the time goes from a process's start",
-        (("gpu_load.py", f"{{{_LARGE}}}", "--at-once", "3", "1"),),
+        (("gpu_load.py", f"{{{_LARGE}}}", "--ways", "0:1", "4:1"),),
         (_LARGE,),
     ),
     "int8": Part(25, "steps of whole numbers", (_decode("7b.int8", *_FEW),), ("7b.int8",)),

@@ -1,14 +1,15 @@
 """Where the time goes from a process's start to an engine on a GPU that answers.
 
-    python3 bench/gpu_load.py ENGINE                # as pipelines do, and other numbers at once
-    python3 bench/gpu_load.py ENGINE --at-once 3 1 --out results.jsonl
-    python bench/gpu_load.py ENGINE --on-cpu        # the stand-in, where there is no GPU
+    python3 bench/gpu_load.py ENGINE                          # as pipelines do, and other ways
+    python3 bench/gpu_load.py ENGINE --ways 0:1 4:1 --out results.jsonl
+    python bench/gpu_load.py ENGINE --on-cpu --ways 0:1       # the stand-in
 
-`load`: a process of its own for each number of graphs that are loaded at once. Sessions overlap:
-`sessions_s` is the time in which any is being made, `sessions_sum_s` that of all, one by one;
-`rest_s` is what no other column has (the files' check, templates, the tokenizer). `pieces`: what a
-session is made of, a handle of a library at a time, and how fast weights come to the device. All is
-in the system's cache from the second process on, so the first is run twice.
+`load`: a process of its own for each way, `R:N`: sessions whose weights are read by R threads of
+the library's loader (0: without it), N of them made at once (runtimes make one after the other).
+Where they overlap, `sessions_s` is the time in which any is being made, `sessions_sum_s` that of
+all; `rest_s` is what no other column has (the files' check, templates, the tokenizer). `pieces`:
+what a session is made of, a handle of a library at a time, and how fast weights come to the device.
+All is in the system's cache from the second process on, so the first way is run twice.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("runtime", "plugins_cuda")]
 from gpu_results import Results, attempt, attempts, seconds_of  # noqa: E402
 
 SLOTS = 64
-_AT_ONCE = (3, 1, 2, 4, 8)
+_WAYS = ("0:1", "4:1", "0:3", "4:3")
 _TIMES = 8
-_COPIED = 1 << 30
+_COPIED, _PINNED = 1 << 30, 1 << 26
 # Of CUDA 13: the library that ONNX Runtime has loaded, and what makes a handle of it.
 _HANDLES = (
     ("libcublas.so.13", "cublasCreate_v2"),
@@ -81,15 +82,15 @@ class Clock:
         return [end - begin for begin, end in sorted(self.spans.get(kind, []))]
 
 
-def load(engine: Path, at_once: int, on_cpu: bool, began: float, results: Results) -> None:
+def load(engine: Path, way: str, on_cpu: bool, began: float, results: Results) -> None:
     """In a process that began at `began`, by `time.time`."""
     from vlmforge import GenerationConfig, pipeline
-    from vlmforge.backends.cuda import machine, segments
+    from vlmforge.backends.cuda import machine
 
     device = _device(on_cpu)
     imported = time.time() - began
-    segments.AT_ONCE = at_once
     clock = _watched(device)
+    _choose(way, device, engine, on_cpu)
     free = 0 if on_cpu else machine.find_gpu().free  # the driver begins here, not in `rest_s`
     driver = time.time() - began - imported
     with _place(on_cpu), pipeline(engine, max_batch_size=SLOTS) as pipe:
@@ -121,7 +122,7 @@ def load(engine: Path, at_once: int, on_cpu: bool, began: float, results: Result
         row["first_answer_s"] = time.time() - began
         pipe("hi", GenerationConfig(max_new_tokens=4, ignore_eos=True))
         row["captures_ms"] = 1e3 * clock.took("captures")
-    results.add("load", engine=engine.name, case=f"{at_once} at once", **row)
+    results.add("load", engine=engine.name, case=way, **row)
 
 
 def _device(on_cpu: bool) -> Any:
@@ -133,6 +134,32 @@ def _device(on_cpu: bool) -> Any:
     from vlmforge.backends.cuda.gpu import Gpu
 
     return Gpu
+
+
+def _choose(way: str, device: Any, engine: Path, on_cpu: bool) -> None:
+    """Load as `way` says; with more than one at once, a chain's others ahead, behind its first."""
+    from vlmforge.backends.cuda import gpu
+    from vlmforge.engine.manifest import load_manifest
+
+    readers, at_once = map(int, way.split(":"))
+    if not on_cpu:
+        gpu.READERS = readers
+    chain = load_manifest(engine).part("decoder").chain
+    assert chain is not None
+    if at_once == 1:
+        return
+    first, *others = [engine / segment.file for segment in chain.segments]
+    real, pool, ahead = device.segment, ThreadPoolExecutor(at_once), dict[Path, Any]()
+
+    def segment(self: Any, file: Path) -> Any:
+        if file in ahead:
+            return ahead.pop(file).result()
+        loaded = real(self, file)
+        if file == first:
+            ahead.update({other: pool.submit(real, self, other) for other in others})
+        return loaded
+
+    device.segment = segment
 
 
 def _place(on_cpu: bool) -> contextlib.AbstractContextManager[None]:
@@ -170,6 +197,7 @@ def pieces(engine: Path, results: Results) -> None:
     for library, function in _HANDLES:
         work: Callable[[], object] = partial(_handles, library, function, name, results)
         failed += attempt(function, work)
+    failed += attempt("pinned memory", partial(_pinned, device, name, results))
     failed += attempt("small sessions", partial(_small, engine, device, results))
     failed += attempt("weights", partial(_copies, engine, device, results))
     assert not failed, f"{failed} pieces failed"
@@ -190,6 +218,20 @@ def _handles(library: str, function: str, name: str, results: Results) -> None:
     each = (free - machine.find_gpu().free) / _TIMES
     row = {"first_s": first, "others_ms": 1e3 * statistics.median(others), "each_mb": each / 1e6}
     results.add("handles", engine=name, case=function, **row)
+
+
+def _pinned(device: Any, name: str, results: Results) -> None:
+    """As a loader of weights takes it for each session: two pieces of 64 MiB."""
+    from vlmforge.backends.cuda.gpu import PinnedMemory
+
+    kept = list[Any]()
+
+    def one() -> None:
+        kept.extend(PinnedMemory(_PINNED, device.ordinal) for _ in range(2))
+
+    first, others = seconds_of(one), [seconds_of(one) for _ in range(_TIMES)]
+    row = {"first_s": first, "others_ms": 1e3 * statistics.median(others)}
+    results.add("handles", engine=name, case="two of 64 MiB, pinned", **row)
 
 
 def _small(engine: Path, device: Any, results: Results) -> None:
@@ -263,7 +305,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("engine", type=Path)
-    parser.add_argument("--at-once", type=int, nargs="+", default=list(_AT_ONCE))
+    parser.add_argument("--ways", nargs="+", default=list(_WAYS), metavar="R:N")
     parser.add_argument("--on-cpu", action="store_true", help="the processor in a GPU's place")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -273,11 +315,10 @@ def main() -> None:
     if given.child == "pieces":
         pieces(given.engine, results)
     elif given.child:
-        load(given.engine, int(given.child), given.on_cpu, given.began, results)
+        load(given.engine, given.child, given.on_cpu, given.began, results)
     else:
-        first, *others = given.at_once
-        numbers = [first, first, *others]
-        works = [(f"{n} at once", partial(apart, given, "--child", str(n))) for n in numbers]
+        ways = [given.ways[0], *given.ways]
+        works = [(way, partial(apart, given, "--child", way)) for way in ways]
         if not given.on_cpu:
             works.append(("pieces", partial(apart, given, "--child", "pieces")))
         attempts(works)

@@ -223,7 +223,11 @@ def test_chains_of_plans_meet_between_them(
     for part, other in zip(parts, meant, strict=True):
         chain, theirs = part.chain, other.chain
         assert chain is not None and theirs is not None and not chain.attention
-        assert chain.collectives == theirs.collectives
+        met, meant_to = (
+            [(call.kind, call.tensor, call.width) for call in one.collectives]
+            for one in (chain, theirs)
+        )
+        assert met == meant_to and not any(call.norm for call in chain.collectives)
         assert part.file == chain.segments[0].file and part.layers in part.data
         assert {segment.file for segment in chain.segments} < {part.file, *part.data}
         taken = [{spec.name for spec in segment.inputs} for segment in chain.segments]

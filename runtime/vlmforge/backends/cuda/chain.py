@@ -33,7 +33,6 @@ from vlmforge.backends.cuda.frames import (
 )
 from vlmforge.backends.cuda.placed_weights import place_weights
 from vlmforge.backends.cuda.program import FEW, Pools, Program, Span
-from vlmforge.backends.cuda.segments import load_segments
 from vlmforge.backends.number_formats import DTYPES
 from vlmforge.engine import chain
 from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, PartChain, TensorSpec
@@ -76,7 +75,7 @@ class ChainProgram(Program):
         self._specs = part.chain.tensors
         self._page, self._columns = kv.page_size, -(-options.capacity // kv.page_size)
         self._inputs = inputs_of(part.inputs, self._columns)
-        self._segments = load_segments(device, folder, [*part.chain.kinds])
+        self._segments = {file: device.segment(folder / file) for file in part.chain.kinds}
         self._weights = place_weights(device, folder, part.chain)
         self._loaded = device.kernels(
             _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}

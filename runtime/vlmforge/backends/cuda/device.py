@@ -147,7 +147,7 @@ class MeetingPlace(Protocol):
 
 
 class Device(Protocol):
-    """A device with a stream of work. One thread at a time, but for `segment`.
+    """A device with a stream of work. One thread at a time.
 
     Attributes:
         stream: The handle that kernels are launched with.
@@ -181,7 +181,7 @@ class Device(Protocol):
         """
 
     def segment(self, file: Path) -> Segment:
-        """Load a graph, on any thread (EngineError: the library cannot)."""
+        """Load a graph (EngineError: the library cannot)."""
 
     def session(self, file: Path) -> ort.InferenceSession:
         """Load a graph that is run from arrays and waited for (EngineError: see `segment`)."""

@@ -37,6 +37,13 @@ from vlmforge_plugins.gated_activation import launcher as gated
 
 _LEAST_STAGING, _MOST_STAGING, _LEAST_FETCH = 1 << 20, 1 << 24, 1 << 14
 _UPLOADS = 10  # under way at once: two steps have five each
+READERS = 0
+"""Threads by which each session's own loader of weights reads them; 0: it has no such loader.
+
+The library's default is 4, and a loader pins two pieces of 64 MiB of the host's memory, which it
+keeps: right for one large graph, not for the dozens of a chain.
+Source: https://github.com/microsoft/onnxruntime/pull/32437
+"""
 
 
 @cache
@@ -249,7 +256,6 @@ class Gpu(Device):
 
     @override
     def segment(self, file: Path) -> OrtSegment:
-        self.enter()  # whatever thread loads it
         settings = {"user_compute_stream": str(self.stream), "do_copy_in_default_stream": "1"}
         return OrtSegment(_session(file, self.ordinal, settings), "cuda", self, self.ordinal)
 
@@ -301,6 +307,7 @@ def _session(file: Path, ordinal: int, settings: Mapping[str, str]) -> ort.Infer
     # To try all ways to convolve takes long for each number of views, and memory that is not given
     # back; what is convolved is an image's patches, once.
     common |= {"device_id": str(ordinal), "cudnn_conv_algo_search": "HEURISTIC"}
+    common["external_data_loader_reading_threads"] = str(READERS)
     session = open_session(file, [(PROVIDER, {**common, **settings})], options)
     if session.get_providers()[0] != PROVIDER:
         raise not_loaded(file)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 from typing_extensions import override
 
-from vlmforge.backends.cuda.device import Device, Segment, Tensor, Work
+from vlmforge.backends.cuda.device import Segment, Tensor, Work
 from vlmforge.errors import EngineError
 from vlmforge.ort import ort
 
@@ -23,11 +22,6 @@ _ELEMENTS = {
     "float64": 11,
     "bfloat16": 16,
 }
-
-AT_ONCE = 3
-"""Graphs that are loaded at the same time. The library lets go of the interpreter meanwhile; what a
-session of a GPU takes to begin is many times what its graph takes to read. Each that is under way
-may hold its weights in the host's memory."""
 
 
 class OrtSegment(Segment):
@@ -69,20 +63,6 @@ class OrtSegment(Segment):
                 ) from error
 
         return work
-
-
-def load_segments(device: Device, folder: Path, names: Sequence[str]) -> Mapping[str, Segment]:
-    """The graphs of these files, in their order, a few at once.
-
-    Raises:
-        EngineError: the library cannot load one: of those that it cannot, the first.
-    """
-    first, *others = names
-    # Alone: what the library does once, it does now; where it can load nothing, nothing else began.
-    loaded = [device.segment(folder / first)]
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="vlmforge-load") as pool:
-        loaded += pool.map(lambda name: device.segment(folder / name), others)
-    return dict(zip(names, loaded, strict=True))
 
 
 def open_session(
