@@ -23,14 +23,15 @@ from vlmforge.backends.fake import cuda_on_cpu
 from vlmforge.runner.work import Work
 
 PHOTO = str(IMAGES / "photo_640x480.png")
+# Of each, the likeliest tokens are 0.05 ahead of the next ones: sums of another order change none.
 PROMPTS: list[Any] = [
     "one",
     "Write one line about cats, and then another one about dogs, and one about both of them.",
     ("What is shown in this image?", PHOTO),
-    "two words",
-    "three words here, and a number: 12345",
-    ("And in this one?", str(IMAGES / "tall_300x900.png")),
-    "hi",
+    "open the door please",
+    "tell me more about it",
+    ("tell me more about it", str(IMAGES / "tall_300x900.png")),
+    "seven small stones",
     "the end of all of this",
 ]
 WAYS: list[dict[str, Any]] = [
