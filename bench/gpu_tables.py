@@ -20,6 +20,7 @@ PREFILL_GOAL = 0.62
 # Others on the same kind of card, measured before, with the same requests: LMDeploy 0.18 (128 new
 # tokens each) and, where there are images, vLLM 0.26.
 OTHERS_TEXT = {8: 1024, 32: 2385, 128: 3504}
+_CHUNK = "chunk 2048"
 OTHERS_IMAGES, OTHERS_IMAGE_MS, IMAGE_GOAL = 21.3, 47.4, 0.7
 
 
@@ -140,8 +141,9 @@ def _serving(results: Results, card: Row) -> Iterator[str]:
         own = row["requests_per_s" if images else "tokens_per_s"]
         of = "vLLM's" if images else "LMDeploy's"
         against = "" if other is None else f"{_goal(own / other, 1.0)} of {of} {other}"
+        chunk = f" ({row['case']})" if row.get("case", _CHUNK) != _CHUNK else ""
         return [
-            f"{row['batch']} with an image each" if images else str(row["batch"]),
+            f"{row['batch']}{' with an image each' if images else ''}{chunk}",
             f"{row['requests_per_s']:.1f}",
             f"{row['tokens_per_s']:.0f}",
             against,
