@@ -33,7 +33,7 @@ _HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _PIECE = 2 << 20  # what handles are of
 _STOP, _FAILED = 0, 64  # bytes of the host's memory
 _TRIED = 1000  # numbers of the first meeting
-_EARLY = False  # whether norms behind sums start while the kernel in front of them ends
+_EARLY = False  # starts norms before the kernel in front ends: no whole step came through
 _EARLIEST = 90  # compute capability of what the kernels are compiled for
 
 
