@@ -182,14 +182,15 @@ def _sequence(
 ) -> ir.passes.Sequential:
     specs = (*dense.inputs, *dense.outputs)
     float32 = [s.name for s in specs if s.dtype == "float32" and s.name != IMAGE_FEATURES]
+    # What our kernels do stands between the pieces of a chain: the vision part is one piece.
+    ours = (FuseGatedPass(), FuseSumNormPass()) if isinstance(dense, DecoderInterface) else ()
     return ir.passes.Sequential(
         AssignPrecisionPass(settings.dtype, dtypes, float32),
         QuantiseWeightsPass(blocks),
         LowerDequantizePass(_WHOLE_ACTIVATIONS),
         Float32FeaturesPass(),
         FuseContribPass(),
-        FuseGatedPass(),
-        FuseSumNormPass(),
+        *ours,
         RemoveUnusedNodesPass(),
     )
 
