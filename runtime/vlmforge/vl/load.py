@@ -23,7 +23,7 @@ from vlmforge.vl.decode import upright_size
 from vlmforge.vl.encoded import Cancelled, check_size, open_encoded
 from vlmforge.vl.image_limits import DEFAULT_LIMITS, ImageLimits
 from vlmforge.vl.local_files import described, read_file, shown
-from vlmforge.vl.pillow_images import identity, loaded
+from vlmforge.vl.pillow_images import identity, loaded, pixel_bytes
 from vlmforge.vl.stored import StoredImage, pixels_image, stored_pixels
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
@@ -189,18 +189,31 @@ def _from_pillow(image: Image.Image, limits: ImageLimits) -> OpenedImage:
         upright_size(image),
         name,
         lambda _: loaded(image, called),
-        lambda: _digest(b"pixels", *identity(loaded(image, called))),
+        lambda: _digest_of_pixels(loaded(image, called)),
         lambda: stored_pixels(loaded(image, called)),
         read=True,
     )
 
 
 def _digest(*parts: bytes) -> bytes:
+    return _hashed(*parts).digest()
+
+
+def _digest_of_pixels(image: Image.Image) -> bytes:
+    """That of `_digest`, the pixels being one part."""
+    content, (size, pieces) = _hashed(b"pixels", *identity(image)), pixel_bytes(image)
+    content.update(size.to_bytes(8, "little"))
+    for piece in pieces:
+        content.update(piece)
+    return content.digest()
+
+
+def _hashed(*parts: bytes) -> hashlib.blake2b:
     content = hashlib.blake2b(digest_size=16)
     for part in parts:
         content.update(len(part).to_bytes(8, "little"))
         content.update(part)
-    return content.digest()
+    return content
 
 
 def _from_text(text: str, limits: ImageLimits) -> OpenedImage:

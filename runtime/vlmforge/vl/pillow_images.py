@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 
 from PIL import Image
 
 from vlmforge.vl.encoded import load_pixels
 from vlmforge.vl.orientation import of_image
+
+_PIECE_BYTES = 96 << 10  # the C library asks the system for what is larger, each time
 
 
 class _Locks:
@@ -48,8 +51,21 @@ def loaded(image: Image.Image, name: str) -> Image.Image:
     return image
 
 
-def identity(image: Image.Image) -> tuple[bytes, ...]:
-    """All of a loaded image that decides its colours."""
+def identity(image: Image.Image) -> tuple[bytes, bytes]:
+    """All of a loaded image beside its pixels that decides its colours."""
     facts = (image.mode, image.size, image.info.get("transparency"), of_image(image))
     palette = image.getpalette("RGBA") if image.mode in ("P", "PA") else None
-    return repr(facts).encode(), bytes(palette or ()), image.tobytes()
+    return repr(facts).encode(), bytes(palette or ())
+
+
+def pixel_bytes(image: Image.Image) -> tuple[int, Iterator[bytes]]:
+    """How many bytes the pixels of a loaded image are, and these, in pieces of whole rows.
+
+    All of them in one piece would be new memory each time, and the system gives that page by page.
+    """
+    width, height = image.size
+    row = len(image.crop((0, 0, width, 1)).tobytes())
+    rows = max(1, _PIECE_BYTES // row)
+    tops = range(0, height, rows)
+    pieces = (image.crop((0, y, width, min(height, y + rows))).tobytes() for y in tops)
+    return row * height, pieces
