@@ -175,7 +175,7 @@ def _norms(gpu: Gpu, ranks: Communicator, way: Any, replays: int, say: Callable[
 def _normed(
     gpu: Gpu, ranks: Communicator, way: Any, kind: str, rows: int, width: int, replays: int
 ) -> tuple[str, bool]:
-    """By one launch, by one that starts early, and by two: bit by bit the same, also as numpy's."""
+    """By one launch and by two: bit by bit the same, also as numpy's."""
     from vlmforge.backends.cuda.device import SumAndNorm
     from vlmforge.backends.cuda.peers import norm_alone
 
@@ -194,10 +194,6 @@ def _normed(
         apart += [way.all_reduce(call.given, call.total)]
         apart += [norm_alone(gpu, replace(call, given=call.total), way.kernels)]
     ways = {"apart": apart, "one": [way.sum_and_norm(call) for call in calls]}
-    if early_can(gpu):
-        way._early = True
-        ways["early"] = [way.sum_and_norm(call) for call in calls]
-        way._early = False
     times, found = {}, {}
     for name, works in ways.items():
         graph = _captured(gpu, ranks, works)
@@ -237,13 +233,6 @@ def _as_numpy_has_it(
         norm = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * rounded(scale)
         off = max(off, float(np.abs(decode(normed, kind).astype(np.float64) - norm).max()))
     return bitwise, off
-
-
-def early_can(gpu: Gpu) -> bool:
-    """Whether kernels of this GPU may start before those in front of them have ended."""
-    from vlmforge_plugins.cached_attention.driver import capability
-
-    return capability(gpu.ordinal) >= 90
 
 
 def _put(gpu: Gpu, kind: str, values: Any) -> tuple[Tensor, Any]:

@@ -8,11 +8,10 @@
 
 `speed` compares the first engine, of one rank, with the others of the same shape; what meeting
 takes is the difference to the same steps in which each rank goes on with its own share. `--small`
-compares bytes up to which sums go by our kernel, `--ways` sums and norms by two kernels and by one
-that starts while the one in front of it ends; with `--one-by-one` no step is begun before one
-has ended; `--drawn` draws tokens instead of taking the likeliest. Engines are made where the
-builder is: `bench/gpu_engines.py build ENGINES --kinds tp2`, `bench/hollow.py build ... --tp 2`.
-Needs what serving needs.
+compares bytes up to which sums go by our kernel, `--ways two` sums and norms by two kernels; with
+`--one-by-one` no step is begun before one has ended; `--drawn` draws tokens instead of taking the
+likeliest. Engines are made where the builder is: `bench/gpu_engines.py build ENGINES --kinds tp2`,
+`bench/hollow.py build ... --tp 2`. Needs what serving needs.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from vlmforge.engine.manifest import load_manifest  # noqa: E402
 from vlmforge.errors import RankError  # noqa: E402
 
 PROGRAM, ALONE, SMALL = "gpu_ranks", "VLMFORGE_BENCH_ALONE", "VLMFORGE_BENCH_SMALL"
-WAYS = {"early": "VLMFORGE_BENCH_EARLY", "two": "VLMFORGE_BENCH_TWO"}
+WAYS = {"two": "VLMFORGE_BENCH_TWO"}
 DRAWN = {"top_k": 40, "top_p": 0.9, "temperature": 0.8}
 
 
@@ -84,10 +83,6 @@ def as_asked() -> None:
         from vlmforge.backends.cuda import meeting
 
         meeting._SMALL = int(small)  # type: ignore[misc]
-    if os.environ.get(WAYS["early"]):
-        from vlmforge.backends.cuda import peers
-
-        peers._EARLY = True  # type: ignore[misc]
     if os.environ.get(WAYS["two"]):
         from vlmforge.backends.cuda.peers import Peers
 

@@ -109,16 +109,17 @@ class CudaKernels:
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         """Enqueues one kernel; the driver copies `params` before this returns."""
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        call(
-            driver.cuLaunchKernelEx,
-            launch_config(launch, stream),
-            self._functions[launch.kernel],
-            ctypes.addressof(arguments),
-            0,
-        )
+        enqueue(self._functions[launch.kernel], launch, params, stream)
 
 
+def enqueue(function: object, launch: Launch, params: ctypes.Structure, stream: int) -> None:
+    """Launches a kernel whose only argument is `params`, which the driver copies meanwhile."""
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    config = launch_config(launch, stream)
+    call(driver.cuLaunchKernelEx, config, function, ctypes.addressof(arguments), 0)
+
+
+@lru_cache(1024)  # a step of prompts has the same for every layer
 def launch_config(launch: Launch, stream: int) -> driver.CUlaunchConfig:
     """The driver's description of a launch."""
     config = driver.CUlaunchConfig()

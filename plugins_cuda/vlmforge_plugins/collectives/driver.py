@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from contextlib import suppress
 
 from cuda.bindings import driver
 
-from vlmforge_plugins.cached_attention.driver import call, launch_config
+from vlmforge_plugins.cached_attention.driver import call, enqueue
 from vlmforge_plugins.cached_attention.plan import Launch
 from vlmforge_plugins.collectives.launcher import KERNELS, NORMS, Params
 from vlmforge_plugins.errors import LaunchError
@@ -35,11 +34,4 @@ class CudaKernels:
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         """See `Kernels`."""
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        call(
-            driver.cuLaunchKernelEx,
-            launch_config(launch, stream),
-            self._functions[launch.kernel],
-            ctypes.addressof(arguments),
-            0,
-        )
+        enqueue(self._functions[launch.kernel], launch, params, stream)

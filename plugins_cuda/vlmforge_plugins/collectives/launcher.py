@@ -64,7 +64,6 @@ class Place:
         counts: `COUNTS_BYTES` of its own memory; zeroes before they first meet.
         stop, failed: 32 bits each of the host's memory, zeroes; see kernels/lanes.cuh.
         patience: Nanoseconds that a launch waits for another rank.
-        early: Whether kernels that can may start before the one in front of them has ended.
     """
 
     rank: int
@@ -73,7 +72,6 @@ class Place:
     stop: int
     failed: int
     patience: int
-    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -224,8 +222,7 @@ def _in_rows(norm: Norm, place: Place | None, most: int, name: str) -> Launches:
             share=groups,
             epsilon=norm.epsilon,
         )
-        early = place is not None and place.early
-        found.append((Launch(name, (rows, 1, 1), THREADS, _NORM_SHARED, early), params))
+        found.append((Launch(name, (rows, 1, 1), THREADS, _NORM_SHARED), params))
     return tuple(found)
 
 

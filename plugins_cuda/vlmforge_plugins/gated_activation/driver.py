@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import lru_cache
-
 from cuda.bindings import driver
 
 from vlmforge_plugins.cached_attention.config import Target
-from vlmforge_plugins.cached_attention.driver import call, launch_config
+from vlmforge_plugins.cached_attention.driver import call, enqueue
 from vlmforge_plugins.cached_attention.plan import Launch
 from vlmforge_plugins.gated_activation.launcher import Params, overlaps
 
@@ -32,14 +29,4 @@ class CudaKernels:
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         """See `Kernels`."""
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        call(
-            driver.cuLaunchKernelEx,
-            _config(launch, stream),
-            self._functions[launch.kernel],
-            ctypes.addressof(arguments),
-            0,
-        )
-
-
-_config = lru_cache(64)(launch_config)  # all layers have the same
+        enqueue(self._functions[launch.kernel], launch, params, stream)

@@ -33,8 +33,6 @@ _HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _PIECE = 2 << 20  # what handles are of
 _STOP, _FAILED = 0, 64  # bytes of the host's memory
 _TRIED = 1000  # numbers of the first meeting
-_EARLY = False  # starts norms before the kernel in front ends: no whole step came through
-_EARLIEST = 90  # compute capability of what the kernels are compiled for
 
 
 class Peers:
@@ -44,10 +42,8 @@ class Peers:
         kernels: Those that it launches.
     """
 
-    def __init__(
-        self, gpu: Gpu, rank: int, size: int, kernels: launcher.Kernels, *, early: bool = False
-    ) -> None:
-        self._gpu, self.kernels, self._rank, self._early = gpu, kernels, rank, early
+    def __init__(self, gpu: Gpu, rank: int, size: int, kernels: launcher.Kernels) -> None:
+        self._gpu, self.kernels, self._rank = gpu, kernels, rank
         lanes = launcher.lanes_bytes(size)
         needed = -(-(lanes + launcher.COUNTS_BYTES) // _PIECE) * _PIECE
         self._memory = gpu.allocate(needed)
@@ -64,8 +60,7 @@ class Peers:
         peers, handle, reason = None, bytes(_HANDLE_BYTES), ""
         gpu.enter()
         try:
-            early = _EARLY and _target(gpu, files).capability >= _EARLIEST
-            peers = Peers(gpu, ranks.rank, ranks.size, _kernels(gpu, files), early=early)
+            peers = Peers(gpu, ranks.rank, ranks.size, _kernels(gpu, files))
             handle = peers.handle()
         except (PluginError, EngineError, OSError) as error:
             reason = _words(error)
@@ -160,7 +155,6 @@ class Peers:
             words + _STOP,
             words + _FAILED,
             PATIENCE_S * 10**9,
-            self._early,
         )
         launches = launcher.launches(meeting, place)
 
