@@ -1,37 +1,79 @@
-"""Which of many weights are kept, and where a random number falls among them."""
+"""Which of many tokens may be drawn, with what weights, and where a random number falls."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDING = 1e-9
+from vlmforge.outputs.logprobs import Logits
+
 _BLOCK = 1024
+_OFF = 5e-6
+"""More than float32 is off by, in the sum of all weights or in one of those that matter."""
+_AROUND = np.array([1 - _OFF, 1 + _OFF])
 
 
-def nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Places of the smallest set of the largest that has `top_p` of all weight, or more.
+def weights_of(logits: Logits, temperature: float, peak: np.float32) -> NDArray[np.float64]:
+    """exp((logits - peak) / temperature): 1 where they are `peak`, the largest."""
+    # The largest is 0 before the division: no temperature can overflow it.
+    values: NDArray[np.float64] = np.subtract(logits, peak, dtype=np.float64)
+    if temperature != 1:
+        with np.errstate(over="ignore"):
+            values /= temperature
+    return np.exp(values, out=values)
 
-    Largest first, equals as they lie. The largest is 1. Sorting places is what costs: mostly few
-    have nearly all of the weight, and sorted values, which cost far less, tell how few.
+
+def nucleus(
+    logits: Logits, temperature: float, top_p: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The smallest set of the likeliest that has `top_p` of all weight: its places and weights.
+
+    Likeliest first, equals as they lie (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
+
+    Few mostly have nearly all of the weight. In float32 it costs little to see which: only theirs
+    are calculated in float64, unless the set's end is nearer than float32 can tell.
     """
-    total = float(weights.sum())
-    enough = top_p * total
-    # All places below this bound together hold less than 1 - top_p, so none of them is needed.
-    least = (total - enough) / (2 * len(weights))
-    for bound in (1e-4, least):
-        places = np.flatnonzero(weights >= max(bound, least))
-        values = weights[places]
-        if values.sum() > enough * (1 + _ROUNDING):
-            break
-    largest = np.sort(values)[::-1]
-    before = np.cumsum(largest) - largest
-    count = max(1, int(np.count_nonzero(before < enough)))
-    places = places[values >= largest[count - 1]]
-    alike = (largest[1:count] == largest[: count - 1]).any() or len(places) > count
-    order = np.argsort(-weights[places], kind="stable" if alike else None)  # which is faster
-    kept: NDArray[np.int64] = places[order[:count]]
-    return kept
+    peak = logits.max()
+    with np.errstate(all="ignore"):
+        rough: Logits = np.subtract(logits, peak)
+        rough /= np.float32(temperature)
+        np.exp(rough, out=rough)
+    total = float(rough.sum())
+    places = np.arange(len(logits)) if math.isnan(total) else _candidates(rough, total, top_p)
+    weights = weights_of(logits[places], temperature, peak)
+    order = np.argsort(-weights)
+    sums = np.cumsum(weights[order])
+    few, count = np.searchsorted(sums, top_p * total * _AROUND)
+    if few != count or math.isnan(total):
+        total = float(weights_of(logits, temperature, peak).sum())
+        count = np.searchsorted(sums, top_p * total)
+    kept = _in_order(weights, order, min(int(count) + 1, len(places)))
+    return places[kept], weights[kept]
+
+
+def _candidates(rough: Logits, total: float, top_p: float) -> NDArray[np.int64]:
+    """Places of more than have `top_p` of all weight: of the likeliest, and of all like those."""
+    # All below the last bound together have less than 1 - top_p, so none of them is needed.
+    least = total * (1 - top_p) / (2 * len(rough))
+    for bound in (1e-3, 1e-4, least):
+        bound = max(bound, least)
+        places = np.flatnonzero(rough >= bound * (1 - 4 * _OFF))
+        found = rough[places]
+        if float(found[found >= bound].sum()) > top_p * total * (1 + 4 * _OFF):
+            return places
+    return np.arange(len(rough))
+
+
+def _in_order(
+    weights: NDArray[np.float64], order: NDArray[np.int64], count: int
+) -> NDArray[np.int64]:
+    """The first `count` places of a sorting that has equals in any order: now as they lie."""
+    largest = weights[order[: count + 1]]
+    if (largest[1:] == largest[:-1]).any():
+        order = np.argsort(-weights, kind="stable")  # takes twice the time
+    return order[:count]
 
 
 def draw(ids: NDArray[np.int64] | None, weights: NDArray[np.float64], number: float) -> int:

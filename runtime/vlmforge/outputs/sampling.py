@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vlmforge.backends.choice import NO_EDITS, Choice, Edits, Picked
 from vlmforge.errors import ConfigError, EngineError
-from vlmforge.outputs.drawing import draw, nucleus
+from vlmforge.outputs.drawing import draw, nucleus, weights_of
 from vlmforge.outputs.grammar import Guide
 from vlmforge.outputs.logprobs import Logits, top_ids, top_logprobs
 
@@ -305,19 +305,15 @@ def _weights(
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.float64]]:
     """As `distribution`, but not normalised, and some may be 0. None: all ids, in order."""
     ids = top_ids(logits, params.top_k) if 0 < params.top_k < len(logits) else None
-    values = (logits if ids is None else logits[ids]).astype(np.float64)
-    # The largest is 0 before the division: no temperature can overflow it.
-    values -= values.max()
-    if params.temperature != 1:
-        with np.errstate(over="ignore"):
-            values /= params.temperature
-    weights: NDArray[np.float64] = np.exp(values, out=values)
+    kept = logits if ids is None else logits[ids]
     if params.top_p < 1:
-        kept = nucleus(weights, params.top_p)
-        ids, weights = kept if ids is None else ids[kept], weights[kept]
+        places, weights = nucleus(kept, params.temperature, params.top_p)
+        ids = places if ids is None else ids[places]
+    else:
+        weights = weights_of(kept, params.temperature, kept.max())
     if params.min_p > 0:
-        kept = np.flatnonzero(weights >= params.min_p)  # the largest is 1
-        ids, weights = kept if ids is None else ids[kept], weights[kept]
+        places = np.flatnonzero(weights >= params.min_p)  # the largest is 1
+        ids, weights = places if ids is None else ids[places], weights[places]
     return ids, weights
 
 
