@@ -35,9 +35,12 @@ def writable_cache(name: str) -> Path | None:
     return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
-def heaps_chosen() -> bool:
-    """Whether somebody decided already how many heaps the C library has: see mallopt(3)."""
-    return "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
+def heap_chosen() -> bool:
+    """Whether somebody decided already how the C library keeps memory: see mallopt(3)."""
+    names = (f"MALLOC_{name}" for name in ("ARENA_MAX", "MMAP_THRESHOLD_", "TRIM_THRESHOLD_"))
+    return any(name in os.environ for name in names) or (
+        "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    )
 
 
 def _caches() -> Path:

@@ -26,7 +26,9 @@ _USUAL_MOUNTS = {
     "memory": "/sys/fs/cgroup/memory",
     "cpu": "/sys/fs/cgroup/cpu",
 }
-_M_ARENA_MAX = -8  # of <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of <malloc.h>
+_OF_ITS_OWN = 8 << 20
+"""Bytes from which on a piece of memory is asked of the system, and goes back to it at once."""
 # Version 1 has no word for "unlimited", only a figure that no machine reaches.
 _V1_UNLIMITED = 1 << 60
 
@@ -70,15 +72,19 @@ def available_cpus(root: Path = _ROOT) -> int:
     return max(1, min([affinity or 1, *(math.ceil(quota) for quota in quotas)]))
 
 
-def keep_one_heap() -> None:
-    """Have the C library make no more heaps, one for each of many threads, from now on.
+def settle_heap() -> None:
+    """Have the C library make one heap, from now on, and keep what was just freed at its end.
 
-    glibc gives back what was freed only of the first: pictures that a dozen threads decoded would
-    leave a dozen heaps of 64 MB. Nothing is done where MALLOC_ARENA_MAX or GLIBC_TUNABLES say how
-    many there are, or with another C library. See mallopt(3).
+    glibc makes one for each of many threads and gives back what was freed only of the first:
+    pictures that a dozen threads decoded would leave a dozen heaps of 64 MB. What it gives back,
+    the next picture would get page by page: twice the size of a piece that is asked of the system
+    is kept. Nothing is done where MALLOC_* or GLIBC_TUNABLES say otherwise, or with another C
+    library. See mallopt(3).
     """
-    if (mallopt := _of_libc("mallopt")) is not None and not env.heaps_chosen():
+    if (mallopt := _of_libc("mallopt")) is not None and not env.heap_chosen():
         mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _OF_ITS_OWN)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _OF_ITS_OWN)
 
 
 def return_freed_memory() -> None:

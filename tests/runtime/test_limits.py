@@ -344,8 +344,8 @@ def test_a_pipeline_is_planned_within_the_limits(
 # Threads that all have memory at once, and how many heaps it came from.
 HEAPS = """
 import ctypes, sys, threading
-from vlmforge.limits import keep_one_heap
-keep_one_heap()
+from vlmforge.limits import settle_heap
+settle_heap()
 everybody = threading.Barrier(6)
 def allocate():
     kept = [bytearray(50_000) for _ in range(20)]
@@ -363,7 +363,12 @@ libc.fclose(file)
 
 @pytest.mark.parametrize(
     ("environment", "single"),
-    [({}, True), ({"MALLOC_ARENA_MAX": "4"}, False), ({"GLIBC_TUNABLES": "arena_max"}, False)],
+    [
+        ({}, True),
+        ({"MALLOC_ARENA_MAX": "4"}, False),
+        ({"MALLOC_TRIM_THRESHOLD_": "4096"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, False),
+    ],
 )
 def test_one_heap_unless_somebody_chose(
     tmp_path: Path, environment: dict[str, str], single: bool
@@ -372,6 +377,32 @@ def test_one_heap_unless_somebody_chose(
     subprocess.run(command, env={**os.environ, **environment}, check=True)
     heaps = (tmp_path / "heaps.xml").read_text("ascii").count("<heap ")
     assert (heaps == 1) == single
+
+
+# Memory of a picture that is freed and taken again: how often the system gave a page.
+FAULTS = """
+import resource
+from vlmforge.limits import settle_heap
+settle_heap()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    before = faults()
+    kept = [bytes(1_200_000) for _ in range(5)]
+    del kept
+print(faults() - before)
+"""
+
+
+@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_ARENA_MAX": "1"}, False)])
+def test_what_was_freed_last_is_there_for_the_next_picture(
+    environment: dict[str, str], kept: bool
+) -> None:
+    command = [sys.executable, "-c", FAULTS]
+    found = subprocess.run(
+        command, env={**os.environ, **environment}, check=True, capture_output=True
+    )
+    assert (int(found.stdout) < 100) == kept  # of 1,465 pages
 
 
 def test_freed_memory_goes_back() -> None:

@@ -26,7 +26,7 @@ from vlmforge.errors import ConfigError
 from vlmforge.field_rules import Instance, OrNone, check_value, shown
 from vlmforge.inputs.template_choice import choose_template
 from vlmforge.inputs.template_config import ChatTemplateConfig
-from vlmforge.limits import available_memory, keep_one_heap
+from vlmforge.limits import available_memory, settle_heap
 from vlmforge.runner.features import USUAL_BUDGET, FeatureCache
 from vlmforge.runner.load import load_engine
 from vlmforge.runner.stages import Engine
@@ -66,7 +66,7 @@ def pipeline(
         ConfigError: a configuration is out of range or asks for what the engine does not have.
     """
     _set_level(log_level)
-    keep_one_heap()
+    settle_heap()
     path = path_text(model_path)
     _check_kinds(backend_config, chat_template_config, vision_config)
     config, template_config = _apply(kwargs, backend_config or EngineConfig(), chat_template_config)

@@ -12,7 +12,7 @@ from PIL import Image
 from vlmforge.vl.encoded import load_pixels
 from vlmforge.vl.orientation import of_image
 
-_PIECE_BYTES = 96 << 10  # the C library asks the system for what is larger, each time
+_PIECE_BYTES = 1 << 20  # so much memory comes again and again from what was freed before
 
 
 class _Locks:
