@@ -20,10 +20,7 @@ class _Slot:
     salt: bytes = b""
     room: int = 0  # blocks that are accounted for
     last_used: int = 0
-    _memory: Keys = field(default_factory=lambda: NO_KEYS)
-
-    def extend(self, keys: Keys) -> None:
-        self.keys, self._memory = joined(self.keys, keys, self._memory)
+    memory: Keys = field(default_factory=lambda: NO_KEYS)
 
 
 class SlotCache(KVCache):
@@ -113,7 +110,8 @@ class SlotCache(KVCache):
 
     @override
     def note(self, sequence: int, keys: Keys) -> None:
-        self._slots[self._place[sequence]].extend(keys)
+        slot = self._slots[self._place[sequence]]
+        slot.keys, slot.memory = joined(slot.keys, keys, slot.memory)
 
     @override
     def free(self, sequence: int, *, valid: bool = True) -> None:

@@ -19,8 +19,8 @@ from vlmforge.runner.stages import Engine
 from vlmforge.runner.step import Step, StepResult
 from vlmforge.runner.terms import Terms
 from vlmforge.scheduler.request import cancelled
-from vlmforge.scheduler.scheduler import Scheduler, SequenceError
-from vlmforge.scheduler.sequence import State, TokenSequence
+from vlmforge.scheduler.scheduler import Scheduler
+from vlmforge.scheduler.sequence import SequenceError, State, TokenSequence
 from vlmforge.scheduler.together import Together
 from vlmforge.vl.prepared import PreparedImage
 

@@ -14,17 +14,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from vlmforge.kv.cache import KVCache, common_prefix
 from vlmforge.runner.step import AHEAD, Logits, Row, Step, StepResult
-from vlmforge.scheduler.sequence import State, TokenSequence, order
+from vlmforge.scheduler.sequence import SequenceError, State, TokenSequence, failing, order
 from vlmforge.scheduler.together import Together
-
-
-class SequenceError(Exception):
-    """The cache failed at one sequence; what it raised is the cause. Nothing was planned."""
-
-    def __init__(self, sequence: TokenSequence) -> None:
-        super().__init__(sequence.id)
-        self.sequence = sequence
-
 
 _ALL = 512  # tokens whose logits are wanted, at once: they take more memory than all else
 _ALIKE = 64  # tokens in common that are worth waiting for: the cache will have them then
@@ -96,10 +87,9 @@ class Scheduler:
         together = () if prefill is None else self._together(prefill)
         prompts = {row.sequence for row in ((prefill, *together) if prefill else ())}
         there = [s for s in decoding if s.state is State.RUNNING and s.id not in prompts]
-        decode = [s for s in there if s.decoding]
-        if prefill is None and not decode:
+        rows = tuple([self._token_row(s) for s in there if s.decoding])
+        if prefill is None and not rows:
             return None
-        rows = tuple(self._row(s, s.computed, len(s.tokens)) for s in decode)
         return Step(self._cache.take_moves(), prefill, rows, together)
 
     def behind(self, step: Step) -> Iterator[int]:
@@ -164,10 +154,12 @@ class Scheduler:
                 if before is None:
                     return None
                 continue
-            with _at(sequence):
+            try:
                 if not self._cache.grow(sequence.id, start + 1):
                     return None
                 place = self._cache.place(sequence.id)
+            except BaseException as error:
+                raise SequenceError(sequence) from error
             rows.append(Row(sequence.id, (token,), start, place, "last"))
         return rows
 
@@ -179,7 +171,7 @@ class Scheduler:
         start, stop = self._next_part(sequence)
         if sequence.wants_all:
             return None
-        with _at(sequence):
+        with failing(sequence):
             if not self._cache.grow(sequence.id, stop):
                 return None
         first = self._row(sequence, start, stop)
@@ -196,16 +188,17 @@ class Scheduler:
         for name in result.failed & running.keys():
             self.remove(running.pop(name), valid=False)
         for row in step.rows:
-            sequence = running.get(row.sequence)
-            if sequence is None or row.sequence in result.again:
+            name = row.sequence
+            sequence = running.get(name)
+            if sequence is None or name in result.again:
                 continue
             try:
                 self._note(sequence, row, result)
             except SequenceError as error:
                 errors.append(error)
                 self.remove(error.sequence, valid=False)
-            if sequence.state is State.RUNNING and row.sequence in result.tokens:
-                token = result.tokens[row.sequence]
+            if sequence.state is State.RUNNING and name in result.tokens:
+                token = result.tokens[name]
                 if token is None:
                     self.remove(sequence)
                 else:
@@ -222,9 +215,12 @@ class Scheduler:
             self._cache.free(name, valid=self._leaving.pop(name))
 
     def _note(self, sequence: TokenSequence, row: Row, result: StepResult) -> None:
-        with _at(sequence):
-            self._cache.note(sequence.id, sequence.keys[row.start : row.stop])
-        sequence.computed = row.stop
+        stop = row.stop
+        try:
+            self._cache.note(sequence.id, sequence.keys[row.start : stop])
+        except BaseException as error:
+            raise SequenceError(sequence) from error
+        sequence.computed = stop
         if not row.forks:
             return
         forks, sequence.forks = sequence.forks, []
@@ -248,7 +244,7 @@ class Scheduler:
                 return
             if self._ahead[parent.id]:  # it writes to what they would share
                 return
-            with _at(fork):
+            with failing(fork):
                 if not self._cache.fork(parent.id, fork.id, fork.keys[:prompt]):
                     return
             self._run(fork, prompt)
@@ -276,7 +272,8 @@ class Scheduler:
         return self._row(sequence, start, stop)
 
     def _next_prompt(self) -> TokenSequence | None:
-        return next(filter(self._prompting, self._running), None) or self._admit()
+        begun = self._running if self._decoding < len(self._running) else ()  # mostly all decode
+        return next(filter(self._prompting, begun), None) or self._admit()
 
     def _prompting(self, sequence: TokenSequence) -> bool:
         """Whether more than its newest token is left to run, behind what is under way."""
@@ -308,7 +305,7 @@ class Scheduler:
             return None
         start = self._start(sequence)
         stop = start + self._beside.part(len(sequence.tokens) - start, room)
-        with _at(sequence):
+        with failing(sequence):
             fits = stop > start and self._beside.fits(rows, start, stop)
             if not fits or not self._cache.grow(sequence.id, stop):
                 return None
@@ -338,21 +335,31 @@ class Scheduler:
         return sequence
 
     def _row(self, sequence: TokenSequence, start: int, stop: int) -> Row:
-        with _at(sequence):
+        with failing(sequence):
             place = self._cache.place(sequence.id)
         ends = stop == len(sequence.tokens)
         logits: Logits = "all" if sequence.wants_all else "last" if ends else "none"
         forks = tuple(fork.id for fork in sequence.forks) if ends else ()
         return Row(sequence.id, tuple(sequence.tokens[start:stop]), start, place, logits, forks)
 
+    def _token_row(self, sequence: TokenSequence) -> Row:
+        """The newest token of one that decodes."""
+        try:
+            place = self._cache.place(sequence.id)
+        except BaseException as error:
+            raise SequenceError(sequence) from error
+        return Row(sequence.id, (sequence.tokens[-1],), sequence.computed, place, "last")
+
     def _make_room(self, sequence: TokenSequence, tokens: int) -> bool:
         """Room for `tokens` tokens, if need be of those served later; False: it lost its own."""
-        with _at(sequence):
+        try:
             while not self._cache.grow(sequence.id, tokens):
                 last = self._running[-1]
                 self._preempt(last)
                 if last is sequence:
                     return False
+        except BaseException as error:
+            raise SequenceError(sequence) from error
         return True
 
     def _admit(self) -> TokenSequence | None:
@@ -371,7 +378,7 @@ class Scheduler:
     def _begin(self, sequence: TokenSequence) -> int | None:
         if len(self._running) >= self._rows:
             return None
-        with _at(sequence):
+        with failing(sequence):
             return self._cache.begin(
                 sequence.id, sequence.keys, salt=sequence.salt, reuse=not sequence.fresh
             )
@@ -382,19 +389,3 @@ class Scheduler:
         sequence.state, sequence.computed = State.WAITING, 0
         sequence.preempted += 1
         bisect.insort(self._waiting, sequence, key=order)
-
-
-class _at:  # noqa: N801 - reads as what it is: with _at(sequence)
-    """Makes what the cache raises a `SequenceError`. A class: it costs each row a few entries."""
-
-    __slots__ = ("_sequence",)
-
-    def __init__(self, sequence: TokenSequence) -> None:
-        self._sequence = sequence
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if error is not None:
-            raise SequenceError(self._sequence) from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from vlmforge.kv.cache import NO_KEYS, Keys, joined
@@ -88,3 +90,20 @@ class TokenSequence:
 def order(sequence: TokenSequence) -> tuple[int, int]:
     """Who is served first."""
     return -sequence.priority, sequence.id
+
+
+class SequenceError(Exception):
+    """The cache failed at one sequence; what it raised is the cause. Nothing was planned."""
+
+    def __init__(self, sequence: TokenSequence) -> None:
+        super().__init__(sequence.id)
+        self.sequence = sequence
+
+
+@contextmanager
+def failing(sequence: TokenSequence) -> Iterator[None]:
+    """Makes what the cache raises a `SequenceError`. What is done for each token has it written."""
+    try:
+        yield
+    except BaseException as error:
+        raise SequenceError(sequence) from error
