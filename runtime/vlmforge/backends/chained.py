@@ -26,8 +26,9 @@ from vlmforge.backends import (
     KeyValues,
     LoadOptions,
 )
-from vlmforge.backends.dense import Order, PlacedCache
+from vlmforge.backends.dense import PlacedCache
 from vlmforge.backends.ranks import all_gather, all_reduce
+from vlmforge.backends.rows import Order
 from vlmforge.engine import interface
 from vlmforge.engine.chain import ChainStep, Collective, PartChain, TensorSpec
 from vlmforge.engine.manifest import KVLayout, Part

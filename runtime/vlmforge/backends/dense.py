@@ -9,14 +9,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from vlmforge.backends import DecoderBatch, FloatArray, KeyValues
-from vlmforge.backends.rows import Exchange, Rows
+from vlmforge.backends.rows import Exchange, Order, Rows
 from vlmforge.engine.interface import cache_names
 from vlmforge.engine.manifest import KVLayout
 from vlmforge.errors import BackendUnavailableError, SessionError
 from vlmforge.kv.cache import Copy, Move
-
-Order = list[int] | slice
-"""Of a batch's rows in the cache; a slice where they lie as they are."""
 
 
 class DenseCache:
@@ -96,6 +93,8 @@ class DenseCache:
             return
         _, heads, capacity, width = self._shape
         page = mmap.PAGESIZE
+        if not tokens:  # what there is of all heads lies together
+            heads, capacity = 1, heads * capacity
         for head in range(heads):
             begin = (row * heads + head) * capacity * width * 4
             start = -(-(begin + tokens * width * 4) // page) * page
@@ -121,14 +120,12 @@ class PlacedCache:
         arrangement = self._rows.arrange(batch.slots)
         for exchange in arrangement.exchanges:
             self._cache.exchange(exchange)
-        order = list(arrangement.order)
-        as_they_are = order == list(range(len(order)))
-        return arrangement.first_row, slice(len(order)) if as_they_are else order
+        return arrangement.first_row, arrangement.index
 
     def note(self, batch: DecoderBatch) -> None:
         """The batch's tokens have been written."""
         tokens = batch.past_lengths + batch.input_ids.shape[1]
-        self._rows.set_all_tokens(batch.slots, tokens.tolist())
+        self._rows.set_all_tokens(tuple(batch.slots), tokens)
 
     def move(self, move: Move) -> None:
         """See `DecoderSession`."""

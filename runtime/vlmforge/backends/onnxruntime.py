@@ -29,7 +29,8 @@ from vlmforge.backends import (
     VisionSession,
 )
 from vlmforge.backends.chained import ChainedDecoder, run_bound
-from vlmforge.backends.dense import Order, PlacedCache
+from vlmforge.backends.dense import PlacedCache
+from vlmforge.backends.rows import Order
 from vlmforge.engine import interface
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.manifest import KVLayout, Manifest, Part, decoder_name
@@ -130,9 +131,10 @@ class _TokenSteps:
         inputs = {item.name: item for item in session.get_inputs()}
         outputs = {item.name: item for item in session.get_outputs()}
         self._session = session
+        self._ids, self._lengths = np.zeros((rows, 1), np.int64), np.zeros(rows, np.int64)
         self._inputs: dict[str, NDArray[Any]] = {
-            interface.INPUT_IDS.name: np.zeros((rows, 1), np.int64),
-            interface.PAST_LENGTHS.name: np.zeros(rows, np.int64),
+            interface.INPUT_IDS.name: self._ids,
+            interface.PAST_LENGTHS.name: self._lengths,
             interface.LOGITS_INDICES.name: np.zeros((rows, 1), np.int64),
         }
         self._more = {interface.ROTARY_LEVELS.name, interface.TURNS} & inputs.keys()
@@ -160,8 +162,8 @@ class _TokenSteps:
         more = _more_inputs(batch)
         if length != 1 or batch.image_features is not None or more.keys() != self._more:
             return False
-        self._inputs[interface.INPUT_IDS.name][:rows] = batch.input_ids[order]
-        self._inputs[interface.PAST_LENGTHS.name][:rows] = batch.past_lengths[order]
+        self._ids[:rows] = batch.input_ids[order]
+        self._lengths[:rows] = batch.past_lengths[order]
         for name, values in more.items():
             self._inputs[name][:rows] = values[order]
         return True

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+Order = list[int] | slice
+"""Of a batch's rows in the cache; a slice where they lie as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,7 @@ class Exchange:
     second_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Arrangement:
     """After `exchanges`, the slots lie in the rows `first_row, first_row + 1, ...`.
 
@@ -31,6 +35,12 @@ class Arrangement:
     order: tuple[int, ...]
     exchanges: tuple[Exchange, ...]
 
+    @cached_property
+    def index(self) -> Order:
+        """`order`, to index what there is of each slot with."""
+        order = list(self.order)
+        return slice(len(order)) if order == list(range(len(order))) else order
+
 
 class Rows:
     """The permutation of `count` slots, and how many tokens are in each row."""
@@ -39,6 +49,7 @@ class Rows:
         self._row_of = list(range(count))
         self._slot_in = list(range(count))
         self._tokens = [0] * count  # by row
+        self._said: dict[Sequence[int], Sequence[int]] = {}  # behind these, and not looked at yet
         self._latest = range(0)  # the rows of the latest arrangement
         self._settled: dict[tuple[int, ...], Arrangement] = {}  # of slots that lie so
 
@@ -48,21 +59,30 @@ class Rows:
 
     def set_tokens(self, slot: int, tokens: int) -> None:
         """From now on the slot's first `tokens` tokens matter."""
+        self._listen()
         self._tokens[self._row_of[slot]] = tokens
 
-    def set_all_tokens(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """The same of each slot."""
-        for slot, count in zip(slots, tokens, strict=True):
-            self._tokens[self._row_of[slot]] = count
+    def set_all_tokens(self, slots: tuple[int, ...], tokens: Sequence[int]) -> None:
+        """The same of each slot. Most steps have the slots of the one before, and ask nothing."""
+        self._said.pop(slots, None)  # it comes last
+        self._said[slots] = tokens
+
+    def _listen(self) -> None:
+        for slots, tokens in self._said.items():
+            for slot, count in zip(slots, tokens, strict=True):
+                self._tokens[self._row_of[slot]] = int(count)
+        self._said.clear()
 
     def arrange(self, slots: Sequence[int]) -> Arrangement:
         """Bring the slots, all different, side by side; as few tokens as possible are moved."""
         if len(slots) == 1:
+            self._listen()
             return self._alone(slots[0])
         settled = self._settled.get(tuple(slots))  # mostly: those of the step before
         if settled is not None:
             self._latest = range(settled.first_row, settled.first_row + len(slots))
             return settled
+        self._listen()
         members = {self._row_of[slot] for slot in slots}
         first = min(members)
         if max(members) - first + 1 > len(slots):  # mostly they are side by side already

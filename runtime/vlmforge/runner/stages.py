@@ -371,7 +371,7 @@ class Engine:
                 np.repeat(behind[:, None, None], AXES, axis=2)
             )
         zeros = np.zeros((len(tokens), 1), np.int64)
-        slots = tuple(place[0] for place in places)
+        slots = tuple([place[0] for place in places])
         levels_given = levels if self.manifest.decode.positions.has_levels else None
         return DecoderBatch(
             slots, tokens[:, None], lengths, None, zeros, levels_given, places, turns

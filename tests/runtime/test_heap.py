@@ -1,0 +1,86 @@
+"""Memory that was freed: how the C library keeps it, and what goes back to the system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import resident
+from vlmforge.limits import return_freed_memory
+
+# Threads that all have memory at once, and how many heaps it came from.
+HEAPS = """
+import ctypes, sys, threading
+from vlmforge.limits import settle_heap
+settle_heap()
+everybody = threading.Barrier(6)
+def allocate():
+    kept = [bytearray(50_000) for _ in range(20)]
+    everybody.wait()
+threads = [threading.Thread(target=allocate) for _ in range(6)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "single"),
+    [
+        ({}, True),
+        ({"MALLOC_ARENA_MAX": "4"}, False),
+        ({"MALLOC_TRIM_THRESHOLD_": "4096"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, False),
+    ],
+)
+def test_one_heap_unless_somebody_chose(
+    tmp_path: Path, environment: dict[str, str], single: bool
+) -> None:
+    command = [sys.executable, "-c", HEAPS, str(tmp_path / "heaps.xml")]
+    subprocess.run(command, env={**os.environ, **environment}, check=True)
+    heaps = (tmp_path / "heaps.xml").read_text("ascii").count("<heap ")
+    assert (heaps == 1) == single
+
+
+# Memory of a picture that is freed and taken again: how often the system gave a page.
+FAULTS = """
+import resource
+from vlmforge.limits import settle_heap
+settle_heap()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    before = faults()
+    kept = [bytes(1_200_000) for _ in range(5)]
+    del kept
+print(faults() - before)
+"""
+
+
+@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_ARENA_MAX": "1"}, False)])
+def test_what_was_freed_last_is_there_for_the_next_picture(
+    environment: dict[str, str], kept: bool
+) -> None:
+    command = [sys.executable, "-c", FAULTS]
+    found = subprocess.run(
+        command, env={**os.environ, **environment}, check=True, capture_output=True
+    )
+    assert (int(found.stdout) < 100) == kept  # of 1,465 pages
+
+
+def test_freed_memory_goes_back() -> None:
+    """Blocks between others that stay: the C library would keep them."""
+    blocks = [bytearray(b"1" * 100_000) for _ in range(1000)]
+    del blocks[::2]
+    before = resident()
+    return_freed_memory()
+    assert before - resident() > 40_000_000
+    assert len(blocks) == 500
