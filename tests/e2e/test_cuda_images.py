@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +11,14 @@ import pytest
 from PIL import Image
 
 from conftest import HF, cuda_engine
-from stand_in import at_once
+from stand_in import at_once, settle
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
 from vlmforge.backends import FloatArray
 from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.cuda.vision import DeviceVision, HostVision, Piece, Pool, Store
 from vlmforge.backends.fake import HostDevice, cuda_on_cpu
-from vlmforge.backends.features import DEVICE_VIEWS, DeviceRows, Features
+from vlmforge.backends.features import DEVICE_VIEWS, DeviceRows, Features, device_features
 from vlmforge.runner.stages import Engine
 
 GREEDY = GenerationConfig(max_new_tokens=6, ignore_eos=True)
@@ -62,6 +61,12 @@ def test_nothing_is_captured_before_it_is_of_use(shared: Path) -> None:
         assert device.captures == 0
         pipe(PROMPTS[0], gen_config=GenerationConfig(max_new_tokens=1))
         assert device.captures == 1
+
+
+def pool_bytes(engine: Engine) -> int:
+    sizes = device_features(engine.manifest, engine.options.features)
+    assert sizes is not None
+    return sizes.kept
 
 
 def view_bytes(engine: Engine) -> int:
@@ -135,9 +140,9 @@ def test_pictures_that_wait_are_run_together(
 def test_where_the_pool_is_full_features_pass_through_the_host(
     loaded: Engine, wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gc.collect()
-    pool, take, keep = vision(loaded).store.pool, Pool.take, Store.keep
-    least = pool.free - 2 * view_bytes(loaded)
+    take, keep = Pool.take, Store.keep
+    assert vision(loaded).store.pool.free == pool_bytes(loaded)  # whoever came before has closed
+    least = pool_bytes(loaded) - 2 * view_bytes(loaded)
     kinds = set[type]()
 
     def tight(self: Pool, size: int) -> Piece | None:
@@ -157,25 +162,22 @@ def test_where_the_pool_is_full_features_pass_through_the_host(
 
 
 def test_features_are_let_go_when_the_prompt_has_been_run(loaded: Engine) -> None:
-    gc.collect()
-    pool = vision(loaded).store.pool
-    free = pool.free
+    pool, whole = vision(loaded).store.pool, pool_bytes(loaded)
     with served(loaded, feature_cache_bytes=0) as pipe:
         many = GenerationConfig(max_new_tokens=40, ignore_eos=True)
         frees = []
         for piece in pipe.stream_infer(PROMPTS[1], many):
-            frees.append(pool.free)
+            frees.append(pipe._scheduler.ask(lambda _: pool.free))  # by the thread that takes
             assert piece.finish_reason != "error"
-    assert frees[-1] == free  # while the answer is still being written
+    assert frees[0] == whole  # while the answer is still being written
     with served(loaded) as pipe:
         pipe(PROMPTS[0], gen_config=GREEDY)
-        assert pool.free == free - view_bytes(loaded)  # it is kept for who asks again
+        settle(pipe)
+        assert pool.free == whole - view_bytes(loaded)  # it is kept for who asks again
         assert pipe._scheduler._features.bytes == view_bytes(loaded)
         pipe(("Once more?", picture(1)), gen_config=GREEDY)
         assert pipe.metrics().images_encoded == 1
-    del pipe
-    gc.collect()
-    assert pool.free == free
+    assert pool.free == whole
 
 
 def test_a_prompt_that_is_run_again_has_its_pictures_encoded_again(
@@ -195,5 +197,6 @@ def test_a_prompt_that_is_run_again_has_its_pictures_encoded_again(
     with served(replace(loaded, options=options), feature_cache_bytes=0) as pipe:
         answers = at_once(pipe, asked, [more] * len(asked))
         assert [answer.token_ids for answer in answers] == alone
+        settle(pipe)
         assert pipe.metrics().preemptions > 0
         assert pipe.metrics().images_encoded > len(asked)

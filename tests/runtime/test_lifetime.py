@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import subprocess
 import sys
 import textwrap
@@ -12,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import wait_until
 from stand_in import HANG_S, Gate, Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline
+from vlmforge.scheduler.request import Request
 
 TESTS = Path(__file__).parents[1]
 
@@ -242,4 +245,47 @@ def test_a_closed_pipeline_frees_its_threads(threads: set[threading.Thread]) -> 
     for _ in range(3):
         with stand_in(Parts(1), slots=1) as pipe:
             pipe([("look", png(1)), "text"], plain(2))  # type: ignore[arg-type]
+    assert ended(threads)
+
+
+class _LateEnds(queue.SimpleQueue[Request | None]):
+    """Of a lane whose threads are told late that they are to end.
+
+    Attributes:
+        waiting: How often a thread has come to wait.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting, self.over = 0, False
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Request | None:
+        self.waiting += 1
+        return super().get(block, timeout)
+
+    def put(self, item: Request | None, block: bool = True, timeout: float | None = None) -> None:
+        if item is not None or self.over:
+            super().put(item, block, timeout)
+
+    def end(self) -> None:
+        self.over = True
+        self.put(None)
+
+
+def test_what_is_closed_is_freed_before_its_threads_have_ended(
+    threads: set[threading.Thread],
+) -> None:
+    parts, todo = Parts(1), _LateEnds()
+    pipe, freed = stand_in(parts, slots=1), weakref.ref(parts)
+    pipe._intake._images._todo = todo
+    pipe(("look", png(1)), plain(2))
+    wait_until(lambda: todo.waiting == 2)  # for the picture, and again
+    features = pipe._scheduler._features
+    assert features.bytes > 0
+    pipe.close()
+    left = features.bytes
+    del pipe, parts, features
+    held, alive = freed(), len(of_pipelines() - threads)
+    todo.end()
+    assert (left, held, alive) == (0, None, 1)
     assert ended(threads)

@@ -52,6 +52,10 @@ class FeatureCache:
         self._features.setdefault(digest, features)
         self._evict()
 
+    def let_go(self) -> None:
+        """Forget all of them. From the thread that calls `get`, at its end."""
+        self._features.clear()
+
     @property
     def bytes(self) -> int:
         """Bytes of the features that are kept."""

@@ -12,6 +12,7 @@ import functools
 import itertools
 import queue
 import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -158,7 +159,7 @@ class Lane(lifetime.Owner):
 
     def serve_here(self, request: Request) -> None:
         """Prepare a request on the caller's thread; what interrupts that one is raised in it."""
-        self._serve_one(request, raise_unless_fault)
+        self.serve_one(request, raise_unless_fault)
 
     @property
     def waiting(self) -> int:
@@ -209,7 +210,8 @@ class Lane(lifetime.Owner):
         busy = len(self._preparing) + sum(map(len, list(self._waiting.values())))
         if busy < len(self._threads) or len(self._threads) == self._most_threads:
             return
-        thread = threading.Thread(target=self._serve, name="vlmforge-prepare", daemon=True)
+        given = weakref.ref(self), self._todo
+        thread = threading.Thread(target=_serve, args=given, name="vlmforge-prepare", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
@@ -240,19 +242,7 @@ class Lane(lifetime.Owner):
             if not waiting:
                 self._waiting.pop(priority, None)
 
-    def _serve(self) -> None:
-        while self._serve_next():
-            pass
-        self._todo.put(None)  # for the next thread
-
-    def _serve_next(self) -> bool:
-        # Of its own: a thread that waits must not have the last request among its variables.
-        if (request := self._todo.get()) is None:
-            return False
-        self._serve_one(request)
-        return True
-
-    def _serve_one(
+    def serve_one(
         self, request: Request, judge: Callable[[BaseException], None] = lambda _: None
     ) -> None:
         """Prepare a request and hand it over; `judge` may raise what it ended with instead."""
@@ -283,6 +273,26 @@ class Lane(lifetime.Owner):
             if not self._held[priority]:
                 del self._held[priority]
             self._advance()
+
+
+def _serve(lane: weakref.ref[Lane], todo: queue.SimpleQueue[Request | None]) -> None:
+    """A thread of a lane, which holds nothing while it waits, neither the lane nor a request.
+
+    It may end late: who has closed a pipeline, and lets it go, has its engine's memory back then.
+    """
+    while _serve_next(lane, todo):
+        pass
+    todo.put(None)  # for the next thread
+
+
+def _serve_next(lane: weakref.ref[Lane], todo: queue.SimpleQueue[Request | None]) -> bool:
+    if (request := todo.get()) is None:
+        return False
+    if (found := lane()) is None:
+        request.fail(closed())
+    else:
+        found.serve_one(request)
+    return True
 
 
 def _full(found: int, most: int) -> QueueFullError:

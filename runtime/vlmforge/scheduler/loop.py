@@ -176,6 +176,7 @@ class Loop(lifetime.Owner):
         for job in left:
             job.let_go()
             job.fail(refusal())
+        self._features.let_go()  # now, not when nobody has this any more
         if isinstance(self._engine.decoder, ClosableDecoder):
             self._engine.decoder.close()
 
