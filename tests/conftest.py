@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -259,44 +259,26 @@ def divided_engine(shared: Path, name: str, ranks: int) -> Path:
 def cuda_engine(shared: Path, name: str, *more: str) -> Path:
     """The float16 engine of the target cuda of a golden checkpoint, built once for a run.
 
-    That of `HF` carries goldens, and kernels for every GPU; the others, and those with `more`
-    options, kernels only for one that other tests compile.
+    That of `HF` carries goldens; the others, and those with `more` options, do not.
     """
     options = ("--target", "cuda", "--dtype", "float16", *_GOLDEN_OPTIONS.get(name, ()), *more)
     if name != HF.name or more:
         options = (*options, "--skip-goldens")
     kind = ".".join(["cuda", *(option for option in more if not option.startswith("--"))])
-    with nullcontext() if name == HF.name and not more else kernels_for_one_gpu():
+    with kernels_for_one_gpu():
         return build_once(shared / f"{name}.{kind}.engine", DATA / name / "checkpoint", *options)
 
 
 @contextmanager
 def kernels_for_one_gpu() -> Iterator[None]:
-    """Builds in this process compile kernels for one GPU, which all tests share."""
+    """Builds in this process compile kernels for one GPU; those of others say what they are."""
+    from named_kernels import OneGpu
+    from vlmforge.env import writable_cache
     from vlmforge_builder import kernel_files
-    from vlmforge_builder.targets import cuda
-    from vlmforge_plugins.cached_attention.compile import compile_one, compile_source
-    from vlmforge_plugins.cached_attention.config import TARGETS
-    from vlmforge_plugins.collectives.compile import SOURCE
-    from vlmforge_plugins.gated_activation.compile import source_of
 
-    hopper = next(target for target in TARGETS if target.name == "sm_90")
+    real = kernel_files.compiler
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            cuda, "compile_set", lambda config, by, kept: (compile_one(config, hopper, by, kept),)
-        )
-        patch.setattr(
-            kernel_files,
-            "compile_set",
-            lambda by, kept: (compile_source(SOURCE, hopper, by, kept),),
-        )
-        patch.setattr(
-            cuda,
-            "compile_gates",
-            lambda activation, dtype, by, kept: (
-                compile_source(source_of(activation, dtype, hopper), hopper, by, kept),
-            ),
-        )
+        patch.setattr(kernel_files, "compiler", lambda: OneGpu(real(), writable_cache("kernels")))
         yield
 
 

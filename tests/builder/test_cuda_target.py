@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from conftest import HF, cuda_engine
 from lowered_decoder import session
+from named_kernels import HOPPER
 from vlmforge.engine.interface import interface_of
 from vlmforge.engine.manifest import load_manifest
 from vlmforge.errors import ConfigError
@@ -27,7 +28,7 @@ from vlmforge_builder.passes.likeliest_token import likeliest_token
 from vlmforge_builder.passes.scratch import token_bytes
 from vlmforge_builder.targets import Settings, load_target
 from vlmforge_builder.targets.cuda import PAGE_SIZE, _config
-from vlmforge_plugins.cached_attention.config import TARGETS
+from vlmforge_plugins.cached_attention.config import TARGETS, Config
 
 SETTINGS = Settings("float16", None, 128, 2, None, None, None)
 
@@ -236,10 +237,17 @@ def test_an_engine_carries_the_kernels_of_every_gpu(engine: Path) -> None:
     part = manifest.part("decoder")
     assert (manifest.backend, manifest.compute_dtype) == ("cuda", "float16")
     assert (manifest.kv.dtype, manifest.kv.page_size) == ("float16", PAGE_SIZE)
-    listed = {entry.path: entry.size for entry in manifest.files}
+    listed = {entry.path for entry in manifest.files}
     assert part.chain is not None
     assert set(part.chain.kernels) == {*(target.name for target in TARGETS), "ptx"}
-    assert all(listed[name] > 10_000 for name in part.chain.kernels.values())
+    for target, file in part.chain.kernels.items():
+        code = (engine / file).read_bytes()
+        assert file in listed
+        if target == HOPPER.name:
+            assert code[:4] == b"\x7fELF" and len(code) > 10_000
+        else:  # as the compiler gave it
+            config = Config(manifest.kv.head_dim, "float16", "float16")
+            assert code.startswith(f"{config.name} for {target}\0".encode())
     assert (part.inputs, part.outputs) == (
         interface_of(manifest, "decoder").inputs,
         interface_of(manifest, "decoder").outputs,

@@ -15,6 +15,7 @@ from damage import edit_json
 from drawn_decoder import drawn
 from heavy_checkpoint import HEAVY
 from live_parity import FAMILIES, checkpoint
+from named_kernels import Named
 from vlmforge import pipeline
 from vlmforge.cli import main
 from vlmforge.engine.layer_report import LayerReport, read_layers
@@ -26,8 +27,8 @@ from vlmforge_builder.build import BuildOptions, build_engine
 from vlmforge_builder.progress import Progress
 from vlmforge_builder.ranks import Rank
 from vlmforge_builder.targets import CompileJob, Settings, load_target
-from vlmforge_plugins.cached_attention.compile import Binary, Nvrtc, Source, compile_set
-from vlmforge_plugins.cached_attention.config import Config, Target
+from vlmforge_plugins.cached_attention.compile import Nvrtc, compile_set
+from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_recipes.llava.synthetic import PRESETS, SyntheticSpec, write_checkpoint
 
 # A checkpoint of each family and version, and the head sizes of their decoders.
@@ -63,33 +64,20 @@ class Build(Protocol):
     ) -> Path: ...
 
 
-class Named:
-    """A compiler whose kernels only say what they are of."""
-
-    def __init__(self) -> None:
-        self.version = Nvrtc().version
-
-    def compile(self, source: Source, target: Target) -> Binary:
-        return Binary(target, f"{source.name} for {target.name}\0".encode() * 64, "")
-
-
-# No plan is run here: it is enough that those of one checkpoint carry kernels as they are compiled.
+# No plan is run here: it is enough to know their kernels by name.
 NAMED = (
+    CARRIED,
     Config(64, "bfloat16", "bfloat16"),
     Config(32, "bfloat16", "float8_e4m3fn"),
 )
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Path]:
-    """Where the builds of this file find, and keep, their kernels: `NAMED`, and those of others."""
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the builds of this file find their kernels, those of `NAMED`, as if compiled before."""
     cache = tmp_path_factory.mktemp("named")
     for config in NAMED:
-        compile_set(config, Named(), cache / "kernels")
-    real = shared / "cache" / "kernels"
-    compile_set(CARRIED, Nvrtc(), real)
-    for kept in real.glob(f"{CARRIED.name}.*"):
-        (cache / "kernels" / kept.name).symlink_to(kept)
+        compile_set(config, Named.for_nvrtc(), cache / "kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLMFORGE_CACHE", str(cache))
         yield cache / "kernels"

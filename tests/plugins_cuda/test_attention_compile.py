@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from named_kernels import Named, named
 from vlmforge_plugins.cached_attention import compile as compiling
 from vlmforge_plugins.cached_attention.compile import (
     Binary,
@@ -41,7 +42,7 @@ CONFIG = Config(128, "float16", "float16")
 TARGET = {target.name: target for target in TARGETS}
 SHIPPED = [(config, target) for config in configs() for target in targets(config)]
 F16, BF16, FP8 = "float16", "bfloat16", "float8_e4m3fn"
-CARRIED = Config(32, F16, F16)  # by plans that other tests build: it is compiled for every GPU
+CARRIED = Config(32, F16, F16)  # by engines that other tests build, compiled for Hopper
 # On Hopper a producer feeds the others. Its code is of a size and of how the cache is stored; what
 # fp8 is widened to takes turns.
 PRODUCERS = [
@@ -249,8 +250,11 @@ def test_ptx_for_all_other_gpus(fp8: bool, nvrtc: Nvrtc, cache: Path) -> None:
     assert all(f".entry {kernel}(".encode() in code for kernel in KERNELS)
 
 
-def test_a_set_has_a_cubin_for_every_gpu_and_ptx(nvrtc: Nvrtc, cache: Path) -> None:
-    names = [binary.target.name for binary in compile_set(CARRIED, nvrtc, cache)]
+def test_a_set_has_a_cubin_for_every_gpu_and_ptx() -> None:
+    binaries = compile_set(CARRIED, Named())
+    for binary in binaries:
+        assert binary.code == named(source_of(sizes(CARRIED, binary.target)), binary.target)
+    names = [binary.target.name for binary in binaries]
     assert names == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "ptx"]
     fp8 = Config(64, "float16", "float8_e4m3fn")
     assert [target.name for target in targets(fp8)] == ["sm_89", "sm_90", "sm_120"]
@@ -372,11 +376,20 @@ def test_nvcc_is_told_what_nvrtc_is(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert caught.value.found == "error: no"
 
 
-def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: Path) -> None:
-    compiling.main(
-        ["--out", str(tmp_path), "--config", CARRIED.name, "--cache", str(cache)],
-    )
-    names = {path.name for path in tmp_path.iterdir()}
+def test_the_command_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    nvrtc: Nvrtc,
+    cache: Path,
+) -> None:
+    by = Named(log=compile_one(CARRIED, TARGET["sm_90"], nvrtc, cache).log)
+    asked: list[str] = []
+    monkeypatch.setattr(compiling, "compiler", lambda name: asked.append(name) or by)
+    own, out = tmp_path / "cache", tmp_path / "out"
+    compiling.main(["--out", str(out), "--config", CARRIED.name, "--cache", str(own)])
+    assert asked == ["nvrtc"] and len(list(own.iterdir())) == 6
+    names = {path.name for path in out.iterdir()}
     assert names == {f"{CARRIED.name}.{t.name}.cubin" for t in TARGETS} | {f"{CARRIED.name}.ptx"}
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6

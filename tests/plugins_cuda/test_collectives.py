@@ -166,7 +166,7 @@ def normed(total: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
 def test_a_sum_is_added_to_and_normalised(
     size: int, dtype: str, rows: int, width: int, spread: float
 ) -> None:
-    ranks, rows = Ranks(size), max(1, min(rows, 20_000 // width))
+    ranks, rows = Ranks(size), max(1, min(rows, 6_000 // width))
     for turn in range(2):
         numbers = rounded(spread * drawn(turn, size, rows, width, dtype=dtype), dtype)
         more = rounded(spread * drawn(turn + 5, rows, width, dtype=dtype), dtype)

@@ -23,7 +23,12 @@ VF_DEVICE void store_system_pair(u32x4* to, u64 low, u64 high) {
 }
 VF_DEVICE void load_system_pair(const u32x4* from, u64& low, u64& high) {
   static thread_local int looks = 0;
-  if (++looks % 64 == 0) std::this_thread::yield();  // the other rank may want this processor
+  // The other rank may want this processor, and so may others.
+  if (++looks % 1024 == 0) {
+    std::this_thread::sleep_for(std::chrono::microseconds(10));
+  } else if (looks % 64 == 0) {
+    std::this_thread::yield();
+  }
   const auto* words = reinterpret_cast<const u64*>(from);
   low = __atomic_load_n(words, __ATOMIC_RELAXED);
   high = __atomic_load_n(words + 1, __ATOMIC_RELAXED);
