@@ -58,15 +58,20 @@ class Call:
     terms: Terms
     do_preprocess: bool
     ahead: int
-    _events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
+    _events: queue.SimpleQueue[list[Event]] = field(default_factory=queue.SimpleQueue)
     _requests: dict[int, Request] = field(default_factory=dict)
 
     def events(
         self,
         items: Iterable[Conversation | Exception],
         configs: Iterable[GenerationConfig],
+        *,
+        together: bool = False,
     ) -> Generator[Event, None, None]:
         """Events of all items as they come, for a caller whose thread waits.
+
+        `together`: those of an item come with its last one. Who is not woken for each piece does
+        not take the interpreter from the worker, which has the next step to begin.
 
         No more items are under way than the engine can take soon, and while the queue is full only
         one waits in it: a long list of images needs no more memory than a short one. An abandoned
@@ -79,9 +84,9 @@ class Call:
         try:
             while more or self._requests:
                 while more and self._may_ask():
-                    more = yield from self._ask(asked, count)
+                    more = yield from self._ask(asked, count, together)
                 if self._requests:
-                    yield self._next()
+                    yield from self._next()
         finally:
             for request in self._requests.values():
                 self.intake.cancel(request)
@@ -129,6 +134,7 @@ class Call:
         self,
         asked: Iterator[tuple[int, tuple[Conversation | Exception, GenerationConfig]]],
         count: int | None,
+        together: bool,
     ) -> Generator[Event, None, bool]:
         """Submit the next item, of so many; False when there are no more.
 
@@ -144,22 +150,37 @@ class Call:
                 raise item
             if self.terms.over:
                 raise self.terms.timed_out()
-            self._requests[index] = request = self._request(item, config, self._events.put, index)
+            sink = self._sink(together)
+            self._requests[index] = request = self._request(item, config, sink, index)
             self.intake.submit(request, here=True)
         except VlmforgeError as error:
             self._requests.pop(index, None)
             yield Event(index, error=error)
         return index + 1 != count
 
-    def _next(self) -> Event:
-        """The next event; a process that was forked while one was awaited gets no more of them."""
+    def _sink(self, together: bool) -> Callable[[Event], None]:
+        """Of one request."""
+        put = self._events.put
+        if not together:
+            return lambda event: put([event])
+        events: list[Event] = []
+
+        def sink(event: Event) -> None:
+            events.append(event)
+            if event.last:
+                put(events)
+
+        return sink
+
+    def _next(self) -> list[Event]:
+        """The next events; a process that was forked while one was awaited gets no more of them."""
         self.loop.check_process()
         try:
-            event = self._events.get(timeout=self.terms.left)
+            events = self._events.get(timeout=self.terms.left)
         except queue.Empty:
             for request in self._requests.values():
                 self.intake.expire(request)
-            event = self._events.get()
-        if event.last:
-            del self._requests[event.index]
-        return event
+            events = self._events.get()
+        if events[-1].last:
+            del self._requests[events[-1].index]
+        return events

@@ -103,7 +103,7 @@ class Pipeline:
         refuse_adapter(adapter_name)
         responses: list[Response] = []
         ends = progress(parsed.count) if use_tqdm else nullcontext()
-        with ends as bar, closing(call.events(parsed.items, configs)) as events:
+        with ends as bar, closing(call.events(parsed.items, configs, together=True)) as events:
             for event in events:
                 while len(responses) <= event.index:
                     responses.append(Response(index=len(responses), session_id=len(responses)))
@@ -180,7 +180,7 @@ class Pipeline:
         refuse_adapter(adapter_name)
         refuse_choices(gen_config)
         session = Session() if session is None else session
-        pieces = self._turn(prompt, session, gen_config, call)
+        pieces = self._turn(prompt, session, gen_config, call, together=not stream_response)
         if stream_response:
             return pieces
         for _ in pieces:
@@ -193,12 +193,15 @@ class Pipeline:
         session: Session,
         gen_config: GenerationConfig | None,
         call: Call,
+        *,
+        together: bool,
     ) -> Iterator[Response]:
         self._scheduler.check()
         opened = self._engine.opened(parse_prompt(prompt), but_pillow=True)  # files: read once
         asked = session.with_prompt(opened)
         whole = Response(session_id=session.session_id)
-        with closing(call.events((asked,), one_for_each(gen_config, 1))) as events:
+        configs = one_for_each(gen_config, 1)
+        with closing(call.events((asked,), configs, together=together)) as events:
             for event in events:
                 if event.error is not None:
                     raise event.error
