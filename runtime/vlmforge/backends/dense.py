@@ -15,6 +15,10 @@ from vlmforge.engine.manifest import KVLayout
 from vlmforge.errors import BackendUnavailableError, SessionError
 from vlmforge.kv.cache import Copy, Move
 
+# So much of a row stays touched when its tokens go: to give a few pages back, and to be given
+# others by the next tokens, costs a small model more than its steps do.
+_KEPT_BYTES = 1 << 20
+
 
 class DenseCache:
     """Per layer, keys and values float32 `[rows, kv_heads, capacity, head_dim]`."""
@@ -29,6 +33,7 @@ class DenseCache:
             name: np.frombuffer(memory, np.float32).reshape(self._shape)
             for name, memory in self._memory.items()
         }
+        self._touched = [0] * rows  # tokens whose memory may be there although they are gone
 
     def rows(self, first: int, count: int) -> Iterator[tuple[str, FloatArray]]:
         """Each tensor in place by its name as an input, `[count, kv_heads, capacity, head_dim]`."""
@@ -50,14 +55,17 @@ class DenseCache:
             longer, shorter = shorter, longer
         (full, most), (other, common) = longer, shorter
         _, heads, _, width = self._shape
-        kept = self._scratch[: heads * common * width].reshape(heads, common, width)
-        for array in self._arrays.values():
-            kept[:] = array[full, :, :common]
-            array[full, :, :common] = array[other, :, :common]
-            array[other, :, :common] = kept
-            array[other, :, common:most] = array[full, :, common:most]
+        self._touched[other] = max(self._touched[other], most)
+        if common:
+            kept = self._scratch[: heads * common * width].reshape(heads, common, width)
+            for array in self._arrays.values():
+                kept[:] = array[full, :, :common]
+                array[full, :, :common] = array[other, :, :common]
+                array[other, :, :common] = kept
         if most > common:
-            self.drop(full, common)
+            for array in self._arrays.values():
+                array[other, :, common:most] = array[full, :, common:most]
+            self.drop(full, common, most)
 
     def read(self, row: int, tokens: int) -> KeyValues:
         """A copy of the first `tokens` tokens of a row: `[kv_heads, tokens, head_dim]` each."""
@@ -87,8 +95,15 @@ class DenseCache:
             array[row, :, start:tokens] = rows[name][:, start:]
         return tokens
 
-    def drop(self, row: int, tokens: int) -> None:
-        """Give the memory behind the first `tokens` tokens of a row back to the system."""
+    def drop(self, row: int, tokens: int, used: int) -> None:
+        """Of a row's first `used` tokens, give the memory behind the first `tokens` back.
+
+        To the system; a little of it is kept for the tokens that come next.
+        """
+        used = self._touched[row] = max(self._touched[row], used)
+        if self._memory_of(used) - self._memory_of(tokens) <= _KEPT_BYTES:
+            return
+        self._touched[row] = tokens
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         _, heads, capacity, width = self._shape
@@ -102,6 +117,12 @@ class DenseCache:
             if stop > start:
                 for memory in self._memory.values():
                     memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def _memory_of(self, tokens: int) -> int:
+        """Bytes of the pages that so many first tokens of a row are in."""
+        _, heads, _, width = self._shape
+        pages = -(-tokens * width * 4 // mmap.PAGESIZE)
+        return len(self._arrays) * heads * pages * mmap.PAGESIZE
 
 
 class PlacedCache:
@@ -117,7 +138,7 @@ class PlacedCache:
 
     def arrange(self, batch: DecoderBatch) -> tuple[int, Order]:
         """Bring a batch's slots side by side: their first row, and the batch's rows from there."""
-        arrangement = self._rows.arrange(batch.slots)
+        arrangement = self._rows.arrange(batch.slots, joining=batch.input_ids.shape[1] > 1)
         for exchange in arrangement.exchanges:
             self._cache.exchange(exchange)
         return arrangement.first_row, arrangement.index
@@ -129,12 +150,16 @@ class PlacedCache:
 
     def move(self, move: Move) -> None:
         """See `DecoderSession`."""
+        rows = self._rows
         if isinstance(move, Copy):
-            self._cache.copy(self._rows.row(move.source), self._rows.row(move.target), move.tokens)
-            self._rows.set_tokens(move.target, move.tokens)
+            for exchange in rows.renew(move.target):
+                self._cache.exchange(exchange)
+            self._cache.copy(rows.row(move.source), rows.row(move.target), move.tokens)
+            rows.set_tokens(move.target, move.tokens)
         else:
-            self._cache.drop(self._rows.row(move.place), move.tokens)
-            self._rows.set_tokens(move.place, move.tokens)
+            used = rows.tokens(move.place)
+            self._cache.drop(rows.row(move.place), move.tokens, used)
+            rows.set_tokens(move.place, move.tokens)
 
     def read(self, place: Sequence[int], tokens: int) -> KeyValues:
         """See `DecoderSession`."""

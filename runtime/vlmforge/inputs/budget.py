@@ -39,7 +39,22 @@ class TemplateLimitError(jinja2.TemplateError):
 
 @dataclass(slots=True)
 class _Budget:
+    """Of one rendering.
+
+    Attributes:
+        left: Units.
+        given: Its input, for which there is more; measured when that is needed, once.
+    """
+
     left: int
+    given: object
+
+    def overdrawn(self) -> bool:
+        """Whether nothing is left, with what the input allows for."""
+        given, self.given = self.given, None
+        if given is not None:
+            self.left += _WORK_PER_INPUT * work_of(given)
+        return self.left < 0
 
 
 _BUDGET: ContextVar[_Budget] = ContextVar("vlmforge_template_budget")
@@ -48,9 +63,8 @@ _BUDGET: ContextVar[_Budget] = ContextVar("vlmforge_template_budget")
 @contextmanager
 def limited(given: object = None) -> Iterator[None]:
     """Count the work of the block; `given` is its input, with which what it may do grows."""
-    token = _BUDGET.set(_Budget(MOST_WORK))
+    token = _BUDGET.set(_Budget(MOST_WORK, given))
     try:
-        _BUDGET.get().left += _WORK_PER_INPUT * work_of(given)
         yield
     finally:
         _BUDGET.reset(token)
@@ -60,7 +74,7 @@ def spend(work: int, what: str) -> None:
     """Count `work` units, done by `what` (TemplateLimitError: there are none left)."""
     budget = _BUDGET.get()
     budget.left -= abs(work)
-    if budget.left < 0:
+    if budget.left < 0 and budget.overdrawn():
         raise TemplateLimitError(f"{what} takes too much work (more than {MOST_WORK} operations)")
 
 

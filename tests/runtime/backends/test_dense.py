@@ -63,10 +63,15 @@ def test_a_row_that_moves_takes_its_memory_along() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 100, 255, 256])
-def test_what_is_dropped_goes_back_and_nothing_else_does(tokens: int) -> None:
+def test_what_is_dropped_goes_back_and_nothing_else_does(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "_KEPT_BYTES", 0)
     cache, values = filled()
-    cache.drop(1, tokens)
+    cache.drop(1, tokens, CAPACITY)
     found = content(cache)
+    if tokens <= 100:  # whole pages are behind them
+        assert not found[:, 1, :, tokens + 16 :].any()
     found[:, 1, :, tokens:] = values[:, 1, :, tokens:] = 0  # nobody reads it
     np.testing.assert_array_equal(found, values)
 
@@ -114,10 +119,41 @@ def test_memory_is_used_only_where_tokens_are() -> None:
     empty = resident()
     keys[1, :, :8192] = 1  # 32 MiB
     full = resident()
-    cache.drop(1, 0)
+    cache.drop(1, 0, 8192)
     assert empty - before < 8 << 20
     assert 24 << 20 < full - empty < 48 << 20
     assert resident() - empty < 8 << 20
+
+
+def test_a_little_memory_stays_until_it_is_much() -> None:
+    """A sequence of a small model is not worth the calls; what stays is known, wherever it goes."""
+    cache = DenseCache(LAYOUT, ROWS, 8192)
+    whole = np.stack([array for _, array in cache.rows(0, ROWS)])
+    del whole
+    token = 4 * 3 * 64 * 4  # bytes in all tensors
+    few, many = (1 << 20) // token - 64, 2 * (1 << 20) // token
+
+    def there(row: int, tokens: int) -> bool:
+        return any(array[row, :, tokens - 32 : tokens].any() for _, array in cache.rows(0, ROWS))
+
+    def write(row: int, tokens: int) -> None:
+        for _, array in cache.rows(row, 1):
+            array[0, :, :tokens] = 1
+
+    write(0, few)
+    cache.drop(0, 0, few)
+    assert there(0, few)
+    cache.drop(0, 0, 0)
+    assert there(0, few)
+    write(1, many)
+    cache.drop(1, 0, many)
+    assert not there(1, many)
+    write(2, many)
+    cache.drop(2, many - few, many)
+    assert there(2, many)
+    cache.exchange(Exchange(2, 3, many - few, 0))  # row 2 still holds what was not given back
+    assert not there(2, many - few)
+    assert not there(2, many)
 
 
 def test_address_space_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

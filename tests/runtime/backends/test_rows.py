@@ -15,11 +15,17 @@ def test_every_arrangement_is_whole(data: st.DataObject, count: int) -> None:
     before: list[list[int]] = []
     for _ in range(data.draw(st.integers(1, 12))):
         slot = data.draw(st.integers(0, count - 1))
-        rows.set_tokens(slot, data.draw(st.integers(0, 20)))
+        renewed = rows.renew(slot) if data.draw(st.booleans()) else ()
+        for exchange in renewed:
+            assert 0 in (exchange.first_tokens, exchange.second_tokens)
+            a, b = exchange.first, exchange.second
+            content[a], content[b] = content[b], content[a]
+        rows.set_tokens(slot, held := data.draw(st.integers(0, 20)))
+        assert rows.tokens(slot) == held
         new = st.lists(st.integers(0, count - 1), min_size=1, unique=True)
         asked = data.draw(st.sampled_from(before) | new if before else new)
         before.append(asked)
-        arrangement = rows.arrange(asked)
+        arrangement = rows.arrange(asked, joining=data.draw(st.booleans()))
         for exchange in arrangement.exchanges:
             a, b = exchange.first, exchange.second
             content[a], content[b] = content[b], content[a]
@@ -57,11 +63,46 @@ def test_who_holds_nothing_yet_goes_beside_those_that_run() -> None:
     assert rows.arrange([2, 3, 7]).exchanges == ()
 
 
+def moved(rows: Rows, slots: list[int], *, joining: bool = False) -> list[tuple[int, int]]:
+    """The tokens of the rows that an arrangement moves."""
+    found = rows.arrange(slots, joining=joining).exchanges
+    return [(exchange.first_tokens, exchange.second_tokens) for exchange in found]
+
+
+def test_sequences_that_begin_and_end_in_turn_stay_side_by_side() -> None:
+    """In the order in which they begin: nothing moves when one joins, nor when one ends."""
+    rows, left = Rows(8), [3, 0, 6, 5, 1, 2, 7, 4]  # who was used least recently, first
+    for slot in range(8):
+        rows.set_tokens(slot, 46)
+    rows.arrange([3])
+    running: list[int] = []
+    for slot in left[:5]:  # as many as there is room for above row 3
+        rows.renew(slot)  # a beginning that others have is copied to it
+        rows.set_tokens(slot, 36)
+        assert moved(rows, [slot], joining=True) == []
+        rows.set_tokens(slot, 46)
+        if running:
+            assert moved(rows, running) == []
+        running.append(slot)
+    while running:
+        assert moved(rows, running) == []
+        running.pop(0)
+
+
+def test_many_tokens_are_not_moved_for_an_order() -> None:
+    rows = Rows(6)
+    for slot, tokens in ((1, 50), (2, 50), (3, 900), (5, 80)):
+        rows.set_tokens(slot, tokens)
+    rows.arrange([1, 2])
+    (exchange,) = rows.renew(5)
+    assert {exchange.first, exchange.second} == {5, 0}  # not where those before it went
+
+
 def test_what_lay_side_by_side_is_looked_for_again_when_another_moved_it() -> None:
     rows = Rows(5)
     assert rows.arrange([0, 1]) == rows.arrange([0, 1])
-    for slot in (3, 4):  # the second takes the place of slot 1
-        rows.arrange([slot])
-    assert rows.row(1) == 4
+    rows.set_tokens(3, 50)
+    rows.arrange([1, 3])  # which brings slot 1 to the other
+    assert rows.row(1) == 2
     first = rows.arrange([0, 1]).first_row
     assert {rows.row(0), rows.row(1)} == {first, first + 1}
