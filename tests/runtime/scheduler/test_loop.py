@@ -143,7 +143,7 @@ class Collect:
 
 
 def loop(slots: int, chunk: int, *, reuse: bool, blocks: int | None = None) -> Loop:
-    features = SimpleNamespace(get=lambda images, ahead: ([], 0))
+    features = SimpleNamespace(get=lambda images, ahead: ([], 0), let_go=lambda: None)
     engine = FakeEngine(slots, blocks)
     return Loop(engine, features, chunk=chunk, reuse_prefixes=reuse)  # type: ignore[arg-type]
 
