@@ -23,7 +23,7 @@ from vlmforge.backends.choice import (
     Picked,
 )
 from vlmforge.backends.choice import Found as OfPrompt
-from vlmforge.kv.cache import Move
+from vlmforge.kv.cache import Copy, Move
 
 Found = Sequence[Picked | np.int64 | None]
 T = TypeVar("T")
@@ -157,7 +157,8 @@ class LateParts(Parts, OverlappingDecoder):
 
     @override
     def move(self, move: Move) -> None:
-        self.catch_up()
+        if isinstance(move, Copy):  # who has left a place has no row under way
+            self.catch_up()
         super().move(move)
 
     @override

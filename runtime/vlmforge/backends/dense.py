@@ -138,7 +138,7 @@ class PlacedCache:
 
     def arrange(self, batch: DecoderBatch) -> tuple[int, Order]:
         """Bring a batch's slots side by side: their first row, and the batch's rows from there."""
-        arrangement = self._rows.arrange(batch.slots, joining=batch.input_ids.shape[1] > 1)
+        arrangement = self._rows.arrange(batch.slots)
         for exchange in arrangement.exchanges:
             self._cache.exchange(exchange)
         return arrangement.first_row, arrangement.index
@@ -159,7 +159,7 @@ class PlacedCache:
         else:
             used = rows.tokens(move.place)
             self._cache.drop(rows.row(move.place), move.tokens, used)
-            rows.set_tokens(move.place, move.tokens)
+            rows.leave(move.place, move.tokens)
 
     def read(self, place: Sequence[int], tokens: int) -> KeyValues:
         """See `DecoderSession`."""

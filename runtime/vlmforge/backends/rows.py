@@ -52,9 +52,8 @@ class Rows:
         self._slot_in = list(range(count))
         self._tokens = [0] * count  # by row
         self._said: dict[Sequence[int], Sequence[int]] = {}  # behind these, and not looked at yet
-        self._latest = range(0)  # the rows that ran last, and those beside them that will
-        self._newcomers = set[int]()  # slots that joined since
-        self._down = False  # the last one joined below
+        self._running = set[int]()  # slots that ran and have not left
+        self._down = False  # the last one joined below the others
         self._settled: dict[tuple[int, ...], Arrangement] = {}  # of slots that lie so
 
     def row(self, slot: int) -> int:
@@ -82,19 +81,16 @@ class Rows:
                 self._tokens[self._row_of[slot]] = int(count)
         self._said.clear()
 
-    def arrange(self, slots: Sequence[int], *, joining: bool = False) -> Arrangement:
-        """Bring the slots, all different, side by side; as few tokens as possible are moved.
-
-        `joining`: they run alone for now, and then with those that run.
-        """
+    def arrange(self, slots: Sequence[int]) -> Arrangement:
+        """Bring the slots, all different, side by side; as few tokens as possible are moved."""
         if len(slots) == 1:
             self._listen()
-            return self._alone(slots[0], joining)
+            return self._alone(slots[0])
         settled = self._settled.get(tuple(slots))  # mostly: those of the step before
         if settled is not None:
-            self._ran(range(settled.first_row, settled.first_row + len(slots)))
             return settled
         self._listen()
+        self._running.update(slots)
         members = {self._row_of[slot] for slot in slots}
         first = min(members)
         if max(members) - first + 1 > len(slots):  # mostly they are side by side already
@@ -103,60 +99,48 @@ class Rows:
         guests = [row for row in window if row not in members]
         away = sorted(members.difference(window))
         exchanges = tuple(self._exchange(a, b) for a, b in zip(guests, away, strict=True))
-        self._ran(window)
         place = {slot: index for index, slot in enumerate(slots)}
         order = tuple(place[self._slot_in[row]] for row in window)
         self._settled = {tuple(slots): Arrangement(first, order, ())}
         return Arrangement(first, order, exchanges)
 
-    def _alone(self, slot: int, joining: bool) -> Arrangement:
+    def _alone(self, slot: int) -> Arrangement:
         exchanges: tuple[Exchange, ...] = ()
         if self._tokens[self._row_of[slot]] == 0:
             exchanges = self._joined(slot)
-        row = self._row_of[slot]
-        if not joining:
-            self._ran(range(row, row + 1))
-        else:
-            self._newcomers.add(slot)
-            if not self._extended(row):
-                self._latest = range(row, row + 1)
-        return Arrangement(row, (0,), exchanges)
+        self._running.add(slot)
+        return Arrangement(self._row_of[slot], (0,), exchanges)
 
-    def _ran(self, window: range) -> None:
-        self._latest = window
-        while self._newcomers:
-            self._extended(self._row_of[self._newcomers.pop()])
-
-    def _extended(self, row: int) -> bool:
-        """Whether a row is one of the latest, or beside them and now one of them."""
-        first, stop = self._latest.start, self._latest.stop
-        if not first - 1 <= row <= stop:
-            return False
-        self._latest = range(min(row, first), max(row + 1, stop))
-        return True
+    def leave(self, slot: int, tokens: int) -> None:
+        """A slot runs no more; its first `tokens` tokens may be of use yet."""
+        self.set_tokens(slot, tokens)
+        self._running.discard(slot)
 
     def renew(self, slot: int) -> tuple[Exchange, ...]:
         """What a slot holds is of no use any more; it goes where it will be wanted."""
-        self.set_tokens(slot, 0)
+        self.leave(slot, 0)
         return self._joined(slot)
 
     def _joined(self, slot: int) -> tuple[Exchange, ...]:
-        """One that holds nothing goes beside those that ran last.
+        """One that holds nothing goes beside those that run.
 
         In the order in which they begin, if that moves few tokens more: who began first mostly ends
         first, and then the others lie side by side still.
         """
-        row, latest = self._row_of[slot], self._latest
-        sides = [r for r in (latest.start - 1, latest.stop) if 0 <= r < len(self._row_of)]
-        if not latest or not sides or row in (*latest, *sides):
+        if not self._running:
+            return ()
+        row, rows = self._row_of[slot], [self._row_of[other] for other in self._running]
+        below, above = min(rows) - 1, max(rows) + 1
+        sides = [side for side in (below, above) if 0 <= side < len(self._row_of)]
+        if below <= row <= above or not sides:
             return ()
 
         def price(side: int) -> int:
-            turns = (side < latest.start) != self._down
+            turns = (side == below) != self._down
             return self._tokens[side] + (_TURN_TOKENS if turns else 0)
 
         side = min(sides, key=price)
-        self._down = side < latest.start
+        self._down = side == below
         return (self._exchange(row, side),)
 
     def _cheapest_window(self, members: set[int], length: int) -> int:

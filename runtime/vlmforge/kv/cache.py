@@ -28,7 +28,10 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """What place `place` holds from token `tokens` on is of no use: its memory may go back."""
+    """Nobody runs in place `place`, and what it holds from token `tokens` on is of no use.
+
+    Its memory may go back.
+    """
 
     place: int
     tokens: int

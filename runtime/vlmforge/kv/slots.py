@@ -120,7 +120,7 @@ class SlotCache(KVCache):
         slot.owner = None
         self._clock += 1
         slot.last_used = self._clock
-        self._trim(index, len(slot.keys) if valid and self.reuses else 0)
+        self._trim(index, len(slot.keys) if valid and self.reuses else 0, left=True)
 
     def _occupy(self, index: int, sequence: int, keys: Keys, salt: bytes) -> None:
         slot = self._slots[index]
@@ -133,11 +133,11 @@ class SlotCache(KVCache):
     def _count(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
 
-    def _trim(self, index: int, tokens: int) -> None:
-        """Keep the first `tokens` tokens of a slot and the blocks that they are in."""
+    def _trim(self, index: int, tokens: int, *, left: bool = False) -> None:
+        """Keep the first `tokens` tokens of a slot, which was `left`, and the blocks of these."""
         slot = self._slots[index]
         slot.keys = slot.keys[:tokens]
-        if slot.room > self._count(tokens):
+        if left or slot.room > self._count(tokens):
             slot.room = self._count(tokens)
             self._moves.append(Drop(index, tokens))
 

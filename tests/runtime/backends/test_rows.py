@@ -20,12 +20,13 @@ def test_every_arrangement_is_whole(data: st.DataObject, count: int) -> None:
             assert 0 in (exchange.first_tokens, exchange.second_tokens)
             a, b = exchange.first, exchange.second
             content[a], content[b] = content[b], content[a]
-        rows.set_tokens(slot, held := data.draw(st.integers(0, 20)))
+        held = data.draw(st.integers(0, 20))
+        data.draw(st.sampled_from([rows.set_tokens, rows.leave]))(slot, held)
         assert rows.tokens(slot) == held
         new = st.lists(st.integers(0, count - 1), min_size=1, unique=True)
         asked = data.draw(st.sampled_from(before) | new if before else new)
         before.append(asked)
-        arrangement = rows.arrange(asked, joining=data.draw(st.booleans()))
+        arrangement = rows.arrange(asked)
         for exchange in arrangement.exchanges:
             a, b = exchange.first, exchange.second
             content[a], content[b] = content[b], content[a]
@@ -63,9 +64,9 @@ def test_who_holds_nothing_yet_goes_beside_those_that_run() -> None:
     assert rows.arrange([2, 3, 7]).exchanges == ()
 
 
-def moved(rows: Rows, slots: list[int], *, joining: bool = False) -> list[tuple[int, int]]:
+def moved(rows: Rows, slots: list[int]) -> list[tuple[int, int]]:
     """The tokens of the rows that an arrangement moves."""
-    found = rows.arrange(slots, joining=joining).exchanges
+    found = rows.arrange(slots).exchanges
     return [(exchange.first_tokens, exchange.second_tokens) for exchange in found]
 
 
@@ -74,19 +75,26 @@ def test_sequences_that_begin_and_end_in_turn_stay_side_by_side() -> None:
     rows, left = Rows(8), [3, 0, 6, 5, 1, 2, 7, 4]  # who was used least recently, first
     for slot in range(8):
         rows.set_tokens(slot, 46)
-    rows.arrange([3])
     running: list[int] = []
     for slot in left[:5]:  # as many as there is room for above row 3
         rows.renew(slot)  # a beginning that others have is copied to it
         rows.set_tokens(slot, 36)
-        assert moved(rows, [slot], joining=True) == []
+        assert moved(rows, [slot]) == []
         rows.set_tokens(slot, 46)
         if running:
             assert moved(rows, running) == []
         running.append(slot)
     while running:
         assert moved(rows, running) == []
-        running.pop(0)
+        rows.leave(running.pop(0), 78)
+
+
+def test_nothing_is_moved_for_those_that_have_left() -> None:
+    rows = Rows(6)
+    for slot in (0, 4, 1):
+        assert rows.renew(slot) == ()
+        assert moved(rows, [slot]) == []
+        rows.leave(slot, 900)
 
 
 def test_many_tokens_are_not_moved_for_an_order() -> None:
