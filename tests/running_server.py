@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pytest
 from openai import OpenAI
@@ -15,11 +16,13 @@ from starlette.applications import Starlette
 
 from conftest import HANGS
 from vlmforge import Pipeline
-from vlmforge.backends import DecoderBatch, FloatArray
+from vlmforge.backends import DecoderBatch, LikeliestDecoder
 from vlmforge.server.app import make_app
 from vlmforge.server.run import make_server
 from vlmforge.server.served import Served
 from vlmforge.server.settings import ServerSettings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,19 @@ class Running:
 def held(pipe: Pipeline, steps: int = 20) -> Iterator[None]:
     """After some more steps the engine stands still until the block is left."""
     decoder, released, number = pipe._engine.decoder, threading.Event(), itertools.count(1)
-    step = decoder.step
 
-    def slow(batch: DecoderBatch) -> FloatArray:
-        if next(number) > steps:
-            assert released.wait(HANGS)
-        return step(batch)
+    def slowly(run: Callable[[DecoderBatch], T]) -> Callable[[DecoderBatch], T]:
+        def slow(batch: DecoderBatch) -> T:
+            if next(number) > steps:
+                assert released.wait(HANGS)
+            return run(batch)
+
+        return slow
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "step", slow)
+        patch.setattr(decoder, "step", slowly(decoder.step))
+        if isinstance(decoder, LikeliestDecoder):
+            patch.setattr(decoder, "likeliest", slowly(decoder.likeliest))
         try:
             yield
         finally:

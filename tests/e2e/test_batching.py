@@ -123,6 +123,11 @@ class Counting:
         loop.submit = lambda job: handed.append(submit(job))  # type: ignore[method-assign]
         self.before_all = lambda: wait_until(lambda: len(handed) == jobs)
 
+    def stand_in(self, pipe: Pipeline) -> None:
+        """All that this pipeline runs from now on is run here; it gives logits only."""
+        for name, value in (("decoder", self), ("_sparing", None)):
+            object.__setattr__(pipe._engine, name, value)
+
     def step(self, batch: DecoderBatch) -> np.ndarray:
         if not self.runs:
             self.before_all()
@@ -134,7 +139,7 @@ class Counting:
 def counted(hf_engine: Path) -> Iterator[tuple[Pipeline, Counting]]:
     with open_pipe(hf_engine, max_batch_size=4) as pipe:
         counting = Counting(pipe._engine)
-        object.__setattr__(pipe._engine, "decoder", counting)
+        counting.stand_in(pipe)
         yield pipe, counting
 
 
@@ -162,7 +167,7 @@ def test_decoding_runs_as_one_batch(counted: tuple[Pipeline, Counting]) -> None:
 def test_a_finished_sequence_does_not_hold_the_others(hf_engine: Path) -> None:
     with open_pipe(hf_engine, max_batch_size=2) as pipe:
         counting = Counting(pipe._engine)
-        object.__setattr__(pipe._engine, "decoder", counting)
+        counting.stand_in(pipe)
         counting.begin_with(4, pipe)
         lengths = [300, 2, 2, 2]
         configs = [GenerationConfig(max_new_tokens=n, ignore_eos=True) for n in lengths]

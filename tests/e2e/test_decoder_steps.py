@@ -57,6 +57,29 @@ def test_a_prompt_in_parts_has_the_logits_of_the_whole(
         start = stop
 
 
+@pytest.mark.parametrize("slots", [(0,), (0, 1, 2), (2, 0), (1, 2, 0)], ids=str)
+@pytest.mark.parametrize("broken", [None, 0, 2])
+def test_the_likeliest_are_those_of_the_logits(
+    engine: Engine, slots: tuple[int, ...], broken: int | None
+) -> None:
+    """In the order that is asked for; -1 where what is in the cache makes no finite number."""
+    lengths = np.array([2 * TEXT + IMAGE] * len(slots))
+    for slot in range(3):
+        asked = prompt(engine, slot)
+        assert asked.features is not None
+        if slot == broken:
+            asked.features[3] = np.nan
+        engine.prefill((slot,), asked, 0, logits="none")
+    given = [(slot,) for slot in slots], np.array(slots) + 20, lengths, np.zeros_like(lengths)
+    logits = np.array(engine.decode(*given))
+    found = engine.decode(*given, likeliest=True)
+    expected = [
+        -1 if slot == broken else row.argmax() for slot, row in zip(slots, logits, strict=True)
+    ]
+    assert isinstance(found, np.ndarray) and found.dtype == np.int64
+    assert found.tolist() == expected
+
+
 @pytest.mark.parametrize("logits", LOGITS)
 def test_features_are_let_go_once_they_have_been_run(engine: Engine, logits: str) -> None:
     asked = prompt(engine, 0)

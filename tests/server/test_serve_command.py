@@ -27,13 +27,13 @@ HELD = """
 import pathlib, sys, time
 from vlmforge.backends.onnxruntime import _Decoder
 from vlmforge.cli import main
-released, step, steps = pathlib.Path(sys.argv.pop(1)), _Decoder.step, []
+released, run, steps = pathlib.Path(sys.argv.pop(1)), _Decoder._run, []
 def held(*given):
     steps.append(None)
     while len(steps) > 20 and not released.exists():
         time.sleep(0.01)
-    return step(*given)
-_Decoder.step = held
+    return run(*given)
+_Decoder._run = held
 sys.exit(main())
 """
 

@@ -24,6 +24,7 @@ from vlmforge.backends import (
     DecoderBatch,
     DecoderSession,
     FloatArray,
+    IntArray,
     KeyValues,
     LoadOptions,
     VisionSession,
@@ -216,7 +217,26 @@ class _Decoder(DecoderSession):
     def write(self, place: Sequence[int], rows: KeyValues, start: int) -> None:
         self._places.write(place, rows, start)
 
+    @override
     def step(self, batch: DecoderBatch) -> FloatArray:
+        given, order = self._run(batch)
+        # Copied: what comes may be a view of memory that goes with the binding, or is used again.
+        logits = np.empty(given.shape, np.float32)
+        logits[order] = given
+        return logits
+
+    def likeliest(self, batch: DecoderBatch) -> IntArray:
+        """See `LikeliestDecoder`."""
+        given, order = self._run(batch)
+        logits = given[:, 0]
+        likeliest = logits.argmax(axis=1)
+        largest = logits[np.arange(len(likeliest)), likeliest]
+        ids = np.empty(len(likeliest), np.int64)
+        ids[order] = np.where(np.isfinite(largest), likeliest, -1)
+        return ids
+
+    def _run(self, batch: DecoderBatch) -> tuple[FloatArray, Order]:
+        """The logits as they lie in the cache's rows, of use until the next step, and the order."""
         first_row, order = self._places.arrange(batch)
         rows = len(batch.input_ids)
         layout = self._layout(first_row, rows)
@@ -229,10 +249,7 @@ class _Decoder(DecoderSession):
             self._run_prompt(layout, batch, order)
             given = self._tokens.logits[:rows]
         self._places.note(batch)
-        # Copied: what comes may be a view of memory that goes with the binding, or is used again.
-        logits = np.empty(given.shape, np.float32)
-        logits[order] = given
-        return logits
+        return given, order
 
     def _run_anew(self, layout: _Layout, batch: DecoderBatch, order: Order) -> FloatArray:
         """Any number of logits for each row; `order`: of the batch's rows in the cache."""
