@@ -21,6 +21,7 @@ from vlmforge.field_rules import (
     Text,
     check_fields,
     check_refusals,
+    known_fields,
     shown,
 )
 from vlmforge.outputs.grammar import Guide, Guides, check_form
@@ -85,6 +86,7 @@ class GenerationPlan:
         return dataclasses.replace(self, sampling=sampling)
 
 
+@known_fields
 @dataclass(slots=True)
 class GenerationConfig:
     """How to generate. Checked when it is made and again when a request uses it; never changed.
