@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 _INTERRUPTED = "build-engine: interrupted; nothing was published"
+_LIBRARIES = (
+    *("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "sentencepiece"),
+    *("huggingface_hub", "google"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,15 +36,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    from vlmforge.errors import VlmforgeError
-    from vlmforge_builder.command import run
+    from vlmforge.errors import BuildError, VlmforgeError
 
     try:
+        from vlmforge_builder.command import run
+
         run(argv)
     except VlmforgeError as error:
-        _last_words(f"build-engine: {type(error).__name__}: {error}")
-        return 1
+        return _failed(error)
+    except ModuleNotFoundError as error:
+        # The command is there wherever the runtime is, and what it needs is an extra.
+        if (error.name or "").partition(".")[0] not in _LIBRARIES:
+            raise
+        missing = BuildError(
+            "Building needs libraries that are not installed here.",
+            found=f"no module {error.name}",
+            expected="the extra `build`",
+            fix="pip install 'vlmforge[build]'",
+        )
+        return _failed(missing)
     return 0
+
+
+def _failed(error: Exception) -> int:
+    _last_words(f"build-engine: {type(error).__name__}: {error}")
+    return 1
 
 
 def _end_at_once(signum: int, frame: object) -> None:

@@ -10,16 +10,17 @@ import re
 import reprlib
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
-from typing import Any, Protocol, TypeGuard
+from functools import cache, wraps
+from typing import Any, Protocol, TypeGuard, TypeVar, cast
 
 from typing_extensions import override
 
 from vlmforge.errors import ConfigError
 
 _MOST = 2**64 - 1
+T = TypeVar("T")
 
 
 class Rule(Protocol):
@@ -223,6 +224,37 @@ _NO_DEFAULT = object()
 def _defaults(kind: type[Any]) -> Mapping[str, object]:
     """Of the fields of a dataclass; those without one are left out."""
     return {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+
+
+def known_fields(kind: type[T]) -> type[T]:
+    """Of a dataclass: a keyword that is no field of it is a ConfigError, which names some that are.
+
+    Put it above `@dataclass`.
+    """
+    made: Any = kind.__init__
+    names = [field.name for field in fields(cast("Any", kind)) if field.init]
+
+    @wraps(made)
+    def init(self: object, *args: object, **values: object) -> None:
+        for name in values:
+            if name not in names:
+                raise _unknown(kind.__name__, name, values[name], names)
+        made(self, *args, **values)
+
+    cast("Any", kind).__init__ = init
+    return kind
+
+
+def _unknown(kind: str, name: str, value: object, names: Sequence[str]) -> ConfigError:
+    import difflib  # where somebody has to wait for words anyway
+
+    alike = [known for known in names if name in known] or difflib.get_close_matches(name, names)
+    return ConfigError(
+        f"{kind} has no field {name!r}.",
+        found=f"{name}={shown(value)}",
+        expected=f"one of: {', '.join(names)}",
+        fix=f"use {alike[0]}, or leave it out" if alike else "leave it out",
+    )
 
 
 def check_fields(config: object, rules: Mapping[str, Rule]) -> None:

@@ -130,3 +130,19 @@ def test_until_eof_ends(tmp_path: Path) -> None:
     )
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr == "build-engine: interrupted; nothing was published\n"
+
+
+@pytest.mark.parametrize("module", ["huggingface_hub", "torch"])
+def test_a_build_where_only_the_runtime_is_installed(tmp_path: Path, module: str) -> None:
+    program = f"import sys\nsys.modules[{module!r}] = None\n"
+    program += "from vlmforge_builder.cli import main\nsys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(CHECKPOINT), "-o", str(tmp_path / "e")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "build-engine: BuildError: Building needs libraries" in done.stderr
+    assert f"no module {module}" in done.stderr and "pip install 'vlmforge[build]'" in done.stderr
+    assert "Traceback" not in done.stderr

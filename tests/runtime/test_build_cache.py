@@ -297,3 +297,32 @@ def test_a_home_directory_is_written_as_a_tilde(
     monkeypatch.setenv("VLMFORGE_CACHE", "~/kept")
     assert env.cache_dir() == checkpoint.parent / "kept"
     assert env.writable_cache("kernels") == checkpoint.parent / "kept" / "kernels"
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "fix"),
+    [
+        ("nowhere", "no folder ", "check the spelling"),
+        ("a/b/c", "no folder ", "check the spelling"),
+        ("empty", "neither engine.json nor config.json in it", "build-engine CHECKPOINT -o ENGINE"),
+        ("empty.txt", "a file", "build-engine CHECKPOINT -o ENGINE"),
+        ("checkpoint/config.json", "a file", "give the folder that it is in"),
+    ],
+)
+def test_what_is_no_checkpoint_starts_no_build(
+    name: str, found: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "checkpoint").mkdir()
+    for file in ("empty.txt", "checkpoint/config.json"):
+        (tmp_path / file).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build_cache, "run_build", lambda _: pytest.fail("it builds"))
+    for refuses in (
+        lambda: engine_for(name, {}),
+        lambda: build_cache.describe_checkpoint(name, {}, tmp_path / "described"),
+    ):
+        with pytest.raises(BuildError, match="is neither an engine nor a checkpoint") as caught:
+            refuses()
+        assert caught.value.found.startswith(found)
+        assert caught.value.fix.startswith(fix)

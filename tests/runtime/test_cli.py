@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 
 from conftest import IMAGES
 from vlmforge.backends.cuda import machine
-from vlmforge.cli import main
+from vlmforge.cli import doctor, main
 from vlmforge.engine.bundle import open_bundle
 from vlmforge.engine.manifest import load_manifest
 from vlmforge.evaluation.verify import STAGES
@@ -244,3 +246,15 @@ def test_help_says_what_16_bits_mean() -> None:
     command = [sys.executable, "-m", "vlmforge_builder", "--help"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "arithmetic is float32 in any case" in " ".join(out.split())
+
+
+def test_doctor_knows_all_that_is_installed() -> None:
+    with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+
+    def names(requirements: list[str]) -> list[str]:
+        found = [re.split(r"[>=<[; ]", requirement)[0] for requirement in requirements]
+        return sorted(name.lower().replace("_", "-") for name in found)
+
+    assert names(list(doctor.RUNTIME)) == names(project["dependencies"])
+    assert names(list(doctor.BUILD)) == names(project["optional-dependencies"]["build"])

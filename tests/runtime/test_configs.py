@@ -372,3 +372,22 @@ def test_limits_of_pixels_are_refused_before_anything_is_loaded(tmp_path: Path) 
         pipeline(tmp_path, vision_config=VisionConfig(max_pixels=12544))
     with pytest.raises(EngineError):
         pipeline(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "fix"),
+    [
+        (GenerationConfig, "max_tokens", "use max_new_tokens, or leave it out"),
+        (GenerationConfig, "seed", "use random_seed, or leave it out"),
+        (EngineConfig, "max_batch", "use max_batch_size, or leave it out"),
+        (PytorchEngineConfig, "qqq", "leave it out"),
+        (VisionConfig, "maxpixels", "use max_pixels, or leave it out"),
+    ],
+)
+def test_a_field_that_is_not_there_names_one_that_is(
+    make: Callable[..., object], given: str, fix: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"has no field '{given}'") as caught:
+        make(**{given: 3})
+    assert (caught.value.found, caught.value.fix) == (f"{given}=3", fix)
+    assert "max_batch_size" in caught.value.expected or make is GenerationConfig

@@ -171,3 +171,10 @@ def test_parts_are_found_by_name() -> None:
 def test_bytes_of_a_token_in_the_cache(dtype: str, size: int) -> None:
     # The 7 B model's cache: 32 layers, 32 heads, 128 wide: half a megabyte a token in 16 bits.
     assert KVLayout(32, 32, 128, dtype, None).bytes_per_token == 32 * 32 * 128 * 2 * size
+
+
+def test_a_checkpoint_is_no_engine(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    error = refusal(tmp_path)
+    assert error.found == f"a checkpoint, without {MANIFEST_FILE}"
+    assert error.fix == f"build-engine {tmp_path} -o ENGINE"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vlmforge.cli
 from sample_manifest import MANIFEST, RICH
 from vlmforge.api.config import EngineConfig
 from vlmforge.api.memory import load_options, part_memory
@@ -23,6 +25,7 @@ from vlmforge.engine.chain import ChainStep
 from vlmforge.engine.manifest import MANIFEST_FILE, Manifest, ParallelLayout, dump_manifest
 from vlmforge.errors import BackendUnavailableError, ConfigError, VlmforgeError
 from vlmforge.runner.features import USUAL_BUDGET
+from vlmforge_builder import command as builder
 
 _DECODER = RICH.parts[1]
 assert _DECODER.chain is not None
@@ -209,3 +212,19 @@ def test_without_a_gpu_its_memory_must_be_given(
     with pytest.raises(VlmforgeError, match="no GPU here") as caught:
         command.run_plan(plan_arguments.asked_of(parser().parse_args(values)))
     assert caught.value.fix == "--gpu-memory 80GiB"
+
+
+@pytest.mark.parametrize("option", ["target", "dtype", "weights", "kv-dtype"])
+def test_it_takes_what_a_build_takes(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def choices(parser: argparse.ArgumentParser, *command: str) -> str:
+        with pytest.raises(SystemExit):
+            parser.parse_args([*command, "org/name", f"--{option}", "odd"])
+        return capsys.readouterr().err.split("invalid choice:")[1]
+
+    assert choices(vlmforge.cli.parser(), "plan") == choices(builder.parser(), "-o", "x")
+
+
+def test_weights_that_are_not_too_much_are_no_proposal() -> None:
+    found = plan(PAGED, EngineConfig(), 1 << 20)
+    assert found.refusal is not None
+    assert not any("--weights" in change for change in found.refusal.changes)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlmforge.engine.build_cache import HUB_ID
 from vlmforge.errors import CheckpointError, VlmforgeError
 from vlmforge_builder.checkpoint.altered import MARKERS
 from vlmforge_builder.checkpoint.safetensors_outline import write_outline
@@ -24,7 +24,6 @@ from vlmforge_builder.hub import (
     snapshot_download,
 )
 
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 # Not `*.bin`: repositories hold other copies of the weights under other names.
 _PICKLES = ("pytorch_model*.bin", "*/pytorch_model*.bin")
 _SET_CACHE = "set HF_HOME to a folder that can be written to, then run it again"
@@ -104,7 +103,7 @@ def outline_checkpoint(spec: str | Path, into: Path, *, revision: str | None = N
                 f"What {hub_id} holds cannot be told without downloading it.",
                 found="weights that are not safetensors",
                 expected="safetensors, whose headers can be read alone",
-                fix=f"download it and give the folder: huggingface-cli download {hub_id}",
+                fix=f"download it and give the folder: hf download {hub_id}",
             ) from None
     outline = into / hub_id.replace("/", "--")
     shutil.copytree(texts, outline)
@@ -136,7 +135,7 @@ def _local(spec: str | Path, revision: str | None) -> Path | None:
                 fix="leave the revision out, or give the hub id",
             )
         return path
-    if path.exists() or not _HUB_ID.fullmatch(str(spec)):
+    if path.exists() or not HUB_ID.fullmatch(str(spec)):
         raise _no_such(path)
     return None
 

@@ -57,17 +57,17 @@ class OnnxRuntimeTarget(Target):
 
     @override
     def check(self, settings: Settings) -> None:
-        for option, value in (
-            ("kv-dtype", settings.kv_dtype),
-            ("attention", settings.attention),
-            ("compute-capability", settings.compute_capability),
+        for option, value, other in (
+            ("kv-dtype", settings.kv_dtype, "cuda"),
+            ("attention", settings.attention, "tensorrt_rtx"),
+            ("compute-capability", settings.compute_capability, "tensorrt_rtx"),
         ):
             if value is not None:
                 raise ConfigError(
                     f"The target {self.name} has no --{option}.",
                     found=repr(value),
                     expected="none",
-                    fix=f"leave --{option} out, or build with --target tensorrt_rtx",
+                    fix=f"leave --{option} out, or build with --target {other}",
                 )
 
     @override

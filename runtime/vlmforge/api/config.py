@@ -26,6 +26,7 @@ from vlmforge.field_rules import (
     Text,
     check_fields,
     check_refusals,
+    known_fields,
 )
 from vlmforge.vl.image_limits import DEFAULT_FORMATS, FORMATS, ImageLimits
 
@@ -34,6 +35,7 @@ MAX_CHUNK = 512  # attention keeps a score for each of them, each head and each 
 MAX_SEQUENCES = 1 << 16  # more would be bookkeeping, for seconds, of what no machine runs at once
 
 
+@known_fields
 @dataclass(slots=True)
 class EngineConfig:
     """How an engine is loaded. Checked when it is made, and again by `pipeline`; never changed.
@@ -202,6 +204,7 @@ REFUSALS: Mapping[str, Refusal] = {
 }
 
 
+@known_fields
 @dataclass(slots=True)
 class VisionConfig:
     """How images are encoded.

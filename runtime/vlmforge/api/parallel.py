@@ -14,7 +14,7 @@ from vlmforge.field_rules import Refusal, shown
 ONE_HOST = "an engine and its ranks are one pipeline on one host, unless a launcher says otherwise"
 START_MORE = (
     "start one pipeline for each host or device and share the prompts among them; ranks on several "
-    "hosts: mpirun --host A,B -n 2 python app.py, with EngineConfig(tp=2)"
+    "hosts: mpirun --host A,B -n 2 python app.py, with EngineConfig(tp=2, communicator='mpi')"
 )
 NO_OTHER_CUT = "of the ways to cut a model there is tp: a shard of the decoder for each rank"
 _USE_TP = "use tp=N, which wants no other number beside it"

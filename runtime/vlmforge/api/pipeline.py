@@ -136,7 +136,9 @@ class Pipeline:
 
         Each piece is a `Response` with the new text and ids only; `index` says of which prompt,
         `choice` of which of its `n` answers. The last piece of an answer has a `finish_reason`
-        and the timings.
+        and the timings. Nothing is run, or refused, before the first piece is asked for.
+
+        Raises: as `__call__`; in a list, an item that fails is a piece that says so.
         """
         call = self._call(
             "stream_infer", do_preprocess, priority=priority, salt=salt, timeout=timeout
@@ -232,10 +234,9 @@ class Pipeline:
         """Answer one prompt without blocking the event loop.
 
         Yields pieces, or with `stream_response=False` one whole; of `n` answers each, with its
-        `choice`. Leaving the loop early cancels
-        the request, and so does cancelling the task, also while images are still loading.
-        Sessions are stateless: send the whole conversation. Requests may share a `session_id`:
-        `stop_session` then stops all of them.
+        `choice`. Leaving the loop early cancels the request, and so does cancelling the task, also
+        while images are still loading. Sessions are stateless: send the whole conversation.
+        Requests may share a `session_id`: `stop_session` then stops all of them.
 
         Raises:
             QueueFullError: as many requests wait as may (`EngineConfig.max_queued_requests`).
@@ -315,6 +316,10 @@ class Pipeline:
         """The exact text, token ids and image spans of one prompt; nothing is run.
 
         Images are loaded only where their sizes decide how many tokens they take.
+
+        Raises:
+            PromptError: of a form that is not known.
+            ImageError: an image that had to be opened cannot be.
         """
         check_call("render", do_preprocess=do_preprocess)
         return self._engine.render(parse_prompt(prompt), do_preprocess=do_preprocess)

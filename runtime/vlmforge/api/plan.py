@@ -184,7 +184,9 @@ def _changes(manifest: Manifest, config: EngineConfig, free: float) -> Iterator[
             yield "--kv-dtype fp8"
         elif longest := _longest(halved, config, free, window):
             yield f"--kv-dtype fp8 --session-len {longest}"
-    if manifest.quantisation is None:
+    parts = _parts(manifest, config, free)
+    most = sum(part.weights for part in parts if part.name != "vision")
+    if manifest.quantisation is None and _fits(manifest, config, free + most):
         yield "--weights int8 or int4, which take a half or a quarter of what the decoder does"
     yield f"a memory of {_least(manifest, config) / 1e9:.1f} GB"
 

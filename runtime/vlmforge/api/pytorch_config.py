@@ -20,9 +20,11 @@ from vlmforge.field_rules import (
     Rule,
     check_fields,
     check_refusals,
+    known_fields,
 )
 
 
+@known_fields
 @dataclass(slots=True, kw_only=True)
 class PytorchEngineConfig(EngineConfig):
     """An `EngineConfig` with the names of LMDeploy's PyTorch engine, which is not what runs.

@@ -14,16 +14,19 @@ from vlmforge.errors import BackendUnavailableError
 from vlmforge.limits import available_cpus, available_memory
 from vlmforge.version import __version__
 
-_RUNTIME = (
+RUNTIME = (
     "numpy",
     "pillow",
+    "blake3",
     "tokenizers",
     "jinja2",
     "onnxruntime",
     "filelock",
     "prompt-toolkit",
+    "typing-extensions",
+    "tqdm",
 )
-_BUILD = (
+BUILD = (
     "torch",
     "onnx",
     "onnxscript",
@@ -31,6 +34,8 @@ _BUILD = (
     "safetensors",
     "sentencepiece",
     "huggingface_hub",
+    "protobuf",
+    "polygraphy",
 )
 
 
@@ -50,9 +55,9 @@ def run_doctor() -> int:
         f"{memory.bytes / 1e9:.1f} GB of memory, by {memory.limit}"
     )
     rows = {
-        "runtime": [_library(name, "pip install vlmforge") for name in _RUNTIME],
+        "runtime": [_library(name, "pip install vlmforge") for name in RUNTIME],
         "backends": [_backend(name) for name in BACKENDS],
-        "build-engine": [_library(name, "pip install 'vlmforge[build]'") for name in _BUILD],
+        "build-engine": [_library(name, "pip install 'vlmforge[build]'") for name in BUILD],
     }
     for title, group in rows.items():
         print(f"\n{title}")

@@ -120,10 +120,11 @@ def _chain(chain: PartChain) -> str:
 
 def _policies(manifest: Manifest) -> str:
     image, prompt, decode = manifest.image, manifest.prompt, manifest.decode
+    others = [name for name in prompt.templates if name != prompt.template_name]
     rows = {
         "image": f"{image}; {_image_tokens(manifest)}",
         "prompt": f"template {prompt.template_name!r}, images at {prompt.image_placeholder!r} "
-        f"({prompt.splice.name}); also: {', '.join(prompt.templates) or 'none'}",
+        f"({prompt.splice.name}); also: {', '.join(others) or 'none'}",
         "stops": f"ids {', '.join(map(str, decode.eos_ids))}"
         + (f", words {', '.join(map(repr, prompt.stop_words))}" if prompt.stop_words else ""),
     }

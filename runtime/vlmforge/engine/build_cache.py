@@ -23,6 +23,9 @@ from vlmforge.engine.ownership import sole_owner
 from vlmforge.errors import BuildError
 from vlmforge.version import __version__
 
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_KNOWN = (MANIFEST_FILE, "config.json")
+
 # Options of build-engine that a caller gives as fields, and such values as advice names.
 _OPTION = re.compile(
     r"--(tp|dtype|session-len|max-batch-size|revision)\b(?: (?:(\d+|N)|(b?float\d+))\b)?"
@@ -42,16 +45,32 @@ def engine_for(path: str, options: Mapping[str, str]) -> Path:
     folder = env.expanded(path)
     if (folder / MANIFEST_FILE).exists():
         return folder
-    if folder.exists() and not (folder / "config.json").exists():
-        raise BuildError(
-            f"{path} is neither an engine nor a checkpoint.",
-            found="neither engine.json nor config.json in it",
-            expected="an engine directory, a checkpoint folder, or a hub id such as org/name",
-            fix="build-engine CHECKPOINT -o ENGINE, then pipeline('ENGINE')",
-        )
+    _check_checkpoint(path, folder)
     spec = str(folder) if folder.exists() else path
     name = folder.resolve().name if folder.exists() else folder.name
     return _kept(spec, name, options)
+
+
+def _check_checkpoint(path: str, folder: Path) -> None:
+    """Refuse at once, without a process, what cannot be one (BuildError)."""
+    if (folder / "config.json").exists() or (not folder.exists() and HUB_ID.fullmatch(path)):
+        return
+    fix = "build-engine CHECKPOINT -o ENGINE, then pipeline('ENGINE')"
+    if folder.is_dir():
+        found = "neither engine.json nor config.json in it"
+    elif folder.exists():
+        found, fix = "a file", "give the folder that it is in" if folder.name in _KNOWN else fix
+    else:
+        found, fix = (
+            f"no folder {folder.absolute()}",
+            "check the spelling and the working directory",
+        )
+    raise BuildError(
+        f"{path} is neither an engine nor a checkpoint.",
+        found=found,
+        expected="an engine directory, a checkpoint folder, or a hub id such as org/name",
+        fix=fix,
+    )
 
 
 def cut_engine(engine: Path, ranks: int) -> Path:
@@ -124,6 +143,7 @@ def describe_checkpoint(path: str, options: Mapping[str, str], folder: Path) -> 
         BuildError: it is no checkpoint, the builder is not installed, or it failed.
     """
     here = env.expanded(path)
+    _check_checkpoint(path, here)
     _run(str(here) if here.exists() else path, folder, options, "--describe")
     return folder
 

@@ -328,11 +328,16 @@ def _read(folder: Path, path: Path) -> object:
     try:
         return parse_json(read_regular(path, _MOST_BYTES).decode("utf-8"))
     except OSError as error:
+        checkpoint = (folder / "config.json").is_file()
         raise EngineFormatError(
             f"{folder} is not an engine directory.",
-            found=f"{path}: {error.strerror}",
+            found=f"a checkpoint, without {MANIFEST_FILE}"
+            if checkpoint
+            else f"{path}: {error.strerror}",
             expected=f"a folder that build-engine wrote, with {MANIFEST_FILE}",
-            fix=f"build-engine CHECKPOINT -o {folder}",
+            fix=f"build-engine {folder} -o ENGINE"
+            if checkpoint
+            else f"build-engine CHECKPOINT -o {folder}",
         ) from None
     except ValueError as error:  # of a path with NUL too
         raise EngineFormatError(

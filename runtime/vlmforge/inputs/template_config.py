@@ -20,6 +20,7 @@ from vlmforge.field_rules import (
     Text,
     check_fields,
     check_refusals,
+    known_fields,
     shown,
 )
 
@@ -27,6 +28,7 @@ UNNAMED_TEMPLATE = "custom"
 """`model_name` of a template whose JSON has none."""
 
 
+@known_fields
 @dataclass(slots=True)
 class ChatTemplateConfig:
     """A chat template by its name, its parts, or both. It only holds them.

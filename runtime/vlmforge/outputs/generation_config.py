@@ -21,6 +21,7 @@ from vlmforge.field_rules import (
     Text,
     check_fields,
     check_refusals,
+    known_fields,
     shown,
 )
 from vlmforge.outputs.grammar import Guide, Guides, check_form
@@ -85,6 +86,7 @@ class GenerationPlan:
         return dataclasses.replace(self, sampling=sampling)
 
 
+@known_fields
 @dataclass(slots=True)
 class GenerationConfig:
     """How to generate. Checked when it is made and again when a request uses it; never changed.
@@ -122,9 +124,10 @@ class GenerationConfig:
         min_new_tokens: Nothing ends the answer before this many tokens.
         skip_special_tokens: Leave special tokens out of the text.
         spaces_between_special_tokens: Put spaces around those that are not left out.
-        logprobs: Report the log-probabilities of this many tokens at each step; 0 is none.
-        logits_processors: Functions `(ids of prompt text and answer so far, logits [vocab]) ->
-            logits [vocab]`, applied before everything else.
+        logprobs: Report the log-probabilities of this many tokens at each step, at most 1024; 0 is
+            none.
+        logits_processors: Functions `(ids of prompt text and answer so far, logits) -> logits`, a
+            list and float32 arrays `[vocab]`, applied before everything else.
         output_logits: Return logits of the "generation", or of "all" (prompt too).
         include_stop_str_in_output: Keep the stop word or token in text and ids.
         return_ppl: Return the mean cross-entropy of the prompt's text.

@@ -157,13 +157,15 @@ class Response:
             the window), "error", "abort"; None while it goes on.
         token_ids: Ids of the text; in a stream the new ones only.
         logprobs: For each token, log-probabilities by id, if they were asked for.
-        logits: float32 `[tokens, vocab]`, if they were asked for. Not compared, nor is `timings`.
+        logits: float32 `[tokens, vocab]`, if they were asked for: what each token of the answer was
+            chosen by; with "all", in front of them those after each earlier token of the prompt.
+            Not compared, nor is `timings`.
         index: Place of the prompt in a list.
         error_code: Short name of the error.
         error_message: What went wrong and what to do.
         timings: Where the time went; in a stream on the last piece.
         cached_tokens: Prompt tokens that did not need prefill.
-        ppl: Mean cross-entropy of the prompt's text, if it was asked for.
+        ppl: Mean cross-entropy of the prompt's text, in nats a token, if it was asked for.
         choice: Which of the `n` answers to the prompt this is, from 0.
         others: The answers from 1 on, when `n` of them were asked for; see `choices`.
         boxes: What the text grounds in the latest image, for models that write boxes; the text
