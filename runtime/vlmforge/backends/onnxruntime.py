@@ -228,7 +228,6 @@ class _Decoder(DecoderSession):
         else:
             self._run_prompt(layout, batch, order)
             given = self._tokens.logits[:rows]
-        self._places.note(batch)
         # Copied: what comes may be a view of memory that goes with the binding, or is used again.
         logits = np.empty(given.shape, np.float32)
         logits[order] = given
