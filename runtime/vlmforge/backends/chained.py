@@ -122,7 +122,6 @@ class ChainedDecoder(DecoderSession):
         self._fill(run, batch, order)
         for work in run.works:
             work()
-        self._places.note(batch)
         logits = np.empty(run.logits.shape, np.float32)
         logits[order] = run.logits
         return logits

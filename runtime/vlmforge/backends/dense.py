@@ -55,7 +55,6 @@ class DenseCache:
             longer, shorter = shorter, longer
         (full, most), (other, common) = longer, shorter
         _, heads, _, width = self._shape
-        self._touched[other] = max(self._touched[other], most)
         if common:
             kept = self._scratch[: heads * common * width].reshape(heads, common, width)
             for array in self._arrays.values():
@@ -137,29 +136,30 @@ class PlacedCache:
         return self._cache.rows(first, count)
 
     def arrange(self, batch: DecoderBatch) -> tuple[int, Order]:
-        """Bring a batch's slots side by side: their first row, and the batch's rows from there."""
+        """Bring a batch's slots side by side: their first row, and the batch's rows from there.
+
+        Its tokens will be written there; some of them are where that fails.
+        """
         arrangement = self._rows.arrange(batch.slots)
         for exchange in arrangement.exchanges:
             self._cache.exchange(exchange)
+        self._rows.reach(tuple(batch.slots), batch.past_lengths + batch.input_ids.shape[1])
         return arrangement.first_row, arrangement.index
-
-    def note(self, batch: DecoderBatch) -> None:
-        """The batch's tokens have been written."""
-        tokens = batch.past_lengths + batch.input_ids.shape[1]
-        self._rows.set_all_tokens(tuple(batch.slots), tokens)
 
     def move(self, move: Move) -> None:
         """See `DecoderSession`."""
         rows = self._rows
+        place = move.target if isinstance(move, Copy) else move.place
+        row, used, kept = rows.row(place), rows.tokens(place), move.tokens
         if isinstance(move, Copy):
-            for exchange in rows.renew(move.target):
+            for exchange in rows.renew(place):
                 self._cache.exchange(exchange)
-            self._cache.copy(rows.row(move.source), rows.row(move.target), move.tokens)
-            rows.set_tokens(move.target, move.tokens)
+                kept = exchange.second_tokens  # another's are there now
+            self._cache.copy(rows.row(move.source), rows.row(place), move.tokens)
+            rows.set_tokens(place, move.tokens)
         else:
-            used = rows.tokens(move.place)
-            self._cache.drop(rows.row(move.place), move.tokens, used)
-            rows.leave(move.place, move.tokens)
+            rows.leave(place, move.tokens)
+        self._cache.drop(row, kept, used)
 
     def read(self, place: Sequence[int], tokens: int) -> KeyValues:
         """See `DecoderSession`."""
@@ -168,7 +168,7 @@ class PlacedCache:
     def write(self, place: Sequence[int], rows: KeyValues, start: int) -> None:
         """See `DecoderSession`."""
         tokens = self._cache.write(self._rows.row(place[0]), rows, start)
-        self._rows.set_tokens(place[0], tokens)
+        self._rows.reach((place[0],), np.array([tokens]))
 
 
 def _lazy_memory(size: int) -> mmap.mmap:

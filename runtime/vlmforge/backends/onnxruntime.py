@@ -248,7 +248,6 @@ class _Decoder(DecoderSession):
         else:
             self._run_prompt(layout, batch, order)
             given = self._tokens.logits[:rows]
-        self._places.note(batch)
         return given, order
 
     def _run_anew(self, layout: _Layout, batch: DecoderBatch, order: Order) -> FloatArray:

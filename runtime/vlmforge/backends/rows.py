@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 _TURN_TOKENS = 256  # a row that is in the wrong order is moved later
 
 Order = list[int] | slice
@@ -51,7 +54,7 @@ class Rows:
         self._row_of = list(range(count))
         self._slot_in = list(range(count))
         self._tokens = [0] * count  # by row
-        self._said: dict[Sequence[int], Sequence[int]] = {}  # behind these, and not looked at yet
+        self._said: dict[tuple[int, ...], NDArray[np.int64]] = {}  # tokens, not looked at yet
         self._running = set[int]()  # slots that ran and have not left
         self._down = False  # the last one joined below the others
         self._settled: dict[tuple[int, ...], Arrangement] = {}  # of slots that lie so
@@ -70,15 +73,19 @@ class Rows:
         self._listen()
         self._tokens[self._row_of[slot]] = tokens
 
-    def set_all_tokens(self, slots: tuple[int, ...], tokens: Sequence[int]) -> None:
-        """The same of each slot. Most steps have the slots of the one before, and ask nothing."""
-        self._said.pop(slots, None)  # it comes last
-        self._said[slots] = tokens
+    def reach(self, slots: tuple[int, ...], tokens: NDArray[np.int64]) -> None:
+        """Of each slot at least so many tokens matter.
+
+        Most steps have the slots of the one before, and ask nothing.
+        """
+        before = self._said.get(slots)
+        self._said[slots] = tokens if before is None else np.maximum(before, tokens)
 
     def _listen(self) -> None:
         for slots, tokens in self._said.items():
-            for slot, count in zip(slots, tokens, strict=True):
-                self._tokens[self._row_of[slot]] = int(count)
+            for slot, count in zip(slots, tokens.tolist(), strict=True):
+                row = self._row_of[slot]
+                self._tokens[row] = max(self._tokens[row], count)
         self._said.clear()
 
     def arrange(self, slots: Sequence[int]) -> Arrangement:

@@ -97,6 +97,25 @@ def test_nothing_is_moved_for_those_that_have_left() -> None:
         rows.leave(slot, 900)
 
 
+def test_they_do_so_downwards_where_what_is_above_is_long() -> None:
+    """And go on so, although it is gone by then."""
+    rows = Rows(8)
+    for slot in range(8):
+        rows.set_tokens(slot, 900 if slot == 5 else 46)
+    rows.arrange([4])
+    running: list[int] = []
+    for place, slot in enumerate((7, 0, 6, 3)):
+        rows.renew(slot)
+        rows.set_tokens(5, 46)
+        rows.set_tokens(slot, 36)
+        assert moved(rows, [slot]) == []
+        assert rows.row(slot) == 3 - place
+        running.append(slot)
+    while running:
+        assert moved(rows, running) == []
+        rows.leave(running.pop(0), 78)
+
+
 def test_many_tokens_are_not_moved_for_an_order() -> None:
     rows = Rows(6)
     for slot, tokens in ((1, 50), (2, 50), (3, 900), (5, 80)):
