@@ -21,6 +21,7 @@ from vlmforge.backends.ranks.overlapping import OverlappingRanks
 from vlmforge.kv.blocks import BlockPool
 from vlmforge.outputs.response import Response
 
+pytestmark = pytest.mark.usefixtures("patient_ranks")
 PHOTO = str(IMAGES / "photo_640x480.png")
 PROMPTS: list[object] = ["hi", ("What is it?", PHOTO), "a b c", "Write a line.", "so", "number 6"]
 GREEDY = GenerationConfig(max_new_tokens=13, ignore_eos=True)
