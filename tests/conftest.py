@@ -269,6 +269,18 @@ def cuda_engine(shared: Path, name: str, *more: str) -> Path:
         return build_once(shared / f"{name}.{kind}.engine", DATA / name / "checkpoint", *options)
 
 
+@pytest.fixture(scope="module")
+def patient_ranks() -> Iterator[None]:
+    """For modules in which no rank hangs: on a busy machine one may give no sign for a while."""
+    from vlmforge.backends.ranks import guard, processes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "SILENT_S", HANGS)
+        patch.setattr(processes, "_START_S", HANGS)
+        patch.setattr(guard, "SILENT_S", HANGS)
+        yield
+
+
 @contextmanager
 def kernels_for_one_gpu() -> Iterator[None]:
     """Builds in this process compile kernels for one GPU; those of others say what they are."""

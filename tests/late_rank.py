@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import traceback
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -29,8 +31,16 @@ class ThreadedDevice(LateDevice):
         threading.Thread(target=self._do_all, daemon=True).start()
 
     def _do_all(self) -> None:
-        while True:
-            self._works.get()()
+        """What fails ends the rank: the first one would wait for ever where they meet."""
+        status = 1
+        try:
+            while True:
+                self._works.get()()
+        except SystemExit as end:  # another rank is gone
+            status = end.code if isinstance(end.code, int) else status
+        except BaseException:  # noqa: BLE001 - the process ends
+            traceback.print_exc()
+        os._exit(status)
 
     @override
     def later(self, work: Work) -> None:

@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import PIL.Image
 
-from conftest import HANGS, wait_until
+from conftest import wait_until
 from sample_manifest import MANIFEST, PROMPT, TEMPLATE
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig
 from vlmforge.api.load import serve
@@ -205,17 +206,22 @@ def answered(call: Callable[[], T]) -> T:
 
 def at_once(pipe: Pipeline, prompts: Sequence[Any], configs: Any) -> list[Response]:
     """What a call gives whose prompts are queued, as many as may, before any is run."""
-    inbox, begun = pipe._scheduler._inbox, threading.Event()
+    inbox, begun, over = pipe._scheduler._inbox, threading.Event(), threading.Event()
     first = min(len(prompts), pipe._ahead)
 
     def question(_: object) -> None:
         begun.set()
-        wait_until(lambda: inbox.qsize() >= first)
+        wait_until(lambda: over.is_set() or inbox.qsize() >= first)
 
-    waiting = threading.Thread(target=pipe._scheduler.ask, args=(question,))
-    waiting.start()
-    assert begun.wait(HANGS)
-    found = pipe(prompts, gen_config=configs)
-    waiting.join()
+    asked = ThreadPoolExecutor(1)
+    waiting = asked.submit(pipe._scheduler.ask, question)
+    # A worker that is no more answers, too, that it never comes to the question.
+    wait_until(lambda: begun.is_set() or waiting.done())
+    try:
+        found = pipe(prompts, gen_config=configs)
+    finally:
+        over.set()  # or the worker would wait for prompts that were refused
+        asked.shutdown()
+    waiting.result()
     assert isinstance(found, list)
     return found

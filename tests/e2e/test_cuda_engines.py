@@ -147,7 +147,7 @@ def test_ids_alone_give_what_logits_give(pipe: Pipeline, monkeypatch: pytest.Mon
     texts = [f"number {n}, and so on" for n in range(4)]
     plain = GenerationConfig(max_new_tokens=12, ignore_eos=True)
     whole = replace(plain, output_logits="generation")
-    by_ids = [answer.token_ids for answer in pipe(texts, gen_config=plain)]  # type: ignore[union-attr]
+    by_ids = [answer.token_ids for answer in at_once(pipe, texts, plain)]
     assert max(steps) == 4 and min(steps) >= 1
     steps.clear()
     by_logits = [answer.token_ids for answer in pipe(texts, gen_config=whole)]  # type: ignore[union-attr]

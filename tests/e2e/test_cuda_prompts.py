@@ -22,6 +22,7 @@ from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.fake import cuda_on_cpu
 from vlmforge.runner.work import Work
 
+pytestmark = pytest.mark.usefixtures("patient_ranks")
 PHOTO = str(IMAGES / "photo_640x480.png")
 # Of each, the likeliest tokens are 0.05 ahead of the next ones: sums of another order change none.
 PROMPTS: list[Any] = [

@@ -30,6 +30,7 @@ from vlmforge.engine.bundle import open_bundle
 from vlmforge.engine.static_check import check_static
 from vlmforge.errors import BackendUnavailableError, ConfigError, RankError
 
+pytestmark = pytest.mark.usefixtures("patient_ranks")
 LIMITS = TOLERANCES["float16"]
 PICTURE = str(IMAGES / "tall_300x900.png")
 PROMPTS = ["hi", ("What is this?", PICTURE), "One more, and longer than the first.", "hi"]
@@ -146,7 +147,7 @@ def test_a_rank_is_killed_between_a_step_and_what_it_gives(engine: Path) -> None
         assert all("signal 9" in answer.error_message for answer in answers)
         with pytest.raises(RankError, match="Rank 1 of 2 failed"):
             pipe("hi", GREEDY)
-        assert child.poll() is not None
+        wait_until(lambda: child.poll() is not None)
 
 
 def test_a_rank_that_cannot_follow_says_why(engine: Path) -> None:
@@ -190,7 +191,7 @@ def test_a_pipeline_is_closed_with_steps_under_way(engine: Path) -> None:
         next(pieces)
         pipe.close()
         assert list(pieces)[-1].finish_reason == "abort"
-    assert child.poll() is not None
+    wait_until(lambda: child.poll() is not None)
 
 
 class Waiting:

@@ -26,6 +26,7 @@ from vlmforge.cli import main
 from vlmforge.engine.manifest import decoder_name, load_manifest
 from vlmforge.errors import BackendUnavailableError
 
+pytestmark = pytest.mark.usefixtures("patient_ranks")
 WINDOW = ("--session-len", "1024")
 PICTURE = str(IMAGES / "tall_300x900.png")
 # None of whose tokens is chosen by less than what sums in another order change.

@@ -14,20 +14,11 @@ import pytest
 from conftest import HANGS, HF, IMAGES, divided_engine, wait_until
 from golden_models import CASES, FOLDERS, TOLERANCES, Golden, cases_of, check_answer, check_prompt
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, Session, pipeline
-from vlmforge.backends.ranks import processes
 from vlmforge.engine.manifest import load_manifest
 from vlmforge.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("patient_ranks")
 LIMITS = TOLERANCES["float32"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _patience() -> Iterator[None]:
-    """No rank hangs here; on a busy machine one may give no sign for a while."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "SILENT_S", HANGS)
-        patch.setattr(processes, "_START_S", HANGS)
-        yield
 
 
 PICTURE = str(IMAGES / "tall_300x900.png")

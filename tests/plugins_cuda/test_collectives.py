@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from conftest import HANGS
 from host_collectives import HostKernels, aligned, library
 from vlmforge.backends.number_formats import decode, encode
 from vlmforge_plugins.cached_attention.config import TARGETS
@@ -27,7 +28,7 @@ HALVES = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.float32}
 class Ranks:
     """Memory of all ranks, and what they do at the same time."""
 
-    def __init__(self, size: int, patience: int = 60 * SECOND) -> None:
+    def __init__(self, size: int, patience: int = int(HANGS) * SECOND) -> None:
         self._kernels = [HostKernels(rank) for rank in range(size)]
         self.words = [aligned(128) for _ in range(size)]
         self.lanes = [aligned(launcher.lanes_bytes(size)) for _ in range(size)]
@@ -267,7 +268,7 @@ def test_a_sum_in_place() -> None:
 
 @pytest.mark.parametrize("told", [True, False], ids=["it is told to stop", "its time is over"])
 def test_a_rank_that_does_not_come_is_not_waited_for(told: bool) -> None:
-    ranks = Ranks(2, patience=60 * SECOND if told else 1)
+    ranks = Ranks(2, patience=int(HANGS) * SECOND if told else 1)
     if told:
         ranks.words[0][0] = 1
     given = bits(drawn(3, 3000, dtype="float32"), "float32")

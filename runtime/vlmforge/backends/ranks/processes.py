@@ -40,6 +40,7 @@ _LOOK_MS = 100
 # thread of it show that it lives meanwhile, are read from a slow disk.
 _START_S = 120.0
 _SETTLE_S = 1.0  # ranks that end because one has: which was the first is known then
+_SETTLE_LOOK_S = 0.01
 _groups: weakref.WeakSet[Processes]
 
 
@@ -241,9 +242,12 @@ class Processes(OtherRanks, Watch):
         if not self._losing:
             self._losing = True
             self._listen({channel.fileno() for channel in self._channels.values()})
-        end = time.monotonic() + _SETTLE_S
-        while time.monotonic() < end and (found := self._ended()) is None:
-            time.sleep(0.01)
+        found = self._ended()
+        for _ in range(round(_SETTLE_S / _SETTLE_LOOK_S)):  # not time: see `_look`
+            if found is not None:
+                break
+            time.sleep(_SETTLE_LOOK_S)
+            found = self._ended()
         self._fail(*(found or (rank, "it closed its end of what leads to it")))
 
     def _ended(self) -> tuple[int, str] | None:
