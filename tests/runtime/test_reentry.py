@@ -113,6 +113,25 @@ def test_a_caller_who_is_interrupted_while_it_prepares(
     assert pipe._intake.waiting == 0
 
 
+@pytest.mark.parametrize(("whose", "does"), [(Lane, "put_here"), (Loop, "submit")])
+def test_a_caller_who_is_interrupted_between_two_lines(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, whose: type, does: str
+) -> None:
+    """Its place is free again, once: before it is prepared, and after it was handed over."""
+    method = getattr(whose, does)
+
+    def interrupted(*given: object) -> NoReturn:
+        method(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(whose, does, interrupted)
+        answered(lambda: pipe("left"))
+    assert answered(lambda: pipe("next", plain(3)))
+    assert pipe._intake.waiting == 0
+    assert not pipe._intake._texts._preparing
+
+
 def test_a_request_that_was_handed_over_is_the_worker_s_to_end(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

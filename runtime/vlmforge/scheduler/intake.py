@@ -13,7 +13,7 @@ import itertools
 import queue
 import threading
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -75,17 +75,21 @@ class Intake:
             PipelineError, CancelledError: see `Loop.check`.
         """
         self._loop.check()
-        with self._lock:  # two that come at once may find one place
-            if refuse and self.full:
-                raise _full(self.waiting, self._most)
-            request.sink = self._loop.meter.watched(request.sink)
-            request.watch.switch("queue")
-            lane = self._lane(request)
-            here = here and lane is self._texts and lane.put_here(request)
-            if not here:
-                lane.put(request)
-        if here:
-            lane.serve_here(request)
+        lane = self._lane(request)
+        try:
+            with self._lock:  # two that come at once may find one place
+                if refuse and self.full:
+                    raise _full(self.waiting, self._most)
+                request.sink = self._loop.meter.watched(request.sink)
+                request.watch.switch("queue")
+                here = here and lane is self._texts and lane.put_here(request)
+                if not here:
+                    lane.put(request)
+            if here:
+                lane.serve_here(request)
+        except BaseException:  # Ctrl-C too, which comes between any two lines
+            lane.give_place(request)
+            raise
 
     def cancel(self, request: Request) -> None:
         """End a request: at once, or with what it has at the worker's next step."""
@@ -131,7 +135,7 @@ class Lane(lifetime.Owner):
     def __init__(self, prepare: Prepare, loop: Loop, *, threads: int, ahead: int) -> None:
         self._prepare, self._loop = prepare, loop
         self._most_threads, self._ahead = threads, ahead
-        self._held: Counter[int] = Counter()  # places by the priority of who has them
+        self._held: dict[Request, int] = {}  # who has a place, and its priority
         self._lock = threading.RLock()  # a signal's handler may close what its thread is using
         self._waiting: dict[int, deque[Request]] = {}  # by priority
         self._preparing: set[Request] = set()
@@ -148,12 +152,11 @@ class Lane(lifetime.Owner):
 
     def put_here(self, request: Request) -> bool:
         """Whether nobody is ahead of a request, and it has a place: `serve_here` comes next."""
-        priority = request.terms.priority
         with self._lock:
-            ahead = self._waiting or self._preparing or self._held.total() >= self._ahead
+            ahead = self._waiting or self._preparing or len(self._held) >= self._ahead
             if self._closed or ahead:
                 return False
-            self._held[priority] += 1
+            self._held[request] = request.terms.priority
             self._preparing.add(request)
             return True
 
@@ -165,7 +168,7 @@ class Lane(lifetime.Owner):
     def waiting(self) -> int:
         """Requests that are here, or prepared and not taken yet."""
         with self._lock:
-            return sum(map(len, list(self._waiting.values()))) + self._held.total()
+            return sum(map(len, list(self._waiting.values()))) + len(self._held)
 
     def discard(self, request: Request) -> None:
         """Forget a request that waits here. Takes no lock, for a garbage collector's sake."""
@@ -229,14 +232,14 @@ class Lane(lifetime.Owner):
         """Give places, to higher priorities first; those of lower ones do not keep them out."""
         for priority in sorted(self._waiting, reverse=True):
             waiting = self._waiting.get(priority, deque())  # closed at this moment: none
-            held = sum(count for other, count in list(self._held.items()) if other >= priority)
+            held = sum(other >= priority for other in list(self._held.values()))
             while waiting and held < self._ahead:
                 try:
                     request = waiting.popleft()
                 except IndexError:  # it was discarded at this moment
                     break
                 held += 1
-                self._held[priority] += 1
+                self._held[request] = priority
                 self._preparing.add(request)
                 self._todo.put(request)
             if not waiting:
@@ -246,11 +249,11 @@ class Lane(lifetime.Owner):
         self, request: Request, judge: Callable[[BaseException], None] = lambda _: None
     ) -> None:
         """Prepare a request and hand it over; `judge` may raise what it ended with instead."""
-        handed, priority = False, request.terms.priority
+        handed = False
         try:
             if not (request.ended or self._closed):
                 job = self._prepare(request)
-                job.taken = functools.partial(self._give_place, priority)
+                job.taken = functools.partial(self.give_place, request)
                 self._prepared(request)  # the worker may close the lane before the next line ends
                 self._loop.submit(job)
                 handed = True
@@ -261,18 +264,18 @@ class Lane(lifetime.Owner):
             if not handed:
                 self._prepared(request)
                 request.fail(closed())  # unless it has ended
-                self._give_place(priority)
+                self.give_place(request)
 
     def _prepared(self, request: Request) -> None:
         with self._lock:
             self._preparing.discard(request)
 
-    def _give_place(self, priority: int) -> None:
+    def give_place(self, request: Request) -> None:
+        """A request needs its place no more, if it has one: the next one gets it."""
         with self._lock:
-            self._held[priority] -= 1
-            if not self._held[priority]:
-                del self._held[priority]
-            self._advance()
+            self._preparing.discard(request)
+            if self._held.pop(request, None) is not None:
+                self._advance()
 
 
 def _serve(lane: weakref.ref[Lane], todo: queue.SimpleQueue[Request | None]) -> None:

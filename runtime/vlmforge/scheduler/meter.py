@@ -98,9 +98,10 @@ class Meter:
 
     def watched(self, sink: Sink) -> Sink:
         """The sink of a request that begins now; its events are counted on their way."""
+        watched = _Watched(self, sink, self._clock()).send
         with self._lock:
             self._submitted += 1
-        return _Watched(self, sink, self._clock()).send
+        return watched
 
     def ended(self, event: Event, seconds: float) -> None:
         """An answer has ended."""
