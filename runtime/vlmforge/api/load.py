@@ -23,7 +23,7 @@ from vlmforge.engine.bundle import open_bundle
 from vlmforge.engine.images.pixels import AS_ENGINE, PixelRange
 from vlmforge.engine.manifest import MANIFEST_FILE, Manifest, load_manifest
 from vlmforge.errors import ConfigError
-from vlmforge.field_rules import Instance, OrNone, check_value, shown
+from vlmforge.field_rules import Instance, OrNone, check_value, shown, use_instead
 from vlmforge.inputs.template_choice import choose_template
 from vlmforge.inputs.template_config import ChatTemplateConfig
 from vlmforge.limits import available_memory, settle_heap
@@ -200,7 +200,7 @@ def _apply(
                 found=f"{name}={shown(value)}",
                 expected="backend_config, chat_template_config, vision_config, log_level, or a "
                 "field of EngineConfig",
-                fix="remove it",
+                fix=use_instead(name, sorted(engine_fields)),
             )
     return config, template
 
