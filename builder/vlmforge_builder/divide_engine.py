@@ -85,7 +85,9 @@ def _check(bundle: Bundle, output: Path, tp: int) -> None:
             "Only an engine of one rank can be divided, among several.",
             found=f"an engine of {manifest.parallel.tp} for {manifest.backend}, --tp {tp}",
             expected=f"an engine of 1 for {_TARGET}, and a --tp of 2 or more",
-            fix="give --tp 2 or more, or the checkpoint in place of the engine",
+            fix="give --tp 2 or more"
+            if tp < 2
+            else f"build-engine CHECKPOINT -o {output} --tp {tp}, from the checkpoint",
         )
     if output.resolve() == bundle.folder.resolve():
         raise ConfigError(

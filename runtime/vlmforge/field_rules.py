@@ -246,15 +246,20 @@ def known_fields(kind: type[T]) -> type[T]:
 
 
 def _unknown(kind: str, name: str, value: object, names: Sequence[str]) -> ConfigError:
-    import difflib  # where somebody has to wait for words anyway
-
-    alike = [known for known in names if name in known] or difflib.get_close_matches(name, names)
     return ConfigError(
         f"{kind} has no field {name!r}.",
         found=f"{name}={shown(value)}",
         expected=f"one of: {', '.join(names)}",
-        fix=f"use {alike[0]}, or leave it out" if alike else "leave it out",
+        fix=use_instead(name, names),
     )
+
+
+def use_instead(name: str, names: Sequence[str]) -> str:
+    """What to do about a name that is none of `names`: use the one that it is like, if any is."""
+    import difflib  # where somebody has to wait for words anyway
+
+    alike = [known for known in names if name in known] or difflib.get_close_matches(name, names)
+    return f"use {alike[0]}, or leave it out" if alike else "leave it out"
 
 
 def check_fields(config: object, rules: Mapping[str, Rule]) -> None:

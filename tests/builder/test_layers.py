@@ -179,8 +179,11 @@ def test_the_command_runs_the_builder(engine: Path, monkeypatch: pytest.MonkeyPa
     assert asked == [[*run_as, "--against", "c", "--limit", "0.5"]]
 
 
-def test_the_command_needs_a_reference(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(engine), "--layers"]) == 1
+@pytest.mark.parametrize("asked", [("--layers",), ("--limit", "0.5")])
+def test_the_command_needs_a_reference(
+    engine: Path, capsys: pytest.CaptureFixture[str], asked: tuple[str, ...]
+) -> None:
+    assert main(["verify", str(engine), *asked]) == 1
     assert f"vlmforge verify {engine} --layers --against checkpoint" in capsys.readouterr().err
 
 

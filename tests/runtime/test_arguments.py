@@ -376,11 +376,11 @@ def test_prompts_of_any_shape(prompt: object, pipe: Pipeline) -> None:
 
 
 def test_gen_configs_are_looked_at_one_by_one(pipe: Pipeline) -> None:
-    rows = (("x", "'x'"), (["x"], "'x' in the list"), ([SHORT, SHORT], "of 1"), ({}, "{}"))
+    rows = (("x", "'x'"), (["x"], "'x' in the list"), ([SHORT, SHORT], "of 1"), ({}, "(**"))
     for given_, words in rows:
         with pytest.raises(ConfigError, match="gen_config does not fit") as caught:
             pipe(["hi"], gen_config=given_)  # type: ignore[arg-type]
-        assert words in caught.value.found + caught.value.expected
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("call", [load_image, encode_image_base64])

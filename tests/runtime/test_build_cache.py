@@ -10,16 +10,20 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from conftest import wait_until
+from sample_manifest import MANIFEST
 from vlmforge import EngineConfig, env, pipeline
+from vlmforge.api import load
 from vlmforge.engine import build_cache
 from vlmforge.engine.build_cache import engine_for
 from vlmforge.engine.build_child import Outcome, run_build
+from vlmforge.engine.manifest import ParallelLayout
 from vlmforge.errors import BuildError, ConfigError
 
 HANG_S = 600
@@ -326,3 +330,18 @@ def test_what_is_no_checkpoint_starts_no_build(
             refuses()
         assert caught.value.found.startswith(found)
         assert caught.value.fix.startswith(fix)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_an_engine_that_cannot_be_cut_starts_no_build(
+    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this engine there is nothing but what it says of itself."""
+    kv = MANIFEST.kv if ranks > 1 else replace(MANIFEST.kv, page_size=64, dtype="float16")
+    manifest = replace(MANIFEST, kv=kv, parallel=ParallelLayout(tp=ranks))
+    monkeypatch.setattr(load, "load_manifest", lambda _: manifest)
+    monkeypatch.setattr(build_cache, "run_build", lambda _: pytest.fail("it builds"))
+    (tmp_path / "engine.json").touch()
+    with pytest.raises(ConfigError, match="cannot be divided among other ranks") as caught:
+        pipeline(tmp_path, EngineConfig(tp=2))
+    assert f"an engine of {ranks} for" in caught.value.found

@@ -391,3 +391,9 @@ def test_a_field_that_is_not_there_names_one_that_is(
         make(**{given: 3})
     assert (caught.value.found, caught.value.fix) == (f"{given}=3", fix)
     assert "max_batch_size" in caught.value.expected or make is GenerationConfig
+
+
+def test_a_keyword_that_is_no_engines(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no argument 'sessionlen'") as caught:
+        pipeline(tmp_path, sessionlen=3)
+    assert caught.value.fix == "use session_len, or leave it out"

@@ -251,7 +251,7 @@ def test_an_unknown_form_is_refused(prompt: object, found: str) -> None:
     assert error.summary == "A prompt is of a form that is not known."
     assert error.found == found
     assert "('text', image)" in error.expected
-    assert error.fix == "put text first and images second: pipe(('describe this image', image))"
+    assert error.fix.startswith("put the message" if isinstance(prompt, dict) else "put text first")
 
 
 def test_what_is_shown_of_a_prompt_is_short() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vlmforge.api.session import Session
@@ -95,6 +95,9 @@ def one_for_each(given: GenConfigs, count: int | None) -> Iterable[GenerationCon
     expected = f"a GenerationConfig, or a list of {count} of them"
     if given is None or isinstance(given, GenerationConfig):
         given = [given] * count
+    if isinstance(given, Mapping):
+        fix = "gen_config=GenerationConfig(**gen_config)"
+        raise _misfit(f"gen_config={shown(given)}", expected, fix)
     if not isinstance(given, list | tuple) or len(given) != count:
         raise _misfit(f"gen_config={shown(given)}", expected)
     for config in given:
@@ -103,12 +106,15 @@ def one_for_each(given: GenConfigs, count: int | None) -> Iterable[GenerationCon
     return [config if config is not None else GenerationConfig() for config in given]
 
 
-def _misfit(found: str, expected: str) -> ConfigError:
+_ONE_EACH = "give one for all, or a list of prompts and one for each"
+
+
+def _misfit(found: str, expected: str, fix: str = _ONE_EACH) -> ConfigError:
     return ConfigError(
         "gen_config does not fit the prompts.",
         found=found,
         expected=expected,
-        fix="give one for all, or a list of prompts and one for each",
+        fix=fix,
     )
 
 

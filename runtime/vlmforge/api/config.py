@@ -43,8 +43,9 @@ class EngineConfig:
     Attributes:
         model_format: Of a checkpoint: "hf"; None: detect.
         tp: Ranks, each a process with its share of the decoder's weights. An engine that was built
-            for several has as many, whatever this says; one of a single rank is cut into so many,
-            once, and the result kept in the cache directory.
+            for several has those, and refuses another number but 1, which is the default; one of a
+            single rank for processors is cut into so many, once, and the result kept in the cache
+            directory.
         device_num, attn_tp_size, mlp_tp_size: Accepted where they say what `tp` does.
         devices: Numbers of the GPUs, one for each rank; None: the first ones.
         communicator: "nccl" is the fastest way that the backend has; on processors, shared memory.

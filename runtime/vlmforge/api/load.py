@@ -23,7 +23,7 @@ from vlmforge.engine.bundle import open_bundle
 from vlmforge.engine.images.pixels import AS_ENGINE, PixelRange
 from vlmforge.engine.manifest import MANIFEST_FILE, Manifest, load_manifest
 from vlmforge.errors import ConfigError
-from vlmforge.field_rules import Instance, OrNone, check_value, shown
+from vlmforge.field_rules import Instance, OrNone, check_value, shown, use_instead
 from vlmforge.inputs.template_choice import choose_template
 from vlmforge.inputs.template_config import ChatTemplateConfig
 from vlmforge.limits import available_memory, settle_heap
@@ -200,7 +200,7 @@ def _apply(
                 found=f"{name}={shown(value)}",
                 expected="backend_config, chat_template_config, vision_config, log_level, or a "
                 "field of EngineConfig",
-                fix="remove it",
+                fix=use_instead(name, sorted(engine_fields)),
             )
     return config, template
 
@@ -219,8 +219,10 @@ def _engine(path: str, config: EngineConfig) -> Path:
             return folder
         manifest = load_manifest(folder)
         _check_devices(config, manifest)
-        as_it_is = config.tp == 1 or manifest.parallel.tp == config.tp
-        return folder if as_it_is else cut_engine(folder, int(config.tp))
+        if config.tp in (1, manifest.parallel.tp):
+            return folder
+        _check_whole(manifest, int(config.tp))
+        return cut_engine(folder, int(config.tp))
     if asked is None:
         return folder
     manifest = load_manifest(folder)
@@ -255,6 +257,19 @@ def _check_finished(config: EngineConfig, manifest: Manifest) -> None:
             found=f"revision={shown(config.revision)}",
             expected=f"none: the engine was built of {manifest.provenance.source}",
             fix="leave revision out, or build-engine HUB_ID -o ENGINE --revision REVISION",
+        )
+
+
+def _check_whole(manifest: Manifest, ranks: int) -> None:
+    """ConfigError for an engine that cannot be cut for `ranks`, before a process is started."""
+    own = manifest.parallel.tp
+    if own > 1 or manifest.kv.page_size is not None:
+        raise ConfigError(
+            "This engine cannot be divided among other ranks than it was built for.",
+            found=f"tp={ranks}, and an engine of {own} for {manifest.backend}",
+            expected=f"tp={own}, or an engine of one rank for processors",
+            fix="leave tp out, or divide the checkpoint: "
+            f"build-engine CHECKPOINT -o ENGINE --target {manifest.backend} --tp {ranks}",
         )
 
 

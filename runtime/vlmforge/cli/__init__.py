@@ -146,7 +146,7 @@ def _run(values: argparse.Namespace) -> int:
         case "verify":
             from vlmforge.cli.verify import run_layers, run_static, run_verify
 
-            if values.layers or values.against is not None:
+            if values.layers or values.against is not None or values.limit is not None:
                 return run_layers(values.engine, values.against, values.limit)
             return (run_static if values.static else run_verify)(values.engine)
         case "plan":

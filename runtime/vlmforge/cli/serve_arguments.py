@@ -13,7 +13,9 @@ def add_serve(commands: Any) -> None:
         help="serve engines over HTTP to OpenAI clients",
         description="Serve engines over HTTP to OpenAI clients, until a signal asks for the end.",
     )
-    serve.add_argument("engine", nargs="+", metavar="ENGINE", help="folders or checkpoints")
+    serve.add_argument(
+        "engine", nargs="+", metavar="ENGINE", help="engine directories, or checkpoints"
+    )
     serve.add_argument("--host", "--server-name", default="127.0.0.1", help="default: 127.0.0.1")
     serve.add_argument(
         "--port", "--server-port", type=int, default=23333, help="default: 23333; 0: any free one"
@@ -24,7 +26,7 @@ def add_serve(commands: Any) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="one for each engine, in their order (default: their folders' names)",
+        help="once for each engine, in their order (default: their folders' names)",
     )
     serve.add_argument(
         "--api-keys", nargs="+", default=[], metavar="KEY", help="or VLMFORGE_API_KEYS=KEY,KEY"

@@ -139,7 +139,9 @@ def parse_prompt(prompt: object) -> Conversation:
         "A prompt is of a form that is not known.",
         found=_describe(prompt),
         expected=_FORMS,
-        fix="put text first and images second: pipe(('describe this image', image))",
+        fix="put the message into a list: pipe([message])"
+        if isinstance(prompt, Mapping)
+        else "put text first and images second: pipe(('describe this image', image))",
     )
 
 
