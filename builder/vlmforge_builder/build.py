@@ -185,7 +185,7 @@ def _check(options: BuildOptions) -> None:
                 f"{name} is out of range.",
                 found=str(value),
                 expected=f"a whole number from 1 to {within[-1]}",
-                fix=f"--{name.replace('_', '-')} 8",
+                fix=f"leave --{name.replace('_', '-')} out, for its default",
             )
     if options.dtype not in DTYPE_NAMES:
         raise ConfigError(

@@ -25,12 +25,14 @@ _CHECKPOINT_HELP = (
 _DTYPE_HELP = (
     "how weights are stored. ONNX Runtime's CPU provider has no 16-bit matrix kernels: with "
     "float16 or bfloat16 the files are half as big, and each weight is widened to float32 once "
-    "at load; arithmetic is float32 in any case (default: float32)"
+    "at load; arithmetic is float32 there in any case. GPUs calculate in 16 bits and need one of "
+    "these (default: float32)"
 )
 _WEIGHTS_HELP = (
-    "quantise the decoder's weights: int8 or int4, in blocks of 128 with a scale each; the rest "
-    "is stored as --dtype says (default: all of it)"
+    "quantise the decoder's weights: int8 or int4, in blocks of 128 (less where 128 does not "
+    "divide) with a scale each; the rest is stored as --dtype says (default: all of it)"
 )
+_WINDOW_HELP = "tokens that one conversation may hold (default: what the model was trained for)"
 _TP_HELP = (
     "divide the decoder among N ranks, which run as processes of their own and meet in each layer "
     "(default: 1)"
@@ -63,18 +65,25 @@ def parser() -> argparse.ArgumentParser:
     add("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT_HELP)
     add("-o", "--output", required=True, type=Path, metavar="ENGINE", help="where to write it")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    add("--target", default="onnxruntime", choices=TARGETS, help="what runs it")
+    add(
+        "--target",
+        default="onnxruntime",
+        choices=TARGETS,
+        help="what runs it (default: onnxruntime)",
+    )
     add("--dtype", default="float32", choices=DTYPE_NAMES, help=_DTYPE_HELP)
     add("--weights", choices=BITS, metavar="KIND", help=_WEIGHTS_HELP)
-    add("--session-len", type=int, metavar="N", help="tokens that one conversation may hold")
+    add("--session-len", type=int, metavar="N", help=_WINDOW_HELP)
     add("--max-batch-size", type=int, default=8, metavar="N", help="sequences at once (default 8)")
     add("--vision-tower", metavar="PATH_OR_ID", help="where the vision tower is, if not inside")
     add("--tower-weights", choices=("checkpoint", "stock"), help=_TOWER_HELP)
     add("--chat-template", metavar="NAME_OR_JSON", help="a name, JSON text or a .json file")
     add("--image-policy", metavar="NAME", help="another official preprocessing of the model")
     add("--kv-dtype", choices=KV_DTYPES, help="key/value cache of a GPU engine; default: --dtype")
-    add("--attention", metavar="KIND", help="of a GPU engine: plugin (default) or native")
-    add("--compute-capability", metavar="X.Y", help="compile for this GPU; default: the target's")
+    add("--attention", metavar="KIND", help="of a TensorRT plan: plugin (default) or native")
+    add(
+        "--compute-capability", metavar="X.Y", help="of a plan: for this GPU; default: the target's"
+    )
     add("--tp", type=int, default=1, metavar="N", help=_TP_HELP)
     add("--ignore-config-key", action="append", default=[], metavar="KEY", help=_IGNORE_HELP)
     add("--skip-goldens", action="store_true", help=_GOLDENS_HELP)

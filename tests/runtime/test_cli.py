@@ -245,7 +245,7 @@ def test_errors_are_words_and_a_status(tmp_path: Path, capsys: pytest.CaptureFix
 def test_help_says_what_16_bits_mean() -> None:
     command = [sys.executable, "-m", "vlmforge_builder", "--help"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "arithmetic is float32 in any case" in " ".join(out.split())
+    assert "arithmetic is float32 there in any case" in " ".join(out.split())
 
 
 def test_doctor_knows_all_that_is_installed() -> None:

@@ -317,7 +317,7 @@ def load_manifest(folder: Path) -> Manifest:
             f"{path} is of another schema version.",
             found=f"schema_version {version!r}"[:100],
             expected="one of " + ", ".join(map(str, _READ)),
-            fix="rebuild the engine with the build-engine of this version",
+            fix="install the vlmforge that built it, or build it again with this one",
         )
     if version > _WITHOUT_DIGEST:
         _check_digest(path, data)
