@@ -83,8 +83,12 @@ def test_two_containers_and_one_volume(tmp_path: Path) -> None:
         if said[1] == "builds as 1":
             first, later, said = later, first, said[::-1]
         assert said[0] == "builds as 1"
-        assert said[1].startswith(f"Another build is writing {target}. process 1 on ")
+        refused = f"Another build is writing {target}. "
+        assert said[1].startswith(refused)  # it may have come before the first one had said who
         later.communicate()
+        with builder(target, prefix) as last:
+            assert line(last).startswith(f"{refused}process 1 on ")
+            last.communicate()
         assert len([name for name in names(tmp_path) if ".building-" in name]) == 1
         assert first.communicate()[0] == "published\n"
     assert names(tmp_path) == ["e"]

@@ -213,10 +213,10 @@ def pipe(shared: Path) -> Iterator[Pipeline]:
 def script(pipe: Pipeline, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every answer is `text`, token by token."""
     ids = [*pipe._engine.tokenizer.encode(text), 514]
-    given: dict[int, Iterator[int]] = {}
+    given: dict[object, Iterator[int]] = {}
 
     def step(sampler: object, _: object) -> SimpleNamespace:
-        tokens = given.setdefault(id(sampler), iter(ids))
+        tokens = given.setdefault(sampler, iter(ids))
         return SimpleNamespace(id=next(tokens), top_logprobs=None)
 
     monkeypatch.setattr(generate_module.Sampler, "step", step)
