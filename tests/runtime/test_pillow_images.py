@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmforge.vl.load import open_image
 from vlmforge.vl.pillow_images import pixel_bytes
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16")
@@ -25,3 +26,14 @@ def test_pieces_are_the_whole(mode: str, size: tuple[int, int]) -> None:
     assert length == len(whole)
     row = len(whole) // size[1]
     assert max(map(len, found)) <= max(row, 1 << 20)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (641, 500), (1299, 999)])
+def test_a_large_picture_is_another_where_any_pixel_is(place: tuple[int, int]) -> None:
+    """Whichever of its pieces that is in; the same pixels are the same picture."""
+    pixels = np.zeros((1000, 1300, 3), np.uint8)
+    digest = open_image(pixels).digest
+    assert len(digest) == 16
+    assert open_image(Image.fromarray(pixels)).digest == digest
+    pixels[place[1], place[0], 2] = 1
+    assert open_image(pixels).digest != digest

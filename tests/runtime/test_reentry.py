@@ -19,8 +19,9 @@ from stand_in import HANG_S, Gate, Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline, Response
 from vlmforge.errors import CancelledError
 from vlmforge.inputs.messages import Conversation, Image, Message
+from vlmforge.outputs.events import Event
 from vlmforge.runner.job import Job
-from vlmforge.scheduler.intake import Lane
+from vlmforge.scheduler.intake import Lane, _serve_next
 from vlmforge.scheduler.loop import Loop
 from vlmforge.scheduler.request import Request
 
@@ -163,6 +164,20 @@ def test_what_was_asked_about_goes_with_its_request() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_request_whose_pipeline_nobody_holds_any_more_ends(pipe: Pipeline) -> None:
+    """A thread that finds it then has nothing to prepare it with."""
+    events = list[Event]()
+    lane = Lane(pipe._intake._texts._prepare, pipe._scheduler, threads=0, ahead=1)
+    request = Request(conversation=None, config=plain(), sink=events.append)  # type: ignore[arg-type]
+    gone, todo = weakref.ref(lane), lane._todo
+    todo.put(request)
+    del lane
+    gc.collect()
+    assert gone() is None
+    assert _serve_next(gone, todo)
+    assert [type(event.error) for event in events] == [CancelledError]
 
 
 def test_a_loop_that_is_gone_has_its_requests_cancelled(pipe: Pipeline) -> None:

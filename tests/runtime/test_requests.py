@@ -15,8 +15,10 @@ import pytest
 from conftest import wait_until
 from stand_in import HANG_S, Gate, Parts, SlowFile, answered, at_once, plain, png, stand_in
 from vlmforge import Pipeline, Response
+from vlmforge.api.calls import Call
 from vlmforge.backends import DecoderBatch, FloatArray
 from vlmforge.errors import CancelledError, ImageError, VlmforgeError
+from vlmforge.outputs.events import Event
 
 SLOTS = 3
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -186,6 +188,36 @@ def test_leaving_the_loop_cancels(pipe: Pipeline, parts: Parts) -> None:
 
     asyncio.run(main())
     check_idle(pipe, parts)
+
+
+@pytest.mark.parametrize("how", ["stream_infer", "chat"])
+def test_a_stream_has_pieces_while_its_answer_goes_on(
+    pipe: Pipeline, parts: Parts, gate: Gate, how: str
+) -> None:
+    parts.before = lambda name, number: gate.passed() if (name, number) == ("step", 9) else None
+    more = {"stream_response": True} if how == "chat" else {}
+    stream: Any = getattr(pipe, how)("long", gen_config=plain(140), **more)
+    assert answered(lambda: next(stream)).finish_reason is None
+    gate.open.set()
+    assert answered(lambda: list(stream))[-1].finish_reason == "length"
+
+
+def test_who_waits_for_whole_answers_is_woken_once_for_each(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    woken, wait = [], Call._next
+
+    def noted(call: Call) -> list[Event]:
+        woken.append(events := wait(call))
+        return events
+
+    monkeypatch.setattr(Call, "_next", noted)
+    answers = answered(lambda: pipe(["a", "b", "c"], plain(20)))
+    assert [answer.finish_reason for answer in answers] == ["length"] * 3
+    assert [[event.last for event in events].count(True) for events in woken] == [1, 1, 1]
+    woken.clear()
+    answered(lambda: pipe.chat("a", gen_config=plain(20)))
+    assert len(woken) == 1
 
 
 def test_an_exception_beside_a_stream_cancels_it(pipe: Pipeline, parts: Parts) -> None:

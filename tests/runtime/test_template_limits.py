@@ -274,6 +274,16 @@ def test_a_long_conversation_is_no_abuse() -> None:
     assert len(render(source, turns)) > 1_000_000
 
 
+def test_more_to_write_allows_for_more_work_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MOST_WORK", 1000)
+    once = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    turns: list[dict[str, object]] = [{"role": "user", "content": "a" * 40}] * 100
+    assert render(once, turns) == "a" * 4000
+    assert compile_template(once)
+    with pytest.raises(PromptError, match="more than a template may do"):
+        render("{% for x in range(999) %}" + once + "{% endfor %}", turns)
+
+
 def test_work_is_counted_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
 
