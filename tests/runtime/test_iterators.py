@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from stand_in import Parts, answered, plain, stand_in
 from vlmforge import Response
+from vlmforge.api.calls import Call
 from vlmforge.errors import ConfigError
 
 
@@ -66,3 +68,25 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3/3 [" in listed.err
     assert "2prompt [" in streamed.err
     assert (listed.out, streamed.out, *silent) == ("", "", "", "")
+
+
+def test_a_call_that_blocks_takes_all_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although its next item finds room in the queue only while others are answered."""
+    parts, looked, may_ask = Parts(3), [0], Call._may_ask
+
+    def look(call: Call) -> bool:
+        looked[0] += 1
+        return may_ask(call)
+
+    def patient(name: str, _: int, seen: list[int] = [0]) -> None:  # noqa: B006 - of this test
+        for _ in range(20 if name == "step" and max(parts.rows, default=0) < 3 else 0):
+            if looked[0] > seen[0]:  # the caller, since the step before
+                break
+            time.sleep(0.005)
+        seen[0] = looked[0]
+
+    monkeypatch.setattr(Call, "_may_ask", look)
+    parts.before = patient
+    with stand_in(parts, max_queued_requests=1) as pipe:
+        pipe([str(number) for number in range(6)], plain(20))
+    assert max(parts.rows) == 3

@@ -60,6 +60,7 @@ class Call:
     ahead: int
     _events: queue.SimpleQueue[list[Event]] = field(default_factory=queue.SimpleQueue)
     _requests: dict[int, Request] = field(default_factory=dict)
+    _wants_room: bool = False  # in the queue, for the next item; any piece may bring it
 
     def events(
         self,
@@ -85,6 +86,7 @@ class Call:
             while more or self._requests:
                 while more and self._may_ask():
                     more = yield from self._ask(asked, count, together)
+                self._wants_room = more and len(self._requests) < self.ahead
                 if self._requests:
                     yield from self._next()
         finally:
@@ -167,8 +169,9 @@ class Call:
 
         def sink(event: Event) -> None:
             events.append(event)
-            if event.last:
-                put(events)
+            if event.last or self._wants_room:
+                put(events.copy())
+                events.clear()
 
         return sink
 
