@@ -152,6 +152,7 @@ NUMBERS = {"features.get": (1, 2)}
 LATER = [
     ("engine.decode", 9),
     ("generation.accept", 20),
+    ("cache.place", 30),
     ("cache.note", 30),
     ("cache.grow", 41),
 ]
