@@ -15,9 +15,9 @@ from vlmforge.engine.manifest import KVLayout
 from vlmforge.errors import BackendUnavailableError, SessionError
 from vlmforge.kv.cache import Copy, Move
 
-# So much of a row stays touched when its tokens go: to give a few pages back, and to be given
-# others by the next tokens, costs a small model more than its steps do.
-_KEPT_BYTES = 1 << 20
+# So much of a row stays touched when its tokens go, and of all rows: to give a few pages back, and
+# to be given others by the next tokens, costs a small model more than its steps do.
+_KEPT_BYTES, _KEPT_IN_ALL = 1 << 20, 16 << 20
 
 
 class DenseCache:
@@ -33,6 +33,7 @@ class DenseCache:
             name: np.frombuffer(memory, np.float32).reshape(self._shape)
             for name, memory in self._memory.items()
         }
+        self._kept = min(_KEPT_BYTES, _KEPT_IN_ALL // rows)
         self._touched = [0] * rows  # tokens whose memory may be there although they are gone
 
     def rows(self, first: int, count: int) -> Iterator[tuple[str, FloatArray]]:
@@ -100,7 +101,7 @@ class DenseCache:
         To the system; a little of it is kept for the tokens that come next.
         """
         used = self._touched[row] = max(self._touched[row], used)
-        if self._memory_of(used) - self._memory_of(tokens) <= _KEPT_BYTES:
+        if self._memory_of(used) - self._memory_of(tokens) <= self._kept:
             return
         self._touched[row] = tokens
         if not hasattr(mmap, "MADV_DONTNEED"):

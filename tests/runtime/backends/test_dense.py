@@ -156,6 +156,16 @@ def test_a_little_memory_stays_until_it_is_much() -> None:
     assert not there(2, many)
 
 
+@pytest.mark.parametrize(("rows", "stays"), [(16, True), (64, False)])
+def test_many_rows_keep_little_each(rows: int, stays: bool) -> None:
+    cache = DenseCache(LAYOUT, rows, 512)
+    for _, array in cache.rows(0, 1):
+        array[0, :, :128] = 1  # 384 KiB
+    cache.drop(0, 0, 128)
+    found = np.stack([array[0, :, 32:96] for _, array in cache.rows(0, 1)])
+    assert found.any() == stays
+
+
 def test_address_space_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> mmap.mmap:
         raise OSError(12, "Cannot allocate memory")
