@@ -75,8 +75,8 @@ def _session(
     settings.inter_op_num_threads = 1
     if part.chain is not None:  # threads of one segment that wait would hold up those of the next
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    else:  # enough from one step to the next; by default they spin for 60 ms after the last one
-        settings.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
+    else:  # by default they spin for 60 ms behind the last step; who wakes up within a burst is late
+        settings.add_session_config_entry("session.intra_op.spin_duration_us", "20000")
     settings.log_severity_level = 3
     if not options.pack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
