@@ -75,7 +75,7 @@ def _session(
     settings.inter_op_num_threads = 1
     if part.chain is not None:  # threads of one segment that wait would hold up those of the next
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    else:  # by default they spin for 60 ms behind the last step; who wakes up within a burst is late
+    else:  # 60 ms by default; after few they would sleep within a burst, and wake up late
         settings.add_session_config_entry("session.intra_op.spin_duration_us", "20000")
     settings.log_severity_level = 3
     if not options.pack:
