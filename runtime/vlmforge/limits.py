@@ -28,8 +28,8 @@ _USUAL_MOUNTS = {
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of <malloc.h>
 _OF_ITS_OWN = 32 << 20
-"""Bytes from which on a piece of memory is asked of the system, and goes back to it at once. It is the
-most that glibc takes: what a layer of a large model works with is smaller."""
+"""Bytes from which on a piece of memory is asked of the system, and goes back to it at once. glibc
+takes no more: what a layer of a large model works with is smaller."""
 # Version 1 has no word for "unlimited", only a figure that no machine reaches.
 _V1_UNLIMITED = 1 << 60
 
