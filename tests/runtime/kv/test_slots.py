@@ -111,6 +111,13 @@ def sequence(cache: SlotCache, request: int, keys: list[int], *, salt: bytes = b
     return cached
 
 
+def test_the_last_token_is_run_although_all_are_there() -> None:
+    cache = SlotCache(2, 100, budget=50)
+    sequence(cache, 0, [1, 2, 3])
+    cache.free(0)
+    assert sequence(cache, 1, [1, 2, 3]) == 2
+
+
 def test_a_conversation_goes_on_in_its_own_slot() -> None:
     cache = SlotCache(2, 100, budget=50)
     sequence(cache, 0, [1, 2, 3])
