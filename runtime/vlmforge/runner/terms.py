@@ -35,7 +35,7 @@ class Terms:
     @property
     def over(self) -> bool:
         """Whether no time is left."""
-        return self.left == 0
+        return time.monotonic() >= self.deadline
 
     def content(self, digest: bytes) -> bytes:
         """What identifies an image's content among the requests with this salt (16 bytes)."""
