@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from conftest import HANGS, ROOT
-from vlmforge import Response
+from vlmforge import Pipeline, Response
+from vlmforge.outputs.events import GenOut
 
 sys.path.append(str(ROOT / "scripts"))  # programs of their own, which import each other
-from drawn_requests import Drawing, Pictures
-from sent_requests import Outcome, judged
+from drawn_requests import Drawing, Drawn, Pictures
+from sent_requests import Outcome, judged, send
 
 
 def test_a_short_run(hf_engine: Path, tmp_path: Path) -> None:
@@ -29,7 +32,8 @@ def test_a_short_run(hf_engine: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "; 0 faults" in done.stdout
-    for end in ("length", "stop", "invalid_request", "left", "looked"):
+    # Whether a caller that leaves comes before the end is chance: `test_a_caller_leaves`.
+    for end in ("length", "stop", "invalid_request", "looked"):
         assert f" {end}\n" in done.stdout
 
 
@@ -72,6 +76,36 @@ def test_the_judge(answer: Response | str, end: str, fault: str | None) -> None:
     assert (outcome.fault is None) == (fault is None)
     assert (fault or "") in (outcome.fault or "")
     assert isinstance(outcome, Outcome)
+
+
+class Pieces:
+    """Stands in for a pipeline whose answers come token by token, and end with the fourth."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def stream_infer(self, *_: object, **__: object) -> Iterator[Response]:
+        for end in (None, None, None, "stop"):
+            self.taken += 1
+            yield Response("a", self.taken, 3, finish_reason=end, token_ids=[5])
+
+    def chat(self, *_: object, **__: object) -> Iterator[Response]:
+        return self.stream_infer()
+
+    async def generate(self, *_: object, **__: object) -> AsyncIterator[GenOut]:
+        for piece in self.stream_infer():
+            yield GenOut(piece.text, 0, 3, self.taken, piece.finish_reason, piece.token_ids)
+
+
+@pytest.mark.parametrize("form", ["stream", "chat_stream", "generate"])
+@pytest.mark.parametrize(
+    ("leave", "end", "taken"), [(None, "stop", 4), (0, "left", 1), (2, "left", 3)]
+)
+def test_a_caller_leaves(form: str, leave: int | None, end: str, taken: int) -> None:
+    pipe = Pieces()
+    drawn = Drawn(0, form, ("hello",), {"max_new_tokens": 8}, leave, do_preprocess=True)
+    (outcome,) = send(cast(Pipeline, pipe), drawn, 100)
+    assert (outcome.end, outcome.fault, pipe.taken) == (end, None, taken)
 
 
 def test_a_request_is_drawn_by_its_number_alone(tmp_path: Path) -> None:
