@@ -51,6 +51,7 @@ check: $(STAMP) ## ruff, ruff format, mypy --strict and the import rules
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy --config-file bench/mypy.ini
 	@$(BIN)/lint-imports
 
 fmt: $(STAMP) ## format and mend what ruff can

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attention_backends import CudaBackend, addresses
 from attention_cases import Batch, Case, make, verify
@@ -150,7 +151,7 @@ def check_chain(backend: CudaBackend, config: Config, steps: int = 24) -> list[s
     past = np.array([5, 640 - steps, 300]) + np.arange(steps)[:, None]
     table = random.permutation(batch * pages).astype(np.int32)
     pool = np.zeros(2 * batch * pages * kv_heads * page_size * d, np.uint16)
-    contents = (half, angles, past.astype(np.int32), table, pool)
+    contents: tuple[NDArray[Any], ...] = (half, angles, past.astype(np.int32), table, pool)
     out = np.zeros((steps, batch, heads * d), np.uint16)
     results = []
     for overlapping in (True, False):
@@ -163,12 +164,14 @@ def check_chain(backend: CudaBackend, config: Config, steps: int = 24) -> list[s
         way = chosen if overlapping else apart(chosen)
         for step in range(steps):
             first = at[0] + step * batch * width * 2
-            rows = [Rows(first + n * d * 2, width, width) for n in (0, heads, heads + kv_heads)]
+            places = (0, heads, heads + kv_heads)
+            query, key, value = (Rows(first + n * d * 2, width, width) for n in places)
             to = Rows(at[5] + step * out[0].nbytes, heads * d, heads * d)
             pools = at[4], at[4] + pool.nbytes // 2
             turns = at[1], at[1] + angles[0].nbytes
             lengths = at[2] + step * batch * 4
-            tensors = Tensors(*rows, to, *pools, batch * pages, *turns, lengths, 0, at[3], at[6])
+            given = query, key, value, to
+            tensors = Tensors(*given, *pools, batch * pages, *turns, lengths, 0, at[3], at[6])
             run(way, tensors, Scales(d**-0.5), backend.kernels(config), 0)
         call(driver.cuCtxSynchronize)
         found = np.empty_like(out)

@@ -113,7 +113,7 @@ def refused(engine: Path, results: Results) -> None:
 
     enter()
     gc.collect()
-    taken = GpuMemory(machine.find_gpu().free - _LEFT)
+    taken = GpuMemory(machine.find_gpu().free - _LEFT, 0)
     said = ""
     try:
         pipeline(engine).close()

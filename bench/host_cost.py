@@ -33,8 +33,8 @@ from vlmforge.backends.fake import (  # noqa: E402
     HostDevice,
     HostMemory,
     NumpyKernels,
-    _bits,
 )
+from vlmforge.backends.fake_memory import bits_of  # noqa: E402
 from vlmforge.engine.interface import LIKELIEST  # noqa: E402
 from vlmforge.scheduler.loop import Loop  # noqa: E402
 from vlmforge_plugins.cached_attention.launcher import Params  # noqa: E402
@@ -45,7 +45,7 @@ class _NoSegment(Segment):
     @override
     def bind(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Work:
         del inputs
-        ids = [_bits(tensor) for tensor in outputs if tensor.name == LIKELIEST.name]
+        ids = [bits_of(tensor) for tensor in outputs if tensor.name == LIKELIEST.name]
 
         def work() -> None:
             for one in ids:

@@ -14,7 +14,7 @@ import time
 
 from vlmforge_builder.blocks.decoder import DecoderConfig
 from vlmforge_builder.export import trace
-from vlmforge_builder.weights import plan, stored_dtype
+from vlmforge_builder.weights import AsDtype, plan, stored_dtype
 from vlmforge_recipes.llama_decoder import decoder_part
 
 
@@ -42,11 +42,13 @@ def main() -> None:
     part = decoder_part(SIZES[size], prefix="model.", head="lm_head.weight")
     start = time.perf_counter()
     traced = trace(part)
-    dtypes = {name: stored_dtype(part.weights[name], "float16") for name in traced.shapes}
-    layout = plan(traced.shapes, dtypes)
+    stored = (stored_dtype(part.weights[name], "float16") for name in traced.shapes)
+    encodings = dict(zip(traced.shapes, map(AsDtype, stored), strict=True))
+    layout = plan(traced.shapes, encodings)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    total, largest = layout[-1].offset + layout[-1].size, max(item.size for item in layout)
+    places = [place for item in layout for place in item.places]
+    total, largest = places[-1].end, max(place.tensor.size for place in places)
     print(
         f"{size}: {total / 1e9:.1f} GB of weights planned in {seconds:.1f} s, peak RSS "
         f"{peak / 2**30:.2f} GiB; largest tensor {largest / 2**30:.2f} GiB"

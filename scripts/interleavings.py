@@ -36,7 +36,7 @@ def main() -> int:
 def check_family(name: str, work: Path, seeds: range) -> int:
     """Print what came of the histories; 1 if one failed."""
     from conftest import golden_engine
-    from interleavings import SLOTS, Family, drawn
+    from histories import SLOTS, Family, drawn
     from vlmforge import EngineConfig, pipeline
 
     failed, preempted, reused, requests = 0, 0, 0, 0

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import golden_engine
 from golden_models import FOLDERS, TWINS
-from interleavings import SLOTS, Family, drawn
+from histories import SLOTS, Family, drawn
 from live_parity import engine as drawn_engine
 from vlmforge import EngineConfig, pipeline
 
