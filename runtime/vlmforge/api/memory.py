@@ -78,7 +78,17 @@ def load_options(
             shown(wanted * capacity),
             shown(wanted),
         )
-    return LoadOptions(slots, capacity, _threads(config.threads), pack, blocks, block)
+    return LoadOptions(
+        slots,
+        capacity,
+        _threads(config.threads),
+        pack,
+        blocks,
+        block,
+        prompts=slots,
+        apart=True,
+        packs=True,
+    )
 
 
 def _paged(

@@ -43,7 +43,9 @@ class LoadOptions:
             loading is immediate, the system can reclaim the memory, and 16-bit weights are widened
             at every use.
         mpi: Whether the ranks of an engine are those that mpirun has started.
-        prompts: Whose parts may be run at once (see `DecoderBatch.lengths`).
+        prompts: Whose parts may be run in one step.
+        apart: Whether they are run one after the other there, not at once (see
+            `DecoderBatch.lengths`).
         packs: Whether these take the time and the memory of their own tokens, not each those of
             the longest; `chunk` may be more than `capacity` then.
         devices: Numbers of the GPUs, one for each rank; empty: the first ones.
@@ -60,6 +62,7 @@ class LoadOptions:
     chunk: int = 512
     mpi: bool = False
     prompts: int = 1
+    apart: bool = False
     packs: bool = False
     devices: tuple[int, ...] = ()
     features: int = 0

@@ -310,7 +310,7 @@ class Engine:
     def prefill_together(self, parts: Sequence[PromptPart]) -> FloatArray:
         """Run the next tokens of several sequences at once; logits `[n, vocab_size]` after each.
 
-        As `prefill` of each alone, where `LoadOptions.prompts` are as many.
+        As `prefill` of each alone, where `LoadOptions.prompts` are as many, and not `apart`.
         """
         return self._run(together(parts, self.manifest.decode))[:, 0].copy()
 

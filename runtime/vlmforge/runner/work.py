@@ -63,11 +63,11 @@ class Work:
                 continue
             if self.attempt([row], partial(self._encode, self.active[row.sequence], row, ahead)):
                 ready.append(row)
-        if not ready:
-            return
-        logits = self.attempt(ready, lambda: self._run_prompts(ready))
-        for row, found in zip(ready, logits or (), strict=logits is not None):
-            self.prompted(row, found)
+        apart = self.engine.options.apart
+        for some in [[row] for row in ready] if apart else [ready] if ready else []:
+            logits = self.attempt(some, partial(self._run_prompts, some))
+            for row, found in zip(some, logits or (), strict=logits is not None):
+                self.prompted(row, found)
 
     def prompted(self, row: Row, found: Found | None) -> None:
         """A part of a prompt has been run, and gave logits `[n, vocab_size]` or the next token.

@@ -255,7 +255,13 @@ class Jobs:
             self._cache,
             rows=options.slots,
             chunk=self._chunk,
-            together=Together(self._chunk, options.prompts, options.packs, options.capacity),
+            together=Together(
+                self._chunk,
+                options.prompts,
+                options.packs,
+                options.capacity,
+                options.apart,
+            ),
         )
 
     def _sequence(self, job: Job) -> TokenSequence:

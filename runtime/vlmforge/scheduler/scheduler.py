@@ -18,7 +18,6 @@ from vlmforge.scheduler.sequence import SequenceError, State, TokenSequence, fai
 from vlmforge.scheduler.together import Together
 
 _ALL = 512  # tokens whose logits are wanted, at once: they take more memory than all else
-_ALIKE = 64  # tokens in common that are worth waiting for: the cache will have them then
 
 
 class Scheduler:
@@ -325,7 +324,7 @@ class Scheduler:
             return None
         others = (s for s in self._running if s.id in running and s.salt == sequence.salt)
         if self._cache.reuses and any(
-            common_prefix(s.keys, sequence.keys) >= known + _ALIKE for s in others
+            common_prefix(s.keys, sequence.keys) >= known + self._beside.alike for s in others
         ):
             return None
         cached = self._begin(sequence)

@@ -9,6 +9,7 @@ from vlmforge.runner.step import Row
 
 _PART = 256  # tokens of a prompt that are worth a beginning, where they fill a step up
 _WASTE = 0.15  # of a step at most, where prompts are filled up to the longest
+_ALIKE, _ALIKE_APART = 64, 16
 _FREE = 256  # tokens of a step that take hardly longer than one: weights are read for all
 
 
@@ -22,12 +23,19 @@ class Together:
         packs: They take no more than their own tokens, so that the last may be run in part. If
             not, each is filled up to the longest, and those that would leave much unused wait.
         window: Tokens of a sequence, those that fill it up included.
+        apart: They are run one after the other, so that a step less spares little.
     """
 
     chunk: int
     prompts: int = 1
     packs: bool = False
     window: int = 1 << 62
+    apart: bool = False
+
+    @property
+    def alike(self) -> int:
+        """Who begins with as many tokens as another of the step waits: the cache has them then."""
+        return _ALIKE_APART if self.apart else _ALIKE
 
     def tokens(self, decoding: int) -> int:
         """Of prompts at most, where so many others decode in the same step.
