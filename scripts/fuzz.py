@@ -25,11 +25,13 @@ from callers import Callers, of_files, resident_bytes, settle
 from drawn_requests import Drawing, draw_pictures
 from sent_requests import send
 from vlmforge import EngineConfig, Pipeline, pipeline
+from vlmforge.backends.onnxruntime import physical_cores
 from vlmforge.limits import return_freed_memory
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "recipes/vlmforge_recipes/llava/demo/checkpoint"
 MIB = 1 << 20
+MOST_THREADS = 16
 LOOKS = (1000, 2000, 4000, 7000)
 """Prompts after which memory is looked at between the first time and the last."""
 
@@ -59,7 +61,9 @@ def run(given: argparse.Namespace) -> int:
     """Open the pipeline, send, compare; the status."""
     given.work.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(given.work, large=not given.no_large)
-    with pipeline(given.engine, EngineConfig(max_batch_size=4)) as pipe:
+    # Each thread has 8 MiB of address space for its stack: on many cores those alone would fill it.
+    threads = min(physical_cores(), MOST_THREADS)
+    with pipeline(given.engine, EngineConfig(max_batch_size=4, threads=threads)) as pipe:
         window = pipe._engine.options.capacity
         # Before memory is looked at first, each thread's buffers have grown as much as they may.
         drawing = Drawing(given.seed, pictures, window, largest_first=given.largest_first)

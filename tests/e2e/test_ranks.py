@@ -168,11 +168,14 @@ HANGING = """
 import os, signal, sys
 from pathlib import Path
 from vlmforge import EngineConfig, pipeline
+from vlmforge.backends.ranks import mpi
 from vlmforge.errors import RankError
+patience, mpi.SILENT_S = mpi.SILENT_S, 600  # until one hangs, none does
 Path(f"{os.environ['PMI_RANK']}.pid").write_text(str(os.getpid()))
 config = EngineConfig(tp=2, communicator="mpi")
 pipe = pipeline(sys.argv[1], config)
 pipe("hi")
+mpi.SILENT_S = patience
 os.kill(int(Path("1.pid").read_text()), signal.SIGSTOP)
 for ask in (lambda: pipe("hi"), lambda: pipe("again"), lambda: pipeline(sys.argv[1], config)):
     try:

@@ -12,6 +12,7 @@ import pytest
 from conftest import wait_until
 from stand_in import HANG_S, Gate, Parts, SlowFile, answered, plain, png, stand_in
 from vlmforge import Pipeline
+from vlmforge.backends import DecoderBatch, FloatArray
 from vlmforge.errors import EngineStepError, PipelineError
 from vlmforge.outputs.detokenizer import IncrementalDetokenizer
 from vlmforge.outputs.sampling import Sampler
@@ -123,18 +124,21 @@ def test_a_failure_that_is_told_to_several_is_not_one_object(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each raises its own: tracebacks of different threads do not mix."""
-    parts = Parts(2)
+    parts, handed = Parts(2), list[None]()
+    step = parts.step
+
+    def fails(batch: DecoderBatch) -> FloatArray:
+        wait_until(lambda: len(handed) == 2)  # one may have come late
+        if len(batch.slots) == 2:
+            raise RuntimeError("once")
+        return step(batch)
+
     with stand_in(parts, slots=2) as pipe, ThreadPoolExecutor(2) as pool:
-
-        def fail(name: str, _: int) -> None:
-            if name == "step" and len(parts.rows) and parts.rows[-1] == 2:
-                raise RuntimeError("once")
-
-        parts.before = fail
-        first = second = None
-        while not (first and second):  # until they were run together
-            calls = [pool.submit(pipe, text, plain(90)) for text in ("a", "b")]
-            first, second = (call.exception(HANG_S) for call in calls)
+        submit = pipe._scheduler.submit
+        monkeypatch.setattr(pipe._scheduler, "submit", lambda job: handed.append(submit(job)))
+        monkeypatch.setattr(parts, "step", fails)
+        calls = [pool.submit(pipe, text, plain(90)) for text in ("a", "b")]
+        first, second = (call.exception(HANG_S) for call in calls)
     assert isinstance(first, EngineStepError)
     assert isinstance(second, EngineStepError)
     assert first is not second

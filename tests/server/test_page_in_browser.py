@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from conftest import ROOT, wait_until
-from running_server import Running, running
+from running_server import Running, held, running
 from vlmforge import GenerationConfig, Pipeline, pipeline
 from vlmforge.server.settings import server_vision_config
 
@@ -166,7 +166,7 @@ def image_url(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def test_stop_and_error(browser: Any, server: Running, tmp_path: Path) -> None:
+def test_stop_and_error(browser: Any, server: Running, pipe: Pipeline, tmp_path: Path) -> None:
     from selenium.webdriver.common.keys import Keys
 
     browser.execute_script("document.getElementById('max_tokens').value = 4000")
@@ -175,13 +175,14 @@ def test_stop_and_error(browser: Any, server: Running, tmp_path: Path) -> None:
         "{...given, body: JSON.stringify({...JSON.parse(given.body), ignore_eos: true})} : given)"
     )
     for number, stop in enumerate(("button", "Escape"), 1):
-        ask(browser, "tell me a long story")
-        wait_until(lambda: browser.find_element("id", "stop").is_displayed())
-        if stop == "button":
-            browser.find_element("id", "stop").click()
-        else:
-            browser.find_element("id", "text").send_keys(Keys.ESCAPE)
-        wait_until(lambda: browser.find_element("id", "send").is_displayed())
+        with held(pipe):  # the button is there while an answer comes, which is soon over
+            ask(browser, "tell me a long story")
+            wait_until(lambda: browser.find_element("id", "stop").is_displayed())
+            if stop == "button":
+                browser.find_element("id", "stop").click()
+            else:
+                browser.find_element("id", "text").send_keys(Keys.ESCAPE)
+            wait_until(lambda: browser.find_element("id", "send").is_displayed())
         wait_until(lambda: server.app.state.admission.running == 0)
         assert turns(browser, "assistant")[number - 1].text.count("stopped") == 1
     # A setting that is out of range is shown, where it was folded away.

@@ -15,14 +15,15 @@ from vlmforge.backends.rows import Exchange
 from vlmforge.engine.manifest import KVLayout
 from vlmforge.errors import BackendUnavailableError, SessionError
 
-LAYOUT = KVLayout(layers=2, kv_heads=3, head_dim=64, dtype="float32", page_size=None)
+WIDTH = mmap.PAGESIZE // 64  # 16 tokens of a head are a page of memory, on every machine
+LAYOUT = KVLayout(layers=2, kv_heads=3, head_dim=WIDTH, dtype="float32", page_size=None)
 ROWS, CAPACITY = 4, 256
 
 
 def filled() -> tuple[DenseCache, np.ndarray]:
     """A cache with random numbers in it, and the same numbers beside: `[tensor, row, ...]`."""
     cache, rng = DenseCache(LAYOUT, ROWS, CAPACITY), np.random.default_rng(0)
-    values = rng.random((4, ROWS, 3, CAPACITY, 64), np.float32)
+    values = rng.random((4, ROWS, 3, CAPACITY, WIDTH), np.float32)
     for (_, array), given in zip(cache.rows(0, ROWS), values, strict=True):
         array[:] = given
     return cache, values
@@ -107,7 +108,7 @@ def test_rows_of_another_cache_are_refused_before_any_is_written(change: Any) ->
     cache, values = filled()
     with pytest.raises(SessionError, match="not of this engine's cache") as caught:
         cache.write(3, change(cache.read(2, 5)), 0)
-    assert "4 tensors: float32 [3, up to 256, 64]" in caught.value.expected
+    assert f"4 tensors: float32 [3, up to 256, {WIDTH}]" in caught.value.expected
     np.testing.assert_array_equal(content(cache), values)
 
 
@@ -125,13 +126,21 @@ def test_memory_is_used_only_where_tokens_are() -> None:
     assert resident() - empty < 8 << 20
 
 
-def test_a_little_memory_stays_until_it_is_much() -> None:
+@pytest.fixture
+def kept_pages(monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many pages of a row stay, whatever their size; what is kept is meant for 4 KiB."""
+    for name in ("_KEPT_BYTES", "_KEPT_IN_ALL"):
+        monkeypatch.setattr(dense, name, getattr(dense, name) * mmap.PAGESIZE // 4096)
+    return 256
+
+
+def test_a_little_memory_stays_until_it_is_much(kept_pages: int) -> None:
     """A sequence of a small model is not worth the calls; what stays is known, wherever it goes."""
-    cache = DenseCache(LAYOUT, ROWS, 8192)
+    cache = DenseCache(LAYOUT, ROWS, 1024)
     whole = np.stack([array for _, array in cache.rows(0, ROWS)])
     del whole
-    token = 4 * 3 * 64 * 4  # bytes in all tensors
-    few, many = (1 << 20) // token - 64, 2 * (1 << 20) // token
+    tokens = kept_pages * 16 // (4 * 3)  # of all heads of all tensors
+    few, many = tokens - 64, 2 * tokens
 
     def there(row: int, tokens: int) -> bool:
         return any(array[row, :, tokens - 32 : tokens].any() for _, array in cache.rows(0, ROWS))
@@ -157,10 +166,11 @@ def test_a_little_memory_stays_until_it_is_much() -> None:
 
 
 @pytest.mark.parametrize(("rows", "stays"), [(16, True), (64, False)])
+@pytest.mark.usefixtures("kept_pages")
 def test_many_rows_keep_little_each(rows: int, stays: bool) -> None:
     cache = DenseCache(LAYOUT, rows, 512)
     for _, array in cache.rows(0, 1):
-        array[0, :, :128] = 1  # 384 KiB
+        array[0, :, :128] = 1  # 96 pages
     cache.drop(0, 0, 128)
     found = np.stack([array[0, :, 32:96] for _, array in cache.rows(0, 1)])
     assert found.any() == stays
