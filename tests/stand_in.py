@@ -26,6 +26,7 @@ from sample_manifest import MANIFEST, PROMPT, TEMPLATE
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig
 from vlmforge.api.load import serve
 from vlmforge.backends import DecoderBatch, FloatArray, KeyValues, LoadOptions
+from vlmforge.backends.choice import OverlappingDecoder
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.manifest import Manifest
 from vlmforge.inputs.render import marked_tokenizer_json
@@ -131,6 +132,8 @@ def stand_in(
     """
     parts = Parts(slots) if parts is None else parts
     options = LoadOptions(slots=slots, capacity=CAPACITY, block_size=16)
+    if not isinstance(parts, OverlappingDecoder):  # as on the processor
+        options = dataclasses.replace(options, prompts=slots, apart=True, packs=True)
     if blocks is not None:
         options = dataclasses.replace(options, block_size=blocks[0], budget=blocks[1])
     template = jinja_from_parts(TEMPLATE, of.prompt.image_placeholder)

@@ -25,6 +25,9 @@ class Loop:
             raise RuntimeError("Event loop is closed")
         self.asked.append(call)
 
+    def is_closed(self) -> bool:
+        return self.closed
+
 
 def test_many_events_wake_the_loop_once() -> None:
     loop, queues = Loop(), [asyncio.Queue[Event](), asyncio.Queue[Event]()]
@@ -46,6 +49,15 @@ def test_who_posts_to_a_loop_that_is_gone_hears_of_it_each_time() -> None:
     for number in range(2):
         with pytest.raises(RuntimeError, match="closed"):
             letters.post(asyncio.Queue(), Event(number))
+
+
+def test_a_loop_that_goes_before_it_was_woken_is_noticed() -> None:
+    loop = Loop()
+    letters = Letters(cast(Any, loop))
+    letters.post(asyncio.Queue(), Event(0))
+    loop.closed = True
+    with pytest.raises(RuntimeError, match="closed"):
+        letters.post(asyncio.Queue(), Event(1))
 
 
 def test_no_event_is_lost_between_threads() -> None:

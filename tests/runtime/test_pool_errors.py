@@ -69,7 +69,7 @@ def parts() -> PoolParts:
 def pipe(parts: PoolParts) -> Iterator[Pipeline]:
     """All prompts of a call that waits are run in one step."""
     with stand_in(parts, slots=4) as made:
-        options = replace(made._engine.options, prompts=4)
+        options = replace(made._engine.options, prompts=4, apart=False, packs=False)
         engine = replace(made._engine, options=options)
         with serve(engine, EngineConfig(), VisionConfig()) as opened:
             yield opened

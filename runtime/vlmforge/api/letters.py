@@ -27,7 +27,9 @@ class Letters:
     def post(self, queue: Queue[Event], event: Event) -> None:
         """Put the event into the queue, from any thread (RuntimeError: the loop is closed)."""
         self._held.append((queue, event))
-        if self._called:  # whoever comes for the others has not looked yet, and finds this too
+        # Whoever comes for the others has not looked yet, and finds this too; unless the loop was
+        # closed meanwhile, with which what it was called for is forgotten.
+        if self._called and not self._loop.is_closed():
             return
         self._called = True
         try:

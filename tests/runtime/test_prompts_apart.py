@@ -1,0 +1,84 @@
+"""Prompts that run in one step of the processor, one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stand_in import Parts, at_once, plain, stand_in
+from vlmforge import Pipeline
+from vlmforge.backends import FloatArray
+from vlmforge.runner.stages import Engine
+from vlmforge.runner.step import Step
+from vlmforge.scheduler.scheduler import Scheduler
+
+TEXTS = ["a", "b c d", "e f", "g h i j k"]
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """All that are planned."""
+    found, real = list[Step](), Scheduler.schedule
+
+    def noted(scheduler: Scheduler) -> Step | None:
+        step = real(scheduler)
+        found.extend([] if step is None else [step])
+        return step
+
+    monkeypatch.setattr(Scheduler, "schedule", noted)
+    return found
+
+
+def prompts(steps: list[Step]) -> list[int]:
+    """How many run in each step that has some."""
+    return [len(step.prompts) for step in steps if step.prompts]
+
+
+def tokens(pipe: Pipeline, texts: list[str]) -> list[list[int] | None]:
+    found = at_once(pipe, texts, plain(5))
+    return [None if one.error_code else one.token_ids for one in found]
+
+
+def test_they_answer_as_alone_and_no_step_waits_for_the_next_prompt(steps: list[Step]) -> None:
+    with stand_in(Parts(4), slots=4) as pipe:
+        alone = [tokens(pipe, [text]) for text in TEXTS]
+        steps.clear()
+        assert [[found] for found in tokens(pipe, TEXTS)] == alone
+    assert prompts(steps) == [4]
+    assert [len(step.decode) for step in steps] == [0, 4, 4, 4, 4]
+
+
+def test_they_are_no_more_than_a_chunk(steps: list[Step]) -> None:
+    with stand_in(Parts(4), slots=4, max_prefill_token_num=64) as pipe:
+        lengths = [pipe.count_tokens(text) for text in TEXTS]
+        assert max(lengths) <= 64 < sum(lengths)
+        tokens(pipe, TEXTS)
+    for step in steps:
+        assert sum(len(row.tokens) for row in step.prompts) <= 64
+    assert len(prompts(steps)) > 1
+
+
+def test_one_that_fails_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, run = Engine.prefill, list[int]()
+
+    def second_fails(engine: Engine, *given: Any, **more: Any) -> FloatArray:
+        run.append(len(run))
+        if len(run) == 2:
+            raise RuntimeError("bad_alloc")
+        return real(engine, *given, **more)
+
+    with stand_in(Parts(4), slots=4) as pipe:
+        whole = tokens(pipe, TEXTS)
+        monkeypatch.setattr(Engine, "prefill", second_fails)
+        assert tokens(pipe, TEXTS) == [whole[0], None, *whole[2:]]
+        monkeypatch.undo()
+        assert tokens(pipe, TEXTS) == whole
+
+
+def test_who_begins_as_another_waits_for_it(steps: list[Step]) -> None:
+    """What the first one computes is copied, not computed again."""
+    same = "the same words at the beginning of each of them: "
+    with stand_in(Parts(4), slots=4) as pipe:
+        tokens(pipe, [f"{same}{text}" for text in TEXTS])
+    assert prompts(steps) == [1, 3]
