@@ -289,3 +289,34 @@ def test_what_is_closed_is_freed_before_its_threads_have_ended(
     todo.end()
     assert (left, held, alive) == (0, None, 1)
     assert ended(threads)
+
+
+def test_the_end_waits_for_what_others_begin_at_it() -> None:
+    """A library that leaves by a thread of its own, once its pipeline has been ended."""
+    done = program(
+        """
+        import threading, time
+        from vlmforge import lifetime
+
+        class Late(lifetime.Owner):
+            def __init__(self):
+                self.thread = threading.Thread(target=self.leave, daemon=True)
+                self.thread.start()
+                lifetime.watch(self)
+
+            def leave(self):
+                time.sleep(0.2)
+                print("left", flush=True)
+
+            def end(self):
+                self.thread.join(60)
+
+        class Early(lifetime.Owner):
+            def end(self):
+                kept.append(Late())
+
+        kept = [Early()]
+        lifetime.watch(kept[0])
+        """
+    )
+    assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr

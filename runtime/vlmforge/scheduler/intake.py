@@ -19,10 +19,10 @@ from contextlib import suppress
 
 from typing_extensions import override
 
+from vlmforge import lifetime
 from vlmforge.errors import PipelineError, QueueFullError, as_ours
 from vlmforge.inputs.tokenizer_file import raise_unless_fault
 from vlmforge.runner.job import Job
-from vlmforge.scheduler import lifetime
 from vlmforge.scheduler.loop import Loop, closed
 from vlmforge.scheduler.request import Request, cancelled
 

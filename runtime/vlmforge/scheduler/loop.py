@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from typing_extensions import override
 
+from vlmforge import lifetime
 from vlmforge.backends import ClosableDecoder, FloatArray
 from vlmforge.backends.features import Features
 from vlmforge.errors import CancelledError, PipelineError, VlmforgeError
@@ -24,7 +25,6 @@ from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.stages import Engine
 from vlmforge.runner.terms import Terms
-from vlmforge.scheduler import lifetime
 from vlmforge.scheduler.jobs import Jobs
 from vlmforge.scheduler.meter import Meter
 

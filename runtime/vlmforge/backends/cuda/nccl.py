@@ -7,10 +7,13 @@ import math
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from cuda.bindings import driver
+from typing_extensions import override
 
+from vlmforge import lifetime
 from vlmforge.backends import Communicator
 from vlmforge.backends.cuda.device import ITEM_BYTES, Tensor, Work
 from vlmforge.backends.cuda.gpu import Gpu, enter
@@ -21,6 +24,7 @@ from vlmforge_plugins.cached_attention.driver import call
 _ID_BYTES = 128  # NCCL_UNIQUE_ID_BYTES
 _BEGIN_S = 120.0
 _BETWEEN_S = 1.0  # for a call of another thread to return, before what it uses goes
+_LEAVES_S = 5.0
 
 
 class Nccl:
@@ -154,7 +158,28 @@ def _end(ordinal: int, bindings: Any, communicator: Any, using: Any, over: threa
             if mine:
                 using.release()
 
-    threading.Thread(target=abort, daemon=True).start()
+    _Leaving(abort)
+
+
+class _Leaving(lifetime.Owner):
+    """A thread in which NCCL leaves. At its end the process waits for it, but not for ever."""
+
+    def __init__(self, abort: Callable[[], None]) -> None:
+        self._abort = abort
+        self._thread = threading.Thread(target=self._leave, daemon=True)
+        self._thread.start()
+        lifetime.watch(self)
+
+    def _leave(self) -> None:
+        self._abort()
+
+    @override
+    def end(self) -> None:
+        self._thread.join(_LEAVES_S)
+
+    @override
+    def abandon(self) -> None:
+        """Nothing: it was not begun here."""
 
 
 def _gone() -> EngineError:

@@ -61,8 +61,11 @@ def _forked() -> None:
 
 
 def _end() -> None:
-    for owner in list(_owners):
-        owner.end()
+    ended = list[Owner]()
+    while begun := [owner for owner in list(_owners) if owner not in ended]:
+        for owner in begun:  # who may leave work to a thread that is not known yet
+            owner.end()
+        ended += begun
 
 
 atexit.register(_end)
