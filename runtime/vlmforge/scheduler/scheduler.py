@@ -1,7 +1,7 @@
 """Which tokens run next. No threads, no arrays of numbers, no devices: state in, `Step` out.
 
 Continuous batching: while sequences decode, the prompt of one more is run in chunks beside them,
-and where the backend can, those of others with it.
+and those of others with it, as far as a chunk has room.
 Higher priorities go first; within one, first come, first served. When the cache is full, whoever
 would be served last gives up its place and is computed again later, generated tokens included.
 """
