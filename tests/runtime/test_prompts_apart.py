@@ -9,6 +9,7 @@ import pytest
 from stand_in import Parts, at_once, plain, png, stand_in
 from vlmforge import Pipeline, VisionConfig
 from vlmforge.backends import FloatArray
+from vlmforge.kv.cache import Copy
 from vlmforge.runner.stages import Engine
 from vlmforge.runner.step import Step
 from vlmforge.scheduler.scheduler import Scheduler
@@ -126,3 +127,24 @@ def test_an_image_that_cannot_be_encoded_is_the_fault_of_no_other(steps: list[St
     told = [one.token_ids for one in found if one.error_code is None]
     assert len(told) == 2
     assert all(ids in [one.token_ids for one in alone] for ids in told)
+
+
+def test_who_has_a_copy_of_what_could_not_be_copied_ends_too(steps: list[Step]) -> None:
+    """The second goes on from the first one's place, the third from the second one's."""
+    parts, same = Parts(3), "the same words at the beginning: "
+    with stand_in(parts, slots=3) as pipe:
+        for text in ("some " * 20, "other " * 20, f"{same}a"):
+            pipe(text, plain(1))
+        steps.clear()
+        fails = parts.calls["copy"] + 1
+
+        def copy_fails(name: str, number: int) -> None:
+            if (name, number) == ("copy", fails):
+                raise RuntimeError("bad_alloc")
+
+        parts.before = copy_fails
+        found = at_once(pipe, [f"{same}{text}" for text in "bcd"], plain(3))
+        moves = [move for move in steps[0].moves if isinstance(move, Copy)]
+        assert prompts(steps) == [3]
+        assert [move.source for move in moves[1:]] == [moves[0].target]
+        assert sorted(one.finish_reason or "" for one in found) == ["error", "error", "length"]

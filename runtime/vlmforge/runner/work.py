@@ -44,16 +44,20 @@ class Work:
 
     def move(self, step: Step) -> Sequence[Lost]:
         """What the cache asks for; whom it fails."""
-        lost = list[Lost]()
+        wrong = dict[int, BaseException]()  # by place
         for move in step.moves:
             try:
                 self.engine.decoder.move(move)
             except BaseException as error:
                 if isinstance(move, Copy):
-                    lost.append(([row for row in step.rows if move.target in row.place], error))
+                    wrong[move.target] = error
                 else:  # memory that did not go back; its content is of no use anyway
                     logger.warning("the cache's memory could not be given back", exc_info=True)
-        return lost
+            else:
+                if isinstance(move, Copy) and move.source in wrong:  # a copy of what is not there
+                    wrong[move.target] = wrong[move.source]
+        rows = step.rows if wrong else ()
+        return [([row for row in rows if at in row.place], why) for at, why in wrong.items()]
 
     def prefill(self, rows: Sequence[Row], ahead: Iterable[PreparedImage]) -> None:
         """Run parts of prompts; where they end, choose the first tokens."""
