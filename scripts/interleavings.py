@@ -3,7 +3,7 @@
     python scripts/interleavings.py [--seed 0] [--histories 100] [--family NAME ...] [--work DIR]
 
 Builds the golden engines first, unless WORK has them. A history that fails is named by its seed;
-status 1 then. See tests/interleavings.py.
+status 1 then. See tests/histories.py.
 """
 
 from __future__ import annotations

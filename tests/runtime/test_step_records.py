@@ -45,7 +45,7 @@ def test_parts_tokens_and_images_add_up(records: Records) -> None:
         answers = pipe(prompts, plain(7))
     run, tokens = Counter[int](), Counter[int]()
     for record in records.found:
-        if (prompt := record.step.prefill) is not None:
+        for prompt in record.step.prompts:
             run[prompt.sequence] += len(prompt.tokens)
         tokens.update(row.sequence for row in record.step.decode)
         assert record.begun > 0

@@ -56,10 +56,11 @@ class EngineConfig:
         cache_max_entry_count: Share of the free memory that the key/value cache may take. (0, 1]
         enable_prefix_caching: Reuse the cache of prompts that begin alike, images included. The
             answers are the same without; it only costs time.
-        max_prefill_token_num: Tokens of prompts, of one or several, that are run between the
-            others' steps. None: 512; on GPUs 2048, or half or a quarter of it where they would
-            take more than a tenth of the free memory. More than 512 (on GPUs 8192) is as many,
-            with a warning: memory grows with it, answers do not change.
+        max_prefill_token_num: Tokens of prompts in one step, of as many prompts as have room in
+            it; on processors these are run one after the other, on GPUs at once. None: 512; on
+            GPUs 2048, or half or a quarter of it where they would take more than a tenth of the
+            free memory. More than 512 (on GPUs 8192) is as many, with a warning: memory grows with
+            it, answers do not change.
         dtype: Of the weights when a checkpoint is built. An engine has its own; another is refused.
         revision: Of a checkpoint on the hub; refused for an engine.
         threads: Of arithmetic; None: one for each physical core that this process may use. More

@@ -42,7 +42,7 @@ class Timings:
         preprocess: Pixel values, template, tokenizer.
         encode: The vision part. Where its features stay on a GPU, nobody waits for it: the time to
             enqueue it, and the GPU's is in `prefill`.
-        prefill: The prompt through the decoder.
+        prefill: The prompt through the decoder, other sequences' turns included.
         decode: Generating, other sequences' turns included.
         other: The rest.
         cached_prefix_tokens: Prompt tokens that did not need prefill.

@@ -47,7 +47,8 @@ class Step:
         moves: Done first, in order: what the cache's bookkeeping asks of its storage.
         prefill: A part of a prompt.
         decode: One token of each sequence that has its prompt behind it.
-        together: Parts of other prompts that are run with `prefill`, all at once.
+        together: Parts of other prompts that are run with `prefill`: at once, or one after the
+            other (`LoadOptions.apart`).
     """
 
     moves: tuple[Move, ...]
@@ -89,9 +90,9 @@ class StepRecord:
     Attributes:
         step: As it was planned.
         begun: When (`time.perf_counter`).
-        images: Of the prompt, that the vision part was run for.
+        images: Of the prompts, that the vision part was run for.
         encode: Seconds that this took.
-        prompt: Seconds that the part of the prompt took beside.
+        prompt: Seconds that the parts of prompts took beside.
         decode: Seconds of the decoding, the choice of tokens included.
     """
 

@@ -44,30 +44,39 @@ class Work:
 
     def move(self, step: Step) -> Sequence[Lost]:
         """What the cache asks for; whom it fails."""
-        lost = list[Lost]()
+        wrong = dict[int, BaseException]()  # by place
         for move in step.moves:
             try:
                 self.engine.decoder.move(move)
             except BaseException as error:
                 if isinstance(move, Copy):
-                    lost.append(([row for row in step.rows if move.target in row.place], error))
+                    wrong[move.target] = error
                 else:  # memory that did not go back; its content is of no use anyway
                     logger.warning("the cache's memory could not be given back", exc_info=True)
-        return lost
+            else:
+                if isinstance(move, Copy):
+                    wrong.pop(move.target, None)
+                    if move.source in wrong:  # a copy of what is not there
+                        wrong[move.target] = wrong[move.source]
+        rows = step.rows if wrong else ()
+        return [([row for row in rows if at in row.place], why) for at, why in wrong.items()]
 
     def prefill(self, rows: Sequence[Row], ahead: Iterable[PreparedImage]) -> None:
         """Run parts of prompts; where they end, choose the first tokens."""
-        ready, ahead = [], self.images_of(rows, ahead)
-        for row in rows:
-            if row.sequence in self.failed:
-                continue
-            if self.attempt([row], partial(self._encode, self.active[row.sequence], row, ahead)):
-                ready.append(row)
-        apart = self.engine.options.apart
-        for some in [[row] for row in ready] if apart else [ready] if ready else []:
-            logits = self.attempt(some, partial(self._run_prompts, some))
-            for row, found in zip(some, logits or (), strict=logits is not None):
+        ahead = self.images_of(rows, ahead)
+        # Apart, none waits for the images of those behind it.
+        for some in [[row] for row in rows] if self.engine.options.apart else [rows]:
+            ready = [row for row in some if self._ready(row, ahead)]
+            logits = self.attempt(ready, partial(self._run_prompts, ready)) if ready else None
+            for row, found in zip(ready, logits or (), strict=logits is not None):
                 self.prompted(row, found)
+
+    def _ready(self, row: Row, ahead: Sequence[PreparedImage]) -> bool:
+        """Whether a part of a prompt can be run: its images are encoded."""
+        active = self.active[row.sequence]
+        return row.sequence not in self.failed and bool(
+            self.attempt([row], partial(self._encode, active, row, ahead))
+        )
 
     def prompted(self, row: Row, found: Found | None) -> None:
         """A part of a prompt has been run, and gave logits `[n, vocab_size]` or the next token.

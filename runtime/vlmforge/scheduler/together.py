@@ -41,9 +41,11 @@ class Together:
         """Of prompts at most, where so many others decode in the same step.
 
         Packed, they are no more than a chunk with these: matrices are multiplied fastest that have
-        as many rows as there are places for, and few sizes of steps come again.
+        as many rows as there are places for, and few sizes of steps come again. Apart, these are
+        in matrices of their own.
         """
-        return max(1, self.chunk // 2, self.chunk - decoding) if self.packs else self.chunk
+        with_these = self.packs and not self.apart
+        return max(1, self.chunk // 2, self.chunk - decoding) if with_these else self.chunk
 
     def room(self, rows: Sequence[Row], decoding: int) -> int:
         """Tokens that one more may have beside these."""

@@ -306,3 +306,13 @@ def test_answers_share_their_prompt(pool: bool) -> None:
     assert [made.answers[sequence.id] for sequence in sequences] == asked.answers()
     ran = [len(row.tokens) for step in made.device.log for row in step.rows]
     assert sum(ran) == 18 + 4 * 5
+
+
+def test_who_comes_behind_leaves_places_for_other_answers_to_a_prompt_under_way() -> None:
+    made = world(3, 30, 8, 18, 999, pool=True)
+    made.add(Asked([1, 2] * 9, 6, n=3))
+    late = made.add(Asked([0, 1], 12))
+    while made.step():
+        pass
+    prompts = [row.sequence for step in made.device.log for row in step.prompts]
+    assert prompts == [0, late[0].id]

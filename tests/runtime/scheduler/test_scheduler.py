@@ -124,7 +124,7 @@ SIZES = st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 9), st.i
     st.sampled_from([slots, blocks]),
     st.booleans(),
     st.sampled_from([1, 2, 5]),
-    st.booleans(),
+    st.sampled_from([(False, False), (True, False), (True, True)]),
 )
 @settings(max_examples=examples(120))
 def test_histories(
@@ -133,11 +133,11 @@ def test_histories(
     make: object,
     reuse: bool,
     prompts: int,
-    packs: bool,
+    kind: tuple[bool, bool],
 ) -> None:
-    rows, spare, block, chunk = sizes
+    (rows, spare, block, chunk), (packs, apart) = sizes, kind
     cache, store = make(rows, -(-LONGEST // block) + spare, block, reuse=reuse)  # type: ignore[operator]
-    together = Together(chunk, prompts, packs, window=LONGEST)
+    together = Together(chunk, prompts, packs, LONGEST, apart)
     scheduler = Scheduler(cache, rows=rows, chunk=chunk, together=together)
     world = World(scheduler, cache, store)
     coming = sorted(history, key=lambda asked: asked.arrival)
@@ -159,7 +159,8 @@ def test_histories(
         widths = [len(row.tokens) for row in step.prompts]
         assert len(widths) <= prompts
         if packs:
-            assert sum(widths) <= max(1, chunk // 2, chunk - len(step.decode))
+            most = chunk if apart else max(1, chunk // 2, chunk - len(step.decode))
+            assert sum(widths) <= most
             continue
         assert len(widths) * max(widths, default=0) <= chunk
         assert max((row.start for row in step.together), default=0) + max(widths, default=0) <= 72
@@ -189,6 +190,42 @@ def test_what_fails_takes_nobody_along(
             answer, without = world.answer(sequence), not world.answer(first)
             failed = sequence.id in bad or (first.id in bad and without)  # before they parted
             assert answer == whole or (failed and answer == whole[: len(answer)])
+
+
+@pytest.mark.parametrize("make", [slots, blocks])
+def test_other_answers_to_a_prompt_have_places_before_who_came_later(make: object) -> None:
+    """Without a place they would run the prompt again, where nothing is kept."""
+    cache, store = make(4, 100, 8, reuse=False)  # type: ignore[operator]
+    together = Together(64, 4, packs=True, apart=True)
+    world = World(Scheduler(cache, rows=4, chunk=64, together=together), cache, store)
+    for prompt, n in (([1, 2] * 9, 3), ([0, 1], 1), ([2, 1], 1)):
+        world.add(Asked(prompt, 3, n=n))
+    while world.step():
+        pass
+    prompts = [[(row.sequence, len(row.tokens)) for row in step.prompts] for step in world.log]
+    assert prompts == [[(0, 18), (3, 2)], [], [], [(4, 2)], [], []]
+
+
+def test_a_higher_priority_leaves_no_place_for_other_answers() -> None:
+    cache, store = slots(2, 100, 8)
+    together = Together(16, 2, packs=True, apart=True)
+    world = World(Scheduler(cache, rows=2, chunk=16, together=together), cache, store)
+    world.add(Asked([1, 2] * 9, 3, n=2))
+    world.step()
+    world.add(Asked([2, 1], 2, priority=1))
+    world.step()
+    assert [row.sequence for row in world.log[-1].prompts] == [0, 2]
+
+
+def test_who_decodes_takes_no_room_of_prompts_that_run_apart() -> None:
+    cache, store = slots(3, 100, 8)
+    together = Together(16, 3, packs=True, apart=True)
+    world = World(Scheduler(cache, rows=3, chunk=16, together=together), cache, store)
+    world.add(Asked([1], 20))
+    world.step()
+    world.add(Asked([2] * 16, 2))
+    world.step()
+    assert [len(row.tokens) for row in world.log[-1].prompts] == [16]
 
 
 def test_first_come_first_served_within_a_priority() -> None:
