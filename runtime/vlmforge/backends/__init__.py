@@ -36,7 +36,7 @@ class LoadOptions:
             but their capacity.
         block_size: Tokens of a block, by which the cache's memory is counted.
         paged: Whether the cache is a pool of such blocks, or one slot for each sequence.
-        chunk: Tokens of a prompt that are run at once, at most.
+        chunk: Tokens of the prompts of one step, at most.
         threads: Threads of arithmetic; None: one for each physical core.
         pack: True copies the weights into the layout that matrix products read fastest: batches
             decode about twice as fast, but loading takes longer. False maps them from the file:
