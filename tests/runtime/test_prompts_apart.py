@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -11,7 +12,8 @@ from vlmforge import Pipeline, VisionConfig
 from vlmforge.backends import FloatArray
 from vlmforge.kv.cache import Copy
 from vlmforge.runner.stages import Engine
-from vlmforge.runner.step import Step
+from vlmforge.runner.step import Row, Step
+from vlmforge.runner.work import Work
 from vlmforge.scheduler.scheduler import Scheduler
 
 TEXTS = ["a", "b c d", "e f", "g h i j k"]
@@ -148,3 +150,18 @@ def test_who_has_a_copy_of_what_could_not_be_copied_ends_too(steps: list[Step]) 
         assert prompts(steps) == [3]
         assert [move.source for move in moves[1:]] == [moves[0].target]
         assert sorted(one.finish_reason or "" for one in found) == ["error", "error", "length"]
+
+
+def test_a_place_that_was_written_again_is_whole() -> None:
+    """What went wrong there before does not matter any more."""
+
+    class Decoder:
+        def move(self, move: Copy) -> None:
+            if move.source == 0:
+                raise RuntimeError("bad_alloc")
+
+    row = Row(7, (1,), 4, (1,), "last")
+    for second, lost in ((2, []), (0, [[row]])):
+        moves = (Copy(0, 1, 4), Copy(second, 1, 4))
+        work = Work(cast(Any, SimpleNamespace(decoder=Decoder())), cast(Any, None), {})
+        assert [rows for rows, _ in work.move(Step(moves, None, (row,)))] == lost

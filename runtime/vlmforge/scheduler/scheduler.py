@@ -375,9 +375,12 @@ class Scheduler:
         return sequence
 
     def _begin(self, sequence: TokenSequence) -> int | None:
-        # Who came first and is to part from one that runs: without a place it would run the prompt.
-        forks = sum([order(f) < order(sequence) for s in self._running for f in s.forks])
-        if len(self._running) + forks >= self._rows:
+        taken = len(self._running)
+        if taken < self._rows:
+            # By who came first, too, and is to part from one that runs: without a place it would
+            # run the prompt.
+            taken += sum([order(f) < order(sequence) for s in self._running for f in s.forks])
+        if taken >= self._rows:
             return None
         with failing(sequence):
             return self._cache.begin(

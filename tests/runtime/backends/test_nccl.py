@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ class Bindings:
             assert len(arguments) == count, f"{words}: {arguments}"
             self.calls.append((name, *arguments))
             if name == "comm_abort":
+                time.sleep(0.2)  # who does not wait for it finds it at this
                 self.aborted.set()
             return {"get_unique_id": bytes(range(128)), "comm_user_rank": 1}.get(name, name)
 

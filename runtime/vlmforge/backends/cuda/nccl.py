@@ -166,6 +166,7 @@ class _Leaving(lifetime.Owner):
 
     def __init__(self, abort: Callable[[], None]) -> None:
         self._abort = abort
+        # By a method: the thread holds what the process is to wait for.
         self._thread = threading.Thread(target=self._leave, daemon=True)
         self._thread.start()
         lifetime.watch(self)
