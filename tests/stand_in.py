@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
+import pytest
 
 from conftest import wait_until
 from sample_manifest import MANIFEST, PROMPT, TEMPLATE
@@ -36,6 +37,8 @@ from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.kv.cache import Copy, Move
 from vlmforge.outputs.response import Response
 from vlmforge.runner.stages import Engine
+from vlmforge.runner.step import Step
+from vlmforge.scheduler.scheduler import Scheduler
 
 T = TypeVar("T")
 TOKENIZER = Path(__file__).parent / "data/llava_1_5_hf/checkpoint/tokenizer.json"
@@ -205,6 +208,19 @@ def answered(call: Callable[[], T]) -> T:
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
+
+
+def planned_steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """All that are planned from now on."""
+    found, schedule = list[Step](), Scheduler.schedule
+
+    def noted(scheduler: Scheduler) -> Step | None:
+        step = schedule(scheduler)
+        found.extend([] if step is None else [step])
+        return step
+
+    monkeypatch.setattr(Scheduler, "schedule", noted)
+    return found
 
 
 def at_once(pipe: Pipeline, prompts: Sequence[Any], configs: Any) -> list[Response]:

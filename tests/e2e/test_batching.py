@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import IMAGES, wait_until
+from stand_in import at_once, planned_steps
 from vlmforge import EngineConfig, GenerationConfig, Pipeline, VisionConfig, pipeline
 from vlmforge.api.load import serve
 from vlmforge.backends import DecoderBatch
@@ -189,3 +190,17 @@ def test_the_second_turn_runs_only_its_own_tokens(counted: tuple[Pipeline, Count
     session = pipe.chat("Are you sure?", session=session, gen_config=config)
     assert session.response.cached_tokens >= first.input_token_len - 1
     assert session.response.timings.cached_images == 1
+
+
+def test_short_prompts_that_come_at_once_run_in_one_step(
+    hf_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = planned_steps(monkeypatch)
+    texts = ["red", "a circle", "what is it?"]
+    generation = GenerationConfig(max_new_tokens=4, ignore_eos=True)
+    with pipeline(hf_engine, EngineConfig(max_batch_size=4)) as pipe:
+        found = at_once(pipe, texts, generation)
+        together = [len(step.prompts) for step in steps if step.prompts]
+        alone = [at_once(pipe, [text], generation)[0] for text in texts]
+    assert together == [3]
+    assert [one.token_ids for one in found] == [one.token_ids for one in alone]

@@ -7,30 +7,20 @@ from typing import Any, cast
 
 import pytest
 
-from stand_in import Parts, at_once, plain, png, stand_in
+from stand_in import Parts, at_once, plain, planned_steps, png, stand_in
 from vlmforge import Pipeline, VisionConfig
 from vlmforge.backends import FloatArray
 from vlmforge.kv.cache import Copy
 from vlmforge.runner.stages import Engine
 from vlmforge.runner.step import Row, Step
 from vlmforge.runner.work import Work
-from vlmforge.scheduler.scheduler import Scheduler
 
 TEXTS = ["a", "b c d", "e f", "g h i j k"]
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
-    """All that are planned."""
-    found, real = list[Step](), Scheduler.schedule
-
-    def noted(scheduler: Scheduler) -> Step | None:
-        step = real(scheduler)
-        found.extend([] if step is None else [step])
-        return step
-
-    monkeypatch.setattr(Scheduler, "schedule", noted)
-    return found
+    return planned_steps(monkeypatch)
 
 
 def prompts(steps: list[Step]) -> list[int]:
