@@ -154,3 +154,10 @@ class FirstTokenDecoder(Protocol):
         A row that has no choice, or cannot be chosen for, gets its logits. EngineError: the library
         failed.
         """
+
+
+def likeliest_ids(logits: FloatArray) -> IntArray:
+    """Ids `[B]` of the largest of logits `[B, vocab_size]`; -1 where it is not finite."""
+    ids: IntArray = logits.argmax(axis=1)
+    ids[~np.isfinite(logits[np.arange(len(ids)), ids])] = -1
+    return ids

@@ -30,6 +30,7 @@ from vlmforge.backends import (
     VisionSession,
 )
 from vlmforge.backends.chained import ChainedDecoder, run_bound
+from vlmforge.backends.choice import likeliest_ids
 from vlmforge.backends.dense import PlacedCache
 from vlmforge.backends.rows import Order
 from vlmforge.engine import interface
@@ -228,11 +229,8 @@ class _Decoder(DecoderSession):
     def likeliest(self, batch: DecoderBatch) -> IntArray:
         """See `LikeliestDecoder`."""
         given, order = self._run(batch)
-        logits = given[:, 0]
-        likeliest = logits.argmax(axis=1)
-        largest = logits[np.arange(len(likeliest)), likeliest]
-        ids = np.empty(len(likeliest), np.int64)
-        ids[order] = np.where(np.isfinite(largest), likeliest, -1)
+        ids = np.empty(len(given), np.int64)
+        ids[order] = likeliest_ids(given[:, 0])
         return ids
 
     def _run(self, batch: DecoderBatch) -> tuple[FloatArray, Order]:

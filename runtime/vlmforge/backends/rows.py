@@ -90,13 +90,12 @@ class Rows:
 
     def arrange(self, slots: Sequence[int]) -> Arrangement:
         """Bring the slots, all different, side by side; as few tokens as possible are moved."""
-        if len(slots) == 1:
-            self._listen()
-            return self._alone(slots[0])
         settled = self._settled.get(tuple(slots))  # mostly: those of the step before
         if settled is not None:
             return settled
         self._listen()
+        if len(slots) == 1:
+            return self._alone(slots[0])
         self._running.update(slots)
         members = {self._row_of[slot] for slot in slots}
         first = min(members)
@@ -108,7 +107,7 @@ class Rows:
         exchanges = tuple(self._exchange(a, b) for a, b in zip(guests, away, strict=True))
         place = {slot: index for index, slot in enumerate(slots)}
         order = tuple(place[self._slot_in[row]] for row in window)
-        self._settled = {tuple(slots): Arrangement(first, order, ())}
+        self._settled[tuple(slots)] = Arrangement(first, order, ())
         return Arrangement(first, order, exchanges)
 
     def _alone(self, slot: int) -> Arrangement:
@@ -116,12 +115,15 @@ class Rows:
         if self._tokens[self._row_of[slot]] == 0:
             exchanges = self._joined(slot)
         self._running.add(slot)
-        return Arrangement(self._row_of[slot], (0,), exchanges)
+        row = self._row_of[slot]
+        self._settled[(slot,)] = Arrangement(row, (0,), ())
+        return Arrangement(row, (0,), exchanges)
 
     def leave(self, slot: int, tokens: int) -> None:
         """A slot runs no more; its first `tokens` tokens may be of use yet."""
         self.set_tokens(slot, tokens)
         self._running.discard(slot)
+        self._settled = {}
 
     def renew(self, slot: int) -> tuple[Exchange, ...]:
         """What a slot holds is of no use any more; it goes where it will be wanted."""

@@ -19,10 +19,11 @@ import json
 import math
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from vlmforge.errors import EngineFormatError
 from vlmforge.field_rules import Rule
@@ -32,10 +33,12 @@ TAG = "name"
 """The field that tells the members of a union apart."""
 
 
-@runtime_checkable
-class Agreeing(Protocol):
+class Agreeing(ABC):
     """A dataclass whose fields must go together."""
 
+    __slots__ = ()
+
+    @abstractmethod
     def disagreements(self) -> Iterator[tuple[str, str]]:
         """For each rule that is broken: the field, and what it must be."""
 

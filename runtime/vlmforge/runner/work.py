@@ -178,8 +178,10 @@ class Work:
 
     def _choices(self, rows: Sequence[Row]) -> Mapping[int, Choice | None] | None:
         """How tokens are to be chosen, by sequence, where that is not done here."""
+        if self.engine.choosing is None:
+            return None
         jobs = {row.sequence: self.active[row.sequence].job for row in rows}
-        if self.engine.choosing is None or all(job.likeliest for job in jobs.values()):
+        if all(job.likeliest for job in jobs.values()):
             return None
         found: dict[int, Choice | None] = {}
         for row in rows:

@@ -64,6 +64,18 @@ def test_who_holds_nothing_yet_goes_beside_those_that_run() -> None:
     assert rows.arrange([2, 3, 7]).exchanges == ()
 
 
+def test_who_ran_alone_and_left_does_so_again() -> None:
+    rows = Rows(8)
+    rows.arrange([7])
+    rows.leave(7, 0)
+    for slot, tokens in ((2, 50), (3, 40)):
+        rows.set_tokens(slot, tokens)
+    rows.arrange([2, 3])
+    rows.arrange([7])
+    rows.set_tokens(7, 600)
+    assert rows.arrange([2, 3, 7]).exchanges == ()
+
+
 def moved(rows: Rows, slots: list[int]) -> list[tuple[int, int]]:
     """The tokens of the rows that an arrangement moves."""
     found = rows.arrange(slots).exchanges

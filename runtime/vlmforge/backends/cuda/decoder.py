@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from vlmforge.backends import DecoderBatch, DecoderSession, FloatArray, IntArray, LoadOptions
-from vlmforge.backends.choice import FIRST_TOKENS, Begun, Choice, Found, Picked, T_co
+from vlmforge.backends.choice import (
+    FIRST_TOKENS,
+    Begun,
+    Choice,
+    Found,
+    Picked,
+    T_co,
+    likeliest_ids,
+)
 from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.cuda.device import Arriving, Device, Mark, MeetingPlace, Work
 from vlmforge.backends.cuda.frames import Arrangement, Size, bucket, largest, most_tokens
@@ -149,7 +157,7 @@ class PagedDecoder(DecoderSession):
     def likeliest(self, batch: DecoderBatch) -> IntArray:
         """See `LikeliestDecoder`."""
         if not self.can_begin(len(batch.slots), None):
-            return _largest(self.step(batch)[:, 0])
+            return likeliest_ids(self.step(batch)[:, 0])
         return np.array(self.begin(batch, None, _none(batch)).wait(), np.int64)
 
     def choose(
@@ -375,13 +383,6 @@ class PagedDecoder(DecoderSession):
 
 def _is_features(spec: TensorSpec) -> bool:
     return spec.name == IMAGE_FEATURES
-
-
-def _largest(logits: FloatArray) -> IntArray:
-    """Ids `[B]` of the largest of logits `[B, vocab_size]`; -1 where it is not finite."""
-    ids = logits.argmax(-1)
-    found = np.take_along_axis(logits, ids[:, None], -1)[:, 0]
-    return np.where(np.isfinite(found), ids, -1)
 
 
 def _ids(raw: NDArray[np.uint8]) -> Sequence[np.int64]:
