@@ -53,16 +53,24 @@ def keep_for_ever(thing: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
+def _known() -> list[Owner]:
+    while True:
+        try:
+            return list(_owners)
+        except RuntimeError:  # another thread has just made one known
+            continue
+
+
 def _forked() -> None:
     _process.forks += 1
-    for owner in list(_owners):
+    for owner in _known():
         owner.abandon()
     _owners.clear()  # nothing is left to be ended, and a lock of theirs may be held for ever
 
 
 def _end() -> None:
     ended = list[Owner]()
-    while begun := [owner for owner in list(_owners) if owner not in ended]:
+    while begun := [owner for owner in _known() if owner not in ended]:
         for owner in begun:  # who may leave work to a thread that is not known yet
             owner.end()
         ended += begun

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import subprocess
 import sys
 import textwrap
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 
 from conftest import wait_until
 from stand_in import HANG_S, Gate, Parts, answered, plain, png, stand_in
-from vlmforge import Pipeline
+from vlmforge import Pipeline, lifetime
 from vlmforge.scheduler.request import Request
 
 TESTS = Path(__file__).parents[1]
@@ -320,3 +322,31 @@ def test_the_end_waits_for_what_others_begin_at_it() -> None:
         """
     )
     assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
+
+
+class BusySet(weakref.WeakSet[lifetime.Owner]):
+    """Another thread adds to it while it is looked through, once."""
+
+    looked = 0
+
+    def __iter__(self) -> Iterator[lifetime.Owner]:
+        self.looked += 1
+        found = super().__iter__()
+        yield next(found)
+        if self.looked == 1:
+            raise RuntimeError("Set changed size during iteration")
+        yield from found
+
+
+def test_who_is_made_known_meanwhile_disturbs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Threads(lifetime.Owner):
+        def abandon(self) -> None:
+            told.append("gone")
+
+    kept = [Threads(), Threads()]
+    monkeypatch.setattr(lifetime, "_owners", BusySet(kept))
+    monkeypatch.setattr(lifetime, "_process", dataclasses.replace(lifetime._process))
+    lifetime._forked()
+    assert told == ["gone", "gone"]
