@@ -17,7 +17,6 @@ from vlmforge_plugins.token_choice.compile import KERNELS
 from vlmforge_plugins.token_choice.launcher import (
     NAME,
     Choosing,
-    Kernels,
     Params,
     launch_of,
     reported,
@@ -41,17 +40,25 @@ def library() -> ctypes.CDLL:
 
 
 class HostChoice:
-    """See `Kernels`. Every thread must wait for the kernel in front, whatever it does then."""
+    """See `Kernels`. Every thread must wait for the kernel in front, whatever it does then.
+
+    Attributes:
+        late: What is not there before a thread waits, and lost if it is written before.
+    """
 
     overlap = True
 
     def __init__(self, direction: int = 1) -> None:
         self._direction = direction
+        self.late: list[NDArray[np.uint8]] = []
 
     def launch(self, launch: Launch, params: Params, stream: int) -> None:
         assert launch.kernel == NAME
+        for memory in self.late:
+            library().vf_late(ctypes.c_void_p(memory.ctypes.data), ctypes.c_long(len(memory)))
         sizes = launch.grid[0], launch.threads, launch.shared_bytes
         status = library().vf_launch(ctypes.byref(params), *sizes, self._direction)
+        library().vf_late(None, ctypes.c_long(0))
         assert status == 0, "a block wrote behind its memory" if status == 1 else "did not wait"
 
 
@@ -100,8 +107,11 @@ class _Memory:
         assert (self.all[_BEHIND + size :] == _POISON).all()
 
 
-def choose(kernels: Kernels, inputs: Inputs, *, told: bool = True) -> Chosen:
-    """A launch; nothing is written but what is asked for, and scratch memory."""
+def choose(kernels: HostChoice, inputs: Inputs, *, told: bool = True) -> Chosen:
+    """A launch; nothing is written but what is asked for, and scratch memory.
+
+    The kernel in front writes what goes in, and still reads what comes out.
+    """
     rows, vocab = inputs.logits.shape
     edits, best = inputs.edit_ids.shape[1], reported(vocab)
     given = {name: _Memory(values.nbytes) for name, values in vars(inputs).items()}
@@ -120,6 +130,7 @@ def choose(kernels: Kernels, inputs: Inputs, *, told: bool = True) -> Chosen:
     sizes = {"rows": rows, "vocab": vocab, "edits": edits}
     choosing = Choosing(**at, **sizes, scratch=scratch.address, told=told)
     launch, params = launch_of(choosing, overlap=kernels.overlap)
+    kernels.late = [memory.inside for memory in (*given.values(), *out.values())]
     kernels.launch(launch, params, 0)
     for memory in (*given.values(), *out.values(), scratch):
         memory.check()

@@ -37,6 +37,14 @@ extern "C" int vf_launch(const vf::Params* params, int blocks, int threads, int 
   return 0;
 }
 
+// What the kernel in front writes, or one that starts before it ends: see Late. None: `at` is null.
+extern "C" void vf_late(char* at, long bytes) {
+  vf_host::show(true);
+  if (at == nullptr) vf_host::late.clear();
+  const std::vector<char> before(static_cast<size_t>(bytes), static_cast<char>(kPoison));
+  if (at != nullptr) vf_host::late.push_back({at, before, {at, at + bytes}});
+}
+
 // For the tests of what Python mirrors.
 extern "C" int vf_params_size() { return sizeof(vf::Params); }
 extern "C" int vf_params_offset(const char* field) {

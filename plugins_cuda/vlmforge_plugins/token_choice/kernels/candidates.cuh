@@ -26,15 +26,18 @@ VF_DEVICE float logit_of(u64 candidate) { return value_of(static_cast<u32>(candi
 // Calls `take` with all candidates that are `least` or more.
 template <class TAKE>
 VF_DEVICE void visit_candidates(const Team& team, const Row& row, u64 least, const TAKE& take) {
-  const float bound = logit_of(least);
+  const float none = minus_infinity();  // what is below it as a key is no number
+  const float bound = least >> kIdBits > key_of(none) ? logit_of(least) : none;
   row.visit(team, [&](const f32x4& quad, u32 place) {
     const float here = max_of(max_of(quad.x, quad.y), max_of(quad.z, quad.w));
     if (here < bound) return;
     f32x4 rest = quad;
 #pragma unroll 1
     for (u32 id = 4 * place; id < 4 * place + 4 && id < row.vocab; ++id) {
-      const u64 candidate = ranked(rest.x, id);
-      if (candidate >= least) take(candidate);
+      if (rest.x >= bound) {
+        const u64 candidate = ranked(rest.x, id);
+        if (candidate >= least) take(candidate);
+      }
       rest = {rest.y, rest.z, rest.w, rest.x};
     }
   });
