@@ -43,7 +43,7 @@ def logits_of(kind: str, vocab: int, seed: int) -> Logits:
     drawn = np.random.default_rng(seed).standard_normal(vocab) * 4
     values = {
         "of 16 bits": drawn.astype(np.float16),
-        "few numbers": np.round(drawn / 3) * 3 * np.sign(drawn),  # zeros of both signs
+        "few numbers": np.round(drawn / 3) * 3,  # zeros of both signs
         "all the same": np.full(vocab, -0.75),
         "in order": np.sort(drawn)[::-1],
         "in turns": np.where(np.arange(vocab) % 4096 < 64, 9 + drawn / 99, drawn),
@@ -105,7 +105,7 @@ def numbers_of(draw: st.DrawFn, vocab: int) -> tuple[float, float, float, float,
     return (
         draw(st.sampled_from([0.05, 0.6, 1.0, 1.0, 2.5])),
         float(min(top_k, vocab)),
-        draw(st.sampled_from([1.0, 1.0, 1e-9, 0.3, 0.8, 0.95, 0.9999])),
+        draw(st.sampled_from([1.0, 1.0, 0.0, 1e-9, 0.3, 0.8, 0.95, 0.9999])),
         draw(st.sampled_from([0.0, 0.0, 0.05, 0.5, 1.0])),
         draw(st.one_of(st.sampled_from([-1.0, 0.0, NEAR_ONE]), st.floats(0, 1, exclude_max=True))),
     )
@@ -147,6 +147,7 @@ def test_large_vocabularies(vocab: int, kinds: tuple[str, ...]) -> None:
     """More than one look of each thread, blocks that a warp has several of."""
     edits = Edits(np.arange(50, 150) * 83, np.full(100, 1.2, np.float32), np.full(100, 0.5))
     draws = [(1.0, vocab, 1.0, 0.0, 0.7), (0.8, 1024, 0.9, 0.0, 0.9), (0.7, vocab, 0.6, 0.02, 0.4)]
+    draws.append((1.0, vocab, 1.0, 0.0, -1.0))
     rows = list(itertools.product(kinds, draws))
     logits = [logits_of(kind, vocab, 5 + row) for row, (kind, _) in enumerate(rows)]
     choices = [
@@ -195,9 +196,9 @@ def test_the_ends_of_what_may_be_drawn(vocab: int) -> None:
     tied = np.zeros(vocab, np.float32)
     others = np.setdiff1d(np.arange(vocab), [low, high])
     bans = Edits(others, np.ones(len(others), np.float32), np.full(len(others), np.inf))
-    for top_k, top_p in itertools.product((vocab, 4), (1.0, 0.9999)):
+    for top_k, top_p, min_p in itertools.product((vocab, 4), (1.0, 0.9999), (0.0, 1.0)):
         draws = {0.0: low, 0.49: low, 0.51: high, NEAR_ONE: high, -1.0: low}
-        numbers = [(0.5, top_k, top_p, 0.0, draw) for draw in draws]
+        numbers = [(0.5, top_k, top_p, min_p, draw) for draw in draws]
         choices = [*(Choice(n) for n in numbers), *(Choice(n, bans) for n in numbers)]
         rows = [logits] * len(draws) + [tied] * len(draws)
         found = assert_as_graph(inputs_of(rows, choices, vocab))
@@ -250,11 +251,12 @@ def test_edits_that_break_the_logits_are_left_to_the_host(factor: float, minus: 
     """Which says what is wrong. Ids outside of the vocabulary are of tokens that nobody knows."""
     logits = np.abs(logits_of("drawn", 300, 8)) * 1e10
     edits = Edits(np.array([33]), np.full(1, factor, np.float32), np.full(1, minus))
-    outside = replace(edits, ids=np.array([UNDECIDED]))
-    choices = [Choice((1.0, 300, 1.0, 0.0, d), e) for d in (-1, 0.5) for e in (edits, outside)]
-    found = choose(HostChoice(), inputs_of([logits] * 4, choices, 16))
-    assert [chosen >= 0 for chosen in found.chosen] == [False, True, False, True]
-    assert found.chosen[1] == logits.argmax()
+    outside = [replace(edits, ids=np.array([i])) for i in (UNDECIDED, 300, 1 << 32)]
+    kinds = (edits, *outside)
+    choices = [Choice((1.0, 300, 1.0, 0.0, draw), e) for draw in (-1, 0.5) for e in kinds]
+    found = choose(HostChoice(), inputs_of([logits] * 8, choices, 16))
+    assert [chosen >= 0 for chosen in found.chosen] == [False, True, True, True] * 2
+    assert (found.chosen[1:4] == logits.argmax()).all()
 
 
 SETTINGS = [
