@@ -179,7 +179,7 @@ def _watched(device: Any) -> Clock:
     clock.watch(device, "segment", "sessions")
     clock.watch(device, "weights", "weights")
     clock.watch(device, "allocate", "memory")
-    for function in ("kernels", "activations"):
+    for function in ("kernels", "activations", "choosers"):
         clock.watch(device, function, "kernels")
     clock.watch(device, "captured", "captures")
     clock.watch(DeviceVision, "_warm_up", "tower")

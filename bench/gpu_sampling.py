@@ -32,6 +32,7 @@ from vlmforge import GenerationConfig, Pipeline, pipeline  # noqa: E402
 from vlmforge.backends import cuda  # noqa: E402
 from vlmforge.backends.choice import Choice, Picked  # noqa: E402
 from vlmforge.backends.cuda import machine  # noqa: E402
+from vlmforge.backends.cuda.choice_kernel import ChoiceKernel  # noqa: E402
 from vlmforge.backends.cuda.choosing import TokenSampler  # noqa: E402
 from vlmforge.backends.cuda.decoder import PagedDecoder  # noqa: E402
 from vlmforge.backends.cuda.device import Device  # noqa: E402
@@ -40,6 +41,7 @@ from vlmforge.engine.schema import from_json, to_json  # noqa: E402
 from vlmforge.ort import ort  # noqa: E402
 from vlmforge.outputs.sampling import SampledToken, Sampler, SamplingParams  # noqa: E402
 
+_KERNELS = "kernels.json"
 VOCABULARIES = (1000, 32000, 151936)
 ROWS = (1, 8, 64)
 SETTINGS = [
@@ -67,11 +69,15 @@ _REQUESTS = [
 
 
 def write(folder: Path) -> None:
-    """Graphs for several vocabularies, and what they take and give."""
+    """Our kernel; graphs for several vocabularies, and what they take and give."""
     from vlmforge_builder.chain_file import save_segments
+    from vlmforge_builder.kernel_files import write_kernels
     from vlmforge_builder.passes.sample_token import sample_token
+    from vlmforge_plugins.token_choice.compile import compile_set
 
     folder.mkdir(parents=True, exist_ok=True)
+    files = write_kernels(compile_set, "choosers", folder)
+    (folder / _KERNELS).write_text(json.dumps(dict(files)), "utf-8")
     for size in VOCABULARIES:
         (segment,) = save_segments([sample_token(size)], f"sample.{size}", folder)
         (folder / f"{size}.json").write_text(to_json(segment), "utf-8")
@@ -79,19 +85,29 @@ def write(folder: Path) -> None:
 
 
 def check(folder: Path) -> int:
-    """Every graph of `write`; the number of tokens that differ."""
+    """Every graph of `write`, and the kernel in its place; the number of tokens that differ."""
     wrong = 0
-    for described in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
-        segment = from_json(Segment, json.loads(described.read_text("utf-8")), described.name)
-        device, size = cuda.BACKEND.device(), int(described.stem)
+    files = json.loads((folder / _KERNELS).read_text("utf-8"))
+    described = (path for path in folder.glob("*.json") if path.name != _KERNELS)
+    for path in sorted(described, key=lambda path: int(path.stem)):
+        segment = from_json(Segment, json.loads(path.read_text("utf-8")), path.name)
+        device, size = cuda.BACKEND.device(), int(path.stem)
         wrong += not_there(folder / segment.file)
-        made = TokenSampler(device, folder, segment, max(ROWS))
+        ways = {"graph": device.segment(folder / segment.file)}
+        kernels = device.choosers({name: folder / file for name, file in files.items()})
+        if kernels is not None:
+            ways["kernel"] = ChoiceKernel(device, kernels, size, max(ROWS))
         memory = device.allocate(4 * max(ROWS) * size)
-        differ, left = compared(device, made, memory.address, size)
-        wrong += differ
-        times = [timed(device, made, memory.address, size, rows) for rows in ROWS]
-        shown = ", ".join(f"{us:.0f} us for {rows}" for us, rows in zip(times, ROWS, strict=True))
-        print(f"vocabulary of {size}: {differ} tokens differ, {left} left to the host; {shown}")
+        for name, way in ways.items():
+            made = TokenSampler(device, way, segment, max(ROWS))
+            differ, left = compared(device, made, memory.address, size)
+            wrong += differ
+            times = [timed(device, made, memory.address, size, rows) for rows in ROWS]
+            shown = ", ".join(f"{us:.0f} us for {n}" for us, n in zip(times, ROWS, strict=True))
+            print(
+                f"vocabulary of {size}, {name}: {differ} tokens differ, {left} left to the host; "
+                f"{shown}"
+            )
     return wrong
 
 

@@ -125,7 +125,12 @@ def busy(stamps: Sequence[Stamp], begin: float, end: float) -> float:
 
 
 def decode(
-    engine: Path, wanted: Sequence[str], results: Results, *, one_by_one: bool = False
+    engine: Path,
+    wanted: Sequence[str],
+    results: Results,
+    *,
+    one_by_one: bool = False,
+    sampled: bool = False,
 ) -> None:
     """A step of decoding, for each BATCH:CONTEXT of `wanted`."""
     sizes = [(int(batch), int(context)) for batch, context in (w.split(":") for w in wanted)]
@@ -134,7 +139,8 @@ def decode(
         if one_by_one:
             object.__setattr__(pipe._engine, "overlapping", None)
         for batch, context in sizes:
-            results.add("decode", **decoded(pipe, engine.name, batch, context))
+            row = decoded(pipe, engine.name, batch, context, sampled=sampled)
+            results.add("sampled" if sampled else "decode", **row)
         taken = before.free - machine.find_gpu().free
         results.add("taken", engine=engine.name, taken_gb=taken / 1e9)
 
@@ -152,12 +158,13 @@ def opened(engine: Path, slots: int, results: Results) -> Iterator[Pipeline]:
         yield pipe
 
 
-def decoded(pipe: Pipeline, engine: str, batch: int, context: int) -> Row:
-    """Medians over the steps in which all rows decode."""
+def decoded(pipe: Pipeline, engine: str, batch: int, context: int, *, sampled: bool = False) -> Row:
+    """Medians over the steps in which all rows decode, greedily or not."""
     # The first prompts decode while the last ones are still being run.
     steps = _LEAST_STEPS + 3 * batch
     prompts = [text_of(pipe, context - steps + 24, index) for index in range(batch)]
-    generation = GenerationConfig(max_new_tokens=steps, ignore_eos=True)
+    settings: dict[str, Any] = {"top_k": 40, "top_p": 0.8, "random_seed": 1} if sampled else {}
+    generation = GenerationConfig(max_new_tokens=steps, ignore_eos=True, **settings)
     ask(pipe, prompts, generation)  # captures
     with Steps() as noted, stamped() as stamps:
         ask(pipe, prompts, generation)
@@ -295,6 +302,7 @@ def main() -> None:
     parser.add_argument("engine", type=Path, nargs="?")
     parser.add_argument("--batch", nargs="+", default=list(DEFAULT), metavar="BATCH:CONTEXT")
     parser.add_argument("--one-by-one", action="store_true", help="no step before one has ended")
+    parser.add_argument("--sampled", action="store_true", help="top-k 40 and top-p 0.8")
     parser.add_argument("--few", type=int, help="rows whose likeliest tokens the host finds")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -305,7 +313,9 @@ def main() -> None:
         parser.error(f"{given.kind} needs an engine")
     works: dict[str, Callable[[], object]] = {
         "card": lambda: card(results),
-        "decode": lambda: decode(engine, given.batch, results, one_by_one=given.one_by_one),
+        "decode": lambda: decode(
+            engine, given.batch, results, one_by_one=given.one_by_one, sampled=given.sampled
+        ),
         "prompts": lambda: prompts(engine, results),
     }
     attempts([(f"{given.kind} {engine.name if engine else ''}".strip(), works[given.kind])])

@@ -37,6 +37,7 @@ from vlmforge_plugins.cached_attention.kernel_store import Loaded
 from vlmforge_plugins.cached_attention.launcher import Boxes, Kernels, Params
 from vlmforge_plugins.cached_attention.plan import Launch
 from vlmforge_plugins.gated_activation import launcher as gated
+from vlmforge_plugins.token_choice import launcher as choice
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,17 @@ class _Gates(gated.Kernels):
 
     @override
     def launch(self, launch: Launch, params: gated.Params, stream: int) -> None:
+        self.later(lambda: self.inner.launch(launch, params, stream))
+
+
+@dataclass(frozen=True)
+class _Choosers(choice.Kernels):
+    inner: choice.Kernels
+    later: Callable[[Work], None]
+    overlap: bool = False
+
+    @override
+    def launch(self, launch: Launch, params: choice.Params, stream: int) -> None:
         self.later(lambda: self.inner.launch(launch, params, stream))
 
 
@@ -195,6 +207,11 @@ class LateDevice(HostDevice):
     @override
     def activations(self, name: str, files: Mapping[str, Path]) -> gated.Kernels:
         return _Gates(super().activations(name, files), self.later)
+
+    @override
+    def choosers(self, files: Mapping[str, Path]) -> choice.Kernels | None:
+        inner = super().choosers(files)
+        return None if inner is None else _Choosers(inner, self.later)
 
     @override
     def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:

@@ -161,6 +161,7 @@ CHAIN = PartChain(
     meetings={"sm_90": "d.meetings.sm_90.cubin"},
     activations={"sm_90": "d.activations.sm_90.cubin"},
     sampler=Segment("d.sample.onnx", (), (), 500),
+    choosers={"sm_90": "d.choosers.sm_90.cubin"},
 )
 """Of two layers, as the sample's key/value cache has them."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,10 @@ from vlmforge_builder.passes.fuse_contrib import FuseContribPass
 from vlmforge_builder.passes.fuse_sum_norm import FuseSumNormPass
 from vlmforge_builder.passes.likeliest_token import likeliest_token
 from vlmforge_builder.passes.scratch import token_bytes
-from vlmforge_builder.targets import Settings, load_target
+from vlmforge_builder.targets import Settings, cuda, load_target
 from vlmforge_builder.targets.cuda import PAGE_SIZE, _config
 from vlmforge_plugins.cached_attention.config import TARGETS, Config
+from vlmforge_plugins.token_choice.launcher import MOST_VOCAB
 
 SETTINGS = Settings("float16", None, 128, 2, None, None, None)
 
@@ -252,6 +254,26 @@ def test_an_engine_carries_the_kernels_of_every_gpu(engine: Path) -> None:
         interface_of(manifest, "decoder").inputs,
         interface_of(manifest, "decoder").outputs,
     )
+
+
+@pytest.mark.parametrize(("vocab_size", "there"), [(MOST_VOCAB, True), (MOST_VOCAB + 1, False)])
+def test_tokens_of_a_vast_vocabulary_are_chosen_by_graphs(
+    vocab_size: int, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(compiled: object, stem: str, folder: Path) -> dict[str, str]:
+        return {"ptx": f"{stem}.ptx"}
+
+    monkeypatch.setattr(cuda, "write_kernels", write)
+    job: Any = SimpleNamespace(
+        described=False,
+        settings=Settings("float16", None, 64, 1, None, None, None),
+        folder=tmp_path,
+        rank=SimpleNamespace(of=1),
+    )
+    config = Config(64, "float16", "float16")
+    made = cuda._kernels(config, None, vocab_size, job)
+    assert bool(made.choosers) is there
+    assert made.files == (*made.attention.values(), *made.choosers.values())
 
 
 def test_all_pieces_take_their_weights_from_one_file(engine: Path) -> None:

@@ -71,9 +71,10 @@ def bare(manifest: Manifest) -> Manifest:
     """What a description has: no files, no kernels, and another day."""
     parts = []
     for part in manifest.parts:
-        sets = () if part.chain is None else (part.chain.kernels, part.chain.activations)
+        empty = {"kernels": {}, "activations": {}, "choosers": {}}
+        sets = () if part.chain is None else [getattr(part.chain, name) for name in empty]
         kernels = {name for files in sets for name in files.values()}
-        chain = None if part.chain is None else replace(part.chain, kernels={}, activations={})
+        chain = None if part.chain is None else replace(part.chain, **empty)
         data = tuple(name for name in part.data if name not in kernels)
         parts.append(replace(part, chain=chain, data=data))
     options = {k: v for k, v in manifest.provenance.options.items() if k != "skip_goldens"}

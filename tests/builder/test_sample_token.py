@@ -38,7 +38,7 @@ def sampler(vocab_size: int, candidates: int = graph.CANDIDATES) -> tuple[TokenS
         patch.setattr(graph, "CANDIDATES", candidates)
         (segment,) = save_segments([sample_token(vocab_size)], "sample", Path(folder))
         device = HostDevice()
-        made = TokenSampler(device, Path(folder), segment, ROWS)
+        made = TokenSampler(device, device.segment(Path(folder) / segment.file), segment, ROWS)
     return made, device.allocate(4 * ROWS * vocab_size)
 
 

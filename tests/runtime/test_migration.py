@@ -110,10 +110,10 @@ def test_an_engine_of_before_keeps_its_window() -> None:
     assert PARTS[1].rotary_tables is None
 
 
-def test_a_chain_of_before_has_no_gated_activations(tmp_path: Path) -> None:
+def test_a_chain_of_before_has_no_kernels_of_gates_and_choices(tmp_path: Path) -> None:
     data = json.loads(dump_manifest(dataclasses.replace(RICH, parts=(PARTS[0], *ungated()))))
     for part in data["parts"][1:]:
-        assert part["chain"].pop("activations") == {}
+        assert part["chain"].pop("activations") == part["chain"].pop("choosers") == {}
         assert all(step.pop("gated") is None for step in part["chain"]["steps"])
     data["digest"] = manifest_digest(data)
     (tmp_path / MANIFEST_FILE).write_text(json.dumps(data), "utf-8")
@@ -129,7 +129,7 @@ def ungated() -> tuple[Part, ...]:
         assert before.segment is not None and after.segment is not None
         whole = dataclasses.replace(before.segment, outputs=after.segment.outputs)
         steps = (*first, ChainStep(segment=whole), last)
-        chain = dataclasses.replace(part.chain, steps=steps, activations={})
+        chain = dataclasses.replace(part.chain, steps=steps, activations={}, choosers={})
         found.append(dataclasses.replace(part, chain=chain, data=tuple(sorted(chain.files))))
     return tuple(found)
 

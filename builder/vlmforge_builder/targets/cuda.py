@@ -39,7 +39,7 @@ from vlmforge_builder.passes.fuse_sum_norm import FuseSumNormPass
 from vlmforge_builder.passes.likeliest_token import likeliest_token
 from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
 from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
-from vlmforge_builder.passes.sample_token import sample_token, sampling_bytes
+from vlmforge_builder.passes.sample_token import sample_token
 from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
 from vlmforge_builder.widened_graphs import open_widened
@@ -47,10 +47,13 @@ from vlmforge_plugins.cached_attention.compile import compile_set
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.errors import PluginError
 from vlmforge_plugins.gated_activation.compile import compile_set as compile_gates
+from vlmforge_plugins.token_choice.compile import compile_set as compile_choosers
+from vlmforge_plugins.token_choice.launcher import MOST_VOCAB, scratch_bytes
 
 PAGE_SIZE = 64
 _WHOLE_ACTIVATIONS = 0  # the provider has no others
 _KERNELS, _ACTIVATIONS = "decoder.rank0.attention", "decoder.rank0.activations"
+_CHOOSERS = "decoder.rank0.choosers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,12 +204,13 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
     cut = cut_chain(model)
     vocab_size = int(part.outputs[0].shape[-1])
     config = _config(cut.calls[0].head_dim, job.settings)
-    kernels = _kernels(config, next((gate.activation for gate in cut.gates), None), job)
+    activation = next((gate.activation for gate in cut.gates), None)
+    kernels = _kernels(config, activation, vocab_size, job)
     pieces = (*cut.pieces, likeliest_token(vocab_size))
     segments = save_alike(pieces, job.stem, job.folder)
     steps, tables = chain_steps(segments, cut.between), _tables(cut, layout, data)
     (sampler,) = save_segments([sample_token(vocab_size)], f"{job.stem}.sample", job.folder)
-    sampler = dataclasses.replace(sampler, token_bytes=sampling_bytes(vocab_size))
+    sampler = dataclasses.replace(sampler, token_bytes=scratch_bytes(1, vocab_size))
     return dataclasses.replace(
         part,
         file=segments[0].file,
@@ -223,6 +227,7 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
             sampler,
             kernels.meetings,
             kernels.activations,
+            kernels.choosers,
         ),
     )
 
@@ -261,21 +266,22 @@ class _Kernels:
     attention: Mapping[str, str]
     meetings: Mapping[str, str]
     activations: Mapping[str, str]
+    choosers: Mapping[str, str]
 
     @property
     def files(self) -> tuple[str, ...]:
         """All of them."""
-        sets = (self.attention, self.meetings, self.activations)
+        sets = (self.attention, self.meetings, self.activations, self.choosers)
         return tuple(name for files in sets for name in files.values())
 
 
-def _kernels(config: Config, activation: str | None, job: CompileJob) -> _Kernels:
+def _kernels(config: Config, activation: str | None, vocab_size: int, job: CompileJob) -> _Kernels:
     """Compile the attention for every kind of GPU, and the gated activation, if there is one.
 
-    Where there are ranks, what they meet in too.
+    The choice of tokens too, where it covers the vocabulary, and what ranks meet in.
     """
     if job.described:
-        return _Kernels({}, {}, {})
+        return _Kernels({}, {}, {}, {})
     dtype, folder = job.settings.dtype, job.folder
     gates: Mapping[str, str] = {}
     if activation is not None:
@@ -284,6 +290,7 @@ def _kernels(config: Config, activation: str | None, job: CompileJob) -> _Kernel
         write_kernels(partial(compile_set, config), _KERNELS, folder),
         write_meetings(folder) if job.rank.of > 1 else {},
         gates,
+        write_kernels(compile_choosers, _CHOOSERS, folder) if vocab_size <= MOST_VOCAB else {},
     )
 
 

@@ -47,6 +47,7 @@ from vlmforge_plugins.cached_attention.kernel_store import Loaded
 from vlmforge_plugins.cached_attention.launcher import MAP_BYTES, Boxes, Kernels, Params
 from vlmforge_plugins.cached_attention.plan import Launch, Machine
 from vlmforge_plugins.gated_activation import launcher as gated
+from vlmforge_plugins.token_choice import launcher as choice
 
 _POISON, _MOST_POISON = 0x7F, 1 << 26
 MakeKernels = Callable[[Sizes], Kernels]
@@ -310,6 +311,11 @@ class HostDevice(Device):
     @override
     def activations(self, name: str, files: Mapping[str, Path]) -> gated.Kernels:
         return NumpyGates()
+
+    @override
+    def choosers(self, files: Mapping[str, Path]) -> choice.Kernels | None:
+        """The graphs do."""
+        return None
 
     @override
     def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:

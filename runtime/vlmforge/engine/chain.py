@@ -244,6 +244,8 @@ class PartChain(Agreeing):
             targets; none where these are inside the segments.
         sampler: What chooses tokens from the logits of a step (`interface.CHOSEN`); None: the host
             does.
+        choosers: Files of the compiled kernel that does what `sampler` and the segment of the
+            likeliest tokens do, by the names of their targets; none where those are run.
     """
 
     steps: tuple[ChainStep, ...]
@@ -252,6 +254,7 @@ class PartChain(Agreeing):
     sampler: Segment | None = None
     meetings: Mapping[str, FilePath] = field(default_factory=dict)
     activations: Mapping[str, FilePath] = field(default_factory=dict)
+    choosers: Mapping[str, FilePath] = field(default_factory=dict)
 
     @override
     def disagreements(self) -> Iterator[tuple[str, str]]:
@@ -348,7 +351,7 @@ class PartChain(Agreeing):
         """All that it names."""
         tables = () if self.rotary is None else (self.rotary.file,)
         graphs = (*self.segments, *(() if self.sampler is None else (self.sampler,)))
-        sets = (self.kernels, self.meetings, self.activations)
+        sets = (self.kernels, self.meetings, self.activations, self.choosers)
         kernels = (name for files in sets for name in files.values())
         scales = (call.norm.file for call in self.collectives if call.norm is not None)
         weights = (weight.file for segment in self.segments for weight in segment.weights)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vlmforge.engine.chain import PartChain, Segment
 from vlmforge.engine.images.patch_inputs import (
     PATCH_COS,
     PATCH_SIN,
@@ -256,6 +257,12 @@ def packs(part: Part) -> bool:
         return False
     of_sequences = {PAST_LENGTHS.name, ROTARY_LEVELS.name}
     return not any(of_sequences & {spec.name for spec in s.inputs} for s in part.chain.segments)
+
+
+def chosen_by_kernel(chain: PartChain, segment: Segment) -> bool:
+    """Whether a compiled kernel chooses tokens in the place of a segment: the likeliest ones."""
+    gives = {spec.name for spec in segment.outputs}
+    return bool(chain.choosers) and LIKELIEST.name in gives
 
 
 def fits(found: TensorSpec, listed: TensorSpec) -> bool:

@@ -21,6 +21,7 @@ from vlmforge.backends import (
 )
 from vlmforge.backends.cuda import machine
 from vlmforge.backends.cuda.chain import ChainProgram
+from vlmforge.backends.cuda.choice_kernel import load_choice
 from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.cuda.device import Device, MeetingPlace
@@ -117,7 +118,11 @@ def _decoder(
     """Tokens are chosen by the first rank alone."""
     assert part.chain is not None
     graph = part.chain.sampler if part.name == decoder_name(0) else None
-    sampler = None if graph is None else TokenSampler(device, folder, graph, options.slots)
+    sampler = None
+    if graph is not None:
+        kernel = load_choice(device, folder, part.chain, options.slots)
+        loaded = kernel or device.segment(folder / graph.file)
+        sampler = TokenSampler(device, loaded, graph, options.slots)
     vocab_size = manifest.decode.vocab_size
     return PagedDecoder(device, program, manifest.rank_kv, vocab_size, options, sampler, place)
 

@@ -13,6 +13,7 @@ import numpy as np
 from typing_extensions import override
 
 from vlmforge.backends import LoadOptions
+from vlmforge.backends.cuda.choice_kernel import load_choice
 from vlmforge.backends.cuda.device import (
     Device,
     MeetingPlace,
@@ -36,7 +37,7 @@ from vlmforge.backends.cuda.program import FEW, Pools, Program, Span
 from vlmforge.backends.number_formats import DTYPES
 from vlmforge.engine import chain
 from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, PartChain, TensorSpec
-from vlmforge.engine.interface import BLOCK_TABLE, LOGITS, QUERY_LENGTHS
+from vlmforge.engine.interface import BLOCK_TABLE, LOGITS, QUERY_LENGTHS, chosen_by_kernel
 from vlmforge.engine.manifest import KVLayout, Part
 from vlmforge.errors import EngineFormatError
 from vlmforge_plugins.cached_attention import launcher
@@ -75,7 +76,7 @@ class ChainProgram(Program):
         self._specs = part.chain.tensors
         self._page, self._columns = kv.page_size, -(-options.capacity // kv.page_size)
         self._inputs = inputs_of(part.inputs, self._columns)
-        self._segments = {file: device.segment(folder / file) for file in part.chain.kinds}
+        self._segments = _loaded(device, folder, part.chain, options)
         self._weights = place_weights(device, folder, part.chain)
         self._loaded = device.kernels(
             _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}
@@ -226,6 +227,19 @@ class ChainProgram(Program):
                 launcher.run(one.plan, tensors, scales, kernels, stream)
 
         return work
+
+
+def _loaded(
+    device: Device, folder: Path, chain: PartChain, options: LoadOptions
+) -> Mapping[str, Segment]:
+    """The segments by their files; the likeliest tokens by our kernel, where there is one."""
+    found = dict[str, Segment]()
+    for file, kind in chain.kinds.items():
+        kernel = None
+        if chosen_by_kernel(chain, kind[0]):
+            kernel = load_choice(device, folder, chain, options.slots)
+        found[file] = kernel or device.segment(folder / file)
+    return found
 
 
 def _all(works: list[Work]) -> None:

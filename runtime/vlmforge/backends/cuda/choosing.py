@@ -6,14 +6,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmforge.backends.choice import GREEDY, NO_EDITS, Choice, Picked
-from vlmforge.backends.cuda.device import Arriving, Device, Tensor, Work
+from vlmforge.backends.cuda.device import Arriving, Device, Segment, Tensor, Work
 from vlmforge.backends.cuda.frames import Arrangement, in_a_row, shape_of
 from vlmforge.engine import chain
 from vlmforge.engine.interface import (
@@ -57,20 +56,20 @@ class TokenSampler:
 
     Args:
         device: Runs it.
-        folder: Of the engine.
-        segment: The graph.
+        loaded: The graph, or what does the same.
+        segment: What it takes and gives.
         rows: Of a batch, at most.
     """
 
-    def __init__(self, device: Device, folder: Path, segment: chain.Segment, rows: int) -> None:
-        self._device, self._segment = device, device.segment(folder / segment.file)
+    def __init__(self, device: Device, loaded: Segment, segment: chain.Segment, rows: int) -> None:
+        self._device, self._segment = device, loaded
         self._logits, *inputs = segment.inputs
         self._inputs, self._outputs = tuple(inputs), segment.outputs
         best = next(spec for spec in segment.outputs if spec.name == BEST_IDS)
         self._reported = int(best.shape[-1])
         most = in_a_row(self._inputs, self._outputs, {BATCH: rows, EDITS: MOST_EDITS})
         self._arena = device.allocate(most.size)
-        self._frames: dict[tuple[int, int, int], _Frame] = {}
+        self._frames: dict[tuple[int, int, int, bool], _Frame] = {}
 
     def prepare(
         self, rows: int, logits: int, choices: Sequence[Choice | None], *, again: bool = True
@@ -85,7 +84,7 @@ class TokenSampler:
         edits = _LEAST_EDITS
         while edits < longest:
             edits *= _GROWTH
-        key = rows, logits, edits
+        key = rows, logits, edits, _tells(choices)
         frame = self._frames.get(key) or self._bound(*key, again)
         if again:
             self._frames[key] = frame
@@ -144,8 +143,7 @@ class TokenSampler:
 
     def _told(self, choices: Sequence[Choice | None]) -> tuple[chain.TensorSpec, ...]:
         """The outputs that are of use, which lie one behind the other: mostly nothing but ids."""
-        told = any(choice is not None and choice.logprobs for choice in choices)
-        return self._outputs if told else (CHOSEN,)
+        return self._outputs if _tells(choices) else (CHOSEN,)
 
     def _picked(
         self, values: Mapping[str, NDArray[Any]], row: int, choice: Choice | None
@@ -161,7 +159,7 @@ class TokenSampler:
         likeliest = {i: value - normaliser for i, value in best if value > -np.inf}
         return Picked(token, float(values[CHOSEN_LOGIT.name][row, 0]) - normaliser, likeliest)
 
-    def _bound(self, rows: int, logits: int, edits: int, again: bool) -> _Frame:
+    def _bound(self, rows: int, logits: int, edits: int, tells: bool, again: bool) -> _Frame:
         dims = {BATCH: rows, EDITS: edits}
         arrangement = in_a_row(self._inputs, self._outputs, dims)
         at = {n: self._arena.address + offset for n, offset in arrangement.offsets.items()}
@@ -170,10 +168,16 @@ class TokenSampler:
         def tensors(specs: Sequence[chain.TensorSpec]) -> list[Tensor]:
             return [Tensor(s.name, s.dtype, shape_of(s, dims), at[s.name]) for s in specs]
 
-        work = self._segment.bind(tensors((self._logits, *self._inputs)), tensors(self._outputs))
+        outputs = self._outputs if tells else (CHOSEN,)
+        work = self._segment.bind(tensors((self._logits, *self._inputs)), tensors(outputs))
         inputs = np.zeros(arrangement.uploaded, np.uint8)
         views = {spec.name: arrangement.view(inputs, spec, dims) for spec in self._inputs}
         return _Frame(arrangement, inputs, views, work, again)
+
+
+def _tells(choices: Sequence[Choice | None]) -> bool:
+    """Whether any is to be told more than the id."""
+    return any(choice is not None and choice.logprobs for choice in choices)
 
 
 def _edits(choice: Choice) -> int:

@@ -20,6 +20,7 @@ from vlmforge.ort import ort
 from vlmforge_plugins.cached_attention.config import Config
 from vlmforge_plugins.cached_attention.kernel_store import Loaded
 from vlmforge_plugins.gated_activation import launcher as gated
+from vlmforge_plugins.token_choice import launcher as choice
 
 ITEM_BYTES: Mapping[str, int] = {
     "float64": 8,
@@ -198,6 +199,13 @@ class Device(Protocol):
 
         Raises:
             BackendUnavailableError: there are none for it.
+        """
+
+    def choosers(self, files: Mapping[str, Path]) -> choice.Kernels | None:
+        """The kernel that chooses tokens, of the files by their targets' names; None: graphs do.
+
+        Raises:
+            BackendUnavailableError: there is none for it.
         """
 
     def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:

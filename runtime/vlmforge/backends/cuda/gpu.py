@@ -25,6 +25,7 @@ from typing_extensions import override
 from vlmforge.backends import Communicator
 from vlmforge.backends.cuda.device import Arriving, Device, Mark, MeetingPlace, Memory, T, Work
 from vlmforge.backends.cuda.machine import MEND, PROVIDER
+from vlmforge.backends.cuda.own_kernels import load_kernels
 from vlmforge.backends.cuda.segments import OrtSegment, open_session
 from vlmforge.errors import BackendUnavailableError, EngineError
 from vlmforge.ort import ort
@@ -34,6 +35,7 @@ from vlmforge_plugins.cached_attention.kernel_store import Loaded, choose_target
 from vlmforge_plugins.cached_attention.plan import Machine
 from vlmforge_plugins.errors import PluginError, UnsupportedError
 from vlmforge_plugins.gated_activation import launcher as gated
+from vlmforge_plugins.token_choice import launcher as choice
 
 _LEAST_STAGING, _MOST_STAGING, _LEAST_FETCH = 1 << 20, 1 << 24, 1 << 14
 _UPLOADS = 10  # under way at once: two steps have five each
@@ -276,10 +278,20 @@ class Gpu(Device):
 
     @override
     def activations(self, name: str, files: Mapping[str, Path]) -> gated.Kernels:
-        from vlmforge.backends.cuda.gates import loaded_gates
+        from vlmforge_plugins.gated_activation.driver import CudaKernels as Gates
 
         self.enter()
-        return loaded_gates(name, files, capability(self.ordinal))
+        found = capability(self.ordinal)
+        return load_kernels(
+            "gated activations", files, found, lambda code, target: Gates(code, target, name)
+        )
+
+    @override
+    def choosers(self, files: Mapping[str, Path]) -> choice.Kernels | None:
+        from vlmforge_plugins.token_choice.driver import CudaKernels as Choosers
+
+        self.enter()
+        return load_kernels("choosing tokens", files, capability(self.ordinal), Choosers)
 
     @override
     def meeting_place(self, ranks: Communicator, files: Mapping[str, Path]) -> MeetingPlace:

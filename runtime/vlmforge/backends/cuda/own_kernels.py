@@ -1,19 +1,24 @@
-"""The kernel of gated activations on an NVIDIA GPU."""
+"""Compiled kernels of an engine that are loaded by themselves on an NVIDIA GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from vlmforge.errors import BackendUnavailableError
-from vlmforge_plugins.cached_attention.config import PTX_TARGETS, TARGETS
+from vlmforge_plugins.cached_attention.config import PTX_TARGETS, TARGETS, Target
 from vlmforge_plugins.cached_attention.kernel_store import newest_target
 from vlmforge_plugins.errors import PluginError
-from vlmforge_plugins.gated_activation.driver import CudaKernels
+
+T = TypeVar("T")
+_FIX = "rebuild the engine: build-engine CHECKPOINT -o ENGINE --target cuda --force"
 
 
-def loaded_gates(name: str, files: Mapping[str, Path], capability: int) -> CudaKernels:
-    """The one called `name` for the current GPU, whose compute capability is told as 90 for 9.0.
+def load_kernels(
+    what: str, files: Mapping[str, Path], capability: int, make: Callable[[bytes, Target], T]
+) -> T:
+    """What `make` gives for the current GPU, whose compute capability is told as 90 for 9.0.
 
     Raises:
         BackendUnavailableError: none of `files`, by their targets' names, is for it, or readable.
@@ -22,13 +27,13 @@ def loaded_gates(name: str, files: Mapping[str, Path], capability: int) -> CudaK
     target = newest_target(known, capability)
     if target is None:
         raise BackendUnavailableError(
-            "The engine has no kernels of gated activations for this GPU.",
+            f"The engine has no kernels of {what} for this GPU.",
             found=f"compute capability {capability / 10:.1f}",
             expected=", ".join(sorted(files)) or "an engine that was built with kernels",
-            fix="rebuild the engine: build-engine CHECKPOINT -o ENGINE --target cuda --force",
+            fix=_FIX,
         )
     try:
-        return CudaKernels(files[target.name].read_bytes(), target, name)
+        return make(files[target.name].read_bytes(), target)
     except PluginError as error:
         raise BackendUnavailableError(
             error.summary, found=error.found, expected=error.expected, fix=error.fix
@@ -38,5 +43,5 @@ def loaded_gates(name: str, files: Mapping[str, Path], capability: int) -> CudaK
             f"The kernels {files[target.name]} cannot be read.",
             found=str(error.strerror),
             expected="a file that can be read",
-            fix="rebuild the engine: build-engine CHECKPOINT -o ENGINE --target cuda --force",
+            fix=_FIX,
         ) from error
