@@ -168,6 +168,15 @@ def test_every_part_of_the_weight_ends_at_its_token() -> None:
     assert len(set(found // 256)) == 12
 
 
+def test_a_draw_among_equals_ends_at_its_id() -> None:
+    """Also where a warp's blocks are more than there are warps."""
+    vocab, wanted = 300_001, [0, 33 * 256, 145 * 256 + 5, 300_000]
+    numbers = [(1e-310, vocab, 1.0, 0.0, (i + 0.5) / vocab) for i in wanted]
+    rows = [np.full(vocab, 2.5, np.float32)] * len(wanted)
+    inputs = inputs_of(rows, [Choice(n) for n in numbers], 16)  # of a temperature of nearly nothing
+    assert choose(HostChoice(), inputs, told=False).chosen.tolist() == wanted
+
+
 @pytest.mark.parametrize("direction", [1, -1])
 def test_a_row_has_the_same_bits_in_any_batch(direction: int) -> None:
     vocab = 3001
