@@ -13,6 +13,17 @@ constexpr u32 kCandidates = 1024;  // that choices by rank are made from
 constexpr i64 kUndecided = -2;
 constexpr u32 kQuadsOfBlock = kBlock / 4;
 
+// Of logits: 1 of the largest, less of others, 0 of those that are less than `floor`.
+struct Weights {
+  double largest, inverse, floor;
+
+  VF_DEVICE double of(float x) const {
+    const double behind = static_cast<double>(x) - largest;
+    const double weight = behind == 0 ? 1. : exp_of(behind * inverse);
+    return weight >= floor ? weight : 0.;
+  }
+};
+
 // What is asked for of a row.
 struct Asked {
   double temperature, top_p, min_p, draw;
@@ -29,16 +40,10 @@ struct Asked {
     const u32 all = vocab < kCandidates ? vocab : kCandidates;
     candidates = limited && top_k < all ? (top_k < 1 ? 1 : static_cast<u32>(top_k)) : all;
   }
-};
-
-// Of logits: 1 of the largest, less of others, 0 of those that are less than `floor`.
-struct Weights {
-  double largest, inverse, floor;
-
-  VF_DEVICE double of(float x) const {
-    const double behind = static_cast<double>(x) - largest;
-    const double weight = behind == 0 ? 1. : exp_of(behind * inverse);
-    return weight >= floor ? weight : 0.;
+  VF_DEVICE u32 wanted() const { return by_rank && !too_many ? candidates : 0; }
+  VF_DEVICE bool weighs_all() const { return !greedy && !(by_rank && limited); }
+  VF_DEVICE Weights weights(double largest) const {
+    return {largest, 1. / temperature, by_rank ? 0. : min_p};
   }
 };
 
@@ -123,56 +128,55 @@ struct Chooser {
   }
 };
 
+// Numbers that are asked for are read where they are needed: registers are scarce meanwhile.
 VF_DEVICE void choose(const Params& p) {
   wait_for_previous_kernel();
   const auto index = static_cast<u64>(block_x());
   auto& shared = *reinterpret_cast<Shared*>(shared_memory());
   auto* marks = reinterpret_cast<u32*>(&shared + 1);
   const u32 quads = (p.vocab + 3) / 4;
+  const double* choices = p.choices + index * 5;
   float* kept = p.scratch + index * quads * 4;
   Chooser chooser{Team(shared), {p.logits + index * p.vocab, kept, marks, p.vocab, quads, false}, {}};
   Team& team = chooser.team;
   const float nothing = edit(team, Edits(p, index), chooser.row, marks);
   const Peak& peak = chooser.peak = peak_of(team, chooser.row, nothing);
-  const Asked asked(p.choices + index * 5, p.vocab);
-  const bool told = p.told != 0;
-
+  const bool first = team.thread == 0, told = p.told != 0, tells = told && team.thread < p.reported;
+  const u64 best = index * p.reported + team.thread;
+  if (!peak.finite) {
+    const double none = double_from(0x7ff8000000000000ull);
+    if (first) p.chosen[index] = kUndecided;
+    if (first && told) p.chosen_logit[index] = p.normaliser[index] = none;
+    if (tells) p.best_ids[best] = -1, p.best_logits[best] = none;
+    return;
+  }
+  u32 wanted = Asked(choices, p.vocab).wanted();
+  if (told && wanted < p.reported) wanted = p.reported;
+  if (wanted > 0) find_candidates(team, chooser.row, peak, wanted);
+  if (tells) {
+    p.best_ids[best] = static_cast<i64>(id_of(shared.listed[team.thread]));
+    p.best_logits[best] = static_cast<double>(logit_of(shared.listed[team.thread]));
+  }
+  const Weights weights = Asked(choices, p.vocab).weights(peak.value);
+  double all = 0;
+  if (told) {
+    all = chooser.whole({weights.largest, 1., 0.});
+    if (first) p.normaliser[index] = weights.largest + log_of(all);
+  }
+  const bool alike = told && weights.inverse == 1 && weights.floor == 0;
+  if (Asked(choices, p.vocab).weighs_all() && !alike) all = chooser.whole(weights);
+  const Asked asked(choices, p.vocab);
   i64 token = kUndecided;
-  double normaliser = double_from(0x7ff8000000000000ull), logit = normaliser;
-  if (peak.finite) {
-    const double largest = peak.value;
-    const double floor = asked.by_rank ? 0. : asked.min_p;
-    const Weights weights{largest, 1. / asked.temperature, floor};
-    u32 wanted = asked.by_rank && !asked.too_many ? asked.candidates : 0;
-    if (told && wanted < p.reported) wanted = p.reported;
-    if (wanted > 0) find_candidates(team, chooser.row, peak, wanted);
-    double all = 0;
-    const bool weighed = !asked.greedy && !(asked.by_rank && asked.limited);
-#pragma unroll 1
-    for (u32 turn = told ? 0u : 1u; turn < (weighed ? 2u : 1u); ++turn) {  // the latter leaves its `parts`
-      all = chooser.whole({largest, turn == 0 ? 1. : weights.inverse, turn == 0 ? 0. : floor});
-      if (turn == 0) normaliser = largest + log_of(all);
-    }
-    if (asked.greedy) {
-      token = peak.id;
-    } else if (!asked.by_rank) {
-      token = chooser.drawn_from_all(weights, asked.draw);
-    } else if (!asked.too_many) {
-      token = chooser.drawn_by_rank(asked, weights, all);
-    }
-    if (told && token >= 0) logit = chooser.row.at(static_cast<u32>(token));
+  if (asked.greedy) {
+    token = peak.id;
+  } else if (!asked.by_rank) {
+    token = chooser.drawn_from_all(weights, asked.draw);
+  } else if (!asked.too_many) {
+    token = chooser.drawn_by_rank(asked, weights, all);
   }
-  if (team.thread == 0) p.chosen[index] = token;
-  if (!told) return;
-  if (team.thread == 0) {
-    p.chosen_logit[index] = logit;
-    p.normaliser[index] = normaliser;
-  }
-  if (team.thread < p.reported) {
-    const u64 best = index * p.reported + team.thread, listed = shared.listed[team.thread];
-    p.best_ids[best] = peak.finite ? static_cast<i64>(id_of(listed)) : -1;
-    p.best_logits[best] = peak.finite ? static_cast<double>(logit_of(listed)) : logit;
-  }
+  if (!first) return;
+  p.chosen[index] = token;
+  if (told) p.chosen_logit[index] = chooser.row.at(token < 0 ? peak.id : static_cast<u32>(token));
 }
 
 }  // namespace vf
