@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -338,6 +339,18 @@ def test_the_logits_of_a_whole_prompt(pipe: Pipeline) -> None:
     assert answer.logits is not None
     assert len(answer.logits) == answer.input_token_len + 1
     assert np.isfinite(answer.logits).all()
+
+
+def test_closing_gives_the_devices_memory_back(engine: Path) -> None:
+    """While the pipeline is still held: pages, weights, and what is captured."""
+    with cuda_on_cpu(), pipeline(engine) as opened:
+        opened(PROMPTS[1], gen_config=CONFIGS[1])  # type: ignore[arg-type]
+        decoder = opened._engine.decoder
+        assert isinstance(decoder, PagedDecoder)
+        parts = (decoder, decoder._program, decoder._device, opened._engine.vision)
+        known = [weakref.ref(part) for part in parts]
+        del decoder, parts
+    assert [one() for one in known] == [None] * 4
 
 
 def test_closing_ends_what_is_in_flight(engine: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from conftest import wait_until
 from stand_in import HANG_S, Gate, Parts, answered, plain, png, stand_in
 from vlmforge import Pipeline, lifetime
+from vlmforge.errors import CancelledError
 from vlmforge.scheduler.request import Request
 
 TESTS = Path(__file__).parents[1]
@@ -248,6 +249,19 @@ def test_a_closed_pipeline_frees_its_threads(threads: set[threading.Thread]) -> 
         with stand_in(Parts(1), slots=1) as pipe:
             pipe([("look", png(1)), "text"], plain(2))  # type: ignore[arg-type]
     assert ended(threads)
+
+
+def test_a_closed_pipeline_lets_its_engine_go_while_it_is_held() -> None:
+    """Whoever closes one and still has it has its memory back."""
+    pipe = stand_in(Parts(2), slots=2)
+    pipe([("look", png(1)), "text"], plain(3))  # type: ignore[arg-type]
+    engine = pipe._engine
+    parts = [weakref.ref(engine.decoder), weakref.ref(engine.vision)]
+    pipe.close()
+    assert [part() for part in parts] == [None, None]
+    assert pipe.metrics().requests["length"] == 2
+    with pytest.raises(CancelledError, match="The pipeline is closed"):
+        pipe("text")
 
 
 class _LateEnds(queue.SimpleQueue[Request | None]):

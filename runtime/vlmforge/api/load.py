@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import sys
@@ -92,7 +93,8 @@ def pipeline(
 
 
 def serve(engine: Engine, config: EngineConfig, vision: VisionConfig) -> Pipeline:
-    """A pipeline for an engine that is loaded already."""
+    """A pipeline for an engine that is loaded already, which is the caller's as well."""
+    engine = copy.copy(engine)  # when it is closed it lets the parts of its own one go
     budget = vision.feature_cache_bytes
     features = FeatureCache(
         engine.encode,

@@ -83,6 +83,11 @@ class Engine:
         ):
             object.__setattr__(self, name, decoder if able else None)
 
+    def let_go(self) -> None:
+        """Let the loaded parts go, which nothing runs any more, whoever still has this engine."""
+        for name in ("vision", "decoder", "_sparing", "choosing", "overlapping", "first"):
+            object.__setattr__(self, name, None)
+
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
         image = self.manifest.image

@@ -20,6 +20,7 @@ from vlmforge.backends import ClosableDecoder, FloatArray
 from vlmforge.backends.features import Features
 from vlmforge.errors import CancelledError, PipelineError, VlmforgeError
 from vlmforge.kv.cache import Keys
+from vlmforge.limits import return_freed_memory
 from vlmforge.outputs.metrics import Metrics
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
@@ -179,6 +180,8 @@ class Loop(lifetime.Owner):
         self._features.let_go()  # now, not when nobody has this any more
         if isinstance(self._engine.decoder, ClosableDecoder):
             self._engine.decoder.close()
+        self._engine.let_go()
+        return_freed_memory()
 
     def _receive(self) -> bool:
         """Take what callers sent, waiting when there is nothing to do; False at the end."""
