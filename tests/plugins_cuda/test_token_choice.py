@@ -214,6 +214,23 @@ def test_the_ends_of_what_may_be_drawn(vocab: int) -> None:
         assert found.chosen.tolist() == [*draws.values()] * 2
 
 
+def test_sums_that_end_between_two_tokens() -> None:
+    """Those of equals are exact: what they have is enough, and the draw is behind them."""
+    flat, sharp = np.zeros(8, np.float32), np.full(8, -1e4, np.float32)
+    sharp[[2, 4]] = 0.0, -34.5  # of a weight that rounding may take for nothing
+    cases = [
+        (flat, 8, 0.5, NEAR_ONE, 3),
+        (flat, 8, 0.25, NEAR_ONE, 1),
+        (flat, 4, 0.5, NEAR_ONE, 1),
+        (flat, 8, 1.0, 0.5, 4),
+        (flat, 8, 0.5, 0.25, 1),
+        (sharp, 8, 1.0, NEAR_ONE, 2),
+    ]
+    choices = [Choice((1.0, top_k, top_p, 0.0, draw)) for _, top_k, top_p, draw, _ in cases]
+    found = assert_as_graph(inputs_of([logits for logits, *_ in cases], choices, 16))
+    assert found.chosen.tolist() == [wanted for *_, wanted in cases]
+
+
 def test_more_candidates_than_it_looks_at_are_left_to_the_host() -> None:
     vocab = 3001
     flat, sharp = np.zeros(vocab, np.float32), logits_of("drawn", vocab, 1) * 5
