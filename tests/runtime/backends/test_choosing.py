@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from host_choice import HostChoice
 from sample_manifest import RICH
-from vlmforge.backends.choice import GREEDY, Choice
+from vlmforge.backends.choice import GREEDY, Choice, likeliest_ids
 from vlmforge.backends.cuda.choice_kernel import ChoiceKernel, load_choice
 from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.fake import HostDevice
@@ -93,3 +93,10 @@ def test_of_an_engine_of_before_no_kernel_is_asked_for() -> None:
     assert device.files == []
     assert load_choice(device, folder, chain, ROWS) is not None
     assert device.files == [{name: folder / file for name, file in chain.choosers.items()}]
+
+
+def test_the_likeliest_of_logits_that_came_here() -> None:
+    """The lowest of equals; none where the largest is no number, or infinite."""
+    none, most = np.nan, np.inf
+    rows = [[1, 3, 3], [none, 5, 1], [0, 1, none], [-most, 2, 1], [most, 0, 0], [-most] * 3]
+    assert likeliest_ids(np.array(rows, np.float32)).tolist() == [1, -1, -1, 1, -1, -1]
