@@ -30,7 +30,7 @@ from vlmforge_builder.passes.scratch import token_bytes
 from vlmforge_builder.targets import Settings, cuda, load_target
 from vlmforge_builder.targets.cuda import PAGE_SIZE, _config
 from vlmforge_plugins.cached_attention.config import TARGETS, Config
-from vlmforge_plugins.token_choice.launcher import MOST_VOCAB
+from vlmforge_plugins.token_choice.launcher import MOST_VOCAB, scratch_bytes
 
 SETTINGS = Settings("float16", None, 128, 2, None, None, None)
 
@@ -274,6 +274,7 @@ def test_tokens_of_a_vast_vocabulary_are_chosen_by_graphs(
     made = cuda._kernels(config, None, vocab_size, job)
     assert bool(made.choosers) is there
     assert made.files == (*made.attention.values(), *made.choosers.values())
+    assert (cuda._choosing_bytes(vocab_size) == scratch_bytes(1, vocab_size)) is there
 
 
 def test_all_pieces_take_their_weights_from_one_file(engine: Path) -> None:

@@ -12,8 +12,8 @@ from typing_extensions import override
 from conftest import HF, IMAGES, cuda_engine
 from host_choice import HostChoice
 from late_device import late_cuda_on_cpu
-from vlmforge import GenerationConfig, pipeline
-from vlmforge.backends.fake import HostDevice, cuda_on_cpu
+from vlmforge import EngineConfig, GenerationConfig, pipeline
+from vlmforge.backends.fake import HostDevice, HostMemory, cuda_on_cpu
 from vlmforge.engine.interface import chosen_by_kernel
 from vlmforge.engine.manifest import load_manifest
 from vlmforge_plugins.cached_attention.config import TARGETS
@@ -110,3 +110,21 @@ def test_the_kernel_takes_the_place_of_graphs(engine: Path) -> None:
     replaced = [s for s in chain.segments if chosen_by_kernel(chain, s)]
     assert [[spec.name for spec in s.outputs] for s in replaced] == [["likeliest"]]
     assert set(chain.choosers) == {*(target.name for target in TARGETS), "ptx"}
+
+
+def test_memory_for_edits_is_taken_once(
+    engine: Path, counted: _Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is counted (`PartChain.sampler`): the likeliest tokens are those of logits as given."""
+    taken, allocate = list[int](), HostDevice.allocate
+
+    def counting(device: HostDevice, size: int) -> HostMemory:
+        taken.append(size)
+        return allocate(device, size)
+
+    monkeypatch.setattr(HostDevice, "allocate", counting)
+    with cuda_on_cpu(), pipeline(engine, EngineConfig(max_batch_size=3)) as pipe:
+        pipe("one", gen_config=GenerationConfig(max_new_tokens=2, repetition_penalty=1.3))
+    chain = load_manifest(engine).part("decoder").chain
+    assert counted.rows and chain is not None and chain.sampler is not None
+    assert taken.count(3 * chain.sampler.token_bytes) == 1

@@ -214,6 +214,31 @@ def test_the_ends_of_what_may_be_drawn(vocab: int) -> None:
         assert found.chosen.tolist() == [*draws.values()] * 2
 
 
+def test_sums_that_end_between_two_tokens() -> None:
+    """Those of equals are exact: what they have is enough, and the draw is behind them."""
+    flat, sharp = np.zeros(8, np.float32), np.full(8, -1e4, np.float32)
+    sharp[[2, 4]] = 0.0, -34.5  # of a weight that rounding may take for nothing
+    cases = [
+        (flat, 8, 0.5, NEAR_ONE, 3),
+        (flat, 4, 0.5, NEAR_ONE, 1),
+        (flat, 8, 1.0, 0.5, 4),
+        (sharp, 8, 1.0, NEAR_ONE, 2),
+    ]
+    choices = [Choice((1.0, top_k, top_p, 0.0, draw)) for _, top_k, top_p, draw, _ in cases]
+    found = assert_as_graph(inputs_of([logits for logits, *_ in cases], choices, 16))
+    assert found.chosen.tolist() == [wanted for *_, wanted in cases]
+
+
+def test_a_sum_that_rounding_makes_larger_is_no_weight() -> None:
+    """Sums of a block are not made one after the other."""
+    rng = np.random.default_rng(0)
+    banned = rng.random(64) < 0.5
+    logits = np.where(banned, -1e4, rng.standard_normal(64)).astype(np.float32)
+    choice = Choice((1.0, 64, 1.0, 0.0, 0.35582920510634997))
+    (found,) = choose(HostChoice(), inputs_of([logits], [choice], 16), told=False).chosen
+    assert not banned[found]
+
+
 def test_more_candidates_than_it_looks_at_are_left_to_the_host() -> None:
     vocab = 3001
     flat, sharp = np.zeros(vocab, np.float32), logits_of("drawn", vocab, 1) * 5

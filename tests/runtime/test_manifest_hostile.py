@@ -237,6 +237,7 @@ def test_a_nasty_value_is_a_typed_error_or_does_no_harm(
         ("parts[1].chain.rotary", None, "must be given where attention rotates"),
         ("parts[1].chain.rotary.positions", 0, "must be an integer in [1, 4194304]"),
         ("parts[1].chain.kernels.sm_90", "other.cubin", "must be all files of the chain"),
+        ("parts[1].chain.choosers.sm_90", "other.cubin", "must be all files of the chain"),
         ("parts[1].chain.kernels.sm_90", "/lib/x", "must be a path inside the engine"),
         ("parts[1].chain.steps[0].segment.token_bytes", -1, "must be an integer in [0, "),
         ("files[0].sha256", "0" * 63, "must be 64 digits of 0-9 and a-f"),

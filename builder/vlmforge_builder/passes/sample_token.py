@@ -36,6 +36,8 @@ CANDIDATES = 1024
 """ONNX Runtime's CUDA provider finds as many at once in all rows; the host seldom needs more."""
 _OPSET = 23
 _BLOCK = 256
+# Eight numbers of float64 for each logit at once, at most.
+_BYTES = 8 * 8
 
 
 @script(OPSET, default_opset=op)
@@ -249,3 +251,8 @@ def sample_token(vocab_size: int) -> ir.Model:
         function = ir.serde.deserialize_function(body.to_function_proto())
         model.functions[function.identifier()] = function
     return ir.from_proto(inline_local_functions(ir.to_proto(model)))
+
+
+def sampling_bytes(vocab_size: int) -> int:
+    """Bytes that the graph takes for each row, at most; an estimate."""
+    return _BYTES * vocab_size

@@ -39,7 +39,7 @@ from vlmforge_builder.passes.fuse_sum_norm import FuseSumNormPass
 from vlmforge_builder.passes.likeliest_token import likeliest_token
 from vlmforge_builder.passes.lower_dequantize import LowerDequantizePass
 from vlmforge_builder.passes.quantise_weights import QuantiseWeightsPass, blocks_of_part
-from vlmforge_builder.passes.sample_token import sample_token
+from vlmforge_builder.passes.sample_token import sample_token, sampling_bytes
 from vlmforge_builder.targets import CompileJob, Settings, Target
 from vlmforge_builder.weights import AsDtype, Layout, plan, stored_dtype, weight_bytes, write
 from vlmforge_builder.widened_graphs import open_widened
@@ -210,7 +210,7 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
     segments = save_alike(pieces, job.stem, job.folder)
     steps, tables = chain_steps(segments, cut.between), _tables(cut, layout, data)
     (sampler,) = save_segments([sample_token(vocab_size)], f"{job.stem}.sample", job.folder)
-    sampler = dataclasses.replace(sampler, token_bytes=scratch_bytes(1, vocab_size))
+    sampler = dataclasses.replace(sampler, token_bytes=_choosing_bytes(vocab_size))
     return dataclasses.replace(
         part,
         file=segments[0].file,
@@ -292,6 +292,11 @@ def _kernels(config: Config, activation: str | None, vocab_size: int, job: Compi
         gates,
         write_kernels(compile_choosers, _CHOOSERS, folder) if vocab_size <= MOST_VOCAB else {},
     )
+
+
+def _choosing_bytes(vocab_size: int) -> int:
+    """Bytes that choosing a token for a row takes: of the kernel, or of the graph without one."""
+    return scratch_bytes(1, vocab_size) if vocab_size <= MOST_VOCAB else sampling_bytes(vocab_size)
 
 
 TARGET = CudaTarget()

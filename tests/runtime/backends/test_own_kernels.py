@@ -23,7 +23,8 @@ def loaded(found: dict[str, Path], capability: int) -> tuple[bytes, str]:
 
 
 @pytest.mark.parametrize(
-    ("capability", "target"), [(80, "sm_80"), (87, "sm_86"), (90, "sm_90"), (100, "ptx")]
+    ("capability", "target"),
+    [(80, "sm_80"), (87, "sm_86"), (90, "sm_90"), (100, "ptx"), (120, "ptx")],
 )
 def test_its_own_or_what_its_driver_compiles(tmp_path: Path, capability: int, target: str) -> None:
     found = files(tmp_path, "sm_80", "sm_86", "sm_90", "ptx")

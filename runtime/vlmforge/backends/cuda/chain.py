@@ -76,7 +76,7 @@ class ChainProgram(Program):
         self._specs = part.chain.tensors
         self._page, self._columns = kv.page_size, -(-options.capacity // kv.page_size)
         self._inputs = inputs_of(part.inputs, self._columns)
-        self._segments = _loaded(device, folder, part.chain, options)
+        self._segments = _loaded(device, folder, part.chain)
         self._weights = place_weights(device, folder, part.chain)
         self._loaded = device.kernels(
             _config(part.chain, kv), {n: folder / f for n, f in part.chain.kernels.items()}
@@ -229,15 +229,13 @@ class ChainProgram(Program):
         return work
 
 
-def _loaded(
-    device: Device, folder: Path, chain: PartChain, options: LoadOptions
-) -> Mapping[str, Segment]:
+def _loaded(device: Device, folder: Path, chain: PartChain) -> Mapping[str, Segment]:
     """The segments by their files; the likeliest tokens by our kernel, where there is one."""
     found = dict[str, Segment]()
     for file, kind in chain.kinds.items():
         kernel = None
         if chosen_by_kernel(chain, kind[0]):
-            kernel = load_choice(device, folder, chain, options.slots)
+            kernel = load_choice(device, folder, chain, rows=0)  # nothing is edited before
         found[file] = kernel or device.segment(folder / file)
     return found
 

@@ -38,12 +38,12 @@ class ChoiceKernel(Segment):
         device: Runs it.
         kernels: What is launched.
         vocab_size: Logits of a row.
-        rows: Of a batch, at most.
+        rows: Of a batch whose logits are edited, at most; 0: of none they are.
     """
 
     def __init__(self, device: Device, kernels: Kernels, vocab_size: int, rows: int) -> None:
         self._device, self._kernels, self._vocab_size = device, kernels, vocab_size
-        self._scratch = device.allocate(scratch_bytes(rows, vocab_size))
+        self._scratch = device.allocate(scratch_bytes(max(rows, 1), vocab_size))
         self._greedy = dict[int, Memory]()  # the choices of so many rows
 
     @override
