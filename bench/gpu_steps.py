@@ -303,6 +303,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", default=list(DEFAULT), metavar="BATCH:CONTEXT")
     parser.add_argument("--one-by-one", action="store_true", help="no step before one has ended")
     parser.add_argument("--sampled", action="store_true", help="top-k 40 and top-p 0.8")
+    parser.add_argument("--again", type=int, default=0, help="opened anew so often, in one process")
     parser.add_argument("--few", type=int, help="rows whose likeliest tokens the host finds")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -313,9 +314,10 @@ def main() -> None:
         parser.error(f"{given.kind} needs an engine")
     works: dict[str, Callable[[], object]] = {
         "card": lambda: card(results),
-        "decode": lambda: decode(
-            engine, given.batch, results, one_by_one=given.one_by_one, sampled=given.sampled
-        ),
+        "decode": lambda: [
+            decode(engine, given.batch, results, one_by_one=given.one_by_one, sampled=given.sampled)
+            for _ in range(1 + given.again)
+        ],
         "prompts": lambda: prompts(engine, results),
     }
     attempts([(f"{given.kind} {engine.name if engine else ''}".strip(), works[given.kind])])

@@ -356,7 +356,10 @@ class Pipeline:
         await self.stop_session(session_id)
 
     def close(self) -> None:
-        """Cancel what is in flight and end the worker thread. May be called more than once."""
+        """Cancel what is in flight, end the worker thread and let the engine go.
+
+        Its memory goes back, though the pipeline is still held. May be called more than once.
+        """
         self._intake.close()
 
     def __enter__(self) -> Pipeline:
