@@ -314,13 +314,13 @@ def main() -> None:
         parser.error(f"{given.kind} needs an engine")
     works: dict[str, Callable[[], object]] = {
         "card": lambda: card(results),
-        "decode": lambda: [
-            decode(engine, given.batch, results, one_by_one=given.one_by_one, sampled=given.sampled)
-            for _ in range(1 + given.again)
-        ],
+        "decode": lambda: decode(
+            engine, given.batch, results, one_by_one=given.one_by_one, sampled=given.sampled
+        ),
         "prompts": lambda: prompts(engine, results),
     }
-    attempts([(f"{given.kind} {engine.name if engine else ''}".strip(), works[given.kind])])
+    name = f"{given.kind} {engine.name if engine else ''}".strip()
+    attempts([(name, works[given.kind])] * (1 + given.again))
 
 
 if __name__ == "__main__":
