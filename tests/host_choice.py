@@ -107,6 +107,15 @@ class _Memory:
         assert (self.all[_BEHIND + size :] == _POISON).all()
 
 
+def _check_scratch(scratch: NDArray[np.uint8], inputs: Inputs) -> None:
+    """Of each row in which something is edited its own part was written to, and no other."""
+    rows, vocab = inputs.logits.shape
+    there = (inputs.edit_ids >= 0) & (inputs.edit_ids < vocab)
+    edited = there & ((inputs.edit_factors != 1) | (inputs.edit_minus != 0))
+    written = (scratch.reshape(rows, -1) != _POISON).any(axis=1)
+    np.testing.assert_array_equal(written, edited.any(axis=1))
+
+
 def choose(kernels: HostChoice, inputs: Inputs, *, told: bool = True) -> Chosen:
     """A launch; nothing is written but what is asked for, and scratch memory.
 
@@ -134,6 +143,7 @@ def choose(kernels: HostChoice, inputs: Inputs, *, told: bool = True) -> Chosen:
     kernels.launch(launch, params, 0)
     for memory in (*given.values(), *out.values(), scratch):
         memory.check()
+    _check_scratch(scratch.inside, inputs)
     for name, values in vars(inputs).items():
         assert given[name].inside.tobytes() == np.ascontiguousarray(values).tobytes(), name
     for name, memory in out.items():
