@@ -91,6 +91,16 @@ def host_library(chosen: Sizes, sources: Path = SOURCES) -> ctypes.CDLL:
     return ctypes.CDLL(str(_compiled(main, files, options, name, ".so")))
 
 
+def host_build(main: Path, folders: Sequence[Path], *flags: str) -> Path:
+    """What g++ makes of `main`, whose headers lie in `folders` and beside the other kernels."""
+    places = (*folders, HOST_SOURCES)
+    files = [path for folder in places for path in sorted(folder.iterdir()) if path.is_file()]
+    header = _standard_library()
+    includes = (f"-I{folder}" for folder in (*places, header.parent))
+    options = ["-shared", *flags, *includes, "-include", header.name]
+    return _compiled(main, files, options, f"{main.stem}-", ".so")
+
+
 @cache
 def _standard_library() -> Path:
     """A header that lies beside itself compiled: reading it takes a third of a library's time."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attention_backends import HOST_SOURCES, _compiled, _standard_library
+from attention_backends import HOST_SOURCES, host_build
 from vlmforge_plugins.cached_attention.compile import SOURCES
 from vlmforge_plugins.cached_attention.plan import Launch
 from vlmforge_plugins.token_choice.compile import KERNELS
@@ -30,13 +30,7 @@ _POISON, _BEHIND = 0xA5, 64
 @cache
 def library() -> ctypes.CDLL:
     """Kept by the content of all that goes in."""
-    places = (KERNELS, SOURCES, HOST_SOURCES, _HOST)
-    files = [path for folder in places for path in sorted(folder.iterdir()) if path.is_file()]
-    header = _standard_library()
-    includes = (f"-I{folder}" for folder in (*places, header.parent))
-    options = ["-shared", *includes, "-include", header.name]
-    main = _HOST / "token_choice.cpp"
-    return ctypes.CDLL(str(_compiled(main, files, options, "token_choice-", ".so")))
+    return ctypes.CDLL(str(host_build(_HOST / "token_choice.cpp", (KERNELS, SOURCES, _HOST))))
 
 
 class HostChoice:

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from attention_backends import HOST_SOURCES, _compiled, _standard_library
+from attention_backends import HOST_SOURCES, host_build
 from vlmforge_plugins.cached_attention.plan import Launch
 from vlmforge_plugins.collectives import launcher
 from vlmforge_plugins.collectives.compile import SOURCE
@@ -19,19 +19,8 @@ from vlmforge_plugins.collectives.compile import SOURCE
 @cache
 def library(rank: int) -> ctypes.CDLL:
     """A copy of its own: what is a block is told by what a library has once."""
-    places = (*SOURCE.folders, HOST_SOURCES)
-    files = [path for folder in places for path in sorted(folder.iterdir()) if path.is_file()]
-    header = _standard_library()
-    # Or all copies would have one block between them.
-    options = [
-        "-shared",
-        "-fno-gnu-unique",
-        *(f"-I{p}" for p in (*places, header.parent)),
-        "-include",
-        header.name,
-    ]
-    main = HOST_SOURCES / "collectives.cpp"
-    made = _compiled(main, files, options, "collectives-", ".so")
+    apart = "-fno-gnu-unique"  # or all copies would have one block between them
+    made = host_build(HOST_SOURCES / "collectives.cpp", SOURCE.folders, apart)
     with tempfile.NamedTemporaryFile(suffix=f".{rank}.so") as copy:
         shutil.copy(made, copy.name)
         return ctypes.CDLL(copy.name)

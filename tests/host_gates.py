@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-from attention_backends import HOST_SOURCES, _compiled, _standard_library
+from attention_backends import HOST_SOURCES, host_build
 from vlmforge_plugins.cached_attention.compile import SOURCES
 from vlmforge_plugins.cached_attention.plan import Launch
 from vlmforge_plugins.gated_activation.compile import KERNELS
@@ -17,13 +17,7 @@ _HOST = HOST_SOURCES.parent / "host_gates"
 @cache
 def library() -> ctypes.CDLL:
     """Kept by the content of all that goes in."""
-    places = (KERNELS, SOURCES, HOST_SOURCES, _HOST)
-    files = [path for folder in places for path in sorted(folder.iterdir()) if path.is_file()]
-    header = _standard_library()
-    includes = (f"-I{folder}" for folder in (*places, header.parent))
-    options = ["-shared", *includes, "-include", header.name]
-    main = _HOST / "gated_activation.cpp"
-    return ctypes.CDLL(str(_compiled(main, files, options, "gated_activation-", ".so")))
+    return ctypes.CDLL(str(host_build(_HOST / "gated_activation.cpp", (KERNELS, SOURCES, _HOST))))
 
 
 class HostGates:
