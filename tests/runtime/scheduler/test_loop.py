@@ -72,6 +72,10 @@ class FakeEngine:
     def __init__(self, slots: int, blocks: int | None) -> None:
         self.decoder, self.clock = Cache(slots), PartClock()
         self.options = LoadOptions(slots, CAPACITY, budget=blocks, block_size=BLOCK)
+        self.gone = False
+
+    def let_go(self) -> None:
+        self.gone = True
 
     def rotary_level(self, tokens: int) -> int:
         return level(tokens)
@@ -208,5 +212,6 @@ def test_a_cancelled_sequence_leaves_the_others_alone(
 def test_a_closed_loop_refuses() -> None:
     running = loop(1, 8, reuse=True)
     running.close()
+    assert running._engine.gone  # type: ignore[attr-defined]
     with pytest.raises(CancelledError, match="closed"):
         running.submit(job([1], Collect(1)))
