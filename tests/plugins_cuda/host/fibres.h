@@ -190,6 +190,19 @@ inline void warp_collective(Operation operation, void* argument) {
   collective<32>(operation, argument);
 }
 
+// The `value` of the warp's thread `lane`: __shfl_sync.
+template <class T>
+inline T shuffle(T value, int lane) {
+  struct Lane { T value; int from; T got; } mine{value, lane, {}};
+  warp_collective([](void* const* lanes) {
+    for (int i = 0; i < 32; ++i) {
+      auto* to = static_cast<Lane*>(lanes[i]);
+      to->got = static_cast<Lane*>(lanes[to->from])->value;
+    }
+  }, &mine);
+  return mine.got;
+}
+
 // For a thread that waits in a loop: lets all others go first.
 inline void pause() {
   for (int i = 1; i < block.threads; ++i) {
@@ -245,6 +258,40 @@ inline void run_block(int direction) {
   }
   self = &block.main;
   switch_to(&block.fibres[direction > 0 ? 0 : block.threads - 1]);
+}
+
+struct Grid {
+  int x = 1, y = 1, z = 1;
+};
+
+// Runs `block.kernel` over a grid. Shared memory is exactly `shared_bytes`, poisoned for every block.
+// Returns 0, 1 if a block wrote behind its shared memory, 2 if a thread ended without waiting for the
+// kernel in front although it overlaps with that.
+inline int run_grid(const void* params, Grid grid, int threads, int shared_bytes, int direction,
+                    bool overlaps) {
+  constexpr unsigned char kPoison = 0xff;  // a NaN in every type
+  constexpr int kGuard = 256;
+  std::vector<unsigned char> shared(static_cast<size_t>(shared_bytes) + 1024 + kGuard);
+  auto* start = shared.data() + (1024 - reinterpret_cast<uintptr_t>(shared.data()) % 1024);
+  block.params = params;
+  block.threads = threads;
+  block.grid_x = grid.x;
+  block.grid_y = grid.y;
+  block.shared = reinterpret_cast<char*>(start);
+  block.shared_bytes = shared_bytes;
+  for (block.z = 0; block.z < grid.z; ++block.z) {
+    for (block.y = 0; block.y < grid.y; ++block.y) {
+      for (block.x = 0; block.x < grid.x; ++block.x) {
+        std::memset(start, kPoison, static_cast<size_t>(shared_bytes) + kGuard);
+        run_block(direction);
+        if (overlaps && block.left_early) return 2;
+        for (int i = 0; i < kGuard; ++i) {
+          if (start[shared_bytes + i] != kPoison) return 1;
+        }
+      }
+    }
+  }
+  return 0;
 }
 
 }  // namespace vf_host

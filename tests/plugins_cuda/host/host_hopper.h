@@ -84,16 +84,7 @@ template <int PENDING> VF_DEVICE void products_wait() {}
 template <int TILES> VF_DEVICE void products_done(float (&)[TILES][4]) {}
 template <int REGISTERS> VF_DEVICE void take_registers() {}
 template <int REGISTERS> VF_DEVICE void give_registers() {}
-VF_DEVICE int shuffle_from(int value, int lane) {
-  struct Lane { int value, from, got; } mine{value, lane, 0};
-  vf_host::warp_collective([](void* const* lanes) {
-    for (int i = 0; i < 32; ++i) {
-      auto* to = static_cast<Lane*>(lanes[i]);
-      to->got = static_cast<Lane*>(lanes[to->from])->value;
-    }
-  }, &mine);
-  return mine.got;
-}
+VF_DEVICE int shuffle_from(int value, int lane) { return vf_host::shuffle(value, lane); }
 VF_DEVICE int uniform(int value) { return value; }
 VF_DEVICE bool elect_one() {
   sync_warp();

@@ -9,14 +9,9 @@ namespace {
 template <void (*KERNEL)(const vf::Params&)>
 void call(const void* params) { KERNEL(*static_cast<const vf::Params*>(params)); }
 
-constexpr unsigned char kPoison = 0xff;  // a NaN in every type
-constexpr int kGuard = 256;
-
 }  // namespace
 
-// Runs a kernel over its grid. Shared memory is exactly `shared_bytes`, poisoned for every block.
-// Returns 0, 1 if a block wrote behind its shared memory, 2 if a thread ended without waiting for the
-// kernel in front although it overlaps with that.
+// Runs a kernel over its grid. Returns 0 or what `run_grid` found wrong.
 extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x, int grid_y,
                          int grid_z, int threads, int shared_bytes, int direction) {
   auto& block = vf_host::block;
@@ -28,27 +23,8 @@ extern "C" int vf_launch(const char* name, const vf::Params* params, int grid_x,
                  : kernel == "vf_prefill" ? call<vf_prefill>
                                           : nullptr;
   if (block.kernel == nullptr) vf_host::die("no kernel of this name");
-  std::vector<unsigned char> shared(static_cast<size_t>(shared_bytes) + 1024 + kGuard);
-  auto* start = shared.data() + (1024 - reinterpret_cast<uintptr_t>(shared.data()) % 1024);
-  block.params = params;
-  block.threads = threads;
-  block.grid_x = grid_x;
-  block.grid_y = grid_y;
-  block.shared = reinterpret_cast<char*>(start);
-  block.shared_bytes = shared_bytes;
-  for (block.z = 0; block.z < grid_z; ++block.z) {
-    for (block.y = 0; block.y < grid_y; ++block.y) {
-      for (block.x = 0; block.x < grid_x; ++block.x) {
-        std::memset(start, kPoison, static_cast<size_t>(shared_bytes) + kGuard);
-        vf_host::run_block(direction);
-        if (!vf_host::late.empty() && block.left_early) return 2;
-        for (int i = 0; i < kGuard; ++i) {
-          if (start[shared_bytes + i] != kPoison) return 1;
-        }
-      }
-    }
-  }
-  return 0;
+  return vf_host::run_grid(params, {grid_x, grid_y, grid_z}, threads, shared_bytes, direction,
+                           !vf_host::late.empty());
 }
 
 // What the next launch and the kernel in front of it may write, see Late; `before` is what was there

@@ -35,14 +35,7 @@ VF_DEVICE u32 warp_add(u32 value) { return of_warp<sum_of_two>(value); }
 VF_DEVICE u32 warp_least(u32 value) { return of_warp<less_of_two>(value); }
 VF_DEVICE u32 warp_most(u32 value) { return of_warp<more_of_two>(value); }
 VF_DEVICE u32 shuffle_word(u32 value, u32 lane) {
-  struct Lane { u32 value, from, got; } mine{value, lane, 0};
-  vf_host::warp_collective([](void* const* lanes) {
-    for (int i = 0; i < 32; ++i) {
-      auto* to = static_cast<Lane*>(lanes[i]);
-      to->got = static_cast<Lane*>(lanes[to->from])->value;
-    }
-  }, &mine);
-  return mine.got;
+  return vf_host::shuffle(value, static_cast<int>(lane));
 }
 
 VF_DEVICE u32 add_shared(u32* at, u32 value) {

@@ -8,40 +8,22 @@ namespace {
 
 void call(const void* params) { vf_choose(*static_cast<const vf::Params*>(params)); }
 
-constexpr unsigned char kPoison = 0xff;
-constexpr int kGuard = 256;
+constexpr char kNotYet = static_cast<char>(0xff);  // a NaN in every type
 
 }  // namespace
 
-// Shared memory is exactly `shared_bytes`, poisoned for every block. Returns 1 if a block wrote behind
-// it, 2 if a thread ended without waiting for the kernel in front.
+// Returns 0 or what `run_grid` found wrong.
 extern "C" int vf_launch(const vf::Params* params, int blocks, int threads, int shared_bytes,
                          int direction) {
-  auto& block = vf_host::block;
-  std::vector<unsigned char> shared(static_cast<size_t>(shared_bytes) + 1024 + kGuard);
-  auto* start = shared.data() + (1024 - reinterpret_cast<uintptr_t>(shared.data()) % 1024);
-  block.kernel = call;
-  block.params = params;
-  block.threads = threads;
-  block.grid_x = blocks;
-  block.shared = reinterpret_cast<char*>(start);
-  block.shared_bytes = shared_bytes;
-  for (block.x = 0; block.x < blocks; ++block.x) {
-    std::memset(start, kPoison, static_cast<size_t>(shared_bytes) + kGuard);
-    vf_host::run_block(direction);
-    if (block.left_early) return 2;
-    for (int i = 0; i < kGuard; ++i) {
-      if (start[shared_bytes + i] != kPoison) return 1;
-    }
-  }
-  return 0;
+  vf_host::block.kernel = call;
+  return vf_host::run_grid(params, {blocks}, threads, shared_bytes, direction, true);
 }
 
 // What the kernel in front writes, or one that starts before it ends: see Late. None: `at` is null.
 extern "C" void vf_late(char* at, long bytes) {
   vf_host::show(true);
   if (at == nullptr) vf_host::late.clear();
-  const std::vector<char> before(static_cast<size_t>(bytes), static_cast<char>(kPoison));
+  const std::vector<char> before(static_cast<size_t>(bytes), kNotYet);
   if (at != nullptr) vf_host::late.push_back({at, before, {at, at + bytes}});
 }
 
