@@ -2,11 +2,12 @@
 
     python bench/before.py 058addf --checkpoints out/bench/1b.checkpoint --work out/bench
 
-Both are asked the same, one right after the other; of each case, they begin in turn. Shown are
-medians, the median of the rounds' ratios, and the ratio of the best rounds, which neighbours on the
-machine disturb least. Both use the packages that are installed here and load the same engines:
-those that the earlier commit builds of `--checkpoints`, or `--engines` that both can read. The
-texts of their answers are compared too.
+All are asked the same, one right after the other; of each case, they begin in turn. Shown are
+medians, the median of the rounds' ratios with the quarters around it, and the ratio of the best
+rounds, which neighbours on the machine disturb least. `--again` asks the earlier commit a second
+time, in a process of its own: how far two processes of the same program are apart. All use the
+packages that are installed here and load the same engines: those that the earlier commit builds of
+`--checkpoints`, or `--engines` that both can read. The texts of their answers are compared too.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Case:
     prompts: int
     tokens: int
     image: bool = False
+    twice: bool = False
 
 
 def cases(tokens: int) -> tuple[Case, ...]:
@@ -49,9 +51,10 @@ def cases(tokens: int) -> tuple[Case, ...]:
         Case("first token, text (ms)", "first", 1, 1),
         Case("first token, a new image (ms)", "first", 1, 1, image=True),
         Case("a decoding step of 1 (ms)", "step", 1, tokens),
-        Case("a decoding step of 8 (ms)", "step", 8, tokens),
-        Case("8 prompts to the last one's end (ms)", "wall", 8, tokens),
-        Case("processor time of those 8 (ms)", "cpu", 8, tokens),
+        Case("a token of 8 answers (ms)", "step", 8, tokens, twice=True),
+        Case("a decoding step of 8 (ms)", "together", 8, tokens, twice=True),
+        Case("8 prompts to the last one's end (ms)", "wall", 8, tokens, twice=True),
+        Case("processor time of those 8 (ms)", "cpu", 8, tokens, twice=True),
     )
 
 
@@ -83,54 +86,65 @@ def built(tree: Path, checkpoint: Path, work: Path) -> Path:
 
 
 class Sides:
-    """Both versions with an engine, each in a process of its own."""
+    """Each version with an engine, in a process of its own."""
 
-    def __init__(self, before: Path, engine: Path, threads: int, work: Path) -> None:
-        self._trees, self._arguments, self._work = (before, ROOT), (engine, threads), work
+    def __init__(self, trees: Sequence[Path], engine: Path, threads: int, work: Path) -> None:
+        self._trees, self._arguments, self._work = trees, (engine, threads), work
         self._children = [self._child(tree) for tree in self._trees]
         self._asked = 0
 
     def _child(self, tree: Path) -> Child:
         return Child("burst.py", *self._arguments, sources=sources(tree))
 
-    def load(self, first: int) -> tuple[float, float]:
-        """How long each takes to load: a second process, beside the one that is there."""
+    def _turns(self, first: int) -> list[int]:
+        """Everybody's turn; `first`: who begins, counted on for ever."""
+        return [(first + index) % len(self._trees) for index in range(len(self._trees))]
+
+    def load(self, first: int) -> tuple[float, ...]:
+        """How long each takes to load: one more process, beside those that are there."""
         found = {}
-        for index in (first, 1 - first):
+        for index in self._turns(first):
             child = self._child(self._trees[index])
             found[index] = child.hello["load"]
             child.close()
-        return found[0], found[1]
+        return tuple(found[index] for index in range(len(found)))
 
-    def ask(self, case: Case, first: int) -> tuple[dict[str, float], dict[str, float]]:
+    def ask(self, case: Case, first: int) -> list[dict[str, Any]]:
         """What each took for the same prompts, which nobody has seen; `first`: who begins."""
-        self._asked += 1
-        texts = [f"{self._asked}.{i}: what is shown here?" for i in range(case.prompts)]
+        texts = []
+        for _ in range(1 + case.twice):
+            self._asked += 1
+            texts += [f"{self._asked}.{i}: what is shown here?" for i in range(case.prompts)]
         image = str(saved_image(self._work, self._asked)) if case.image else None
-        question = {"prompts": texts, "image": image, "tokens": case.tokens}
-        found = {index: self._alone(index, question) for index in (first, 1 - first)}
-        if found[0]["text"] != found[1]["text"]:
+        question = {
+            "prompts": texts,
+            "image": image,
+            "tokens": case.tokens,
+            "twice": case.twice,
+        }
+        found = {index: self._alone(index, question) for index in self._turns(first)}
+        if len({answer["text"] for answer in found.values()}) > 1:
             print(f"the answers to {question} differ", file=sys.stderr)
-        return found[0], found[1]
+        return [found[index] for index in range(len(found))]
 
     def _alone(self, index: int, question: Mapping[str, object]) -> dict[str, Any]:
         time.sleep(_QUIET_S)
         return self._children[index].ask(question)
 
     def close(self) -> None:
-        """End both."""
+        """End all."""
         for child in self._children:
             child.close()
 
 
 def measure(
     sides: Sides, rounds: int, loads: int, tokens: int
-) -> dict[str, list[tuple[float, float]]]:
-    """Both sides' figures of each round, by the name of what was measured."""
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    asked: dict[tuple[int, int, bool], list[Case]] = defaultdict(list)
+) -> dict[str, list[tuple[float, ...]]]:
+    """Each side's figures of each round, by the name of what was measured."""
+    found: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    asked: dict[tuple[int, int, bool, bool], list[Case]] = defaultdict(list)
     for case in cases(tokens):
-        asked[case.prompts, case.tokens, case.image].append(case)
+        asked[case.prompts, case.tokens, case.image, case.twice].append(case)
     begun = time.monotonic()
     for index in range(rounds + 1):
         if index:
@@ -138,26 +152,34 @@ def measure(
             print(f"round {index} of {rounds}; {left:.0f} s left", file=sys.stderr, flush=True)
         for alike in asked.values():
             # Of one case, each begins in turn: who ran last has the processors' caches.
-            before, now = sides.ask(alike[0], index % 2)
+            answers = sides.ask(alike[0], index)
             for case in alike if index else ():  # the first round warms up
-                found[case.name].append((before[case.measure], now[case.measure]))
-    found["load (ms)"] += [sides.load(index % 2) for index in range(loads)]
+                found[case.name].append(tuple(answer[case.measure] for answer in answers))
+    found["load (ms)"] += [sides.load(index) for index in range(loads)]
     return found
 
 
-def report(engine: Path, found: dict[str, list[tuple[float, float]]], commit: str) -> str:
+def compared(before: Sequence[float], other: Sequence[float]) -> list[str]:
+    """The median of the ratios, the quarters around it, and the ratio of the best rounds."""
+    ratios = [first / second for first, second in zip(before, other, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    best = min(before) / min(other)
+    return [f"{middle:.2f}x", f"{low:.2f} to {high:.2f}", f"{best:.2f}x"]
+
+
+def report(engine: Path, found: dict[str, list[tuple[float, ...]]], commit: str) -> str:
     """The table of an engine; a ratio above 1 says that this tree is faster."""
-    rows = [
-        f"| {engine} | {commit} | now | before / now | of the best rounds |",
-        "|---|---|---|---|---|",
-    ]
-    for name, pairs in found.items():
-        if pairs:
-            before, now = (statistics.median(side) for side in zip(*pairs, strict=True))
-            ratio = statistics.median(first / second for first, second in pairs)
-            best = min(first for first, _ in pairs) / min(second for _, second in pairs)
-            rows.append(f"| {name} | {before:.2f} | {now:.2f} | {ratio:.2f}x | {best:.2f}x |")
-    return "\n".join([*rows, ""])
+    again = any(len(figures) > 2 for rounds in found.values() for figures in rounds)
+    head = [str(engine), commit, "now", "before / now", "quarters", "of the best rounds"]
+    if again:
+        head += ["before / before again", "quarters", "of the best rounds"]
+    rows = [head, ["---"] * len(head)]
+    for name, rounds in found.items():
+        if len(rounds) > 1:
+            before, *others = zip(*rounds, strict=True)
+            medians = [f"{statistics.median(side):.2f}" for side in (before, others[0])]
+            rows.append([name, *medians, *(x for side in others for x in compared(before, side))])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -170,12 +192,14 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--loads", type=int, default=3)
     arguments.add_argument("--tokens", type=int, default=33)
+    arguments.add_argument("--again", action="store_true", help="the earlier commit twice")
     arguments.add_argument("--threads", type=int, default=0, help="of arithmetic; 0: as usual")
     values = arguments.parse_args(given)
     tree = at_commit(values.commit, values.work)
     made = [built(tree, checkpoint, values.work) for checkpoint in values.checkpoints]
     for engine in (*values.engines, *made):
-        sides = Sides(tree, engine, values.threads, values.work)
+        trees = [tree, ROOT, *[tree] * values.again]
+        sides = Sides(trees, engine, values.threads, values.work)
         found = measure(sides, values.rounds, values.loads, values.tokens)
         sides.close()
         print(f"\n{report(engine, found, values.commit)}", flush=True)

@@ -1,7 +1,8 @@
 """Answers bursts of prompts, by calls that every version has; see `before.py`.
 
 The first line of its output says how long loading took. Then each line of its input is JSON
-`{"prompts": [...], "image": path or null, "tokens": n}`, and each answer is JSON: milliseconds.
+`{"prompts": [...], "image": path or null, "tokens": n, "twice": true or false}`, and each answer is
+JSON: milliseconds.
 """
 
 from __future__ import annotations
@@ -35,6 +36,23 @@ def burst(
     }
 
 
+def both(
+    pipe: Pipeline, prompts: list[str], image: str | None, tokens: int, *, twice: bool
+) -> dict[str, float | str]:
+    """The same; if `twice`, of one half of the prompts, and of the other twice as many tokens.
+
+    What these take longer are steps of all rows. Between two tokens of one answer others' prompts
+    are run too, and fewer rows at either end.
+    """
+    if not twice:
+        return burst(pipe, prompts, image, tokens)
+    half = len(prompts) // 2
+    found = burst(pipe, prompts[:half], image, tokens)
+    longer = burst(pipe, prompts[half:], image, 2 * tokens)
+    found["together"] = (float(longer["wall"]) - float(found["wall"])) / tokens
+    return found
+
+
 def main() -> None:
     """Serve until the end of standard input."""
     engine, threads = sys.argv[1], int(sys.argv[2]) or None
@@ -42,7 +60,7 @@ def main() -> None:
     pipe = pipeline(engine, backend_config=EngineConfig(max_batch_size=8, threads=threads))
     print(json.dumps({"load": (time.perf_counter() - begin) * 1e3}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(burst(pipe, **json.loads(line))), flush=True)
+        print(json.dumps(both(pipe, **json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

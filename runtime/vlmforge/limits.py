@@ -30,6 +30,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of <malloc.h>
 _OF_ITS_OWN = 32 << 20
 """Bytes from which on a piece of memory is asked of the system, and goes back to it at once. glibc
 takes no more: what a layer of a large model works with is smaller."""
+_KEPT_FREE = 256 << 20
+"""Bytes at the heap's end that may be free and kept: what one layer of a large vision part works
+with in all. With less, each layer's memory goes back, and the next one gets it page by page."""
 # Version 1 has no word for "unlimited", only a figure that no machine reaches.
 _V1_UNLIMITED = 1 << 60
 
@@ -78,14 +81,13 @@ def settle_heap() -> None:
 
     glibc makes one for each of many threads and gives back what was freed only of the first:
     pictures that a dozen threads decoded would leave a dozen heaps of 64 MB. What it gives back,
-    the next picture would get page by page: twice the size of a piece that is asked of the system
-    is kept. Nothing is done where MALLOC_* or GLIBC_TUNABLES say otherwise, or with another C
-    library. See mallopt(3).
+    whoever comes next gets page by page. Nothing is done where MALLOC_* or GLIBC_TUNABLES say
+    otherwise, or with another C library. See mallopt(3).
     """
     if (mallopt := _of_libc("mallopt")) is not None and not env.heap_chosen():
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _OF_ITS_OWN)
-        mallopt(_M_TRIM_THRESHOLD, 2 * _OF_ITS_OWN)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE)
 
 
 def return_freed_memory() -> None:

@@ -51,30 +51,34 @@ def test_one_heap_unless_somebody_chose(
     assert (heaps == 1) == single
 
 
-# Memory of a picture that is freed and taken again: how often the system gave a page.
+# Memory in some pieces that is freed and taken again: how often the system gave a page.
 FAULTS = """
-import resource
+import resource, sys
 from vlmforge.limits import settle_heap
 settle_heap()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+pieces, size = map(int, sys.argv[1:])
+for _ in range(4):
     before = faults()
-    kept = [b"1" * 1_200_000 for _ in range(5)]
+    kept = [b"1" * size for _ in range(pieces)]
     del kept
 print(faults() - before)
 """
 
 
 @pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_ARENA_MAX": "1"}, False)])
-def test_what_was_freed_last_is_there_for_the_next_picture(
-    environment: dict[str, str], kept: bool
+@pytest.mark.parametrize(
+    ("pieces", "size"), [(5, 1_200_000), (8, 25_000_000)], ids=["a picture's", "a layer's"]
+)
+def test_what_was_freed_last_is_there_for_the_next_one(
+    pieces: int, size: int, environment: dict[str, str], kept: bool
 ) -> None:
-    command = [sys.executable, "-c", FAULTS]
+    command = [sys.executable, "-c", FAULTS, str(pieces), str(size)]
     found = subprocess.run(
         command, env={**os.environ, **environment}, check=True, capture_output=True
     )
-    pages = 5 * 1_200_000 // resource.getpagesize()
+    pages = pieces * size // resource.getpagesize()
     assert (int(found.stdout) < pages / 10) == kept
 
 

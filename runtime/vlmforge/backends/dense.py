@@ -151,7 +151,7 @@ class PlacedCache:
         """See `DecoderSession`."""
         rows = self._rows
         place = move.target if isinstance(move, Copy) else move.place
-        row, used, kept = rows.row(place), rows.tokens(place), move.tokens
+        row, used, kept = rows.row(place), rows.tokens(place), max(move.tokens, move.room)
         if isinstance(move, Copy):
             for exchange in rows.renew(place):
                 self._cache.exchange(exchange)

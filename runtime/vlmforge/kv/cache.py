@@ -19,22 +19,27 @@ NO_KEYS: Keys = np.empty(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """The first `tokens` tokens of place `source` are to be copied over those of `target`."""
+    """The first `tokens` tokens of place `source` are to be copied over those of `target`.
+
+    `room`: see `Drop`.
+    """
 
     source: int
     target: int
     tokens: int
+    room: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
     """Nobody runs in place `place`, and what it holds from token `tokens` on is of no use.
 
-    Its memory may go back.
+    Its memory may go back, but for that of the first `room` tokens: these are about to come.
     """
 
     place: int
     tokens: int
+    room: int = 0
 
 
 Move = Copy | Drop

@@ -81,8 +81,8 @@ class SlotCache(KVCache):
         if source is None or cached == 0:
             cached = 0
         elif source != target:
-            self._moves.append(Copy(source, target, cached))
-        self._occupy(target, sequence, keys[:cached], salt)
+            self._moves.append(Copy(source, target, cached, len(keys)))
+        self._occupy(target, sequence, keys[:cached], salt, room=len(keys))
         return cached
 
     @override
@@ -93,7 +93,7 @@ class SlotCache(KVCache):
         source = self._place[parent]
         target = self._oldest(None)
         self._moves.append(Copy(source, target, len(keys)))
-        self._occupy(target, child, keys, self._slots[source].salt)
+        self._occupy(target, child, keys, self._slots[source].salt, room=len(keys))
         return True
 
     @override
@@ -122,24 +122,24 @@ class SlotCache(KVCache):
         slot.last_used = self._clock
         self._trim(index, len(slot.keys) if valid and self.reuses else 0, left=True)
 
-    def _occupy(self, index: int, sequence: int, keys: Keys, salt: bytes) -> None:
+    def _occupy(self, index: int, sequence: int, keys: Keys, salt: bytes, *, room: int) -> None:
         slot = self._slots[index]
         slot.owner, slot.keys, slot.salt = sequence, keys, salt
         slot.room = max(slot.room, self._count(len(keys)))
         self._place[sequence] = index
-        self._trim(index, len(keys))
+        self._trim(index, len(keys), room=room)
         self._evict()
 
     def _count(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
 
-    def _trim(self, index: int, tokens: int, *, left: bool = False) -> None:
+    def _trim(self, index: int, tokens: int, *, left: bool = False, room: int = 0) -> None:
         """Keep the first `tokens` tokens of a slot, which was `left`, and the blocks of these."""
         slot = self._slots[index]
         slot.keys = slot.keys[:tokens]
         if left or slot.room > self._count(tokens):
             slot.room = self._count(tokens)
-            self._moves.append(Drop(index, tokens))
+            self._moves.append(Drop(index, tokens, room))
 
     def _evict(self) -> None:
         """Forget leftovers, the oldest first, until the budget holds."""

@@ -56,15 +56,15 @@ class Slots:
         for slot in slots if fails else ():
             self.drop(slot, 0)
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        self.cache.move(Copy(source, target, tokens))
+    def copy(self, source: int, target: int, tokens: int, room: int = 0) -> None:
+        self.cache.move(Copy(source, target, tokens, room))
         self.tokens[target] = self.tokens[source][:tokens]
-        self.most[target] = tokens
+        self.most[target] = max(tokens, room)
 
-    def drop(self, slot: int, tokens: int) -> None:
-        self.cache.move(Drop(slot, tokens))
+    def drop(self, slot: int, tokens: int, room: int = 0) -> None:
+        self.cache.move(Drop(slot, tokens, room))
         self.tokens[slot] = self.tokens[slot][:tokens]
-        self.most[slot] = tokens
+        self.most[slot] = max(tokens, room)
 
     def restore(self, source: int, target: int, tokens: int) -> None:
         """Write what another slot holds, as a saved session does."""
@@ -107,10 +107,11 @@ def act(slots: Slots, rng: random.Random) -> None:
         if those:
             slots.step(those, [past[name] for name in those], new, fails=what == "fail")
     elif what == "drop":
-        slots.drop(slot, rng.choice([0, held // 2, held]))
+        slots.drop(slot, rng.choice([0, held // 2, held]), rng.choice([0, slots.capacity // 2]))
+    elif other != slot and held and what == "copy":
+        slots.copy(slot, other, rng.randint(1, held), rng.choice([0, slots.capacity // 2]))
     elif other != slot and held:
-        change = slots.copy if what == "copy" else slots.restore
-        change(slot, other, rng.randint(1, held))
+        slots.restore(slot, other, rng.randint(1, held))
 
 
 @pytest.mark.parametrize("kept", [0, KEPT])
@@ -134,6 +135,19 @@ def slots(monkeypatch: pytest.MonkeyPatch) -> Slots:
     slots.step([0], [0], 20)
     slots.step([6], [0], 256)
     return slots
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_the_memory_of_tokens_that_are_about_to_come_stays(slots: Slots, copied: bool) -> None:
+    if copied:
+        slots.copy(0, 6, 1, room=128)
+    else:
+        slots.drop(6, 0, room=128)
+    slots.check()
+    before = 128 - copied  # what is behind the copied token
+    left = slots.behind(6) + before * HEADS * WIDTH * 4 * 2
+    slots.most[6] = int(copied)
+    assert left - AT_EDGES <= slots.behind(6) <= left
 
 
 @pytest.mark.parametrize("latest", [0, 3, 6])

@@ -136,6 +136,22 @@ def test_a_shared_beginning_is_copied_and_the_rest_is_kept() -> None:
     assert sequence(cache, 2, [7, 7, *range(10), 11]) == 12
 
 
+def test_memory_that_a_prompt_takes_at_once_is_not_given_back_first() -> None:
+    cache = SlotCache(1, 300, budget=50, block_size=4)
+    sequence(cache, 0, list(range(200)))
+    cache.free(0)
+    cache.take_moves()
+    sequence(cache, 1, [0, 1, *range(500, 590)])
+    assert cache.take_moves() == (Drop(0, 2, room=92),)
+    cache = SlotCache(2, 300, budget=100, block_size=4)
+    sequence(cache, 0, list(range(200)))
+    sequence(cache, 1, list(range(1000, 1200)))
+    cache.free(1)
+    cache.take_moves()
+    sequence(cache, 2, [0, 1, *range(500, 590)])
+    assert cache.take_moves() == (Copy(0, 1, 2, room=92), Drop(1, 2, room=92))
+
+
 def test_another_salt_shares_nothing() -> None:
     cache = SlotCache(2, 100, budget=50)
     sequence(cache, 0, [1, 2, 3], salt=b"a")
