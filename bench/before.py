@@ -3,11 +3,11 @@
     python bench/before.py 058addf --checkpoints out/bench/1b.checkpoint --work out/bench
 
 All are asked the same, one right after the other; of each case, they begin in turn. Shown are
-medians, the median of the rounds' ratios with the quarters around it, and the ratio of the best
-rounds, which neighbours on the machine disturb least. `--again` asks the earlier commit a second
-time, in a process of its own: how far two processes of the same program are apart. All use the
-packages that are installed here and load the same engines: those that the earlier commit builds of
-`--checkpoints`, or `--engines` that both can read. The texts of their answers are compared too.
+medians, and the median of the rounds' ratios with the quarters around it. `--again` asks the
+earlier commit a second time, in a process of its own: how far two processes of the same program are
+apart. All use the packages that are installed here and load the same engines: those that the
+earlier commit builds of `--checkpoints`, or `--engines` that both can read. The texts of their
+answers are compared too.
 """
 
 from __future__ import annotations
@@ -160,19 +160,18 @@ def measure(
 
 
 def compared(before: Sequence[float], other: Sequence[float]) -> list[str]:
-    """The median of the ratios, the quarters around it, and the ratio of the best rounds."""
+    """The median of the ratios, and the quarters around it."""
     ratios = [first / second for first, second in zip(before, other, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    best = min(before) / min(other)
-    return [f"{middle:.2f}x", f"{low:.2f} to {high:.2f}", f"{best:.2f}x"]
+    return [f"{middle:.2f}x", f"{low:.2f} to {high:.2f}"]
 
 
 def report(engine: Path, found: dict[str, list[tuple[float, ...]]], commit: str) -> str:
     """The table of an engine; a ratio above 1 says that this tree is faster."""
     again = any(len(figures) > 2 for rounds in found.values() for figures in rounds)
-    head = [str(engine), commit, "now", "before / now", "quarters", "of the best rounds"]
+    head = [str(engine), commit, "now", "before / now", "quarters"]
     if again:
-        head += ["before / before again", "quarters", "of the best rounds"]
+        head += ["before / before again", "quarters"]
     rows = [head, ["---"] * len(head)]
     for name, rounds in found.items():
         if len(rounds) > 1:

@@ -214,7 +214,7 @@ def test_a_prefix_is_reused_within_its_level_only(pair: Pair) -> None:
     short, same = near(pair, 30), near(pair, 25)
     longer = near(pair, 30) + " 1 and" * 12
     one = GenerationConfig(max_new_tokens=1)
-    # Of their own: other tests' prompts begin with the same words, some of them at the longer level.
+    # Of their own: prompts of other tests begin alike, some of them at the longer level.
     first, again, beyond = (
         pair.pipe(text, gen_config=one, salt="levels") for text in (short, same, longer)
     )

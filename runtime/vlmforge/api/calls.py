@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-_LOOKS = (0.0007,) * 8  # seconds between the first looks of a caller that waits
+_LOOKS = (0.0004, 0.001, 0.002)  # seconds between the first looks of a caller that waits
 
 
 def terms_of(priority: int, salt: str, timeout: float | None) -> Terms:

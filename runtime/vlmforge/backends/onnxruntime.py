@@ -43,6 +43,12 @@ from vlmforge.ort import ort
 
 PROVIDER = "CPUExecutionProvider"
 _KEPT_LAYOUTS = 256
+_LOOKING_US = 60_000
+"""Microseconds for which a thread of arithmetic looks for more before it sleeps. After few, it
+sleeps within a burst. After up to 30,000 it mostly fell asleep on the processor on which the
+runtime's own thread wakes up next: with two processors, the next prompt's first step waited a
+millisecond for it, or four."""
+_NO_MORE: Mapping[str, NDArray[Any]] = MappingProxyType({})
 
 
 def physical_cores() -> int:
@@ -76,8 +82,8 @@ def _session(
     settings.inter_op_num_threads = 1
     if part.chain is not None:  # threads of one segment that wait would hold up those of the next
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    else:  # 60 ms by default; after few they would sleep within a burst, and wake up late
-        settings.add_session_config_entry("session.intra_op.spin_duration_us", "20000")
+    else:
+        settings.add_session_config_entry("session.intra_op.spin_duration_us", str(_LOOKING_US))
     settings.log_severity_level = 3
     if not options.pack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
@@ -161,8 +167,10 @@ class _TokenSteps:
     def take(self, batch: DecoderBatch, order: Order) -> bool:
         """Whether it is such a step, and its arrays are taken over."""
         rows, length = batch.input_ids.shape
+        if length != 1 or batch.image_features is not None:
+            return False
         more = _more_inputs(batch)
-        if length != 1 or batch.image_features is not None or more.keys() != self._more:
+        if more.keys() != self._more:
             return False
         self._ids[:rows] = batch.input_ids[order]
         self._lengths[:rows] = batch.past_lengths[order]
@@ -171,8 +179,10 @@ class _TokenSteps:
         return True
 
 
-def _more_inputs(batch: DecoderBatch) -> dict[str, NDArray[Any]]:
+def _more_inputs(batch: DecoderBatch) -> Mapping[str, NDArray[Any]]:
     """What only some position policies give, by name."""
+    if batch.rotary_levels is None and batch.turns is None:  # mostly
+        return _NO_MORE
     given = {interface.ROTARY_LEVELS.name: batch.rotary_levels, interface.TURNS: batch.turns}
     return {name: values for name, values in given.items() if values is not None}
 

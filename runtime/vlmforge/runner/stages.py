@@ -369,15 +369,13 @@ class Engine:
         levels: IntArray,
         lags: IntArray | None,
     ) -> DecoderBatch:
-        turns = None
-        if self.manifest.decode.positions.turn_width:
+        turns, positions = None, self.manifest.decode.positions
+        if positions.turn_width:
             behind = lengths if lags is None else lengths - lags
-            turns = self.manifest.decode.positions.turns(
-                np.repeat(behind[:, None, None], AXES, axis=2)
-            )
+            turns = positions.turns(np.repeat(behind[:, None, None], AXES, axis=2))
         zeros = np.zeros((len(tokens), 1), np.int64)
         slots = tuple([place[0] for place in places])
-        levels_given = levels if self.manifest.decode.positions.has_levels else None
+        levels_given = levels if positions.has_levels else None
         return DecoderBatch(
             slots, tokens[:, None], lengths, None, zeros, levels_given, places, turns
         )

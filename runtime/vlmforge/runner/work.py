@@ -63,6 +63,8 @@ class Work:
 
     def prefill(self, rows: Sequence[Row], ahead: Iterable[PreparedImage]) -> None:
         """Run parts of prompts; where they end, choose the first tokens."""
+        if not rows:
+            return
         ahead = self.images_of(rows, ahead)
         # Apart, none waits for the images of those behind it.
         for some in [[row] for row in rows] if self.engine.options.apart else [rows]:
@@ -290,11 +292,9 @@ class Work:
         self, rows: Sequence[Row]
     ) -> tuple[Sequence[tuple[int, ...]], IntArray, IntArray, IntArray, IntArray]:
         """Of each row: its place, its token, the tokens before, the rotary level and the lag."""
-        tokens = np.array([row.tokens[0] for row in rows], np.int64)
-        lengths = np.array([row.start for row in rows], np.int64)
-        inputs = [self.active[row.sequence].input for row in rows]
-        levels = np.array([given.rotary_level for given in inputs], np.int64)
-        lags = np.array([given.lag for given in inputs], np.int64)
+        inputs = [(row, self.active[row.sequence].input) for row in rows]
+        given = [(row.tokens[0], row.start, one.rotary_level, one.lag) for row, one in inputs]
+        tokens, lengths, levels, lags = np.array(list(zip(*given, strict=True)), np.int64)
         return [row.place for row in rows], tokens, lengths, levels, lags
 
     def _run_tokens(

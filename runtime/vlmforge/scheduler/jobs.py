@@ -181,7 +181,7 @@ class Jobs:
         if step is None:
             return
         self._admit(step)
-        every = any(row.logits == "all" for row in step.prompts)
+        every = step.prefill is not None and any(row.logits == "all" for row in step.prompts)
         names = (row.sequence for row in step.decode)
         choices = None if every else self._runner.ahead(names)
         if choices is None:

@@ -189,12 +189,8 @@ class Loop(lifetime.Owner):
         return not self._stopping
 
     def _take(self, *, block: bool) -> None:
-        while True:
-            try:
-                item = self._inbox.get(block)
-            except queue.Empty:
-                return
-            block = False
+        while block or not self._inbox.empty():  # nobody else takes from it
+            item, block = self._inbox.get(), False
             if item is not None:
                 self._handle(item)
 

@@ -82,13 +82,15 @@ class Scheduler:
         decoding = list(self._grown())
         self._decoding = len(decoding)
         prefill = self._prefill_row()
-        # Some made room for the prompt just now, and one may have come back as the prompt.
         together = () if prefill is None else self._together(prefill)
-        prompts = {row.sequence for row in ((prefill, *together) if prefill else ())}
-        there = [s for s in decoding if s.state is State.RUNNING and s.id not in prompts]
-        rows = tuple([self._token_row(s) for s in there if s.decoding])
-        if prefill is None and not rows:
+        # Some made room for a prompt just now, and one may have come back as the prompt.
+        there = [s for s in decoding if s.state is State.RUNNING and s.decoding]
+        if prefill is not None:
+            prompts = {row.sequence for row in (prefill, *together)}
+            there = [s for s in there if s.id not in prompts]
+        if prefill is None and not there:
             return None
+        rows = tuple([self._token_row(s) for s in there])
         return Step(self._cache.take_moves(), prefill, rows, together)
 
     def behind(self, step: Step) -> Iterator[int]:
@@ -206,6 +208,8 @@ class Scheduler:
 
     def _let_leave(self, step: Step) -> None:
         """The places of who ended before its last row, one of `step`, are free now."""
+        if not (self._planned or self._leaving):
+            return
         if any(planned is step for planned in self._planned):
             self._planned = [planned for planned in self._planned if planned is not step]
             self._ahead.subtract(row.sequence for row in step.rows)
