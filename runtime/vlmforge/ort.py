@@ -12,8 +12,9 @@ import logging
 import sys
 
 from vlmforge import env
+from vlmforge.errors import EngineError
 
-__all__ = ["ort"]
+__all__ = ["ort", "run_bound"]
 
 
 def _switch_off() -> None:
@@ -31,3 +32,16 @@ import onnxruntime as ort  # noqa: E402 (the switch is read by this import)
 
 if not env.telemetry_allowed():
     ort.disable_telemetry_events()
+
+
+def run_bound(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+    """Run a graph of a decoder (EngineError: the library failed)."""
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        raise EngineError(
+            "ONNX Runtime failed to run the decoder.",
+            found=str(error).strip().splitlines()[0],
+            expected="a step that ends",
+            fix="vlmforge verify ENGINE; if it fails too, rebuild the engine",
+        ) from error

@@ -20,7 +20,7 @@ from conftest import wait_until
 from sample_manifest import MANIFEST
 from vlmforge import EngineConfig, env, pipeline
 from vlmforge.api import load
-from vlmforge.engine import build_cache
+from vlmforge.engine import build_cache, build_child
 from vlmforge.engine.build_cache import engine_for
 from vlmforge.engine.build_child import Outcome, run_build
 from vlmforge.engine.manifest import ParallelLayout
@@ -138,7 +138,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, outcome: Outcome) -> None:
-    monkeypatch.setattr(build_cache, "run_build", lambda _: outcome)
+    monkeypatch.setattr(build_child, "run_build", lambda _: outcome)
 
 
 @pytest.mark.usefixtures("cache")
@@ -185,7 +185,7 @@ def test_a_place_that_the_caller_did_not_choose(
         told = {"summary": f"Writing the engine {engine} failed.", "fix": "choose another -o"}
         return Outcome(1, ERROR | told, ())
 
-    monkeypatch.setattr(build_cache, "run_build", full)
+    monkeypatch.setattr(build_child, "run_build", full)
     with pytest.raises(BuildError) as caught:
         pipeline(checkpoint)
     assert caught.value.fix == (
@@ -224,7 +224,7 @@ def test_the_second_of_two_uses_the_engine_of_the_first(
         (engine / "engine.json").touch()
         return Outcome(0, None, ())
 
-    monkeypatch.setattr(build_cache, "run_build", build)
+    monkeypatch.setattr(build_child, "run_build", build)
     found: list[Path] = []
     threads = [
         threading.Thread(target=lambda: found.append(engine_for(str(checkpoint), {})))
@@ -321,7 +321,7 @@ def test_what_is_no_checkpoint_starts_no_build(
     for file in ("empty.txt", "checkpoint/config.json"):
         (tmp_path / file).touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(build_cache, "run_build", lambda _: pytest.fail("it builds"))
+    monkeypatch.setattr(build_child, "run_build", lambda _: pytest.fail("it builds"))
     for refuses in (
         lambda: engine_for(name, {}),
         lambda: build_cache.describe_checkpoint(name, {}, tmp_path / "described"),
@@ -340,7 +340,7 @@ def test_an_engine_that_cannot_be_cut_starts_no_build(
     kv = MANIFEST.kv if ranks > 1 else replace(MANIFEST.kv, page_size=64, dtype="float16")
     manifest = replace(MANIFEST, kv=kv, parallel=ParallelLayout(tp=ranks))
     monkeypatch.setattr(load, "load_manifest", lambda _: manifest)
-    monkeypatch.setattr(build_cache, "run_build", lambda _: pytest.fail("it builds"))
+    monkeypatch.setattr(build_child, "run_build", lambda _: pytest.fail("it builds"))
     (tmp_path / "engine.json").touch()
     with pytest.raises(ConfigError, match="cannot be divided among other ranks") as caught:
         pipeline(tmp_path, EngineConfig(tp=2))

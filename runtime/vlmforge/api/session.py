@@ -13,7 +13,7 @@ from typing import Protocol
 import PIL.Image
 
 from vlmforge.api.session_cache import Kept, SessionCache
-from vlmforge.api.session_file import Saved, Turn, read_session, write_session
+from vlmforge.api.turn import Turn
 from vlmforge.errors import ConfigError, PipelineError
 from vlmforge.field_rules import Flag, Identity, Instance, Int, Rule, check_fields, check_value
 from vlmforge.inputs.image_names import given_name
@@ -148,6 +148,8 @@ class Session:
             PipelineError, CancelledError: with `cache`, the session's pipeline is gone or closed.
             BackendUnavailableError: with `cache`, the backend does not hand its cache out.
         """
+        from vlmforge.api.session_file import Saved, write_session  # few conversations are saved
+
         check_value("save(): cache", "cache", cache, Flag())
         kept = self._kept() if cache and self._finished else None
         in_turns = sum(len(turn.messages) for turn in self._finished)
@@ -170,6 +172,8 @@ class Session:
             ImageError: an image is not within what this pipeline may read.
             PipelineError, CancelledError: the pipeline cannot be used.
         """
+        from vlmforge.api.session_file import read_session
+
         cache = pipe.session_cache
         saved = read_session(_path(path), cache.engine_digest, cache.limits)
         of_turns = (message for turn in saved.turns for message in turn.messages)

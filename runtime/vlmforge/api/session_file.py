@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from vlmforge.api.array_file import Arrays, damaged, read_arrays, write_arrays
 from vlmforge.api.session_cache import Kept
+from vlmforge.api.turn import Turn
 from vlmforge.engine.images.patches import PixelCount
 from vlmforge.engine.images.pixels import PixelRange
 from vlmforge.engine.schema import from_json, parse_json, to_json
@@ -25,25 +26,6 @@ from vlmforge.vl.load import OpenedImage, open_image, reopen
 from vlmforge.vl.stored import Pixels, StoredImage
 
 VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A finished turn.
-
-    Attributes:
-        prompt: As it was given.
-        messages: Of the prompt, and behind them that of the answer.
-        do_preprocess: False: it was sent verbatim.
-        salt: Of who shares the caches with it.
-        response: The answer.
-    """
-
-    prompt: object
-    messages: tuple[Message, ...]
-    do_preprocess: bool
-    salt: bytes
-    response: Response
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,8 @@ from vlmforge.backends.rows import Order
 from vlmforge.engine import interface
 from vlmforge.engine.chain import ChainStep, Collective, PartChain, TensorSpec
 from vlmforge.engine.manifest import KVLayout, Part
-from vlmforge.errors import EngineError
 from vlmforge.kv.cache import Move
-from vlmforge.ort import ort
+from vlmforge.ort import ort, run_bound
 
 _BOUND_LAYOUTS = 64
 _MOST_ROOM = 1 << 18  # floats that ranks meet over at once: what is more goes in pieces
@@ -253,19 +252,6 @@ def room_of(part: Part, tokens: int, size: int) -> int:
     most = max(math.prod(dims[n] if isinstance(n, str) else n for n in shape) for shape in given)
     row = max(n for shape in given for n in shape[-1:] if isinstance(n, int))
     return max(row, min(most, _MOST_ROOM))
-
-
-def run_bound(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
-    """Run a graph of a decoder (EngineError: the library failed)."""
-    try:
-        session.run_with_iobinding(binding)
-    except Exception as error:
-        raise EngineError(
-            "ONNX Runtime failed to run the decoder.",
-            found=str(error).strip().splitlines()[0],
-            expected="a step that ends",
-            fix="vlmforge verify ENGINE; if it fails too, rebuild the engine",
-        ) from error
 
 
 def _dims(rows: int, tokens: int, features: int, outputs: int) -> Dims:

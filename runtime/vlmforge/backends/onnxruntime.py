@@ -29,7 +29,6 @@ from vlmforge.backends import (
     LoadOptions,
     VisionSession,
 )
-from vlmforge.backends.chained import ChainedDecoder, run_bound
 from vlmforge.backends.choice import likeliest_ids
 from vlmforge.backends.dense import PlacedCache
 from vlmforge.backends.rows import Order
@@ -39,7 +38,7 @@ from vlmforge.engine.manifest import KVLayout, Manifest, Part, decoder_name
 from vlmforge.errors import EngineError
 from vlmforge.kv.cache import Move
 from vlmforge.limits import available_cpus, return_freed_memory
-from vlmforge.ort import ort
+from vlmforge.ort import ort, run_bound
 
 PROVIDER = "CPUExecutionProvider"
 _KEPT_LAYOUTS = 256
@@ -338,6 +337,8 @@ class OnnxRuntimeBackend(Backend):
     def load_rank(
         self, folder: Path, manifest: Manifest, options: LoadOptions, ranks: Communicator
     ) -> DecoderSession:
+        from vlmforge.backends.chained import ChainedDecoder  # an engine of one rank needs none
+
         part = manifest.part(decoder_name(ranks.rank))
         assert part.chain is not None
         weights = _longer_tables(manifest, part, options.capacity)

@@ -15,13 +15,15 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmforge import env
-from vlmforge.engine.build_child import Outcome, run_build
 from vlmforge.engine.manifest import MANIFEST_FILE
-from vlmforge.engine.ownership import sole_owner
 from vlmforge.errors import BuildError
 from vlmforge.version import __version__
+
+if TYPE_CHECKING:
+    from vlmforge.engine.build_child import Outcome
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _KNOWN = (MANIFEST_FILE, "config.json")
@@ -94,6 +96,9 @@ def _built(path: str, engine: Path, options: Mapping[str, str]) -> Path:
     """`engine`, built now unless it is there or another process is about to have it built."""
     if (engine / MANIFEST_FILE).exists():
         return engine
+    # Not at the top: whoever serves an engine that is there needs neither this nor processes.
+    from vlmforge.engine.ownership import sole_owner
+
     engine.parent.mkdir(parents=True, exist_ok=True)
 
     def wait(holder: str) -> None:
@@ -165,6 +170,8 @@ def _run(path: str, engine: Path, options: Mapping[str, str], flag: str) -> None
             fix="pip install 'vlmforge[build]', or elsewhere: "
             + shlex.join(["build-engine", path, "-o", "ENGINE", *arguments]),
         )
+    from vlmforge.engine.build_child import run_build
+
     # -P: a module in the working directory, which may be the checkpoint's, is never imported.
     command = [sys.executable, "-P", "-m", "vlmforge_builder", path, "-o", str(engine), *arguments]
     outcome = run_build([*command, flag])
