@@ -51,7 +51,8 @@ def cases(tokens: int) -> tuple[Case, ...]:
         Case("first token, text (ms)", "first", 1, 1),
         Case("first token, a new image (ms)", "first", 1, 1, image=True),
         Case("a decoding step of 1 (ms)", "step", 1, tokens),
-        Case("a token of 8 answers (ms)", "step", 8, tokens, twice=True),
+        Case("first tokens of 8 (ms)", "first", 8, tokens, twice=True),
+        Case("between two tokens of 8 (ms)", "step", 8, tokens, twice=True),
         Case("a decoding step of 8 (ms)", "together", 8, tokens, twice=True),
         Case("8 prompts to the last one's end (ms)", "wall", 8, tokens, twice=True),
         Case("processor time of those 8 (ms)", "cpu", 8, tokens, twice=True),
@@ -160,8 +161,14 @@ def measure(
 
 
 def compared(before: Sequence[float], other: Sequence[float]) -> list[str]:
-    """The median of the ratios, and the quarters around it."""
-    ratios = [first / second for first, second in zip(before, other, strict=True)]
+    """The median of the ratios, and the quarters around it.
+
+    Where a figure is a difference of two, a round may have none.
+    """
+    pairs = zip(before, other, strict=True)
+    ratios = [first / second for first, second in pairs if first > 0 and second > 0]
+    if len(ratios) < 2:
+        return [*(f"{ratio:.2f}x" for ratio in ratios), "-", "-"][:2]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return [f"{middle:.2f}x", f"{low:.2f} to {high:.2f}"]
 
@@ -174,7 +181,7 @@ def report(engine: Path, found: dict[str, list[tuple[float, ...]]], commit: str)
         head += ["before / before again", "quarters"]
     rows = [head, ["---"] * len(head)]
     for name, rounds in found.items():
-        if len(rounds) > 1:
+        if rounds:
             before, *others = zip(*rounds, strict=True)
             medians = [f"{statistics.median(side):.2f}" for side in (before, others[0])]
             rows.append([name, *medians, *(x for side in others for x in compared(before, side))])

@@ -102,3 +102,11 @@ def test_the_cost_can_be_measured() -> None:
         *("onnxruntime", "vlmforge", "vlmforge.api.load"),
     ]
     assert all(" s " in row and " x " in row for row in rows)
+
+
+def test_who_serves_an_engine_imports_no_more() -> None:
+    """Neither what builds one, nor what saves a session, nor what several ranks need."""
+    names = loaded("vlmforge.api.load, vlmforge.backends.onnxruntime")
+    others = ("engine.build_child", "engine.ownership", "api.session_file", "backends.chained")
+    assert not names & {f"vlmforge.{name}" for name in others}
+    assert below(names, ("filelock", "subprocess", "zipfile", "tempfile")) == []

@@ -47,7 +47,7 @@ class DenseCache:
             array[target, :, :tokens] = array[source, :, :tokens]
 
     def exchange(self, rows: Exchange) -> None:
-        """Two rows change places, and memory goes back behind what is the shorter one now.
+        """Two rows change places, and memory goes back behind what each of them holds now.
 
         Needs no memory of its own, so that it cannot fail halfway.
         """
@@ -66,6 +66,7 @@ class DenseCache:
             for array in self._arrays.values():
                 array[other, :, common:most] = array[full, :, common:most]
             self.drop(full, common, most)
+        self.drop(other, most, most)  # what was kept for tokens about to come, which come elsewhere
 
     def read(self, row: int, tokens: int) -> KeyValues:
         """A copy of the first `tokens` tokens of a row: `[kv_heads, tokens, head_dim]` each."""

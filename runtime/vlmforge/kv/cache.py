@@ -32,7 +32,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Nobody runs in place `place`, and what it holds from token `tokens` on is of no use.
+    """What place `place` holds from token `tokens` on is of no use, and nobody runs there yet.
 
     Its memory may go back, but for that of the first `room` tokens: these are about to come.
     """

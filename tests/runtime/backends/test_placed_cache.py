@@ -150,6 +150,24 @@ def test_the_memory_of_tokens_that_are_about_to_come_stays(slots: Slots, copied:
     assert left - AT_EDGES <= slots.behind(6) <= left
 
 
+def test_memory_that_was_kept_goes_when_the_tokens_come_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside those that run: another slot lies in front of it then."""
+    monkeypatch.setattr(dense, "_KEPT_BYTES", KEPT)
+    slots = Slots(3, 256)
+    for slot, tokens in ((0, 10), (1, 40), (2, 256)):
+        slots.step([slot], [0], tokens)
+    for slot, tokens in ((1, 40), (2, 256)):
+        slots.drop(slot, tokens)
+    slots.step([0], [10], 1)
+    slots.drop(2, 0, room=256)
+    row = slots.cache._rows.row(2)
+    slots.step([2], [0], 256)
+    assert slots.cache._rows.row(1) == row
+    slots.check()
+
+
 @pytest.mark.parametrize("latest", [0, 3, 6])
 def test_what_a_copy_takes_the_place_of_goes(slots: Slots, latest: int) -> None:
     """Wherever it was put: beside `latest`, or where it lay. The bookkeeping counts it no more."""

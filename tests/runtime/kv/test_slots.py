@@ -152,6 +152,17 @@ def test_memory_that_a_prompt_takes_at_once_is_not_given_back_first() -> None:
     assert cache.take_moves() == (Copy(0, 1, 2, room=92), Drop(1, 2, room=92))
 
 
+def test_memory_of_who_ends_or_is_forgotten_is_given_back() -> None:
+    cache = SlotCache(2, 100, budget=3, block_size=10)
+    sequence(cache, 0, list(range(20)))
+    cache.free(0)
+    assert cache.take_moves() == (Drop(0, 20),)
+    sequence(cache, 1, list(range(50, 65)))  # for its second block the other goes
+    assert cache.take_moves() == (Drop(0, 0),)
+    cache.free(1, valid=False)
+    assert cache.take_moves() == (Drop(1, 0),)
+
+
 def test_another_salt_shares_nothing() -> None:
     cache = SlotCache(2, 100, budget=50)
     sequence(cache, 0, [1, 2, 3], salt=b"a")

@@ -71,6 +71,7 @@ class World:
         self.log.append(step)
         self.store.move(step.moves)
         tokens: dict[int, int | None] = {}
+        assert len({row.sequence for row in step.rows}) == len(step.rows)
         for row in step.rows:
             sequence = self.sequences[row.sequence]
             assert list(row.tokens) == sequence.tokens[row.start : row.stop]
