@@ -17,7 +17,7 @@ from vlmforge.kv.cache import Copy, Move
 
 # So much of a row stays touched when its tokens go, and of all rows: to give a few pages back, and
 # to be given others by the next tokens, costs a small model more than its steps do.
-_KEPT_BYTES, _KEPT_IN_ALL = 1 << 20, 16 << 20
+_KEPT_BYTES, _KEPT_IN_ALL = 2 << 20, 16 << 20
 
 
 class DenseCache:
