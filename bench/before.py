@@ -35,7 +35,10 @@ PACKAGES = ("runtime", "builder", "plugins_cuda", "recipes")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A burst: so many prompts at once, with a new image each time or without one."""
+    """A burst: so many prompts at once, with a new image each time or without one.
+
+    With `twice`, as many others are asked behind it, for twice the tokens.
+    """
 
     name: str
     measure: str
