@@ -30,7 +30,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of <malloc.h>
 _OF_ITS_OWN = 32 << 20
 """Bytes from which on a piece of memory is asked of the system, and goes back to it at once. glibc
 takes no more: what a layer of a large model works with is smaller."""
-_KEPT_FREE = 256 << 20
+_MOST_KEPT = 256 << 20
 """Bytes at the heap's end that may be free and kept: what one layer of a large vision part works
 with in all. With less, each layer's memory goes back, and the next one gets it page by page."""
 # Version 1 has no word for "unlimited", only a figure that no machine reaches.
@@ -76,18 +76,20 @@ def available_cpus(root: Path = _ROOT) -> int:
     return max(1, min([affinity or 1, *(math.ceil(quota) for quota in quotas)]))
 
 
-def settle_heap() -> None:
+def settle_heap(weights: int) -> None:
     """Have the C library make one heap, from now on, and keep what was just freed at its end.
 
     glibc makes one for each of many threads and gives back what was freed only of the first:
     pictures that a dozen threads decoded would leave a dozen heaps of 64 MB. What it gives back,
-    whoever comes next gets page by page. Nothing is done where MALLOC_* or GLIBC_TUNABLES say
+    whoever comes next gets page by page: as much is kept as is little beside the `weights`, in
+    bytes, of the engine that is loaded (last). Nothing is done where MALLOC_* or GLIBC_TUNABLES say
     otherwise, or with another C library. See mallopt(3).
     """
     if (mallopt := _of_libc("mallopt")) is not None and not env.heap_chosen():
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _OF_ITS_OWN)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE)
+        kept = min(max(2 * _OF_ITS_OWN, weights // 8), _MOST_KEPT)
+        mallopt(_M_TRIM_THRESHOLD, kept)
 
 
 def return_freed_memory() -> None:

@@ -17,7 +17,7 @@ from vlmforge.limits import return_freed_memory
 HEAPS = """
 import ctypes, sys, threading
 from vlmforge.limits import settle_heap
-settle_heap()
+settle_heap(0)
 everybody = threading.Barrier(6)
 def allocate():
     kept = [bytearray(50_000) for _ in range(20)]
@@ -55,10 +55,10 @@ def test_one_heap_unless_somebody_chose(
 FAULTS = """
 import resource, sys
 from vlmforge.limits import settle_heap
-settle_heap()
+pieces, size, weights = map(int, sys.argv[1:])
+settle_heap(weights)
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-pieces, size = map(int, sys.argv[1:])
 for _ in range(4):
     before = faults()
     kept = [b"1" * size for _ in range(pieces)]
@@ -67,18 +67,26 @@ print(faults() - before)
 """
 
 
-@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_ARENA_MAX": "1"}, False)])
+PICTURE, LAYER = (5, 1_200_000), (8, 25_000_000)
+
+
 @pytest.mark.parametrize(
-    ("pieces", "size"), [(5, 1_200_000), (8, 25_000_000)], ids=["a picture's", "a layer's"]
+    ("environment", "pieces", "weights", "kept"),
+    [
+        ({}, PICTURE, 0, True),
+        ({}, LAYER, 4 << 30, True),
+        ({}, LAYER, 64 << 20, False),  # it would be more than the engine
+        ({"MALLOC_ARENA_MAX": "1"}, PICTURE, 4 << 30, False),
+    ],
 )
 def test_what_was_freed_last_is_there_for_the_next_one(
-    pieces: int, size: int, environment: dict[str, str], kept: bool
+    environment: dict[str, str], pieces: tuple[int, int], weights: int, kept: bool
 ) -> None:
-    command = [sys.executable, "-c", FAULTS, str(pieces), str(size)]
+    command = [sys.executable, "-c", FAULTS, *map(str, (*pieces, weights))]
     found = subprocess.run(
         command, env={**os.environ, **environment}, check=True, capture_output=True
     )
-    pages = pieces * size // resource.getpagesize()
+    pages = pieces[0] * pieces[1] // resource.getpagesize()
     assert (int(found.stdout) < pages / 10) == kept
 
 

@@ -67,7 +67,6 @@ def pipeline(
         ConfigError: a configuration is out of range or asks for what the engine does not have.
     """
     _set_level(log_level)
-    settle_heap()
     path = path_text(model_path)
     _check_kinds(backend_config, chat_template_config, vision_config)
     config, template_config = _apply(kwargs, backend_config or EngineConfig(), chat_template_config)
@@ -131,6 +130,7 @@ def _load(
     """Within `free` bytes, `features` of them for images; `finished`: not built for this call."""
     bundle = open_bundle(folder)
     manifest = bundle.manifest
+    settle_heap(sum(part.loaded_bytes for part in manifest.parts))
     _check_devices(config, manifest)
     if finished:
         _check_finished(config, manifest)
