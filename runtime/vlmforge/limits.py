@@ -76,20 +76,31 @@ def available_cpus(root: Path = _ROOT) -> int:
     return max(1, min([affinity or 1, *(math.ceil(quota) for quota in quotas)]))
 
 
-def settle_heap(weights: int) -> None:
+def settle_heap() -> None:
     """Have the C library make one heap, from now on, and keep what was just freed at its end.
 
     glibc makes one for each of many threads and gives back what was freed only of the first:
-    pictures that a dozen threads decoded would leave a dozen heaps of 64 MB. What it gives back,
-    whoever comes next gets page by page: as much is kept as is little beside the `weights`, in
-    bytes, of the engine that is loaded (last). Nothing is done where MALLOC_* or GLIBC_TUNABLES say
-    otherwise, or with another C library. See mallopt(3).
+    pictures that a dozen threads decoded would leave a dozen heaps of 64 MB. To be called before
+    there are other threads. Nothing is done where MALLOC_* or GLIBC_TUNABLES say otherwise, or with
+    another C library. See mallopt(3).
     """
     if (mallopt := _of_libc("mallopt")) is not None and not env.heap_chosen():
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _OF_ITS_OWN)
-        kept = min(max(2 * _OF_ITS_OWN, weights // 8), _MOST_KEPT)
-        mallopt(_M_TRIM_THRESHOLD, kept)
+        keep_freed(0)
+
+
+def keep_freed(weights: int) -> None:
+    """Have the heap keep as much of what was freed at its end as is little beside an engine.
+
+    What goes back to the system, whoever comes next gets page by page. Of several engines the last
+    one counts. Otherwise as `settle_heap`.
+
+    Args:
+        weights: Bytes of the engine's.
+    """
+    if (mallopt := _of_libc("mallopt")) is not None and not env.heap_chosen():
+        mallopt(_M_TRIM_THRESHOLD, min(max(2 * _OF_ITS_OWN, weights // 8), _MOST_KEPT))
 
 
 def return_freed_memory() -> None:

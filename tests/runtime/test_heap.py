@@ -17,7 +17,7 @@ from vlmforge.limits import return_freed_memory
 HEAPS = """
 import ctypes, sys, threading
 from vlmforge.limits import settle_heap
-settle_heap(0)
+settle_heap()
 everybody = threading.Barrier(6)
 def allocate():
     kept = [bytearray(50_000) for _ in range(20)]
@@ -54,9 +54,10 @@ def test_one_heap_unless_somebody_chose(
 # Memory in some pieces that is freed and taken again: how often the system gave a page.
 FAULTS = """
 import resource, sys
-from vlmforge.limits import settle_heap
+from vlmforge.limits import keep_freed, settle_heap
 pieces, size, weights = map(int, sys.argv[1:])
-settle_heap(weights)
+settle_heap()
+keep_freed(weights)
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):

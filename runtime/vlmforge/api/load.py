@@ -27,7 +27,7 @@ from vlmforge.errors import ConfigError
 from vlmforge.field_rules import Instance, OrNone, check_value, shown, use_instead
 from vlmforge.inputs.template_choice import choose_template
 from vlmforge.inputs.template_config import ChatTemplateConfig
-from vlmforge.limits import available_memory, settle_heap
+from vlmforge.limits import available_memory, keep_freed, settle_heap
 from vlmforge.runner.features import USUAL_BUDGET, FeatureCache
 from vlmforge.runner.load import load_engine
 from vlmforge.runner.stages import Engine
@@ -67,6 +67,7 @@ def pipeline(
         ConfigError: a configuration is out of range or asks for what the engine does not have.
     """
     _set_level(log_level)
+    settle_heap()
     path = path_text(model_path)
     _check_kinds(backend_config, chat_template_config, vision_config)
     config, template_config = _apply(kwargs, backend_config or EngineConfig(), chat_template_config)
@@ -130,7 +131,7 @@ def _load(
     """Within `free` bytes, `features` of them for images; `finished`: not built for this call."""
     bundle = open_bundle(folder)
     manifest = bundle.manifest
-    settle_heap(sum(part.loaded_bytes for part in manifest.parts))
+    keep_freed(sum(part.loaded_bytes for part in manifest.parts))
     _check_devices(config, manifest)
     if finished:
         _check_finished(config, manifest)
