@@ -287,14 +287,14 @@ class Backend(Protocol):
 
 @runtime_checkable
 class WholeBackend(Protocol):
-    """A `Backend` that loads both parts at once where they have to do with each other."""
+    """A `Backend` that loads both parts in one call."""
 
     def load_parts(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> tuple[VisionSession, DecoderSession]:
         """As `load_vision` and `load_decoder`, of an engine of one rank (EngineError: they fail).
 
-        Features that the vision part leaves on the device are for this very decoder.
+        Features that the vision part may leave on a device are for this very decoder.
         """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +29,7 @@ from vlmforge.backends import (
     KeyValues,
     LoadOptions,
     VisionSession,
+    WholeBackend,
 )
 from vlmforge.backends.choice import likeliest_ids
 from vlmforge.backends.dense import PlacedCache
@@ -43,10 +45,14 @@ from vlmforge.ort import ort, run_bound
 PROVIDER = "CPUExecutionProvider"
 _KEPT_LAYOUTS = 256
 _LOOKING_US = 60_000
-"""Microseconds for which a thread of arithmetic looks for more before it sleeps. After few, it
-sleeps within a burst. After up to 30,000 it mostly fell asleep on the processor on which the
+"""Microseconds for which the decoder's threads look for more before they sleep. After few, they
+sleep within a burst. After up to 30,000 they mostly fell asleep on the processor on which the
 runtime's own thread wakes up next: with two processors, the next prompt's first step waited a
 millisecond for it, or four."""
+_LOOKING_BEHIND_IMAGES_US = 500
+"""The same of the vision part's: as long as between two operations of one run. What follows are the
+decoder's steps, and with 60,000 all of the first 60 ms of them shared a processor with a thread
+that was looking; a small model's took twice as long."""
 _NO_MORE: Mapping[str, NDArray[Any]] = MappingProxyType({})
 
 
@@ -82,7 +88,8 @@ def _session(
     if part.chain is not None:  # threads of one segment that wait would hold up those of the next
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     else:
-        settings.add_session_config_entry("session.intra_op.spin_duration_us", str(_LOOKING_US))
+        looking = _LOOKING_BEHIND_IMAGES_US if part.name == "vision" else _LOOKING_US
+        settings.add_session_config_entry("session.intra_op.spin_duration_us", str(looking))
     settings.log_severity_level = 3
     if not options.pack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
@@ -316,8 +323,20 @@ class _Decoder(DecoderSession):
 
 
 @dataclass(frozen=True, slots=True)
-class OnnxRuntimeBackend(Backend):
+class OnnxRuntimeBackend(Backend, WholeBackend):
     """See the module."""
+
+    @override
+    def load_parts(
+        self, folder: Path, manifest: Manifest, options: LoadOptions
+    ) -> tuple[VisionSession, DecoderSession]:
+        if not options.pack:  # memory is short: what one takes while it loads goes back first
+            vision = self.load_vision(folder, manifest, options)
+            return vision, self.load_decoder(folder, manifest, options)
+        with ThreadPoolExecutor(1, "vlmforge-load") as beside:  # reading and packing are one thread
+            loading = beside.submit(self.load_vision, folder, manifest, options)
+            decoder = self.load_decoder(folder, manifest, options)
+            return loading.result(), decoder
 
     @override
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:
