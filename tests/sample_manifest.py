@@ -15,7 +15,8 @@ from vlmforge.engine.chain import (
     Segment,
     SumNorm,
 )
-from vlmforge.engine.images import AnyRes, CenterCrop
+from vlmforge.engine.images.anyres import AnyRes
+from vlmforge.engine.images.center_crop import CenterCrop
 from vlmforge.engine.images.pixels import PixelFormat
 from vlmforge.engine.images.tiling import Tiling, UnpaddedLines
 from vlmforge.engine.manifest import (
@@ -28,11 +29,12 @@ from vlmforge.engine.manifest import (
     Part,
     Profile,
     Provenance,
-    TensorSpec,
 )
 from vlmforge.engine.migration import SCHEMA_VERSION
-from vlmforge.engine.positions import Absolute, DynamicNTK
+from vlmforge.engine.positions.absolute import Absolute
+from vlmforge.engine.positions.dynamic_ntk import DynamicNTK
 from vlmforge.engine.prompts import InlineToken, NamedSpan, PromptPolicy, TemplateParts
+from vlmforge.engine.tensors import TensorSpec
 
 TEMPLATE = TemplateParts(
     system="",

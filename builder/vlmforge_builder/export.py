@@ -17,7 +17,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
-from vlmforge.engine.manifest import TensorSpec
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import BuildError
 from vlmforge_builder.onnx_file import check_interface, unread
 from vlmforge_builder.recipe import PartSpec, parameters

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from vlmforge.engine.interface import Interface
-from vlmforge.engine.manifest import TensorSpec
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import BuildError
 from vlmforge_builder.weights import Layout
 

@@ -9,8 +9,10 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlmforge.engine.images import CenterCrop, PadSquare, Stretch
+from vlmforge.engine.images.center_crop import CenterCrop
+from vlmforge.engine.images.pad_square import PadSquare
 from vlmforge.engine.images.pixels import Colour, PixelFormat
+from vlmforge.engine.images.stretch import Stretch
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.checkpoint import limits
 from vlmforge_builder.checkpoint.config import ConfigReader, read_config

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmforge.engine.images import Patches
+from vlmforge.engine.images.patches import Patches
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.checkpoint.config import ConfigReader
 from vlmforge_recipes.clip_images import WHITE, read_format

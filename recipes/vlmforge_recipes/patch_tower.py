@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from vlmforge.engine.images import Patches
+from vlmforge.engine.images.patches import Patches
 from vlmforge.engine.interface import PatchInterface
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.blocks.layers import ACTIVATIONS

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmforge.engine.images import Patches
+from vlmforge.engine.images.patches import Patches
 from vlmforge.engine.manifest import KVLayout
-from vlmforge.engine.positions import Axes
+from vlmforge.engine.positions.axes import Axes
 from vlmforge.engine.prompts import InlineToken, PromptPolicy, TemplateParts
 from vlmforge.errors import CheckpointError
 from vlmforge_builder.blocks.decoder import DecoderConfig, inverse_frequencies

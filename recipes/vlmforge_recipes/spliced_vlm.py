@@ -13,7 +13,7 @@ from pathlib import Path
 from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.interface import VisionInterface
 from vlmforge.engine.manifest import KVLayout
-from vlmforge.engine.positions import Absolute
+from vlmforge.engine.positions.absolute import Absolute
 from vlmforge.engine.prompts import PromptPolicy, Splice, TemplateParts
 from vlmforge.errors import CheckpointError
 from vlmforge_builder.blocks.decoder import DecoderConfig, inverse_frequencies

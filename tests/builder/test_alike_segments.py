@@ -15,8 +15,9 @@ from vlmforge.backends import DecoderBatch
 from vlmforge.backends.cuda.placed_weights import place_weights
 from vlmforge.backends.fake import HostDevice, cuda_on_cpu
 from vlmforge.engine.bundle import Bundle, open_bundle
-from vlmforge.engine.chain import BoundWeight, ChainStep, PartChain, Segment, TensorSpec
+from vlmforge.engine.chain import BoundWeight, ChainStep, PartChain, Segment
 from vlmforge.engine.static_check import check_static
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import EngineFormatError
 from vlmforge_builder.alike_segments import names_within, save_alike
 from vlmforge_builder.chain_file import save_segments

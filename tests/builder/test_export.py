@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from vlmforge.engine.interface import BLOCK_TABLE, VisionInterface
-from vlmforge.engine.manifest import TensorSpec
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import BuildError
 from vlmforge_builder.export import trace
 from vlmforge_builder.onnx_file import add_input, check_interface, tensor_specs

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from vlmforge.engine.images import Patches
 from vlmforge.engine.images.patch_inputs import Arrays
+from vlmforge.engine.images.patches import Patches
 from vlmforge.engine.images.pixels import PixelFormat
 from vlmforge.engine.interface import PatchInterface
 from vlmforge.ort import ort

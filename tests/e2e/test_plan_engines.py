@@ -23,7 +23,8 @@ from vlmforge.backends.cuda.decoder import PagedDecoder
 from vlmforge.backends.fake import HostDevice
 from vlmforge.backends.fake_plans import VERSION, plans_on_cpu, stand_in_library
 from vlmforge.backends.plans import load_plans, open_library
-from vlmforge.engine.manifest import TensorSpec, load_manifest
+from vlmforge.engine.manifest import load_manifest
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import BackendUnavailableError, ConfigError, EngineError
 from vlmforge_plugins.cached_attention.plugin import OPS
 

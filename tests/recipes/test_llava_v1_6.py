@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import drawn_v1_6
 from conftest import DATA
-from vlmforge.engine.images import AnyRes
+from vlmforge.engine.images.anyres import AnyRes
 from vlmforge.engine.images.tiling import Lines, Merge, UnpaddedLines, Views
 from vlmforge.errors import CheckpointError, UnsupportedModelError, VlmforgeError
 from vlmforge_builder.checkpoint.config import read_config

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmforge.engine.positions import Absolute, Axes
+from vlmforge.engine.positions.absolute import Absolute
+from vlmforge.engine.positions.axes import Axes
 from vlmforge.engine.positions.in_graph import PlacedGrid
 from vlmforge.engine.schema import from_json, to_data
 from vlmforge.errors import EngineFormatError

@@ -18,8 +18,12 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 
 import anyres_original
 from conftest import examples
-from vlmforge.engine.images import AnyRes, CenterCrop, ImagePolicy, PadSquare, Stretch
+from vlmforge.engine.images import ImagePolicy
+from vlmforge.engine.images.anyres import AnyRes
+from vlmforge.engine.images.center_crop import CenterCrop
+from vlmforge.engine.images.pad_square import PadSquare
 from vlmforge.engine.images.pixels import PixelFormat
+from vlmforge.engine.images.stretch import Stretch
 from vlmforge.engine.images.tiling import Tiling, UnpaddedLines, view_count
 from vlmforge.errors import ImageError
 from vlmforge.vl import load_image

@@ -105,8 +105,10 @@ def test_the_cost_can_be_measured() -> None:
 
 
 def test_who_serves_an_engine_imports_no_more() -> None:
-    """Neither what builds one, nor what saves a session, nor what several ranks need."""
+    """Neither what builds one or saves a session, nor what ranks or engines of others need."""
     names = loaded("vlmforge.api.load, vlmforge.backends.onnxruntime")
     others = ("engine.build_child", "engine.ownership", "api.session_file", "backends.chained")
+    policies = ("images.patches", "images.anyres", "images.stretch", "positions.dynamic_ntk")
+    others += ("engine.chain", *(f"engine.{name}" for name in policies))
     assert not names & {f"vlmforge.{name}" for name in others}
     assert below(names, ("filelock", "subprocess", "zipfile", "tempfile")) == []

@@ -11,18 +11,12 @@ from hypothesis import strategies as st
 
 from sample_manifest import MANIFEST, RICH
 from vlmforge.engine.bundle import Bundle
-from vlmforge.engine.images import Patches
+from vlmforge.engine.images.patches import Patches
 from vlmforge.engine.interface import DecoderInterface, fits, interface_of
-from vlmforge.engine.manifest import (
-    FileEntry,
-    KVLayout,
-    Manifest,
-    Part,
-    TensorSpec,
-    load_manifest,
-)
-from vlmforge.engine.positions import Axes
+from vlmforge.engine.manifest import FileEntry, KVLayout, Manifest, Part, load_manifest
+from vlmforge.engine.positions.axes import Axes
 from vlmforge.engine.static_check import check_static
+from vlmforge.engine.tensors import TensorSpec
 
 POOLS = dataclasses.replace(
     RICH, compute_dtype="float16", kv=KVLayout(3, 2, 8, "float8_e4m3fn", 64)

@@ -20,7 +20,7 @@ from vlmforge.api import memory
 from vlmforge.api.config import EngineConfig
 from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.manifest import ParallelLayout, load_manifest
-from vlmforge.engine.positions import Absolute
+from vlmforge.engine.positions.absolute import Absolute
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.limits import Room, available_cpus, available_memory
 

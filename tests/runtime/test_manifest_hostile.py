@@ -25,6 +25,7 @@ from vlmforge.engine.manifest import (
     load_manifest,
     manifest_digest,
 )
+from vlmforge.engine.schema import Elsewhere
 from vlmforge.errors import EngineError, EngineFormatError, EngineIntegrityError
 from vlmforge.field_rules import Choice, Int, Number, OrNone, Rule, Text
 
@@ -83,11 +84,12 @@ def places(
 ) -> Iterator[tuple[str, Rule | None]]:
     """All plain values below `value`, a dataclass or part of one, and the rule of each."""
     options = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Annotated:
-        yield from places(options[0], value, where, options[1])
-    elif dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value):
         for name, kind in typing.get_type_hints(type(value), include_extras=True).items():
             yield from places(kind, getattr(value, name), f"{where}.{name}".lstrip("."))
+    elif typing.get_origin(hint) is typing.Annotated:
+        own = None if isinstance(options[1], Elsewhere) else options[1]
+        yield from places(options[0], value, where, own)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from places(options[1], item, f"{where}.{key}")
@@ -137,7 +139,10 @@ def test_what_is_dumped_is_what_is_loaded(
 def numbers(hint: Any, where: str = "") -> Iterator[tuple[str, bool]]:
     """Where the schema has numbers, whatever the kinds, and whether each has a range."""
     options = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Annotated:
+    if typing.get_origin(hint) is typing.Annotated and isinstance(options[1], Elsewhere):
+        for place in options[1:]:
+            yield from numbers(place.load(), where)
+    elif typing.get_origin(hint) is typing.Annotated:
         yield from ((place, True) for place, _ in numbers(options[0], where))
     elif dataclasses.is_dataclass(hint):
         for name, kind in typing.get_type_hints(hint, include_extras=True).items():

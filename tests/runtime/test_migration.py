@@ -19,7 +19,10 @@ from hypothesis import strategies as st
 from conftest import DATA
 from sample_manifest import FORMAT, IMAGE, MANIFEST, PARTS, PROMPT, RICH
 from vlmforge.engine.chain import ChainStep
-from vlmforge.engine.images import AnyRes, CenterCrop, PadSquare, Stretch
+from vlmforge.engine.images.anyres import AnyRes
+from vlmforge.engine.images.center_crop import CenterCrop
+from vlmforge.engine.images.pad_square import PadSquare
+from vlmforge.engine.images.stretch import Stretch
 from vlmforge.engine.images.tiling import Tiling, UnpaddedLines
 from vlmforge.engine.manifest import (
     MANIFEST_FILE,

@@ -15,8 +15,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 
 from live_parity import picture
-from vlmforge.engine.images import CenterCrop, Patches
+from vlmforge.engine.images.center_crop import CenterCrop
 from vlmforge.engine.images.patch_inputs import interpolation, turns, windows
+from vlmforge.engine.images.patches import Patches
 from vlmforge.engine.images.pixels import PixelFormat, PixelRange
 from vlmforge.errors import ConfigError, ImageError
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from vlmforge.engine.positions import Absolute, DynamicNTK
-from vlmforge.engine.positions.dynamic_ntk import level_of
+from vlmforge.engine.positions.absolute import Absolute
+from vlmforge.engine.positions.dynamic_ntk import DynamicNTK, level_of
 from vlmforge.engine.schema import from_json, to_json
 from vlmforge_builder.blocks.decoder import DecoderConfig, inverse_frequencies, rotary_tables
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmforge.engine.images import ImagePolicy
+from vlmforge.engine.positions import PositionPolicy
 from vlmforge.engine.schema import from_json, to_json
 from vlmforge.errors import EngineFormatError
 
@@ -173,3 +176,12 @@ def test_whatever_replaces_a_field_is_read_exactly_or_refused(value: object) -> 
             written = json.loads(to_json(tree))[name]
             assert written == value
             assert name == "ratio" or type(written) is type(value)
+
+
+@pytest.mark.parametrize("policy", [ImagePolicy, PositionPolicy])
+def test_a_policy_that_is_elsewhere_is_where_its_tag_says(policy: object) -> None:
+    _, *places = typing.get_args(policy)
+    assert len(places) > 2
+    for place in places:
+        defaults = {field.name: field.default for field in dataclasses.fields(place.load())}
+        assert defaults["name"] == place.tag

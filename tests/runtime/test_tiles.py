@@ -13,8 +13,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from transformers.models.smolvlm import image_processing_pil_smolvlm as smol
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-from vlmforge.engine.images import AspectTiles, GridTiles
-from vlmforge.engine.images.grid_tiles import GridTexts
+from vlmforge.engine.images.aspect_tiles import AspectTiles
+from vlmforge.engine.images.grid_tiles import GridTexts, GridTiles
 from vlmforge.engine.images.pixels import PixelFormat, Size
 
 PRIMES = (2, 3, 5, 7, 23, 97, 331, 449, 499, 673, 1009, 1999, 3989)

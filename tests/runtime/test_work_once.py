@@ -30,7 +30,7 @@ from stand_in import (
     stand_in,
 )
 from vlmforge import Pipeline, Response, Session, VisionConfig
-from vlmforge.engine.images import AnyRes
+from vlmforge.engine.images.anyres import AnyRes
 from vlmforge.engine.images.tiling import Lines, Tiling
 from vlmforge.engine.manifest import Manifest
 from vlmforge.errors import ContextLengthError

@@ -28,7 +28,7 @@ from vlmforge.engine.interface import (
     NORMALISER,
     REPORTED,
 )
-from vlmforge.engine.manifest import TensorSpec
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge_builder.onnx_file import add_input, describe
 from vlmforge_builder.ops.node import DOMAIN, OPSET, VERSION, Floats, Int64s, op
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmforge.engine.images import GridTiles
-from vlmforge.engine.images.grid_tiles import GridTexts
+from vlmforge.engine.images.grid_tiles import GridTexts, GridTiles
 from vlmforge.engine.prompts import InlineToken, TemplateParts
 from vlmforge.errors import CheckpointError
 from vlmforge_builder.blocks.vision import ProjectorConfig, VisionConfig

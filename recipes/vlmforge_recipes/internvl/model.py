@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmforge.engine.images import AspectTiles
+from vlmforge.engine.images.aspect_tiles import AspectTiles
 from vlmforge.engine.prompts import InlineToken
 from vlmforge.errors import CheckpointError, UnsupportedModelError
 from vlmforge_builder.blocks.layers import ACTIVATIONS

@@ -10,7 +10,7 @@ import ast
 import dataclasses
 from collections.abc import Mapping
 
-from vlmforge.engine.images import AnyRes
+from vlmforge.engine.images.anyres import AnyRes
 from vlmforge.engine.images.pixels import Size
 from vlmforge.engine.images.tiling import Lines, Merge, Tiling, UnpaddedLines, Views
 from vlmforge.errors import CheckpointError, UnsupportedModelError

@@ -10,7 +10,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-from vlmforge.engine.images import AnyRes, ImagePolicy
+from vlmforge.engine.images import ImagePolicy
+from vlmforge.engine.images.anyres import AnyRes
 from vlmforge.engine.images.tiling import UnpaddedLines
 from vlmforge.engine.prompts import SplitText
 from vlmforge.errors import UnsupportedModelError

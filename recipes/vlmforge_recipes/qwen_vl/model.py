@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmforge.engine.manifest import KVLayout
-from vlmforge.engine.positions import DynamicNTK
+from vlmforge.engine.positions.dynamic_ntk import DynamicNTK
 from vlmforge.errors import CheckpointError
 from vlmforge.inputs.template import jinja_from_parts
 from vlmforge_builder.blocks.decoder import DecoderConfig

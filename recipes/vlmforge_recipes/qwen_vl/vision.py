@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from vlmforge.engine.images import Stretch
 from vlmforge.engine.images.pixels import PixelFormat
+from vlmforge.engine.images.stretch import Stretch
 from vlmforge.engine.interface import VisionInterface
 from vlmforge.errors import UnsupportedModelError
 from vlmforge_builder.blocks.resampler import ResampledEncoder, ResamplerConfig

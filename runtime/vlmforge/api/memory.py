@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from vlmforge.api.config import MAX_CHUNK, MAX_GPU_CHUNK, USUAL_GPU_CHUNK, EngineConfig
 from vlmforge.backends import LoadOptions
 from vlmforge.backends.features import device_features
 from vlmforge.engine.bundle import Bundle
-from vlmforge.engine.chain import PartChain, TensorSpec
 from vlmforge.engine.interface import TOKENS, packs
 from vlmforge.engine.manifest import Manifest, Part
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import BackendUnavailableError, ConfigError
 from vlmforge.field_rules import shown
 from vlmforge.limits import available_cpus, available_memory
 from vlmforge.runner.features import USUAL_BUDGET
+
+if TYPE_CHECKING:
+    from vlmforge.engine.chain import PartChain
 
 logger = logging.getLogger("vlmforge")
 

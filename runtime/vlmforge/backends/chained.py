@@ -30,8 +30,9 @@ from vlmforge.backends.dense import PlacedCache
 from vlmforge.backends.ranks import all_gather, all_reduce
 from vlmforge.backends.rows import Order
 from vlmforge.engine import interface
-from vlmforge.engine.chain import ChainStep, Collective, PartChain, TensorSpec
+from vlmforge.engine.chain import ChainStep, Collective, PartChain
 from vlmforge.engine.manifest import KVLayout, Part
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.kv.cache import Move
 from vlmforge.ort import ort, run_bound
 

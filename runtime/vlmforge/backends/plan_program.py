@@ -14,9 +14,10 @@ from vlmforge.backends.cuda.device import Device, MeetingPlace, Tensor, Work
 from vlmforge.backends.cuda.frames import Arrangement, Size, arrange
 from vlmforge.backends.cuda.program import Pools, Program, Span
 from vlmforge.backends.plans import Library, Shapes, load_plans
-from vlmforge.engine.chain import ChainStep, PartChain, Segment, TensorSpec
+from vlmforge.engine.chain import ChainStep, PartChain, Segment
 from vlmforge.engine.interface import BATCH, BLOCK_TABLE, TOKENS, cache_names
 from vlmforge.engine.manifest import KVLayout, Part
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import ConfigError
 
 

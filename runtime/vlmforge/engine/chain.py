@@ -12,21 +12,13 @@ from typing import Annotated
 
 from typing_extensions import override
 
-from vlmforge.engine.fields import ByteCount, Count, Dimension, FilePath, ImageTokens, Name
+from vlmforge.engine.fields import ByteCount, Count, FilePath, ImageTokens, Name
 from vlmforge.engine.schema import Agreeing
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.field_rules import Choice, Int, Number
 
 Heads = Annotated[int, Int(1, 1 << 12)]
 Unit = Annotated[float, Number(0, 1e6, above=True)]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """An input or output of a part. A string in `shape` is a symbolic dimension."""
-
-    name: Name
-    dtype: Name
-    shape: tuple[Annotated[int | str, Dimension()], ...]
 
 
 @dataclass(frozen=True, slots=True)

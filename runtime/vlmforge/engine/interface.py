@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from vlmforge.engine.chain import PartChain, Segment
 from vlmforge.engine.images.patch_inputs import (
     PATCH_COS,
     PATCH_SIN,
@@ -20,7 +20,11 @@ from vlmforge.engine.images.patch_inputs import (
     WINDOW_SIZES,
     PatchInputs,
 )
-from vlmforge.engine.manifest import KVLayout, Manifest, Part, TensorSpec
+from vlmforge.engine.manifest import KVLayout, Manifest, Part
+from vlmforge.engine.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from vlmforge.engine.chain import PartChain, Segment
 
 # Dimensions that vary at run time.
 IMAGES, BATCH, TOKENS, ROWS, OUTPUTS = "images", "batch", "tokens", "rows", "outputs"

@@ -13,12 +13,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 from typing_extensions import override
 
-from vlmforge.engine.chain import PartChain
-from vlmforge.engine.chain import TensorSpec as TensorSpec
 from vlmforge.engine.fields import (
     FLOATS,
     ByteCount,
@@ -37,9 +35,15 @@ from vlmforge.engine.migration import SCHEMA_VERSION, upgraded
 from vlmforge.engine.positions import PositionPolicy
 from vlmforge.engine.prompts import PromptPolicy
 from vlmforge.engine.regular_file import read_regular
-from vlmforge.engine.schema import Agreeing, data_json, from_json, parse_json, to_data
+from vlmforge.engine.schema import Agreeing, Elsewhere, data_json, from_json, parse_json, to_data
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import EngineFormatError, EngineIntegrityError
 from vlmforge.field_rules import Choice, Int
+
+if TYPE_CHECKING:
+    from vlmforge.engine.chain import PartChain
+else:
+    PartChain = Annotated[object, Elsewhere("vlmforge.engine.chain", "PartChain")]
 
 MANIFEST_FILE = "engine.json"
 

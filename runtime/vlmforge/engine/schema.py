@@ -2,10 +2,11 @@
 
 A dataclass is its own schema. Supported field types: `str`, `int`, `float`, `bool`, `X | None`,
 `tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, X]`, other dataclasses, and tagged unions of them:
-each member has a field `name: Literal["..."]`, and the key `name` tells which one it is. A field
-with a default may be missing: that is how documents written before it was there are read. An
-`Annotated[X, rule]` holds what `rule` (`vlmforge.field_rules`) admits; what several fields must
-agree on is said by a method `disagreements` (`Agreeing`).
+each member has a field `name: Literal["..."]`, and the key `name` tells which one it is. Those that
+few documents have may stand in files of their own (`Elsewhere`). A field with a default may be
+missing: that is how documents written before it was there are read. An `Annotated[X, rule]` holds
+what `rule` (`vlmforge.field_rules`) admits; what several fields must agree on is said by a method
+`disagreements` (`Agreeing`).
 
 msgspec was tried (0.22): its errors name no value found, one bound at a time and no key of a
 mapping, it takes a key twice, lone surrogates and whole numbers that a float rounds. To keep our
@@ -15,13 +16,16 @@ errors its sentences would have to be parsed; this module is shorter than that.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import json
 import math
 import types
 import typing
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -41,6 +45,26 @@ class Agreeing(ABC):
     @abstractmethod
     def disagreements(self) -> Iterator[tuple[str, str]]:
         """For each rule that is broken: the field, and what it must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A dataclass whose file is imported when a document has one: `Annotated[object, Elsewhere()]`.
+
+    Several of them are a tagged union; each one's file is called as its tag.
+    """
+
+    module: str
+    name: str
+
+    @property
+    def tag(self) -> str:
+        """What the key `name` of such a value is, where there are several."""
+        return self.module.rpartition(".")[2]
+
+    def load(self) -> Any:
+        """The class."""
+        return getattr(importlib.import_module(self.module), self.name)
 
 
 def to_json(value: object) -> str:
@@ -108,6 +132,8 @@ def _decode(kind: Any, data: object, where: str) -> object:
     origin = typing.get_origin(kind)
     if origin is typing.Annotated:
         inner, *rules = typing.get_args(kind)
+        if isinstance(rules[0], Elsewhere):
+            return _decode_elsewhere(rules, data, where)
         return _admitted(_decode(inner, data, where), rules, where)
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(typing.cast("type", kind), data, where)
@@ -153,9 +179,19 @@ def _decode_dataclass(cls: type, data: object, where: str) -> object:
     return typing.cast("object", made)
 
 
+def _decode_elsewhere(places: Sequence[Elsewhere], data: object, where: str) -> object:
+    if len(places) == 1:
+        return _decode(places[0].load(), data, where)
+    tagged = {place.tag: place for place in places}
+    return _decode(tagged[_known_tag(tagged, data, where)].load(), data, where)
+
+
 @lru_cache(maxsize=64)
 def _hints(cls: type) -> Mapping[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):  # typing's `get_type_hints` takes three times as long
+        hints |= inspect.get_annotations(base, eval_str=True)
+    return hints
 
 
 def _decode_union(kind: Any, data: object, where: str) -> object:
@@ -166,7 +202,7 @@ def _decode_union(kind: Any, data: object, where: str) -> object:
     others = [option for option in options if option not in plain]
     tagged = {tag: option for option in others if (tag := _tag(option)) is not None}
     if tagged:
-        return _decode_tagged(tagged, data, where)
+        return _decode(tagged[_known_tag(tagged, data, where)], data, where)
     # At most one option needs decoding: `X | None` with a dataclass, a tuple, a float ...
     for option in others:
         return _decode(option, data, where)
@@ -182,7 +218,8 @@ def _tag(option: Any) -> str | None:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Literal else None
 
 
-def _decode_tagged(members: Mapping[str, Any], data: object, where: str) -> object:
+def _known_tag(members: Mapping[str, object], data: object, where: str) -> str:
+    """The one of `members` that `data` says it is."""
     table = _expect(dict, data, where)
     if TAG not in table:
         raise _mismatch(where, f"no key {TAG!r}", f"a key {TAG!r}: one of {', '.join(members)}")
@@ -194,7 +231,7 @@ def _decode_tagged(members: Mapping[str, Any], data: object, where: str) -> obje
             expected="one of: " + ", ".join(members),
             fix="install a newer vlmforge, or rebuild the engine with this build-engine",
         )
-    return _decode(members[tag], data, where)
+    return tag
 
 
 def _decode_literal(values: tuple[object, ...], data: object, where: str) -> object:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from vlmforge.engine.bundle import Bundle
-from vlmforge.engine.chain import PartChain, SumNorm, TensorSpec
+from vlmforge.engine.chain import PartChain, SumNorm
 from vlmforge.engine.interface import fits, interface_of
 from vlmforge.engine.layer_report import read_layers
 from vlmforge.engine.manifest import Part, decoder_name
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import EngineFormatError
 
 _COLLECTIVE = "DIST_COLLECTIVE"  # TensorRT's type of layer

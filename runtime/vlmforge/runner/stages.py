@@ -34,8 +34,7 @@ from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Grid
 from vlmforge.engine.images.pixels import AS_ENGINE, Colour, Layout, PixelRange, Size
 from vlmforge.engine.manifest import Manifest
-from vlmforge.engine.positions.axes import AXES
-from vlmforge.engine.positions.in_graph import PlacedGrid, Places
+from vlmforge.engine.positions.in_graph import AXES, PlacedGrid, Places
 from vlmforge.inputs.history import newest_turns
 from vlmforge.inputs.image_names import given_name
 from vlmforge.inputs.messages import Conversation, Image, ImageSource, Message, Text

@@ -17,7 +17,7 @@ from vlmforge.backends.cuda.choice_kernel import ChoiceKernel, load_choice
 from vlmforge.backends.cuda.choosing import TokenSampler
 from vlmforge.backends.fake import HostDevice
 from vlmforge.engine.interface import BATCH, LOGITS
-from vlmforge.engine.manifest import TensorSpec
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge_builder.chain_file import save_segments
 from vlmforge_builder.passes.sample_token import sample_token
 from vlmforge_plugins.cached_attention.plan import Launch

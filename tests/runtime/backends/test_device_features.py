@@ -26,7 +26,7 @@ from vlmforge.backends.features import (
     device_features,
     joined,
 )
-from vlmforge.engine.images import Patches
+from vlmforge.engine.images.patches import Patches
 from vlmforge.engine.manifest import Manifest, ParallelLayout
 from vlmforge.runner.features import FeatureCache
 from vlmforge.vl.prepared import PreparedImage

@@ -13,14 +13,8 @@ from sample_manifest import CHAIN
 from vlmforge.backends.cuda.chain import _scales
 from vlmforge.backends.cuda.frames import ALIGNMENT, Size, arrange, bucket, inputs_of
 from vlmforge.backends.fake import HostDevice
-from vlmforge.engine.chain import (
-    AttentionCall,
-    ChainStep,
-    GatedActivation,
-    PartChain,
-    Segment,
-    TensorSpec,
-)
+from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, PartChain, Segment
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import EngineFormatError
 
 LAYERS = 4

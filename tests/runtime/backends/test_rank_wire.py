@@ -28,7 +28,8 @@ from vlmforge.backends.ranks.calls import Write, carry_out
 from vlmforge.backends.ranks.processes import Place, Processes, shares
 from vlmforge.backends.ranks.serving import Failed
 from vlmforge.backends.ranks.wire import Board, Channel, SharedMemory
-from vlmforge.engine.chain import ChainStep, Collective, PartChain, Segment, TensorSpec
+from vlmforge.engine.chain import ChainStep, Collective, PartChain, Segment
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import RankError
 
 

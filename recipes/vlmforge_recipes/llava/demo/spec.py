@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmforge.engine.images import PadSquare
+from vlmforge.engine.images.pad_square import PadSquare
 from vlmforge.engine.images.pixels import PixelFormat
 from vlmforge_recipes.llava.synthetic.spec import SyntheticSpec, TextSpec, VisionSpec
 

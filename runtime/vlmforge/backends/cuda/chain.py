@@ -36,9 +36,10 @@ from vlmforge.backends.cuda.placed_weights import place_weights
 from vlmforge.backends.cuda.program import FEW, Pools, Program, Span
 from vlmforge.backends.number_formats import DTYPES
 from vlmforge.engine import chain
-from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, PartChain, TensorSpec
+from vlmforge.engine.chain import AttentionCall, ChainStep, GatedActivation, PartChain
 from vlmforge.engine.interface import BLOCK_TABLE, LOGITS, QUERY_LENGTHS, chosen_by_kernel
 from vlmforge.engine.manifest import KVLayout, Part
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import EngineFormatError
 from vlmforge_plugins.cached_attention import launcher
 from vlmforge_plugins.cached_attention.config import Config

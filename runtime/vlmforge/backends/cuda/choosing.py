@@ -29,6 +29,7 @@ from vlmforge.engine.interface import (
     LOGITS,
     NORMALISER,
 )
+from vlmforge.engine.tensors import TensorSpec
 
 MOST_EDITS = 4096
 _LEAST_EDITS, _GROWTH = 16, 16
@@ -141,7 +142,7 @@ class TokenSampler:
             for row, choice in enumerate(choices)
         ]
 
-    def _told(self, choices: Sequence[Choice | None]) -> tuple[chain.TensorSpec, ...]:
+    def _told(self, choices: Sequence[Choice | None]) -> tuple[TensorSpec, ...]:
         """The outputs that are of use, which lie one behind the other: mostly nothing but ids."""
         return self._outputs if _tells(choices) else (CHOSEN,)
 
@@ -165,7 +166,7 @@ class TokenSampler:
         at = {n: self._arena.address + offset for n, offset in arrangement.offsets.items()}
         at[LOGITS] = logits
 
-        def tensors(specs: Sequence[chain.TensorSpec]) -> list[Tensor]:
+        def tensors(specs: Sequence[TensorSpec]) -> list[Tensor]:
             return [Tensor(s.name, s.dtype, shape_of(s, dims), at[s.name]) for s in specs]
 
         outputs = self._outputs if tells else (CHOSEN,)

@@ -33,7 +33,6 @@ from vlmforge.backends.cuda.inputs import each_token, first_places, new_tokens, 
 from vlmforge.backends.cuda.program import FEW, Program, Span, make_pools
 from vlmforge.backends.features import DeviceRows
 from vlmforge.backends.number_formats import DTYPES, encode
-from vlmforge.engine.chain import TensorSpec
 from vlmforge.engine.interface import (
     BLOCK_TABLE,
     IMAGE_FEATURES,
@@ -42,6 +41,7 @@ from vlmforge.engine.interface import (
     LOGITS,
 )
 from vlmforge.engine.manifest import KVLayout
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.kv.cache import Copy, Move
 
 _EAGER_FRAMES = 16

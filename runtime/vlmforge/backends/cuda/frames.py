@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vlmforge.backends import LoadOptions
 from vlmforge.backends.cuda.device import ITEM_BYTES
 from vlmforge.backends.number_formats import DTYPES
-from vlmforge.engine.chain import ChainStep, PartChain, TensorSpec
+from vlmforge.engine.chain import ChainStep, PartChain
 from vlmforge.engine.interface import (
     BATCH,
     BLOCK_TABLE,
@@ -27,6 +27,7 @@ from vlmforge.engine.interface import (
     ROWS,
     TOKENS,
 )
+from vlmforge.engine.tensors import TensorSpec
 
 ALIGNMENT = 256
 MOST_OUTPUTS = 512

@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 from vlmforge.backends.cuda.device import ITEM_BYTES, Device, Memory, Work
 from vlmforge.backends.cuda.frames import Arrangement, Size
-from vlmforge.engine.chain import TensorSpec
 from vlmforge.engine.manifest import KVLayout
+from vlmforge.engine.tensors import TensorSpec
 
 FEW = 0
 """Rows for which the host finds the largest logits sooner than the GPU."""

@@ -30,10 +30,10 @@ from vlmforge.backends.features import (
     Held,
     Run,
 )
-from vlmforge.engine.chain import TensorSpec
 from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.interface import IMAGES, PIXEL_VALUES
 from vlmforge.engine.manifest import Part
+from vlmforge.engine.tensors import TensorSpec
 from vlmforge.errors import EngineError
 from vlmforge.ort import ort
 from vlmforge_plugins.errors import PluginError

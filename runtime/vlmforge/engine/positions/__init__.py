@@ -8,12 +8,20 @@ windows that are longer than the built one: `extends`, `trained_length`, `attent
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-from vlmforge.engine.positions.absolute import Absolute
-from vlmforge.engine.positions.axes import Axes
-from vlmforge.engine.positions.dynamic_ntk import DynamicNTK
+from vlmforge.engine.schema import Elsewhere
 
-__all__ = ["Absolute", "Axes", "DynamicNTK", "PositionPolicy"]
+if TYPE_CHECKING:
+    from vlmforge.engine.positions.absolute import Absolute
+    from vlmforge.engine.positions.axes import Axes
+    from vlmforge.engine.positions.dynamic_ntk import DynamicNTK
 
-PositionPolicy: TypeAlias = Absolute | DynamicNTK | Axes
+    PositionPolicy: TypeAlias = Absolute | DynamicNTK | Axes
+else:  # an engine has one: whoever serves it imports no other
+    PositionPolicy = Annotated[
+        object,
+        Elsewhere(f"{__name__}.absolute", "Absolute"),
+        Elsewhere(f"{__name__}.dynamic_ntk", "DynamicNTK"),
+        Elsewhere(f"{__name__}.axes", "Axes"),
+    ]

@@ -17,11 +17,10 @@ from typing_extensions import override
 
 from vlmforge.engine.fields import TokenCount
 from vlmforge.engine.positions.absolute import Frequency, RotaryTables, rounded_turns
-from vlmforge.engine.positions.in_graph import PlacedGrid, Places
+from vlmforge.engine.positions.in_graph import AXES, PlacedGrid, Places
 from vlmforge.engine.schema import Agreeing
 from vlmforge.field_rules import Int
 
-AXES = 3
 Axis = Annotated[int, Int(0, AXES - 1)]
 
 

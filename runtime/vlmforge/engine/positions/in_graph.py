@@ -8,8 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+AXES = 3
+"""Of a token's place: time, down, across."""
+
 Places = NDArray[np.int64]
-"""`[tokens, axes]`, where tokens are."""
+"""`[tokens, AXES]`, where tokens are."""
 
 
 class PlacedGrid(NamedTuple):
