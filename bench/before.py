@@ -47,12 +47,18 @@ class Case:
     image: bool = False
     twice: bool = False
 
+    @property
+    def question(self) -> tuple[int, int, bool, bool]:
+        """What is asked; cases that are alike in it are measured of the same answers."""
+        return self.prompts, self.tokens, self.image, self.twice
+
 
 def cases(tokens: int) -> tuple[Case, ...]:
     """What is asked; `tokens` of each answer that is long."""
     return (
         Case("first token, text (ms)", "first", 1, 1),
-        Case("first token, a new image (ms)", "first", 1, 1, image=True),
+        Case("first token, a new image (ms)", "first", 1, tokens, image=True),
+        Case("a decoding step behind it (ms)", "step", 1, tokens, image=True),
         Case("a decoding step of 1 (ms)", "step", 1, tokens),
         Case("first tokens of 8 (ms)", "first", 8, tokens, twice=True),
         Case("between two tokens of 8 (ms)", "step", 8, tokens, twice=True),
@@ -104,14 +110,19 @@ class Sides:
         """Everybody's turn; `first`: who begins, counted on for ever."""
         return [(first + index) % len(self._trees) for index in range(len(self._trees))]
 
-    def load(self, first: int) -> tuple[float, ...]:
-        """How long each takes to load: one more process, beside those that are there."""
+    def load(self, first: int) -> dict[str, tuple[float, ...]]:
+        """How long each takes to load: one more process, beside those that are there.
+
+        And from the process's beginning until then.
+        """
         found = {}
         for index in self._turns(first):
+            begin = time.perf_counter()
             child = self._child(self._trees[index])
-            found[index] = child.hello["load"]
+            found[index] = child.hello["load"], (time.perf_counter() - begin) * 1e3
             child.close()
-        return tuple(found[index] for index in range(len(found)))
+        loads = zip(*(found[index] for index in range(len(found))), strict=True)
+        return dict(zip(("load (ms)", "a process until then (ms)"), loads, strict=True))
 
     def ask(self, case: Case, first: int) -> list[dict[str, Any]]:
         """What each took for the same prompts, which nobody has seen; `first`: who begins."""
@@ -148,7 +159,7 @@ def measure(
     found: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     asked: dict[tuple[int, int, bool, bool], list[Case]] = defaultdict(list)
     for case in cases(tokens):
-        asked[case.prompts, case.tokens, case.image, case.twice].append(case)
+        asked[case.question].append(case)
     begun = time.monotonic()
     for index in range(rounds + 1):
         if index:
@@ -159,7 +170,9 @@ def measure(
             answers = sides.ask(alike[0], index)
             for case in alike if index else ():  # the first round warms up
                 found[case.name].append(tuple(answer[case.measure] for answer in answers))
-    found["load (ms)"] += [sides.load(index) for index in range(loads)]
+    for index in range(loads):
+        for name, times in sides.load(index).items():
+            found[name].append(times)
     return found
 
 

@@ -36,10 +36,14 @@ def writable_cache(name: str) -> Path | None:
 
 
 def heap_chosen() -> bool:
-    """Whether somebody decided already how the C library keeps memory: see mallopt(3)."""
-    names = (f"MALLOC_{name}" for name in ("ARENA_MAX", "MMAP_THRESHOLD_", "TRIM_THRESHOLD_"))
-    return any(name in os.environ for name in names) or (
-        "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    """Whether somebody decided already how the C library keeps memory: see mallopt(3).
+
+    (Not by `glibc.malloc.hugetlb`, which asks for larger pages of the same memory.)
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return any(
+        f"MALLOC_{name.upper()}" in os.environ or f"glibc.malloc.{name.rstrip('_')}=" in tunables
+        for name in ("arena_max", "mmap_threshold_", "trim_threshold_")
     )
 
 

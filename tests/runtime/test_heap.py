@@ -40,6 +40,7 @@ libc.fclose(file)
         ({"MALLOC_ARENA_MAX": "4"}, False),
         ({"MALLOC_TRIM_THRESHOLD_": "4096"}, False),
         ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, True),
     ],
 )
 def test_one_heap_unless_somebody_chose(
