@@ -50,9 +50,9 @@ sleep within a burst. After up to 30,000 they mostly fell asleep on the processo
 runtime's own thread wakes up next: with two processors, the next prompt's first step waited a
 millisecond for it, or four."""
 _LOOKING_BEHIND_IMAGES_US = 50
-"""The same of the vision part's: about as long as between two operations of one run. What follows are
-the decoder's steps, and with 60,000 those of the first 60 ms shared a processor with a thread that
-was looking: a small model's took twice as long. With 500 the prompt's own step still did."""
+"""The same of the vision part's: about as long as between two operations of one run. What follows
+are the decoder's steps, and with 60,000 those of the first 60 ms shared a processor with a thread
+that was looking: a small model's took twice as long. With 500 the prompt's own step still did."""
 _NO_MORE: Mapping[str, NDArray[Any]] = MappingProxyType({})
 
 
