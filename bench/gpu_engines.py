@@ -35,8 +35,12 @@ KINDS = {
     "bfloat16": ("--dtype", "bfloat16"),
     "int8": ("--dtype", "float16", "--weights", "int8"),
     "int4": ("--dtype", "float16", "--weights", "int4"),
-    "tp2": ("--dtype", "float16", "--tp", "2"),
     "fp8": ("--dtype", "float16", "--kv-dtype", "fp8"),
+    "tp2": ("--dtype", "float16", "--tp", "2"),
+    "tp2_bfloat16": ("--dtype", "bfloat16", "--tp", "2"),
+    "tp2_int8": ("--dtype", "float16", "--tp", "2", "--weights", "int8"),
+    "tp2_int4": ("--dtype", "float16", "--tp", "2", "--weights", "int4"),
+    "tp2_fp8": ("--dtype", "float16", "--tp", "2", "--kv-dtype", "fp8"),
 }
 _QUESTIONS = 1300
 
@@ -76,7 +80,7 @@ def goldens(engines: Path) -> int:
 def originals(engine: Path) -> str:
     """What the original code gave, for engines whose weights are the original's."""
     name, kind = engine.name.rsplit(".", 1)
-    if name == DEMO or kind not in ("float16", "bfloat16", "tp2"):
+    if name == DEMO or kind not in ("float16", "bfloat16", "tp2", "tp2_bfloat16"):
         return ""
     from golden_models import TOLERANCES, Golden, cases_of, check_answer, check_images, check_prompt
 

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -172,6 +173,30 @@ def test_sums_are_normalised_whatever_makes_them(
         return True
 
     assert all_ranks(2, meet) == [True, True]
+
+
+def test_on_processors_memory_that_nobody_wrote_is_summed_without_a_word(gpus: Driver) -> None:
+    """As steps that run once at load do."""
+
+    def meet(gpu: HostGpu, ranks: Seat) -> Any:
+        place, most = HostMeetings(ranks), np.finfo(np.float32).max
+        given = tensor(gpu, np.array([[most, np.inf * (-1) ** ranks.rank, 1, 2]], np.float32))
+        out, normed = (tensor(gpu, np.zeros((1, 4), np.float32)) for _ in range(2))
+        scale = tensor(gpu, np.ones(4, np.float32))
+        works = [
+            place.bind(SUM, given, out),
+            place.bind_norm(SumAndNorm(given, given, out, normed, scale.address, 1e-3)),
+        ]
+        for work in works:
+            work()
+        return gpu.download(out.address, out.shape, np.dtype(np.float32)).copy()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answers = all_ranks(2, meet)
+    for found in answers:
+        assert np.isinf(found[0, 0]) and np.isnan(found[0, 1])
+        np.testing.assert_array_equal(found[0, 2:], [3, 6])
 
 
 @pytest.mark.parametrize("refused", ["cuIpcGetMemHandle", "cuIpcOpenMemHandle"])
