@@ -147,7 +147,7 @@ def main() -> None:
     values = arguments.parse_args()
     values.work.mkdir(parents=True, exist_ok=True)
     for size in values.sizes:
-        from vlmforge.backends.onnxruntime import physical_cores
+        from vlmforge.limits import physical_cores
 
         threads = physical_cores()
         bandwidth = read_bandwidth(threads)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmforge import EngineConfig, pipeline
-from vlmforge.backends.onnxruntime import physical_cores
+from vlmforge.limits import physical_cores
 from vlmforge.outputs.sampling import Sampler, SamplingParams
 
 SETTINGS = {

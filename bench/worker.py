@@ -77,7 +77,7 @@ def transformers(checkpoint: str) -> Run:
 
 
 def _cores() -> int:
-    from vlmforge.backends.onnxruntime import physical_cores
+    from vlmforge.limits import physical_cores
 
     return physical_cores()
 

@@ -25,8 +25,7 @@ from callers import Callers, of_files, resident_bytes, settle
 from drawn_requests import Drawing, draw_pictures
 from sent_requests import send
 from vlmforge import EngineConfig, Pipeline, pipeline
-from vlmforge.backends.onnxruntime import physical_cores
-from vlmforge.limits import return_freed_memory
+from vlmforge.limits import physical_cores, return_freed_memory
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "recipes/vlmforge_recipes/llava/demo/checkpoint"

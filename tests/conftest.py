@@ -153,7 +153,7 @@ def _few_threads() -> Iterator[None]:
     # for tools of its own, only if there are any.
     logging.getLogger("torch.__trace").propagate = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vlmforge.backends.onnxruntime.physical_cores", lambda: 1)
+        patch.setattr("vlmforge.limits.physical_cores", lambda: 1)
         yield
 
 

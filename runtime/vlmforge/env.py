@@ -40,10 +40,11 @@ def heap_chosen() -> bool:
 
     (Not by `glibc.malloc.hugetlb`, which asks for larger pages of the same memory.)
     """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    return any(
-        f"MALLOC_{name.upper()}" in os.environ or f"glibc.malloc.{name.rstrip('_')}=" in tunables
-        for name in ("arena_max", "mmap_threshold_", "trim_threshold_")
+    names = (f"MALLOC_{name}" for name in ("ARENA_MAX", "MMAP_THRESHOLD_", "TRIM_THRESHOLD_"))
+    tunables = os.environ.get("GLIBC_TUNABLES", "").split(":")
+    tuned = {tunable.partition("=")[0].strip() for tunable in tunables}
+    return any(name in os.environ for name in names) or any(
+        name.startswith("glibc.malloc.") for name in tuned - {"glibc.malloc.hugetlb"}
     )
 
 

@@ -76,6 +76,22 @@ def available_cpus(root: Path = _ROOT) -> int:
     return max(1, min([affinity or 1, *(math.ceil(quota) for quota in quotas)]))
 
 
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads counted once; no more than its quota of time.
+
+    Falls back to the number of usable logical processors where the topology is not published.
+    """
+    allowed = available_cpus()
+    cores = set()
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ():
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text("ascii").strip())
+        except OSError:
+            return allowed
+    return min(len(cores) or allowed, allowed)
+
+
 def settle_heap() -> None:
     """Have the C library make one heap, from now on, and keep what was just freed at its end.
 

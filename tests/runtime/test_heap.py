@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import resident
+from vlmforge import env
 from vlmforge.limits import return_freed_memory
 
 # Threads that all have memory at once, and how many heaps it came from.
@@ -50,6 +51,36 @@ def test_one_heap_unless_somebody_chose(
     subprocess.run(command, env={**os.environ, **environment}, check=True)
     heaps = (tmp_path / "heaps.xml").read_text("ascii").count("<heap ")
     assert (heaps == 1) == single
+
+
+CHOSEN = [
+    *((f"MALLOC_{name}", "1") for name in ("ARENA_MAX", "MMAP_THRESHOLD_", "TRIM_THRESHOLD_")),
+    *(
+        ("GLIBC_TUNABLES", f"glibc.malloc.hugetlb=1:glibc.malloc.{name}=1")
+        for name in ("arena_max", "arena_test", "mmap_threshold", "mmap_max", "trim_threshold")
+    ),
+]
+OTHERS = [
+    ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+    ("GLIBC_TUNABLES", "glibc.rtld.optional_static_tls=2048:glibc.malloc.hugetlb=2"),
+    ("GLIBC_TUNABLES", ""),
+    ("MALLOC_CONF", "background_thread:true"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "chosen"),
+    [*((*pair, True) for pair in CHOSEN), *((*pair, False) for pair in OTHERS)],
+)
+def test_whose_settings_of_the_heap_hold(
+    name: str, value: str, chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in [*os.environ]:
+        if variable.startswith("MALLOC_") or variable == "GLIBC_TUNABLES":
+            monkeypatch.delenv(variable)
+    assert not env.heap_chosen()
+    monkeypatch.setenv(name, value)
+    assert env.heap_chosen() == chosen
 
 
 # Memory in some pieces that is freed and taken again: how often the system gave a page.

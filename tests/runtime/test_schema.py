@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
 import math
 import random
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmforge import engine
+from vlmforge.engine import schema
 from vlmforge.engine.images import ImagePolicy
 from vlmforge.engine.positions import PositionPolicy
 from vlmforge.engine.schema import from_json, to_json
 from vlmforge.errors import EngineFormatError
+from vlmforge.field_rules import Int
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +185,61 @@ def test_whatever_replaces_a_field_is_read_exactly_or_refused(value: object) -> 
             assert name == "ratio" or type(written) is type(value)
 
 
-@pytest.mark.parametrize("policy", [ImagePolicy, PositionPolicy])
-def test_a_policy_that_is_elsewhere_is_where_its_tag_says(policy: object) -> None:
+# --- members of unions that have files of their own ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "folder"), [(ImagePolicy, engine.images), (PositionPolicy, engine.positions)]
+)
+def test_a_policy_that_is_elsewhere_is_where_its_tag_says(
+    policy: object, folder: types.ModuleType
+) -> None:
+    """And all those of the union are, which type checkers read."""
     _, *places = typing.get_args(policy)
-    assert len(places) > 2
     for place in places:
         defaults = {field.name: field.default for field in dataclasses.fields(place.load())}
         assert defaults["name"] == place.tag
+    nodes = ast.walk(ast.parse(inspect.getsource(folder)))
+    union = next(node for node in nodes if isinstance(node, ast.AnnAssign))
+    named = [node.id for node in ast.walk(union) if isinstance(node, ast.Name)]
+    members = [name for name in named if name not in ("TypeAlias", "ImagePolicy", "PositionPolicy")]
+    assert sorted(members) == sorted(place.name for place in places)
+
+
+@pytest.mark.parametrize(
+    "tag", ["pixels", "__init__", "../anyres", "anyres\0", "absolute", "", 3, None, ["anyres"], {}]
+)
+def test_no_tag_imports_what_is_not_listed(tag: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = list[str]()
+    monkeypatch.setattr(schema.importlib, "import_module", imported.append)
+    with pytest.raises(EngineFormatError, match=r"image\.name"):
+        from_json(Pictured, {"image": {"name": tag}}, "t.json")
+    assert imported == []
+
+
+@dataclass(frozen=True, slots=True)
+class Pictured:
+    image: ImagePolicy
+
+
+@dataclass(frozen=True)
+class Base:
+    low: Annotated[int, Int(0, 9)]
+
+
+@dataclass(frozen=True)
+class Derived(Base):
+    high: Annotated[int, Int(0, 9)]
+
+
+@dataclass(frozen=True)
+class Wider(Derived):
+    low: Annotated[int, Int(0, 99)]
+
+
+def test_fields_of_a_base_class_have_its_rules_unless_they_are_given_others() -> None:
+    assert from_json(Derived, {"low": 9, "high": 9}, "t.json") == Derived(9, 9)
+    assert from_json(Wider, {"low": 99, "high": 9}, "t.json") == Wider(99, 9)
+    for kind, low, high, wrong in ((Derived, 10, 9, "low"), (Wider, 99, 10, "high")):
+        with pytest.raises(EngineFormatError, match=rf"t\.json\.{wrong}"):
+            from_json(kind, {"low": low, "high": high}, "t.json")

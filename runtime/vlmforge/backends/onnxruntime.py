@@ -6,10 +6,10 @@ the data file as they are. The graph reads and writes the key/value cache in pla
 
 from __future__ import annotations
 
-import os
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from vlmforge import limits
 from vlmforge.backends import (
     Backend,
     Communicator,
@@ -39,7 +40,7 @@ from vlmforge.engine.images.patch_inputs import NO_ARRAYS, Arrays
 from vlmforge.engine.manifest import KVLayout, Manifest, Part, decoder_name
 from vlmforge.errors import EngineError
 from vlmforge.kv.cache import Move
-from vlmforge.limits import available_cpus, return_freed_memory
+from vlmforge.limits import return_freed_memory
 from vlmforge.ort import ort, run_bound
 
 PROVIDER = "CPUExecutionProvider"
@@ -56,22 +57,6 @@ that was looking: a small model's took twice as long. With 500 the prompt's own 
 _NO_MORE: Mapping[str, NDArray[Any]] = MappingProxyType({})
 
 
-def physical_cores() -> int:
-    """Cores that this process may use, hyper-threads counted once; no more than its quota of time.
-
-    Falls back to the number of usable logical processors where the topology is not published.
-    """
-    allowed = available_cpus()
-    cores = set()
-    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ():
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text("ascii").strip())
-        except OSError:
-            return allowed
-    return min(len(cores) or allowed, allowed)
-
-
 def _session(
     path: Path,
     part: Part,
@@ -83,7 +68,7 @@ def _session(
     settings = ort.SessionOptions()
     for name, value in weights.items():
         settings.add_initializer(name, value)
-    settings.intra_op_num_threads = options.threads or physical_cores()
+    settings.intra_op_num_threads = options.threads or limits.physical_cores()
     settings.inter_op_num_threads = 1
     if part.chain is not None:  # threads of one segment that wait would hold up those of the next
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -322,6 +307,16 @@ class _Decoder(DecoderSession):
         return self._layouts[key]
 
 
+def _started(work: Callable[[], None]) -> threading.Thread | None:
+    """A thread that does it; None: there can be no more threads, as when Python is ending."""
+    thread = threading.Thread(target=work, name="vlmforge-load")
+    try:
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
+
+
 @dataclass(frozen=True, slots=True)
 class OnnxRuntimeBackend(Backend, WholeBackend):
     """See the module."""
@@ -330,13 +325,26 @@ class OnnxRuntimeBackend(Backend, WholeBackend):
     def load_parts(
         self, folder: Path, manifest: Manifest, options: LoadOptions
     ) -> tuple[VisionSession, DecoderSession]:
-        if not options.pack:  # memory is short: what one takes while it loads goes back first
+        decoder: Future[DecoderSession] = Future()
+
+        def load() -> None:
+            try:
+                decoder.set_result(self.load_decoder(folder, manifest, options))
+            except BaseException as error:  # noqa: BLE001 - it is raised by whoever asks
+                decoder.set_exception(error)
+
+        # Reading and packing take one thread each. Where memory is short, what one part takes while
+        # it loads goes back before the other does.
+        beside = _started(load) if options.pack else None
+        try:
             vision = self.load_vision(folder, manifest, options)
-            return vision, self.load_decoder(folder, manifest, options)
-        with ThreadPoolExecutor(1, "vlmforge-load") as beside:  # reading and packing are one thread
-            loading = beside.submit(self.load_vision, folder, manifest, options)
-            decoder = self.load_decoder(folder, manifest, options)
-            return loading.result(), decoder
+        except Exception:
+            if beside is not None:
+                beside.join()  # or it would still take memory behind the error
+            raise
+        if beside is None:
+            load()
+        return vision, decoder.result()
 
     @override
     def load_vision(self, folder: Path, manifest: Manifest, options: LoadOptions) -> VisionSession:

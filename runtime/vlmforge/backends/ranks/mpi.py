@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import numpy as np
 from typing_extensions import override
 
-from vlmforge.backends import Communicator, FloatArray, KeyValues, LoadOptions, onnxruntime
+from vlmforge import limits
+from vlmforge.backends import Communicator, FloatArray, KeyValues, LoadOptions
 from vlmforge.backends.ranks.calls import (
     SILENT_S,
     Call,
@@ -35,7 +36,6 @@ from vlmforge.backends.ranks.calls import (
 )
 from vlmforge.backends.ranks.serving import Failed, Task, serve
 from vlmforge.errors import BackendUnavailableError, ConfigError, PipelineError, RankError
-from vlmforge.limits import available_memory
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -385,10 +385,10 @@ def world(ranks: int) -> World:
 def own_options(task: Task) -> LoadOptions:
     """Of this process: its share of the threads, or of the cores of its host."""
     host, _ = _memory()
-    threads = task.options.threads or onnxruntime.physical_cores()
+    threads = task.options.threads or limits.physical_cores()
     beside = len(task.hosts) if task.options.threads else task.hosts.count(host)
     return dataclasses.replace(task.options, threads=max(1, threads // beside))
 
 
 def _memory() -> tuple[str, int]:
-    return os.uname().nodename, available_memory().bytes
+    return os.uname().nodename, limits.available_memory().bytes

@@ -25,8 +25,8 @@ from typing import NoReturn, cast
 
 from typing_extensions import override
 
-from vlmforge import env
-from vlmforge.backends import KeyValues, LoadOptions, onnxruntime
+from vlmforge import env, limits
+from vlmforge.backends import KeyValues, LoadOptions
 from vlmforge.backends.ranks.calls import SILENT_S, Call, OtherRanks, no_sign, rank_error
 from vlmforge.backends.ranks.guard import Guard
 from vlmforge.backends.ranks.serving import Failed, Task
@@ -133,7 +133,7 @@ class Processes(OtherRanks, Watch):
 
     @override
     def begin(self, folder: Path, options: LoadOptions) -> LoadOptions:
-        threads = shares(options.threads or onnxruntime.physical_cores(), self.size)
+        threads = shares(options.threads or limits.physical_cores(), self.size)
         own = [dataclasses.replace(options, threads=count) for count in threads]
         for rank, channel in self._channels.items():
             channel.send(Task(folder, own[rank], self.communicator.room))

@@ -3,7 +3,8 @@
 All of them have a `format` and answer `pixels(rgb)`, `view_size`, `view_rows(most_tokens)`,
 `sized`, `rows(size)`, `layout(size, tokens)`, `most_tokens(rows)` and `str()`; and for vision parts
 that take patches instead of views: `patch_inputs`, `grid(size)`, `arrays(grid)` and
-`within(limits, tokens)`. A new one is a file here, called as its tag, and a name in the union.
+`within(limits, tokens)`. A new one is a file here, called as its tag, and stands
+in the union and in the list of where its members are.
 """
 
 from __future__ import annotations
