@@ -89,16 +89,19 @@ def test_the_error_is_that_of_the_first_part_that_is_broken(
     assert not loading()
 
 
+@pytest.mark.parametrize("during", ["vision", "decoder"])
 def test_an_interrupt_does_not_wait_for_the_part_that_is_loaded_beside(
-    hf_engine: Path, before: Callable[[Before], None]
+    hf_engine: Path, before: Callable[[Before], None], during: str
 ) -> None:
+    """Whether it comes while the vision part is loaded, or the decoder is waited for."""
     left, main = threading.Event(), threading.main_thread().ident
     assert main is not None and main == threading.get_ident()
 
     def interrupt(part: str) -> None:
-        if part == "decoder":
+        if part == during:
             time.sleep(0.3)
             signal.pthread_kill(main, signal.SIGINT)
+        if part == "decoder":
             assert left.wait(HANGS)
 
     before(interrupt)
@@ -148,7 +151,10 @@ def test_an_engine_can_be_loaded_when_the_main_thread_has_ended(hf_engine: Path)
 def test_only_the_decoder_s_threads_look_long_for_work(
     hf_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the vision part would share the processors of the steps behind it."""
+    """Those of the vision part would share the processors of the steps behind it.
+
+    And those of the decoder, if they looked for less, would sleep where our own thread wakes up.
+    """
     load, looked = onnxruntime.ort.InferenceSession, dict[str, int]()
 
     def loaded(path: Path, settings: Any, **named: Any) -> object:
@@ -159,9 +165,7 @@ def test_only_the_decoder_s_threads_look_long_for_work(
     monkeypatch.setattr(onnxruntime.ort, "InferenceSession", loaded)
     assert ask(hf_engine) is not None
     assert looked["vision"] <= 500
-    assert (
-        looked["decoder"] >= 40_000
-    )  # below, they fall asleep where the runtime's thread wakes up
+    assert looked["decoder"] >= 40_000
 
 
 MODULES = """

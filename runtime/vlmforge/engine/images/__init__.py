@@ -3,8 +3,8 @@
 All of them have a `format` and answer `pixels(rgb)`, `view_size`, `view_rows(most_tokens)`,
 `sized`, `rows(size)`, `layout(size, tokens)`, `most_tokens(rows)` and `str()`; and for vision parts
 that take patches instead of views: `patch_inputs`, `grid(size)`, `arrays(grid)` and
-`within(limits, tokens)`. A new one is a file here, called as its tag, and stands
-in the union and in the list of where its members are.
+`within(limits, tokens)`. A new one is a file here, called as its tag, and stands in the union and
+in the list of where its members are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     ImagePolicy: TypeAlias = (
         CenterCrop | PadSquare | Stretch | AnyRes | AspectTiles | GridTiles | Patches
     )
-else:  # an engine has one: whoever serves it imports no other
+else:  # an engine has one: whoever serves it need not import the others
     ImagePolicy = Annotated[
         object,
         Elsewhere(f"{__name__}.center_crop", "CenterCrop"),

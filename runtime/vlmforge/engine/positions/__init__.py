@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vlmforge.engine.positions.dynamic_ntk import DynamicNTK
 
     PositionPolicy: TypeAlias = Absolute | DynamicNTK | Axes
-else:  # an engine has one: whoever serves it imports no other
+else:  # an engine has one: whoever serves it need not import the others
     PositionPolicy = Annotated[
         object,
         Elsewhere(f"{__name__}.absolute", "Absolute"),
