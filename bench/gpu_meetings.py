@@ -17,12 +17,12 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import structs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("bench", "runtime", "plugins_cuda")]
@@ -192,7 +192,7 @@ def _normed(
     apart: list[Work] = []
     for call in calls:
         apart += [way.all_reduce(call.given, call.total)]
-        apart += [norm_alone(gpu, replace(call, given=call.total), way.kernels)]
+        apart += [norm_alone(gpu, structs.replace(call, given=call.total), way.kernels)]
     ways = {"apart": apart, "one": [way.sum_and_norm(call) for call in calls]}
     times, found = {}, {}
     for name, works in ways.items():

@@ -18,11 +18,11 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +135,9 @@ def compared(device: Device, made: TokenSampler, address: int, size: int) -> tup
     """Tokens of four steps of every setting that differ, and that the host has to choose."""
     differ = left = 0
     for first in range(0, len(SETTINGS), max(ROWS)):
-        asked = [replace(p, seed=i) for i, p in enumerate(SETTINGS[first : first + max(ROWS)])]
+        asked = [
+            structs.replace(p, seed=i) for i, p in enumerate(SETTINGS[first : first + max(ROWS)])
+        ]
         pairs = [(Sampler(p, size, (7, 8)), Sampler(p, size, (7, 8))) for p in asked]
         for step in range(4):
             logits = drawn(len(asked), size, 100 * first + step)

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+from msgspec import Struct, structs
+
 from conftest import DATA, ROOT
 from live_parity import FAMILIES
 from vlmforge_builder.recipe import ModelSpec, RecipeOptions
@@ -267,6 +269,8 @@ def _comparable(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return (type(value).__name__, _comparable(fields))
+    if isinstance(value, Struct):
+        return (type(value).__name__, _comparable(structs.asdict(value)))
     if isinstance(value, Mapping):
         return {str(key): _comparable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

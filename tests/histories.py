@@ -11,6 +11,8 @@ import dataclasses
 import random
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 from conftest import IMAGES
 from vlmforge import GenerationConfig, Pipeline
 from vlmforge.backends import FloatArray
@@ -219,7 +221,7 @@ class Family:
         most = prompts[-1] + LONGEST_ANSWER
         tokens = max(most, sum(prompts[: history.fitting]))
         blocks = -(-tokens // history.block) + history.spare
-        options = dataclasses.replace(
+        options = structs.replace(
             self._pipe._engine.options,
             slots=history.slots,
             block_size=history.block,

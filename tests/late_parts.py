@@ -5,10 +5,11 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
+from msgspec import structs
 from typing_extensions import override
 
 from stand_in import Parts
@@ -114,7 +115,7 @@ class LateParts(Parts, OverlappingDecoder):
                 assert before is not None
                 # Of a step that failed nobody knows what is there.
                 ids[row, 0] = before.ids[source % FIRST_TOKENS] if before.ids else 5
-        logits = super().step(replace(batch, input_ids=ids))[:, 0]
+        logits = super().step(structs.replace(batch, input_ids=ids))[:, 0]
         found: list[Picked | np.int64 | None] = []
         for row, values in enumerate(logits):
             choice = None if choices is None else choices[row]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from msgspec import structs
 from tokenizers import Tokenizer
 
 from conftest import DATA, HF, ORIGINAL
@@ -87,7 +88,7 @@ HF_JSON = (HF / "checkpoint/tokenizer.json").read_text("utf-8")
 def hf_setup() -> Setup:
     """The placeholder is a token of the tokenizer; 144 features for each image."""
     published = json.loads((HF / "checkpoint/chat_template.json").read_text("utf-8"))
-    policy = dataclasses.replace(PROMPT, splice=InlineToken(), image_token_id=640)
+    policy = structs.replace(PROMPT, splice=InlineToken(), image_token_id=640)
     return Setup(
         policy,
         ActiveTemplate("published", published["chat_template"], ()),
@@ -103,8 +104,8 @@ def original_setup() -> Setup:
         "A chat between a curious human and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the human's questions."
     )
-    parts = dataclasses.replace(TEMPLATE, meta_instruction=system)
-    policy = dataclasses.replace(PROMPT, splice=SplitText(), image_token_id=-200)
+    parts = structs.replace(TEMPLATE, meta_instruction=system)
+    policy = structs.replace(PROMPT, splice=SplitText(), image_token_id=-200)
     return Setup(
         policy,
         ActiveTemplate("parts", jinja_from_parts(parts, policy.image_placeholder), ()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from msgspec import structs
 
 from vlmforge.engine.chain import (
     AttentionCall,
@@ -167,7 +167,7 @@ CHAIN = PartChain(
 )
 """Of two layers, as the sample's key/value cache has them."""
 
-_SHARD = dataclasses.replace(
+_SHARD = structs.replace(
     PARTS[1],
     outputs=PARTS[0].outputs,
     rotary_tables=("cos", "sin"),
@@ -175,23 +175,23 @@ _SHARD = dataclasses.replace(
     chain=CHAIN,
 )
 
-RICH = dataclasses.replace(
+RICH = structs.replace(
     MANIFEST,
     quantisation="int4",
     parts=(
-        dataclasses.replace(
+        structs.replace(
             PARTS[0],
             profiles=(Profile("encode", {"images": DimRange(1, 1, 8)}),),
             layers="vision.layers.json",
             aliases={"features": "pixel_values"},
         ),
         _SHARD,
-        dataclasses.replace(_SHARD, name="decoder.rank1"),
+        structs.replace(_SHARD, name="decoder.rank1"),
     ),
     parallel=ParallelLayout(2, kv_heads=2),
-    kv=dataclasses.replace(MANIFEST.kv, page_size=64),
+    kv=structs.replace(MANIFEST.kv, page_size=64),
     image=AnyRes(FORMAT, Tiling(8, ((8, 16), (16, 16)), (0, 0, 0), 2, 5, UnpaddedLines(digits=7))),
-    prompt=dataclasses.replace(
+    prompt=structs.replace(
         PROMPT,
         splice=NamedSpan("<img>", "</img>", 5, 6, 10, "image"),
         content_tokens=("<img>",),
@@ -200,13 +200,13 @@ RICH = dataclasses.replace(
         in_order=True,
         image_around=("<a>", "</a>"),
     ),
-    decode=dataclasses.replace(MANIFEST.decode, positions=DynamicNTK(2048, 3), feature_layers=2),
+    decode=structs.replace(MANIFEST.decode, positions=DynamicNTK(2048, 3), feature_layers=2),
     files=(FileEntry("vision.data", 3, "0" * 64),),
-    provenance=dataclasses.replace(MANIFEST.provenance, options={"a": "b"}, versions={"c": "1"}),
+    provenance=structs.replace(MANIFEST.provenance, options={"a": "b"}, versions={"c": "1"}),
 )
 """A manifest that has all that there can be."""
 
 
 def with_files(entries: tuple[FileEntry, ...]) -> Manifest:
     """The sample with these files."""
-    return dataclasses.replace(MANIFEST, files=entries)
+    return structs.replace(MANIFEST, files=entries)

@@ -7,7 +7,6 @@ to wait.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import threading
 import zlib
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import PIL.Image
 import pytest
+from msgspec import structs
 
 from conftest import wait_until
 from sample_manifest import MANIFEST, PROMPT, TEMPLATE
@@ -117,7 +117,7 @@ def _tokenizer() -> TextTokenizer:
 
 def manifest(**prompt: Any) -> Manifest:
     """The sample manifest with other fields in its prompt policy."""
-    return dataclasses.replace(MANIFEST, prompt=dataclasses.replace(PROMPT, **prompt))
+    return structs.replace(MANIFEST, prompt=structs.replace(PROMPT, **prompt))
 
 
 def stand_in(
@@ -136,9 +136,9 @@ def stand_in(
     parts = Parts(slots) if parts is None else parts
     options = LoadOptions(slots=slots, capacity=CAPACITY, block_size=16)
     if not isinstance(parts, OverlappingDecoder):  # as on the processor
-        options = dataclasses.replace(options, prompts=slots, apart=True, packs=True)
+        options = structs.replace(options, prompts=slots, apart=True, packs=True)
     if blocks is not None:
-        options = dataclasses.replace(options, block_size=blocks[0], budget=blocks[1])
+        options = structs.replace(options, block_size=blocks[0], budget=blocks[1])
     template = jinja_from_parts(TEMPLATE, of.prompt.image_placeholder)
     engine = Engine(
         manifest=of,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from msgspec import structs
 
 from vlmforge.engine.chain import BoundWeight, Segment
 from vlmforge_builder.chain_file import describe_piece
@@ -59,7 +60,7 @@ def _joined(graphs: Sequence[ir.Graph], segments: Sequence[Segment]) -> list[Seg
     joined = []
     for segment, own in zip(segments, weights, strict=True):
         bound = tuple(_bound(own[at], weights[0][at].name or "") for at in unlike)
-        joined.append(replace(segment, weights=bound, names=names))
+        joined.append(structs.replace(segment, weights=bound, names=names))
     for value in (weights[0][position] for position in unlike):
         del first.initializers[value.name or ""]
         value.const_value = None

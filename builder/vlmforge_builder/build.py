@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import importlib.metadata
 import json
@@ -11,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from msgspec import structs
 
 from vlmforge.engine.bundle import open_bundle
 from vlmforge.engine.manifest import (
@@ -367,7 +368,7 @@ def _describe(source: Source, options: BuildOptions, parts: tuple[Part, ...]) ->
 
 
 def _with_files(manifest: Manifest, files: tuple[FileEntry, ...]) -> Manifest:
-    return dataclasses.replace(manifest, files=files)
+    return structs.replace(manifest, files=files)
 
 
 def _versions() -> Mapping[str, str]:

@@ -6,7 +6,6 @@ all else is copied.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import onnx_ir as ir
+from msgspec import structs
 
 from vlmforge.engine.bundle import Bundle, open_bundle
 from vlmforge.engine.interface import interface_of
@@ -107,7 +107,7 @@ def _check(bundle: Bundle, output: Path, tp: int) -> None:
 
 def _provenance(manifest: Manifest, tp: int) -> Provenance:
     options = {**manifest.provenance.options, "tp": str(tp)}
-    return dataclasses.replace(manifest.provenance, options=options)
+    return structs.replace(manifest.provenance, options=options)
 
 
 def _is_current(output: Path, wanted: Provenance, *, force: bool) -> bool:
@@ -118,7 +118,7 @@ def _is_current(output: Path, wanted: Provenance, *, force: bool) -> bool:
         found = load_manifest(output).provenance
     except EngineError:
         found = None
-    if found is None or dataclasses.replace(found, built_at=wanted.built_at) != wanted:
+    if found is None or structs.replace(found, built_at=wanted.built_at) != wanted:
         raise BuildError(
             f"{output} is another engine.",
             found="an engine of " + (found.source if found else "another schema version"),
@@ -140,16 +140,16 @@ def _write(
             _copy_shared(bundle, folder, tp)
         parts = _divided(bundle, folder, tp, progress)
         built_at = datetime.now(UTC).isoformat(timespec="seconds")
-        manifest = dataclasses.replace(
+        manifest = structs.replace(
             bundle.manifest,
             parts=parts,
             parallel=parallel_layout(parts, tp),
             files=(),
-            provenance=dataclasses.replace(provenance, built_at=built_at),
+            provenance=structs.replace(provenance, built_at=built_at),
         )
         with progress.stage("checksums"):
             files = list_files(folder)
-        manifest = dataclasses.replace(manifest, files=files)
+        manifest = structs.replace(manifest, files=files)
         (folder / MANIFEST_FILE).write_text(dump_manifest(manifest), "utf-8")
     size = sum(entry.size for entry in files)
     progress.note(f"built {output}: {len(files) + 1} files, {size / 1e9:.2f} GB")

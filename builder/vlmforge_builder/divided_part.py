@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from msgspec import structs
 from torch import Tensor
 from typing_extensions import override
 
@@ -107,8 +108,8 @@ def divide_part(
         shapes[name] = share.shape(shapes[name])
     interface = part.interface
     assert isinstance(interface, DecoderInterface)
-    kv = dataclasses.replace(interface.kv, kv_heads=_kv_heads(traced.model.graph, interface))
-    interface = dataclasses.replace(interface, kv=kv)
+    kv = structs.replace(interface.kv, kv_heads=_kv_heads(traced.model.graph, interface))
+    interface = structs.replace(interface, kv=kv)
     divided = dataclasses.replace(part, weights=weights, interface=interface)
     return DividedPart(divided, shapes, finer, rows)
 

@@ -6,11 +6,12 @@ Each is compiled by a process of its own from files beside it, which go when it 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
+from msgspec import structs
 
 from vlmforge.engine.chain import PartChain, Segment
 from vlmforge.engine.layer_report import LayerReport, read_layers
@@ -77,7 +78,7 @@ def write_chain(model: ir.Model, layout: Layout, wanted: PlanJob) -> PartChain:
         refer(model, layout, data)
         cut = cut_chain(model)
         graphs = save_segments(cut.pieces, job.stem, scratch)
-        plans = [replace(segment, file=_plan_of(segment)) for segment in graphs]
+        plans = [structs.replace(segment, file=_plan_of(segment)) for segment in graphs]
         meetings: Mapping[str, str] = {}
         if not job.described:
             _write_weights(data, layout, job)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from msgspec import structs
+
 from vlmforge.errors import CheckpointError, PromptError
 from vlmforge.inputs.content import check_writes_users
 from vlmforge.inputs.template_choice import choose_template as choose
@@ -30,7 +32,7 @@ def choose_template(spec: ModelSpec, wanted: str | None) -> ModelSpec:
     return dataclasses.replace(
         spec,
         template=ChatTemplate(active.name, active.jinja, active.stop_words),
-        prompt=dataclasses.replace(
+        prompt=structs.replace(
             spec.prompt, template_name=active.name, stop_words=active.stop_words
         ),
     )

@@ -11,10 +11,11 @@ import reprlib
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from functools import cache, wraps
-from typing import Any, Protocol, TypeGuard, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
+from msgspec import Struct
 from typing_extensions import override
 
 from vlmforge.errors import ConfigError
@@ -23,15 +24,17 @@ _MOST = 2**64 - 1
 T = TypeVar("T")
 
 
-class Rule(Protocol):
+class Rule:
     """The values that a field may hold; its `str` completes "must be ..."."""
+
+    __slots__ = ()
 
     def admits(self, value: object) -> bool:
         """Whether a field may hold `value`."""
+        raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True)
-class OrNone(Rule):
+class OrNone(Rule, Struct, frozen=True):
     """None, or what `rule` admits."""
 
     rule: Rule
@@ -44,8 +47,7 @@ class OrNone(Rule):
         return f"{self.rule} or None"
 
 
-@dataclass(frozen=True, slots=True)
-class Int(Rule):
+class Int(Rule, Struct, frozen=True):
     """An integer (not a bool) in `[low, high]`; without `high`, of at most 64 bits."""
 
     low: int
@@ -65,8 +67,7 @@ class Int(Rule):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Number(Rule):
+class Number(Rule, Struct, frozen=True):
     """A finite number (not a bool) in `[low, high]`, without `low` itself if `above`."""
 
     low: float
@@ -87,8 +88,7 @@ class Number(Rule):
         return f"a number in {'(' if self.above else '['}{self.low:g}, {self.high:g}]"
 
 
-@dataclass(frozen=True, slots=True)
-class Flag(Rule):
+class Flag(Rule, Struct, frozen=True):
     """A bool."""
 
     @override
@@ -99,8 +99,7 @@ class Flag(Rule):
         return "True or False"
 
 
-@dataclass(frozen=True, slots=True)
-class FlagOrFolder(Rule):
+class FlagOrFolder(Rule, Struct, frozen=True):
     """A bool, or the path of a folder that exists."""
 
     @override
@@ -116,8 +115,7 @@ class FlagOrFolder(Rule):
         return "True, False or the path of a folder that is there"
 
 
-@dataclass(frozen=True, slots=True)
-class Text(Rule):
+class Text(Rule, Struct, frozen=True):
     """A string, `empty` ones included; `argument`: such as programs can be called with."""
 
     empty: bool = True
@@ -134,8 +132,7 @@ class Text(Rule):
         return kind + (" without NUL and lone surrogates" if self.argument else "")
 
 
-@dataclass(frozen=True, slots=True)
-class Choice(Rule):
+class Choice(Rule, Struct, frozen=True):
     """One of a few strings."""
 
     values: tuple[str, ...]
@@ -148,8 +145,7 @@ class Choice(Rule):
         return "one of " + ", ".join(repr(value) for value in self.values)
 
 
-@dataclass(frozen=True, slots=True)
-class ListOf(Rule):
+class ListOf(Rule, Struct, frozen=True):
     """A list or tuple whose every item `item` admits. A bare string is not a list of strings.
 
     `length` is how many items it must have; None: any number.
@@ -169,8 +165,7 @@ class ListOf(Rule):
         return f"a list{many} whose every item is {self.item}"
 
 
-@dataclass(frozen=True, slots=True)
-class Function(Rule):
+class Function(Rule, Struct, frozen=True):
     """A callable."""
 
     @override
@@ -181,8 +176,7 @@ class Function(Rule):
         return "a callable"
 
 
-@dataclass(frozen=True, slots=True)
-class Identity(Rule):
+class Identity(Rule, Struct, frozen=True):
     """What tells sessions apart."""
 
     @override
@@ -193,8 +187,7 @@ class Identity(Rule):
         return "an integer or a string"
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(Struct, frozen=True):
     """Why a field can hold only the values `neutral`, and what to do instead."""
 
     neutral: tuple[object, ...]
@@ -202,8 +195,7 @@ class Refusal:
     instead: str
 
 
-@dataclass(frozen=True, slots=True)
-class Instance(Rule):
+class Instance(Rule, Struct, frozen=True):
     """An object of a class."""
 
     kind: type

@@ -12,8 +12,9 @@ import atexit
 import ctypes
 import os
 import weakref
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 
 class Owner(Protocol):
@@ -26,8 +27,7 @@ class Owner(Protocol):
         """They are gone: this is a forked child. Must not wait for anything."""
 
 
-@dataclass(slots=True)
-class _Process:
+class _Process(Struct):
     forks: int = 0
 
 

@@ -14,8 +14,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from msgspec import Struct
 
 from vlmforge import env
 
@@ -37,8 +38,7 @@ with in all. With less, each layer's memory goes back, and the next one gets it 
 _V1_UNLIMITED = 1 << 60
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(Struct, frozen=True):
     """Memory that this process may still take.
 
     Attributes:

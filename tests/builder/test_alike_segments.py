@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from msgspec import structs
 
 from conftest import DATA, HF, build_once, cuda_engine, kernels_for_one_gpu
 from vlmforge import pipeline
@@ -99,14 +99,14 @@ def changed(bundle: Bundle, **fields: object) -> Bundle:
     part = bundle.manifest.part("decoder")
     assert part.chain is not None
     last = [s for s in part.chain.segments if s.weights][-1]
-    bound = replace(last.weights[-1], **fields)  # type: ignore[arg-type]
-    other = replace(last, weights=(*last.weights[:-1], bound))
+    bound = structs.replace(last.weights[-1], **fields)  # type: ignore[arg-type]
+    other = structs.replace(last, weights=(*last.weights[:-1], bound))
     steps = tuple(
         ChainStep(segment=other) if step.segment is last else step for step in part.chain.steps
     )
-    made = replace(part, chain=replace(part.chain, steps=steps))
+    made = structs.replace(part, chain=structs.replace(part.chain, steps=steps))
     parts = tuple(made if one is part else one for one in bundle.manifest.parts)
-    return replace(bundle, manifest=replace(bundle.manifest, parts=parts))
+    return structs.replace(bundle, manifest=structs.replace(bundle.manifest, parts=parts))
 
 
 @pytest.mark.parametrize(

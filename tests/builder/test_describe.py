@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from conftest import HF, cuda_engine, golden_engine
 from hub_server import HubServer
@@ -53,9 +54,9 @@ def test_an_outline_tells_what_the_file_tells(tmp_path: Path) -> None:
     path = min((HF / "checkpoint").glob("*.safetensors"))
     write_outline(tmp_path / "outline.safetensors", entries(path))
     found, real = read_safetensors(tmp_path / "outline.safetensors"), read_safetensors(path)
-    assert {name: replace(tensor.info, file=path) for name, tensor in found.items()} == {
-        name: tensor.info for name, tensor in real.items()
-    }
+    assert {
+        name: dataclasses.replace(tensor.info, file=path) for name, tensor in found.items()
+    } == {name: tensor.info for name, tensor in real.items()}
     assert (tmp_path / "outline.safetensors").stat().st_blocks * 512 < path.stat().st_size / 4
     write_outline(tmp_path / "empty.safetensors", {})
     assert read_safetensors(tmp_path / "empty.safetensors") == {}
@@ -74,12 +75,14 @@ def bare(manifest: Manifest) -> Manifest:
         empty = {"kernels": {}, "activations": {}, "choosers": {}}
         sets = () if part.chain is None else [getattr(part.chain, name) for name in empty]
         kernels = {name for files in sets for name in files.values()}
-        chain = None if part.chain is None else replace(part.chain, **empty)
+        chain = None if part.chain is None else structs.replace(part.chain, **empty)
         data = tuple(name for name in part.data if name not in kernels)
-        parts.append(replace(part, chain=chain, data=data))
+        parts.append(structs.replace(part, chain=chain, data=data))
     options = {k: v for k, v in manifest.provenance.options.items() if k != "skip_goldens"}
-    provenance = replace(manifest.provenance, built_at="", source_fingerprint="", options=options)
-    return replace(manifest, parts=tuple(parts), files=(), provenance=provenance)
+    provenance = structs.replace(
+        manifest.provenance, built_at="", source_fingerprint="", options=options
+    )
+    return structs.replace(manifest, parts=tuple(parts), files=(), provenance=provenance)
 
 
 @pytest.mark.parametrize("weights", [None, "int4"])

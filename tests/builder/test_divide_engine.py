@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from conftest import DATA, HF
 from divided_decoders import SETTINGS, compiled, prompts
@@ -68,11 +68,11 @@ def test_ranks_are_described_and_held_against_each_other(hf_engine: Path, tmp_pa
     *steps, gather = last.chain.steps
     segment = steps[-1].segment
     assert segment is not None
-    narrow = replace(segment.outputs[0], shape=("batch", "outputs", 99))
-    steps[-1] = replace(steps[-1], segment=replace(segment, outputs=(narrow,)))
-    odd = replace(last, chain=replace(last.chain, steps=(*steps, gather)))
-    manifest = replace(bundle.manifest, parts=(*others, odd))
-    failed = [r for r in check_static(replace(bundle, manifest=manifest)) if not r.passed]
+    narrow = structs.replace(segment.outputs[0], shape=("batch", "outputs", 99))
+    steps[-1] = structs.replace(steps[-1], segment=structs.replace(segment, outputs=(narrow,)))
+    odd = structs.replace(last, chain=structs.replace(last.chain, steps=(*steps, gather)))
+    manifest = structs.replace(bundle.manifest, parts=(*others, odd))
+    failed = [r for r in check_static(structs.replace(bundle, manifest=manifest)) if not r.passed]
     assert [(r.part, r.check) for r in failed] == [("decoder.rank1", "ranks")]
     assert failed[0].detail.startswith("logits_share is TensorSpec")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from msgspec import structs
 
 from conftest import DATA, HF, cuda_engine, golden_engine
 from vlmforge.cli import main
@@ -126,26 +126,28 @@ def test_a_call_that_is_wrong_is_named(engine: Path, tmp_path: Path, op: str) ->
     assert decoder.chain is not None
     planted = decoder.chain.attention[1]
     steps = tuple(
-        replace(step, attention=replace(planted, scale=1))
+        structs.replace(step, attention=structs.replace(planted, scale=1))
         if op == "attention" and step.attention is planted
         else step
         if op == "attention" or step.gated is None
-        else replace(step, gated=replace(step.gated, activation="gelu"))
+        else structs.replace(step, gated=structs.replace(step.gated, activation="gelu"))
         for step in decoder.chain.steps
     )
     out = planted.out if op == "attention" else decoder.chain.gates[0].out
     parts = (
         manifest.part("vision"),
-        replace(decoder, chain=replace(decoder.chain, steps=steps)),
+        structs.replace(decoder, chain=structs.replace(decoder.chain, steps=steps)),
     )
     shutil.copytree(engine, wrong)
-    (wrong / MANIFEST_FILE).write_text(dump_manifest(replace(manifest, parts=parts)), "utf-8")
+    (wrong / MANIFEST_FILE).write_text(
+        dump_manifest(structs.replace(manifest, parts=parts)), "utf-8"
+    )
     first = next(result for result in compare_engine(wrong, engine) if not result.passed)
     assert (first.name, first.op) == (out, op)
 
 
 def test_a_plan_shows_nothing_of_its_inside(engine: Path) -> None:
-    manifest = replace(load_manifest(engine), backend="tensorrt_rtx")
+    manifest = structs.replace(load_manifest(engine), backend="tensorrt_rtx")
     with pytest.raises(BackendUnavailableError, match="tensor by tensor") as caught:
         watch_engine(Bundle(engine, manifest), "decoder", draw(manifest, "decoder"))
     assert "--target cuda" in caught.value.fix

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from msgspec import structs
 
 from vlmforge.engine.images.patch_inputs import Arrays
 from vlmforge.engine.images.patches import Patches
@@ -41,8 +42,8 @@ CONFIG = PatchVisionConfig(
     whole=frozenset({1}),
 )
 KINDS = {
-    "windowed": (WindowedVision, dataclasses.replace(POLICY, table=0), {}),
-    "placed": (PlacedVision, dataclasses.replace(POLICY, window=0), {"table": 9, "tapped": (0,)}),
+    "windowed": (WindowedVision, structs.replace(POLICY, table=0), {}),
+    "placed": (PlacedVision, structs.replace(POLICY, window=0), {"table": 9, "tapped": (0,)}),
 }
 
 

@@ -7,7 +7,6 @@ that other sequences have. The host's sampler is tested by itself (`test_samplin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from numpy.typing import NDArray
 
 from vlmforge.backends.choice import Choice, Picked
@@ -114,7 +114,7 @@ NUCLEUS = SamplingParams(greedy=False, top_p=0.95, seed=4)
 def test_more_candidates_than_it_looks_at_are_left_to_the_host() -> None:
     """Whose number is the one that was drawn, however often it is asked for."""
     sharp, flat = drawn_logits(1, LARGE, 1e-6), np.zeros(LARGE, np.float32)
-    wide = replace(NUCLEUS, top_k=65)
+    wide = structs.replace(NUCLEUS, top_k=65)
     of_graph, of_host = Sampler(NUCLEUS, LARGE), Sampler(NUCLEUS, LARGE)
     for logits in (sharp * 5, flat, sharp * 5):
         choice = of_graph.choice()
@@ -123,9 +123,9 @@ def test_more_candidates_than_it_looks_at_are_left_to_the_host() -> None:
         assert (picked is None) is (logits is flat)
         assert of_graph.step(logits if picked is None else picked) == of_host.step(logits)
     assert chosen([sharp], [Sampler(wide, LARGE).choice()], candidates=64) == [None]
-    assert chosen([sharp], [Sampler(replace(wide, top_k=64), LARGE).choice()], candidates=64) != [
-        None
-    ]
+    assert chosen(
+        [sharp], [Sampler(structs.replace(wide, top_k=64), LARGE).choice()], candidates=64
+    ) != [None]
 
 
 def test_without_limits_every_token_may_be_drawn() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from conftest import IMAGES, wait_until
 from stand_in import at_once, planned_steps
@@ -85,10 +86,12 @@ def test_a_cache_that_is_too_small_makes_sequences_wait_and_changes_no_token(
     """Who came last gives up its place, pictures included, and is computed again later."""
     with open_pipe(hf_engine, max_batch_size=4) as pipe:
         longest = max(pipe.count_tokens(prompt) for prompt in PROMPTS) + 24
-        options = replace(pipe._engine.options, block_size=16, budget=-(-longest // 16) + spare)
-        engine = replace(pipe._engine, options=options)
+        options = structs.replace(
+            pipe._engine.options, block_size=16, budget=-(-longest // 16) + spare
+        )
+        engine = dataclasses.replace(pipe._engine, options=options)
         runs = Counting(engine)
-        engine = replace(engine, decoder=runs)
+        engine = dataclasses.replace(engine, decoder=runs)
         with serve(engine, EngineConfig(**fields), VisionConfig()) as small:
             runs.begin_with(len(PROMPTS), small)
             responses = small(PROMPTS[::-1], gen_config=CONFIGS[::-1])

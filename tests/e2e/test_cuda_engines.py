@@ -6,18 +6,19 @@ scheduler are those of a GPU; what is not is listed in `vlmforge.backends.fake`.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from conftest import HF, IMAGES, cuda_engine, wait_until
 from golden_models import (
@@ -121,8 +122,10 @@ def pool(pipe: Pipeline) -> BlockPool:
 
 def small(pipe: Pipeline, blocks: int, **fields: int) -> Pipeline:
     """A pipeline on the same engine with fewer pages."""
-    options = replace(pipe._engine.options, budget=blocks)
-    return serve(replace(pipe._engine, options=options), EngineConfig(**fields), VisionConfig())
+    options = structs.replace(pipe._engine.options, budget=blocks)
+    return serve(
+        dataclasses.replace(pipe._engine, options=options), EngineConfig(**fields), VisionConfig()
+    )
 
 
 def test_batches_in_any_order_equal_singles(pipe: Pipeline, singles: list[list[int]]) -> None:
@@ -147,7 +150,7 @@ def test_ids_alone_give_what_logits_give(pipe: Pipeline, monkeypatch: pytest.Mon
     monkeypatch.setattr(PagedDecoder, "begin", noted)
     texts = [f"number {n}, and so on" for n in range(4)]
     plain = GenerationConfig(max_new_tokens=12, ignore_eos=True)
-    whole = replace(plain, output_logits="generation")
+    whole = dataclasses.replace(plain, output_logits="generation")
     by_ids = [answer.token_ids for answer in at_once(pipe, texts, plain)]
     assert max(steps) == 4 and min(steps) >= 1
     steps.clear()
@@ -182,7 +185,7 @@ def test_prompts_of_several_lengths_and_pictures_run_together(
 
     monkeypatch.setattr(Engine, "begin_first", noted)
     order = [0, 1, 4, 3]
-    configs = [replace(CONFIGS[i], **ways.get(i, {})) for i in order]
+    configs = [dataclasses.replace(CONFIGS[i], **ways.get(i, {})) for i in order]
     with small(pipe, 64) as fresh:
         alone = [
             fresh(PROMPTS[i], gen_config=config) for i, config in zip(order, configs, strict=True)
@@ -227,7 +230,7 @@ SAMPLED = [
 
 def by_host(pipe: Pipeline) -> Pipeline:
     """A pipeline on the same engine whose decoder chooses no tokens."""
-    engine = replace(pipe._engine)
+    engine = dataclasses.replace(pipe._engine)
     object.__setattr__(engine, "choosing", None)
     object.__setattr__(engine, "overlapping", None)
     return serve(engine, EngineConfig(), VisionConfig())
@@ -303,7 +306,7 @@ def test_several_answers_part_on_pages_of_their_own(
 
     monkeypatch.setattr(PagedDecoder, "move", noted)
     sampled = GenerationConfig(max_new_tokens=12, ignore_eos=True, top_k=50, random_seed=3)
-    several = replace(sampled, n=3)
+    several = dataclasses.replace(sampled, n=3)
     with small(pipe, 64) as fresh:
         alone = fresh("Tell me about cats.", gen_config=sampled)
         answers = fresh("Tell me about cats.", gen_config=several).choices

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 from PIL import Image
 
 from conftest import HF, cuda_engine
@@ -80,7 +81,7 @@ def through_host(loaded: Engine, shared: Path) -> Engine:
     decoder = loaded.decoder
     assert isinstance(decoder, PagedDecoder)
     file = cuda_engine(shared, HF.name) / loaded.manifest.part("vision").file
-    return replace(loaded, vision=HostVision(decoder._device.session(file)))
+    return dataclasses.replace(loaded, vision=HostVision(decoder._device.session(file)))
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def test_a_prompt_that_is_run_again_has_its_pictures_encoded_again(
     loaded: Engine, wanted: list[list[int]]
 ) -> None:
     """Few pages: who came last gives them up, and begins again later."""
-    page, more = loaded.options.block_size, replace(GREEDY, max_new_tokens=40)
+    page, more = loaded.options.block_size, dataclasses.replace(GREEDY, max_new_tokens=40)
     asked = [PROMPTS[0], PROMPTS[3], PROMPTS[4]]
     with served(loaded) as pipe:
         lengths = [pipe.count_tokens(prompt) for prompt in asked]
@@ -193,8 +194,8 @@ def test_a_prompt_that_is_run_again_has_its_pictures_encoded_again(
     # They begin together, and then there is no page for the next tokens.
     pages = sum(-(-(length + 1) // page) for length in lengths)
     assert pages < sum(-(-(length + 40) // page) for length in lengths)
-    options = replace(loaded.options, budget=pages)
-    with served(replace(loaded, options=options), feature_cache_bytes=0) as pipe:
+    options = structs.replace(loaded.options, budget=pages)
+    with served(dataclasses.replace(loaded, options=options), feature_cache_bytes=0) as pipe:
         answers = at_once(pipe, asked, [more] * len(asked))
         assert [answer.token_ids for answer in answers] == alone
         settle(pipe)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from conftest import HANGS, HF, IMAGES, cuda_engine, wait_until
 from golden_models import TOLERANCES, Golden, cases_of, check_answer, check_prompt
@@ -70,9 +71,10 @@ def test_what_is_told_of_it(engine: Path) -> None:
     results = [result for result in check_static(bundle) if result.check == "ranks"]
     assert all(result.passed and words in result.detail for result in results[1:])
     files = tuple(
-        replace(e, size=64) if e.path.endswith(".data") else e for e in bundle.manifest.files
+        structs.replace(e, size=64) if e.path.endswith(".data") else e
+        for e in bundle.manifest.files
     )
-    short = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    short = structs.replace(bundle, manifest=structs.replace(bundle.manifest, files=files))
     failed = [result for result in check_static(short) if not result.passed]
     scales = [result.detail for result in failed if result.check == "ranks"]
     assert len(scales) == 2 and all("no scale for" in detail for detail in scales)
@@ -95,7 +97,9 @@ def test_tokens_are_chosen_on_the_first_ones_device_as_the_host_would(two: Pipel
     decoder = two._engine.decoder
     assert isinstance(decoder, ChoosingDecoder) and decoder.chooses
     config = EngineConfig(enable_prefix_caching=False)
-    hosted = serve(replace(two._engine, decoder=OnTheHost(decoder)), config, VisionConfig())
+    hosted = serve(
+        dataclasses.replace(two._engine, decoder=OnTheHost(decoder)), config, VisionConfig()
+    )
     for config in (GREEDY, DRAWN):
         chosen, expected = two(PROMPTS, config), hosted(PROMPTS, config)
         assert [answer.token_ids for answer in chosen] == [a.token_ids for a in expected]

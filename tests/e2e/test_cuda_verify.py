@@ -6,11 +6,11 @@ The engine runs by the stand-in, whose float16 segments round as a GPU's do.
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from conftest import HF, build_once, cuda_engine
 from vlmforge.backends.fake import cuda_on_cpu
@@ -88,7 +88,7 @@ def test_limits_follow_from_what_is_calculated_in(engine: Path) -> None:
     manifest = load_manifest(engine)
     plain = limits_of(manifest)
     assert plain == {"pixels": 1e-5, "features": 3e-2, "logits": 0.1}
-    fp8 = replace(manifest, kv=replace(manifest.kv, dtype="float8_e4m3fn"))
+    fp8 = structs.replace(manifest, kv=structs.replace(manifest.kv, dtype="float8_e4m3fn"))
     assert limits_of(fp8) == {**plain, "logits": 0.4}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from conftest import golden_engine
 from golden_models import (
@@ -61,7 +62,7 @@ def open_lowered(shared: Path, folder: str, stack: ExitStack) -> Lowered:
             pipe._engine,
             vision=vision,
             decoder=make(traced, SLOTS, capacity),
-            options=dataclasses.replace(pipe._engine.options, slots=SLOTS, capacity=capacity),
+            options=structs.replace(pipe._engine.options, slots=SLOTS, capacity=capacity),
         )
         features = FeatureCache(engine.encode, batch=1)
         loop = Loop(engine, features, chunk=512, reuse_prefixes=True)

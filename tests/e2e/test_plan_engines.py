@@ -6,13 +6,14 @@ graph is run by ONNX Runtime (`vlmforge.backends.fake_plans`).
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from conftest import HF, IMAGES
 from golden_models import CASES, TOLERANCES, Golden, check_answer, check_images, check_prompt
@@ -71,8 +72,10 @@ def test_batches_a_full_pool_and_captured_steps(pipe: Pipeline) -> None:
     assert device(pipe).replays > before
     longest = max(pipe.count_tokens(prompt) for prompt in PROMPTS) + 9
     pages = -(-longest // pipe._engine.options.block_size)
-    options = replace(pipe._engine.options, budget=pages)
-    tight = serve(replace(pipe._engine, options=options), EngineConfig(), VisionConfig())
+    options = structs.replace(pipe._engine.options, budget=pages)
+    tight = serve(
+        dataclasses.replace(pipe._engine, options=options), EngineConfig(), VisionConfig()
+    )
     with tight:
         answers = tight(PROMPTS[::-1], gen_config=CONFIGS[::-1])
     assert [answer.token_ids for answer in answers] == singles[::-1]  # type: ignore[union-attr]
@@ -83,7 +86,7 @@ def test_the_logits_of_a_whole_prompt_come_token_by_token(pipe: Pipeline) -> Non
     answer = pipe("a b", gen_config=config)
     assert answer.logits is not None and np.isfinite(answer.logits).all()
     assert len(answer.logits) == answer.input_token_len + 1
-    last = pipe("a b", gen_config=replace(config, output_logits="generation"))
+    last = pipe("a b", gen_config=dataclasses.replace(config, output_logits="generation"))
     assert last.logits is not None
     np.testing.assert_allclose(answer.logits[-2:], last.logits, atol=LIMITS.logits)
 
@@ -147,7 +150,9 @@ def test_a_plan_without_an_input_that_it_does_not_use(engine: Path) -> None:
     part = load_manifest(engine).part("vision")
     library = open_library(stand_in_library("tensorrt_rtx"))
     more = TensorSpec("more", "int64", ("images",))
-    load_plans(library, engine, [replace(part, inputs=(*part.inputs, more))], HostDevice())
+    load_plans(library, engine, [structs.replace(part, inputs=(*part.inputs, more))], HostDevice())
     with pytest.raises(EngineError) as caught:
-        load_plans(library, engine, [replace(part, outputs=(*part.outputs, more))], HostDevice())
+        load_plans(
+            library, engine, [structs.replace(part, outputs=(*part.outputs, more))], HostDevice()
+        )
     assert "only one of both knows: more" in caught.value.found

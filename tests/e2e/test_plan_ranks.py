@@ -6,13 +6,13 @@ Ranks are processes; they meet between the plans by what ranks on the processor 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import onnx
 import pytest
+from msgspec import structs
 
 from conftest import HF, IMAGES
 from golden_models import TOLERANCES, Golden, cases_of, check_answer, check_prompt
@@ -112,7 +112,7 @@ def carrying(engine: Path, files: list[str]) -> list[int]:
 
 def test_the_librarys_own_attention_is_not_run_on_ranks(engine: Path) -> None:
     manifest = load_manifest(engine)
-    native = replace(manifest, kv=replace(manifest.kv, page_size=None))
+    native = structs.replace(manifest, kv=structs.replace(manifest.kv, page_size=None))
     options, nobody = LoadOptions(1, 64), cast("Communicator", None)
     with plans_on_cpu("tensorrt_rtx"), pytest.raises(BackendUnavailableError) as caught:
         load_backend("tensorrt_rtx").load_rank(engine, native, options, nobody)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from host_choice import Chosen, HostChoice, Inputs, choose, library
@@ -285,8 +286,7 @@ def test_edits_that_break_the_logits_are_left_to_the_host(factor: float, minus: 
     """Which says what is wrong. Ids outside of the vocabulary are of tokens that nobody knows."""
     logits = np.abs(logits_of("drawn", 300, 8)) * 1e10
     edits = Edits(np.array([33]), np.full(1, factor, np.float32), np.full(1, minus))
-    outside = [replace(edits, ids=np.array([i])) for i in (UNDECIDED, 300, 1 << 32)]
-    kinds = (edits, *outside)
+    kinds = [replace(edits, ids=np.array([i])) for i in (33, UNDECIDED, 300, 1 << 32)]
     choices = [Choice((1.0, 300, 1.0, 0.0, draw), e) for draw in (-1, 0.5) for e in kinds]
     found = choose(HostChoice(), inputs_of([logits] * 8, choices, 16))
     assert [chosen >= 0 for chosen in found.chosen] == [False, True, True, True] * 2
@@ -380,7 +380,7 @@ def test_what_there_is_no_kernel_for(change: dict[str, Any]) -> None:
     assert (launch.grid, launch.overlaps, params.reported) == ((3, 1, 1), False, 10)
     assert launcher.scratch_bytes(3, 10) == 3 * 12 * 4
     with pytest.raises(UnsupportedError):
-        launch_of(replace(choosing, **change), overlap=False)
+        launch_of(dataclasses.replace(choosing, **change), overlap=False)
 
 
 def test_who_overlaps_is_compiled_to_wait() -> None:

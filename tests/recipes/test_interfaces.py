@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
+from msgspec import structs
 
 from golden_models import FOLDERS
 from lowered_decoder import model_spec
@@ -25,7 +24,7 @@ def test_a_part_of_a_recipe_is_as_the_manifest_will_say(folder: str) -> None:
         max_batch_size=1,
         positions=spec.positions,
     )
-    manifest = dataclasses.replace(MANIFEST, image=spec.image, decode=decode, kv=spec.kv)
+    manifest = structs.replace(MANIFEST, image=spec.image, decode=decode, kv=spec.kv)
     assert len(spec.parts) == 2
     for part in spec.parts:
         assert part.interface == interface_of(manifest, part.name)

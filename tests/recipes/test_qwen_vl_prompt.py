@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from conftest import DATA, IMAGES, golden_engine
 from golden_models import cases_of
@@ -246,8 +247,8 @@ def test_any_conversation_within_any_window(
     """Equal to the original's `make_context`, which takes the newest turns that fit."""
     engine = pipe._engine
     head = len(ORACLE.encode("\n<|im_start|>user\n", ("<|im_start|>",)))
-    prompt = dataclasses.replace(engine.manifest.prompt, history_window=window + head)
-    manifest = dataclasses.replace(engine.manifest, prompt=prompt)
+    prompt = structs.replace(engine.manifest.prompt, history_window=window + head)
+    manifest = structs.replace(engine.manifest, prompt=prompt)
     engine = dataclasses.replace(engine, manifest=manifest)
     messages: list[dict[str, Any]] = []
     history = []

@@ -9,7 +9,6 @@ A family adds its own by a row in `FAMILIES` and rows in `EXAMPLES`.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import PIL.Image
 import pytest
+from msgspec import structs
 
 from sample_manifest import PROMPT
 from vlmforge import ChatTemplateConfig
@@ -208,7 +208,7 @@ class _Characters:
 
 def policy_of(family: str) -> PromptPolicy:
     templates, placeholder = FAMILIES[family]
-    return dataclasses.replace(
+    return structs.replace(
         PROMPT,
         template_name=next(iter(templates)),
         templates=templates,
@@ -293,7 +293,7 @@ def test_custom_parts(family: str, name: str) -> None:
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_the_original_mistral_conversation(conversation: str) -> None:
     """`mistral_instruct` is no row of parts: its system message goes into the first turn."""
-    policy = dataclasses.replace(policy_of("llava"), template_name="mistral_instruct")
+    policy = structs.replace(policy_of("llava"), template_name="mistral_instruct")
     messages = parse_prompt(CONVERSATIONS[conversation])
     rendered = render_prompt(
         messages,

@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from msgspec import structs
 
 from conftest import wait_until
 from sample_manifest import MANIFEST
@@ -337,8 +337,8 @@ def test_an_engine_that_cannot_be_cut_starts_no_build(
     ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of this engine there is nothing but what it says of itself."""
-    kv = MANIFEST.kv if ranks > 1 else replace(MANIFEST.kv, page_size=64, dtype="float16")
-    manifest = replace(MANIFEST, kv=kv, parallel=ParallelLayout(tp=ranks))
+    kv = MANIFEST.kv if ranks > 1 else structs.replace(MANIFEST.kv, page_size=64, dtype="float16")
+    manifest = structs.replace(MANIFEST, kv=kv, parallel=ParallelLayout(tp=ranks))
     monkeypatch.setattr(load, "load_manifest", lambda _: manifest)
     monkeypatch.setattr(build_child, "run_build", lambda _: pytest.fail("it builds"))
     (tmp_path / "engine.json").touch()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from sample_manifest import MANIFEST, PARTS, with_files
 from vlmforge.backends import LoadOptions
@@ -109,7 +109,7 @@ def test_an_altered_file_is_seen_though_its_time_of_change_was_set_back(engine: 
 
 def test_another_manifest_is_not_taken_on_the_word_of_the_first(engine: Path) -> None:
     bundle = open_bundle(engine)
-    lie = dataclasses.replace(bundle.manifest.files[0], sha256="0" * 64)
+    lie = structs.replace(bundle.manifest.files[0], sha256="0" * 64)
     describe(engine, with_files((lie, *bundle.manifest.files[1:])))
     with pytest.raises(EngineIntegrityError, match=r"vision\.onnx"):
         open_bundle(engine)
@@ -148,15 +148,15 @@ def test_no_file_may_lie_outside(engine: Path, name: str) -> None:
 
 PROMPT = MANIFEST.prompt
 UNLISTED: dict[str, Callable[[str], Manifest]] = {
-    "tokenizer": lambda name: dataclasses.replace(MANIFEST, tokenizer_file=name),
-    "template": lambda name: dataclasses.replace(
-        MANIFEST, prompt=dataclasses.replace(PROMPT, template_file=name)
+    "tokenizer": lambda name: structs.replace(MANIFEST, tokenizer_file=name),
+    "template": lambda name: structs.replace(
+        MANIFEST, prompt=structs.replace(PROMPT, template_file=name)
     ),
-    "part": lambda name: dataclasses.replace(
-        MANIFEST, parts=(dataclasses.replace(PARTS[0], file=name), PARTS[1])
+    "part": lambda name: structs.replace(
+        MANIFEST, parts=(structs.replace(PARTS[0], file=name), PARTS[1])
     ),
-    "data": lambda name: dataclasses.replace(
-        MANIFEST, parts=(dataclasses.replace(PARTS[0], data=("vision.data", name)), PARTS[1])
+    "data": lambda name: structs.replace(
+        MANIFEST, parts=(structs.replace(PARTS[0], data=("vision.data", name)), PARTS[1])
     ),
 }
 
@@ -167,7 +167,7 @@ def test_no_file_is_used_that_was_not_checked(engine: Path, use: str, name: str)
     for path in (engine / "unlisted", engine.parent / "outside"):
         path.write_bytes(b"planted")
     files = tuple(entry(engine, name) for name in NAMES)
-    describe(engine, dataclasses.replace(UNLISTED[use](name), files=files))
+    describe(engine, structs.replace(UNLISTED[use](name), files=files))
     with pytest.raises(EngineFormatError) as caught:
         open_bundle(engine)
     inside = name == "unlisted"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
+from msgspec import structs
 
 from sample_manifest import PROMPT, TEMPLATE
 from vlmforge.errors import ConfigError
@@ -13,11 +12,11 @@ from vlmforge.inputs.template_choice import ActiveTemplate, choose_template
 from vlmforge.inputs.template_config import ChatTemplateConfig
 
 FROZEN = "frozen {{ messages[0].content }}"
-POLICY = dataclasses.replace(
+POLICY = structs.replace(
     PROMPT,
     template_name="frozen",
     stop_words=("FROZEN",),
-    templates={"plain": TEMPLATE, "other": dataclasses.replace(TEMPLATE, user="OTHER: ")},
+    templates={"plain": TEMPLATE, "other": structs.replace(TEMPLATE, user="OTHER: ")},
 )
 
 
@@ -95,7 +94,7 @@ def test_parts_of_a_template_without_parts_cannot_be_replaced() -> None:
 
 
 def test_a_frozen_template_that_has_parts_takes_replacements() -> None:
-    policy = dataclasses.replace(POLICY, template_name="plain")
+    policy = structs.replace(POLICY, template_name="plain")
     template = choose_template(policy, FROZEN, ChatTemplateConfig("plain", user="U: "))
     assert shown(template) == "Be helpful. U: q ASSISTANT:"
     assert choose_template(policy, FROZEN, ChatTemplateConfig("plain")).jinja == FROZEN

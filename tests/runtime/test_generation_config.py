@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from vlmforge.errors import ConfigError
 from vlmforge.outputs.generation_config import (
@@ -286,7 +287,7 @@ def test_the_rest_of_the_fields_reach_the_plan() -> None:
         repetition_ngram_size=4,
         repetition_ngram_threshold=2,
     )
-    assert plan == dataclasses.replace(
+    assert plan == structs.replace(
         resolve(),
         sampling=plan.sampling,
         stop=plan.stop,
@@ -355,5 +356,5 @@ def test_a_config_is_never_changed_and_a_plan_does_not_follow_it(
     config.top_k = 40
     assert plan == kept
     assert config.resolved(FACTS) != kept
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         plan.max_new_tokens = 1  # type: ignore[misc]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from sample_manifest import MANIFEST, RICH
 from vlmforge.api import memory
@@ -18,9 +18,11 @@ from vlmforge.errors import BackendUnavailableError
 
 def paged(folder: Path) -> Bundle:
     """The sample manifest as that of an engine with pages."""
-    kv = replace(MANIFEST.kv, layers=32, kv_heads=32, head_dim=128, dtype="float16", page_size=64)
-    decode = replace(MANIFEST.decode, session_len=2048, max_batch_size=64)
-    return Bundle(folder, replace(MANIFEST, kv=kv, decode=decode))
+    kv = structs.replace(
+        MANIFEST.kv, layers=32, kv_heads=32, head_dim=128, dtype="float16", page_size=64
+    )
+    decode = structs.replace(MANIFEST.decode, session_len=2048, max_batch_size=64)
+    return Bundle(folder, structs.replace(MANIFEST, kv=kv, decode=decode))
 
 
 def chained(token_bytes: int = 100) -> Manifest:
@@ -30,7 +32,7 @@ def chained(token_bytes: int = 100) -> Manifest:
     segments = (step.segment for step in part.chain.steps if step.segment is not None)
     steps = tuple(
         ChainStep(
-            segment=replace(
+            segment=structs.replace(
                 segment,
                 token_bytes=token_bytes,
                 inputs=tuple(spec for spec in segment.inputs if len(spec.shape) > 1),
@@ -38,8 +40,8 @@ def chained(token_bytes: int = 100) -> Manifest:
         )
         for segment in segments
     )
-    chain = replace(part.chain, steps=steps, sampler=None)
-    return replace(paged(Path()).manifest, parts=(replace(part, chain=chain),))
+    chain = structs.replace(part.chain, steps=steps, sampler=None)
+    return structs.replace(paged(Path()).manifest, parts=(structs.replace(part, chain=chain),))
 
 
 def test_a_gpu_engine_gets_a_pool_of_what_is_free(tmp_path: Path) -> None:
@@ -112,8 +114,12 @@ def test_segments_of_one_graph_have_one_session_and_one_arena() -> None:
     first, *others = part.chain.steps
     assert first.segment is not None and others[1].segment is not None
     row = first.segment.token_bytes
-    again = replace(others[1], segment=replace(others[1].segment, file=first.segment.file))
-    joined = replace(part, chain=replace(part.chain, steps=(first, others[0], again, *others[2:])))
+    again = structs.replace(
+        others[1], segment=structs.replace(others[1].segment, file=first.segment.file)
+    )
+    joined = structs.replace(
+        part, chain=structs.replace(part.chain, steps=(first, others[0], again, *others[2:]))
+    )
     apart, one = (memory.part_memory(each, 100, 1) for each in (part, joined))
     assert apart.library - one.library == 76e6
     assert apart.activations - one.activations == pytest.approx(100 * 1.2 * row)
@@ -127,23 +133,25 @@ def test_what_lies_between_steps_is_what_lives_at_once() -> None:
     assert memory.between_steps(chain) == 2 * (16 + 64 + 64)
     whole = chain.steps[-3]
     assert whole.gated is not None
-    assert memory.between_steps(replace(chain, steps=chain.steps[-4:])) == 2 * (64 + 32)
+    assert memory.between_steps(structs.replace(chain, steps=chain.steps[-4:])) == 2 * (64 + 32)
     # A rank's share, the sum that is only added to others, and its norm.
-    assert memory.between_steps(replace(chain, steps=chain.steps[4:6])) == 2 * 3 * 16
+    assert memory.between_steps(structs.replace(chain, steps=chain.steps[4:6])) == 2 * 3 * 16
 
 
 def test_a_chain_of_whole_numbers_takes_room_to_make_its_largest_matrices_whole() -> None:
     part = RICH.part("decoder")
     assert part.chain is not None
-    plain = replace(
+    plain = structs.replace(
         part.chain,
         steps=tuple(
-            s if s.segment is None else replace(s, segment=replace(s.segment, matrix_bytes=0))
+            s
+            if s.segment is None
+            else structs.replace(s, segment=structs.replace(s.segment, matrix_bytes=0))
             for s in part.chain.steps
         ),
     )
     assert (
         memory.part_memory(part, 1, 1).total
-        - memory.part_memory(replace(part, chain=plain), 1, 1).total
+        - memory.part_memory(structs.replace(part, chain=plain), 1, 1).total
         == 4096
     )

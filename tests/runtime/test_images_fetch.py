@@ -6,11 +6,11 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from conftest import HANGS
 from image_server import PIXELS, Network, Server, png
@@ -69,7 +69,7 @@ def network(monkeypatch: pytest.MonkeyPatch, server: Server) -> Network:
 
 
 def local(url: str, **limits: float) -> bytes:
-    return fetch_bytes(url, limits=replace(PATIENT, **limits), allow_private=True)
+    return fetch_bytes(url, limits=structs.replace(PATIENT, **limits), allow_private=True)
 
 
 def public(url: str) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -63,7 +63,7 @@ GOLDENS = sorted(
 
 
 def filtered(resample: str) -> PixelFormat:
-    return dataclasses.replace(FORMAT, resample=resample)
+    return structs.replace(FORMAT, resample=resample)
 
 
 def original(image: Image.Image, policy: CenterCrop | PadSquare) -> np.ndarray:
@@ -229,8 +229,8 @@ def test_alpha_shows_the_policys_background(background: tuple[int, int, int] | N
     clear = Image.new("RGBA", (20, 20), (9, 9, 9, 0))
     plain = Image.new("RGB", (20, 20), background or (9, 9, 9))
     for known in POLICIES:
-        pixels = dataclasses.replace(FORMAT, background=background)
-        policy = dataclasses.replace(known, format=pixels)
+        pixels = structs.replace(FORMAT, background=background)
+        policy = structs.replace(known, format=pixels)
         np.testing.assert_array_equal(preprocess(clear, policy), preprocess(plain, policy))
 
 
@@ -266,7 +266,7 @@ def anyres_of_the_original(image: Image.Image, policy: AnyRes) -> np.ndarray:
 @settings(max_examples=examples(150))
 def test_anyres_is_the_original(size: tuple[int, int], mode: str, seed: int) -> None:
     image = noise(*size, seed).convert("RGBA" if mode == "RGBA" else "RGB").convert(mode)
-    policy = dataclasses.replace(ANYRES, format=dataclasses.replace(FORMAT, background=None))
+    policy = structs.replace(ANYRES, format=structs.replace(FORMAT, background=None))
     ours = preprocess(image, policy)
     assert_same_bits(ours, anyres_of_the_original(image, policy))
     assert len(ours) == view_count(size, policy.tiling)

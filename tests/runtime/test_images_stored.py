@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from PIL import Image
 
 from image_files import encoded
@@ -18,7 +18,7 @@ from vlmforge.vl.image_limits import DEFAULT_LIMITS, FORMATS
 from vlmforge.vl.load import OpenedImage, open_image, reopen
 from vlmforge.vl.stored import Pixels
 
-LIMITS = dataclasses.replace(DEFAULT_LIMITS, formats=FORMATS)
+LIMITS = structs.replace(DEFAULT_LIMITS, formats=FORMATS)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 4), np.uint8))
 
 
@@ -29,7 +29,7 @@ def check(opened: OpenedImage) -> None:
         stored = once.stored()
         if stored.pixels is not None:
             kept = from_json(Pixels, parse_json(to_json(stored.pixels)), "pixels")
-            stored = dataclasses.replace(stored, pixels=kept)
+            stored = structs.replace(stored, pixels=kept)
         once = reopen(stored, name=opened.name, limits=LIMITS)
     assert (once.digest, once.size, once.name) == (opened.digest, opened.size, opened.name)
     found, expected = once.decode(), opened.decode()
@@ -119,14 +119,14 @@ def test_a_name_is_kept() -> None:
 def test_made_up_pixels_are_refused(change: dict[str, Any]) -> None:
     stored = open_image(PICTURE).stored()
     assert stored.pixels is not None
-    wrong = dataclasses.replace(stored, pixels=dataclasses.replace(stored.pixels, **change))
+    wrong = structs.replace(stored, pixels=structs.replace(stored.pixels, **change))
     with pytest.raises(ImageError, match="Stored pixels"):
         reopen(wrong, name=None)
 
 
 def test_what_is_too_large_is_refused_before_it_is_decoded() -> None:
     stored = open_image(encoded(Image.new("RGB", (200, 100)), "PNG")).stored()
-    few = dataclasses.replace(DEFAULT_LIMITS, max_pixels=100)
+    few = structs.replace(DEFAULT_LIMITS, max_pixels=100)
     for kept in (stored, open_image(Image.new("RGB", (200, 100))).stored()):
         with pytest.raises(ImageError, match="too many pixels"):
             reopen(kept, name=None, limits=few)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from sample_manifest import MANIFEST, RICH
 from vlmforge.engine.bundle import Bundle
@@ -18,10 +18,8 @@ from vlmforge.engine.positions.axes import Axes
 from vlmforge.engine.static_check import check_static
 from vlmforge.engine.tensors import TensorSpec
 
-POOLS = dataclasses.replace(
-    RICH, compute_dtype="float16", kv=KVLayout(3, 2, 8, "float8_e4m3fn", 64)
-)
-CHAIN = dataclasses.replace(POOLS, backend="cuda")
+POOLS = structs.replace(RICH, compute_dtype="float16", kv=KVLayout(3, 2, 8, "float8_e4m3fn", 64))
+CHAIN = structs.replace(POOLS, backend="cuda")
 
 
 def described(manifest: Manifest) -> Manifest:
@@ -29,7 +27,7 @@ def described(manifest: Manifest) -> Manifest:
 
     def part(old: Part) -> Part:
         listed = interface_of(manifest, old.name)
-        return dataclasses.replace(
+        return structs.replace(
             old,
             inputs=listed.inputs,
             outputs=listed.outputs,
@@ -40,7 +38,7 @@ def described(manifest: Manifest) -> Manifest:
 
     files = (*manifest.files, FileEntry("d.data", 1 << 20, "0" * 64))
     parts = tuple(part(old) for old in manifest.parts)
-    return dataclasses.replace(manifest, parts=parts, files=files)
+    return structs.replace(manifest, parts=parts, files=files)
 
 
 def failures(manifest: Manifest) -> set[tuple[str, str]]:
@@ -91,8 +89,8 @@ def test_views_of_a_picture() -> None:
 
 def test_patches_of_a_picture_and_places_of_tokens() -> None:
     image = Patches(RICH.image.format, 4, 2, 2, 64, 6400, (1.0, 0.5), window=3, table=5)
-    decode = dataclasses.replace(RICH.decode, positions=Axes(64, (1.0, 0.5), (0, 2)))
-    manifest = dataclasses.replace(RICH, image=image, decode=decode)
+    decode = structs.replace(RICH.decode, positions=Axes(64, (1.0, 0.5), (0, 2)))
+    manifest = structs.replace(RICH, image=image, decode=decode)
     listed = {spec.name: spec for spec in interface_of(manifest, "vision").inputs}
     assert listed["pixel_values"].shape == ("images", "rows", 4, 3 * 2 * 16)
     assert listed["patch_cos"].shape == ("rows", 4, 4)
@@ -127,18 +125,18 @@ def test_what_is_listed_passes_the_check(manifest: Manifest) -> None:
 def test_a_fixed_capacity_passes_the_check() -> None:
     listed = interface_of(MANIFEST, "decoder")
     assert isinstance(listed, DecoderInterface)
-    fixed = dataclasses.replace(listed, capacity=64)
+    fixed = structs.replace(listed, capacity=64)
     assert fixed.inputs[4].shape == ("batch", 2, 64, 8)
     whole = described(MANIFEST)
-    decoder = dataclasses.replace(whole.parts[1], inputs=fixed.inputs, outputs=fixed.outputs)
-    assert failures(dataclasses.replace(whole, parts=(whole.parts[0], decoder))) == set()
+    decoder = structs.replace(whole.parts[1], inputs=fixed.inputs, outputs=fixed.outputs)
+    assert failures(structs.replace(whole, parts=(whole.parts[0], decoder))) == set()
 
 
 OTHER = {
-    "name": lambda spec: dataclasses.replace(spec, name=spec.name.replace("_", "-")),
-    "dtype": lambda spec: dataclasses.replace(spec, dtype="bfloat16"),
-    "rank": lambda spec: dataclasses.replace(spec, shape=(*spec.shape, 1)),
-    "size": lambda spec: dataclasses.replace(spec, shape=(*spec.shape[:-1], "other")),
+    "name": lambda spec: structs.replace(spec, name=spec.name.replace("_", "-")),
+    "dtype": lambda spec: structs.replace(spec, dtype="bfloat16"),
+    "rank": lambda spec: structs.replace(spec, shape=(*spec.shape, 1)),
+    "size": lambda spec: structs.replace(spec, shape=(*spec.shape[:-1], "other")),
 }
 
 
@@ -154,9 +152,9 @@ def test_any_other_input_or_output_fails_the_check(data: st.DataObject) -> None:
     new = [OTHER[how](specs[place])] if changed is None else changed
     assume(new != [specs[place]])  # "logits" has nothing to replace
     specs[place : place + 1] = new
-    odd = dataclasses.replace(part, **{side: tuple(specs)}, aliases={})
+    odd = structs.replace(part, **{side: tuple(specs)}, aliases={})
     parts = tuple(odd if old.name == part.name else old for old in whole.parts)
-    found = failures(dataclasses.replace(whole, parts=parts))
+    found = failures(structs.replace(whole, parts=parts))
     assert found and found <= {(part.name, "interface"), (part.name, "caches")}
 
 

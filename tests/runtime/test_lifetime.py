@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import queue
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from conftest import wait_until
 from stand_in import HANG_S, Gate, Parts, answered, plain, png, stand_in
@@ -361,6 +361,6 @@ def test_who_is_made_known_meanwhile_disturbs_nobody(monkeypatch: pytest.MonkeyP
 
     kept = [Threads(), Threads()]
     monkeypatch.setattr(lifetime, "_owners", BusySet(kept))
-    monkeypatch.setattr(lifetime, "_process", dataclasses.replace(lifetime._process))
+    monkeypatch.setattr(lifetime, "_process", structs.replace(lifetime._process))
     lifetime._forked()
     assert told == ["gone", "gone"]

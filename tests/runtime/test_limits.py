@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from vlmforge.api import load as api
 from vlmforge.api import memory
@@ -269,7 +269,7 @@ def test_an_engine_is_planned_within_what_is_free(
     # Of more ranks, which hold two of the four heads each: a process, and two heads twice.
     monkeypatch.setattr(memory, "_RANK_BYTES", 1000)
     for parallel, heads in ((ParallelLayout(2, 2), 4), (ParallelLayout(3, 2), 6)):
-        ranks = Bundle(hf_engine, dataclasses.replace(manifest, parallel=parallel))
+        ranks = Bundle(hf_engine, structs.replace(manifest, parallel=parallel))
         taken = weights + (parallel.tp - 1) * 1000
         planned = memory.load_options(ranks, config, taken + 2.5 * row * heads / 4)
         assert planned.blocks == 2.5 * 1024 // 64
@@ -287,11 +287,11 @@ def test_a_window_that_is_too_large_names_the_checkpoint(hf_engine: Path) -> Non
     """Of plans, and of engines of before, whose tables nobody knows."""
     manifest = load_manifest(hf_engine)
     vision, decoder = manifest.parts
-    plan = dataclasses.replace(decoder, rotary_tables=None)
-    unknown = dataclasses.replace(manifest.decode, positions=Absolute())
+    plan = structs.replace(decoder, rotary_tables=None)
+    unknown = structs.replace(manifest.decode, positions=Absolute())
     for fixed in (
-        dataclasses.replace(manifest, parts=(vision, plan)),
-        dataclasses.replace(manifest, decode=unknown),
+        structs.replace(manifest, parts=(vision, plan)),
+        structs.replace(manifest, decode=unknown),
     ):
         with pytest.raises(ConfigError) as caught:
             memory.load_options(Bundle(hf_engine, fixed), EngineConfig(session_len=5000), 1e12)
@@ -305,10 +305,8 @@ def test_a_window_that_is_too_large_names_the_checkpoint(hf_engine: Path) -> Non
 
 def test_a_window_beyond_what_the_model_attends_to_is_refused(hf_engine: Path) -> None:
     manifest = load_manifest(hf_engine)
-    positions = dataclasses.replace(manifest.decode.positions, attention_window=3000)
-    narrow = dataclasses.replace(
-        manifest, decode=dataclasses.replace(manifest.decode, positions=positions)
-    )
+    positions = structs.replace(manifest.decode.positions, attention_window=3000)
+    narrow = structs.replace(manifest, decode=structs.replace(manifest.decode, positions=positions))
     bundle = Bundle(hf_engine, narrow)
     assert memory.load_options(bundle, EngineConfig(session_len=3000), 1e12).capacity == 3000
     with pytest.raises(ConfigError, match="what the model attends to") as caught:

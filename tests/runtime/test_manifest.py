@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import Struct, structs
 
 from sample_manifest import MANIFEST
 from vlmforge.engine.manifest import (
@@ -46,20 +46,20 @@ def sample() -> dict[str, Any]:
 def test_the_order_in_which_mappings_were_filled_does_not_show() -> None:
     words = {"b": "1", "a": "2", "c": "3"}
     one, other = (
-        dataclasses.replace(MANIFEST.provenance, versions=versions, options=versions)
+        structs.replace(MANIFEST.provenance, versions=versions, options=versions)
         for versions in (words, dict(reversed(words.items())))
     )
-    texts = {dump_manifest(dataclasses.replace(MANIFEST, provenance=p)) for p in (one, other)}
+    texts = {dump_manifest(structs.replace(MANIFEST, provenance=p)) for p in (one, other)}
     assert len(texts) == 1
 
 
 def paths_of(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Key paths of all fields of a dataclass and of those inside it."""
+    """Key paths of all fields of a Struct and of those inside it."""
     found = []
-    for field in dataclasses.fields(value):
-        found.append((*prefix, field.name))
-        if dataclasses.is_dataclass(inner := getattr(value, field.name)):
-            found += paths_of(inner, (*prefix, field.name))
+    for name in value.__struct_fields__:
+        found.append((*prefix, name))
+        if isinstance(inner := getattr(value, name), Struct):
+            found += paths_of(inner, (*prefix, name))
     return found
 
 

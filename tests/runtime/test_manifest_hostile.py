@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import types
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import Struct
 
 from conftest import examples
 from sample_manifest import MANIFEST, RICH
@@ -82,9 +82,9 @@ def valid(rule: Rule) -> st.SearchStrategy[object]:
 def places(
     hint: Any, value: object, where: str = "", rule: Rule | None = None
 ) -> Iterator[tuple[str, Rule | None]]:
-    """All plain values below `value`, a dataclass or part of one, and the rule of each."""
+    """All plain values below `value`, a Struct or part of one, and the rule of each."""
     options = typing.get_args(hint)
-    if dataclasses.is_dataclass(value):
+    if isinstance(value, Struct):
         for name, kind in typing.get_type_hints(type(value), include_extras=True).items():
             yield from places(kind, getattr(value, name), f"{where}.{name}".lstrip("."))
     elif typing.get_origin(hint) is typing.Annotated:
@@ -144,7 +144,7 @@ def numbers(hint: Any, where: str = "") -> Iterator[tuple[str, bool]]:
             yield from numbers(place.load(), where)
     elif typing.get_origin(hint) is typing.Annotated:
         yield from ((place, True) for place, _ in numbers(options[0], where))
-    elif dataclasses.is_dataclass(hint):
+    elif isinstance(hint, type) and issubclass(hint, Struct):
         for name, kind in typing.get_type_hints(hint, include_extras=True).items():
             yield from numbers(kind, f"{where}.{name}")
     elif options:

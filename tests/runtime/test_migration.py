@@ -6,7 +6,6 @@ know.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from conftest import DATA
 from sample_manifest import FORMAT, IMAGE, MANIFEST, PARTS, PROMPT, RICH
@@ -37,15 +37,15 @@ from vlmforge.errors import EngineError, EngineFormatError, EngineIntegrityError
 
 OLD = DATA / "manifests"
 # The parts of an engine of before have no names of tables, and it has one rank.
-OLD_RICH = dataclasses.replace(
+OLD_RICH = structs.replace(
     RICH,
     parallel=MANIFEST.parallel,
-    kv=dataclasses.replace(RICH.kv, page_size=None),
-    prompt=dataclasses.replace(RICH.prompt, in_order=False, image_around=("", "")),
-    decode=dataclasses.replace(RICH.decode, feature_layers=1),
+    kv=structs.replace(RICH.kv, page_size=None),
+    prompt=structs.replace(RICH.prompt, in_order=False, image_around=("", "")),
+    decode=structs.replace(RICH.decode, feature_layers=1),
     parts=(
         RICH.parts[0],
-        dataclasses.replace(
+        structs.replace(
             RICH.parts[1], rotary_tables=None, chain=None, data=("decoder.rank0.data",)
         ),
     ),
@@ -58,15 +58,15 @@ def tiled(digits: int | None) -> AnyRes:
 
 
 EXPECTED = {
-    "1_pad_square": dataclasses.replace(
+    "1_pad_square": structs.replace(
         MANIFEST,
         image=PadSquare(FORMAT, 8, (8, 8), (0, 0, 0)),
-        prompt=dataclasses.replace(PROMPT, splice=SplitText()),
+        prompt=structs.replace(PROMPT, splice=SplitText()),
     ),
     "2_center_crop": MANIFEST,
-    "2_stretch": dataclasses.replace(MANIFEST, image=Stretch(FORMAT, (8, 9))),
-    "2_anyres_named": dataclasses.replace(OLD_RICH, image=tiled(None)),
-    "2_anyres_7_digits": dataclasses.replace(OLD_RICH, image=tiled(7)),
+    "2_stretch": structs.replace(MANIFEST, image=Stretch(FORMAT, (8, 9))),
+    "2_anyres_named": structs.replace(OLD_RICH, image=tiled(None)),
+    "2_anyres_7_digits": structs.replace(OLD_RICH, image=tiled(7)),
 }
 
 
@@ -104,7 +104,7 @@ def test_segments_of_before_have_all_their_weights_inside(tmp_path: Path) -> Non
     assert chain is not None and now is not None
     assert [(s.weights, s.names) for s in chain.segments] == [((), ())] * len(now.segments)
     assert {*chain.segments[0].called.values()} == {"qkv0", "hidden"}
-    assert chain.segments[1] == dataclasses.replace(now.segments[1], weights=(), names=())
+    assert chain.segments[1] == structs.replace(now.segments[1], weights=(), names=())
 
 
 def test_an_engine_of_before_keeps_its_window() -> None:
@@ -114,7 +114,7 @@ def test_an_engine_of_before_keeps_its_window() -> None:
 
 
 def test_a_chain_of_before_has_no_kernels_of_gates_and_choices(tmp_path: Path) -> None:
-    data = json.loads(dump_manifest(dataclasses.replace(RICH, parts=(PARTS[0], *ungated()))))
+    data = json.loads(dump_manifest(structs.replace(RICH, parts=(PARTS[0], *ungated()))))
     for part in data["parts"][1:]:
         assert part["chain"].pop("activations") == part["chain"].pop("choosers") == {}
         assert all(step.pop("gated") is None for step in part["chain"]["steps"])
@@ -130,10 +130,10 @@ def ungated() -> tuple[Part, ...]:
         assert part.chain is not None
         *first, before, _, after, last = part.chain.steps
         assert before.segment is not None and after.segment is not None
-        whole = dataclasses.replace(before.segment, outputs=after.segment.outputs)
+        whole = structs.replace(before.segment, outputs=after.segment.outputs)
         steps = (*first, ChainStep(segment=whole), last)
-        chain = dataclasses.replace(part.chain, steps=steps, activations={}, choosers={})
-        found.append(dataclasses.replace(part, chain=chain, data=tuple(sorted(chain.files))))
+        chain = structs.replace(part.chain, steps=steps, activations={}, choosers={})
+        found.append(structs.replace(part, chain=chain, data=tuple(sorted(chain.files))))
     return tuple(found)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from transformers import vision_utils
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
@@ -147,7 +147,7 @@ def test_limits_of_pixels() -> None:
     policy = POLICIES["narrow"]
     smaller = policy.within(PixelRange(None, 28 * 28 * 8))
     assert (smaller.min_pixels, smaller.max_pixels) == (policy.min_pixels, 28 * 28 * 8)
-    assert dataclasses.replace(smaller, max_pixels=policy.max_pixels) == policy
+    assert structs.replace(smaller, max_pixels=policy.max_pixels) == policy
     for least, most in ((28 * 28 * 10, None), (None, 28 * 28 * 6), (1, 27 * 27)):
         with pytest.raises(ConfigError, match="leave no size"):
             policy.within(PixelRange(least, most))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 import vlmforge.cli
 from sample_manifest import MANIFEST, RICH
@@ -34,23 +34,28 @@ assert _DECODER.chain is not None
 def _of_one_rank(step: ChainStep) -> ChainStep:
     """Nothing is summed, and nothing normalised: a share is taken as it is."""
     if step.attention is not None:
-        call = replace(step.attention, heads=32, kv_heads=32, head_dim=128)
-        return replace(step, attention=call)
+        call = structs.replace(step.attention, heads=32, kv_heads=32, head_dim=128)
+        return structs.replace(step, attention=call)
     if step.segment is None:
         return step
-    inputs = [replace(s, name="out1") if s.name == "norm1" else s for s in step.segment.inputs]
-    return replace(step, segment=replace(step.segment, inputs=tuple(inputs)))
+    inputs = [
+        structs.replace(s, name="out1") if s.name == "norm1" else s for s in step.segment.inputs
+    ]
+    return structs.replace(step, segment=structs.replace(step.segment, inputs=tuple(inputs)))
 
 
 _STEPS = tuple(_of_one_rank(step) for step in _DECODER.chain.steps if step.collective is None)
-PAGED = replace(
+PAGED = structs.replace(
     RICH,
-    parts=(RICH.parts[0], replace(_DECODER, chain=replace(_DECODER.chain, steps=_STEPS))),
+    parts=(
+        RICH.parts[0],
+        structs.replace(_DECODER, chain=structs.replace(_DECODER.chain, steps=_STEPS)),
+    ),
     parallel=ParallelLayout(1),
     backend="cuda",
     quantisation=None,
-    kv=replace(RICH.kv, kv_heads=32, head_dim=128, dtype="float16"),
-    decode=replace(RICH.decode, session_len=2048, max_batch_size=16),
+    kv=structs.replace(RICH.kv, kv_heads=32, head_dim=128, dtype="float16"),
+    decode=structs.replace(RICH.decode, session_len=2048, max_batch_size=16),
 )
 
 
@@ -102,7 +107,7 @@ def test_what_it_proposes_fits(megabytes: int) -> None:
             continue
         window = int(words[words.index("--session-len") + 1])
         dtype = "float8_e4m3fn" if "fp8" in words else "float16"
-        changed = replace(PAGED, kv=replace(PAGED.kv, dtype=dtype))
+        changed = structs.replace(PAGED, kv=structs.replace(PAGED.kv, dtype=dtype))
         assert plan(changed, EngineConfig(session_len=window), small).fits
         assert not plan(changed, EngineConfig(session_len=window + 64), small).fits
 

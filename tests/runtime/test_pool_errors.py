@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from stand_in import Parts, at_once, plain, stand_in
 from vlmforge import EngineConfig, Pipeline, VisionConfig
@@ -37,7 +38,7 @@ class PoolParts(Parts):
         self.widths.append(len(batch.lengths))
         found = []
         for row, length in enumerate(batch.lengths):
-            one = replace(
+            one = structs.replace(
                 batch,
                 slots=batch.slots[row : row + 1],
                 input_ids=batch.input_ids[row : row + 1, :length],
@@ -69,8 +70,8 @@ def parts() -> PoolParts:
 def pipe(parts: PoolParts) -> Iterator[Pipeline]:
     """All prompts of a call that waits are run in one step."""
     with stand_in(parts, slots=4) as made:
-        options = replace(made._engine.options, prompts=4, apart=False, packs=False)
-        engine = replace(made._engine, options=options)
+        options = structs.replace(made._engine.options, prompts=4, apart=False, packs=False)
+        engine = dataclasses.replace(made._engine, options=options)
         with serve(engine, EngineConfig(), VisionConfig()) as opened:
             yield opened
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from tokenizers import Tokenizer
 
 from prompt_setups import (
@@ -81,7 +82,7 @@ IN_ORDER = ActiveTemplate(
     ids=[*"abc", "many"],
 )
 def test_texts_that_make_a_placeholder_together_are_text(blocks: tuple[str | Image, ...]) -> None:
-    joined = dataclasses.replace(original_setup().policy, text_separator="")
+    joined = structs.replace(original_setup().policy, text_separator="")
     for used in (
         dataclasses.replace(hf_setup(), template=IN_ORDER),
         dataclasses.replace(original_setup(), policy=joined),
@@ -151,7 +152,7 @@ def test_there_is_one_token_at_the_beginning(setup: Setup) -> None:
     assert setup.render(user("q")).token_ids[:2].count(1) == 1
     typed = setup.render(user("<s>q"), preprocess=False)
     assert typed.token_ids.count(1) == 1
-    without = dataclasses.replace(setup, policy=dataclasses.replace(setup.policy, bos_id=None))
+    without = dataclasses.replace(setup, policy=structs.replace(setup.policy, bos_id=None))
     assert without.render(user("q")).token_ids == setup.render(user("q")).token_ids[1:]
 
 
@@ -194,7 +195,7 @@ def test_an_error_of_a_template_shows_what_was_written(
     setup, expression = hf_setup(), expression.replace("CONTENT", _CONTENT)
     setup = dataclasses.replace(
         setup,
-        policy=dataclasses.replace(setup.policy, content_tokens=borders),
+        policy=structs.replace(setup.policy, content_tokens=borders),
         template=ActiveTemplate("quoting", f"{{{{ {expression} }}}}", ()),
     )
     # One placeholder is typed and one is the image's place.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from msgspec import structs
 from transformers.generation import logits_process as theirs
 
 from vlmforge.errors import ConfigError, EngineError
@@ -125,7 +125,7 @@ def test_the_distribution_is_that_of_the_definition(
 )
 def test_examples_by_hand(changes: dict[str, Any], expected: list[float]) -> None:
     logits = of_probs([0.5, 0.2, 0.15, 0.1, 0.05])
-    probs = dense(logits, replace(SAMPLED, **changes))
+    probs = dense(logits, structs.replace(SAMPLED, **changes))
     np.testing.assert_allclose(probs, np.array(expected), atol=1e-6)
 
 
@@ -134,7 +134,7 @@ def test_the_same_tokens_survive_as_in_another_implementation(seed: int) -> None
     """Settings as people use them, over a vocabulary of a usual size."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 3, 5000).astype(np.float32)
-    params = replace(
+    params = structs.replace(
         SAMPLED,
         temperature=(0.6, 1.3)[seed % 2],
         top_k=(0, 40)[seed // 2 % 2],
@@ -157,7 +157,7 @@ def test_the_same_tokens_survive_as_in_another_implementation(seed: int) -> None
 @given(LOGITS, st.sampled_from([5e-324, 1e-300, 1e-30]))
 def test_no_temperature_is_too_small(logits: list[float], temperature: float) -> None:
     best = [i for i, value in enumerate(logits) if value == max(logits)]
-    probs = dense(row(logits), replace(SAMPLED, temperature=temperature))
+    probs = dense(row(logits), structs.replace(SAMPLED, temperature=temperature))
     np.testing.assert_allclose(probs[best], 1 / len(best))
 
 
@@ -191,7 +191,7 @@ def test_greedy_takes_the_lowest_id_of_equals() -> None:
 
 
 def ids_of(seed: int | None, steps: int = 40) -> list[int]:
-    sampler = Sampler(replace(SAMPLED, seed=seed), 50)
+    sampler = Sampler(structs.replace(SAMPLED, seed=seed), 50)
     return [sampler.step(row([0.0] * 50)).id for _ in range(steps)]
 
 
@@ -202,9 +202,9 @@ def test_a_seed_repeats_and_no_seed_does_not() -> None:
 
 
 def test_a_session_goes_on_with_its_generator() -> None:
-    first = Sampler(replace(SAMPLED, seed=7), 50)
+    first = Sampler(structs.replace(SAMPLED, seed=7), 50)
     ids = [first.step(row([0.0] * 50)).id for _ in range(20)]
-    second = Sampler(replace(SAMPLED, seed=7), 50, rng=first.rng)
+    second = Sampler(structs.replace(SAMPLED, seed=7), 50, rng=first.rng)
     ids += [second.step(row([0.0] * 50)).id for _ in range(20)]
     assert ids == ids_of(7)
 
@@ -284,7 +284,7 @@ def test_a_processor_that_keeps_its_result_cannot_be_bitten() -> None:
 
 def test_logprobs_are_of_what_is_left_before_temperature_and_truncation() -> None:
     probs = [0.1, 0.4, 0.2, 0.3]
-    params = replace(SAMPLED, temperature=0.3, top_k=1, bad_words=((3,),), logprobs=2)
+    params = structs.replace(SAMPLED, temperature=0.3, top_k=1, bad_words=((3,),), logprobs=2)
     token = Sampler(params, 4, rng=fixed([0.9])).step(of_probs(probs))
     assert token.id == 1
     assert token.top_logprobs is not None
@@ -327,7 +327,7 @@ def test_logits_that_are_not_finite_are_an_error_of_the_engine(
 
 @pytest.mark.parametrize("params", [SamplingParams(), SAMPLED])
 def test_all_tokens_banned_is_an_error(params: SamplingParams) -> None:
-    params = replace(params, bad_words=((0,),), held_ids=(1,), min_new_tokens=1)
+    params = structs.replace(params, bad_words=((0,),), held_ids=(1,), min_new_tokens=1)
     with pytest.raises(ConfigError, match="Every token is banned") as caught:
         Sampler(params, 2).step(row([0, 1]))
     assert "bad_token_ids" in caught.value.found

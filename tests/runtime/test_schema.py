@@ -17,6 +17,7 @@ from typing import Annotated
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from vlmforge import engine
 from vlmforge.engine import schema
@@ -197,7 +198,7 @@ def test_a_policy_that_is_elsewhere_is_where_its_tag_says(
     """And all those of the union are, which type checkers read."""
     _, *places = typing.get_args(policy)
     for place in places:
-        defaults = {field.name: field.default for field in dataclasses.fields(place.load())}
+        defaults = {field.name: field.default for field in structs.fields(place.load())}
         assert defaults["name"] == place.tag
     nodes = ast.walk(ast.parse(inspect.getsource(folder)))
     union = next(node for node in nodes if isinstance(node, ast.AnnAssign))

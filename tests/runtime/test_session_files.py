@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import zipfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from sample_manifest import MANIFEST
 from stand_in import Parts, png, stand_in
@@ -39,13 +39,13 @@ def test_a_session_of_another_engine_is_refused(tmp_path: Path) -> None:
     with stand_in() as pipe:
         session = talk(pipe)
         session.save(path)
-        built_again = dataclasses.replace(
-            MANIFEST, provenance=dataclasses.replace(MANIFEST.provenance, built_at="later")
+        built_again = structs.replace(
+            MANIFEST, provenance=structs.replace(MANIFEST.provenance, built_at="later")
         )
     with stand_in(of=built_again) as pipe:
         assert turn(pipe, "so", Session.load(path, pipe)).cached_tokens > 0
     file = FileEntry("decoder.onnx", 7, "0" * 64)
-    parts, other = Parts(3), dataclasses.replace(MANIFEST, files=(file,))
+    parts, other = Parts(3), structs.replace(MANIFEST, files=(file,))
     with stand_in(parts, of=other) as pipe:
         with pytest.raises(SessionError, match="from another engine") as caught:
             Session.load(path, pipe)
@@ -63,8 +63,8 @@ class Deep(Parts):
 
 def test_features_for_several_layers_are_restored(tmp_path: Path) -> None:
     path = tmp_path / "talk.session"
-    decode = dataclasses.replace(MANIFEST.decode, feature_layers=2)
-    deep = dataclasses.replace(MANIFEST, decode=decode)
+    decode = structs.replace(MANIFEST.decode, feature_layers=2)
+    deep = structs.replace(MANIFEST, decode=decode)
     with stand_in(Deep(3), of=deep) as pipe:
         session = talk(pipe)
         session.save(path)
@@ -78,13 +78,13 @@ def test_features_for_several_layers_are_restored(tmp_path: Path) -> None:
 def test_other_limits_of_pixels_are_no_other_engine() -> None:
     """They are chosen at load (`Engine.with_pixels`): the session goes on without its cache."""
     patches = Patches(MANIFEST.image.format, 14, 2, 2, 3136, 12544, (1.0,))
-    built = dataclasses.replace(MANIFEST, image=patches)
-    decode = dataclasses.replace(MANIFEST.decode, tokens_per_image=9)
-    chosen = dataclasses.replace(built, image=patches.within(PixelRange(784, 7056)), decode=decode)
+    built = structs.replace(MANIFEST, image=patches)
+    decode = structs.replace(MANIFEST.decode, tokens_per_image=9)
+    chosen = structs.replace(built, image=patches.within(PixelRange(784, 7056)), decode=decode)
     assert engine_digest(chosen) == engine_digest(built)
-    other = dataclasses.replace(patches, merge=1)
-    assert engine_digest(dataclasses.replace(built, image=other)) != engine_digest(built)
-    fewer = dataclasses.replace(MANIFEST, decode=decode)
+    other = structs.replace(patches, merge=1)
+    assert engine_digest(structs.replace(built, image=other)) != engine_digest(built)
+    fewer = structs.replace(MANIFEST, decode=decode)
     assert engine_digest(fewer) != engine_digest(MANIFEST)
 
 
@@ -100,8 +100,8 @@ def test_an_image_of_more_pixels_than_here_is_refused_at_load(tmp_path: Path) ->
     """Not at the next turn; and nothing is put into the caches."""
     path = tmp_path / "talk.session"
     patches = Patches(MANIFEST.image.format, 14, 2, 2, 3136, 12544, (1.0,))
-    built = dataclasses.replace(MANIFEST, image=patches)
-    wide = dataclasses.replace(built, image=patches.within(PixelRange(None, 50176), 64))
+    built = structs.replace(MANIFEST, image=patches)
+    wide = structs.replace(built, image=patches.within(PixelRange(None, 50176), 64))
     picture = {"type": "image_data", "image_data": {"data": png(1), "max_pixels": 50176}}
     with stand_in(Patched(3), of=wide) as pipe:
         session = pipe.session()
@@ -260,7 +260,7 @@ def test_arrays_that_do_not_fit_are_refused(
 def test_images_beyond_what_this_pipeline_reads_are_refused(saved: bytes, tmp_path: Path) -> None:
     path = tmp_path / "talk.session"
     path.write_bytes(saved)
-    limits = dataclasses.replace(DEFAULT_LIMITS, formats=("JPEG",))
+    limits = structs.replace(DEFAULT_LIMITS, formats=("JPEG",))
     with stand_in() as pipe, pytest.raises(ImageError) as caught:
         read_session(path, pipe.session_cache.engine_digest, limits)
     assert "a PNG file" in caught.value.found

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from conftest import wait_until
 from sample_manifest import MANIFEST
@@ -124,10 +125,8 @@ def test_it_is_the_session_that_was_saved(tmp_path: Path) -> None:
         ):
             assert type(prompt) is type(given)
             assert pipe.render(prompt) == pipe.render(given)
-        assert loaded.response == dataclasses.replace(
-            session.response,  # type: ignore[type-var]
-            session_id=0,
-        )
+        assert session.response is not None
+        assert loaded.response == dataclasses.replace(session.response, session_id=0)
         first, second = (talk.turns.images for talk in (loaded, session))
         assert [digest(image.source) for image in first] == [digest(i.source) for i in second]
         loaded.rewind(2)
@@ -240,9 +239,9 @@ def test_other_image_settings_do_not_use_the_cache(
     with stand_in() as pipe:
         talk(pipe).save(path)
     parts = Parts(3)
-    white = dataclasses.replace(MANIFEST.image.format, background=(1, 2, 3))
-    image = dataclasses.replace(MANIFEST.image, format=white)
-    engine = dataclasses.replace(MANIFEST, image=image)
+    white = structs.replace(MANIFEST.image.format, background=(1, 2, 3))
+    image = structs.replace(MANIFEST.image, format=white)
+    engine = structs.replace(MANIFEST, image=image)
     with stand_in(parts, of=engine) as pipe:
         assert turn(pipe, "so", Session.load(path, pipe)).cached_tokens == 0
     assert parts.calls["encode"] > 0

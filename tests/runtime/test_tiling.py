@@ -6,7 +6,6 @@ the same is done to arrays of row numbers, which must give the rows that the run
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
@@ -50,14 +50,14 @@ PUBLISHED = Tiling(
     view_rows=577,
     merge=UnpaddedLines(),
 )
-TINY = dataclasses.replace(
+TINY = structs.replace(
     PUBLISHED,
     tile=28,
     canvases=((28, 56), (56, 28), (56, 56), (84, 28), (28, 84), (112, 112)),
     side=2,
     view_rows=5,
 )
-HF = dataclasses.replace(PUBLISHED, merge=UnpaddedLines(digits=7))
+HF = structs.replace(PUBLISHED, merge=UnpaddedLines(digits=7))
 PRIMES = (2, 3, 5, 7, 23, 97, 331, 337, 499, 673, 1009, 1999, 3989)
 
 
@@ -126,7 +126,7 @@ def test_rows_are_the_originals(tiling: Tiling) -> None:
 
 
 def test_rows_are_those_of_transformers() -> None:
-    tiling = dataclasses.replace(TINY, merge=UnpaddedLines(digits=7))
+    tiling = structs.replace(TINY, merge=UnpaddedLines(digits=7))
     for size in SIZES:
         expected = original_rows(size, tiling, unpad=hf_unpad)
         np.testing.assert_array_equal(token_rows(size, tiling), expected, str(size))
@@ -178,7 +178,7 @@ def test_published_counts(size: Size, tokens: int) -> None:
 def test_no_image_takes_more_than_most_tokens() -> None:
     for tiling in (PUBLISHED, TINY):
         for merge in (Views(), Lines(), UnpaddedLines(), UnpaddedLines(digits=7)):
-            merged = dataclasses.replace(tiling, merge=merge)
+            merged = structs.replace(tiling, merge=merge)
             most = most_tokens(merged)
             assert all(len(token_rows(size, merged)) <= most for size in SIZES[::11])
     assert most_tokens(PUBLISHED) == 2928
@@ -198,8 +198,8 @@ def test_boxes_cover_the_canvas_once(canvas: Size) -> None:
 @given(st.integers(1, 5000), st.integers(1, 5000))
 @settings(max_examples=examples(300))
 def test_padded_lines_hold_every_row_once(width: int, height: int) -> None:
-    lines = dataclasses.replace(TINY, merge=Lines(), view_rows=4)
+    lines = structs.replace(TINY, merge=Lines(), view_rows=4)
     rows = token_rows((width, height), lines)
     assert sorted(rows) == list(range(view_count((width, height), lines) * 4))
-    views = dataclasses.replace(lines, merge=Views())
+    views = structs.replace(lines, merge=Views())
     assert token_rows((width, height), views).tolist() == sorted(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 import vlmforge.runner.stages
 from sample_manifest import MANIFEST
@@ -67,7 +67,7 @@ def whole(response: object) -> Response:
     return response
 
 
-TILED = dataclasses.replace(
+TILED = structs.replace(
     MANIFEST,
     image=AnyRes(
         MANIFEST.image.format,

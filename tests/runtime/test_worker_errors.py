@@ -8,11 +8,11 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from conftest import wait_until
 from late_parts import BegunLate, FirstParts, LateParts
@@ -256,7 +256,7 @@ class Breaking(Parts):
 
     def move(self, move: Move) -> None:
         if isinstance(move, Copy):
-            super().move(replace(move, tokens=move.tokens // 2))
+            super().move(structs.replace(move, tokens=move.tokens // 2))
             self._break("copy")
             self._cache[move.target, : move.tokens] = self._cache[move.source, : move.tokens]
         else:

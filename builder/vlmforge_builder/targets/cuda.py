@@ -6,13 +6,13 @@ take their weights from one file, and those that are alike are one graph.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
 import onnx_ir as ir
+from msgspec import structs
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from typing_extensions import override
 
@@ -102,7 +102,7 @@ class CudaTarget(Target):
 
     @override
     def kv_layout(self, kv: KVLayout, settings: Settings) -> KVLayout:
-        return dataclasses.replace(kv, dtype=_stored(settings), page_size=PAGE_SIZE)
+        return structs.replace(kv, dtype=_stored(settings), page_size=PAGE_SIZE)
 
     @override
     def compile(self, traced: Traced, job: CompileJob) -> Part:
@@ -158,14 +158,14 @@ class CudaTarget(Target):
         if not isinstance(dense, DecoderInterface):
             return dense
         kv = self.kv_layout(dense.kv, settings)
-        return dataclasses.replace(dense, kv=kv, chained=True)
+        return structs.replace(dense, kv=kv, chained=True)
 
 
 def _dense(traced: Interface, settings: Settings) -> Interface:
     """What the graph takes and gives before it is cut; features are float32."""
     if not isinstance(traced, DecoderInterface):
         return traced
-    return dataclasses.replace(traced, kv=dataclasses.replace(traced.kv, dtype=settings.dtype))
+    return structs.replace(traced, kv=structs.replace(traced.kv, dtype=settings.dtype))
 
 
 def _matrices(blocks: Mapping[str, Blocks]) -> dict[str, Blocks]:
@@ -210,8 +210,8 @@ def _write_chain(model: ir.Model, part: Part, layout: Layout, job: CompileJob) -
     segments = save_alike(pieces, job.stem, job.folder)
     steps, tables = chain_steps(segments, cut.between), _tables(cut, layout, data)
     (sampler,) = save_segments([sample_token(vocab_size)], f"{job.stem}.sample", job.folder)
-    sampler = dataclasses.replace(sampler, token_bytes=_choosing_bytes(vocab_size))
-    return dataclasses.replace(
+    sampler = structs.replace(sampler, token_bytes=_choosing_bytes(vocab_size))
+    return structs.replace(
         part,
         file=segments[0].file,
         data=(

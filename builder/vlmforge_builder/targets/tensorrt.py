@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from msgspec import structs
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from typing_extensions import override
 
@@ -113,7 +114,7 @@ class TensorRTTarget(Target):
     @override
     def kv_layout(self, kv: KVLayout, settings: Settings) -> KVLayout:
         page_size = None if settings.attention == "native" else PAGE_SIZE
-        return dataclasses.replace(kv, dtype=_stored(settings), page_size=page_size)
+        return structs.replace(kv, dtype=_stored(settings), page_size=page_size)
 
     @override
     def compile(self, traced: Traced, job: CompileJob) -> Part:
@@ -171,12 +172,12 @@ class TensorRTTarget(Target):
 
     def _interface(self, part: PartSpec, settings: Settings) -> Interface:
         """What the compiled part takes and gives."""
-        traced = dataclasses.replace(part.interface, features=settings.dtype)
+        traced = structs.replace(part.interface, features=settings.dtype)
         if not isinstance(traced, DecoderInterface):
             return traced
         capacity = settings.session_len if settings.attention == "native" else None
         kv = self.kv_layout(traced.kv, settings)
-        return dataclasses.replace(traced, kv=kv, capacity=capacity)
+        return structs.replace(traced, kv=kv, capacity=capacity)
 
     def _sequence(
         self,

@@ -7,8 +7,9 @@ Sources: `process_anyres_image` in `llava/mm_utils.py`, `prepare_inputs_labels_f
 from __future__ import annotations
 
 import ast
-import dataclasses
 from collections.abc import Mapping
+
+from msgspec import structs
 
 from vlmforge.engine.images.anyres import AnyRes
 from vlmforge.engine.images.pixels import Size
@@ -40,7 +41,7 @@ def original_anyres(processor: ConfigReader, tower: VisionConfig, config: Config
     """
     merge = config.str("mm_patch_merge_type", "flat")
     # The tiles are resized by Pillow's default filter, whatever the processor says.
-    pixels = dataclasses.replace(
+    pixels = structs.replace(
         read_tile_format(processor, image_size=tower.image_size), resample="bicubic"
     )
     canvases = _pinpoints(config, config.get(PINPOINTS))

@@ -8,8 +8,9 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
 
 from vlmforge.api.letters import letters_to
 from vlmforge.errors import VlmforgeError
@@ -44,8 +45,7 @@ def progress(count: int | None) -> tqdm[Any]:
     return tqdm(total=count, unit="prompt", file=sys.stderr, dynamic_ncols=True)
 
 
-@dataclass(slots=True)
-class Call:
+class Call(Struct):
     """A call that has begun.
 
     Attributes:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
 from vlmforge import env
 from vlmforge.api.arguments import path_text
 from vlmforge.api.config import EngineConfig, VisionConfig
@@ -139,7 +141,7 @@ def _load(
     own = load_backend(manifest.backend).memory(devices)
     options = load_options(bundle, config, free - features if own is None else own.bytes, features)
     mpi = config.communicator == "mpi"
-    options = dataclasses.replace(options, mpi=mpi, devices=devices)
+    options = structs.replace(options, mpi=mpi, devices=devices)
     frozen = bundle.text(manifest.prompt.template_file)
     return load_engine(bundle, choose_template(manifest.prompt, frozen, template), options)
 

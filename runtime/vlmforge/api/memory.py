@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from vlmforge.api.config import MAX_CHUNK, MAX_GPU_CHUNK, USUAL_GPU_CHUNK, EngineConfig
 from vlmforge.backends import LoadOptions
@@ -161,8 +163,7 @@ def most_chunk(manifest: Manifest) -> int:
     return max((p.dims[TOKENS].most for p in profiles), default=MAX_GPU_CHUNK)
 
 
-@dataclass(frozen=True, slots=True)
-class PartMemory:
+class PartMemory(Struct, frozen=True):
     """Bytes that a part takes of a GPU's memory.
 
     Attributes:

@@ -6,8 +6,9 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct, structs
 
 from vlmforge.api.config import EngineConfig
 from vlmforge.api.memory import load_options, parts_memory, prompt_tokens, slots_of
@@ -21,8 +22,7 @@ CONTEXT_BYTES = 600 << 20
 _PRECISE = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class PartPlan:
+class PartPlan(Struct, frozen=True):
     """Bytes of a part: see `PartMemory`."""
 
     name: str
@@ -31,8 +31,7 @@ class PartPlan:
     library: int
 
 
-@dataclass(frozen=True, slots=True)
-class CachePlan:
+class CachePlan(Struct, frozen=True):
     """The key/value cache.
 
     Attributes:
@@ -61,8 +60,7 @@ class CachePlan:
         return self.blocks * self.block_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(Struct, frozen=True):
     """Why it does not fit: the error that loading would end with, and what would fit instead."""
 
     summary: str
@@ -71,8 +69,7 @@ class Refusal:
     changes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """An engine in a memory.
 
     Attributes:
@@ -178,8 +175,8 @@ def _changes(manifest: Manifest, config: EngineConfig, free: float) -> Iterator[
     if longest := _longest(manifest, config, free, window):
         yield f"--session-len {longest}"
     if manifest.kv.dtype in ("float16", "bfloat16") and manifest.kv.page_size is not None:
-        kv = dataclasses.replace(manifest.kv, dtype="float8_e4m3fn")
-        halved = dataclasses.replace(manifest, kv=kv)
+        kv = structs.replace(manifest.kv, dtype="float8_e4m3fn")
+        halved = structs.replace(manifest, kv=kv)
         if _fits(halved, config, free):
             yield "--kv-dtype fp8"
         elif longest := _longest(halved, config, free, window):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import PIL.Image
+from msgspec import Struct
 
 from vlmforge.api.session_cache import Kept, SessionCache
 from vlmforge.api.turn import Turn
@@ -33,8 +34,7 @@ _RULES: Mapping[str, Rule] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(Struct, frozen=True):
     """What was sent for a turn: the whole conversation, whether by the chat template, and how."""
 
     asked: Conversation

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from msgspec import Struct
 
 from vlmforge.backends import FloatArray, KeyValues
 from vlmforge.engine.manifest import Manifest
@@ -31,8 +31,7 @@ _NEXT = Message("user", (Text("?"),))
 _NO_FEATURES: FloatArray = np.empty((0, 0), np.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(Struct, frozen=True):
     """What the caches have of a conversation.
 
     Attributes:

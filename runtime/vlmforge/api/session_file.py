@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from vlmforge.api.array_file import Arrays, damaged, read_arrays, write_arrays
@@ -28,8 +29,7 @@ from vlmforge.vl.stored import Pixels, StoredImage
 VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
+class Saved(Struct, frozen=True):
     """What a session's file holds.
 
     Attributes:
@@ -45,8 +45,7 @@ class Saved:
     kept: Kept | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
+class _Block(Struct, frozen=True):
     """A text, or the number of an image, the name that it was given by, and its limits."""
 
     text: str | None
@@ -56,14 +55,12 @@ class _Block:
     max_pixels: PixelCount | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Message:
+class _Message(Struct, frozen=True):
     role: str
     blocks: tuple[_Block, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Response:
+class _Response(Struct, frozen=True):
     text: str
     token_ids: tuple[int, ...]
     generate_token_len: int
@@ -73,8 +70,7 @@ class _Response:
     boxes: tuple[Box, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
+class _Turn(Struct, frozen=True):
     form: str  # of the prompt: "text", "tuple" or "messages"
     messages: tuple[_Message, ...]
     do_preprocess: bool
@@ -82,22 +78,19 @@ class _Turn:
     response: _Response
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
+class _Image(Struct, frozen=True):
     orientation: int
     pixels: Pixels | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
+class _Kept(Struct, frozen=True):
     pixels: str
     salt: str
     rows: tuple[str, ...]
     features: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
+class _Record(Struct, frozen=True):
     version: int
     engine: str | None
     opening: tuple[_Message, ...]
@@ -106,8 +99,7 @@ class _Record:
     kept: _Kept | None
 
 
-@dataclass(slots=True)
-class _Images:
+class _Images(Struct):
     """The images of a session, each once."""
 
     stored: list[StoredImage] = field(default_factory=list)

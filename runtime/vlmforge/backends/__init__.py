@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from vlmforge.backends.features import Features
@@ -25,8 +25,7 @@ FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
+class LoadOptions(Struct, frozen=True):
     """How to load an engine.
 
     Attributes:
@@ -96,8 +95,7 @@ class VisionSession(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class DecoderBatch:
+class DecoderBatch(Struct, frozen=True):
     """Rows of equal length that run together. B > 1 is for decoding, one token each, or `lengths`.
 
     Attributes:

@@ -10,11 +10,11 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -48,8 +48,7 @@ Allocate = Callable[[str, tuple[int, ...], Any], Array]
 """Memory by its name (see `shared_memory`), shape and dtype."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
+class _Run(Struct, frozen=True):
     """A step of one size, bound: where its inputs go, what runs, where its logits are."""
 
     inputs: Mapping[str, Array]
@@ -57,8 +56,7 @@ class _Run:
     logits: FloatArray
 
 
-@dataclass(slots=True)
-class Meetings:
+class Meetings(Struct):
     """Where a chain meets the other ranks.
 
     Attributes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from vlmforge.backends import DecoderBatch, FloatArray, IntArray
@@ -14,8 +14,7 @@ from vlmforge.backends import DecoderBatch, FloatArray, IntArray
 T_co = TypeVar("T_co", covariant=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Edits:
+class Edits(Struct, frozen=True):
     """Logits that are changed before anything else, all of different ids.
 
     Attributes:
@@ -32,8 +31,7 @@ class Edits:
 NO_EDITS = Edits(np.zeros(0, np.int64), np.ones(0, np.float32), np.zeros(0, np.float64))
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """How the next token of one sequence is chosen; see `SamplingParams`.
 
     Attributes:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -235,8 +236,7 @@ class Float32Segment(Segment):
         return work
 
 
-@dataclass(frozen=True, slots=True)
-class HostMemory:
+class HostMemory(Struct, frozen=True):
     """See `Memory`."""
 
     address: int

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from vlmforge.engine.images.pixels import Rows
@@ -63,8 +63,7 @@ class Run(NamedTuple):
         return self.rows * self.held.row_bytes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DeviceRows:
+class DeviceRows(Struct, frozen=True, eq=False):
     """Rows of features that lie in a device's memory, in order."""
 
     runs: tuple[Run, ...]
@@ -138,8 +137,7 @@ class ManyViews(Protocol):
     views: int
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceFeatures:
+class DeviceFeatures(Struct, frozen=True):
     """What a vision part takes of a device's memory beside its weights, in bytes.
 
     Attributes:

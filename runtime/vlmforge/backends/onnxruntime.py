@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -178,8 +179,7 @@ def _more_inputs(batch: DecoderBatch) -> Mapping[str, NDArray[Any]]:
     return {name: values for name, values in given.items() if values is not None}
 
 
-@dataclass(slots=True)
-class _Layout:
+class _Layout(Struct):
     """Some rows of the cache that lie side by side, as a session takes them; made once."""
 
     rows: tuple[tuple[str, ort.OrtValue], ...]  # by the name of what is past

@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from typing_extensions import override
 
 from vlmforge.backends import FloatArray, VisionSession
@@ -36,8 +36,7 @@ _KEPT_WORDS = 3
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class Library:
+class Library(Struct, frozen=True):
     """A library that runs plans, ready for them: our plugin is registered, without kernels.
 
     Each plan brings its own.
@@ -134,8 +133,7 @@ class _Context:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Scratch:
+class Scratch(Struct, frozen=True):
     """Where plans calculate what is in between, one after the other. `size` in bytes."""
 
     memory: Memory

@@ -7,10 +7,10 @@ row is nobody else's business: before a step, a few rows change places.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 _TURN_TOKENS = 256  # a row that is in the wrong order is moved later
@@ -19,8 +19,7 @@ Order = list[int] | slice
 """Of a batch's rows in the cache; a slice where they lie as they are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
+class Exchange(Struct, frozen=True):
     """Rows `first` and `second` change places; so many tokens of each matter."""
 
     first: int
@@ -29,8 +28,7 @@ class Exchange:
     second_tokens: int
 
 
-@dataclass(frozen=True)
-class Arrangement:
+class Arrangement(Struct, frozen=True, dict=True):
     """After `exchanges`, the slots lie in the rows `first_row, first_row + 1, ...`.
 
     `order[i]` is the place, in the list that was asked for, of the slot in row `first_row + i`.

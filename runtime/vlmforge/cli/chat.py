@@ -9,8 +9,9 @@ import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
+
+from msgspec import Struct, field
 
 from vlmforge.api.config import EngineConfig
 from vlmforge.api.load import pipeline
@@ -48,8 +49,7 @@ def say(text: str = "", end: str = "\n") -> None:
     print(_CONTROL.sub(lambda found: ascii(found[0])[1:-1], text), end=end, flush=True)
 
 
-@dataclass(slots=True)
-class Chat:
+class Chat(Struct):
     """A conversation that is typed.
 
     Attributes:

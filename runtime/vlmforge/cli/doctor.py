@@ -6,7 +6,8 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from vlmforge.backends import BACKENDS, load_backend
 from vlmforge.backends.cuda.machine import MEND, installed_onnxruntime
@@ -20,6 +21,7 @@ RUNTIME = (
     "blake3",
     "tokenizers",
     "jinja2",
+    "msgspec",
     "onnxruntime",
     "filelock",
     "prompt-toolkit",
@@ -39,8 +41,7 @@ BUILD = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(Struct, frozen=True):
     name: str
     state: str
     fix: str = ""

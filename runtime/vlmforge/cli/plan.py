@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from vlmforge import env
 from vlmforge.api.config import EngineConfig
@@ -23,8 +23,7 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?b)?", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """The command line of `vlmforge plan`. None: the default.
 
     Attributes:
@@ -52,7 +51,7 @@ def run_plan(asked: Asked) -> int:
     config = EngineConfig(session_len=asked.session_len, max_batch_size=asked.max_batch_size)
     found = plan(manifest, config, _memory(asked, manifest))
     if asked.as_json:
-        data = {**dataclasses.asdict(found), "fits": found.fits}
+        data = {**msgspec.to_builtins(found), "fits": found.fits}
         print(json.dumps(data, indent=1))
     else:
         print(table(found))

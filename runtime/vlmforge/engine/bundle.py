@@ -6,8 +6,9 @@ import hashlib
 import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from vlmforge import env
 from vlmforge.engine.manifest import FileEntry, Manifest, load_manifest
@@ -18,8 +19,7 @@ _MOST_TEXT = 1 << 28
 _AGAIN = "copy the engine again, or rebuild it: build-engine CHECKPOINT -o ENGINE --force"
 
 
-@dataclass(frozen=True, slots=True)
-class Bundle:
+class Bundle(Struct, frozen=True):
     """An engine directory and its manifest."""
 
     folder: Path

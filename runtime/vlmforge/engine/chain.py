@@ -7,9 +7,10 @@ Between segments are calls of attention, gated activations, collectives of tenso
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Annotated
 
+from msgspec import Struct, field
+from msgspec.structs import replace
 from typing_extensions import override
 
 from vlmforge.engine.fields import ByteCount, Count, FilePath, ImageTokens, Name
@@ -21,8 +22,7 @@ Heads = Annotated[int, Int(1, 1 << 12)]
 Unit = Annotated[float, Number(0, 1e6, above=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class BoundWeight:
+class BoundWeight(Struct, frozen=True):
     """A weight that a graph takes as an input.
 
     Attributes:
@@ -38,8 +38,7 @@ class BoundWeight:
     offset: ByteCount
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """A graph, a file. Those of several segments that differ in their weights alone are one file.
 
     Attributes:
@@ -75,8 +74,7 @@ class Segment:
         return called, [(spec.dtype, spec.shape) for spec in specs]
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionCall:
+class AttentionCall(Struct, frozen=True):
     """A launch of our paged attention over the pools of one layer.
 
     Attributes:
@@ -102,8 +100,7 @@ class AttentionCall:
     rotary: bool
 
 
-@dataclass(frozen=True, slots=True)
-class GatedActivation:
+class GatedActivation(Struct, frozen=True):
     """A launch of our gated activation: `act(first half of a row) * second half`.
 
     Attributes:
@@ -117,8 +114,7 @@ class GatedActivation:
     out: Name
 
 
-@dataclass(frozen=True, slots=True)
-class SumNorm:
+class SumNorm(Struct, frozen=True):
     """What becomes of a sum at once: something is added to it, and that is normalised.
 
     Attributes:
@@ -137,8 +133,7 @@ class SumNorm:
     epsilon: Annotated[float, Number(0, 1)]
 
 
-@dataclass(frozen=True, slots=True)
-class Collective:
+class Collective(Struct, frozen=True):
     """Where all ranks meet: each gives its `tensor`, and each gets the same `out`.
 
     The ranks' tensors have one shape and dtype (float32 where the backend is of the CPU).
@@ -178,8 +173,7 @@ class Collective:
         return frozenset((self.out, *(() if self.norm is None else (self.norm.out,))))
 
 
-@dataclass(frozen=True, slots=True)
-class ChainStep:
+class ChainStep(Struct, frozen=True):
     """Exactly one of them."""
 
     segment: Segment | None = None
@@ -210,8 +204,7 @@ class ChainStep:
         return frozenset(() if self.attention is None else (self.attention.out,))
 
 
-@dataclass(frozen=True, slots=True)
-class RotaryTables:
+class RotaryTables(Struct, frozen=True):
     """Cosines and sines, float32 `[positions, width]` each, at their offsets in bytes in `file`."""
 
     file: FilePath
@@ -221,8 +214,7 @@ class RotaryTables:
     width: Count
 
 
-@dataclass(frozen=True, slots=True)
-class PartChain(Agreeing):
+class PartChain(Agreeing, Struct, frozen=True):
     """What is run, in order.
 
     Attributes:

@@ -7,9 +7,10 @@ imports no family, so the table is there where the libraries of a build are not.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.resources import files
+
+from msgspec import Struct
 
 from vlmforge.engine.schema import from_json
 from vlmforge.errors import ConfigError, EngineFormatError
@@ -18,8 +19,7 @@ ENTRY_POINT_GROUP = "vlmforge.recipes"
 CARD_FILE = "card.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Targets:
+class Targets(Struct, frozen=True):
     """For each target: "yes", "builds" (not run yet), or "untested" (the same code, never run)."""
 
     onnxruntime: str
@@ -28,8 +28,7 @@ class Targets:
     tensorrt_rtx: str
 
 
-@dataclass(frozen=True, slots=True)
-class ModelRow:
+class ModelRow(Struct, frozen=True):
     """One published layout of one model.
 
     Attributes:
@@ -53,8 +52,7 @@ class ModelRow:
     targets: Targets
 
 
-@dataclass(frozen=True, slots=True)
-class FamilyCard:
+class FamilyCard(Struct, frozen=True):
     """What a family's `card.json` holds; `family` is the name of its recipe."""
 
     family: str

@@ -7,17 +7,16 @@ memory, and say nothing of what makes a good model.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated, TypeAlias
 
+from msgspec import Struct
 from typing_extensions import override
 
 from vlmforge.field_rules import Choice, Int, Number, Rule, Text
 
 
-@dataclass(frozen=True, slots=True)
-class RelativePath(Rule):
+class RelativePath(Rule, Struct, frozen=True):
     """A path of a file inside the engine."""
 
     @override
@@ -31,8 +30,7 @@ class RelativePath(Rule):
         return "a path inside the engine"
 
 
-@dataclass(frozen=True, slots=True)
-class Sha256(Rule):
+class Sha256(Rule, Struct, frozen=True):
     """A sha256 in hex."""
 
     @override
@@ -43,8 +41,7 @@ class Sha256(Rule):
         return "64 digits of 0-9 and a-f"
 
 
-@dataclass(frozen=True, slots=True)
-class Dimension(Rule):
+class Dimension(Rule, Struct, frozen=True):
     """A dimension: a size, or a symbol."""
 
     @override

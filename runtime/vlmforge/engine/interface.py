@@ -7,8 +7,9 @@ the static check holds an engine's parts against it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from vlmforge.engine.images.patch_inputs import (
     PATCH_COS,
@@ -75,8 +76,7 @@ BLOCK_TABLE = TensorSpec("block_table", "int32", (BATCH, SEQUENCE_PAGES))
 """The pages of each sequence, where the cache is paged."""
 
 
-@dataclass(frozen=True, slots=True)
-class VisionInterface:
+class VisionInterface(Struct, frozen=True):
     """Of the part "vision".
 
     Attributes:
@@ -108,8 +108,7 @@ class VisionInterface:
         return {}
 
 
-@dataclass(frozen=True, slots=True)
-class PatchInterface:
+class PatchInterface(Struct, frozen=True):
     """Of a part "vision" that takes the patches of images of one grid, as many as there are.
 
     Attributes:
@@ -154,8 +153,7 @@ class PatchInterface:
         return {}
 
 
-@dataclass(frozen=True, slots=True)
-class DecoderInterface:
+class DecoderInterface(Struct, frozen=True):
     """Of the part "decoder".
 
     Attributes:

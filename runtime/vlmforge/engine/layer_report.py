@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from vlmforge.engine.regular_file import read_regular
 from vlmforge.engine.schema import from_json, parse_json
@@ -17,8 +18,7 @@ from vlmforge.errors import EngineFormatError
 _MOST_BYTES = 1 << 28
 
 
-@dataclass(frozen=True, slots=True)
-class LayerOutput:
+class LayerOutput(Struct, frozen=True):
     """A result of a layer. -1 in `shape` is a dimension that varies."""
 
     name: str
@@ -26,8 +26,7 @@ class LayerOutput:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(Struct, frozen=True):
     """A layer: its name, the compiler's word for its type, its inputs' names, and its outputs."""
 
     name: str
@@ -36,8 +35,7 @@ class Layer:
     outputs: tuple[LayerOutput, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerReport:
+class LayerReport(Struct, frozen=True):
     """All layers of a part, in the order of the network."""
 
     layers: tuple[Layer, ...]

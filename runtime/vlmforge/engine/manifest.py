@@ -7,14 +7,13 @@ schema version goes up and `migration` reads the older ones.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
+from msgspec import Struct, structs
 from typing_extensions import override
 
 from vlmforge.engine.fields import (
@@ -53,8 +52,7 @@ _DIGEST = "digest"
 _MOST_BYTES = 1 << 24
 
 
-@dataclass(frozen=True, slots=True)
-class FileEntry:
+class FileEntry(Struct, frozen=True):
     """A file of the engine: path relative to `engine.json`, size in bytes, sha256 in hex."""
 
     path: FilePath
@@ -62,8 +60,7 @@ class FileEntry:
     sha256: Annotated[str, Sha256()]
 
 
-@dataclass(frozen=True, slots=True)
-class DimRange:
+class DimRange(Struct, frozen=True):
     """Least, usual and most of a symbolic dimension."""
 
     least: DimSize
@@ -71,16 +68,14 @@ class DimRange:
     most: DimSize
 
 
-@dataclass(frozen=True, slots=True)
-class Profile:
+class Profile(Struct, frozen=True):
     """Ranges of all symbolic dimensions that a part was compiled for, and what it is for."""
 
     name: Name
     dims: Mapping[str, DimRange]
 
 
-@dataclass(frozen=True, slots=True)
-class Part(Agreeing):
+class Part(Agreeing, Struct, frozen=True):
     """One compiled graph, or a chain of them.
 
     Attributes:
@@ -121,8 +116,7 @@ class Part(Agreeing):
             yield "chain", f"steps that take what there is, and not {min(missing)[:60]!r}"
 
 
-@dataclass(frozen=True, slots=True)
-class DecodePolicy:
+class DecodePolicy(Struct, frozen=True):
     """Facts of the decoder that generation needs. Ids >= `vocab_size` index image features.
 
     `tokens_per_image` is what every image takes, or, where that depends on its size, the most that
@@ -140,8 +134,7 @@ class DecodePolicy:
     feature_layers: Annotated[int, Int(1, 64)] = 1
 
 
-@dataclass(frozen=True, slots=True)
-class KVLayout:
+class KVLayout(Struct, frozen=True):
     """Key/value cache, per layer two tensors.
 
     That of a manifest is the whole model's; what one rank holds of it is `Manifest.rank_kv`. They
@@ -162,8 +155,7 @@ class KVLayout:
         return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class ParallelLayout:
+class ParallelLayout(Struct, frozen=True):
     """Tensor parallelism that the parts were sharded for.
 
     Attributes:
@@ -178,8 +170,7 @@ class ParallelLayout:
     kv_heads: Annotated[int, Int(1, 1 << 12)] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
+class Provenance(Struct, frozen=True):
     """Where the engine comes from. `built_at` is the only field that differs between two builds.
 
     (And so does the digest, which is of this field too.)
@@ -194,8 +185,7 @@ class Provenance:
     versions: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest(Agreeing):
+class Manifest(Agreeing, Struct, frozen=True):
     """All that the runtime knows of an engine.
 
     `dtype` is how weights are stored, but for those of the decoder that `quantisation`, "int8" or
@@ -249,7 +239,7 @@ class Manifest(Agreeing):
     def rank_kv(self) -> KVLayout:
         """The cache that one rank holds."""
         heads = self.parallel.kv_heads
-        return self.kv if heads is None else dataclasses.replace(self.kv, kv_heads=heads)
+        return self.kv if heads is None else structs.replace(self.kv, kv_heads=heads)
 
     @property
     def first_parts(self) -> tuple[Part, ...]:

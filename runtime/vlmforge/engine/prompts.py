@@ -9,17 +9,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
+from msgspec import Struct
 from typing_extensions import override
 
 from vlmforge.engine.fields import Count, FilePath, Name, TokenCount, TokenId
 from vlmforge.field_rules import Int
 
 
-@dataclass(frozen=True, slots=True)
-class TemplateParts:
+class TemplateParts(Struct, frozen=True):
     """A chat template by its parts, in the layout of `ChatTemplateConfig`.
 
     `{system}{meta_instruction}{eosys}{user}{q}{eoh}{assistant}{a}{eoa}{separator}{user}...`
@@ -67,8 +66,7 @@ class _Placeholder:
         return []
 
 
-@dataclass(frozen=True, slots=True)
-class InlineToken(_Placeholder):
+class InlineToken(_Placeholder, Struct, frozen=True):
     """The placeholder is a token of the tokenizer; the text is encoded as a whole."""
 
     name: Literal["inline_token"] = "inline_token"
@@ -79,15 +77,13 @@ class InlineToken(_Placeholder):
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class SplitText(_Placeholder):
+class SplitText(_Placeholder, Struct, frozen=True):
     """The text is split at the placeholders, and each chunk is encoded alone."""
 
     name: Literal["split_text"] = "split_text"
 
 
-@dataclass(frozen=True, slots=True)
-class NamedSpan(_Placeholder):
+class NamedSpan(_Placeholder, Struct, frozen=True):
     """As `SplitText`, and an image is written with its name, `{begin}{name}{end}`.
 
     In ids: the begin token, the bytes of the name as ids, padding with the policy's
@@ -133,8 +129,7 @@ class NamedSpan(_Placeholder):
 Splice: TypeAlias = InlineToken | SplitText | NamedSpan
 
 
-@dataclass(frozen=True, slots=True)
-class PromptPolicy:
+class PromptPolicy(Struct, frozen=True):
     """How messages become token ids and image spans.
 
     Attributes:

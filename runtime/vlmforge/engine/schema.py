@@ -1,16 +1,16 @@
-"""Frozen dataclasses to JSON and back, strictly: an unknown, missing or mistyped key is an error.
+"""Records to JSON and back, strictly: an unknown, missing or mistyped key is an error.
 
-A dataclass is its own schema. Supported field types: `str`, `int`, `float`, `bool`, `X | None`,
-`tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, X]`, other dataclasses, and tagged unions of them:
-each member has a field `name: Literal["..."]`, and the key `name` tells which one it is. The
-members may stand in files that are imported when a document has one (`Elsewhere`). A field with a
-default may be missing: that is how documents written before it was there are read. An
-`Annotated[X, rule]` holds what `rule` (`vlmforge.field_rules`) admits; what several fields must
-agree on is said by a method `disagreements` (`Agreeing`).
+A record, a msgspec Struct or a dataclass, is its own schema. Supported field types: `str`, `int`,
+`float`, `bool`, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, X]`, other records, and
+tagged unions of them: each member has a field `name: Literal["..."]`, and the key `name` tells
+which one it is. The members may stand in files that are imported when a document has one
+(`Elsewhere`). A field with a default may be missing: that is how documents written before it was
+there are read. An `Annotated[X, rule]` holds what `rule` (`vlmforge.field_rules`) admits; what
+several fields must agree on is said by a method `disagreements` (`Agreeing`).
 
-msgspec was tried (0.22): its errors name no value found, one bound at a time and no key of a
-mapping, it takes a key twice, lone surrogates and whole numbers that a float rounds. To keep our
-errors its sentences would have to be parsed; this module is shorter than that.
+msgspec's own reading was tried (0.22): its errors name no value found, one bound at a time and no
+key of a mapping, it takes a key twice, lone surrogates and whole numbers that a float rounds. To
+keep our errors its sentences would have to be parsed; this module is shorter than that.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import json
 import math
 import types
 import typing
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
+
+from msgspec import Struct
 
 from vlmforge.errors import EngineFormatError
 from vlmforge.field_rules import Rule
@@ -37,19 +37,18 @@ TAG = "name"
 """The field that tells the members of a union apart."""
 
 
-class Agreeing(ABC):
-    """A dataclass whose fields must go together."""
+class Agreeing:
+    """A record whose fields must go together."""
 
     __slots__ = ()
 
-    @abstractmethod
     def disagreements(self) -> Iterator[tuple[str, str]]:
         """For each rule that is broken: the field, and what it must be."""
+        raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True)
-class Elsewhere:
-    """A dataclass whose file is imported when a document has one: `Annotated[object, Elsewhere()]`.
+class Elsewhere(Struct, frozen=True):
+    """A record whose file is imported when a document has one: `Annotated[object, Elsewhere()]`.
 
     Several of them are a tagged union; each one's file is called as its tag.
     """
@@ -68,7 +67,7 @@ class Elsewhere:
 
 
 def to_json(value: object) -> str:
-    """Readable JSON text of a dataclass; equal values have equal text.
+    """Readable JSON text of a record; equal values have equal text.
 
     Fields keep their order, keys of mappings are sorted. ValueError on a float that is not finite.
     """
@@ -119,8 +118,9 @@ def from_json(cls: type[T], data: object, where: str) -> T:
 
 
 def _encode(value: object) -> object:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    kind: Any = type(value)
+    if _is_record(kind):
+        return {name: _encode(getattr(value, name)) for name in _fields(kind)}
     if isinstance(value, Mapping):
         return {key: _encode(value[key]) for key in sorted(value)}
     if isinstance(value, tuple | list):
@@ -135,8 +135,8 @@ def _decode(kind: Any, data: object, where: str) -> object:
         if isinstance(rules[0], Elsewhere):
             return _decode_elsewhere(rules, data, where)
         return _admitted(_decode(inner, data, where), rules, where)
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(typing.cast("type", kind), data, where)
+    if _is_record(kind):
+        return _decode_record(kind, data, where)
     if origin in (types.UnionType, typing.Union):
         return _decode_union(kind, data, where)
     if origin is typing.Literal:
@@ -161,15 +161,12 @@ def _admitted(value: object, rules: list[Rule], where: str) -> object:
     return value
 
 
-def _decode_dataclass(cls: type, data: object, where: str) -> object:
+def _decode_record(cls: type, data: object, where: str) -> object:
     table = _expect(dict, data, where)
-    hints, fields = _hints(cls), dataclasses.fields(cls)
-    names = [f.name for f in fields]
+    hints, names = _hints(cls), _fields(cls)
     if unknown := sorted(set(table) - set(names)):
         raise _mismatch(where, f"unknown key {unknown[0]!r}", f"only the keys {', '.join(names)}")
-    absent = dataclasses.MISSING
-    needed = [f.name for f in fields if f.default is absent and f.default_factory is absent]
-    if missing := [name for name in needed if name not in table]:
+    if missing := [name for name, needed in names.items() if needed and name not in table]:
         raise _mismatch(where, f"no key {missing[0]!r}", f"the keys {', '.join(names)}")
     given = [name for name in names if name in table]
     made = cls(**{name: _decode(hints[name], table[name], f"{where}.{name}") for name in given})
@@ -184,6 +181,21 @@ def _decode_elsewhere(places: Sequence[Elsewhere], data: object, where: str) -> 
         return _decode(places[0].load(), data, where)
     tagged = {place.tag: place for place in places}
     return _decode(tagged[_known_tag(tagged, data, where)].load(), data, where)
+
+
+def _is_record(kind: Any) -> bool:
+    return isinstance(kind, type) and (issubclass(kind, Struct) or dataclasses.is_dataclass(kind))
+
+
+@lru_cache(maxsize=64)
+def _fields(cls: Any) -> Mapping[str, bool]:
+    """Each field of a record, and whether it has no default."""
+    if not issubclass(cls, Struct):
+        absent = dataclasses.MISSING
+        fields = dataclasses.fields(cls)
+        return {f.name: f.default is absent and f.default_factory is absent for f in fields}
+    needed = len(cls.__struct_fields__) - len(cls.__struct_defaults__)
+    return {name: index < needed for index, name in enumerate(cls.__struct_fields__)}
 
 
 @lru_cache(maxsize=64)
@@ -212,7 +224,7 @@ def _decode_union(kind: Any, data: object, where: str) -> object:
 
 def _tag(option: Any) -> str | None:
     """What the key `name` of a member of a tagged union is; None: it has no tag."""
-    if not isinstance(option, type) or not dataclasses.is_dataclass(option):
+    if not _is_record(option):
         return None
     hint = _hints(option).get(TAG)
     return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Literal else None

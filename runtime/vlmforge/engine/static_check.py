@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import zip_longest
+
+from msgspec import Struct
 
 from vlmforge.engine.bundle import Bundle
 from vlmforge.engine.chain import PartChain, SumNorm
@@ -19,8 +20,7 @@ _COLLECTIVE = "DIST_COLLECTIVE"  # TensorRT's type of layer
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "uint8": 1}
 
 
-@dataclass(frozen=True, slots=True)
-class StaticResult:
+class StaticResult(Struct, frozen=True):
     """One check of one part; `detail` says what was seen."""
 
     part: str

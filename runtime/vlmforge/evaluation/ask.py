@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from vlmforge.api.pipeline import Pipeline
 from vlmforge.evaluation.answers import contains, is_exact
@@ -20,8 +21,7 @@ MATCHES: dict[str, Callable[[str, Sequence[str]], bool]] = {
 _GROUP = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
+class Judged(Struct, frozen=True):
     """A question and what came of it.
 
     Attributes:

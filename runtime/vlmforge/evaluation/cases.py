@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct, structs
 from PIL import Image
 
 from vlmforge.evaluation import small_talk
@@ -30,8 +29,7 @@ from vlmforge.evaluation.questions import (
 from vlmforge.evaluation.scenes import Scene, random_scene
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(Struct, frozen=True):
     """A conversation about pictures, all of which are shown in the first turn.
 
     The last turn is the one that is scored.
@@ -125,7 +123,7 @@ def _typed(turn: Turn, rng: np.random.Generator) -> Turn:
         question = question[0].lower() + question[1:]
     if rng.random() < 0.1:
         question = question.rstrip("?.!")
-    return dataclasses.replace(turn, question=question)
+    return structs.replace(turn, question=question)
 
 
 def _about_two(first: Scene, second: Scene, rng: np.random.Generator) -> Turn:

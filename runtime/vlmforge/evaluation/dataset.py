@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
+
+from msgspec import Struct
 
 from vlmforge.engine.schema import parse_json
 from vlmforge.errors import ConfigError
@@ -17,8 +18,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", re.ASCII)
 _FORM = '{"image": "path, URL or null", "question": "...", "answers": ["...", ...]}'
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(Struct, frozen=True):
     """A line.
 
     Attributes:
@@ -71,8 +71,7 @@ def _questions(path: Path, content: bytes) -> Iterator[Question]:
             yield _Line(path, number).question(line)
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
+class _Line(Struct, frozen=True):
     path: Path
     number: int
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from vlmforge.api.pipeline import Pipeline
 from vlmforge.evaluation.cases import KINDS, Case
@@ -18,8 +19,7 @@ _GROUP = 64
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """What came of a case.
 
     Attributes:
@@ -35,8 +35,7 @@ class Answer:
     exact: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(Struct, frozen=True):
     """The share of right replies to questions of a kind, with its 95 % confidence interval."""
 
     kind: str
@@ -55,8 +54,7 @@ class Score:
         return wilson(self.right, self.count)
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(Struct, frozen=True):
     """All answers, and what they cost."""
 
     answers: tuple[Answer, ...]

@@ -6,11 +6,10 @@ scenes have no such question (no single star to ask the colour of, say).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct, structs
 
 from vlmforge.evaluation.scenes import COLORS, SHAPES, Scene, Thing
 
@@ -19,8 +18,7 @@ NUMBERS = ("no", "one", "two", "three", "four", "five")
 NO_PICTURE = "I see no picture."
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(Struct, frozen=True):
     """A question and its answer.
 
     Attributes:
@@ -388,9 +386,9 @@ def about_picture(turn: Turn, index: int) -> Turn:
     """The same question, of the first (0) or second (1) of two pictures."""
     asked = turn.question[0].lower() + turn.question[1:]
     question = f"In the {('first', 'second')[index]} picture, {asked}"
-    return dataclasses.replace(turn, question=question.replace(" in the picture", ""))
+    return structs.replace(turn, question=question.replace(" in the picture", ""))
 
 
 def about(turn: Turn, kind: str) -> Turn:
     """The same turn counted as another kind."""
-    return dataclasses.replace(turn, kind=kind)
+    return structs.replace(turn, kind=kind)

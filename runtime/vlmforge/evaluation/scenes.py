@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "white")
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -26,8 +26,7 @@ MAX_THINGS = 5
 _HELD_OUT_OF = 5
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Thing:
+class Thing(Struct, frozen=True, order=True):
     """A shape in place `cell` (0 to 8, by rows; an index into `PLACES`)."""
 
     cell: int
@@ -51,8 +50,7 @@ class Thing:
         return PLACES[self.cell]
 
 
-@dataclass(frozen=True, slots=True)
-class Scene:
+class Scene(Struct, frozen=True):
     """One to five things, in reading order, at most one in a place."""
 
     things: tuple[Thing, ...]

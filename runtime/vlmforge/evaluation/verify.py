@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from vlmforge.backends import ClosableDecoder, LoadOptions
@@ -41,8 +41,7 @@ _SAMPLES = 4096
 Values = Mapping[str, NDArray[np.generic]]
 
 
-@dataclass(frozen=True, slots=True)
-class GoldenCase:
+class GoldenCase(Struct, frozen=True):
     """A prompt with images (files in the goldens' folder, in order)."""
 
     name: str
@@ -50,8 +49,7 @@ class GoldenCase:
     images: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StageResult:
+class StageResult(Struct, frozen=True):
     """The comparison of one stage of one case. `detail` says by how much it differs."""
 
     case: str

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, ValuesView
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 
 import jinja2
+from msgspec import Struct
 
 MOST_WORK = 2_000_000
 """Units of work of one rendering, beside what its input allows for."""
@@ -37,8 +37,7 @@ class TemplateLimitError(jinja2.TemplateError):
     """A template asks for more than it may have; the message says what it did."""
 
 
-@dataclass(slots=True)
-class _Budget:
+class _Budget(Struct):
     """Of one rendering.
 
     Attributes:

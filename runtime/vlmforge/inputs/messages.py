@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from vlmforge.engine.images.pixels import AS_ENGINE, PixelRange
@@ -30,15 +30,13 @@ _FORMS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(Struct, frozen=True):
     """A block of text."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
+class Image(Struct, frozen=True):
     """A block that is an image: anything that `load_image` takes, or an image that is open.
 
     `name` is the path or URL that it was loaded from, where `source` is that no more; `pixels` what
@@ -56,8 +54,7 @@ class Image:
         return self.source.pixel_range if own else self.pixels  # type: ignore[union-attr]
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(Struct, frozen=True):
     """One message of a conversation."""
 
     role: str
@@ -74,8 +71,7 @@ class Message:
         return tuple([block.text for block in self.blocks if isinstance(block, Text)])
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(Struct, frozen=True):
     """Messages in order. The images of all messages, in order, are its images."""
 
     messages: tuple[Message, ...]
@@ -88,8 +84,7 @@ class Conversation:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Prompts:
+class Prompts(Struct, frozen=True):
     """A call's prompts; `single` when the caller wants one response and not a list.
 
     An item that is of no known form is kept as its error, so that its siblings go on. Of an

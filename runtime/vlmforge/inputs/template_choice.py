@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from msgspec import Struct, structs
 
 from vlmforge.engine.prompts import PromptPolicy, TemplateParts
 from vlmforge.errors import ConfigError
@@ -15,8 +14,7 @@ _PARTS = ("system", "meta_instruction", "eosys", "user", "eoh", "assistant", "eo
 _EMPTY = TemplateParts("", None, "", "", "", "", "", "", (), strip_end=False)
 
 
-@dataclass(frozen=True, slots=True)
-class ActiveTemplate:
+class ActiveTemplate(Struct, frozen=True):
     """A template in use.
 
     `verbatim`: prompts are passed through untouched; `in_order`: see `PromptPolicy`.
@@ -53,7 +51,7 @@ def choose_template(
     base = policy.templates.get(config.model_name)
     if base is None and (not given or config.model_name == policy.template_name):
         raise _unknown(policy, config.model_name, given)
-    parts = dataclasses.replace(base or _EMPTY, **given)
+    parts = structs.replace(base or _EMPTY, **given)
     return ActiveTemplate(
         config.model_name,
         jinja_from_parts(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from vlmforge.engine.prompts import PromptPolicy
 from vlmforge.inputs import image_marks as marks
@@ -23,8 +24,7 @@ class TextEncoder(Protocol):
         """Ids of `text`; only these special tokens are recognised in it."""
 
 
-@dataclass(slots=True)
-class Encoded:
+class Encoded(Struct):
     """The text before, between or after images.
 
     Attributes:
@@ -74,8 +74,7 @@ def _apart(
     return pieces
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(Struct, frozen=True):
     """Text that is encoded apart.
 
     `depth`: of marks around its end, 0 outside of contents; `begins`: a content begins with it.

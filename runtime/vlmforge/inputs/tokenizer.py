@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from vlmforge.errors import EngineFormatError, PromptError
 from vlmforge.inputs.tokenizer_file import load_tokenizer, parse_tokenizer, raise_unless_fault
@@ -25,8 +26,7 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 UNREADABLE = "\ufffd"
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(Struct, frozen=True):
     """A token's text, and whether it is special."""
 
     text: str

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec import Struct, field
 from typing_extensions import override
 
 from vlmforge.kv.cache import NO_KEYS, Copy, Keys, KVCache, Move
 
 
-@dataclass(slots=True)
-class _Sequence:
+class _Sequence(Struct):
     salt: bytes
     blocks: list[int]
     digests: list[bytes]  # of its full blocks

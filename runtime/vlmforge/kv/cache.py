@@ -7,18 +7,17 @@ derived from the image's content, so equal placeholders of different images neve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 Keys = NDArray[np.int64]
 NO_KEYS: Keys = np.empty(0, np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(Struct, frozen=True):
     """The first `tokens` tokens of place `source` are to be copied over those of `target`.
 
     `room`: see `Drop`.
@@ -30,8 +29,7 @@ class Copy:
     room: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(Struct, frozen=True):
     """What place `place` holds from token `tokens` on is of no use, and nobody runs there yet.
 
     Its memory may go back, but for that of the first `room` tokens: these are about to come.

@@ -6,15 +6,13 @@ in them: those are bounded by a budget, and the least recently used leftovers go
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+from msgspec import Struct, field
 from typing_extensions import override
 
 from vlmforge.kv.cache import NO_KEYS, Copy, Drop, Keys, KVCache, Move, common_prefix, joined
 
 
-@dataclass(slots=True)
-class _Slot:
+class _Slot(Struct):
     owner: int | None = None
     keys: Keys = field(default_factory=lambda: NO_KEYS)
     salt: bytes = b""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from vlmforge.errors import as_ours
 from vlmforge.outputs.response import Response
 
@@ -23,8 +25,7 @@ class GenOut:
     error_code: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(Struct, frozen=True):
     """A delta, or an error, of the item `index` of a call.
 
     Attributes:

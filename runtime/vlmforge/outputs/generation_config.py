@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, TypeAlias
+
+from msgspec import Struct, structs
 
 from vlmforge.errors import ConfigError
 from vlmforge.field_rules import (
@@ -34,8 +35,7 @@ UNSET_TOP_K = 50
 _MOST_ANSWERS = 128
 
 
-@dataclass(frozen=True, slots=True)
-class TokenFacts:
+class TokenFacts(Struct, frozen=True):
     """What a plan needs to know of an engine.
 
     Attributes:
@@ -56,8 +56,7 @@ class TokenFacts:
     guides: Guides
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationPlan:
+class GenerationPlan(Struct, frozen=True):
     """A `GenerationConfig` resolved for one request: nothing in it can change any more.
 
     `max_new_tokens=None` is as many as the window holds; `output_logits=None` is none; `n` is how
@@ -82,8 +81,8 @@ class GenerationPlan:
         """The plan of one of the `n` answers."""
         if number == self.sampling.choice:
             return self
-        sampling = dataclasses.replace(self.sampling, choice=number)
-        return dataclasses.replace(self, sampling=sampling)
+        sampling = structs.replace(self.sampling, choice=number)
+        return structs.replace(self, sampling=sampling)
 
 
 @known_fields

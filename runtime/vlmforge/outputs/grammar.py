@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from vlmforge.errors import ConfigError, EngineError
@@ -60,8 +60,7 @@ class Matcher:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Guide:
+class Guide(Struct, frozen=True):
     """A checked grammar for one engine; each answer has a matcher of its own."""
 
     matcher: Callable[[], Matcher]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from vlmforge.backends.choice import NO_EDITS, Choice, Edits, Picked
@@ -25,8 +25,7 @@ LogitsProcessor: TypeAlias = Callable[[list[int], Logits], Logits]
 """`(ids so far, logits [vocab]) -> logits [vocab]`; ids of the prompt's text come first."""
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(Struct, frozen=True):
     """How one request chooses its tokens. The defaults: greedy, nothing edited.
 
     Attributes:

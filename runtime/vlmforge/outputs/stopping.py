@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class StopRules:
+class StopRules(Struct, frozen=True):
     """What ends a sequence. Its length limit is not among them.
 
     Attributes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from vlmforge.backends import FloatArray
 from vlmforge.backends.choice import Choice, Found
@@ -40,8 +41,7 @@ class TokenChooser(Protocol):
         """The sequence ends with an error."""
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillFacts:
+class PrefillFacts(Struct, frozen=True):
     """What is known once a prompt has been run; times in seconds.
 
     `prompt_logits` is `[tokens, vocab_size]` when they were wanted. `cached_images` needed no

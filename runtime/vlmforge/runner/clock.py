@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
-@dataclass(slots=True)
-class PartClock:
+class PartClock(Struct):
     """Seconds that the parts have run, ever. One thread runs them; any may look.
 
     A `with` on it, and no generator, as it is of every step: a part runs.

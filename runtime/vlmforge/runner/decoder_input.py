@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+from msgspec import Struct
 
 from vlmforge.backends import DecoderBatch, IntArray
 from vlmforge.backends.features import Features, joined
@@ -14,8 +14,7 @@ from vlmforge.engine.manifest import DecodePolicy
 from vlmforge.engine.positions.in_graph import Places
 
 
-@dataclass(frozen=True, slots=True)
-class DecoderInput:
+class DecoderInput(Struct, frozen=True):
     """A prompt as the decoder takes it.
 
     Attributes:

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from vlmforge.errors import as_exception
 from vlmforge.inputs.render import RenderedPrompt
@@ -21,8 +22,7 @@ def _nothing() -> None:
     return None
 
 
-@dataclass(slots=True, eq=False)
-class Job:
+class Job(Struct, eq=False):
     """A prepared request: its prompt, its images and who chooses its tokens.
 
     Attributes:

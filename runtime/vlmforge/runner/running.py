@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 
 import numpy as np
-from typing_extensions import override
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from vlmforge.backends import FloatArray
 from vlmforge.backends.choice import (
     FIRST_TOKENS,
-    Begun,
     BegunFirst,
     BegunPrompts,
     BegunTokens,
@@ -25,8 +24,7 @@ from vlmforge.runner.step import Row, Step, StepRecord
 from vlmforge.vl.prepared import PreparedImage
 
 
-@dataclass(slots=True, eq=False)
-class Active:
+class Active(Struct, eq=False):
     """A job that has a place, or has lost it for a while."""
 
     job: Job
@@ -79,8 +77,7 @@ Choices = Mapping[int, Choice | None]
 """How the tokens of sequences are to be chosen, where that is not done here."""
 
 
-@dataclass(slots=True, eq=False)
-class Running:
+class Running(Struct, eq=False):
     """A step that has been begun, and is to be finished.
 
     Attributes:
@@ -134,8 +131,7 @@ class Running:
         )
 
 
-@dataclass(slots=True, eq=False)
-class Mixed:
+class Mixed(Struct, eq=False):
     """What is found for prompts and, behind them, for tokens of others, by one step."""
 
     begun: BegunTokens
@@ -153,16 +149,15 @@ class Mixed:
         return self.outcome
 
 
-@dataclass(slots=True, eq=False)
-class Share(Begun[Sequence[Picked | np.int64 | None]]):
+class Share(Struct, eq=False):
     """Of the `rows` of a step that was `Mixed`; its seconds count for the prompts."""
 
     mixed: Mixed
     rows: slice
     seconds: float = 0.0
 
-    @override
     def wait(self) -> Sequence[Picked | np.int64 | None]:
+        """See `Mixed`."""
         found = self.mixed.wait()[self.rows]
         self.seconds = 0.0 if self.rows.start else self.mixed.begun.seconds
         return found

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import numpy as np
 import PIL.Image
+from msgspec.structs import replace
 
 from vlmforge.backends import (
     DecoderBatch,
@@ -92,7 +94,7 @@ class Engine:
         image = self.manifest.image
         shown = replace(image, format=replace(image.format, background=colour))
         manifest = replace(self.manifest, image=shown)
-        return replace(self, manifest=manifest)
+        return dataclasses.replace(self, manifest=manifest)
 
     def with_pixels(self, limits: PixelRange) -> Engine:
         """This engine with other limits of an image's pixels.
@@ -106,7 +108,7 @@ class Engine:
         tokens = image.most_tokens(self.manifest.decode.tokens_per_image)
         decode = replace(self.manifest.decode, tokens_per_image=tokens)
         manifest = replace(self.manifest, image=image, decode=decode)
-        return replace(self, manifest=manifest)
+        return dataclasses.replace(self, manifest=manifest)
 
     def prepare_image(
         self, image: PIL.Image.Image, digest: bytes | None = None, asked: PixelRange = AS_ENGINE

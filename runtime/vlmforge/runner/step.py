@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+from msgspec import Struct
 
 from vlmforge.kv.cache import Move
 
@@ -39,8 +40,7 @@ class Row(NamedTuple):
         return self.start + len(self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """What is done next; plain data, that can be logged, replayed and sent.
 
     Attributes:
@@ -67,8 +67,7 @@ class Step:
         return (*self.prompts, *self.decode)
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(Struct, frozen=True):
     """What came of a step.
 
     Attributes:
@@ -83,8 +82,7 @@ class StepResult:
     again: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
+class StepRecord(Struct, frozen=True):
     """What a step did, and when: the logger "vlmforge.steps" gets one for each, at level DEBUG.
 
     Attributes:

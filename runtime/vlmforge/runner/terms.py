@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from vlmforge.errors import RequestTimeoutError
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(Struct, frozen=True):
     """Of all requests of a call.
 
     Attributes:

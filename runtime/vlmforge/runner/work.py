@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
+from msgspec import Struct, field, structs
 
 from vlmforge.backends import FloatArray, IntArray
 from vlmforge.backends.choice import GREEDY, BegunFirst, BegunPrompts, BegunTokens, Choice, Found
@@ -29,8 +28,7 @@ logger = logging.getLogger("vlmforge")
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class Work:
+class Work(Struct):
     """One step."""
 
     engine: Engine
@@ -111,7 +109,7 @@ class Work:
         """Other answers to the prompt become jobs of their own; returns their sequences."""
         jobs, active.job.siblings = active.job.siblings, ()
         for fork, job in zip(row.forks, jobs, strict=True):
-            self.active[fork] = dataclasses.replace(
+            self.active[fork] = structs.replace(
                 active, job=job, images=list(active.images), features=list(active.features)
             )
         return row.forks
@@ -176,7 +174,7 @@ class Work:
         # Behind the prompt are tokens that were generated before the sequence lost its place.
         prompt = given.ids[row.start : row.stop]
         ids = np.concatenate((prompt, np.array(row.tokens[len(prompt) :], np.int64)))
-        return dataclasses.replace(given, ids=ids)
+        return structs.replace(given, ids=ids)
 
     def _choices(self, rows: Sequence[Row]) -> Mapping[int, Choice | None] | None:
         """How tokens are to be chosen, by sequence, where that is not done here."""

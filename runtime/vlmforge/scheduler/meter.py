@@ -12,7 +12,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from vlmforge.errors import as_ours
 from vlmforge.outputs.events import Event
@@ -25,8 +26,7 @@ Sink = Callable[[Event], None]
 ENDS = ("stop", "length", "abort", "error")
 
 
-@dataclass(slots=True)
-class Ends:
+class Ends(Struct):
     """Of answers."""
 
     how: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(ENDS, 0)))

@@ -11,8 +11,9 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from vlmforge.backends.features import Features
 from vlmforge.errors import ContextLengthError, TokenLedger
@@ -67,8 +68,7 @@ class InFlight:
             return found
 
 
-@dataclass(frozen=True, slots=True)
-class Preparation:
+class Preparation(Struct, frozen=True):
     """Makes the jobs of an engine. From any thread.
 
     Attributes:

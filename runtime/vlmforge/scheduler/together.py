@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from vlmforge.runner.step import Row
 
@@ -13,8 +14,7 @@ _ALIKE, _ALIKE_APART = 64, 16
 _FREE = 256  # tokens of a step that take hardly longer than one: weights are read for all
 
 
-@dataclass(frozen=True, slots=True)
-class Together:
+class Together(Struct, frozen=True):
     """Of the prompts of a step.
 
     Attributes:

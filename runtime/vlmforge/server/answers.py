@@ -5,8 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct, field
 
 from vlmforge.outputs.response import Response, Timings
 from vlmforge.vl.boxes import Box
@@ -15,8 +16,7 @@ Kind = Literal["chat.completion", "text_completion"]
 TokenText = Mapping[int, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Writer:
+class Writer(Struct, frozen=True):
     """Writes the answers of one request.
 
     Attributes:

@@ -8,8 +8,9 @@ nothing is ignored but what changes no answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
+
+from msgspec import Struct
 
 from vlmforge.field_rules import Flag, Int, Number, OrNone, Rule, Text, shown
 from vlmforge.inputs.pixel_range import KEYS
@@ -19,8 +20,7 @@ from vlmforge.server.api_errors import ApiError, refused
 _MOST_ANSWERS = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """A request, checked.
 
     Attributes:

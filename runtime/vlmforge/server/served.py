@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from vlmforge.api.pipeline import Pipeline
 from vlmforge.inputs.render import RenderedPrompt
@@ -13,8 +14,7 @@ from vlmforge.server.api_errors import refused
 from vlmforge.server.fields import Asked
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
+class Served(Struct, frozen=True):
     """An engine that is served under a name."""
 
     name: str

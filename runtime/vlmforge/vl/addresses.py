@@ -13,8 +13,9 @@ import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 _IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -42,8 +43,7 @@ _IPV4_COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, 2.5.5.1
 _MOST_LOOKUPS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(Struct, frozen=True):
     """One answer of the resolver: `sockaddr` goes to `socket.connect` as it is."""
 
     family: int

@@ -12,8 +12,9 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+
+from msgspec import Struct
 
 from vlmforge.vl import orientation
 
@@ -28,8 +29,7 @@ class DamagedError(ValueError):
     """The structure is broken before the first pixel; the text says where."""
 
 
-@dataclass(frozen=True, slots=True)
-class Container:
+class Container(Struct, frozen=True):
     """An encoded file as its decoder gets it.
 
     Attributes:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import IO
 
+from msgspec import Struct, structs
 from PIL import Image, ImageFile
 
 from vlmforge.errors import CancelledError, ImageError, VlmforgeError
@@ -34,8 +33,7 @@ _LEAST_PASS = 1 << 16
 _PLAIN_PPM = (b"P1", b"P2", b"P3")  # numbers as text: the last one may end where the file does
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedImage:
+class EncodedImage(Struct, frozen=True):
     """A file whose header is read and within the limits.
 
     Attributes:
@@ -57,10 +55,10 @@ class EncodedImage:
 
     def oriented(self, orientation: int) -> EncodedImage:
         """This one, turned by an orientation that was read earlier and is in its file no more."""
-        container = dataclasses.replace(self._container, orientation=orientation)
+        container = structs.replace(self._container, orientation=orientation)
         own = self._container.orientation or 0
         size = turned_size(turned_size(self.size, own), orientation)
-        return dataclasses.replace(self, size=size, _container=container)
+        return structs.replace(self, size=size, _container=container)
 
     def decode(self, cancelled: Cancelled | None = None) -> Image.Image:
         """The first frame, upright, in the file's own mode.

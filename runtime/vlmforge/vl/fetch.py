@@ -14,10 +14,11 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
 from urllib.parse import quote, urljoin, urlsplit
+
+from msgspec import Struct
 
 from vlmforge.errors import ImageFetchError
 from vlmforge.vl.addresses import Address, is_public, resolve
@@ -34,8 +35,7 @@ _SHOWN = 200
 _OVERHEAD = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
+class _Target(Struct, frozen=True):
     """A checked URL. `resource` is path and query, percent-encoded; `host` is ASCII."""
 
     url: str
@@ -45,8 +45,7 @@ class _Target:
     resource: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Deadline:
+class _Deadline(Struct, frozen=True):
     """The monotonic time at which a fetch must be over."""
 
     at: float

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 DEFAULT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Formats that are read unless others are asked for: their decoders are C, and their work is known
@@ -14,8 +15,7 @@ FORMATS = (*DEFAULT_FORMATS, "TIFF", "AVIF", "PPM", "QOI")
 in advance; some of their decoders are Python. None runs another program, as EPS does."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
+class ImageLimits(Struct, frozen=True):
     """What an image may be and may cost.
 
     Attributes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from vlmforge.backends import FloatArray
 from vlmforge.backends.features import Features
@@ -15,8 +15,7 @@ from vlmforge.engine.images.pixels import Rows
 from vlmforge.kv.cache import Keys
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
-class PreparedImage:
+class PreparedImage(Struct, frozen=True, eq=False, weakref=True):
     """An image, preprocessed.
 
     Attributes:

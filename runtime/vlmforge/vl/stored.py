@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from msgspec import Struct
 from PIL import Image
 
 from vlmforge.errors import ImageError
 from vlmforge.vl.orientation import TAG, UPRIGHT, of_image
 
 
-@dataclass(frozen=True, slots=True)
-class Pixels:
+class Pixels(Struct, frozen=True):
     """What a Pillow image is, beside its pixels and palette.
 
     Attributes:
@@ -28,8 +26,7 @@ class Pixels:
     transparent: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredImage:
+class StoredImage(Struct, frozen=True):
     """The content of an image.
 
     Attributes:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 from typing_extensions import override
 
 from host_choice import HostChoice
@@ -87,8 +87,8 @@ def test_of_an_engine_of_before_no_kernel_is_asked_for() -> None:
     chain, folder, device = RICH.part("decoder").chain, Path("engine"), _Asked()
     assert chain is not None and chain.choosers and chain.sampler is not None
     logits = TensorSpec(LOGITS, "float32", (BATCH, 1, VOCAB))
-    chain = replace(chain, sampler=replace(chain.sampler, inputs=(logits,)))
-    for before in (replace(chain, choosers={}), replace(chain, sampler=None)):
+    chain = structs.replace(chain, sampler=structs.replace(chain.sampler, inputs=(logits,)))
+    for before in (structs.replace(chain, choosers={}), structs.replace(chain, sampler=None)):
         assert load_choice(device, folder, before, ROWS) is None
     assert device.files == []
     assert load_choice(device, folder, chain, ROWS) is not None

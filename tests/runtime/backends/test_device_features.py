@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -168,8 +169,8 @@ def test_a_cache_counts_the_memory_that_is_held_and_lets_it_go() -> None:
 
 
 def on_one_device(**changes: Any) -> Manifest:
-    plain = replace(RICH, backend="cuda", parallel=ParallelLayout(1), image=MANIFEST.image)
-    return replace(plain, **changes)
+    plain = structs.replace(RICH, backend="cuda", parallel=ParallelLayout(1), image=MANIFEST.image)
+    return structs.replace(plain, **changes)
 
 
 def test_the_arithmetic_of_what_images_take() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from typing_extensions import override
 
 from vlmforge.backends import LoadOptions
@@ -47,8 +48,7 @@ from vlmforge_plugins.cached_attention.plan import Plan, Shape, max_workspace, p
 from vlmforge_plugins.gated_activation.launcher import Gate, Kernels, launch_of, name_of
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(Struct, frozen=True):
     """A launch of attention: how, and of which sequence and which token on."""
 
     plan: Plan

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from vlmforge.backends.choice import GREEDY, NO_EDITS, Choice, Picked
@@ -35,8 +35,7 @@ MOST_EDITS = 4096
 _LEAST_EDITS, _GROWTH = 16, 16
 
 
-@dataclass(slots=True)
-class _Frame:
+class _Frame(Struct):
     """The choice for batches of one size, from logits at one place."""
 
     arrangement: Arrangement

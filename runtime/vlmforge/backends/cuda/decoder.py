@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -47,8 +49,7 @@ from vlmforge.kv.cache import Copy, Move
 _EAGER_FRAMES = 16
 
 
-@dataclass(slots=True)
-class _Frame:
+class _Frame(Struct):
     """A step of one size: where its inputs are put, and what runs it."""
 
     size: Size

@@ -7,11 +7,11 @@ There are two: an NVIDIA GPU (`backends.cuda.gpu`), and the processor in its pla
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from vlmforge.backends import Communicator
@@ -38,8 +38,7 @@ Work = Callable[[], None]
 """Enqueues something."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(Struct, frozen=True):
     """A tensor of the device's memory, dense and row-major.
 
     Attributes:
@@ -99,8 +98,7 @@ class Segment(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class SumAndNorm:
+class SumAndNorm(Struct, frozen=True):
     """A sum over the ranks with what follows it (see `engine.chain.SumNorm`).
 
     Attributes:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from vlmforge.backends import LoadOptions
@@ -41,8 +42,7 @@ _STEPS = 5  # bits of a number of tokens that is rounded up: to a 32nd of it, at
 _CACHES = ("past_key.", "past_value.")
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
+class Size(Struct, frozen=True):
     """The dimensions of a step.
 
     Attributes:
@@ -146,8 +146,7 @@ def inputs_of(inputs: Iterable[TensorSpec], columns: int) -> tuple[TensorSpec, .
     return (PAST, lengths, table, *sorted(own, key=lambda s: s.name == IMAGE_FEATURES))
 
 
-@dataclass(frozen=True, slots=True)
-class Arrangement:
+class Arrangement(Struct, frozen=True):
     """Offsets in the arena by the tensors' names.
 
     Attributes:

@@ -6,10 +6,10 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from cuda.bindings import driver
+from msgspec import Struct
 
 from vlmforge.backends.cuda.device import Memory
 from vlmforge.backends.cuda.gpu import Event, Gpu, GpuMemory, PinnedMemory
@@ -21,16 +21,14 @@ _PIECE_BYTES, _THREADS, _PIECES = 1 << 23, 6, 2
 _ALIGNMENT = 256
 
 
-@dataclass(frozen=True, slots=True)
-class _Within:
+class _Within(Struct, frozen=True):
     """See `Memory`. A piece of what is allocated as one."""
 
     address: int
     whole: GpuMemory
 
 
-@dataclass(frozen=True, slots=True)
-class _Copy:
+class _Copy(Struct, frozen=True):
     """From where in the file to which address."""
 
     offset: int

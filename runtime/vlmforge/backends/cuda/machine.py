@@ -7,7 +7,8 @@ import ctypes
 import importlib.metadata
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from vlmforge.errors import BackendUnavailableError
 from vlmforge.ort import ort
@@ -21,8 +22,7 @@ _ELSEWHERE = "to run the model on this machine's processor, build it with --targ
 MEND = f"pip uninstall -y {' '.join(_PACKAGES)}; pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31'"
 
 
-@dataclass(frozen=True, slots=True)
-class FoundGpu:
+class FoundGpu(Struct, frozen=True):
     """What the driver says of the first GPU.
 
     Attributes:

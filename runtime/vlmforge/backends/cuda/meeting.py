@@ -8,9 +8,9 @@ import logging
 import math
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
+from msgspec.structs import replace
 from typing_extensions import override
 
 from vlmforge.backends import Communicator

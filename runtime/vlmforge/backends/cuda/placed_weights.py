@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from vlmforge.backends.cuda.device import ITEM_BYTES, Device, Memory, Tensor
 from vlmforge.engine.chain import BoundWeight, PartChain
 from vlmforge.errors import EngineFormatError
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedWeights:
+class PlacedWeights(Struct, frozen=True):
     """Of a chain. The memory is kept as long as this is."""
 
     tensors: Mapping[BoundWeight, Tensor]

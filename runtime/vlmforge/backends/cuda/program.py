@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+from msgspec import Struct
 
 from vlmforge.backends.cuda.device import ITEM_BYTES, Device, Memory, Work
 from vlmforge.backends.cuda.frames import Arrangement, Size
@@ -16,8 +17,7 @@ FEW = 0
 """Rows for which the host finds the largest logits sooner than the GPU."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pools:
+class Pools(Struct, frozen=True):
     """The key/value cache: for each layer a pool of keys and one of values, `pages` pages each.
 
     Attributes:

@@ -6,11 +6,11 @@ import traceback
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from msgspec import Struct
 from typing_extensions import override
 
 from vlmforge.backends import (
@@ -31,16 +31,14 @@ SILENT_S = 3.5
 """A rank that has given no sign that it lives for so long hangs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(Struct, frozen=True):
     """See `DecoderSession.read`; what it gives is sent back."""
 
     place: tuple[int, ...]
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(Struct, frozen=True):
     """See `DecoderSession.write`; `rows` are of all ranks' heads."""
 
     place: tuple[int, ...]
@@ -48,8 +46,7 @@ class Write:
     start: int
 
 
-@dataclass(frozen=True, slots=True)
-class NextTokens:
+class NextTokens(Struct, frozen=True):
     """See `FollowingDecoder.follow_tokens`."""
 
     batch: DecoderBatch
@@ -57,8 +54,7 @@ class NextTokens:
     chosen: bool
 
 
-@dataclass(frozen=True, slots=True)
-class FirstTokens:
+class FirstTokens(Struct, frozen=True):
     """See `FollowingDecoder.follow_first`."""
 
     batch: DecoderBatch

@@ -13,7 +13,6 @@ nobody asks anything.
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import os
 import threading
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
+from msgspec import Struct, structs
 from typing_extensions import override
 
 from vlmforge import limits
@@ -48,18 +48,15 @@ _LOOKS = 200  # before the first pause
 _PAUSE_S, _LONGEST_S = 2e-5, 1e-3
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Closed:
+class Closed(Struct, frozen=True):
     """The pipeline is closed: wait for the next one."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(Struct, frozen=True):
     """The first rank's program ends."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(Struct, frozen=True):
     """Say on which host you are, and how many bytes you may take there."""
 
 
@@ -182,7 +179,7 @@ class World:
         raise SystemExit(0)
 
     def _serve_one(self, task: Task) -> None:
-        task = dataclasses.replace(task, options=own_options(task))
+        task = structs.replace(task, options=own_options(task))
         serve(task, MpiMeetings(self, task.room), self.say, self._calls())
 
     def _calls(self) -> Callable[[], Call | None]:
@@ -387,7 +384,7 @@ def own_options(task: Task) -> LoadOptions:
     host, _ = _memory()
     threads = task.options.threads or limits.physical_cores()
     beside = len(task.hosts) if task.options.threads else task.hosts.count(host)
-    return dataclasses.replace(task.options, threads=max(1, threads // beside))
+    return structs.replace(task.options, threads=max(1, threads // beside))
 
 
 def _memory() -> tuple[str, int]:

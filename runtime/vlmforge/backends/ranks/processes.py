@@ -6,7 +6,6 @@ memory in which they meet has no name.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import mmap
 import os
@@ -19,10 +18,11 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, cast
 
+import msgspec
+from msgspec.structs import replace
 from typing_extensions import override
 
 from vlmforge import env, limits
@@ -44,8 +44,7 @@ _SETTLE_LOOK_S = 0.01
 _groups: weakref.WeakSet[Processes]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """What a rank is, and its descriptors, of which `pipes` are by the rank that they lead to.
 
     Attributes:
@@ -66,7 +65,7 @@ class Place:
 
     def dumped(self) -> str:
         """As an argument of a program."""
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(msgspec.to_builtins(self))
 
     @staticmethod
     def parsed(text: str) -> Place:
@@ -134,7 +133,7 @@ class Processes(OtherRanks, Watch):
     @override
     def begin(self, folder: Path, options: LoadOptions) -> LoadOptions:
         threads = shares(options.threads or limits.physical_cores(), self.size)
-        own = [dataclasses.replace(options, threads=count) for count in threads]
+        own = [replace(options, threads=count) for count in threads]
         for rank, channel in self._channels.items():
             channel.send(Task(folder, own[rank], self.communicator.room))
         return own[0]

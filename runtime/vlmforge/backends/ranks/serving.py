@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from vlmforge.backends import Communicator, LoadOptions, load_backend
 from vlmforge.backends.ranks.calls import Call, carry_out
@@ -12,8 +13,7 @@ from vlmforge.engine.manifest import load_manifest
 from vlmforge.errors import VlmforgeError
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(Struct, frozen=True):
     """What a rank is to load.
 
     Attributes:
@@ -29,13 +29,11 @@ class Task:
     hosts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(Struct, frozen=True):
     """A rank has loaded its part."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Struct, frozen=True):
     """A rank cannot go on, in words."""
 
     reason: str

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from msgspec import Struct
 from PIL import Image
 
 from vlmforge.engine.images.pixels import InViews, Layout, PixelFormat, PixelValues, Rows, Size
@@ -19,8 +19,7 @@ from vlmforge.engine.images.tiling import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class AnyRes(InViews):
+class AnyRes(InViews, Struct, frozen=True):
     """Views of one size; which of their rows become tokens follows from the image's size."""
 
     format: PixelFormat

@@ -7,11 +7,11 @@ The arithmetic, its floating point included, is that of `get_optimal_tiled_canva
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from msgspec import Struct
 from PIL import Image
 from typing_extensions import override
 
@@ -21,8 +21,7 @@ from vlmforge.engine.images.tiling import tile_boxes
 from vlmforge.engine.schema import Agreeing
 
 
-@dataclass(frozen=True, slots=True)
-class AspectTiles(InViews, Agreeing):
+class AspectTiles(InViews, Agreeing, Struct, frozen=True):
     """The tiles row by row; behind them, if there are several, the whole image squeezed to one.
 
     Attributes:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
+from msgspec import Struct
 from PIL import Image
 
 from vlmforge.engine.fields import Side
@@ -17,8 +17,7 @@ MAX_RESIZED_PIXELS = 1 << 25
 _MAX_FILTER_SUPPORT = 3
 
 
-@dataclass(frozen=True, slots=True)
-class CenterCrop(OneView):
+class CenterCrop(OneView, Struct, frozen=True):
     """One view.
 
     Attributes:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from msgspec import Struct
 from PIL import Image
 from typing_extensions import override
 
@@ -24,8 +24,7 @@ from vlmforge.engine.schema import Agreeing
 _LONGEST = 4096  # the processors' `MAX_IMAGE_SIZE`
 
 
-@dataclass(frozen=True, slots=True)
-class GridTexts:
+class GridTexts(Struct, frozen=True):
     """What is written around the tokens of an image's views.
 
     Attributes:
@@ -43,8 +42,7 @@ class GridTexts:
     end: str
 
 
-@dataclass(frozen=True, slots=True)
-class GridTiles(InViews, Agreeing):
+class GridTiles(InViews, Agreeing, Struct, frozen=True):
     """The tiles row by row, then the whole image squeezed to one; a small one is whole only.
 
     Attributes:

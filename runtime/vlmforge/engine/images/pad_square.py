@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from msgspec import Struct
 from PIL import Image
 
 from vlmforge.engine.fields import Side
@@ -17,8 +17,7 @@ MAX_SQUARE_SIDE = 1 << 15
 _BAND_PIXELS = 1 << 22
 
 
-@dataclass(frozen=True, slots=True)
-class PadSquare(OneView):
+class PadSquare(OneView, Struct, frozen=True):
     """One view.
 
     Attributes:

@@ -8,10 +8,10 @@ those at an edge are filled up.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from vlmforge.engine.positions.absolute import rounded_turns
@@ -28,8 +28,7 @@ Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 NO_ARRAYS: Arrays = {}
 
 
-@dataclass(frozen=True, slots=True)
-class PatchInputs:
+class PatchInputs(Struct, frozen=True):
     """Sizes of what such a part takes.
 
     Attributes:

@@ -6,13 +6,12 @@ Pillow processors.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
+from msgspec import Struct, structs
 from PIL import Image
 from typing_extensions import override
 
@@ -39,8 +38,7 @@ PixelCount = Annotated[int, Int(1, 1 << 40)]
 TableSide = Annotated[int, Int(0, 1 << 12)]
 
 
-@dataclass(frozen=True, slots=True)
-class Patches(Agreeing):
+class Patches(Agreeing, Struct, frozen=True):
     """How an image becomes patches, `merge * merge` of which become a token.
 
     Attributes:
@@ -190,7 +188,7 @@ class Patches(Agreeing):
                 expected=f"min_pixels up to max_pixels, and that at least {self._unit**2}",
                 fix="set both, min_pixels too, or leave both out",
             )
-        return dataclasses.replace(self, min_pixels=low, max_pixels=high)
+        return structs.replace(self, min_pixels=low, max_pixels=high)
 
     def most_tokens(self, rows: int) -> int:
         """More than any image takes: of the largest, of one line, and of small ones rounded up."""

@@ -5,11 +5,11 @@ Pixel parity is with the processors that resize with Pillow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, NamedTuple, Self, TypeAlias
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -118,8 +118,7 @@ class OneView(InViews):
         return most_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class PixelFormat:
+class PixelFormat(Struct, frozen=True):
     """How pixels become values.
 
     Attributes:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from msgspec import Struct
 from PIL import Image
 
 from vlmforge.engine.fields import Side
 from vlmforge.engine.images.pixels import OneView, PixelFormat, PixelValues
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch(OneView):
+class Stretch(OneView, Struct, frozen=True):
     """One view. `target` is its height and width."""
 
     format: PixelFormat

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
+from msgspec import Struct
 from typing_extensions import override
 
 from vlmforge.engine.fields import MOST_TOKENS, ImageTokens, Pixels, Side
@@ -26,22 +26,19 @@ from vlmforge.engine.schema import Agreeing
 from vlmforge.field_rules import Int
 
 
-@dataclass(frozen=True, slots=True)
-class Views:
+class Views(Struct, frozen=True):
     """All rows of all views."""
 
     name: Literal["views"] = "views"
 
 
-@dataclass(frozen=True, slots=True)
-class Lines:
+class Lines(Struct, frozen=True):
     """The first view, then the canvas line by line."""
 
     name: Literal["lines"] = "lines"
 
 
-@dataclass(frozen=True, slots=True)
-class UnpaddedLines:
+class UnpaddedLines(Struct, frozen=True):
     """As `Lines` without what shows padding, and a row that ends each line.
 
     `digits`: the size without padding is rounded to so many digits before it is cut to a whole
@@ -55,8 +52,7 @@ class UnpaddedLines:
 Merge: TypeAlias = Views | Lines | UnpaddedLines
 
 
-@dataclass(frozen=True, slots=True)
-class Tiling(Agreeing):
+class Tiling(Agreeing, Struct, frozen=True):
     """How an image is cut into views, and which of their rows become tokens.
 
     Attributes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from vlmforge.engine.fields import TokenCount
@@ -23,8 +23,7 @@ class RotaryTables(NamedTuple):
     sin: NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Absolute(InGraph):
+class Absolute(InGraph, Struct, frozen=True):
     """How the positions of a sequence become rotary angles: position times inverse frequency.
 
     Attributes:

@@ -8,10 +8,10 @@ tokens, and a sequence keeps by how much.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -24,8 +24,7 @@ from vlmforge.field_rules import Int
 Axis = Annotated[int, Int(0, AXES - 1)]
 
 
-@dataclass(frozen=True, slots=True)
-class Axes(Agreeing):
+class Axes(Agreeing, Struct, frozen=True):
     """Angles are calculated here and handed to the decoder, which knows no positions.
 
     Attributes:

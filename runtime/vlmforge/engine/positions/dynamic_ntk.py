@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Annotated, Literal
+
+from msgspec import Struct
 
 from vlmforge.engine.fields import TokenCount
 from vlmforge.engine.positions.absolute import RotaryTables
@@ -12,8 +13,7 @@ from vlmforge.engine.positions.in_graph import InGraph
 from vlmforge.field_rules import Int
 
 
-@dataclass(frozen=True, slots=True)
-class DynamicNTK(InGraph):
+class DynamicNTK(InGraph, Struct, frozen=True):
     """By the level of the sequence too, which its whole prompt decides and which it keeps.
 
     Keys and values of another level are of no use to a sequence.
