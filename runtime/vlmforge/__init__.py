@@ -133,6 +133,8 @@ _MODULES = {
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _MODULES[name] != "errors":
+        importlib.import_module(f"{__name__}.early")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 

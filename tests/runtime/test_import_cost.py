@@ -75,6 +75,29 @@ def test_the_command_line_costs_as_little() -> None:
     assert below(names, (*OF_A_BUILD, *LATER)) == []
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        *("import vlmforge; vlmforge.pipeline", "from vlmforge import EngineConfig"),
+        *(
+            f"from vlmforge.cli import main; main(['{name}', '/none'])"
+            for name in ("chat", "eval", "serve", "verify")
+        ),
+    ],
+)
+def test_numpy_is_imported_before_what_imports_it(program: str) -> None:
+    """See `vlmforge.early`: deep in other modules it takes longer."""
+    command = [sys.executable, "-X", "importtime", "-c", program]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    (numpy,) = (line.rpartition("|")[2] for line in told.splitlines() if line.endswith(" numpy"))
+    assert numpy == " numpy"  # it is indented by the modules that import it
+
+
+def test_an_error_needs_no_numpy() -> None:
+    program = "import sys; from vlmforge import VlmforgeError; assert 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_a_chat_in_a_pipe_loads_no_line_editor() -> None:
     assert below(loaded("vlmforge.cli.chat"), LATER) == []
 

@@ -10,7 +10,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -111,13 +110,13 @@ def _longer_tables(manifest: Manifest, part: Part, capacity: int) -> Mapping[str
     return dict(zip(part.rotary_tables, values, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
 class _Vision(VisionSession):
-    session: ort.InferenceSession
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
 
     @override
     def encode(self, pixel_values: FloatArray, arrays: Arrays = NO_ARRAYS) -> FloatArray:
-        (features,) = self.session.run(None, {interface.PIXEL_VALUES: pixel_values, **arrays})
+        (features,) = self._session.run(None, {interface.PIXEL_VALUES: pixel_values, **arrays})
         return np.asarray(features, np.float32)
 
 
@@ -317,7 +316,6 @@ def _started(work: Callable[[], None]) -> threading.Thread | None:
     return thread
 
 
-@dataclass(frozen=True, slots=True)
 class OnnxRuntimeBackend(Backend, WholeBackend):
     """See the module."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
@@ -137,6 +138,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _run(values: argparse.Namespace) -> int:
     # Imported when needed: `vlmforge doctor` must work where another command's library is missing.
+    if values.command in ("chat", "eval", "serve", "verify"):
+        importlib.import_module("vlmforge.early")
     match values.command:
         case "inspect":
             from vlmforge.cli.inspect import describe

@@ -5,23 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from typing_extensions import override
+from msgspec import Struct, field
 
 from vlmforge.errors import CancelledError, RequestTimeoutError, as_exception
 from vlmforge.inputs.messages import Conversation
 from vlmforge.outputs.events import Event
 from vlmforge.outputs.generation_config import GenerationConfig
 from vlmforge.outputs.response import Response, Stopwatch
-from vlmforge.outputs.token_generator import Caller
 from vlmforge.runner.terms import USUAL, Terms
 
 logger = logging.getLogger("vlmforge")
 
 
-@dataclass(slots=True, eq=False)
-class Request:
+class Request(Struct, eq=False):
     """Exists, and can be cancelled, before anything is done for it.
 
     Attributes:
@@ -45,7 +42,7 @@ class Request:
     watch: Stopwatch = field(default_factory=Stopwatch)
     terms: Terms = USUAL
     cancelled: threading.Event = field(default_factory=threading.Event)
-    answers: tuple[Answer, ...] = field(init=False)
+    answers: tuple[Answer, ...] = ()
     # A garbage collector may cancel a request whose thread is just sending.
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -118,9 +115,8 @@ class Request:
         )
 
 
-@dataclass(slots=True, eq=False)
-class Answer(Caller):
-    """One of the answers to a request's prompt.
+class Answer(Struct, eq=False):
+    """One of the answers to a request's prompt: a `Caller`.
 
     Once it has ended it lets its request go, which has it: no collector need look for the two, and
     for the pictures that were asked about.
@@ -130,7 +126,7 @@ class Answer(Caller):
     choice: int
     watch: Stopwatch
     begun: bool = False
-    index: int = field(init=False)
+    index: int = 0
 
     def __post_init__(self) -> None:
         self.index = 0 if self.request is None else self.request.index
@@ -144,8 +140,8 @@ class Answer(Caller):
         """Its last event has been sent."""
         self.request = None
 
-    @override
     def send(self, delta: Response | None, error: Exception | None) -> None:
+        """See `Caller`."""
         if (request := self.request) is not None:
             request.send(self, delta, error)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from vlmforge.kv.cache import NO_KEYS, Keys, joined
 
@@ -22,8 +23,7 @@ class State(enum.Enum):
     ENDED = "ended"
 
 
-@dataclass(slots=True, eq=False)
-class TokenSequence:
+class TokenSequence(Struct, eq=False):
     """All that changes about the tokens of a request, in one place.
 
     Attributes:
@@ -54,8 +54,8 @@ class TokenSequence:
     preempted: int = 0
     parent: TokenSequence | None = None
     forks: list[TokenSequence] = field(default_factory=list)
-    prompt_length: int = field(init=False)
-    _room: Keys = field(default_factory=lambda: NO_KEYS, repr=False)
+    prompt_length: int = 0
+    _room: Keys = field(default_factory=lambda: NO_KEYS)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)

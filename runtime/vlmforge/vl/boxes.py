@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from vlmforge.errors import EngineFormatError
 
 FORMATS = ("ref_box_1000",)
@@ -37,8 +39,7 @@ class Box:
     image: int
 
 
-@dataclass(frozen=True, slots=True)
-class Grounding:
+class Grounding(Struct, frozen=True):
     """What the boxes of an answer refer to.
 
     The words name no image. Boxes are taken to lie on the latest one, as originals draw them.
