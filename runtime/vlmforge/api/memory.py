@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
-from msgspec.structs import replace
+from msgspec import Struct, structs
 
 from vlmforge.api.config import MAX_CHUNK, MAX_GPU_CHUNK, USUAL_GPU_CHUNK, EngineConfig
 from vlmforge.backends import LoadOptions
@@ -198,7 +197,7 @@ def parts_memory(
     def taken(part: Part) -> PartMemory:
         found = part_memory(part, tokens, slots)
         own = images if part.name == "vision" else 0
-        return replace(found, activations=found.activations + own)
+        return structs.replace(found, activations=found.activations + own)
 
     return tuple(map(taken, manifest.first_parts))
 

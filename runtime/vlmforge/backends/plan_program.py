@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from msgspec.structs import replace
+from msgspec import structs
 from typing_extensions import override
 
 from vlmforge.backends import LoadOptions
@@ -67,7 +67,7 @@ class PlanProgram(Program):
     def inputs(self, size: Size) -> Sequence[TensorSpec]:
         # The attention plans its launches by the table's columns: no more of them than needed.
         columns = -(-size.total // self._page)
-        table = replace(BLOCK_TABLE, shape=(BATCH, columns))
+        table = structs.replace(BLOCK_TABLE, shape=(BATCH, columns))
         return tuple(table if spec.name == table.name else spec for spec in self._inputs)
 
     @override
@@ -118,7 +118,7 @@ def _of_one(part: Part) -> PartChain:
 
 def _alone(part: Part, segment: Segment) -> Part:
     """What the manifest would say of a plan if it were a part."""
-    return replace(
+    return structs.replace(
         part, file=segment.file, inputs=segment.inputs, outputs=segment.outputs, chain=None
     )
 
@@ -133,10 +133,10 @@ def _without(chain: PartChain, caches: Iterable[str]) -> PartChain:
     steps = (
         step
         if (own := step.segment) is None
-        else ChainStep(replace(own, inputs=kept(own.inputs), outputs=kept(own.outputs)))
+        else ChainStep(structs.replace(own, inputs=kept(own.inputs), outputs=kept(own.outputs)))
         for step in chain.steps
     )
-    return replace(chain, steps=tuple(steps))
+    return structs.replace(chain, steps=tuple(steps))
 
 
 def _all(works: Sequence[Work]) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated
 
-from msgspec import Struct, field
-from msgspec.structs import replace
+from msgspec import Struct, field, structs
 from typing_extensions import override
 
 from vlmforge.engine.fields import ByteCount, Count, FilePath, ImageTokens, Name
@@ -327,7 +326,9 @@ class PartChain(Agreeing, Struct, frozen=True):
         found = {spec.name: spec for s in self.segments for spec in (*s.inputs, *s.outputs)}
         for call in self.collectives:
             if call.kind == "all_reduce" and (one := found.get(call.tensor)) is not None:
-                found = {name: replace(one, name=name) for name in sorted(call.given)} | found
+                found = {
+                    name: structs.replace(one, name=name) for name in sorted(call.given)
+                } | found
         return found
 
     @property

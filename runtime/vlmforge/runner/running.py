@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from msgspec import Struct, field
-from msgspec.structs import replace
+from msgspec import Struct, field, structs
 
 from vlmforge.backends import FloatArray
 from vlmforge.backends.choice import (
@@ -63,7 +62,7 @@ class Active(Struct, eq=False):
         Should it have to be run again, they are encoded again.
         """
         if self.given is not None and isinstance(self.given.features, DeviceRows):
-            self.given = replace(self.given, features=None)
+            self.given = structs.replace(self.given, features=None)
         held = enumerate(self.features)
         for index in [i for i, rows in held if isinstance(rows, DeviceRows)]:
             self.features[index] = None

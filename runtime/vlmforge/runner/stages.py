@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 import numpy as np
 import PIL.Image
-from msgspec.structs import replace
+from msgspec import structs
 
 from vlmforge.backends import (
     DecoderBatch,
@@ -92,8 +92,8 @@ class Engine:
     def on_background(self, colour: Colour) -> Engine:
         """This engine with transparent images composited on `colour`."""
         image = self.manifest.image
-        shown = replace(image, format=replace(image.format, background=colour))
-        manifest = replace(self.manifest, image=shown)
+        shown = structs.replace(image, format=structs.replace(image.format, background=colour))
+        manifest = structs.replace(self.manifest, image=shown)
         return dataclasses.replace(self, manifest=manifest)
 
     def with_pixels(self, limits: PixelRange) -> Engine:
@@ -106,8 +106,8 @@ class Engine:
             return self
         image = self.manifest.image.within(limits, self.options.capacity)
         tokens = image.most_tokens(self.manifest.decode.tokens_per_image)
-        decode = replace(self.manifest.decode, tokens_per_image=tokens)
-        manifest = replace(self.manifest, image=image, decode=decode)
+        decode = structs.replace(self.manifest.decode, tokens_per_image=tokens)
+        manifest = structs.replace(self.manifest, image=image, decode=decode)
         return dataclasses.replace(self, manifest=manifest)
 
     def prepare_image(
@@ -179,7 +179,7 @@ class Engine:
                 return given
             opened = self.open_image(given.source)
             if given.pixel_range != opened.pixel_range:
-                opened = replace(opened, pixel_range=given.pixel_range)
+                opened = structs.replace(opened, pixel_range=given.pixel_range)
             return Image(opened, given_name(given))
 
         return Conversation(
@@ -227,8 +227,8 @@ class Engine:
         if not self.manifest.decode.positions.turn_width:
             return rendered
         grids = [self._grid(image.source) for image in conversation.images]
-        spans = (replace(span, grid=grids[span.image]) for span in rendered.image_spans)
-        return replace(rendered, image_spans=tuple(spans))
+        spans = (structs.replace(span, grid=grids[span.image]) for span in rendered.image_spans)
+        return structs.replace(rendered, image_spans=tuple(spans))
 
     def _grid(self, image: ImageSource) -> Grid | None:
         policy, size = self._sized(image)

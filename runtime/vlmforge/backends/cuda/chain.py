@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from msgspec import Struct
-from msgspec.structs import replace
+from msgspec import Struct, structs
 from typing_extensions import override
 
 from vlmforge.backends import LoadOptions
@@ -114,7 +113,9 @@ class ChainProgram(Program):
         for tokens, group in itertools.groupby(spans, lambda span: span.tokens):
             totals = [span.total for span in group]
             if tokens:
-                one = replace(size, batch=len(totals), tokens=tokens, total=max(totals), packed=0)
+                one = structs.replace(
+                    size, batch=len(totals), tokens=tokens, total=max(totals), packed=0
+                )
                 calls.append(_Call(self._planned(self._shape(one)), sequence, token))
             sequence, token = sequence + len(totals), token + tokens * len(totals)
 

@@ -13,8 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from msgspec import Struct
-from msgspec.structs import replace
+from msgspec import Struct, structs
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -302,7 +301,7 @@ class PagedDecoder(DecoderSession):
         if size.replayed or not self._options.packs:
             return size
         tokens = int(new_tokens(batch).sum())
-        return replace(size, batch=1, tokens=tokens, outputs=rows * outputs, packed=rows)
+        return structs.replace(size, batch=1, tokens=tokens, outputs=rows * outputs, packed=rows)
 
     def _frame(self, asked: Size) -> _Frame:
         options = self._options
@@ -321,7 +320,7 @@ class PagedDecoder(DecoderSession):
 
     def _fitted(self, size: Size) -> Size:
         outputs = self._program.outputs
-        return size if outputs is None else replace(size, outputs=outputs)
+        return size if outputs is None else structs.replace(size, outputs=outputs)
 
     def _filled(self, batch: DecoderBatch) -> _Frame:
         """The frame of a batch, with it in; the rows that it does not have take part in nothing."""

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from msgspec import Struct
-from msgspec.structs import replace
+from msgspec import Struct, structs
 from numpy.typing import NDArray
 
 from vlmforge.backends import LoadOptions
@@ -97,11 +96,13 @@ def bucket(size: Size, slots: int, capacity: int, most: int = 1 << 62) -> Size:
         packed = min(1 << (size.packed - 1).bit_length(), slots)
         outputs = packed if size.one_each else size.outputs
         tokens, rows = (max(n, min(packed_tokens(n), most)) for n in (size.tokens, size.rows))
-        return replace(size, tokens=tokens, outputs=outputs, rows=rows, total=total, packed=packed)
+        return structs.replace(
+            size, tokens=tokens, outputs=outputs, rows=rows, total=total, packed=packed
+        )
     if not size.replayed:
-        return replace(size, total=total)
+        return structs.replace(size, total=total)
     batch = 1 << (size.batch - 1).bit_length()
-    return replace(size, batch=min(batch, slots), total=total)
+    return structs.replace(size, batch=min(batch, slots), total=total)
 
 
 def packed_tokens(tokens: int) -> int:
@@ -139,8 +140,8 @@ def inputs_of(inputs: Iterable[TensorSpec], columns: int) -> tuple[TensorSpec, .
 
     `columns`: of the block table, the most pages of a sequence.
     """
-    table = replace(BLOCK_TABLE, shape=(SEQUENCES, columns))
-    lengths = replace(QUERY_LENGTHS, shape=(SEQUENCES,))
+    table = structs.replace(BLOCK_TABLE, shape=(SEQUENCES, columns))
+    lengths = structs.replace(QUERY_LENGTHS, shape=(SEQUENCES,))
     own = (spec for spec in inputs if not spec.name.startswith(_CACHES))
     # Features come last: those that are on the device already are not uploaded.
     return (PAST, lengths, table, *sorted(own, key=lambda s: s.name == IMAGE_FEATURES))

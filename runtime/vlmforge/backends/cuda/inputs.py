@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from msgspec.structs import replace
+from msgspec import structs
 from numpy.typing import NDArray
 
 from vlmforge.backends import DecoderBatch, IntArray
@@ -101,7 +101,7 @@ def each_token(batch: DecoderBatch) -> Iterator[DecoderBatch]:
     """A step for each token of a batch, with the logits after it."""
     for place in range(batch.input_ids.shape[1]):
         one = slice(place, place + 1)
-        yield replace(
+        yield structs.replace(
             batch,
             input_ids=batch.input_ids[:, one],
             past_lengths=batch.past_lengths + place,

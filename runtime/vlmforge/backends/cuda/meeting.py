@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
-from msgspec.structs import replace
+from msgspec import structs
 from typing_extensions import override
 
 from vlmforge.backends import Communicator
@@ -75,7 +75,7 @@ class GpuMeetings(MeetingPlace):
     def _norm(self, call: SumAndNorm) -> Work:
         if self._kernels is None:
             self._kernels = load_kernels(self._gpu, self._files)
-        return norm_alone(self._gpu, replace(call, given=call.total), self._kernels)
+        return norm_alone(self._gpu, structs.replace(call, given=call.total), self._kernels)
 
     @override
     def broadcast(self, given: int, out: int, count: int) -> Work:

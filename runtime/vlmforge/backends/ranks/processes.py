@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 import msgspec
-from msgspec.structs import replace
+from msgspec import structs
 from typing_extensions import override
 
 from vlmforge import env, limits
@@ -133,7 +133,7 @@ class Processes(OtherRanks, Watch):
     @override
     def begin(self, folder: Path, options: LoadOptions) -> LoadOptions:
         threads = shares(options.threads or limits.physical_cores(), self.size)
-        own = [replace(options, threads=count) for count in threads]
+        own = [structs.replace(options, threads=count) for count in threads]
         for rank, channel in self._channels.items():
             channel.send(Task(folder, own[rank], self.communicator.room))
         return own[0]
