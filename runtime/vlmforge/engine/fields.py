@@ -1,4 +1,4 @@
-"""Types of fields with the values that they may hold, for the dataclasses that `schema` reads.
+"""Types of fields with the values that they may hold, for the records that `schema` reads.
 
 Ranges are wide: they keep nonsense from becoming a division by zero, an endless loop or all the
 memory, and say nothing of what makes a good model.

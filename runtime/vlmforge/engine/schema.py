@@ -215,7 +215,7 @@ def _decode_union(kind: Any, data: object, where: str) -> object:
     tagged = {tag: option for option in others if (tag := _tag(option)) is not None}
     if tagged:
         return _decode(tagged[_known_tag(tagged, data, where)], data, where)
-    # At most one option needs decoding: `X | None` with a dataclass, a tuple, a float ...
+    # At most one option needs decoding: `X | None` with a record, a tuple, a float ...
     for option in others:
         return _decode(option, data, where)
     names = ("null" if option is types.NoneType else option.__name__ for option in options)
