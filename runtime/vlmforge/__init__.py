@@ -130,10 +130,13 @@ _MODULES = {
 }
 
 
+_WITHOUT_NUMPY = ("errors", "inputs.template_config", "outputs.metrics")
+
+
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _MODULES[name] != "errors":
+    if _MODULES[name] not in _WITHOUT_NUMPY:
         importlib.import_module(f"{__name__}.early")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 

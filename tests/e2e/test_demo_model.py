@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from msgspec import structs
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -302,8 +301,8 @@ def _shifted(by: int) -> Callable[..., DecoderInput]:
     def decoder_input(
         self: Engine, rendered: RenderedPrompt, features: list[object]
     ) -> DecoderInput:
-        spans = tuple(structs.replace(s, start=s.start + by) for s in rendered.image_spans)
-        moved = structs.replace(rendered, image_spans=spans)
+        spans = tuple(dataclasses.replace(s, start=s.start + by) for s in rendered.image_spans)
+        moved = dataclasses.replace(rendered, image_spans=spans)
         return original(self, moved, features)  # type: ignore[arg-type]
 
     return decoder_input

@@ -242,6 +242,22 @@ def test_errors_are_words_and_a_status(tmp_path: Path, capsys: pytest.CaptureFix
         assert "build-engine CHECKPOINT" in error
 
 
+@pytest.mark.parametrize("library", ["msgspec", "numpy"])
+def test_a_missing_library_is_named(library: str) -> None:
+    program = (
+        f"import sys; sys.modules['{library}'] = None\n"
+        "from vlmforge.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "doctor"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "vlmforge: BackendUnavailableError: A library is missing that vlmforge needs.",
+        f"  found:    no module {library}",
+        "  expected: all that vlmforge depends on",
+        "  fix:      pip install --force-reinstall vlmforge",
+    ]
+
+
 def test_help_says_what_16_bits_mean() -> None:
     command = [sys.executable, "-m", "vlmforge_builder", "--help"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

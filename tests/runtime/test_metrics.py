@@ -23,10 +23,10 @@ from vlmforge import Metrics, Response
 from vlmforge.api.prometheus import PipelineCollector
 from vlmforge.errors import ConfigError, ImageError
 from vlmforge.outputs.events import Event
+from vlmforge.outputs.metrics import SECONDS, SHARES, Tally
 from vlmforge.outputs.response import Timings
 from vlmforge.runner.clock import PartClock
 from vlmforge.scheduler.meter import Meter
-from vlmforge.scheduler.tally import SECONDS, SHARES, Tally
 
 
 def answers(found: object) -> list[Response]:
@@ -220,7 +220,7 @@ def test_a_histogram_counts_by_size(
     assert found.sum == pytest.approx(sum(value * times for value, times in every.items()))
     assert found.mean == pytest.approx(found.sum / max(1, found.count))
     assert len(found.counts) == bisect_left(bounds, float("inf")) + 1
-    assert tally.plus(tally).now().count == 2 * found.count
+    assert tally.plus(tally).count == 2 * found.count
 
 
 # --- for Prometheus -----------------------------------------------------------------------------

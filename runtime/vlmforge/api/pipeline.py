@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, closing, contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 from vlmforge.api.arguments import (
     GenConfigs,
@@ -24,15 +23,13 @@ from vlmforge.inputs.render import RenderedPrompt
 from vlmforge.inputs.tokenizer import TextTokenizer
 from vlmforge.outputs.events import GenOut, error_response, gen_out, piece_of
 from vlmforge.outputs.generation_config import GenerationConfig
+from vlmforge.outputs.metrics import Metrics
 from vlmforge.outputs.response import Response
 from vlmforge.runner.stages import Engine
 from vlmforge.scheduler.intake import Intake
 from vlmforge.scheduler.loop import Loop
 from vlmforge.scheduler.prepare import Preparation, token_facts
 from vlmforge.scheduler.request import Request
-
-if TYPE_CHECKING:
-    from vlmforge.outputs.metrics import Metrics
 
 
 class Pipeline:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
-from msgspec import Struct, field, structs
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from vlmforge.api.array_file import Arrays, damaged, read_arrays, write_arrays
@@ -268,7 +269,7 @@ def _read_block(block: _Block, images: Sequence[StoredImage], limits: ImageLimit
         raise IndexError(f"image {block.image}")
     opened = reopen(images[block.image], name=block.name, limits=limits)
     asked = PixelRange(block.min_pixels, block.max_pixels)
-    return Image(structs.replace(opened, pixel_range=asked), block.name)
+    return Image(dataclasses.replace(opened, pixel_range=asked), block.name)
 
 
 def _prompt(form: str, messages: Sequence[Message]) -> object:

@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     # Imported here: an interrupt is to be understood from the first moment.
-    from vlmforge.errors import VlmforgeError
+    from vlmforge.errors import BackendUnavailableError, VlmforgeError
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal whose encoding lacks a letter gets its number.
@@ -131,9 +131,25 @@ def _main(argv: Sequence[str] | None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except VlmforgeError as error:
-        print(f"vlmforge: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return _failed(error)
+    except ModuleNotFoundError as error:
+        # Optional libraries are asked for by those who use them, who say which extra has them.
+        if (name := (error.name or "").partition(".")[0]) in ("", "vlmforge"):
+            raise
+        return _failed(
+            BackendUnavailableError(
+                "A library is missing that vlmforge needs.",
+                found=f"no module {name}",
+                expected="all that vlmforge depends on",
+                fix="pip install --force-reinstall vlmforge",
+            )
+        )
     return status
+
+
+def _failed(error: Exception) -> int:
+    print(f"vlmforge: {type(error).__name__}: {error}", file=sys.stderr)
+    return 1
 
 
 def _run(values: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,13 +31,15 @@ _FORMS = (
 )
 
 
-class Text(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Text:
     """A block of text."""
 
     text: str
 
 
-class Image(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Image:
     """A block that is an image: anything that `load_image` takes, or an image that is open.
 
     `name` is the path or URL that it was loaded from, where `source` is that no more; `pixels` what
@@ -54,7 +57,8 @@ class Image(Struct, frozen=True):
         return self.source.pixel_range if own else self.pixels  # type: ignore[union-attr]
 
 
-class Message(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Message:
     """One message of a conversation."""
 
     role: str
@@ -71,7 +75,8 @@ class Message(Struct, frozen=True):
         return tuple([block.text for block in self.blocks if isinstance(block, Text)])
 
 
-class Conversation(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Conversation:
     """Messages in order. The images of all messages, in order, are its images."""
 
     messages: tuple[Message, ...]

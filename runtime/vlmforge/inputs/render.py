@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
-
-from msgspec import Struct, structs
+from dataclasses import dataclass
 
 from vlmforge.engine.images.pixels import Layout
 from vlmforge.engine.prompts import PromptPolicy
@@ -25,7 +25,8 @@ from vlmforge.vl.constants import IMAGE_TOKEN
 __all__ = ["ImageSpan", "RenderedPrompt", "TextEncoder", "marked_tokenizer_json", "render_prompt"]
 
 
-class ImageSpan(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
     """Where features of image `image` go: `ids[start : start + length]`, from its token `first`.
 
     `grid`: its tokens down and across, where positions ask for it.
@@ -38,7 +39,8 @@ class ImageSpan(Struct, frozen=True):
     grid: tuple[int, int] | None = None
 
 
-class RenderedPrompt(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
     """What the decoder will get.
 
     Attributes:
@@ -352,7 +354,7 @@ def _expand(
     before, behind = policy.splice.around
     for piece, run in zip(pieces[1:], runs, strict=True):
         ids += before
-        spans.append(structs.replace(run, start=len(ids)))
+        spans.append(dataclasses.replace(run, start=len(ids)))
         ids += name_ids(names[run.image], run.length, policy)
         ids += behind
         contents += [len(ids) + start for start in piece.contents]

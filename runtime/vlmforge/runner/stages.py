@@ -179,7 +179,7 @@ class Engine:
                 return given
             opened = self.open_image(given.source)
             if given.pixel_range != opened.pixel_range:
-                opened = structs.replace(opened, pixel_range=given.pixel_range)
+                opened = dataclasses.replace(opened, pixel_range=given.pixel_range)
             return Image(opened, given_name(given))
 
         return Conversation(
@@ -227,8 +227,8 @@ class Engine:
         if not self.manifest.decode.positions.turn_width:
             return rendered
         grids = [self._grid(image.source) for image in conversation.images]
-        spans = (structs.replace(span, grid=grids[span.image]) for span in rendered.image_spans)
-        return structs.replace(rendered, image_spans=tuple(spans))
+        spans = (dataclasses.replace(span, grid=grids[span.image]) for span in rendered.image_spans)
+        return dataclasses.replace(rendered, image_spans=tuple(spans))
 
     def _grid(self, image: ImageSource) -> Grid | None:
         policy, size = self._sized(image)

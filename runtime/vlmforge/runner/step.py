@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from msgspec import Struct
@@ -82,7 +83,8 @@ class StepResult(Struct, frozen=True):
     again: frozenset[int] = frozenset()
 
 
-class StepRecord(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class StepRecord:
     """What a step did, and when: the logger "vlmforge.steps" gets one for each, at level DEBUG.
 
     Attributes:

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from typing_extensions import override
 
@@ -21,15 +21,13 @@ from vlmforge.backends.features import Features
 from vlmforge.errors import CancelledError, PipelineError, VlmforgeError
 from vlmforge.kv.cache import Keys
 from vlmforge.limits import return_freed_memory
+from vlmforge.outputs.metrics import Metrics
 from vlmforge.runner.features import FeatureCache
 from vlmforge.runner.job import Job
 from vlmforge.runner.stages import Engine
 from vlmforge.runner.terms import Terms
 from vlmforge.scheduler.jobs import Jobs
 from vlmforge.scheduler.meter import Meter
-
-if TYPE_CHECKING:
-    from vlmforge.outputs.metrics import Metrics
 
 logger = logging.getLogger("vlmforge")
 T = TypeVar("T")
@@ -68,8 +66,6 @@ class Loop(lifetime.Owner):
 
     def metrics(self) -> Metrics:
         """What has been counted, and what is going on. From any thread; waits for nobody."""
-        from vlmforge.outputs.metrics import Metrics  # few ask
-
         meter, jobs, options = self.meter, self._jobs, self._engine.options
         running = jobs.running
         return Metrics(

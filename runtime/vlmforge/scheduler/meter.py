@@ -12,18 +12,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from msgspec import Struct, field
 
 from vlmforge.errors import as_ours
 from vlmforge.outputs.events import Event
+from vlmforge.outputs.metrics import SHARES, Histogram, Tally
 from vlmforge.outputs.response import Response
 from vlmforge.runner.clock import PartClock
-from vlmforge.scheduler.tally import SHARES, Tally
-
-if TYPE_CHECKING:
-    from vlmforge.outputs.metrics import Histogram
 
 Sink = Callable[[Event], None]
 
@@ -142,7 +138,7 @@ class Meter:
     def request_seconds(self) -> Histogram:
         """From requests to their ends."""
         with self._lock:
-            return self.ends.seconds.plus(self._elsewhere.seconds).now()
+            return self.ends.seconds.plus(self._elsewhere.seconds)
 
 
 class _MeteredStep:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from blake3 import blake3
-from msgspec import Struct
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
@@ -32,7 +32,8 @@ _DIGEST_BYTES = 16
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
-class OpenedImage(Struct, frozen=True, dict=True):
+@dataclass(frozen=True)
+class OpenedImage:
     """An image whose header is read and within the limits, and whose pixels are not decoded yet.
 
     Attributes:
@@ -45,9 +46,9 @@ class OpenedImage(Struct, frozen=True, dict=True):
 
     size: tuple[int, int]
     name: str | None
-    _pixels: Callable[[Cancelled | None], Image.Image]
-    _digest: Callable[[], bytes]
-    _stored: Callable[[], StoredImage]
+    _pixels: Callable[[Cancelled | None], Image.Image] = field(repr=False)
+    _digest: Callable[[], bytes] = field(repr=False)
+    _stored: Callable[[], StoredImage] = field(repr=False)
     pixel_range: PixelRange = AS_ENGINE
     read: bool = False
 
