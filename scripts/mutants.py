@@ -94,8 +94,8 @@ MUTANTS = (
     Mutant(
         "a row of the cache that is copied over keeps the memory of what was there",
         "runtime/vlmforge/backends/dense.py",
-        "row, used, kept = rows.row(place), rows.tokens(place), move.tokens",
-        "row, used, kept = rows.row(place), move.tokens, move.tokens",
+        "row, used, kept = rows.row(place), rows.tokens(place), max(",
+        "row, used, kept = rows.row(place), move.tokens, max(",
         ("tests/runtime/backends/test_placed_cache.py",),
     ),
     Mutant(
@@ -108,8 +108,8 @@ MUTANTS = (
     Mutant(
         "the likeliest tokens are in the order of the cache's rows",
         "runtime/vlmforge/backends/onnxruntime.py",
-        "ids[order] = np.where",
-        "ids[:] = np.where",
+        "ids[order] = likeliest_ids",
+        "ids[:] = likeliest_ids",
         ("tests/e2e/test_decoder_steps.py",),
     ),
     Mutant(
